@@ -1,0 +1,83 @@
+"""Sums for the logs of one rollout step; names are TRL's where TRL has them.
+
+Every metric is (sum, count) of this rank. `objective/*`, `rollout/*` and `reward/score` are means over
+responses, the rest over tokens.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from rto_megatron.algorithms.losses import count_tokens, keep, to_metrics
+from rto_megatron.algorithms.token_rewards import kl_k1, kl_k3, truncated_rows
+from rto_megatron.types import Experience, Metrics, ScoredRollouts
+
+
+def credit_metrics(scored: ScoredRollouts, experience: Experience) -> Metrics:
+    """What credit assignment saw.
+
+    objective/scores            reward model's normalised score, before clamp and penalty
+    objective/kl                k1 summed over the response, nats
+    objective/entropy           minus the log-prob of the response, nats
+    objective/rlhf_reward       score after clamp and penalty, less the KL penalty; without the DPO reward
+    reward/score                score after clamp and penalty
+    reward/kl_per_token         the KL penalty as it enters the reward
+    policy/kl_per_token         k1, nats: what `KLController.update` takes
+    policy/kl_k3_per_token      k3, nats
+    advantage/*, value/*        over trained tokens; advantages before whitening, i.e. returns less values
+    """
+    mask_BR, rewards = scored.mask_BR, experience.rewards
+    trained_BR = experience.mask_BR
+    returns_BR = keep(experience.returns_BR, trained_BR)
+    values_BR = keep(experience.values_BR, trained_BR)
+    advantages_BR = returns_BR - values_BR
+    k1 = kl_k1(scored.logp_old_BR, scored.logp_ref_BR, mask_BR).sum()
+    k3 = kl_k3(scored.logp_old_BR, scored.logp_ref_BR, mask_BR).sum()
+    num_sequences = mask_BR.new_tensor(len(scored.rollouts))
+    num_tokens, num_trained = count_tokens(mask_BR), count_tokens(trained_BR)
+    return to_metrics(
+        {
+            "objective/scores": (scored.score_B.sum(), num_sequences),
+            "objective/kl": (k1, num_sequences),
+            "objective/entropy": (-keep(scored.logp_old_BR, mask_BR).sum(), num_sequences),
+            "objective/rlhf_reward": (rewards.score_BR.sum() + rewards.kl_BR.sum(), num_sequences),
+            "reward/score": (rewards.score_BR.sum(), num_sequences),
+            "reward/kl_per_token": (rewards.kl_BR.sum(), num_tokens),
+            "policy/kl_per_token": (k1, num_tokens),
+            "policy/kl_k3_per_token": (k3, num_tokens),
+            "rollout/response_tokens": (num_tokens, num_sequences),
+            "rollout/truncated_fraction": (truncated_rows(scored).sum(), num_sequences),
+            "advantage/mean": (advantages_BR.sum(), num_trained),
+            "advantage/mean_square": (advantages_BR.square().sum(), num_trained),
+            "value/mean": (values_BR.sum(), num_trained),
+            "value/return_mean": (returns_BR.sum(), num_trained),
+            "value/return_mean_square": (returns_BR.square().sum(), num_trained),
+        }
+    )
+
+
+def dpo_metrics(
+    scored: ScoredRollouts, experience: Experience, beta_dpo: float, dpo_clip: float | None
+) -> Metrics:
+    """The DPO reward as it enters the reward, and the fraction of tokens on which the clip changed it."""
+    num_tokens = count_tokens(scored.mask_BR)
+    return to_metrics(
+        {
+            "reward/dpo_per_token": (experience.rewards.dpo_BR.sum(), num_tokens),
+            "reward/dpo_clip_fraction": (_num_clipped(scored, beta_dpo, dpo_clip), num_tokens),
+        }
+    )
+
+
+def _num_clipped(scored: ScoredRollouts, beta_dpo: float, dpo_clip: float | None) -> Tensor:
+    scaled_BR = beta_dpo * keep(scored.dpo_logratio_BR, scored.mask_BR)
+    bound = float("inf") if dpo_clip is None else dpo_clip
+    return (scaled_BR.abs() > bound).sum()
+
+
+def explained_variance(means: Mapping[str, float]) -> float | None:
+    """1 - Var(returns - values) / Var(returns) from the means of `credit_metrics`; None: constant returns."""
+    variance = means["value/return_mean_square"] - means["value/return_mean"] ** 2
+    if variance <= 0:
+        return None
+    return 1 - (means["advantage/mean_square"] - means["advantage/mean"] ** 2) / variance

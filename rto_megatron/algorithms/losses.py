@@ -1,0 +1,144 @@
+"""The pieces losses are made of: clipped policy and value losses, weights, sums per sequence.
+
+Legend: B responses, R response positions, T token positions of a micro-batch, S its sequences.
+Every loss is a weighted sum whose weights add up to 1 over the micro-batches of all ranks: a sum is all
+the engine has to take. Where a weight or mask is 0 the term and its gradient are exactly 0, whatever finite
+numbers the padding holds.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from rto_megatron.types import LossOutput, Metrics, Minibatch, TokenBatch
+
+
+def keep(x: Tensor, mask: Tensor) -> Tensor:
+    """`x` where `mask` is not 0, else 0; unlike in a product an overflow in the padding does not spread."""
+    return torch.where(mask != 0, x, torch.zeros_like(x))
+
+
+def to_metrics(parts: Mapping[str, tuple[Tensor, Tensor]]) -> Metrics:
+    """Scalar tensors (sum, count) as Python floats, with one transfer from the device for all of them."""
+    values = torch.stack([part.detach().double() for pair in parts.values() for part in pair]).tolist()
+    return {name: (values[2 * i], values[2 * i + 1]) for i, name in enumerate(parts)}
+
+
+def count_sequences(mask_BR: Tensor) -> Tensor:
+    """This rank's responses with an unmasked token: its part of `sequence_mean_weights`' denominator, scalar."""
+    return (mask_BR != 0).any(dim=1).sum().to(mask_BR.dtype)
+
+
+def count_tokens(mask_BR: Tensor) -> Tensor:
+    """This rank's unmasked tokens, scalar: its part of `token_mean_weights`' denominator."""
+    return mask_BR.sum()
+
+
+def sequence_mean_weights(mask_BR: Tensor, num_sequences: float) -> Tensor:
+    """Weights of the mean over responses of the mean over their tokens.
+
+    Args:
+        mask_BR: 1 on the tokens that count, shape [B, R].
+        num_sequences: `count_sequences` of one optimizer step, summed over its micro-batches and all ranks.
+
+    Returns:
+        Weights, shape [B, R]. Source: OpenRLHF 0.4.4, models/loss.py (masked mean per row, then mean).
+    """
+    num_tokens_B1 = mask_BR.sum(dim=1, keepdim=True)
+    return mask_BR / (num_tokens_B1.clamp(min=1) * max(num_sequences, 1))
+
+
+def token_mean_weights(mask_BR: Tensor, num_tokens: float) -> Tensor:
+    """Weights of the mean over all tokens.
+
+    Args:
+        mask_BR: 1 on the tokens that count, shape [B, R].
+        num_tokens: `count_tokens` of one optimizer step, summed over its micro-batches and all ranks.
+
+    Returns:
+        Weights, shape [B, R].
+    """
+    return mask_BR / max(num_tokens, 1)
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """A rule for `Minibatch.weight_T`: a rank's share of the denominator, and the weights from the whole."""
+
+    count: Callable[[Tensor], Tensor]
+    weights: Callable[[Tensor, float], Tensor]
+
+
+WEIGHTINGS = {
+    "sequence_mean": Weighting(count_sequences, sequence_mean_weights),
+    "token_mean": Weighting(count_tokens, token_mean_weights),
+}
+
+
+def sequence_sums(x_T: Tensor, mask_T: Tensor, batch: TokenBatch) -> Tensor:
+    """Sum of the unmasked entries of each real sequence, shape [S]; a trailing padding segment is skipped."""
+    num_sequences = len(batch.last_positions)
+    offsets = batch.cu_seqlens
+    lengths = [end - start for start, end in pairwise(offsets)]
+    pieces = torch.split(keep(x_T, mask_T), lengths)
+    return torch.stack([piece.sum() for piece in pieces[:num_sequences]])
+
+
+def clipped_policy_loss(logp_T: Tensor, minibatch: Minibatch, clip_eps: float) -> LossOutput:
+    """PPO's clipped surrogate: weighted sum of -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A).
+
+    Args:
+        logp_T: log-probs of the actions under the policy being trained, nats, shape [T].
+        minibatch: old log-probs, advantages and weights, shape [T] each.
+        clip_eps: epsilon of the clip.
+
+    Source: OpenRLHF 0.4.4, models/loss.py:PolicyLoss. Metrics: TRL's names, means over action tokens.
+    """
+    weight_T = minibatch.weight_T
+    active_T = weight_T > 0
+    log_ratio_T = keep(logp_T - minibatch.logp_old_T, weight_T)
+    advantages_T = keep(minibatch.advantages_T, weight_T)
+    ratio_T = log_ratio_T.exp()
+    plain_T = -ratio_T * advantages_T
+    clipped_T = -ratio_T.clamp(1 - clip_eps, 1 + clip_eps) * advantages_T
+    loss = (weight_T * torch.maximum(plain_T, clipped_T)).sum()
+    num_tokens = active_T.sum()
+    metrics = to_metrics(
+        {
+            "loss/policy_avg": (loss, weight_T.sum()),
+            "policy/approxkl_avg": (0.5 * log_ratio_T.square().sum(), num_tokens),
+            "policy/clipfrac_avg": ((clipped_T > plain_T).sum(), num_tokens),
+            "val/ratio": ((ratio_T * active_T).sum(), num_tokens),
+        }
+    )
+    return LossOutput(loss, metrics)
+
+
+def clipped_value_loss(values_T: Tensor, minibatch: Minibatch, value_clip: float | None) -> LossOutput:
+    """Half the squared error of the returns, the larger of the plain and the clipped one, as a weighted sum.
+
+    Args:
+        values_T: the critic's values of the states before the actions, shape [T].
+        minibatch: old values, returns and weights, shape [T] each.
+        value_clip: largest move away from the old value that is rewarded; None: the plain squared error.
+
+    Source: OpenRLHF 0.4.4, models/loss.py:ValueLoss, with its factor 0.5.
+    """
+    weight_T = minibatch.weight_T
+    error_T = keep(values_T - minibatch.returns_T, weight_T)
+    plain_T = error_T.square()
+    clipped_T = plain_T
+    if value_clip is not None:
+        move_T = (values_T - minibatch.values_old_T).clamp(-value_clip, value_clip)
+        clipped_T = keep(minibatch.values_old_T + move_T - minibatch.returns_T, weight_T).square()
+    loss = 0.5 * (weight_T * torch.maximum(plain_T, clipped_T)).sum()
+    metrics = to_metrics(
+        {
+            "loss/value_avg": (loss, weight_T.sum()),
+            "val/clipfrac_avg": ((clipped_T > plain_T).sum(), (weight_T > 0).sum()),
+        }
+    )
+    return LossOutput(loss, metrics)

@@ -1,0 +1,32 @@
+"""Supervised fine-tuning: cross-entropy of the response tokens, mean over all of them in the global batch."""
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from rto_megatron.algorithms.losses import keep, to_metrics
+from rto_megatron.types import LossOutput, SupervisedMicrobatch
+
+
+class Config(BaseModel):
+    """Supervised fine-tuning has nothing to choose."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SFT:
+    """L = - (1/N) sum log pi(y_t | .) over the N response tokens of the global batch."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def loss(self, logp_T: Tensor, micro: SupervisedMicrobatch) -> LossOutput:
+        """Weighted negative log-likelihood.
+
+        Args:
+            logp_T: log-probs of `micro.batch.targets_T`, nats, shape [T].
+            micro: tokens and weights.
+
+        Source: OpenRLHF 0.4.4, models/loss.py:GPTLMLoss.
+        """
+        loss = -(micro.weight_T * keep(logp_T, micro.weight_T)).sum()
+        return LossOutput(loss, to_metrics({"loss": (loss, micro.weight_T.sum())}))

@@ -1,0 +1,70 @@
+"""How a sampled response ends: what is trained on and what the reward model reads if the length limit cut it.
+
+Pure Python on token ids; one response at a time. The policies differ only for `finish_reason == "length"`:
+
+    compat    the last token is overwritten by end-of-sequence and fully rewarded, as the released code does
+    penalise  the response stays as sampled, the reward model reads it with end-of-sequence appended, and its
+              score is lowered
+    mask      scored the same way, but no token of the response is trained on
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rto_megatron.types import FinishReason
+
+TruncationPolicy = Literal["compat", "penalise", "mask"]
+
+# Stands in for the prompt's last token: any id that is neither end-of-sequence nor padding would do.
+_PROMPT_ID = -1
+
+
+@dataclass(frozen=True)
+class ClosedSequence:
+    """A sequence of L positions, [left padding | prompt | response | right padding], end-of-sequence set."""
+
+    token_ids: tuple[int, ...]  # L
+    attention_mask: tuple[int, ...]  # L; 1 from the first ordinary token through the end-of-sequence
+    action_mask: tuple[int, ...]  # L - input_len; 1 on actions, end-of-sequence included
+
+
+def close_sequence(token_ids: Sequence[int], input_len: int, eos_id: int, pad_id: int) -> ClosedSequence:
+    """Writes end-of-sequence behind the last ordinary token of a generated sequence and masks what follows.
+
+    An ordinary token is neither `eos_id` nor `pad_id`. Where no position follows the last ordinary token, it
+    is overwritten itself.
+
+    Args:
+        token_ids: L ids, left padding and prompt in the first `input_len` positions; one of them is ordinary.
+        input_len: positions before the response, at least 1.
+        eos_id: end-of-sequence.
+        pad_id: padding; may equal `eos_id`.
+
+    Source: OpenRLHF 0.4.4, openrlhf/models/actor.py:process_sequences.
+    """
+    ordinary = [i for i, token in enumerate(token_ids) if token not in (eos_id, pad_id)]
+    eos_at = min(ordinary[-1] + 1, len(token_ids) - 1)
+    closed = (*token_ids[:eos_at], eos_id, *token_ids[eos_at + 1 :])
+    attention_mask = tuple(int(ordinary[0] <= i <= eos_at) for i in range(len(closed)))
+    # An action exists where its state's last token is ordinary; the first exists whatever ends the prompt.
+    states = closed[input_len - 1 : -1]
+    action_mask = tuple(int(i == 0 or token not in (eos_id, pad_id)) for i, token in enumerate(states))
+    return ClosedSequence(closed, attention_mask, action_mask)
+
+
+def close_response(
+    response_ids: tuple[int, ...], finish_reason: FinishReason, eos_id: int, policy: TruncationPolicy
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Applies the truncation policy to one response.
+
+    Returns:
+        The ids to train on, as many as came in, and the ids to append for the reward model: nothing, or one
+        end-of-sequence. The appended token is not an action and is never trained on.
+    """
+    if finish_reason == "stop":
+        return response_ids, ()
+    if policy == "compat":
+        closed = close_sequence((_PROMPT_ID, *response_ids), input_len=1, eos_id=eos_id, pad_id=eos_id)
+        return closed.token_ids[1:], ()
+    return response_ids, (eos_id,)

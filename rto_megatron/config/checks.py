@@ -1,0 +1,204 @@
+"""What the values of a configuration must satisfy together, before any model is built.
+
+How a model's heads and layers are cut is checked where model shapes are known (`models.shape.check_layout`).
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from rto_megatron.config.schema import (
+    DpoStage,
+    EvaluateStage,
+    PpoStage,
+    RewardModelStage,
+    RtoStage,
+    SftStage,
+    Stage,
+)
+from rto_megatron.errors import UserError
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Batch arithmetic of one stage; all counts are sequences (pairs for reward model and DPO)."""
+
+    data_parallel: int
+    train_per_rank: int
+    num_microbatches: int
+    rollout_per_rank: int  # 0 where the stage does not sample
+    updates_per_rollout: (
+        int  # optimizer steps of one pass over the rollouts; 0 where the stage does not sample
+    )
+
+
+def plan_batches(config: Stage, world_size: int) -> BatchPlan:
+    """The batch arithmetic of `config` on `world_size` ranks; valid only if `find_problems` found none."""
+    data_parallel = world_size // (config.parallel.tensor * config.parallel.pipeline)
+    batch = config.batch
+    samples = isinstance(config, PpoStage)
+    return BatchPlan(
+        data_parallel=data_parallel,
+        train_per_rank=batch.train // data_parallel,
+        num_microbatches=batch.train // data_parallel // batch.micro,
+        rollout_per_rank=batch.rollout // data_parallel if samples else 0,
+        updates_per_rollout=batch.rollout // batch.train if samples else 0,
+    )
+
+
+def find_problems(config: Stage, world_size: int, max_positions: Mapping[str, int]) -> list[str]:
+    """Everything in `config` that cannot work on `world_size` ranks, one sentence each.
+
+    Args:
+        max_positions: role -> max_position_embeddings, in tokens, of the models whose shape is known.
+    """
+    return [
+        *_layout(config, world_size),
+        *_models(config),
+        *_lengths(config, max_positions),
+        *_pool_servers(config),
+    ]
+
+
+def require_sound(config: Stage, world_size: int, max_positions: Mapping[str, int]) -> None:
+    """Raise UserError with all problems of `find_problems`."""
+    refuse(find_problems(config, world_size, max_positions))
+
+
+def refuse(problems: Iterable[str]) -> None:
+    """Raise one UserError that lists `problems`, if there are any."""
+    lines = [f"  {problem}" for problem in problems]
+    if lines:
+        raise UserError("the configuration cannot work as it stands\n" + "\n".join(lines))
+
+
+def samples_from_pool(config: Stage) -> bool:
+    """Whether the stage needs an inference pool."""
+    return isinstance(config, PpoStage | EvaluateStage)
+
+
+def _layout(config: Stage, world_size: int) -> list[str]:
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    problems = []
+    if config.parallel.sequence and tensor == 1:
+        problems.append("parallel.sequence=true needs parallel.tensor > 1; set parallel.sequence=false")
+    if world_size % (tensor * pipeline):
+        problems.append(
+            f"parallel.tensor x parallel.pipeline = {tensor} x {pipeline} = {tensor * pipeline} "
+            f"does not divide the {world_size} ranks; start a multiple of {tensor * pipeline} or change the layout"
+        )
+        return problems
+    return problems + _batches(config, world_size // (tensor * pipeline))
+
+
+def _batches(config: Stage, data_parallel: int) -> list[str]:
+    batch = config.batch
+    if isinstance(config, EvaluateStage):
+        return []
+    problems = []
+    step = batch.micro * data_parallel
+    if batch.train % step:
+        below = batch.train // step * step
+        nearest = f"{below} or {below + step}" if below else str(step)
+        problems.append(
+            f"batch.train={batch.train} is not a multiple of batch.micro x data-parallel ranks = "
+            f"{batch.micro} x {data_parallel} = {step}, so {batch.train // step} whole micro-batches come out; "
+            f"set batch.train to {nearest}"
+        )
+    if isinstance(config, PpoStage) and batch.rollout % data_parallel:
+        problems.append(
+            f"batch.rollout={batch.rollout} is not a multiple of the {data_parallel} data-parallel ranks; "
+            f"set batch.rollout to {(batch.rollout // data_parallel + 1) * data_parallel}"
+        )
+    if isinstance(config, PpoStage) and batch.rollout % batch.train:
+        problems.append(
+            f"batch.rollout={batch.rollout} is not a multiple of batch.train={batch.train}, so "
+            f"{batch.rollout // batch.train} whole updates come out of a rollout step; "
+            f"set batch.rollout to {max(1, batch.rollout // batch.train) * batch.train}"
+        )
+    return problems
+
+
+_USED_ROLES: dict[type[Stage], tuple[str, ...]] = {
+    SftStage: ("policy",),
+    RewardModelStage: ("policy",),
+    DpoStage: ("policy", "reference"),
+    PpoStage: ("policy", "reference", "critic", "reward"),
+    RtoStage: ("policy", "reference", "critic", "reward", "dpo", "dpo_reference"),
+    EvaluateStage: ("policy", "reference", "reward"),
+}
+
+
+def _models(config: Stage) -> list[str]:
+    models = config.models
+    named = {
+        "reference": models.reference,
+        "critic": models.critic,
+        "reward": models.reward,
+        "dpo": models.dpo,
+        "dpo_reference": models.dpo_reference,
+    }
+    used = _USED_ROLES[type(config)]
+    problems = [
+        f"models.{role}={path} is set, but stage {config.stage} uses only {', '.join(used)}; remove it"
+        for role, path in named.items()
+        if path is not None and role not in used
+    ]
+    if isinstance(config, PpoStage) and models.reward is None:
+        problems.append(
+            f"models.reward is missing: stage {config.stage} scores its rollouts with a reward model"
+        )
+    if isinstance(config, RtoStage) and config.algorithm.beta_dpo > 0 and models.dpo is None:
+        problems.append(
+            f"models.dpo is missing: algorithm.beta_dpo={config.algorithm.beta_dpo} rewards tokens with a "
+            "DPO model; name one, or set algorithm.beta_dpo=0 for PPO"
+        )
+    if models.random_init and not isinstance(config, SftStage):
+        problems.append(
+            f"models.random_init=true works for stage sft only; stage {config.stage} needs trained weights"
+        )
+    return problems
+
+
+def _lengths(config: Stage, max_positions: Mapping[str, int]) -> list[str]:
+    data = config.data
+    problems = []
+    if isinstance(config, PpoStage | EvaluateStage):
+        sampling = config.sampling
+        longest = data.max_prompt_tokens + sampling.max_response_tokens
+        keys = "data.max_prompt_tokens + sampling.max_response_tokens"
+        if sampling.min_response_tokens > sampling.max_response_tokens:
+            problems.append(
+                f"sampling.min_response_tokens={sampling.min_response_tokens} is above "
+                f"sampling.max_response_tokens={sampling.max_response_tokens}"
+            )
+    else:
+        longest, keys = data.max_length, "data.max_length"
+        if data.max_prompt_tokens >= data.max_length:
+            problems.append(
+                f"data.max_prompt_tokens={data.max_prompt_tokens} leaves no room for an answer within "
+                f"data.max_length={data.max_length}; lower the first or raise the second"
+            )
+    return problems + [
+        f"{keys} = {longest} tokens, but models.{role} reads at most {limit} (max_position_embeddings)"
+        for role, limit in max_positions.items()
+        if longest > limit
+    ]
+
+
+def _pool_servers(config: Stage) -> list[str]:
+    if not isinstance(config, PpoStage | EvaluateStage):
+        return []
+    return [
+        f"rollout.servers: found {server!r}; an address is written http://host:port"
+        for server in config.rollout.servers
+        if not server.startswith(("http://", "https://"))
+    ]
+
+
+def require_pool(config: Stage) -> None:
+    """Raise UserError if the stage samples and no pool server is named."""
+    if isinstance(config, PpoStage | EvaluateStage) and not config.rollout.servers:
+        raise UserError(
+            f"rollout.servers is empty, and stage {config.stage} samples from an inference pool; start one "
+            "with `rto pool` and name it, or start the stage with launchers/local.sh, which does both"
+        )

@@ -1,0 +1,108 @@
+"""What is wrong with a configuration, in words: place, value found, what is allowed, the nearest name."""
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel
+from pydantic_core import ErrorDetails
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a key's value comes from: a line of the recipe or an override on the command line."""
+
+    recipe: Path
+    lines: Mapping[str, int]  # dotted key -> line of the recipe
+    overridden: frozenset[str]
+
+    def of(self, key: str) -> str:
+        """The place of `key`, or of its nearest parent that is written down."""
+        parts = key.split(".")
+        while parts:
+            dotted = ".".join(parts)
+            if dotted in self.overridden:
+                return "command line"
+            if dotted in self.lines:
+                return f"{self.recipe}:{self.lines[dotted]}"
+            parts.pop()
+        return str(self.recipe)
+
+
+def describe(error: ErrorDetails, stage: type[BaseModel], origin: Origin) -> str:
+    """One line for one pydantic error: place, dotted key, value found, what is allowed, nearest name."""
+    names = [part for part in error["loc"] if isinstance(part, str)]
+    key = ".".join(str(part) for part in error["loc"])
+    parent = _section(stage, names[:-1])
+    place = origin.of(key)
+    if error["type"] == "missing":
+        return f"{place}: {key}: is missing; {_allowed(parent, names[-1])}"
+    if error["type"] == "extra_forbidden":
+        siblings = list(parent.model_fields)
+        prefix = ".".join(names[:-1])
+        hint = suggestion(names[-1], siblings, prefix) or _elsewhere(names[-1], stage)
+        allowed = hint or f"; allowed here: {', '.join(siblings)}"
+        return f"{place}: {key}: found {_short(error['input'])}; there is no such key{allowed}"
+    rule = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    hint = suggestion(str(error["input"]), _choices(error)) if error["type"] == "literal_error" else ""
+    return f"{place}: {key}: found {_short(error['input'])}; {rule}{hint}"
+
+
+def suggestion(name: str, candidates: Iterable[str], prefix: str = "") -> str:
+    """`; did you mean X?` for the candidate nearest to `name`, or nothing."""
+    near = difflib.get_close_matches(name.lower(), list(candidates), n=1, cutoff=0.6)
+    return f"; did you mean {prefix + '.' if prefix else ''}{near[0]}?" if near else ""
+
+
+def all_keys(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Dotted keys of a nested mapping with the values of its leaves; a list yields its key once per entry."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from all_keys(value, f"{prefix}{name}.")
+        elif isinstance(value, list):
+            yield from ((f"{prefix}{name}", entry) for entry in value)
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _section(stage: type[BaseModel], names: list[str]) -> type[BaseModel]:
+    section = stage
+    for name in names:
+        field = section.model_fields.get(name)
+        if (
+            field is None
+            or not isinstance(field.annotation, type)
+            or not issubclass(field.annotation, BaseModel)
+        ):
+            break
+        section = field.annotation
+    return section
+
+
+def _allowed(section: type[BaseModel], name: str) -> str:
+    field = section.model_fields[name]
+    if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+        return f"a section with the keys {', '.join(field.annotation.model_fields)}"
+    return (
+        field.description
+        or f"give a value of type {field.annotation.__name__ if field.annotation else 'any'}"
+    )
+
+
+def _elsewhere(name: str, stage: type[BaseModel]) -> str:
+    for section_name, field in stage.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel) and name in kind.model_fields:
+            return f"; did you mean {section_name}.{name}?"
+    return ""
+
+
+def _choices(error: ErrorDetails) -> list[str]:
+    expected = str(error.get("ctx", {}).get("expected", ""))
+    return [choice.strip(" '") for choice in expected.replace(" or ", ",").split(",")]
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,217 @@
+"""The configuration of a run: a frozen pydantic tree that refuses unknown keys. Defaults: the paper (App. D).
+
+A recipe is a YAML file with these keys; `config.load` reads it, applies dotted overrides and reports all
+errors at once.
+Off is `null`, never a magic number; 0 means zero.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from rto_megatron.algorithms import dpo, ppo, reward_model, rto, sft
+
+
+class Section(BaseModel):
+    """A frozen part of the configuration that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class RunConfig(Section):
+    """Where the run lives and how long it lasts."""
+
+    dir: Path = Field(description="run folder: configuration, checkpoints, metrics and exports go here")
+    seed: int = 42
+    steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="optimizer steps (SFT, RM, DPO) or rollout steps (PPO, RTO); null: one epoch",
+    )
+    save_every: int | None = Field(
+        default=None, ge=1, description="steps between checkpoints; null: only at the end"
+    )
+    keep_checkpoints: int = Field(default=2, ge=1)
+    eval_every: int | None = Field(
+        default=None, ge=1, description="steps between evaluations on eval data; null: only at the end"
+    )
+    samples_every: int | None = Field(
+        default=None, ge=1, description="steps between tables of sample completions; null: none"
+    )
+
+
+class ParallelConfig(Section):
+    """Layout of every role; data parallel size is world / (tensor x pipeline)."""
+
+    tensor: int = Field(default=1, ge=1)
+    pipeline: int = Field(default=1, ge=1)
+    sequence: bool = Field(default=False, description="Megatron sequence parallelism over the tensor ranks")
+    distributed_optimizer: bool = Field(
+        default=False, description="shard optimizer state over data-parallel ranks"
+    )
+
+
+class PrecisionConfig(Section):
+    """bf16 keeps fp32 master weights and accumulates gradients in fp32; log-softmax is always fp32."""
+
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    recompute: bool = Field(
+        default=False, description="recompute activations of every layer in the backward pass"
+    )
+
+
+class ModelsConfig(Section):
+    """A Hugging Face folder, or a run folder or checkpoint of an earlier stage, per role."""
+
+    policy: Path
+    reference: Path | None = Field(default=None, description="null: the policy's starting point")
+    critic: Path | None = Field(default=None, description="null: starts from the reward model")
+    reward: Path | None = None
+    dpo: Path | None = None
+    dpo_reference: Path | None = Field(default=None, description="null: the reference")
+    random_init: bool = Field(
+        default=False,
+        description="SFT only: `policy` holds config.json and a tokenizer; weights come from run.seed",
+    )
+
+
+class DataConfig(Section):
+    """Local .jsonl, .jsonl.gz or .parquet files, or a hub data set as `owner/name:split`."""
+
+    train: str
+    eval: str | None = None
+    eval_samples: int | None = Field(default=None, ge=1, description="rows of `eval` to use; null: all")
+    max_prompt_tokens: int = Field(default=1024, ge=1)
+    max_length: int = Field(
+        default=2048, ge=2, description="prompt and answer of SFT, reward-model and DPO examples"
+    )
+    overlong: Literal["error", "drop", "truncate_left"] = Field(
+        default="drop", description="what happens to a prompt over the limit; drops are counted and logged"
+    )
+
+
+class BatchConfig(Section):
+    """Batch arithmetic; all counts are sequences (pairs for reward model and DPO)."""
+
+    train: int = Field(default=128, ge=1, description="global batch of one optimizer step")
+    micro: int = Field(default=1, ge=1, description="sequences or pairs per forward on one rank")
+    rollout: int = Field(default=1024, ge=1, description="prompts per rollout step, all ranks (PPO, RTO)")
+    packed: bool = Field(
+        default=True, description="pack a micro-batch without padding; false: right-padded rows"
+    )
+
+
+class OptimizerConfig(Section):
+    """Adam with linear warm-up and a cosine to a floor (rto.md 1.11)."""
+
+    kind: Literal["adam", "sgd"] = "adam"
+    lr: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float | None = Field(default=1.0, gt=0, description="null: no clipping")
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_fraction: float = Field(default=0.03, ge=0, lt=1)
+    min_lr_fraction: float = Field(default=0.1, ge=0, le=1)
+
+
+class SamplingConfig(Section):
+    """Training rollouts are drawn at temperature 1, top-p 1: anything else would bias the ratio of PPO."""
+
+    max_response_tokens: int = Field(default=1024, ge=1)
+    min_response_tokens: int = Field(
+        default=1, ge=0, description="end-of-sequence is forbidden before this many tokens"
+    )
+
+
+class RolloutConfig(Section):
+    """How the trainer reaches the inference pool."""
+
+    servers: tuple[str, ...] = Field(
+        default=(), description="addresses of the pool's servers; the launcher fills them in"
+    )
+    token_file: Path | None = Field(
+        default=None, description="file with the pool's bearer token; the launcher fills it in"
+    )
+    request_timeout_s: float = Field(default=600, gt=0)
+    sync_timeout_s: float = Field(default=300, gt=0, description="limit of each phase of a weight push")
+    bucket_mb: int = Field(default=256, ge=1, description="size of a weight-transfer bucket")
+    logprob_tolerance: float = Field(
+        default=0.5, gt=0, description="nats; largest canary difference between pool and trainer after a push"
+    )
+
+
+class EvaluateConfig(Section):
+    """`rto evaluate`: sample held-out prompts, score them and measure the distance to the reference."""
+
+    name: str = Field(description="row of the final table")
+    true_reward: Path | None = Field(
+        default=None, description="the synthetic task's table, to measure the true return"
+    )
+    num_samples: int = Field(default=1, ge=1, description="responses per prompt")
+
+
+class StageConfig(Section):
+    """What every stage has."""
+
+    run: RunConfig
+    parallel: ParallelConfig = ParallelConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    models: ModelsConfig
+    data: DataConfig
+
+
+class SftStage(StageConfig):
+    stage: Literal["sft"]
+    batch: BatchConfig = BatchConfig()
+    optimizer: OptimizerConfig
+    algorithm: sft.Config = sft.Config()
+
+
+class RewardModelStage(StageConfig):
+    stage: Literal["reward_model"]
+    batch: BatchConfig = BatchConfig()
+    optimizer: OptimizerConfig
+    algorithm: reward_model.Config = reward_model.Config()
+
+
+class DpoStage(StageConfig):
+    stage: Literal["dpo"]
+    batch: BatchConfig = BatchConfig(train=256)
+    optimizer: OptimizerConfig
+    algorithm: dpo.Config = dpo.Config()
+
+
+class PpoStage(StageConfig):
+    stage: Literal["ppo"]
+    batch: BatchConfig = BatchConfig()
+    optimizer: OptimizerConfig
+    critic_optimizer: OptimizerConfig
+    sampling: SamplingConfig = SamplingConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    algorithm: ppo.Config = ppo.Config()
+
+
+class RtoStage(PpoStage):
+    stage: Literal["rto"]  # type: ignore[assignment]
+    algorithm: rto.Config = rto.Config()  # type: ignore[assignment]
+
+
+class EvaluateStage(StageConfig):
+    stage: Literal["evaluate"]
+    batch: BatchConfig = BatchConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    evaluate: EvaluateConfig
+
+
+Stage = SftStage | RewardModelStage | DpoStage | PpoStage | RtoStage | EvaluateStage
+STAGES: dict[str, type[Stage]] = {
+    "sft": SftStage,
+    "reward_model": RewardModelStage,
+    "dpo": DpoStage,
+    "ppo": PpoStage,
+    "rto": RtoStage,
+    "evaluate": EvaluateStage,
+}

@@ -1,0 +1,271 @@
+"""From lists of sequences to micro-batches, and between the [B, R] response grid and flat positions [T].
+
+Legend
+    B  responses of this rank            R  response positions         T  token positions of one micro-batch
+    S  sequences of one micro-batch      P  pairs of one micro-batch   N  response tokens of one micro-batch
+    G  pairs of this rank's share of the global batch
+
+A field of a response token sits at the position that predicts it: a sequence that starts at position o with
+prompt length p and response length n owns positions o + p - 1 .. o + p + n - 2. The gradient of a step does not
+depend on how sequences are split into micro-batches, because every denominator is a global total passed in.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, batched, chain
+
+import torch
+from torch import Tensor
+
+from rto_megatron.types import (
+    Demonstration,
+    Experience,
+    Minibatch,
+    PairMicrobatch,
+    PreferencePair,
+    Rollout,
+    SupervisedMicrobatch,
+    TokenBatch,
+)
+
+PADDING_ID = 0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How sequences become micro-batches on one rank."""
+
+    micro: int  # sequences, or pairs, per micro-batch; the last micro-batch may hold fewer
+    packed: bool  # one packed row; otherwise right-padded rows
+    multiple_of: (
+        int  # row lengths are a multiple of this; sequence parallelism needs the tensor-parallel size
+    )
+    device: torch.device
+
+
+def token_batch(
+    sequences: Sequence[tuple[Sequence[int], int]], packed: bool, multiple_of: int, device: torch.device
+) -> TokenBatch:
+    """Lay out sequences as one micro-batch.
+
+    Args:
+        sequences: (token ids, prompt length in tokens) of each sequence; 1 <= prompt length <= number of ids.
+        packed: one row without padding between sequences, else one right-padded row per sequence.
+        multiple_of: row lengths are rounded up to it; when packed, by one trailing padding segment.
+        device: where the tensors go.
+    """
+    assert sequences, "a micro-batch needs at least one sequence"
+    assert all(1 <= prompt_len <= len(ids) for ids, prompt_len in sequences), "a sequence needs a prompt"
+    lengths = [len(ids) for ids, _ in sequences]
+    if packed:
+        cu_seqlens = [0, *accumulate(lengths)]
+        num_rows, num_padding = 1, -cu_seqlens[-1] % multiple_of
+        flat = [*chain.from_iterable(ids for ids, _ in sequences), *([PADDING_ID] * num_padding)]
+        if num_padding:
+            cu_seqlens.append(len(flat))
+    else:
+        num_rows = len(sequences)
+        width = max(lengths) + -max(lengths) % multiple_of
+        cu_seqlens = [row * width for row in range(num_rows + 1)]
+        flat = [token for ids, _ in sequences for token in (*ids, *([PADDING_ID] * (width - len(ids))))]
+    last_positions = [start + length - 1 for start, length in zip(cu_seqlens, lengths, strict=False)]
+    tokens_T = torch.tensor(flat, dtype=torch.int64)
+    targets_T = tokens_T.roll(-1)
+    targets_T[[*last_positions, *(end - 1 for end in cu_seqlens[1:])]] = 0
+    return TokenBatch(
+        tokens_T.to(device), targets_T.to(device), tuple(cu_seqlens), num_rows, tuple(last_positions)
+    )
+
+
+def _grid_index(
+    batch: TokenBatch, prompt_lens: Sequence[int], response_lens: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, column and position of every response token, each int64 [N]."""
+    device = batch.tokens_T.device
+    assert len(prompt_lens) == len(response_lens) == len(batch.last_positions)
+    count_S = torch.tensor(response_lens, dtype=torch.int64, device=device)
+    start_S = torch.tensor(
+        [o + p - 1 for o, p in zip(batch.cu_seqlens, prompt_lens, strict=False)],
+        dtype=torch.int64,
+        device=device,
+    )
+    row_N = torch.repeat_interleave(torch.arange(len(count_S), device=device), count_S)
+    column_N = torch.arange(len(row_N), device=device) - (count_S.cumsum(0) - count_S)[row_N]
+    return row_N, column_N, start_S[row_N] + column_N
+
+
+def scatter_to_positions(
+    grid_BR: Tensor, batch: TokenBatch, prompt_lens: Sequence[int], response_lens: Sequence[int]
+) -> Tensor:
+    """Put values of response tokens at the positions that predict them; zero elsewhere.
+
+    Args:
+        grid_BR: [S, R], row s belongs to sequence s of `batch`; columns past response_lens[s] are ignored.
+        prompt_lens, response_lens: tokens, one entry per real sequence of `batch`.
+
+    Returns:
+        [T], dtype of the grid, on the device of `batch`.
+    """
+    row_N, column_N, position_N = _grid_index(batch, prompt_lens, response_lens)
+    grid_BR = grid_BR.to(batch.tokens_T.device)
+    values_T = grid_BR.new_zeros(batch.tokens_T.shape)
+    values_T[position_N] = grid_BR[row_N, column_N]
+    return values_T
+
+
+def gather_to_grid(
+    values_T: Tensor,
+    batch: TokenBatch,
+    prompt_lens: Sequence[int],
+    response_lens: Sequence[int],
+    num_columns: int,
+) -> Tensor:
+    """Inverse of `scatter_to_positions`: [S, num_columns], zero past each response's end; gradients flow."""
+    row_N, column_N, position_N = _grid_index(batch, prompt_lens, response_lens)
+    grid_SR = values_T.new_zeros(len(response_lens), num_columns)
+    return grid_SR.index_put((row_N, column_N), values_T[position_N])
+
+
+def _response_mask(sequences: Sequence[tuple[Sequence[int], int]], batch: TokenBatch) -> Tensor:
+    prompt_lens = [prompt_len for _, prompt_len in sequences]
+    response_lens = [len(ids) - prompt_len for ids, prompt_len in sequences]
+    position_N = _grid_index(batch, prompt_lens, response_lens)[2]
+    mask_T = torch.zeros(batch.tokens_T.shape, dtype=torch.float32, device=batch.tokens_T.device)
+    mask_T[position_N] = 1.0
+    return mask_T
+
+
+def supervised_microbatches(
+    demonstrations: Sequence[Demonstration], num_target_tokens: int, layout: Layout
+) -> list[SupervisedMicrobatch]:
+    """Micro-batches of a supervised step.
+
+    Args:
+        demonstrations: this rank's share of the global batch.
+        num_target_tokens: response tokens of the global batch, all ranks.
+        layout: micro-batch size and packing.
+    """
+    microbatches = []
+    for group in batched(demonstrations, layout.micro):
+        sequences = [(demo.prompt_ids + demo.response_ids, len(demo.prompt_ids)) for demo in group]
+        batch = token_batch(sequences, layout.packed, layout.multiple_of, layout.device)
+        weight_T = _response_mask(sequences, batch) / num_target_tokens
+        microbatches.append(SupervisedMicrobatch(batch, weight_T))
+    return microbatches
+
+
+def pair_microbatches(
+    pairs: Sequence[PreferencePair], logp_ref_G2: Tensor, num_pairs: int, layout: Layout
+) -> list[PairMicrobatch]:
+    """Micro-batches of a preference step; both answers of a pair stay in one micro-batch.
+
+    Args:
+        pairs: this rank's share of the global batch, G pairs.
+        logp_ref_G2: [G, 2], float32, nats: summed reference log-probs of the chosen and of the rejected
+            answer; zeros for a method without a reference.
+        num_pairs: pairs of the global batch, all ranks.
+        layout: micro-batch size in pairs, and packing.
+    """
+    assert logp_ref_G2.shape == (len(pairs), 2)
+    microbatches = []
+    for first, group in zip(range(0, len(pairs), layout.micro), batched(pairs, layout.micro), strict=True):
+        answers = [*(pair.chosen_ids for pair in group), *(pair.rejected_ids for pair in group)]
+        prompts = [pair.prompt_ids for pair in (*group, *group)]
+        sequences = [(p + a, len(p)) for p, a in zip(prompts, answers, strict=True)]
+        batch = token_batch(sequences, layout.packed, layout.multiple_of, layout.device)
+        margin_P = torch.tensor([pair.margin for pair in group], dtype=torch.float32, device=layout.device)
+        microbatches.append(
+            PairMicrobatch(
+                batch=batch,
+                mask_T=_response_mask(sequences, batch),
+                weight_P=torch.full_like(margin_P, 1.0 / num_pairs),
+                margin_P=margin_P,
+                logp_ref_S=logp_ref_G2[first : first + len(group)].T.reshape(-1).to(layout.device),
+            )
+        )
+    return microbatches
+
+
+def sum_per_sequence(values_T: Tensor, batch: TokenBatch) -> Tensor:
+    """Sum over the positions of each real sequence, [S]; padding segments are left out."""
+    spans = zip(batch.cu_seqlens, batch.last_positions, strict=False)
+    return torch.stack([values_T[start : last + 1].sum() for start, last in spans])
+
+
+def rollout_batches(rollouts: Sequence[Rollout], layout: Layout) -> list[TokenBatch]:
+    """Token batches of prompts with their responses, in order, for the forwards that score rollouts."""
+    return [
+        token_batch(
+            [(r.prompt_ids + r.response_ids, len(r.prompt_ids)) for r in group],
+            layout.packed,
+            layout.multiple_of,
+            layout.device,
+        )
+        for group in batched(rollouts, layout.micro)
+    ]
+
+
+def rollout_grid(
+    values: Sequence[Tensor], batches: Sequence[TokenBatch], rollouts: Sequence[Rollout]
+) -> Tensor:
+    """Collect per-position outputs of `rollout_batches` into one grid.
+
+    Args:
+        values: one [T] tensor per batch.
+        batches: what `rollout_batches(rollouts, ...)` gave.
+        rollouts: all B rollouts of this rank.
+
+    Returns:
+        [B, R], R the longest response of `rollouts`, zero past each response's end.
+    """
+    num_columns = max(len(rollout.response_ids) for rollout in rollouts)
+    rows = []
+    first = 0
+    for values_T, batch in zip(values, batches, strict=True):
+        group = rollouts[first : first + len(batch.last_positions)]
+        prompt_lens = [len(rollout.prompt_ids) for rollout in group]
+        response_lens = [len(rollout.response_ids) for rollout in group]
+        rows.append(gather_to_grid(values_T, batch, prompt_lens, response_lens, num_columns))
+        first += len(group)
+    assert first == len(rollouts)
+    return torch.cat(rows)
+
+
+def response_mask(rollouts: Sequence[Rollout], device: torch.device) -> Tensor:
+    """1 on response tokens, 0 past each response's end: [B, R], float32."""
+    length_B = torch.tensor([len(rollout.response_ids) for rollout in rollouts], device=device)
+    return (torch.arange(int(length_B.max()), device=device) < length_B[:, None]).float()
+
+
+def minibatches(
+    experience: Experience, weights_BR: Tensor, rows: Sequence[int], layout: Layout
+) -> list[Minibatch]:
+    """Micro-batches of one optimizer step of a PPO update.
+
+    Args:
+        experience: all B rollouts of this rank.
+        weights_BR: [B, R]; summed over `rows`, over all ranks, they give 1.
+        rows: which rollouts this step uses, in order; indices into B.
+        layout: micro-batch size and packing.
+    """
+    steps = []
+    for group in batched(rows, layout.micro):
+        rollouts = [experience.rollouts[row] for row in group]
+        (batch,) = rollout_batches(
+            rollouts, Layout(len(group), layout.packed, layout.multiple_of, layout.device)
+        )
+        prompt_lens = [len(rollout.prompt_ids) for rollout in rollouts]
+        response_lens = [len(rollout.response_ids) for rollout in rollouts]
+        fields_BR = (
+            weights_BR,
+            experience.logp_old_BR,
+            experience.advantages_BR,
+            experience.values_BR,
+            experience.returns_BR,
+        )
+        positioned = (
+            scatter_to_positions(field_BR[list(group)], batch, prompt_lens, response_lens)
+            for field_BR in fields_BR
+        )
+        steps.append(Minibatch(batch, *positioned))
+    return steps

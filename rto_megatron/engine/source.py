@@ -1,0 +1,67 @@
+"""Where a role's weights come from: a Hugging Face folder, a checkpoint of an earlier stage, or a seeded random draw."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rto_megatron.engine.megatron import ValueScale
+from rto_megatron.errors import UserError
+from rto_megatron.models.shape import ModelShape, read_shape
+
+CHECKPOINTS = "checkpoints"
+WEIGHTS = "weights"  # <checkpoint>/<role>/weights: torch_dist
+HF_FILES = "hf"  # <checkpoint>/<role>/hf: config.json and tokenizer, so that a checkpoint stands on its own
+LANGUAGE_ROLES = ("policy",)
+SCALAR_ROLES = ("reward", "critic")
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """A place to load one model from."""
+
+    kind: Literal["hugging_face", "checkpoint", "random"]
+    path: Path  # the Hugging Face folder, or <checkpoint>/<role>
+    hf_folder: Path  # config.json and the tokenizer
+
+    def shape(self) -> ModelShape:
+        """Sizes, from config.json."""
+        return read_shape(self.hf_folder)
+
+    def scale(self) -> ValueScale:
+        """Mean and std of the reward model's scores; 0 and 1 where config.json has none (rto.md 1.5)."""
+        config = json.loads((self.hf_folder / "config.json").read_text())
+        return ValueScale(float(config.get("mean", 0.0)), float(config.get("std", 1.0)))
+
+
+def find_source(path: Path, has_scalar_head: bool, is_random: bool, key: str) -> WeightSource:
+    """Tells what `path` is.
+
+    Args:
+        path: a Hugging Face folder, a run folder (its last checkpoint counts), or one checkpoint.
+        has_scalar_head: look for a reward model or critic, else for a language model.
+        is_random: take only config.json and tokenizer from a Hugging Face folder.
+        key: the configuration key, for errors.
+
+    Raises:
+        UserError: nothing usable there; says what was found.
+    """
+    if not path.is_dir():
+        raise UserError(f"{key}: {path} does not exist; run the stage that makes it first, or give a Hugging Face folder")
+    if (path / "config.json").is_file():
+        return WeightSource("random" if is_random else "hugging_face", path, path)
+    checkpoint = latest_checkpoint(path) if (path / CHECKPOINTS).is_dir() else path
+    roles = SCALAR_ROLES if has_scalar_head else LANGUAGE_ROLES
+    for role in roles:
+        if checkpoint is not None and (checkpoint / role / WEIGHTS).is_dir():
+            return WeightSource("checkpoint", checkpoint / role, checkpoint / role / HF_FILES)
+    found = sorted(p.name for p in (checkpoint or path).iterdir())[:8]
+    raise UserError(
+        f"{key}: {checkpoint or path} holds neither config.json nor a finished checkpoint of {' or '.join(roles)}; found {found}"
+    )
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest finished checkpoint of a run; unfinished ones are never under a final name."""
+    folders = sorted((run_dir / CHECKPOINTS).glob("step_*"))
+    return folders[-1] if folders else None

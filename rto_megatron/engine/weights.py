@@ -1,0 +1,122 @@
+"""Moves weights between Hugging Face tensors and this rank's part of a Megatron model, through the family's map."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from safetensors import safe_open
+from torch import Tensor
+
+from rto_megatron.errors import UserError
+from rto_megatron.models.family import FAMILIES
+from rto_megatron.models.shape import ModelShape
+from rto_megatron.models.weight_map import MappedParameter
+from rto_megatron.parallel.topology import Topology
+
+TensorReader = Callable[[str, tuple[int, ...]], Tensor]  # (Hugging Face name, expected shape) -> tensor
+
+
+def parameter_map(shape: ModelShape, has_scalar_head: bool) -> tuple[MappedParameter, ...]:
+    """The whole model's parameters, in the order of the forward pass."""
+    return FAMILIES[shape.family].weight_map(shape, has_scalar_head)
+
+
+def stage_of(parameter: MappedParameter, shape: ModelShape, pipeline_size: int) -> int:
+    """The pipeline stage that owns a parameter."""
+    if parameter.layer is not None:
+        return parameter.layer // (shape.num_layers // pipeline_size)
+    return pipeline_size - 1 if parameter.is_output_side else 0
+
+
+def local_parameters(model: GPTModel) -> dict[str, torch.nn.Parameter]:
+    """Parameters of this rank by the name they have in the whole model (layers numbered from the first stage)."""
+    first_layer = model.decoder.layers[0].layer_number - 1
+    named = {}
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        if parts[:2] == ["decoder", "layers"]:
+            parts[2] = str(int(parts[2]) + first_layer)
+        named[".".join(parts)] = parameter
+    return named
+
+
+@torch.no_grad()
+def load_hf_tensors(
+    model: GPTModel, shape: ModelShape, has_scalar_head: bool, topology: Topology, read: TensorReader
+) -> None:
+    """Fills every parameter of this rank from Hugging Face tensors; asserts that none is left out."""
+    local = local_parameters(model)
+    for mapped in parameter_map(shape, has_scalar_head):
+        parameter = local.pop(mapped.megatron, None)
+        if parameter is None:
+            continue  # another stage's, or an output projection that is tied to the embedding of this rank
+        tensors = [read(name, size) for name, size in zip(mapped.hf, mapped.hf_shapes, strict=True)]
+        parameter.copy_(mapped.layout.shard(tensors, topology.tensor_rank, topology.tensor_size))
+    assert not local, f"parameters that the weight map does not know: {sorted(local)}"
+
+
+@torch.no_grad()
+def stage_hf_tensors(
+    model: GPTModel, shape: ModelShape, has_scalar_head: bool, topology: Topology
+) -> Iterator[tuple[str, Tensor]]:
+    """The Hugging Face tensors that this pipeline stage owns, whole, in map order; all its tensor ranks must iterate."""
+    local = local_parameters(model)
+    for mapped in parameter_map(shape, has_scalar_head):
+        if mapped.is_copy or stage_of(mapped, shape, topology.pipeline_size) != topology.pipeline_rank:
+            continue
+        shards = topology.gather_tensor_shards(local[mapped.megatron].detach())
+        yield from zip(mapped.hf, mapped.layout.merge(shards), strict=True)
+
+
+def safetensors_reader(folder: Path, scalar_head_seed: int | None = None) -> TensorReader:
+    """Reads single tensors of a Hugging Face folder.
+
+    Args:
+        folder: holds model.safetensors or model.safetensors.index.json.
+        scalar_head_seed: draw a fresh scalar head where the folder has none; null: a missing head is an error.
+
+    Raises:
+        UserError: no safetensors, a missing tensor or a wrong shape.
+    """
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    elif single.is_file():
+        with safe_open(single, "pt") as opened:
+            files = dict.fromkeys(opened.keys(), single.name)
+    else:
+        raise UserError(f"{folder} has neither {single.name} nor {index.name}; expected a Hugging Face folder with safetensors")
+    draw = None if scalar_head_seed is None else random_reader(scalar_head_seed, init_std=0.0)
+
+    def read(name: str, size: tuple[int, ...]) -> Tensor:
+        if name not in files:
+            if name == "score.weight" and draw is not None:
+                return draw(name, size)
+            raise UserError(f"{folder} has no tensor {name}; found {len(files)} tensors, e.g. {sorted(files)[:3]}")
+        with safe_open(folder / Path(files[name]).name, "pt") as opened:
+            tensor = opened.get_tensor(name)
+        if tuple(tensor.shape) != size:
+            raise UserError(f"{folder}: {name} has shape {tuple(tensor.shape)}, config.json says {size}")
+        return tensor
+
+    return read
+
+
+def random_reader(seed: int, init_std: float) -> TensorReader:
+    """Draws each tensor from a generator of its own, so that the draw does not depend on the parallel layout.
+
+    Norm weights are 1; a scalar head has standard deviation 1 / (hidden size + 1), as OpenRLHF's reward models start.
+    """
+
+    def read(name: str, size: tuple[int, ...]) -> Tensor:
+        if name.endswith("norm.weight"):
+            return torch.ones(size)
+        std = 1.0 / (size[-1] + 1) if name == "score.weight" else init_std
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        return torch.randn(size, generator=generator) * std
+
+    return read

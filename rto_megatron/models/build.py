@@ -1,0 +1,106 @@
+"""Builds Megatron's GPTModel from a shape: the one place that knows its constructor, its spec and its chatter."""
+
+import logging
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch import Tensor
+
+from rto_megatron.models.attention import PackedCoreAttention
+from rto_megatron.models.heads import ScalarHead
+from rto_megatron.models.norm import RMSNorm
+from rto_megatron.models.shape import ModelShape
+from rto_megatron.models.weight_map import padded_vocab
+from rto_megatron.parallel.topology import Topology
+from rto_megatron.types import TokenBatch
+
+
+def transformer_config(shape: ModelShape, topology: Topology, dtype: torch.dtype, recompute: bool) -> TransformerConfig:
+    """Megatron's configuration of a pre-norm, gated-SiLU, bias-free decoder; fusions that need CUDA kernels are off."""
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_kv_heads,
+        kv_channels=shape.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_eps,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=topology.tensor_size,
+        pipeline_model_parallel_size=topology.pipeline_size,
+        sequence_parallel=topology.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        perform_initialization=False,  # every parameter is loaded through the weight map
+        use_cpu_initialization=not topology.device.is_cuda,
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # the default one refuses variable lengths, even without experts
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+        cross_entropy_loss_fusion=False,
+        recompute_granularity="full" if recompute else None,
+        recompute_method="uniform" if recompute else None,
+        recompute_num_layers=1 if recompute else None,
+    )
+
+
+def _block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+    layer: ModuleSpec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.self_attention.submodules.core_attention = PackedCoreAttention
+    # The fused-norm key names of TransformerEngine would hide which parameter a checkpoint entry is.
+    layer.submodules.sharded_state_dict_keys_map = {}
+    layers = config.num_layers // config.pipeline_model_parallel_size
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
+
+
+def build_model(shape: ModelShape, config: TransformerConfig, topology: Topology, has_scalar_head: bool) -> GPTModel:
+    """This rank's part of the model, parameters uninitialised; load them before use."""
+    logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)  # GPTModel's notice of 0.19
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=_block_spec(config),
+        vocab_size=padded_vocab(shape.vocab_size, topology.tensor_size),
+        max_sequence_length=shape.max_positions,
+        pre_process=topology.is_first_stage,
+        post_process=topology.is_last_stage,
+        parallel_output=True,
+        share_embeddings_and_output_weights=shape.is_tied and not has_scalar_head,
+        position_embedding_type="rope",
+        rotary_base=int(shape.rope_theta),
+        rope_scaling=shape.rope_scaling_factor is not None,
+        rope_scaling_factor=shape.rope_scaling_factor or 8.0,
+    )
+    if has_scalar_head and topology.is_last_stage:
+        model.output_layer = ScalarHead(config)
+    return model.to(topology.device.torch_device)
+
+
+def forward(model: torch.nn.Module, batch: TokenBatch) -> Tensor:
+    """Logits [b, s, v / tp] or scalar head values [b, s, 1]; hidden states between pipeline stages."""
+    rows = batch.tokens_T.view(batch.num_rows, -1)
+    positions = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
+    packed = None
+    if batch.num_rows == 1 and len(batch.cu_seqlens) > 2:
+        offsets = torch.tensor(batch.cu_seqlens, dtype=torch.int32, device=rows.device)
+        longest = int(offsets.diff().max())
+        packed = PackedSeqParams(
+            qkv_format="thd", cu_seqlens_q=offsets, cu_seqlens_kv=offsets, max_seqlen_q=longest, max_seqlen_kv=longest
+        )
+    return model(rows, positions, None, packed_seq_params=packed)

@@ -1,0 +1,99 @@
+"""The sizes of a model, read from a Hugging Face config.json."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from rto_megatron.errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Everything that decides parameter shapes and the forward pass."""
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling_factor: float | None  # Llama-3.1 scaling; null: none
+    is_tied: bool  # the output projection is the embedding
+    init_std: float
+
+
+# What megatron-core's RotaryEmbedding hard-codes for Llama-3.1 scaling.
+_MEGATRON_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_FAMILY_OF_MODEL_TYPE = {"llama": "llama"}
+
+
+def _rope_scaling(rope: dict[str, object], path: Path) -> float | None:
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return None
+    found = {key: rope.get(key) for key in _MEGATRON_ROPE}
+    if kind != "llama3" or found != _MEGATRON_ROPE:
+        raise UserError(
+            f"{path}: rope scaling {rope} cannot be expressed in megatron-core, which knows type llama3 with {_MEGATRON_ROPE}"
+        )
+    return float(str(rope["factor"]))
+
+
+def read_shape(folder: Path) -> ModelShape:
+    """Reads `folder`/config.json.
+
+    Raises:
+        UserError: no config.json, an unsupported model type, or a feature that the Megatron model cannot express.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} has no config.json; expected a Hugging Face model folder or a checkpoint of an earlier stage")
+    config = json.loads(path.read_text())
+    family = _FAMILY_OF_MODEL_TYPE.get(config.get("model_type"))
+    if family is None:
+        raise UserError(
+            f"{path}: model_type is {config.get('model_type')!r}; supported are {sorted(_FAMILY_OF_MODEL_TYPE)}"
+        )
+    unsupported = [key for key in ("attention_bias", "mlp_bias") if config.get(key)]
+    if unsupported or config.get("hidden_act", "silu") != "silu":
+        raise UserError(f"{path}: {unsupported or ['hidden_act']} is set; the llama family here has no biases and a silu gate")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    heads = config["num_attention_heads"]
+    return ModelShape(
+        family=family,
+        num_layers=config["num_hidden_layers"],
+        hidden_size=config["hidden_size"],
+        ffn_hidden_size=config["intermediate_size"],
+        num_heads=heads,
+        num_kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        vocab_size=config["vocab_size"],
+        max_positions=config["max_position_embeddings"],
+        norm_eps=config["rms_norm_eps"],
+        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+        rope_scaling_factor=_rope_scaling(rope, path),
+        is_tied=bool(config.get("tie_word_embeddings", False)),
+        init_std=float(config.get("initializer_range", 0.02)),
+    )
+
+
+def check_layout(shape: ModelShape, tensor: int, pipeline: int, where: str) -> list[str]:
+    """Why this model cannot be cut in `tensor` x `pipeline` pieces, one sentence each; empty when it can."""
+    problems = []
+    for count, name in ((shape.num_heads, "num_attention_heads"), (shape.num_kv_heads, "num_key_value_heads"),
+                        (shape.ffn_hidden_size, "intermediate_size")):
+        if count % tensor:
+            allowed = [t for t in (1, 2, 4, 8, 16, 32) if count % t == 0]
+            problems.append(f"{where}: parallel.tensor={tensor} does not divide {name}={count}; it can be one of {allowed}")
+    if shape.num_layers % pipeline:
+        allowed = [p for p in range(1, shape.num_layers + 1) if shape.num_layers % p == 0]
+        problems.append(
+            f"{where}: parallel.pipeline={pipeline} does not divide num_hidden_layers={shape.num_layers}; "
+            f"it can be one of {allowed}"
+        )
+    return problems

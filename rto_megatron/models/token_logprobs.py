@@ -1,0 +1,27 @@
+"""Log-probabilities of given tokens from logits that are split over the vocabulary."""
+
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from torch import Tensor
+
+
+def token_logprobs(logits: Tensor, targets: Tensor, vocab_size: int, tensor_rank: int) -> Tensor:
+    """log softmax(logits)[targets] in float32, without gathering the vocabulary.
+
+    Args:
+        logits: [b, s, v], this tensor rank's columns of the padded vocabulary.
+        targets: [b, s] int64.
+        vocab_size: columns from here on are padding and get no probability.
+        tensor_rank: this rank's place among the shards.
+
+    Returns:
+        [b, s] float32, nats, equal on all tensor ranks.
+    """
+    first = tensor_rank * logits.shape[-1]
+    padding = max(0, min(logits.shape[-1], first + logits.shape[-1] - vocab_size))
+    logits = logits.float()
+    if padding:
+        kept = logits[..., : logits.shape[-1] - padding]
+        logits = kept.new_full(logits.shape, float("-inf"))
+        logits[..., : kept.shape[-1]] = kept
+    # Megatron's kernel works on [s, b, v] and subtracts the maximum in place.
+    return -vocab_parallel_cross_entropy(logits.transpose(0, 1).contiguous(), targets.t().contiguous()).t()

@@ -1,0 +1,114 @@
+"""How tensors of a Hugging Face checkpoint make up Megatron parameters: invertible layouts, one map per family.
+
+The same map is played forward for import and backward for export and for weight sync, so the two cannot drift apart.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rto_megatron.models.shape import ModelShape
+
+
+class Layout(Protocol):
+    """An invertible way from Hugging Face tensors to the shard of one tensor rank."""
+
+    def shard(self, tensors: Sequence[Tensor], rank: int, size: int) -> Tensor:
+        """The part of tensor rank `rank` of `size`."""
+
+    def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The Hugging Face tensors, from the shards of all tensor ranks."""
+
+
+@dataclass(frozen=True)
+class Replicated:
+    """Every rank holds the whole tensor."""
+
+    def shard(self, tensors: Sequence[Tensor], rank: int, size: int) -> Tensor:
+        return tensors[0]
+
+    def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return (shards[0],)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Cut along one dimension (0: column-parallel, 1: row-parallel)."""
+
+    dim: int
+
+    def shard(self, tensors: Sequence[Tensor], rank: int, size: int) -> Tensor:
+        return tensors[0].chunk(size, self.dim)[rank]
+
+    def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return (torch.cat(list(shards), self.dim),)
+
+
+@dataclass(frozen=True)
+class VocabRows:
+    """Rows of the vocabulary, padded with zeros to a multiple of the tensor size and cut back on the way out."""
+
+    vocab_size: int
+
+    def shard(self, tensors: Sequence[Tensor], rank: int, size: int) -> Tensor:
+        rows = padded_vocab(self.vocab_size, size) // size
+        own = tensors[0][rank * rows : (rank + 1) * rows]
+        return torch.cat([own, own.new_zeros(rows - own.shape[0], *own.shape[1:])]) if own.shape[0] < rows else own
+
+    def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return (torch.cat(list(shards))[: self.vocab_size],)
+
+
+@dataclass(frozen=True)
+class QkvRows:
+    """q, k, v -> rows interleaved by key-value group: [q of the group's heads | k | v] for each group."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    def shard(self, tensors: Sequence[Tensor], rank: int, size: int) -> Tensor:
+        groups = [t.unflatten(0, (self.num_kv_heads, -1)) for t in tensors]
+        return torch.cat(groups, 1).chunk(size)[rank].flatten(0, 1)
+
+    def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        q_rows = self.num_heads // self.num_kv_heads * self.head_dim
+        grouped = torch.cat(list(shards)).unflatten(0, (self.num_kv_heads, -1))
+        pieces = grouped.split([q_rows, self.head_dim, self.head_dim], 1)
+        return tuple(piece.flatten(0, 1) for piece in pieces)
+
+
+@dataclass(frozen=True)
+class GateUpRows:
+    """gate, up -> each rank holds [its rows of gate | its rows of up]."""
+
+    def shard(self, tensors: Sequence[Tensor], rank: int, size: int) -> Tensor:
+        return torch.cat([t.chunk(size)[rank] for t in tensors])
+
+    def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        halves = [shard.chunk(2) for shard in shards]
+        return torch.cat([h[0] for h in halves]), torch.cat([h[1] for h in halves])
+
+
+@dataclass(frozen=True)
+class MappedParameter:
+    """One Megatron parameter (layers numbered over the whole model) and the Hugging Face tensors that it holds."""
+
+    megatron: str
+    hf: tuple[str, ...]
+    hf_shapes: tuple[tuple[int, ...], ...]
+    layout: Layout
+    layer: int | None  # None: embedding or output side
+    is_output_side: bool = False  # lives on the last pipeline stage
+    is_copy: bool = False  # a tied copy on the last stage: loaded, never exported
+
+
+def padded_vocab(vocab_size: int, tensor_size: int) -> int:
+    """Smallest multiple of the tensor size that holds the vocabulary; more padding would only move memory."""
+    return -(-vocab_size // tensor_size) * tensor_size
+
+
+WeightMap = Callable[[ModelShape, bool], tuple[MappedParameter, ...]]  # (shape, has_scalar_head) -> parameters

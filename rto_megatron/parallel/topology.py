@@ -1,0 +1,151 @@
+"""Who this rank is: the only place that knows Megatron's parallel state. Everything else takes sizes, groups or functions."""
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch import Tensor
+
+from rto_megatron.errors import UserError
+from rto_megatron.parallel import collectives
+from rto_megatron.platform.device import Device
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The TP x PP x DP layout, shared by all roles, and this rank's place in it.
+
+    A replica is the tensor x pipeline ranks that hold one copy of the models; `data_rank` numbers the replicas.
+    """
+
+    device: Device
+    rank: int
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    data_rank: int
+    data_size: int
+    sequence_parallel: bool
+
+    @classmethod
+    def init(cls, device: Device, tensor: int, pipeline: int, sequence: bool, seed: int) -> "Topology":
+        """Joins the process group that the launcher announced in the environment.
+
+        Raises:
+            UserError: the number of ranks is no multiple of tensor x pipeline.
+        """
+        if not dist.is_initialized():
+            dist.init_process_group(device.backend, timeout=timedelta(minutes=30))
+        world = dist.get_world_size()
+        if world % (tensor * pipeline):
+            raise UserError(
+                f"{world} ranks were started, but parallel.tensor x parallel.pipeline = {tensor} x {pipeline} = "
+                f"{tensor * pipeline}; start a multiple of {tensor * pipeline} ranks"
+            )
+        if mpu.model_parallel_is_initialized():
+            mpu.destroy_model_parallel()
+        mpu.initialize_model_parallel(tensor, pipeline)
+        model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+        return cls(
+            device=device,
+            rank=dist.get_rank(),
+            tensor_rank=mpu.get_tensor_model_parallel_rank(),
+            tensor_size=tensor,
+            pipeline_rank=mpu.get_pipeline_model_parallel_rank(),
+            pipeline_size=pipeline,
+            data_rank=mpu.get_data_parallel_rank(),
+            data_size=mpu.get_data_parallel_world_size(),
+            sequence_parallel=sequence and tensor > 1,
+        )
+
+    @property
+    def is_lead(self) -> bool:
+        """True on the one rank that writes logs and talks to the user."""
+        return self.rank == 0
+
+    @property
+    def is_replica_lead(self) -> bool:
+        """True on one rank of every replica: the one that asks the pool for rollouts."""
+        return self.tensor_rank == 0 and self.pipeline_rank == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        """True where the embedding lives."""
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """True where logits and values come out."""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    def tensor_group(self) -> dist.ProcessGroup:
+        """Ranks that share one layer's shards."""
+        return mpu.get_tensor_model_parallel_group()
+
+    def data_group(self) -> dist.ProcessGroup:
+        """Ranks that hold the same shard in every replica."""
+        return mpu.get_data_parallel_group()
+
+    def dp_sum(self, tensor: Tensor) -> Tensor:
+        """Sum over replicas, a new tensor; every rank must call it."""
+        if self.data_size == 1:
+            return tensor
+        total = tensor.clone()
+        dist.all_reduce(total, group=mpu.get_data_parallel_group())
+        return total
+
+    def from_last_stage(self, tensors: list[Tensor] | None, lengths: list[int]) -> list[Tensor]:
+        """Float32 vectors computed on the last pipeline stage, on every rank; every rank of a replica must call it.
+
+        Args:
+            tensors: one [length] vector per entry of `lengths` on the last stage, None elsewhere.
+            lengths: known on every rank.
+        """
+        if self.pipeline_size == 1:
+            assert tensors is not None
+            return tensors
+        flat = torch.cat(tensors) if tensors is not None else torch.empty(sum(lengths), device=self.device.torch_device)
+        dist.broadcast(flat, mpu.get_pipeline_model_parallel_last_rank(), group=mpu.get_pipeline_model_parallel_group())
+        return list(flat.split(lengths))
+
+    def replica_json(self, value: collectives.Json, from_last_stage: bool = False) -> collectives.Json:
+        """A JSON value of the replica's lead (or of its last stage), on every rank of the replica; all must call it."""
+        if from_last_stage:
+            source, group = mpu.get_pipeline_model_parallel_last_rank(), mpu.get_pipeline_model_parallel_group()
+        else:
+            source, group = mpu.get_model_parallel_src_rank(), mpu.get_model_parallel_group()
+        return collectives.broadcast_json(value, source, group, self.device.torch_device)
+
+    def lead_json(self, value: collectives.Json) -> collectives.Json:
+        """A JSON value of the lead rank on every rank; all ranks must call it."""
+        return collectives.broadcast_json(value, 0, dist.group.WORLD, self.device.torch_device)
+
+    def gather_json(self, value: collectives.Json) -> list[collectives.Json]:
+        """Every replica's JSON value, by data rank, on every rank; all ranks must call it."""
+        return collectives.gather_json(value, mpu.get_data_parallel_group(), self.device.torch_device)
+
+    def raise_together(self, error: str | None) -> None:
+        """Raises on every rank when any rank passes an error, so that nobody waits for a rank that left; all must call it.
+
+        Raises:
+            UserError: the error of the lowest rank that has one.
+        """
+        errors = [e for e in collectives.gather_json(error, dist.group.WORLD, self.device.torch_device) if e]
+        if errors:
+            raise UserError(str(errors[0]))
+
+    def gather_tensor_shards(self, shard: Tensor) -> list[Tensor]:
+        """The shards of all tensor ranks, in order; every rank of the tensor group must call it."""
+        if self.tensor_size == 1:
+            return [shard]
+        shards = [torch.empty_like(shard) for _ in range(self.tensor_size)]
+        dist.all_gather(shards, shard.contiguous(), group=mpu.get_tensor_model_parallel_group())
+        return shards
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        dist.barrier()

@@ -1,0 +1,84 @@
+"""The device of this rank and the one call that makes megatron.core importable on it."""
+
+import importlib.util
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from rto_megatron.errors import UserError
+from rto_megatron.platform import cpu
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where this rank computes and how it talks to the others."""
+
+    torch_device: torch.device
+    backend: Literal["nccl", "gloo"]
+
+    @property
+    def is_cuda(self) -> bool:
+        """True where tensors live on a GPU."""
+        return self.torch_device.type == "cuda"
+
+
+def prepare() -> Device:
+    """Choose this rank's device and patch what megatron.core needs, before megatron.core is first imported.
+
+    Reads LOCAL_RANK (default 0) on machines with CUDA and OMP_NUM_THREADS (default 1) on machines without.
+    May be called again: it answers the same.
+
+    Raises:
+        UserError: LOCAL_RANK names no GPU, or an `apex` is installed that megatron.core cannot use.
+    """
+    require_usable_apex()
+    silence_import_warnings()
+    if not torch.cuda.is_available():
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        cpu.install()
+        return Device(cpu.CPU, "gloo")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    num_gpus = torch.cuda.device_count()
+    if local_rank >= num_gpus:
+        raise UserError(
+            f"LOCAL_RANK={local_rank}, but this machine shows {num_gpus} GPUs; "
+            f"start at most {num_gpus} ranks per machine"
+        )
+    torch.cuda.set_device(local_rank)
+    return Device(torch.device("cuda", local_rank), "nccl")
+
+
+def require_usable_apex() -> None:
+    """Refuse an installed `apex` that would be imported by megatron.core and break it.
+
+    Raises:
+        UserError: `apex` is PyPI's web toolkit, or NVIDIA's apex without TransformerEngine.
+    """
+    apex = importlib.util.find_spec("apex")
+    if apex is None:
+        return
+    folders = [Path(folder) for folder in apex.submodule_search_locations or ()]
+    if not any((folder / "multi_tensor_apply").is_dir() for folder in folders):
+        raise UserError(
+            f"the package `apex` at {apex.origin or folders} is not NVIDIA's but an unrelated one that has "
+            "the same name on PyPI; remove it: pip uninstall apex"
+        )
+    if importlib.util.find_spec("transformer_engine") is None:
+        raise UserError(
+            f"NVIDIA apex is installed at {apex.origin} without TransformerEngine: megatron-core then builds "
+            "apex's norm, which has no RMSNorm; install transformer-engine, or pip uninstall apex"
+        )
+
+
+def silence_import_warnings() -> None:
+    """Drop what megatron.core and torch say on import about optional packages that we do without."""
+    warnings.filterwarnings("ignore", message=r".*[Aa]pex (is|are) not installed", category=UserWarning)
+    warnings.filterwarnings("ignore", message=r"invalid escape sequence", category=SyntaxWarning)
+    logging.getLogger("torch.utils.cpp_extension").addFilter(
+        lambda record: "No CUDA runtime" not in record.getMessage()
+    )

@@ -1,0 +1,152 @@
+"""HTTP to one inference server: the bearer token, and errors that name the address and what to do.
+
+A server is vLLM 0.32 with its tokens-in, tokens-out route and the routes of its development mode (`server.py`).
+"""
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+import httpx
+
+from rto_megatron.errors import UserError
+
+GENERATE_ROUTE = "/inference/v1/generate"
+_SHOWN_CHARACTERS = 1200
+
+Json = str | int | float | bool | None | list["Json"] | dict[str, "Json"]
+
+
+class Unreachable(UserError):
+    """No usable answer came back from the server; another server may still do."""
+
+
+class Refused(UserError):
+    """The server answered with an HTTP error."""
+
+
+def open_headers(token: str) -> dict[str, str]:
+    """Headers of every request to a pool."""
+    return {"Authorization": f"Bearer {token}"}
+
+
+def unreachable(address: str, error: httpx.TransportError) -> Unreachable:
+    """The error for a request that got no answer."""
+    if isinstance(error, httpx.TimeoutException):
+        return Unreachable(
+            f"inference server {address} did not answer in time ({type(error).__name__}); look at its log, "
+            "and raise rollout.request_timeout_s or rollout.sync_timeout_s if it is only slow"
+        )
+    return Unreachable(
+        f"cannot reach inference server {address} ({type(error).__name__}: {error}); "
+        "check that the pool is running (rto pool) and that rollout.servers names it"
+    )
+
+
+def parse_response(address: str, route: str, response: httpx.Response) -> dict[str, Json]:
+    """Returns the JSON object of a response with status 200.
+
+    Raises:
+        Refused: another status, with the server's own words.
+    """
+    if response.status_code == 401:
+        raise Refused(
+            f"inference server {address} refused the token; rollout.token_file must be the file the pool was started with"
+        )
+    if response.status_code != 200:
+        said = response.text[:_SHOWN_CHARACTERS]
+        raise Refused(f"inference server {address} answered {response.status_code} to {route}: {said}")
+    if not response.content:
+        return {}
+    try:
+        parsed = response.json()
+    except ValueError as error:
+        raise Refused(f"inference server {address} answered {route} with something that is not JSON: {error}") from error
+    return parsed if isinstance(parsed, dict) else {"value": parsed}
+
+
+class ServerClient:
+    """Blocking requests to one server, for control and for single tokens."""
+
+    def __init__(self, address: str, token: str, timeout_s: float) -> None:
+        self.address = address
+        self._http = httpx.Client(base_url=address, headers=open_headers(token), timeout=timeout_s)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._http.close()
+
+    def request(
+        self, method: str, route: str, body: Mapping[str, Json] | None = None, timeout_s: float | None = None
+    ) -> dict[str, Json]:
+        """Sends one request.
+
+        Args:
+            method: "GET" or "POST".
+            route: path and query.
+            body: JSON object.
+            timeout_s: None takes the client's limit.
+
+        Raises:
+            Unreachable: no answer.
+            Refused: an answer with another status than 200.
+        """
+        timeout = httpx.USE_CLIENT_DEFAULT if timeout_s is None else httpx.Timeout(timeout_s)
+        try:
+            response = self._http.request(method, route, json=body, timeout=timeout)
+        except httpx.TransportError as error:
+            raise unreachable(self.address, error) from error
+        return parse_response(self.address, route, response)
+
+    def weight_version(self) -> str:
+        """The version label of the weights the server holds; "default" before the first push."""
+        return str(self.request("GET", "/weight_info")["weight_version"])
+
+    def is_paused(self) -> bool:
+        """Whether the engine schedules nothing, as during a weight push and after a failed one."""
+        return self.request("GET", "/is_paused")["is_paused"] is True
+
+    def num_workers(self) -> int:
+        """Worker processes of the server, each of which receives weights."""
+        count = self.request("GET", "/get_world_size")["world_size"]
+        assert isinstance(count, int)
+        return count
+
+    def check_alive(self) -> None:
+        """Generates one token: /health can answer for a dead engine. A paused engine is alive but cannot generate.
+
+        Raises:
+            UserError: the server does not generate.
+        """
+        if not self.is_paused():
+            self.request("POST", GENERATE_ROUTE, {"token_ids": [0], "sampling_params": {"max_tokens": 1}})
+
+    def prompt_logprobs(self, token_ids: list[int]) -> list[float]:
+        """Log-probs in nats of token_ids[1:], each given the tokens before it.
+
+        Raises:
+            UserError: the answer holds another number of them.
+        """
+        sampling: dict[str, Json] = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}
+        body: dict[str, Json] = {"token_ids": list(token_ids), "sampling_params": sampling}
+        entries = self.request("POST", GENERATE_ROUTE, body)["prompt_logprobs"]
+        if not isinstance(entries, list) or len(entries) != len(token_ids):
+            raise Refused(
+                f"inference server {self.address} returned no log-probs for each of {len(token_ids)} prompt tokens"
+            )
+        logprobs = []
+        for token_id, entry in zip(token_ids[1:], entries[1:], strict=True):
+            of_token = entry.get(str(token_id)) if isinstance(entry, dict) else None
+            logprob = of_token.get("logprob") if isinstance(of_token, dict) else None
+            if not isinstance(logprob, float | int):
+                raise Refused(f"inference server {self.address} returned no log-prob for prompt token {token_id}")
+            logprobs.append(float(logprob))
+        return logprobs

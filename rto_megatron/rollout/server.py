@@ -1,0 +1,316 @@
+"""Starts and stops vLLM servers on this machine; the pool of a run is one or more of them.
+
+    python -m rto_megatron.rollout.server --model DIR --token-file FILE [--port N] [--address-file FILE]
+"""
+
+import argparse
+import ctypes
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Literal, NoReturn
+
+import httpx
+import torch
+
+import rto_megatron
+from rto_megatron.errors import UserError
+from rto_megatron.rollout.client import ServerClient
+from rto_megatron.rollout.gate import TOKEN_FILE_VARIABLE, read_token
+
+Progress = Callable[[str], None]
+
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+_PR_SET_PDEATHSIG = 1
+_LOG_LINES_SHOWN = 15
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """One vLLM server.
+
+    Args:
+        model: Hugging Face folder; config.json is enough unless `load_weights`.
+        token_file: bearer token of the pool; made with mode 0600 when absent.
+        log_file: receives everything the server prints.
+        host: address to listen on; loopback unless the trainer runs on another machine.
+        port: None picks a free one.
+        dtype: must be the dtype the trainer sends, pushes in another one are refused.
+        load_weights: read the folder's weights; otherwise they are random until the first push.
+        max_model_len: tokens of prompt and response together; None takes the model's limit.
+        tensor_parallel: devices per server.
+        gpu_memory_fraction: share of each GPU's memory; None leaves vLLM's default. Not used without a GPU.
+    """
+
+    model: Path
+    token_file: Path
+    log_file: Path
+    host: str = "127.0.0.1"
+    port: int | None = None
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    load_weights: bool = False
+    max_model_len: int | None = None
+    tensor_parallel: int = 1
+    gpu_memory_fraction: float | None = None
+
+
+@dataclass(frozen=True)
+class Server:
+    """A started server process, the leader of its own process group."""
+
+    address: str
+    process: subprocess.Popen[bytes]
+    token_file: Path
+    log_file: Path
+
+
+def ensure_token_file(token_file: Path) -> None:
+    """Makes a token file readable only by its owner; keeps an existing one."""
+    if token_file.exists():
+        read_token(token_file)
+        return
+    token_file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(token_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_hex(32))
+
+
+def start_server(options: ServerOptions) -> Server:
+    """Starts a server process and returns at once; call `wait_until_ready` next and `stop_server` in the end.
+
+    Raises:
+        UserError: no model there, the port is taken, or the token file is not private.
+    """
+    if not (options.model / "config.json").is_file():
+        raise UserError(f"{options.model} has no config.json; rollout servers need a Hugging Face model folder")
+    ensure_token_file(options.token_file)
+    port = _claim_port(options.host, options.port)
+    options.log_file.parent.mkdir(parents=True, exist_ok=True)
+    set_death_signal = _death_signal_setter()
+    with options.log_file.open("wb") as log:
+        process = subprocess.Popen(
+            _command(options, port),
+            env=_environment(options),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=set_death_signal,
+        )
+    return Server(f"http://{options.host}:{port}", process, options.token_file, options.log_file)
+
+
+def wait_until_ready(server: Server, timeout_s: float = 600, progress: Progress | None = None) -> None:
+    """Returns when the server has generated a token; reports the seconds waited about every 5 s.
+
+    Raises:
+        UserError: the server ended or took longer than `timeout_s`, with the end of its log.
+    """
+    started = reported = time.monotonic()
+    with ServerClient(server.address, read_token(server.token_file), timeout_s=30) as client:
+        while True:
+            if server.process.poll() is not None:
+                raise UserError(f"inference server {server.address} ended while starting; {_log_tail(server.log_file)}")
+            waited = time.monotonic() - started
+            if waited > timeout_s:
+                raise UserError(
+                    f"inference server {server.address} not ready after {waited:.0f} s; {_log_tail(server.log_file)}"
+                )
+            try:
+                client.request("GET", "/health", timeout_s=2)
+                client.check_alive()
+                return
+            except UserError:
+                time.sleep(0.3)
+            if progress is not None and time.monotonic() - reported > 5:
+                reported = time.monotonic()
+                progress(f"inference server {server.address} is starting, {waited:.0f} s")
+
+
+def stop_server(server: Server, grace_s: float = 15) -> None:
+    """Ends the server and every process of its group; safe to call twice."""
+    for stop_signal, patience_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 5.0)):
+        if not _signal_group(server.process.pid, stop_signal):
+            break
+        try:
+            server.process.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            continue
+    # Worker processes can outlive the leader.
+    _signal_group(server.process.pid, signal.SIGKILL)
+    server.process.wait()
+
+
+def serve_pool(options: Sequence[ServerOptions], address_file: Path | None = None, progress: Progress = print) -> NoReturn:
+    """Runs servers until SIGTERM or SIGINT, then stops them and exits with status 0.
+
+    Args:
+        options: one entry per server.
+        address_file: receives one address per line once all servers are ready; removed at the end.
+        progress: receives lines for the person who waits.
+
+    Raises:
+        UserError: a server did not start, or ended on its own.
+    """
+    signal.signal(signal.SIGTERM, _exit_on_signal)
+    signal.signal(signal.SIGINT, _exit_on_signal)
+    servers: list[Server] = []
+    try:
+        servers.extend(start_server(one) for one in options)
+        for server in servers:
+            wait_until_ready(server, progress=progress)
+            progress(f"inference server {server.address} is ready")
+        if address_file is not None:
+            _write_whole(address_file, "".join(f"{server.address}\n" for server in servers))
+        while True:
+            time.sleep(1)
+            for server in servers:
+                # vLLM exits with status 0 even after its engine was killed, so any end is a failure.
+                if server.process.poll() is not None:
+                    raise UserError(f"inference server {server.address} ended; {_log_tail(server.log_file)}")
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for server in servers:
+            stop_server(server)
+        if address_file is not None:
+            address_file.unlink(missing_ok=True)
+
+
+def _exit_on_signal(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit(0)
+
+
+def _claim_port(host: str, port: int | None) -> int:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port or 0))
+        except OSError as error:
+            raise UserError(
+                f"cannot listen on {host}:{port} ({error.strerror}); stop what uses it or choose another port"
+            ) from error
+        claimed: int = probe.getsockname()[1]
+    return claimed
+
+
+def _command(options: ServerOptions, port: int) -> list[str]:
+    has_gpu = torch.cuda.is_available()
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(options.model), "--served-model-name", "policy", "--tokens-only"]
+    command += ["--host", options.host, "--port", str(port), "--disable-uvicorn-access-log"]
+    command += ["--dtype", _DTYPES[options.dtype], "--tensor-parallel-size", str(options.tensor_parallel)]
+    command += ["--middleware", "rto_megatron.rollout.gate.BearerGate"]
+    command += ["--weight-transfer-config", '{"backend": "rto"}']
+    command += ["--worker-extension-cls", "rto_megatron.weight_sync.vllm_plugin.RtoWorkerExtension"]
+    if not options.load_weights:
+        command += ["--load-format", "dummy"]
+    if options.max_model_len is not None:
+        command += ["--max-model-len", str(options.max_model_len)]
+    if has_gpu and options.gpu_memory_fraction is not None:
+        command += ["--gpu-memory-utilization", str(options.gpu_memory_fraction)]
+    if not has_gpu:
+        # A prefill cut in two discards the token sampled at the cut and rewinds the request's generator with
+        # Generator.set_offset (vllm/v1/worker/gpu_model_runner.py), which CPU generators lack: one seeded request too
+        # many in a batch would kill the engine. Whole prefills never rewind.
+        command += ["--no-enable-chunked-prefill", "--enforce-eager"]
+    return command
+
+
+def _environment(options: ServerOptions) -> dict[str, str]:
+    environment = dict(os.environ)
+    # A start imports torch and vLLM in three processes; without byte code that takes minutes.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    # The launcher's torchrun variables would make the server look like a trainer rank.
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"):
+        environment.pop(name, None)
+    package_root = str(Path(rto_megatron.__file__).parent.parent)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, environment.get("PYTHONPATH", "")]))
+    environment[TOKEN_FILE_VARIABLE] = str(options.token_file.resolve())
+    environment |= {
+        "VLLM_SERVER_DEV_MODE": "1",  # the routes that pause and update weights exist only then; the gate guards them
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    environment.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if options.host == "127.0.0.1":
+        environment |= {"VLLM_HOST_IP": "127.0.0.1", "VLLM_LOOPBACK_IP": "127.0.0.1"}
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if not torch.cuda.is_available():
+        environment["TORCHDYNAMO_DISABLE"] = "1"  # inductor would compile at the first request, even with eager mode
+        environment.setdefault("OMP_NUM_THREADS", "1")
+        environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    return environment
+
+
+def _death_signal_setter() -> Callable[[], None]:
+    """A server must not outlive a launcher that was killed: the kernel then sends it SIGTERM."""
+    libc = ctypes.CDLL(None)
+    return lambda: libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+
+
+def _signal_group(group: int, which: signal.Signals) -> bool:
+    try:
+        os.killpg(group, which)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _log_tail(log_file: Path) -> str:
+    lines = log_file.read_text(errors="replace").splitlines()[-_LOG_LINES_SHOWN:]
+    return f"the last lines of {log_file}:\n  " + "\n  ".join(lines or ["(empty)"])
+
+
+def _write_whole(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)  # a reader that polls must never see half of it
+
+
+def main() -> None:
+    """Command line of one local server."""
+    parser = argparse.ArgumentParser(description="Run one vLLM server for rollouts until SIGTERM.")
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--token-file", type=Path, required=True)
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--log-file", type=Path, default=Path("rollout-server.log"))
+    parser.add_argument("--address-file", type=Path)
+    parser.add_argument("--dtype", choices=sorted(_DTYPES), default="bf16")
+    parser.add_argument("--load-weights", action="store_true")
+    parser.add_argument("--max-model-len", type=int)
+    parser.add_argument("--tensor-parallel", type=int, default=1)
+    parser.add_argument("--gpu-memory-fraction", type=float)
+    given = parser.parse_args()
+    options = ServerOptions(
+        model=given.model,
+        token_file=given.token_file,
+        log_file=given.log_file,
+        host=given.host,
+        port=given.port,
+        dtype=given.dtype,
+        load_weights=given.load_weights,
+        max_model_len=given.max_model_len,
+        tensor_parallel=given.tensor_parallel,
+        gpu_memory_fraction=given.gpu_memory_fraction,
+    )
+    try:
+        serve_pool([options], given.address_file)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

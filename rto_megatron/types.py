@@ -1,0 +1,150 @@
+"""Data that flows between the stages: each stage returns a new frozen type.
+
+Legend of tensor names
+    B  responses on this data-parallel rank      R  response positions, right-padded
+    T  token positions of one micro-batch        S  sequences of one micro-batch      P  preference pairs (S = 2 P)
+Unless said otherwise tensors are float32 and live on the device of the rank.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+FinishReason = Literal["stop", "length"]
+Metrics = Mapping[str, tuple[float, float]]  # name -> (sum, count): reduced by adding both, divided once at the end
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt, already tokenized with the chat template and its generation header."""
+
+    id: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled response; `response_ids` ends with the end-of-sequence token when `finish_reason` is "stop"."""
+
+    prompt_id: str
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    sampled_logprobs: tuple[float, ...]  # nats, by the engine that sampled, one per response token
+    finish_reason: FinishReason
+    weight_version: int  # the policy version that sampled it
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """One supervised example: the loss is taken on `response_ids`."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """Two answers to one prompt; both end with the end-of-sequence token."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    chosen_ids: tuple[int, ...]
+    rejected_ids: tuple[int, ...]
+    margin: float
+
+
+@dataclass(frozen=True)
+class ScoredRollouts:
+    """Rollouts with every model's opinion of them: the input of credit assignment."""
+
+    rollouts: tuple[Rollout, ...]
+    mask_BR: Tensor  # 1 on response tokens that are actions, end-of-sequence included; 0 on padding
+    logp_old_BR: Tensor  # policy, at rollout time
+    logp_ref_BR: Tensor  # reference
+    dpo_logratio_BR: Tensor  # log pi_dpo - log pi_dpo_reference; zeros where the algorithm has no DPO reward
+    values_BR: Tensor  # critic, of the state before each action
+    score_B: Tensor  # reward model, normalised with the mean and std of its checkpoint
+
+
+@dataclass(frozen=True)
+class TokenRewards:
+    """The reward of every token, its terms kept apart for logs and reports (nats or reward units)."""
+
+    score_BR: Tensor  # reward model's score, on the last token
+    dpo_BR: Tensor  # beta_1 log(pi_dpo / pi_ref)
+    kl_BR: Tensor  # - beta_2 log(pi / pi_ref)
+
+    def total_BR(self) -> Tensor:
+        """Sum of the terms, in the order of the released code, shape [B, R]."""
+        return self.score_BR + self.kl_BR + self.dpo_BR
+
+
+@dataclass(frozen=True)
+class Experience:
+    """Rollouts with credit assigned to every token: the input of the policy and value updates."""
+
+    rollouts: tuple[Rollout, ...]
+    mask_BR: Tensor
+    logp_old_BR: Tensor
+    values_BR: Tensor
+    advantages_BR: Tensor  # whitened
+    returns_BR: Tensor
+    rewards: TokenRewards
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Token ids of one micro-batch as a model reads them.
+
+    Packed: `num_rows` is 1 and sequence s occupies positions cu_seqlens[s]..cu_seqlens[s+1]. Padded: `num_rows` rows of
+    equal length, one sequence each, right-padded; cu_seqlens are the multiples of that length. Position t predicts
+    `targets_T[t]`, the token at t + 1 of the same sequence (0 at its last position).
+    """
+
+    tokens_T: Tensor  # int64
+    targets_T: Tensor  # int64
+    cu_seqlens: tuple[int, ...]  # S + 1 offsets, the last one is T; a trailing padding segment may be the last
+    num_rows: int
+    last_positions: tuple[int, ...]  # index into T of each real sequence's last token, S entries
+
+
+@dataclass(frozen=True)
+class SupervisedMicrobatch:
+    """`weight_T` is 1 / (all target tokens of the global batch) on response targets and 0 elsewhere."""
+
+    batch: TokenBatch
+    weight_T: Tensor
+
+
+@dataclass(frozen=True)
+class PairMicrobatch:
+    """P pairs: the first P sequences of `batch` are the chosen answers, the next P the rejected ones."""
+
+    batch: TokenBatch
+    mask_T: Tensor  # 1 on positions whose target is a response token
+    weight_P: Tensor  # 1 / (all pairs of the global batch)
+    margin_P: Tensor
+    logp_ref_S: Tensor  # summed reference log-probs of the response; zeros where the method has no reference
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """One micro-batch of a PPO update; every *_T field sits at the position that predicts the action."""
+
+    batch: TokenBatch
+    weight_T: Tensor  # the weights of all micro-batches of all ranks sum to 1
+    logp_old_T: Tensor
+    advantages_T: Tensor
+    values_old_T: Tensor
+    returns_T: Tensor
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """A weighted sum (scalar with gradient) and sums for the logs."""
+
+    loss: Tensor
+    metrics: Metrics = field(default_factory=dict)
