@@ -28,12 +28,12 @@ def to_metrics(parts: Mapping[str, tuple[Tensor, Tensor]]) -> Metrics:
 
 
 def count_sequences(mask_BR: Tensor) -> Tensor:
-    """This rank's responses with an unmasked token: its part of `sequence_mean_weights`' denominator, scalar."""
+    """This rank's responses with an unmasked token, scalar: its part of the sequence-mean denominator."""
     return (mask_BR != 0).any(dim=1).sum().to(mask_BR.dtype)
 
 
 def count_tokens(mask_BR: Tensor) -> Tensor:
-    """This rank's unmasked tokens, scalar: its part of `token_mean_weights`' denominator."""
+    """This rank's unmasked tokens, scalar: its part of the token-mean denominator."""
     return mask_BR.sum()
 
 

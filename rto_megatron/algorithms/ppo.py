@@ -17,7 +17,7 @@ from rto_megatron.types import Experience, LossOutput, Metrics, Minibatch, Score
 
 
 class Config(BaseModel):
-    """Defaults are the paper's (App. D) and, where it is silent, the released code's."""
+    """Defaults are the paper's (App. D) and, where it is silent, the released code's, but for `truncated`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -46,8 +46,8 @@ class Config(BaseModel):
     epochs: int = Field(default=1, ge=1, description="passes over the responses of one rollout step")
     truncated: TruncationPolicy = Field(
         default="penalise",
-        description="responses cut by the length limit: `compat` overwrites the last token with end-of-sequence, "
-        "as the released code does; `penalise` lowers their score; `mask` does not train on them",
+        description="responses cut by the length limit: `compat` overwrites the last token with end-of-"
+        "sequence, as the released code does; `penalise` lowers their score; `mask` does not train on them",
     )
     truncated_penalty: float = Field(
         default=1.0,

@@ -84,7 +84,7 @@ def _layout(config: Stage, world_size: int) -> list[str]:
     if world_size % (tensor * pipeline):
         problems.append(
             f"parallel.tensor x parallel.pipeline = {tensor} x {pipeline} = {tensor * pipeline} "
-            f"does not divide the {world_size} ranks; start a multiple of {tensor * pipeline} or change the layout"
+            f"does not divide the {world_size} ranks; start a multiple of it or change the layout"
         )
         return problems
     return problems + _batches(config, world_size // (tensor * pipeline))
@@ -101,8 +101,8 @@ def _batches(config: Stage, data_parallel: int) -> list[str]:
         nearest = f"{below} or {below + step}" if below else str(step)
         problems.append(
             f"batch.train={batch.train} is not a multiple of batch.micro x data-parallel ranks = "
-            f"{batch.micro} x {data_parallel} = {step}, so {batch.train // step} whole micro-batches come out; "
-            f"set batch.train to {nearest}"
+            f"{batch.micro} x {data_parallel} = {step}, so {batch.train // step} whole micro-batches "
+            f"come out; set batch.train to {nearest}"
         )
     if isinstance(config, PpoStage) and batch.rollout % data_parallel:
         problems.append(

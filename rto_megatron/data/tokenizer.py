@@ -84,7 +84,13 @@ def train_tokenizer(
     folder.mkdir(parents=True, exist_ok=True)
     model_file = folder / "tokenizer.model"
     model_file.write_bytes(written.getvalue())
-    _hugging_face_twin(model_file, byte_fallback).save_pretrained(folder)
+    _hugging_face_twin(model_file, byte_fallback).save_pretrained(folder, save_jinja_files=False)
+    config_file = folder / "tokenizer_config.json"
+    config = json.loads(config_file.read_text())
+    # The name that every version of transformers resolves; without it, AutoTokenizer may rebuild the tokenizer by
+    # the model_type of a config.json beside it, with another treatment of spaces.
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config_file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _hugging_face_twin(model_file: Path, byte_fallback: bool) -> PreTrainedTokenizerFast:
@@ -100,9 +106,7 @@ def _hugging_face_twin(model_file: Path, byte_fallback: bool) -> PreTrainedToken
         )
     )
     twin.normalizer = normalizers.Replace(" ", SPACE)
-    twin.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    twin.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     symbols = [UNK, BOS, EOS, PAD, *(p for p, i in vocab.items() if p.startswith("<|") and p.endswith("|>"))]
     twin.add_special_tokens([AddedToken(symbol, normalized=False, special=True) for symbol in symbols])
     return PreTrainedTokenizerFast(
@@ -117,11 +121,11 @@ def _hugging_face_twin(model_file: Path, byte_fallback: bool) -> PreTrainedToken
     )
 
 
-def _merges(
-    pieces: sentencepiece.SentencePieceProcessor, vocab: dict[str, int]
-) -> list[tuple[str, str]]:
+def _merges(pieces: sentencepiece.SentencePieceProcessor, vocab: dict[str, int]) -> list[tuple[str, str]]:
     """SentencePiece merges whichever neighbours spell the best piece: all its splits, in the order of pieces."""
-    learned = {piece for piece, i in vocab.items() if not (pieces.is_control(i) or pieces.is_byte(i) or i == 0)}
+    learned = {
+        piece for piece, i in vocab.items() if not (pieces.is_control(i) or pieces.is_byte(i) or i == 0)
+    }
     merges = []
     for piece in sorted(learned, key=lambda piece: -pieces.get_score(vocab[piece])):
         splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]

@@ -1,0 +1,182 @@
+"""`rto check`: what a recipe means on a given number of GPUs, before any model is built or any GPU is touched."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from rto_megatron.cli.options import Overrides, Recipe
+from rto_megatron.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from rto_megatron.cli.plan import Role
+    from rto_megatron.cli.shapes import FoundShape
+    from rto_megatron.config.schema import Stage
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file to `app`."""
+    app.command()(check)
+
+
+def check(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    gpus: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="GPUs of the job; 0: no GPU, parallel.tensor x parallel.pipeline processes on the CPU.",
+        ),
+    ] = 0,
+    pool_gpus: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="GPUs of them that the inference pool gets; default: half if the stage samples, else 0.",
+        ),
+    ] = None,
+    assume: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ROLE=SHAPE",
+            help="Shape of a model that is not on this machine, as in policy=llama-3-8b; else its name is believed.",
+        ),
+    ] = None,
+) -> None:
+    """Check a recipe and show its configuration, layout, batch arithmetic and memory; needs no GPU and no model."""
+    from rto_megatron.cli.plan import roles_of
+    from rto_megatron.config.checks import find_problems, refuse
+    from rto_megatron.config.load import dump, load_recipe
+    from rto_megatron.models.shape import check_layout
+
+    config = load_recipe(recipe, overrides or [])
+    world_size, pool_size = _split(config, gpus, pool_gpus)
+    problems = find_problems(config, world_size, {})
+    refuse(problems)  # the plan below needs a configuration whose parts fit together
+    roles = roles_of(config)
+    shapes = _shapes(roles, assume or [])
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    problems = find_problems(
+        config, world_size, {name: found.shape.max_positions for name, found in shapes.items()}
+    )
+    for name, found in shapes.items():
+        problems += check_layout(found.shape, tensor, pipeline, f"models.{name}")
+    refuse(problems)
+    console = Console() if Console().is_terminal else Console(width=140)
+    console.rule("resolved configuration")
+    console.print(dump(config), markup=False, highlight=False)
+    console.print(_layout_table(config, world_size, pool_size))
+    console.print(_models_table(config, roles, shapes, world_size))
+    console.print(f"{recipe}: sound for {_machine(world_size, gpus)}.", highlight=False)
+
+
+def _split(config: "Stage", gpus: int, pool_gpus: int | None) -> tuple[int, int]:
+    """Trainer ranks and pool GPUs."""
+    from rto_megatron.config.checks import samples_from_pool
+
+    if gpus == 0:
+        return config.parallel.tensor * config.parallel.pipeline, 0
+    pool = pool_gpus if pool_gpus is not None else (gpus // 2 if samples_from_pool(config) else 0)
+    if pool >= gpus or (pool == 0 and samples_from_pool(config)):
+        raise UserError(
+            f"--gpus {gpus} --pool-gpus {pool}: leaves {max(gpus - pool, 0)} for the trainer and {pool} for the pool; "
+            f"stage {config.stage} needs at least one for each"
+        )
+    return gpus - pool, pool
+
+
+def _shapes(roles: "list[Role]", assume: list[str]) -> "dict[str, FoundShape]":
+    from rto_megatron.cli.shapes import find_shape
+
+    assumed = dict(_role_and_shape(entry) for entry in assume)
+    unknown = set(assumed) - {role.name for role in roles}
+    if unknown:
+        raise UserError(
+            f"--assume {min(unknown)}=...: this stage has the roles {', '.join(r.name for r in roles)}"
+        )
+    found = {role.name: find_shape(role.path, assumed.get(role.name)) for role in roles}
+    return {name: shape for name, shape in found.items() if shape is not None}
+
+
+def _role_and_shape(entry: str) -> tuple[str, str]:
+    role, equals, shape = entry.partition("=")
+    if not equals:
+        raise UserError(f"--assume {entry}: is written ROLE=SHAPE, as in policy=llama-3-8b")
+    return role, shape
+
+
+def _layout_table(config: "Stage", world_size: int, pool_gpus: int) -> Table:
+    from rto_megatron.config.checks import plan_batches, samples_from_pool
+    from rto_megatron.config.schema import EvaluateStage, PpoStage
+
+    plan = plan_batches(config, world_size)
+    parallel, batch = config.parallel, config.batch
+    table = Table("", "", title="layout and batch arithmetic", show_header=False)
+    table.add_row(
+        "trainer ranks",
+        f"{world_size} = tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {plan.data_parallel}",
+    )
+    if samples_from_pool(config):
+        where = f"{pool_gpus} GPUs of its own" if pool_gpus else "one server on the CPU"
+        table.add_row("inference pool", f"{where}; receives the policy's weights after every step")
+    if not isinstance(config, EvaluateStage):
+        table.add_row(
+            "optimizer step",
+            f"{batch.train} = {plan.data_parallel} data-parallel ranks x {plan.num_microbatches} micro-batches x "
+            f"{batch.micro} {'pairs' if config.stage in ('reward_model', 'dpo') else 'sequences'}",
+        )
+    if isinstance(config, PpoStage):
+        table.add_row(
+            "rollout step",
+            f"{batch.rollout} prompts = {plan.data_parallel} x {plan.rollout_per_rank}; "
+            f"{plan.updates_per_rollout} optimizer steps per pass",
+        )
+    table.add_row("steps", str(config.run.steps or "one epoch of the data"))
+    return table
+
+
+def _models_table(
+    config: "Stage", roles: "list[Role]", shapes: "Mapping[str, FoundShape]", world_size: int
+) -> Table:
+    from rto_megatron.cli.plan import activation_bytes, gib, role_cost
+
+    data_parallel = world_size // (config.parallel.tensor * config.parallel.pipeline)
+    table = Table(
+        "role", "model", "shape from", "work", title=f"models, each on all {world_size} trainer ranks"
+    )
+    for name in ("parameters", "per rank", "memory per rank"):
+        table.add_column(name, justify="right")
+    total = activations = activation_bytes(config, shapes)
+    for role in roles:
+        work = f"shares {role.shares}" if role.shares else ("trained" if role.is_trained else "frozen")
+        head = " (value head)" if role.has_value_head else ""
+        found = shapes.get(role.name)
+        if found is None:
+            table.add_row(
+                role.name, _short(role.path), "unknown: not on this machine", work + head, "?", "?", "?"
+            )
+            continue
+        cost = role_cost(role, found.shape, config, data_parallel)
+        total += cost.bytes_per_rank
+        numbers = (f"{cost.parameters / 1e6:,.1f} M", f"{cost.parameters_per_rank / 1e6:,.1f} M")
+        table.add_row(
+            role.name, _short(role.path), found.source, work + head, *numbers, gib(cost.bytes_per_rank)
+        )
+    table.add_section()
+    table.add_row("activations", "", "", "largest micro-batch, estimated", "", "", gib(activations))
+    complete = all(role.name in shapes for role in roles)
+    table.add_row("sum", "", "", "" if complete else "without the unknown models", "", "", gib(total))
+    return table
+
+
+def _short(path: Path) -> str:
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _machine(world_size: int, gpus: int) -> str:
+    return f"{gpus} GPUs" if gpus else f"{world_size} processes on the CPU"

@@ -1,0 +1,50 @@
+"""The `rto` command. Sub-commands import what they need when they run, so that `--help` answers at once."""
+
+import os
+import sys
+import time
+
+import typer
+from rich.console import Console
+
+from rto_megatron.cli import check, data, pool, report, train
+from rto_megatron.errors import UserError
+
+_STATUS_USER_ERROR = 2
+_LEAD_RANK_SPEAKS_FIRST_S = 2.0
+
+app = typer.Typer(
+    name="rto",
+    help="Reinforced Token Optimization: SFT, reward model, DPO, PPO and RTO on Megatron-core, sampled by vLLM.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+for group in (train, check, data, pool, report):
+    group.register(app)
+
+
+def main() -> None:
+    """Run one command; a UserError becomes a message and exit status 2, everything else is a bug and is shown whole."""
+    try:
+        app()
+    except UserError as error:
+        _report(error)
+        sys.exit(_STATUS_USER_ERROR)
+
+
+def _report(error: UserError) -> None:
+    rank = int(os.environ.get("RANK", "0"))
+    where = ""
+    if rank > 0:
+        # An error of every rank is told once, by rank 0, whose end makes torchrun stop the others within
+        # this time.
+        time.sleep(_LEAD_RANK_SPEAKS_FIRST_S)
+        where = f" on rank {rank}"
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(f"[bold red]error{where}:[/] ", end="")
+    console.print(str(error), markup=False)
+
+
+if __name__ == "__main__":
+    main()

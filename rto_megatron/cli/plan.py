@@ -1,0 +1,135 @@
+"""Where each model goes and what it costs: ranks, parameters and memory per GPU, computed without building anything.
+
+Memory of a trained model with Adam (Megatron-LM's theoretical_memory_usage.py): 18 bytes a parameter in
+bf16 (weight 2, fp32 gradient 4, fp32 master 4, moments 8), or 6 + 12 / data-parallel ranks with the
+distributed optimizer; 16 in fp32; a frozen model has its weights only. Activations are the largest training
+forward of one micro-batch: with recomputation the layers' inputs and one layer's inside, else 34 bytes x
+hidden x layers a token (Korthikanti et al. 2022, without the attention matrix, which is never stored), and
+fp32 logits with their gradient.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rto_megatron.cli.shapes import FoundShape, layer_parameters, num_parameters
+from rto_megatron.config.schema import EvaluateStage, OptimizerConfig, PpoStage, RtoStage, SftStage, Stage
+from rto_megatron.models.shape import ModelShape
+
+_GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class Role:
+    """A model of a stage, as it is placed on the trainer's ranks."""
+
+    name: str
+    path: Path
+    is_trained: bool
+    has_value_head: bool
+    shares: str | None  # the role whose weights and forward it uses, if any
+
+
+@dataclass(frozen=True)
+class RoleCost:
+    """Cost of one role on the fullest rank."""
+
+    parameters: int
+    parameters_per_rank: int
+    bytes_per_rank: int
+
+
+def roles_of(config: Stage) -> list[Role]:
+    """The models that `config` puts on the trainer's ranks."""
+    models = config.models
+    if isinstance(config, EvaluateStage):
+        roles = [
+            Role("policy", models.policy, False, False, None),
+            Role("reference", models.reference or models.policy, False, False, None),
+        ]
+        return roles + ([Role("reward", models.reward, False, True, None)] if models.reward else [])
+    if not isinstance(config, PpoStage):
+        roles = [Role("policy", models.policy, True, config.stage == "reward_model", None)]
+        if config.stage == "dpo":
+            roles.append(Role("reference", models.reference or models.policy, False, False, None))
+        return roles
+    assert models.reward is not None
+    reference = models.reference or models.policy
+    roles = [
+        Role("policy", models.policy, True, False, None),
+        Role("critic", models.critic or models.reward, True, True, None),
+        Role("reference", reference, False, False, None),
+        Role("reward", models.reward, False, True, None),
+    ]
+    if isinstance(config, RtoStage) and config.algorithm.beta_dpo > 0 and models.dpo is not None:
+        roles.append(Role("dpo", models.dpo, False, False, None))
+        dpo_reference = models.dpo_reference or reference
+        shares = "reference" if dpo_reference == reference else None
+        roles.append(Role("dpo_reference", dpo_reference, False, False, shares))
+    return roles
+
+
+def role_cost(role: Role, shape: ModelShape, config: Stage, data_parallel: int) -> RoleCost:
+    """Parameters and weight, gradient and optimizer memory of `role`, in bytes on the fullest rank."""
+    total = num_parameters(shape, role.has_value_head)
+    if role.shares is not None:
+        return RoleCost(total, 0, 0)
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    layers = shape.num_layers // pipeline * layer_parameters(shape)
+    ends = total - shape.num_layers * layer_parameters(shape)
+    # The first and the last pipeline stage hold one vocabulary matrix each, a single stage holds both.
+    fullest_end = ends if pipeline == 1 else max(shape.vocab_size * shape.hidden_size, 1)
+    per_rank = -(-(layers + fullest_end) // tensor)
+    return RoleCost(total, per_rank, int(per_rank * _bytes_per_parameter(role, config, data_parallel)))
+
+
+def _bytes_per_parameter(role: Role, config: Stage, data_parallel: int) -> float:
+    is_bf16 = config.precision.dtype == "bf16"
+    optimizer = _optimizer(role, config)
+    if optimizer is None:
+        return 2 if is_bf16 else 4
+    state = (4 if is_bf16 else 0) + (8 if optimizer.kind == "adam" else 0)
+    shards = data_parallel if config.parallel.distributed_optimizer else 1
+    return (2 if is_bf16 else 4) + 4 + state / shards
+
+
+def _optimizer(role: Role, config: Stage) -> OptimizerConfig | None:
+    if not role.is_trained or isinstance(config, EvaluateStage):
+        return None
+    if isinstance(config, PpoStage) and role.name == "critic":
+        return config.critic_optimizer
+    return config.optimizer
+
+
+def activation_bytes(config: Stage, shapes: Mapping[str, FoundShape]) -> int:
+    """Peak activations of one micro-batch of the longest sequences in training, in bytes; 0 where nothing trains."""
+    if isinstance(config, EvaluateStage):
+        return 0
+    if isinstance(config, PpoStage):
+        length = config.data.max_prompt_tokens + config.sampling.max_response_tokens
+    else:
+        length = config.data.max_length
+    sequences = config.batch.micro * (1 if isinstance(config, SftStage | PpoStage) else 2)
+    tokens = length * sequences
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    width = 1 if config.precision.dtype == "bf16" else 2
+    peak = 0
+    for role in roles_of(config):
+        if not role.is_trained or role.name not in shapes:
+            continue
+        shape = shapes[role.name].shape
+        inside_layer = 34 * width * tokens * shape.hidden_size // tensor
+        # 1F1B keeps one micro-batch per pipeline stage in flight on the first stage: layers x pipeline /
+        # pipeline.
+        if config.precision.recompute:
+            layers = 2 * width * tokens * shape.hidden_size * shape.num_layers + inside_layer
+        else:
+            layers = inside_layer * shape.num_layers
+        logits = 0 if role.has_value_head else 2 * 4 * tokens * shape.vocab_size // tensor
+        peak = max(peak, layers + logits)
+    return peak if pipeline >= 1 else 0
+
+
+def gib(size: float) -> str:
+    """Bytes as GiB for people."""
+    return f"{size / _GIB:.1f} GiB" if size >= _GIB / 10 else f"{size / 1024**2:.1f} MiB"

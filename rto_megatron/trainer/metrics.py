@@ -1,0 +1,113 @@
+"""Metrics of a run: summed over ranks, divided once, written to metrics.jsonl and TensorBoard."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from rto_megatron.types import Metrics
+
+AllSum = Callable[[Tensor], Tensor]  # sums a tensor over all ranks
+AllNames = Callable[[tuple[str, ...]], tuple[str, ...]]  # sorted union of all ranks' names
+
+
+def add(first: Metrics, second: Metrics) -> dict[str, tuple[float, float]]:
+    """Sums and counts of both, name by name."""
+    total = dict(first)
+    for name, (value, count) in second.items():
+        old_value, old_count = total.get(name, (0.0, 0.0))
+        total[name] = (old_value + value, old_count + count)
+    return total
+
+
+def reduce_metrics(metrics: Metrics, all_sum: AllSum, all_names: AllNames) -> dict[str, float]:
+    """Means over all ranks: the sums and the counts are added, then divided once.
+
+    Every rank must call it. A rank may lack names that others have (a pipeline stage without a loss), and
+    ranks that hold the same numbers (tensor parallel) count them equally often in both.
+
+    Args:
+        metrics: name -> (sum, count) of this rank.
+        all_sum: sums a float64 tensor [names, 2] over all ranks.
+        all_names: gives the sorted union of the names of all ranks.
+
+    Returns:
+        name -> mean; names whose count is 0 on every rank are left out.
+    """
+    names = all_names(tuple(sorted(metrics)))
+    local = torch.tensor([metrics.get(name, (0.0, 0.0)) for name in names], dtype=torch.float64).reshape(
+        -1, 2
+    )
+    summed = all_sum(local).tolist()
+    return {name: value / count for name, (value, count) in zip(names, summed, strict=True) if count != 0}
+
+
+class MetricLog:
+    """metrics.jsonl (one object a step, with `step` and `time` in seconds since the epoch) and TensorBoard.
+
+    Open it on the lead rank only. Entries after `resumed_step` are dropped, so that a run that was stopped
+    between two checkpoints and goes on from the earlier one has every step once.
+    """
+
+    def __init__(self, run_dir: Path, resumed_step: int = 0) -> None:
+        # Loads TensorBoard, seconds that ranks without a log need not spend.
+        from torch.utils.tensorboard import SummaryWriter
+
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = run_dir / "metrics.jsonl"
+        _keep_steps_up_to(path, resumed_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Append the values of `step`; a value that is not finite becomes null."""
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush and close both files."""
+        self._file.close()
+        self._board.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, float]]:
+    """The entries of metrics.jsonl, oldest first; a last line that was cut off is left out."""
+    path = run_dir / "metrics.jsonl"
+    return list(_entries(path.read_text(encoding="utf-8").splitlines())) if path.is_file() else []
+
+
+def _entries(lines: Iterable[str]) -> Iterable[dict[str, float]]:
+    for line in lines:
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:  # the process was killed while it wrote this line
+            return
+
+
+def _keep_steps_up_to(path: Path, step: int) -> None:
+    if not path.is_file():
+        return
+    kept = [
+        entry for entry in _entries(path.read_text(encoding="utf-8").splitlines()) if entry["step"] <= step
+    ]
+    partial = path.with_suffix(".tmp")
+    partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,148 @@
+"""From prompts to scored rollouts: sampling on the replica's lead, then the forwards of every model."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rto_megatron.algorithms.termination import TruncationPolicy, close_response
+from rto_megatron.data.packing import Layout, response_mask, rollout_batches, rollout_grid, token_batch
+from rto_megatron.engine.megatron import FrozenModel, Model, TrainedModel
+from rto_megatron.errors import UserError
+from rto_megatron.parallel.topology import Topology
+from rto_megatron.rollout.engine import RolloutEngine, Sampling
+from rto_megatron.types import Prompt, Rollout, ScoredRollouts
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The models of PPO and RTO. `dpo_logratio` pairs are (DPO model, its reference), or None without a DPO reward."""
+
+    policy: TrainedModel
+    critic: TrainedModel
+    reference: FrozenModel
+    reward: FrozenModel
+    dpo: FrozenModel | None
+    dpo_reference: FrozenModel | None  # None: the reference, whose forward is shared
+
+
+def sample(
+    topology: Topology,
+    engine: RolloutEngine | None,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    version: int,
+) -> tuple[Rollout, ...]:
+    """One response per prompt of this replica, on every rank of it; all ranks must call this.
+
+    Args:
+        engine: on replica leads; None elsewhere.
+        version: the policy version that must sample.
+
+    Raises:
+        UserError: the engine failed or a rollout carries another version.
+    """
+    rollouts: list[Rollout] = []
+    error = None
+    if engine is not None:
+        try:
+            rollouts = engine.generate(prompts, sampling, version)
+            require_version(rollouts, version)
+        except UserError as failure:
+            error = str(failure)
+    topology.raise_together(error)
+    shared = topology.replica_json([asdict(r) for r in rollouts])
+    assert isinstance(shared, list)
+    return tuple(_rollout_from_json(row) for row in shared)
+
+
+def require_version(rollouts: Sequence[Rollout], version: int) -> None:
+    """Refuses rollouts of another policy version.
+
+    Raises:
+        UserError: names the first one.
+    """
+    for rollout in rollouts:
+        if rollout.weight_version != version:
+            raise UserError(
+                f"rollout {rollout.prompt_id} was sampled by policy version {rollout.weight_version}, "
+                f"expected {version}; nothing was trained on it"
+            )
+
+
+def _rollout_from_json(row: object) -> Rollout:
+    assert isinstance(row, dict)
+    as_tuples = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+    return Rollout(**as_tuples)
+
+
+def close_rollouts(rollouts: Sequence[Rollout], eos_id: int, policy: TruncationPolicy) -> tuple[Rollout, ...]:
+    """Applies the truncation policy to what is trained on."""
+    return tuple(
+        replace(r, response_ids=close_response(r.response_ids, r.finish_reason, eos_id, policy)[0])
+        for r in rollouts
+    )
+
+
+def score(
+    rollouts: tuple[Rollout, ...], roles: Roles, layout: Layout, eos_id: int, policy: TruncationPolicy
+) -> ScoredRollouts:
+    """Every model's opinion of closed rollouts, without gradients; all ranks of a replica must call this."""
+    batches = rollout_batches(rollouts, layout)
+
+    def grid(model: Model) -> Tensor:
+        return rollout_grid(model.token_outputs(batches), batches, rollouts)
+
+    logp_old_BR = grid(roles.policy)
+    logp_ref_BR = grid(roles.reference)
+    dpo_logratio_BR = torch.zeros_like(logp_ref_BR)
+    if roles.dpo is not None:
+        dpo_reference_BR = logp_ref_BR if roles.dpo_reference is None else grid(roles.dpo_reference)
+        dpo_logratio_BR = grid(roles.dpo) - dpo_reference_BR
+    return ScoredRollouts(
+        rollouts=rollouts,
+        mask_BR=response_mask(rollouts, layout.device),
+        logp_old_BR=logp_old_BR,
+        logp_ref_BR=logp_ref_BR,
+        dpo_logratio_BR=dpo_logratio_BR,
+        values_BR=grid(roles.critic),
+        score_B=reward_scores(rollouts, roles.reward, layout, eos_id, policy),
+    )
+
+
+def reward_scores(
+    rollouts: Sequence[Rollout], reward: FrozenModel, layout: Layout, eos_id: int, policy: TruncationPolicy
+) -> Tensor:
+    """Normalised score of each response [B], read at its end-of-sequence token, appended where the limit cut it."""
+    sequences = []
+    for rollout in rollouts:
+        _, appended = close_response(rollout.response_ids, rollout.finish_reason, eos_id, policy)
+        ids = (*rollout.prompt_ids, *rollout.response_ids, *appended)
+        sequences.append((ids, len(rollout.prompt_ids)))
+    batches = [
+        token_batch(sequences[start : start + layout.micro], layout.packed, layout.multiple_of, layout.device)
+        for start in range(0, len(sequences), layout.micro)
+    ]
+    values = reward.token_outputs(batches)
+    return torch.cat([v[list(b.last_positions)] for v, b in zip(values, batches, strict=True)])
+
+
+def pool_gap(scored: ScoredRollouts, sampled: Sequence[Rollout]) -> dict[str, tuple[float, float]]:
+    """Difference between the pool's log-probs of what it sampled and ours, as (sum, count) and a maximum, in nats.
+
+    Tokens that the truncation policy overwrote are left out: the pool never sampled them.
+    """
+    total, count, largest = 0.0, 0, 0.0
+    for row, (rollout, closed) in enumerate(zip(sampled, scored.rollouts, strict=True)):
+        ours = scored.logp_old_BR[row, : len(rollout.response_ids)].tolist()
+        for token, kept, theirs, mine in zip(
+            rollout.response_ids, closed.response_ids, rollout.sampled_logprobs, ours, strict=True
+        ):
+            if token == kept:
+                total, count, largest = (
+                    total + abs(theirs - mine),
+                    count + 1,
+                    max(largest, abs(theirs - mine)),
+                )
+    return {"pool/logprob_gap_mean": (total, count), "pool/logprob_gap_max": (largest, 1)}

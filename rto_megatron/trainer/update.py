@@ -1,0 +1,65 @@
+"""The PPO update of one rollout step: minibatches in order, critic and policy side by side."""
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from rto_megatron.algorithms import ppo
+from rto_megatron.algorithms.advantages import AllSum
+from rto_megatron.algorithms.losses import WEIGHTINGS
+from rto_megatron.data.packing import Layout, minibatches
+from rto_megatron.parallel.topology import Topology
+from rto_megatron.types import Experience, LossOutput, Metrics, Minibatch, ScoredRollouts
+
+
+class PolicyOptimization(Protocol):
+    """What PPO and RTO have in common."""
+
+    config: ppo.Config
+    needs_dpo: bool
+
+    def credit(self, scored: ScoredRollouts, kl_coef: float, all_sum: AllSum) -> Experience: ...
+
+    def credit_metrics(self, scored: ScoredRollouts, experience: Experience) -> Metrics: ...
+
+    def policy_loss(self, logp_T: Tensor, m: Minibatch) -> LossOutput: ...
+
+    def value_loss(self, values_T: Tensor, m: Minibatch) -> LossOutput: ...
+
+
+def optimizer_minibatches(
+    experience: Experience,
+    config: ppo.Config,
+    num_minibatches: int,
+    topology: Topology,
+    layout: Layout,
+    seed: int,
+) -> Iterator[tuple[list[Minibatch], list[list[str]]]]:
+    """The micro-batches of each optimizer step, with the ids of their samples; equal steps on every replica.
+
+    The first pass takes rollouts in the order of the prompts, which the loader has shuffled; later passes shuffle.
+
+    Args:
+        num_minibatches: optimizer steps per pass; divides the rollouts of every replica.
+        seed: of the shuffles.
+    """
+    weighting = WEIGHTINGS[config.loss_weights]
+    size = len(experience.rollouts) // num_minibatches
+    order = list(range(size * num_minibatches))
+    for epoch in range(config.epochs):
+        if epoch:
+            random.Random(f"{seed}/{epoch}").shuffle(order)
+        for start in range(0, len(order), size):
+            rows = order[start : start + size]
+            mask_BR = experience.mask_BR[rows]
+            total = float(topology.dp_sum(weighting.count(mask_BR)))
+            weights_BR = experience.mask_BR.new_zeros(experience.mask_BR.shape)
+            weights_BR[rows] = weighting.weights(mask_BR, total)
+            yield minibatches(experience, weights_BR, rows, layout), _names(experience, rows, layout.micro)
+
+
+def _names(experience: Experience, rows: Sequence[int], micro: int) -> list[list[str]]:
+    ids = [experience.rollouts[row].prompt_id for row in rows]
+    return [ids[start : start + micro] for start in range(0, len(ids), micro)]

@@ -1,0 +1,118 @@
+"""Would a push set every parameter of a vLLM model? Asked of vLLM's own loaders, with tensors that have no data."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from vllm.config import ModelConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.meta import CopyCounter
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+
+from rto_megatron.weight_sync.manifest import DTYPES, TensorSpec
+
+Loader = Callable[..., object]
+
+
+def uncovered(model: nn.Module, model_config: ModelConfig, specs: Sequence[TensorSpec]) -> list[str]:
+    """Rehearses the load of `specs` and returns, in words, everything that would go wrong.
+
+    The model serves on unchanged: during the rehearsal its parameters are vLLM's meta-device stand-ins.
+
+    Args:
+        model: vLLM's model of this worker, a shard under tensor parallelism.
+        model_config: its configuration.
+        specs: complete tensors under Hugging Face names.
+    """
+    tied = _shared_parameters(model)
+    initialize_layerwise_reload(model)
+    rehearsal = _Rehearsal(model)
+    try:
+        rehearsal.run(specs)
+    finally:
+        rehearsal.restore_loaders()
+        finalize_layerwise_reload(model, model_config)
+    return rehearsal.problems(tied)
+
+
+class _Rehearsal:
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._originals: dict[str, tuple[Tensor, Loader | None]] = {}
+        self._expected: dict[str, int] = {}
+        self._counted: dict[str, int] = {}
+        self._problems: list[str] = []
+        for prefix, module in model.named_modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    self._replace_loader(f"{prefix}.{name}", module, parameter)
+
+    def _replace_loader(self, name: str, module: nn.Module, parameter: Tensor) -> None:
+        wrapped = vars(parameter).get("weight_loader")
+        original = wrapped
+        # The reload has wrapped the loader in one that buffers data; the real one is underneath.
+        while original is not None and original.__name__ == "online_process_loader":
+            original = original.__wrapped__
+        loader = original or default_weight_loader
+        self._originals[name] = (parameter, wrapped)
+        self._expected[name] = _loadable_numel(module, parameter)
+        self._counted[name] = 0
+
+        def count(*arguments: object, **named: object) -> object:
+            given = [one for one in (*arguments[1:], *named.values()) if isinstance(one, Tensor)]
+            for tensor in given[:1]:
+                if tensor.dtype != parameter.dtype:
+                    self._problems.append(f"{name} is {parameter.dtype} here and {tensor.dtype} in the push")
+            with CopyCounter() as counter:
+                returned = loader(*arguments, **named)
+            self._counted[name] += counter.copied_numel
+            return returned
+
+        parameter.weight_loader = count  # type: ignore[attr-defined]
+
+    def run(self, specs: Sequence[TensorSpec]) -> None:
+        for spec in specs:
+            empty = torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device="meta")
+            before = sum(self._counted.values())
+            try:
+                self._model.load_weights([(spec.name, empty)])
+            except (AssertionError, IndexError, KeyError, RuntimeError, ValueError) as error:
+                self._problems.append(f"{spec} cannot be loaded ({type(error).__name__}: {error})")
+                continue
+            if sum(self._counted.values()) == before:
+                self._problems.append(f"{spec} is no part of the model")
+
+    def problems(self, tied: set[str]) -> list[str]:
+        for name, expected in self._expected.items():
+            if name not in tied and self._counted[name] != expected:
+                self._problems.append(f"{name} would get {self._counted[name]} of its {expected} numbers")
+        return self._problems
+
+    def restore_loaders(self) -> None:
+        for parameter, wrapped in self._originals.values():
+            if wrapped is None:
+                del parameter.weight_loader  # type: ignore[attr-defined]
+            else:
+                parameter.weight_loader = wrapped  # type: ignore[attr-defined]
+
+
+def _shared_parameters(model: nn.Module) -> set[str]:
+    """Names of parameters that are another module's parameter (tied embeddings): set through their first name."""
+    first_names: set[int] = set()
+    shared = set()
+    for prefix, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) in first_names:
+                shared.add(f"{prefix}.{name}")
+            first_names.add(id(parameter))
+    return shared
+
+
+def _loadable_numel(module: nn.Module, parameter: Tensor) -> int:
+    if isinstance(module, VocabParallelEmbedding):
+        # The vocabulary is padded; padding rows are set to zero, not loaded.
+        return module.shard_indices.num_org_elements * parameter.numel() // parameter.shape[0]
+    return parameter.numel()

@@ -1,0 +1,196 @@
+"""One RTO update from fixed rollouts gives the one-rank gradients and weights at every layout, policy and critic."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import megatron.core.distributed.finalize_model_grads as finalize
+import pytest
+import torch
+from engine.fixed_rollouts import rollouts
+from engine.layouts import LAYOUTS, frozen, topology, trained
+from megatron.core.distributed import DistributedDataParallel
+from ranks import run_ranks
+from tiny_models import write_llama
+from torch import Tensor
+
+from rto_megatron.algorithms import ALGORITHMS, rto
+from rto_megatron.config.schema import OptimizerConfig
+from rto_megatron.data.packing import Layout
+from rto_megatron.engine.megatron import TrainedModel
+from rto_megatron.engine.weights import parameter_map, stage_of
+from rto_megatron.trainer.rollouts import Roles, close_rollouts, score
+from rto_megatron.trainer.update import optimizer_minibatches
+
+SGD = OptimizerConfig(kind="sgd", lr=0.5, max_grad_norm=None)
+ADAM = OptimizerConfig(kind="adam", lr=1e-3)
+EOS = 2
+FOLDERS = {"policy": (7, False), "dpo": (8, False), "reference": (9, False), "reward": (10, True), "critic": (11, True)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What differs between two runs that must agree."""
+
+    layout: str = "one"
+    packed: bool = True
+    micro: int = 2
+    is_tied: bool = False
+    dtype: str = "fp32"
+    is_distributed_optimizer: bool = False
+    optimizer: OptimizerConfig = SGD
+    num_steps: int = 1
+    disable: str = ""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """Model folders with separate and with tied output weights."""
+    made = {}
+    for is_tied in (False, True):
+        root = tmp_path_factory.mktemp(f"models_{is_tied}")
+        for name, (seed, is_scalar) in FOLDERS.items():
+            write_llama(root / name, seed, is_tied=is_tied, is_scalar=is_scalar)
+        made[is_tied] = root
+    return made
+
+
+def _whole(model: TrainedModel, value: Callable[[torch.nn.Parameter], Tensor]) -> dict[str, Tensor]:
+    """Whole tensors of this pipeline stage, by Hugging Face name."""
+    from rto_megatron.engine.weights import local_parameters
+
+    place, local, whole = model.topology, local_parameters(model.module), {}
+    for mapped in parameter_map(model.shape, model.has_scalar_head):
+        if mapped.is_copy or stage_of(mapped, model.shape, place.pipeline_size) != place.pipeline_rank:
+            continue
+        shards = place.gather_tensor_shards(value(local[mapped.megatron]).detach().float())
+        whole.update(zip(mapped.hf, mapped.layout.merge(shards), strict=True))
+    return {name: tensor.clone() for name, tensor in whole.items()}
+
+
+def _without(reduction: str) -> None:
+    """Takes one gradient reduction away, as a broken build would."""
+    if reduction == "data":
+        DistributedDataParallel.finish_grad_sync = lambda self, *_, **__: None
+        DistributedDataParallel.start_grad_sync = lambda self, *_, **__: None
+    if reduction == "replicated":
+        finalize._allreduce_non_tensor_model_parallel_grads = lambda *_, **__: None
+    if reduction == "tied":
+        finalize._allreduce_word_embedding_grads = lambda *_, **__: None
+    if reduction == "value_head":
+        from rto_megatron.models.heads import ScalarHead
+
+        init = ScalarHead.__init__
+
+        def untagged(self: ScalarHead, config: object) -> None:
+            init(self, config)
+            self.weight.sequence_parallel = False
+
+        ScalarHead.__init__ = untagged
+
+
+def _update(case: Case, root: Path) -> dict[str, dict[str, Tensor]]:
+    """Runs the update; returns gradients of the first step and final weights of this rank's stage."""
+    _without(case.disable)
+    place = topology(case.layout)
+    policy, critic = (
+        trained(place, root / name, FOLDERS[name][1], case.optimizer, case.dtype, case.is_distributed_optimizer)
+        for name in ("policy", "critic")
+    )
+    reference, dpo, reward = (
+        frozen(place, root / name, FOLDERS[name][1], case.dtype) for name in ("reference", "dpo", "reward")
+    )
+    roles = Roles(policy, critic, reference, reward, dpo, None)
+    multiple = place.tensor_size if place.sequence_parallel else 1
+    layout = Layout(case.micro, case.packed, multiple, place.device.torch_device)
+    algorithm = ALGORITHMS["rto"](rto.Config(epochs=case.num_steps))
+    own = close_rollouts(rollouts()[place.data_rank :: place.data_size], EOS, "penalise")
+    scored = score(own, roles, layout, EOS, "penalise")
+    experience = algorithm.credit(scored, 0.01, place.dp_sum)
+    seen: dict[str, dict[str, Tensor]] = {}
+    for batches, names in optimizer_minibatches(experience, algorithm.config, 1, place, layout, seed=1):
+        for model, loss in ((critic, algorithm.value_loss), (policy, algorithm.policy_loss)):
+            if not seen.get(f"{model.name}/gradient") and not case.is_distributed_optimizer:
+                model.gradients(batches, loss, names)
+                seen[f"{model.name}/gradient"] = _whole(model, lambda p: p.main_grad)
+            model.step(batches, loss, names, case.optimizer.lr)
+    for model in (critic, policy):
+        seen[f"{model.name}/weights"] = _whole(model, lambda p: p)
+    is_reporter = place.tensor_rank == 0 and place.data_rank == 0
+    return seen if is_reporter else {}
+
+
+def _merged(case: Case, folders: dict[bool, Path]) -> dict[str, dict[str, Tensor]]:
+    merged: dict[str, dict[str, Tensor]] = {}
+    for seen in run_ranks(LAYOUTS[case.layout][0], _update, case, folders[case.is_tied]):
+        for key, tensors in seen.items():
+            merged.setdefault(key, {}).update(tensors)
+    return merged
+
+
+_BASE: dict[tuple[object, ...], dict[str, dict[str, Tensor]]] = {}
+
+
+def _base(case: Case, folders: dict[bool, Path]) -> dict[str, dict[str, Tensor]]:
+    key = (case.is_tied, case.dtype, case.optimizer.kind, case.num_steps)
+    if key not in _BASE:
+        one = Case(is_tied=case.is_tied, dtype=case.dtype, optimizer=case.optimizer, num_steps=case.num_steps)
+        _BASE[key] = _merged(one, folders)
+    return _BASE[key]
+
+
+def _errors(got: dict[str, Tensor], want: dict[str, Tensor]) -> dict[str, float]:
+    assert got.keys() == want.keys()
+    return {name: float((got[name] - want[name]).norm() / want[name].norm()) for name in want}
+
+
+def _initial(folders: dict[bool, Path], is_tied: bool, name: str) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return {k: v.float() for k, v in load_file(folders[is_tied] / name / "model.safetensors").items()}
+
+
+def _report(case: Case, folders: dict[bool, Path]) -> dict[str, float]:
+    """Largest relative L2 error per quantity against one rank: gradients, and the change of the weights."""
+    got, want = _merged(case, folders), _base(case, folders)
+    worst = {}
+    for key in want:
+        if key not in got:
+            continue
+        if key.endswith("weights"):
+            start = _initial(folders, case.is_tied, key.split("/")[0])
+            deltas = [{name: side[key][name] - start[name] for name in want[key]} for side in (got, want)]
+            worst[key] = max(_errors(*deltas).values())
+        else:
+            worst[key] = max(_errors(got[key], want[key]).values())
+    return worst
+
+
+SAME = [
+    Case("tp2"),
+    Case("pp2"),
+    Case("dp2"),
+    Case("tp2_sp"),
+    Case("tp2_pp2"),
+    Case("tp2_pp2_sp"),
+    Case("pp2", is_tied=True),
+    Case("tp2_pp2_sp", is_tied=True, micro=4),
+    Case("one", packed=False),
+    Case("one", micro=8),
+    Case("tp2_sp", packed=False, micro=1),
+]
+
+
+@pytest.mark.parametrize("case", SAME, ids=str)
+def test_gradients_and_sgd_step_equal_one_rank(case: Case, folders: dict[bool, Path]) -> None:
+    report = _report(case, folders)
+    print(case, report)
+    assert len(report) == 4
+    for key, error in report.items():
+        # A weight minus its start keeps only the digits of the weight that the step changed.
+        assert error < (1e-4 if key.endswith("weights") else 1e-5), (key, report)
+
+
+if False:
+    cache(_initial)
