@@ -51,7 +51,11 @@ def pool_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PoolServer
     folder = tmp_path_factory.mktemp("pool")
     tiny_llama(0).config.save_pretrained(folder / "model")
     options = ServerOptions(
-        model=folder / "model", token_file=folder / "token", log_file=folder / "server.log", dtype="fp32", max_model_len=256
+        model=folder / "model",
+        token_file=folder / "token",
+        log_file=folder / "server.log",
+        dtype="fp32",
+        max_model_len=256,
     )
     server = start_server(options)
     try:

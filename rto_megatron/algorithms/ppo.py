@@ -73,7 +73,7 @@ class Config(BaseModel):
 class PPO:
     """Score on the last token, KL penalty on every token, clipped policy and value losses."""
 
-    needs_dpo = False
+    needs_dpo: bool = False
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -1,4 +1,4 @@
-"""`rto check`: what a recipe means on a given number of GPUs, before any model is built or any GPU is touched."""
+"""`rto check`: what a recipe means on a given number of GPUs, before any model is built."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -30,25 +30,25 @@ def check(
         int,
         typer.Option(
             min=0,
-            help="GPUs of the job; 0: no GPU, parallel.tensor x parallel.pipeline processes on the CPU.",
+            help="GPUs of the job; 0: parallel.tensor x parallel.pipeline processes on the CPU.",
         ),
     ] = 0,
     pool_gpus: Annotated[
         int | None,
         typer.Option(
             min=0,
-            help="GPUs of them that the inference pool gets; default: half if the stage samples, else 0.",
+            help="How many of them the inference pool gets; default: half if the stage samples.",
         ),
     ] = None,
     assume: Annotated[
         list[str] | None,
         typer.Option(
             metavar="ROLE=SHAPE",
-            help="Shape of a model that is not on this machine, as in policy=llama-3-8b; else its name is believed.",
+            help="Shape of a model that is not here, as in policy=llama-3-8b; else its name is believed.",
         ),
     ] = None,
 ) -> None:
-    """Check a recipe and show its configuration, layout, batch arithmetic and memory; needs no GPU and no model."""
+    """Check a recipe; show its configuration, layout, batch arithmetic and memory. Needs no GPU and no model."""
     from rto_megatron.cli.plan import roles_of
     from rto_megatron.config.checks import find_problems, refuse
     from rto_megatron.config.load import dump, load_recipe
@@ -84,8 +84,8 @@ def _split(config: "Stage", gpus: int, pool_gpus: int | None) -> tuple[int, int]
     pool = pool_gpus if pool_gpus is not None else (gpus // 2 if samples_from_pool(config) else 0)
     if pool >= gpus or (pool == 0 and samples_from_pool(config)):
         raise UserError(
-            f"--gpus {gpus} --pool-gpus {pool}: leaves {max(gpus - pool, 0)} for the trainer and {pool} for the pool; "
-            f"stage {config.stage} needs at least one for each"
+            f"--gpus {gpus} --pool-gpus {pool}: leaves {max(gpus - pool, 0)} for the trainer and {pool} for "
+            f"the pool; stage {config.stage} needs at least one for each"
         )
     return gpus - pool, pool
 
@@ -127,8 +127,8 @@ def _layout_table(config: "Stage", world_size: int, pool_gpus: int) -> Table:
     if not isinstance(config, EvaluateStage):
         table.add_row(
             "optimizer step",
-            f"{batch.train} = {plan.data_parallel} data-parallel ranks x {plan.num_microbatches} micro-batches x "
-            f"{batch.micro} {'pairs' if config.stage in ('reward_model', 'dpo') else 'sequences'}",
+            f"{batch.train} = {plan.data_parallel} data-parallel ranks x {plan.num_microbatches} micro-batches "
+            f"x {batch.micro} {'pairs' if config.stage in ('reward_model', 'dpo') else 'sequences'}",
         )
     if isinstance(config, PpoStage):
         table.add_row(

@@ -7,7 +7,7 @@ import time
 import typer
 from rich.console import Console
 
-from rto_megatron.cli import check, data, pool, report, train
+from rto_megatron.cli import check, data, launch, pool, report, train
 from rto_megatron.errors import UserError
 
 _STATUS_USER_ERROR = 2
@@ -15,17 +15,17 @@ _LEAD_RANK_SPEAKS_FIRST_S = 2.0
 
 app = typer.Typer(
     name="rto",
-    help="Reinforced Token Optimization: SFT, reward model, DPO, PPO and RTO on Megatron-core, sampled by vLLM.",
+    help="Reinforced Token Optimization: SFT, reward model, DPO, PPO and RTO on Megatron-core and vLLM.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for group in (train, check, data, pool, report):
+for group in (launch, train, check, data, pool, report):
     group.register(app)
 
 
 def main() -> None:
-    """Run one command; a UserError becomes a message and exit status 2, everything else is a bug and is shown whole."""
+    """Run one command; a UserError becomes a message and status 2, anything else is a bug and shown whole."""
     try:
         app()
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Where each model goes and what it costs: ranks, parameters and memory per GPU, computed without building anything.
+"""Where each model goes and what it costs: parameters and memory per rank, without building anything.
 
 Memory of a trained model with Adam (Megatron-LM's theoretical_memory_usage.py): 18 bytes a parameter in
 bf16 (weight 2, fp32 gradient 4, fp32 master 4, moments 8), or 6 + 12 / data-parallel ranks with the
@@ -102,7 +102,7 @@ def _optimizer(role: Role, config: Stage) -> OptimizerConfig | None:
 
 
 def activation_bytes(config: Stage, shapes: Mapping[str, FoundShape]) -> int:
-    """Peak activations of one micro-batch of the longest sequences in training, in bytes; 0 where nothing trains."""
+    """Activations of one micro-batch of the longest sequences in training, in bytes; 0 without training."""
     if isinstance(config, EvaluateStage):
         return 0
     if isinstance(config, PpoStage):

@@ -16,7 +16,7 @@ def report(
         Path, typer.Argument(help="Folder whose sub-folders hold evaluation.json.", show_default=False)
     ],
 ) -> None:
-    """Show the final table: true return, reward-model score, KL to the reference and length of every policy."""
+    """Show the final table: true return, reward-model score, KL to the reference and length."""
     from rto_megatron.trainer.report.evaluation import final_table, read_evaluations, verdict
     from rto_megatron.trainer.report.samples import show
 

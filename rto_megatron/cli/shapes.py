@@ -52,9 +52,9 @@ def find_shape(model: Path, assumed: str | None) -> FoundShape | None:
     Raises:
         UserError: config.json is there and cannot be used, or `assumed` is no embedded shape.
     """
-    for place in _PLACES:
-        if (model / place / "config.json").is_file():
-            return FoundShape(read_shape(model / place), "config.json")
+    folder = _folder_with_config(model)
+    if folder is not None:
+        return FoundShape(read_shape(folder), "config.json")
     if assumed is not None:
         if assumed not in KNOWN_SHAPES:
             raise UserError(
@@ -64,6 +64,26 @@ def find_shape(model: Path, assumed: str | None) -> FoundShape | None:
     spoken_of = re.search(r"llama-?(3(?:\.\d)?)-?(\d+b)", str(model).lower())
     name = f"llama-{spoken_of[1]}-{spoken_of[2]}" if spoken_of else ""
     return FoundShape(KNOWN_SHAPES[name], f"{name}, by its name") if name in KNOWN_SHAPES else None
+
+
+def hugging_face_folder(model: Path) -> Path:
+    """The folder of `model` (a model folder or an earlier stage's run folder) that holds its config.json.
+
+    Raises:
+        UserError: it is not on this machine.
+    """
+    folder = _folder_with_config(model)
+    if folder is None:
+        raise UserError(
+            f"models.policy={model}: no config.json there; run the stage that makes it first, or fetch a hub model with "
+            f"`hf download {model} --local-dir DIR` and name DIR"
+        )
+    return folder
+
+
+def _folder_with_config(model: Path) -> Path | None:
+    folders = (model / place for place in _PLACES)
+    return next((folder for folder in folders if (folder / "config.json").is_file()), None)
 
 
 def layer_parameters(shape: ModelShape) -> int:

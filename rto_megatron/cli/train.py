@@ -1,6 +1,5 @@
-"""`rto train`, `rto evaluate`, `rto launch` and `rto export`."""
+"""`rto train`, `rto evaluate` and `rto export`."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +13,6 @@ def register(app: typer.Typer) -> None:
     """Add the commands of this file to `app`."""
     app.command()(train)
     app.command()(evaluate)
-    app.command()(launch)
     app.command()(export)
 
 
@@ -30,7 +28,7 @@ def train(recipe: Recipe, overrides: Overrides = None) -> None:
 
 
 def evaluate(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Sample held-out prompts, score them, measure the KL to the reference; writes evaluation.json in the run folder.
+    """Sample held-out prompts, score them and measure the KL to the reference; leaves evaluation.json.
 
     The recipe's stage must be `evaluate`. Start it under torchrun for more than one rank, as `rto train`.
     """
@@ -39,33 +37,8 @@ def evaluate(recipe: Recipe, overrides: Overrides = None) -> None:
 
     config = load_recipe(recipe, overrides or [])
     if config.stage != "evaluate":
-        raise UserError(
-            f"{recipe}: found stage {config.stage}; `rto evaluate` needs a recipe whose stage is evaluate"
-        )
+        raise UserError(f"{recipe}: found stage {config.stage}; `rto evaluate` needs the stage evaluate")
     run_stage(config)
-
-
-def launch(
-    recipe: Recipe,
-    overrides: Overrides = None,
-    ranks: Annotated[
-        int | None,
-        typer.Option(min=1, help="Processes on this machine; default: parallel.tensor x parallel.pipeline."),
-    ] = None,
-) -> None:
-    """Start the ranks of one stage on this machine with torchrun and wait for them.
-
-    The same as `torchrun --standalone --nproc-per-node RANKS -m rto_megatron.cli.main train RECIPE ...`,
-    without torchrun's own traceback when a rank fails. The pool of a stage that samples must run already
-    (`rto pool`); launchers/local.sh starts both.
-    """
-    from rto_megatron.cli.torchrun import run_ranks
-    from rto_megatron.config.load import load_recipe
-
-    config = load_recipe(recipe, overrides or [])
-    num_ranks = ranks or config.parallel.tensor * config.parallel.pipeline
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    run_ranks(num_ranks, ["train", str(recipe), *(overrides or [])])
 
 
 def export(

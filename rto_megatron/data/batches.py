@@ -1,4 +1,4 @@
-"""Which items each data-parallel rank takes at each step: shuffled per epoch, resumable, the same for any layout."""
+"""Which items each data-parallel rank takes at each step: shuffled, resumable, the same for any layout."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -9,9 +9,10 @@ from rto_megatron.errors import UserError
 class Batches[T]:
     """An endless walk over `items` in global batches; the rank sees its slice of each.
 
-    The order of epoch e depends on (seed, e) alone, and rank r of n takes the r-th of n equal, contiguous parts of a
-    global batch, so the global batches do not depend on n. What is left of an epoch after its last full batch is
-    dropped; another shuffle brings it back in later epochs. The number of consumed samples is the whole state.
+    The order of epoch e depends on (seed, e) alone, and rank r of n takes the r-th of n equal, contiguous
+    parts of a global batch, so the global batches do not depend on n. What is left of an epoch after its
+    last full batch is dropped; another shuffle brings it back in later epochs. The number of consumed
+    samples is the whole state.
     """
 
     def __init__(
@@ -34,9 +35,10 @@ class Batches[T]:
                 "use more data or a smaller batch"
             )
         if global_batch % dp_size:
+            smaller = global_batch - global_batch % dp_size
             raise UserError(
                 f"{dp_size} data-parallel ranks do not divide the global batch of {global_batch}; "
-                f"use {global_batch - global_batch % dp_size} or {global_batch - global_batch % dp_size + dp_size}"
+                f"use {smaller or dp_size} or {smaller + dp_size}"
             )
         self._items = items
         self._global_batch = global_batch
@@ -70,14 +72,15 @@ class Batches[T]:
         return [self._items[index] for index in self._order[first : first + per_rank]]
 
     def state(self) -> dict[str, int]:
-        """What a checkpoint has to keep: consumed samples, and the number of items they were taken from."""
+        """What a checkpoint keeps: consumed samples, and the number of items they were taken from."""
         return {"consumed_samples": self._consumed_samples, "num_items": len(self._items)}
 
     def restore(self, state: Mapping[str, int]) -> None:
         """Continue behind the samples that `state` counts.
 
         Raises:
-            UserError: the data has another number of items, or the samples are no multiple of the global batch.
+            UserError: the data has another number of items, or the samples are no multiple of the global
+            batch.
         """
         if state["num_items"] != len(self._items):
             raise UserError(

@@ -1,9 +1,9 @@
 """Token ids of prompts and answers under a tokenizer's chat template.
 
-The answer's ids are what follows the prompt's ids in the whole conversation. A template for which the prompt (with
-its generation header) is no prefix of the conversation, as text or as ids, gets prompt and answer tokenized apart and
-joined. Prompts carry the tokenizer's beginning-of-sequence token exactly once, and an answer ends at its first
-end-of-sequence token, as a sampled response would.
+The answer's ids are what follows the prompt's ids in the whole conversation. A template for which the
+prompt (with its generation header) is no prefix of the conversation, as text or as ids, gets prompt and
+answer tokenized apart and joined. Prompts carry the tokenizer's beginning-of-sequence token exactly once,
+and an answer ends at its first end-of-sequence token, as a sampled response would.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,8 @@ class Message:
 
 @dataclass(frozen=True)
 class Exchange:
-    """A prompt and one answer to it; the answer ends with the end-of-sequence token and holds no other."""
+    """A prompt and one answer to it; the answer ends with the end-of-sequence token and holds no
+    other."""
 
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
@@ -72,7 +73,7 @@ def _ended(
         return Exchange(prompt_ids, (*answer_ids, eos), 0)
     end = answer_ids.index(eos)
     # Some templates write a line break after the end-of-sequence token: that is no part of the answer.
-    rest = tokenizer.decode(answer_ids[end:], skip_special_tokens=True).strip()
+    rest = str(tokenizer.decode(list(answer_ids[end:]), skip_special_tokens=True)).strip()
     return Exchange(prompt_ids, answer_ids[: end + 1], len(answer_ids) - end - 1 if rest else 0)
 
 
@@ -91,7 +92,7 @@ def _render(
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """Ids of a rendered template; the beginning-of-sequence token may come from template, tokenizer or both."""
+    """Ids of a rendered template; the first token (BOS) may come from the template, the tokenizer or both."""
     ids = tuple(tokenizer.encode(text, add_special_tokens=False))
     bos = tokenizer.bos_token_id
     if bos is None:

@@ -2,18 +2,19 @@
 
 Layouts, by column names:
     prompts         context_messages [{role, content}]; or prompt, a string or a list of messages
-    pairs           chosen and rejected [{role, content}], as in ultrafeedback_binarized; optional prompt_id, and
-                    margin, or score_chosen and score_rejected (their difference is the margin)
-    demonstrations  messages [{role, content}]; or chosen, as above; or prompt and response strings. The last
-                    message is the target, everything before it is the prompt
+    pairs           chosen and rejected [{role, content}], as in ultrafeedback_binarized; optional prompt_id,
+                    and margin, or score_chosen and score_rejected (their difference is the margin)
+    demonstrations  messages [{role, content}]; or chosen, as above; or prompt and response strings. The
+                    last message is the target, everything before it is the prompt
 
-An answer that does not fit in `max_length` is cut, and the last token that is kept becomes the end-of-sequence token,
-because the reward model reads its score there. Whatever was dropped or cut is counted in the `LoadReport`.
+An answer that does not fit in `max_length` is cut, and the last token that is kept becomes the
+end-of-sequence token, because the reward model reads its score there. Whatever was dropped or cut is counted
+in the `LoadReport`.
 """
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Literal
 
@@ -35,6 +36,13 @@ class Limits:
     max_length: int  # prompt and answer together; prompts without answers ignore it
     overlong: Literal["error", "drop", "truncate_left"]
 
+    def __post_init__(self) -> None:
+        if self.max_length <= MIN_ANSWER_TOKENS:
+            raise UserError(
+                f"data.max_length = {self.max_length} leaves no room for a prompt and an answer of "
+                f"{MIN_ANSWER_TOKENS} tokens; raise it"
+            )
+
 
 @dataclass(frozen=True)
 class LoadReport:
@@ -51,11 +59,8 @@ class LoadReport:
 
     def summary(self) -> str:
         """One line: rows read and kept, and every other count that is not zero."""
-        others = [
-            f"{value} {entry.name.replace('_', ' ')}"
-            for entry in fields(self)[3:]
-            if (value := self.__dict__[entry.name])
-        ]
+        counts = list(asdict(self).items())[3:]
+        others = [f"{count} {name.replace('_', ' ')}" for name, count in counts if count]
         return ", ".join([f"{self.source}: {self.rows} rows read", f"{self.kept} kept", *others])
 
 
@@ -79,7 +84,7 @@ def load_prompts(
         max_rows: rows to read; None for all.
 
     Raises:
-        UserError: a row is not in a known layout, a prompt is over the limit under "error", or nothing is left.
+        UserError: a row is not in a known layout, a prompt is too long under "error", or no row is left.
     """
     encoder = _Encoder(tokenizer, limits)
 
@@ -166,8 +171,8 @@ def _load[T](
     )
     if not items:
         raise UserError(
-            f"{source}: no rows to use; {num_rows} read, {report.dropped_overlong} dropped because the prompt is "
-            f"over its limit; check the file and data.max_prompt_tokens = {encoder.limits.max_prompt_tokens}"
+            f"{source}: no rows to use; {num_rows} read, {report.dropped_overlong} dropped with a prompt "
+            f"over its limit; check the file and data.max_prompt_tokens ({encoder.limits.max_prompt_tokens})"
         )
     return Loaded(tuple(items), report)
 

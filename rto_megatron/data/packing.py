@@ -1,13 +1,14 @@
 """From lists of sequences to micro-batches, and between the [B, R] response grid and flat positions [T].
 
 Legend
-    B  responses of this rank            R  response positions         T  token positions of one micro-batch
-    S  sequences of one micro-batch      P  pairs of one micro-batch   N  response tokens of one micro-batch
+    B  responses of this rank          R  response positions        T  positions of one micro-batch
+    S  sequences of one micro-batch    P  pairs of one micro-batch  N  response tokens of one micro-batch
     G  pairs of this rank's share of the global batch
 
-A field of a response token sits at the position that predicts it: a sequence that starts at position o with
-prompt length p and response length n owns positions o + p - 1 .. o + p + n - 2. The gradient of a step does not
-depend on how sequences are split into micro-batches, because every denominator is a global total passed in.
+A field of a response token sits at the position that predicts it: a sequence that starts at position o
+with prompt length p and response length n owns positions o + p - 1 .. o + p + n - 2. The gradient of a
+step does not depend on how sequences are split into micro-batches, because every denominator is a global
+total that is passed in.
 """
 
 from collections.abc import Sequence
@@ -49,8 +50,8 @@ def token_batch(
     """Lay out sequences as one micro-batch.
 
     Args:
-        sequences: (token ids, prompt length in tokens) of each sequence; 1 <= prompt length <= number of ids.
-        packed: one row without padding between sequences, else one right-padded row per sequence.
+        sequences: (token ids, prompt length in tokens) of each sequence; 1 <= prompt length <= number of
+        ids. packed: one row without padding between sequences, else one right-padded row per sequence.
         multiple_of: row lengths are rounded up to it; when packed, by one trailing padding segment.
         device: where the tensors go.
     """
@@ -100,8 +101,8 @@ def scatter_to_positions(
     """Put values of response tokens at the positions that predict them; zero elsewhere.
 
     Args:
-        grid_BR: [S, R], row s belongs to sequence s of `batch`; columns past response_lens[s] are ignored.
-        prompt_lens, response_lens: tokens, one entry per real sequence of `batch`.
+        grid_BR: [S, R], row s belongs to sequence s of `batch`; columns past response_lens[s] are
+        ignored. prompt_lens, response_lens: tokens, one entry per real sequence of `batch`.
 
     Returns:
         [T], dtype of the grid, on the device of `batch`.
@@ -120,7 +121,7 @@ def gather_to_grid(
     response_lens: Sequence[int],
     num_columns: int,
 ) -> Tensor:
-    """Inverse of `scatter_to_positions`: [S, num_columns], zero past each response's end; gradients flow."""
+    """Inverse of `scatter_to_positions`: [S, num_columns], zero past each response's end, differentiable."""
     row_N, column_N, position_N = _grid_index(batch, prompt_lens, response_lens)
     grid_SR = values_T.new_zeros(len(response_lens), num_columns)
     return grid_SR.index_put((row_N, column_N), values_T[position_N])

@@ -26,10 +26,12 @@ class Row:
 
 
 def read_rows(source: str) -> Iterator[Row]:
-    """Rows of a local .jsonl, .jsonl.gz, .json (a list of objects) or .parquet file, or of `owner/name:split`.
+    """Rows of a local .jsonl, .jsonl.gz, .json (a list of objects) or .parquet file, or of
+    `owner/name:split`.
 
     Raises:
-        UserError: the source does not exist, is of another kind, is cut short, or a row is not a JSON object.
+        UserError: the source does not exist, is of another kind, is cut short, or a row is not a JSON
+        object.
     """
     path = Path(source)
     if source.endswith(SUFFIXES):
@@ -47,10 +49,10 @@ def read_rows(source: str) -> Iterator[Row]:
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+    open_text = gzip.open if path.suffix == ".gz" else open
     line_number = 0
     try:
-        with opened as lines:
+        with open_text(path, "rt", encoding="utf-8") as lines:
             for line_number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield _parsed(f"{path}:{line_number}", line)
@@ -76,9 +78,7 @@ def _parsed(where: str, text: str) -> Row:
 
 def _checked(where: str, value: object) -> Row:
     if not isinstance(value, dict):
-        raise UserError(
-            f"{where}: found a JSON {type(value).__name__}, expected an object with named columns"
-        )
+        raise UserError(f"{where}: found a JSON {type(value).__name__}, expected an object with columns")
     return Row(where, value)
 
 

@@ -1,9 +1,10 @@
-"""Trains a SentencePiece tokenizer and writes it as a folder that Hugging Face and vLLM load; fingerprints folders.
+"""Trains a SentencePiece tokenizer, writes it as a Hugging Face folder, and fingerprints folders.
 
-The folder holds SentencePiece's own file and a tokenizer.json with the same pieces, and both give the same ids. That
-is possible because the model adds no dummy prefix and normalises nothing: a space is the meta symbol `▁`, and every
-other character stands for itself. A marker of the chat template is followed by a space, so the first word of a
-message is the same piece as anywhere else, and the space belongs to the answer: the prompt's ids are a prefix.
+The folder holds SentencePiece's own file and a tokenizer.json with the same pieces, and both give the
+same ids. That is possible because the model adds no dummy prefix and normalises nothing: a space is the
+meta symbol `▁`, and every other character stands for itself. A marker of the chat template is followed by
+a space, so the first word of a message is the same piece as anywhere else, and the space belongs to the
+answer: the prompt's ids are a prefix.
 """
 
 import hashlib
@@ -87,8 +88,7 @@ def train_tokenizer(
     _hugging_face_twin(model_file, byte_fallback).save_pretrained(folder, save_jinja_files=False)
     config_file = folder / "tokenizer_config.json"
     config = json.loads(config_file.read_text())
-    # The name that every version of transformers resolves; without it, AutoTokenizer may rebuild the tokenizer by
-    # the model_type of a config.json beside it, with another treatment of spaces.
+    # save_pretrained writes a class name that only transformers 5 knows; this one is known to all versions.
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     config_file.write_text(json.dumps(config, indent=2) + "\n")
 
@@ -122,11 +122,11 @@ def _hugging_face_twin(model_file: Path, byte_fallback: bool) -> PreTrainedToken
 
 
 def _merges(pieces: sentencepiece.SentencePieceProcessor, vocab: dict[str, int]) -> list[tuple[str, str]]:
-    """SentencePiece merges whichever neighbours spell the best piece: all its splits, in the order of pieces."""
+    """SentencePiece joins the neighbours that spell the best piece: all its splits, best piece first."""
     learned = {
         piece for piece, i in vocab.items() if not (pieces.is_control(i) or pieces.is_byte(i) or i == 0)
     }
-    merges = []
+    merges: list[tuple[str, str]] = []
     for piece in sorted(learned, key=lambda piece: -pieces.get_score(vocab[piece])):
         splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
         merges.extend(split for split in splits if split[0] in learned and split[1] in learned)
@@ -154,7 +154,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         )
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"the tokenizer in {folder} has no end-of-sequence token; set eos_token in its tokenizer_config.json"
+            f"the tokenizer in {folder} has no end-of-sequence token; "
+            "set eos_token in its tokenizer_config.json"
         )
     return tokenizer
 

@@ -15,9 +15,12 @@ from rto_megatron.engine.source import CHECKPOINTS, HF_FILES, WEIGHTS, latest_ch
 from rto_megatron.engine.weights import random_reader
 from rto_megatron.errors import UserError
 from rto_megatron.parallel.collectives import Json
-from rto_megatron.parallel.topology import Topology
+from rto_megatron.platform import safe_metadata, sync_save, torch_adam
 
 STATE = "state.json"
+safe_metadata.install()
+sync_save.install()
+torch_adam.install()
 # The optimizer state is keyed by parameter, so that it loads into any data-parallel size.
 _METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -109,7 +112,10 @@ def load_trained(path: Path, model: TrainedModel) -> None:
 
 def _load(path: Path, shards: ShardedStateDict) -> ShardedStateDict:
     try:
-        return dist_checkpointing.load(shards, str(path))
+        with safe_metadata.readable_refusals(path):
+            return dist_checkpointing.load(shards, str(path))
+    except UserError:
+        raise
     except (CheckpointingException, FileNotFoundError, EOFError, RuntimeError, ValueError, KeyError) as error:
         raise UserError(
             f"the checkpoint {path} cannot be loaded: {error}. It is damaged or of another model; "

@@ -6,7 +6,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
 from rto_megatron.config import schema
-prime_adam_state = lambda o: None  # TEMP
+from rto_megatron.platform.torch_adam import prime_adam_state
 
 
 def wrap_for_training(model: GPTModel, is_distributed_optimizer: bool) -> DistributedDataParallel:

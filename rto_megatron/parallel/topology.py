@@ -128,6 +128,10 @@ class Topology:
         """Every replica's JSON value, by data rank, on every rank; all ranks must call it."""
         return collectives.gather_json(value, mpu.get_data_parallel_group(), self.device.torch_device)
 
+    def gather_all_json(self, value: collectives.Json) -> list[collectives.Json]:
+        """Every rank's JSON value, by rank, on every rank; all ranks must call it."""
+        return collectives.gather_json(value, dist.group.WORLD, self.device.torch_device)
+
     def raise_together(self, error: str | None) -> None:
         """Raises on every rank when any rank passes an error, so that nobody waits for a rank that left; all must call it.
 

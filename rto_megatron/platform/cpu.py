@@ -55,19 +55,14 @@ def p1_current_device() -> None:
 def p2_synchronize() -> None:
     """Waiting for the device returns at once.
 
-    Call sites: pipeline_parallel/p2p_communication.py, dist_checkpointing/strategies/filesystem_async.py, timers.py.
+    Call sites: pipeline_parallel/p2p_communication.py and preload_tensors of
+    dist_checkpointing/strategies/filesystem_async.py.
     """
     torch.cuda.synchronize = _synchronize
 
 
 class _Stream:
-    """The only stream: everything on it has already happened."""
-
-    def wait_stream(self, stream: "_Stream") -> None:
-        return None
-
-    def synchronize(self) -> None:
-        return None
+    """The only stream there is: whatever was put on it has already happened."""
 
 
 _STREAM = _Stream()
@@ -80,8 +75,7 @@ def _current_stream(device: object = None) -> _Stream:
 def p3_current_stream() -> None:
     """The current stream is one that is always done.
 
-    Call sites: DistributedDataParallel.__init__ and start of the gradient reductions in
-    distributed/param_and_grad_buffer.py.
+    Call sites: start_grad_sync and start_param_sync of distributed/param_and_grad_buffer.py.
     """
     torch.cuda.current_stream = _current_stream
 
@@ -110,32 +104,25 @@ def _on_cpu(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def p5_factories() -> None:
     """Tensor factories read the literal device="cuda" as the CPU.
 
-    Call sites: total_num_tokens of pipeline_parallel/schedules.py, grad norms of optimizer/clip_grads.py, found_inf and
-    scale of optimizer/optimizer.py, the causal mask of transformer/utils.py, dist_checkpointing/exchange_utils.py.
+    Call sites: total_num_tokens of pipeline_parallel/schedules.py, norms of optimizer/clip_grads.py,
+    found_inf and scale of optimizer/optimizer.py, the causal mask of transformer/utils.py, and the exchange
+    of loaded tensors in dist_checkpointing/exchange_utils.py.
     """
     for name in ("zeros", "ones", "empty", "tensor", "empty_like"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
 
 
-def p6_moves() -> None:
-    """`tensor.cuda()` and `tensor.to("cuda")` stay on the CPU.
+def p6_tensor_cuda() -> None:
+    """`tensor.cuda()` stays where it is.
 
-    Call sites: optimizer/optimizer.py, optimizer/distrib_optimizer.py, dist_checkpointing/exchange_utils.py.
+    Call sites: get_parameter_state_dp_zero of optimizer/distrib_optimizer.py when saving, and
+    dist_checkpointing/exchange_utils.py when loading.
     """
-    to = torch.Tensor.to
-
-    def to_cpu(self: Tensor, *args, **kwargs) -> Tensor:
-        if args and _is_cuda(args[0]):
-            args = (CPU, *args[1:])
-        if _is_cuda(kwargs.get("device")):
-            kwargs["device"] = CPU
-        return to(self, *args, **kwargs)
 
     def cuda(self: Tensor, device: object = None, non_blocking: bool = False) -> Tensor:
         return self
 
     torch.Tensor.cuda = cuda
-    torch.Tensor.to = to_cpu
 
 
 def p7_type_names() -> None:
@@ -155,25 +142,11 @@ def p7_type_names() -> None:
     torch.Tensor.type = type_or_cast
 
 
-def p8_no_compilation() -> None:
-    """megatron's jit_fuser leaves functions as they are.
+def p8_rng_tracker() -> None:
+    """The RNG tracker restores the CPU generator, and does not warn that this generator moved.
 
-    jit.py makes it torch.compile, which needs a C++ compiler and minutes per process on a CPU; importing megatron.core
-    already decorates functions with it.
-    """
-    compile_function = torch.compile
-    torch.compile = lambda function=None, **kwargs: function if function is not None else (lambda f: f)
-    import megatron.core.jit
-
-    torch.compile = compile_function
-    megatron.core.jit.disable_jit_fuser()
-
-
-def p9_rng_tracker() -> None:
-    """The RNG tracker restores the CPU generator; its warning that this generator moved says nothing here.
-
-    tensor_parallel/random.py:_set_cuda_rng_state queues its work until CUDA starts, which is never: without the patch
-    every seed of the tracker is silently ignored.
+    Call site: _set_cuda_rng_state of tensor_parallel/random.py queues its work until CUDA starts, which is
+    never: without the patch the seeds of the tracker are silently ignored.
     """
     from megatron.core.tensor_parallel import random
 
@@ -181,9 +154,11 @@ def p9_rng_tracker() -> None:
         torch.set_rng_state(new_state)
 
     random._set_cuda_rng_state = set_rng_state
-    logging.getLogger(random.__name__).addFilter(
-        lambda record: not record.msg.startswith("CPU RNG state changed")
-    )
+    logging.getLogger(random.__name__).addFilter(_is_not_about_the_generator)
+
+
+def _is_not_about_the_generator(record: logging.LogRecord) -> bool:
+    return not record.msg.startswith("CPU RNG state changed")
 
 
 PATCHES: dict[str, Callable[[], None]] = {
@@ -192,10 +167,9 @@ PATCHES: dict[str, Callable[[], None]] = {
     "P3": p3_current_stream,
     "P4": p4_rng_state,
     "P5": p5_factories,
-    "P6": p6_moves,
+    "P6": p6_tensor_cuda,
     "P7": p7_type_names,
-    "P8": p8_no_compilation,
-    "P9": p9_rng_tracker,
+    "P8": p8_rng_tracker,
 }
 
 

@@ -37,10 +37,21 @@ def prepare() -> Device:
         UserError: LOCAL_RANK names no GPU, or an `apex` is installed that megatron.core cannot use.
     """
     require_usable_apex()
-    silence_import_warnings()
+    silence_warnings()
+    device = _choose_device()
+    cpu.install()
+    # Their modules import megatron.core, which must find the patches of cpu in place.
+    from rto_megatron.platform import safe_metadata, sync_save, torch_adam
+
+    torch_adam.install()
+    safe_metadata.install()
+    sync_save.install()
+    return device
+
+
+def _choose_device() -> Device:
     if not torch.cuda.is_available():
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-        cpu.install()
         return Device(cpu.CPU, "gloo")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     num_gpus = torch.cuda.device_count()
@@ -75,10 +86,29 @@ def require_usable_apex() -> None:
         )
 
 
-def silence_import_warnings() -> None:
-    """Drop what megatron.core and torch say on import about optional packages that we do without."""
-    warnings.filterwarnings("ignore", message=r".*[Aa]pex (is|are) not installed", category=UserWarning)
-    warnings.filterwarnings("ignore", message=r"invalid escape sequence", category=SyntaxWarning)
-    logging.getLogger("torch.utils.cpp_extension").addFilter(
-        lambda record: "No CUDA runtime" not in record.getMessage()
-    )
+def silence_warnings() -> None:
+    """Drop what megatron.core says about packages and features that this package does without."""
+    for message, category in _NEEDLESS_WARNINGS:
+        warnings.filterwarnings("ignore", message=message, category=category)
+    for logger in _NEEDLESS_LOGS:
+        logging.getLogger(logger).addFilter(_is_worth_reading)
+
+
+_NEEDLESS_WARNINGS = (
+    (r".*Apex (is|are) not installed", UserWarning),
+    (r"invalid escape sequence", SyntaxWarning),
+    (r"MimoModelConfig is experimental", UserWarning),
+    (r"full scope is deprecated", UserWarning),
+    # megatron's optimizer looks at .grad of its parameter shards, which are views.
+    (r"The \.grad attribute of a Tensor that is not a leaf", UserWarning),
+    (r"`torch.distributed.\w+` is deprecated", FutureWarning),
+)
+_NEEDLESS_LOGS = {
+    "torch.utils.cpp_extension": "No CUDA runtime is found",
+    "megatron.core.distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not",
+    "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",
+}
+
+
+def _is_worth_reading(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_NEEDLESS_LOGS[record.name])

@@ -17,11 +17,11 @@ _SHOWN_CHARACTERS = 1200
 Json = str | int | float | bool | None | list["Json"] | dict[str, "Json"]
 
 
-class Unreachable(UserError):
+class UnreachableError(UserError):
     """No usable answer came back from the server; another server may still do."""
 
 
-class Refused(UserError):
+class RefusedError(UserError):
     """The server answered with an HTTP error."""
 
 
@@ -30,14 +30,14 @@ def open_headers(token: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"}
 
 
-def unreachable(address: str, error: httpx.TransportError) -> Unreachable:
+def unreachable(address: str, error: httpx.TransportError) -> UnreachableError:
     """The error for a request that got no answer."""
     if isinstance(error, httpx.TimeoutException):
-        return Unreachable(
+        return UnreachableError(
             f"inference server {address} did not answer in time ({type(error).__name__}); look at its log, "
             "and raise rollout.request_timeout_s or rollout.sync_timeout_s if it is only slow"
         )
-    return Unreachable(
+    return UnreachableError(
         f"cannot reach inference server {address} ({type(error).__name__}: {error}); "
         "check that the pool is running (rto pool) and that rollout.servers names it"
     )
@@ -47,21 +47,23 @@ def parse_response(address: str, route: str, response: httpx.Response) -> dict[s
     """Returns the JSON object of a response with status 200.
 
     Raises:
-        Refused: another status, with the server's own words.
+        RefusedError: another status, with the server's own words.
     """
     if response.status_code == 401:
-        raise Refused(
+        raise RefusedError(
             f"inference server {address} refused the token; rollout.token_file must be the file the pool was started with"
         )
     if response.status_code != 200:
         said = response.text[:_SHOWN_CHARACTERS]
-        raise Refused(f"inference server {address} answered {response.status_code} to {route}: {said}")
+        raise RefusedError(f"inference server {address} answered {response.status_code} to {route}: {said}")
     if not response.content:
         return {}
     try:
         parsed = response.json()
     except ValueError as error:
-        raise Refused(f"inference server {address} answered {route} with something that is not JSON: {error}") from error
+        raise RefusedError(
+            f"inference server {address} answered {route} with something that is not JSON: {error}"
+        ) from error
     return parsed if isinstance(parsed, dict) else {"value": parsed}
 
 
@@ -70,7 +72,9 @@ class ServerClient:
 
     def __init__(self, address: str, token: str, timeout_s: float) -> None:
         self.address = address
-        self._http = httpx.Client(base_url=address, headers=open_headers(token), timeout=timeout_s)
+        # No kept connections: after an error in a route the server closes the one it came on, the next request would fail.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        self._http = httpx.Client(base_url=address, headers=open_headers(token), timeout=timeout_s, limits=limits)
 
     def __enter__(self) -> Self:
         return self
@@ -96,8 +100,8 @@ class ServerClient:
             timeout_s: None takes the client's limit.
 
         Raises:
-            Unreachable: no answer.
-            Refused: an answer with another status than 200.
+            UnreachableError: no answer.
+            RefusedError: an answer with another status than 200.
         """
         timeout = httpx.USE_CLIENT_DEFAULT if timeout_s is None else httpx.Timeout(timeout_s)
         try:
@@ -135,11 +139,16 @@ class ServerClient:
         Raises:
             UserError: the answer holds another number of them.
         """
-        sampling: dict[str, Json] = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}
+        sampling: dict[str, Json] = {
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "prompt_logprobs": 0,
+            "detokenize": False,
+        }
         body: dict[str, Json] = {"token_ids": list(token_ids), "sampling_params": sampling}
         entries = self.request("POST", GENERATE_ROUTE, body)["prompt_logprobs"]
         if not isinstance(entries, list) or len(entries) != len(token_ids):
-            raise Refused(
+            raise RefusedError(
                 f"inference server {self.address} returned no log-probs for each of {len(token_ids)} prompt tokens"
             )
         logprobs = []
@@ -147,6 +156,8 @@ class ServerClient:
             of_token = entry.get(str(token_id)) if isinstance(entry, dict) else None
             logprob = of_token.get("logprob") if isinstance(of_token, dict) else None
             if not isinstance(logprob, float | int):
-                raise Refused(f"inference server {self.address} returned no log-prob for prompt token {token_id}")
+                raise RefusedError(
+                    f"inference server {self.address} returned no log-prob for prompt token {token_id}"
+                )
             logprobs.append(float(logprob))
         return logprobs

@@ -9,7 +9,7 @@ from rto_megatron.errors import UserError
 from rto_megatron.types import Prompt, Rollout
 
 
-class StaleWeights(UserError):
+class StaleWeights(UserError):  # noqa: N818  (a state the loop handles, named for what it is)
     """The engine does not hold, or cannot prove that it holds, the requested policy version."""
 
 

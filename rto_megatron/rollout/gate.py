@@ -31,7 +31,9 @@ def read_token(token_file: Path) -> str:
         UserError: the file is missing, readable by others, or holds no proper token.
     """
     if not token_file.is_file():
-        raise UserError(f"no token file at {token_file}; point rollout.token_file at the one the pool was started with")
+        raise UserError(
+            f"no token file at {token_file}; point rollout.token_file at the one the pool was started with"
+        )
     if token_file.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise UserError(f"{token_file} is accessible to other users; run: chmod 600 {token_file}")
     token = token_file.read_text().strip()
@@ -68,7 +70,9 @@ class BearerGate:
 
 
 async def _refuse(send: Send) -> None:
-    body = json.dumps({"error": "unauthorized: send the pool's token as 'Authorization: Bearer <token>'"}).encode()
+    body = json.dumps(
+        {"error": "unauthorized: send the pool's token as 'Authorization: Bearer <token>'"}
+    ).encode()
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),

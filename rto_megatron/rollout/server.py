@@ -1,6 +1,6 @@
 """Starts and stops vLLM servers on this machine; the pool of a run is one or more of them.
 
-    python -m rto_megatron.rollout.server --model DIR --token-file FILE [--port N] [--address-file FILE]
+python -m rto_megatron.rollout.server --model DIR --token-file FILE [--port N] [--address-file FILE]
 """
 
 import argparse
@@ -18,7 +18,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal, NoReturn
 
-import httpx
 import torch
 
 import rto_megatron
@@ -90,7 +89,9 @@ def start_server(options: ServerOptions) -> Server:
         UserError: no model there, the port is taken, or the token file is not private.
     """
     if not (options.model / "config.json").is_file():
-        raise UserError(f"{options.model} has no config.json; rollout servers need a Hugging Face model folder")
+        raise UserError(
+            f"{options.model} has no config.json; rollout servers need a Hugging Face model folder"
+        )
     ensure_token_file(options.token_file)
     port = _claim_port(options.host, options.port)
     options.log_file.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +119,9 @@ def wait_until_ready(server: Server, timeout_s: float = 600, progress: Progress 
     with ServerClient(server.address, read_token(server.token_file), timeout_s=30) as client:
         while True:
             if server.process.poll() is not None:
-                raise UserError(f"inference server {server.address} ended while starting; {_log_tail(server.log_file)}")
+                raise UserError(
+                    f"inference server {server.address} ended while starting; {_log_tail(server.log_file)}"
+                )
             waited = time.monotonic() - started
             if waited > timeout_s:
                 raise UserError(
@@ -149,7 +152,9 @@ def stop_server(server: Server, grace_s: float = 15) -> None:
     server.process.wait()
 
 
-def serve_pool(options: Sequence[ServerOptions], address_file: Path | None = None, progress: Progress = print) -> NoReturn:
+def serve_pool(
+    options: Sequence[ServerOptions], address_file: Path | None = None, progress: Progress = print
+) -> NoReturn:
     """Runs servers until SIGTERM or SIGINT, then stops them and exits with status 0.
 
     Args:
@@ -230,10 +235,19 @@ def _environment(options: ServerOptions) -> dict[str, str]:
     # A start imports torch and vLLM in three processes; without byte code that takes minutes.
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     # The launcher's torchrun variables would make the server look like a trainer rank.
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"):
+    for name in (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "TORCHELASTIC_USE_AGENT_STORE",
+    ):
         environment.pop(name, None)
     package_root = str(Path(rto_megatron.__file__).parent.parent)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, environment.get("PYTHONPATH", "")]))
+    environment["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [package_root, environment.get("PYTHONPATH", "")])
+    )
     environment[TOKEN_FILE_VARIABLE] = str(options.token_file.resolve())
     environment |= {
         "VLLM_SERVER_DEV_MODE": "1",  # the routes that pause and update weights exist only then; the gate guards them
@@ -246,7 +260,9 @@ def _environment(options: ServerOptions) -> dict[str, str]:
         environment |= {"VLLM_HOST_IP": "127.0.0.1", "VLLM_LOOPBACK_IP": "127.0.0.1"}
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if not torch.cuda.is_available():
-        environment["TORCHDYNAMO_DISABLE"] = "1"  # inductor would compile at the first request, even with eager mode
+        environment["TORCHDYNAMO_DISABLE"] = (
+            "1"  # inductor would compile at the first request, even with eager mode
+        )
         environment.setdefault("OMP_NUM_THREADS", "1")
         environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")

@@ -11,7 +11,7 @@ from rto_megatron.rollout.client import (
     GENERATE_ROUTE,
     Json,
     ServerClient,
-    Unreachable,
+    UnreachableError,
     open_headers,
     parse_response,
     unreachable,
@@ -19,7 +19,9 @@ from rto_megatron.rollout.client import (
 from rto_megatron.rollout.engine import Sampling, StaleWeights, request_seed
 from rto_megatron.types import FinishReason, Prompt, Rollout
 
-_REQUESTS_PER_SERVER = 128  # vLLM batches at most this many on a CPU, and queues the rest on a GPU as well as we can
+_REQUESTS_PER_SERVER = (
+    128  # vLLM batches at most this many on a CPU, and queues the rest on a GPU as well as we can
+)
 
 
 class VllmPool:
@@ -76,11 +78,15 @@ class VllmPool:
         self.check_version(version)
         return asyncio.run(self._generate_all(prompts, sampling, version))
 
-    async def _generate_all(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[Rollout]:
+    async def _generate_all(
+        self, prompts: Sequence[Prompt], sampling: Sampling, version: int
+    ) -> list[Rollout]:
         load = _Load(self._servers)
         room = asyncio.Semaphore(_REQUESTS_PER_SERVER * len(self._servers))
         limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(headers=open_headers(self._token), timeout=self._timeout_s, limits=limits) as http:
+        async with httpx.AsyncClient(
+            headers=open_headers(self._token), timeout=self._timeout_s, limits=limits
+        ) as http:
 
             async def one(index: int, prompt: Prompt) -> Rollout:
                 body = _request_body(prompt, sampling, request_seed(sampling.seed, version, index))
@@ -96,14 +102,16 @@ class VllmPool:
                 raise _first_error(errors.exceptions) from None
         return [task.result() for task in tasks]
 
-    async def _ask(self, http: httpx.AsyncClient, load: "_Load", body: dict[str, Json]) -> tuple[str, dict[str, Json]]:
+    async def _ask(
+        self, http: httpx.AsyncClient, load: "_Load", body: dict[str, Json]
+    ) -> tuple[str, dict[str, Json]]:
         """Sends a request to the least loaded server, and once more to another one if the first gives no answer."""
         failed: set[str] = set()
         while True:
             address = load.take(failed)
             try:
                 return address, await _post(http, address, body)
-            except Unreachable:
+            except UnreachableError:
                 failed.add(address)
                 if len(failed) == 2 or len(failed) == len(self._servers):
                     raise
@@ -118,7 +126,9 @@ class _Load:
         self._in_flight = dict.fromkeys(servers, 0)
 
     def take(self, excluded: set[str]) -> str:
-        address = min((one for one in self._in_flight if one not in excluded), key=self._in_flight.__getitem__)
+        address = min(
+            (one for one in self._in_flight if one not in excluded), key=self._in_flight.__getitem__
+        )
         self._in_flight[address] += 1
         return address
 
@@ -160,7 +170,9 @@ class _Choice:
     versions: tuple[str, ...]
 
 
-def _to_rollout(address: str, answer: dict[str, Json], prompt: Prompt, sampling: Sampling, version: int) -> Rollout:
+def _to_rollout(
+    address: str, answer: dict[str, Json], prompt: Prompt, sampling: Sampling, version: int
+) -> Rollout:
     choice = _read_choice(address, answer)
     if choice.versions != (str(version),):
         raise StaleWeights(

@@ -42,10 +42,8 @@ def reduce_metrics(metrics: Metrics, all_sum: AllSum, all_names: AllNames) -> di
         name -> mean; names whose count is 0 on every rank are left out.
     """
     names = all_names(tuple(sorted(metrics)))
-    local = torch.tensor([metrics.get(name, (0.0, 0.0)) for name in names], dtype=torch.float64).reshape(
-        -1, 2
-    )
-    summed = all_sum(local).tolist()
+    pairs = [metrics.get(name, (0.0, 0.0)) for name in names]
+    summed = all_sum(torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2)).tolist()
     return {name: value / count for name, (value, count) in zip(names, summed, strict=True) if count != 0}
 
 

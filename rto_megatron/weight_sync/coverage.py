@@ -7,12 +7,12 @@ from torch import Tensor, nn
 from vllm.config import ModelConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-from vllm.model_executor.model_loader.reload.meta import CopyCounter
+from vllm.model_executor.model_loader.reload.meta import CopyCounter, to_meta_tensor
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from rto_megatron.weight_sync.manifest import DTYPES, TensorSpec
 
-Loader = Callable[..., object]
+Loader = Callable[..., object]  # vLLM's loaders share no signature
 
 
 def uncovered(model: nn.Module, model_config: ModelConfig, specs: Sequence[TensorSpec]) -> list[str]:
@@ -39,7 +39,7 @@ def uncovered(model: nn.Module, model_config: ModelConfig, specs: Sequence[Tenso
 class _Rehearsal:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._originals: dict[str, tuple[Tensor, Loader | None]] = {}
+        self._originals: list[tuple[Tensor, Loader | None]] = []
         self._expected: dict[str, int] = {}
         self._counted: dict[str, int] = {}
         self._problems: list[str] = []
@@ -49,23 +49,23 @@ class _Rehearsal:
                     self._replace_loader(f"{prefix}.{name}", module, parameter)
 
     def _replace_loader(self, name: str, module: nn.Module, parameter: Tensor) -> None:
-        wrapped = vars(parameter).get("weight_loader")
-        original = wrapped
+        # A parameter may keep its loader behind a property; the reload reads it the same way.
+        wrapped: Loader | None = getattr(parameter, "weight_loader", None)
+        loader = wrapped or default_weight_loader
         # The reload has wrapped the loader in one that buffers data; the real one is underneath.
-        while original is not None and original.__name__ == "online_process_loader":
-            original = original.__wrapped__
-        loader = original or default_weight_loader
-        self._originals[name] = (parameter, wrapped)
+        while loader.__name__ == "online_process_loader":
+            loader = loader.__wrapped__
+        # Biases are never moved to the meta device by the reload: they must not be loaded into here.
+        stand_in = to_meta_tensor(parameter)
+        self._originals.append((parameter, wrapped))
         self._expected[name] = _loadable_numel(module, parameter)
         self._counted[name] = 0
 
-        def count(*arguments: object, **named: object) -> object:
-            given = [one for one in (*arguments[1:], *named.values()) if isinstance(one, Tensor)]
-            for tensor in given[:1]:
-                if tensor.dtype != parameter.dtype:
-                    self._problems.append(f"{name} is {parameter.dtype} here and {tensor.dtype} in the push")
+        def count(_: Tensor, loaded: Tensor, *shard: object, **named: object) -> object:
+            if loaded.dtype != parameter.dtype:
+                self._problems.append(f"{name} is {parameter.dtype} here and {loaded.dtype} in the push")
             with CopyCounter() as counter:
-                returned = loader(*arguments, **named)
+                returned = loader(stand_in, loaded, *shard, **named)
             self._counted[name] += counter.copied_numel
             return returned
 
@@ -77,7 +77,7 @@ class _Rehearsal:
             before = sum(self._counted.values())
             try:
                 self._model.load_weights([(spec.name, empty)])
-            except (AssertionError, IndexError, KeyError, RuntimeError, ValueError) as error:
+            except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
                 self._problems.append(f"{spec} cannot be loaded ({type(error).__name__}: {error})")
                 continue
             if sum(self._counted.values()) == before:
@@ -90,7 +90,7 @@ class _Rehearsal:
         return self._problems
 
     def restore_loaders(self) -> None:
-        for parameter, wrapped in self._originals.values():
+        for parameter, wrapped in self._originals:
             if wrapped is None:
                 del parameter.weight_loader  # type: ignore[attr-defined]
             else:

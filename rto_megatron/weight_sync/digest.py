@@ -30,4 +30,6 @@ def digest(raw: Tensor) -> int:
 
 @lru_cache(maxsize=2)
 def _weights(device: torch.device) -> Tensor:
-    return torch.arange(1, _WORDS_PER_CHUNK + 1, dtype=torch.int64, device=device).mul_(_GOLDEN).bitwise_or_(1)
+    return (
+        torch.arange(1, _WORDS_PER_CHUNK + 1, dtype=torch.int64, device=device).mul_(_GOLDEN).bitwise_or_(1)
+    )

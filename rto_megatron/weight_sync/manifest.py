@@ -89,7 +89,9 @@ class Manifest:
         """
         protocol, version, bucket_bytes, rows = json.loads(text)
         if protocol != _PROTOCOL:
-            raise ValueError(f"weight manifest of protocol {protocol}, expected {_PROTOCOL}; use one rto-megatron release")
+            raise ValueError(
+                f"weight manifest of protocol {protocol}, expected {_PROTOCOL}; use one rto-megatron release"
+            )
         specs = tuple(TensorSpec(name, dtype, tuple(shape), sender) for name, dtype, shape, sender in rows)
         return Manifest(version, bucket_bytes, specs)
 
@@ -159,7 +161,9 @@ def _check_specs(specs: Sequence[TensorSpec]) -> None:
     seen: set[str] = set()
     for spec in specs:
         if spec.dtype not in DTYPES:
-            raise ValueError(f"{spec.name} has dtype {spec.dtype}, weights are sent as one of {sorted(DTYPES)}")
+            raise ValueError(
+                f"{spec.name} has dtype {spec.dtype}, weights are sent as one of {sorted(DTYPES)}"
+            )
         if spec.name in seen:
             raise ValueError(f"{spec.name} occurs twice among the weights to send")
         seen.add(spec.name)

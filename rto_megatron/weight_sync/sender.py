@@ -29,7 +29,7 @@ def send(manifest: Manifest, tensors: Iterator[tuple[str, Tensor]], communicator
         communicator: this sender's rank in it is its sender index.
 
     Raises:
-        Disagreement: a rank refused; the workers hold what they held before.
+        DisagreementError: a rank refused; the workers hold what they held before.
         TransportError: the communicator is lost.
     """
     agree_on_manifest(manifest, communicator, None)
@@ -50,7 +50,7 @@ def agree_on_manifest(manifest: Manifest, communicator: Communicator, error: str
     """Makes sure that all ranks are about to move the same tensors. Called by all ranks.
 
     Raises:
-        Disagreement: with the first entry that differs, or with the errors of the ranks that have one.
+        DisagreementError: with the first entry that differs, or with the errors of the ranks that have one.
     """
 
     def explain() -> str:
@@ -93,4 +93,3 @@ def _buffer_for(bucket: Bucket, buffer: Tensor | None, device: torch.device) -> 
     if buffer is None or buffer.numel() < _window_bytes(bucket):
         return bucket_buffer(bucket, device)
     return buffer
-

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from rto_megatron.errors import UserError
-from rto_megatron.rollout.client import Json, Refused, ServerClient
+from rto_megatron.rollout.client import Json, RefusedError, ServerClient
 from rto_megatron.weight_sync.manifest import Manifest, WeightSource
 from rto_megatron.weight_sync.sender import send
 from rto_megatron.weight_sync.transport import LOOPBACK, Communicator, Rendezvous, listen
@@ -134,7 +134,11 @@ class WeightSync:
         return PushTimes(paused - started, prepared - paused, committed - prepared, num_bytes)
 
     def canary(
-        self, version: int, token_ids: Sequence[int], expected_logprobs: Sequence[float] | None, tolerance: float
+        self,
+        version: int,
+        token_ids: Sequence[int],
+        expected_logprobs: Sequence[float] | None,
+        tolerance: float,
     ) -> None:
         """Proves end to end that every server computes what the trainer computes. Called by all trainer ranks.
 
@@ -153,7 +157,9 @@ class WeightSync:
                 return
             assert expected_logprobs is not None and len(expected_logprobs) == len(token_ids) - 1
             try:
-                self._on_all(lambda client: _check_canary(client, version, token_ids, expected_logprobs, tolerance))
+                self._on_all(
+                    lambda client: _check_canary(client, version, token_ids, expected_logprobs, tolerance)
+                )
             except UserError:
                 self._post_all("/pause?mode=abort")
                 raise
@@ -184,7 +190,7 @@ class WeightSync:
             client.request("POST", "/pause?mode=abort")
             try:
                 client.request("POST", "/start_weight_update")
-            except Refused:
+            except RefusedError:
                 # A trainer that died between start and commit left its session open; an abort, which always answers
                 # with an error, closes it.
                 _abort_session(client)
@@ -217,7 +223,8 @@ class WeightSync:
             ).to_json()
         meeting_text = self._together.broadcast(meeting_text)
         self._all_or_none(
-            "cannot open the weight transfer, the pool is paused: ", lambda: self._join(meeting_text, sizes, listener)
+            "cannot open the weight transfer, the pool is paused: ",
+            lambda: self._join(meeting_text, sizes, listener),
         )
 
     def _join(self, meeting_text: str, sizes: Sequence[int], listener: socket.socket | None) -> None:
@@ -235,7 +242,10 @@ class WeightSync:
         ]
         meeting = Rendezvous.from_json(meeting_text)
         _with_answers(
-            lambda: self._set_communicator(Communicator(meeting, self._place.stage or 0, self._device, listener)), answers
+            lambda: self._set_communicator(
+                Communicator(meeting, self._place.stage or 0, self._device, listener)
+            ),
+            answers,
         )
 
     def _set_communicator(self, communicator: Communicator) -> None:
@@ -243,7 +253,9 @@ class WeightSync:
 
     def _prepare(self, manifest: Manifest) -> None:
         body: dict[str, Json] = {"update_info": {"manifest": manifest.to_json()}}
-        answers = [self._threads.submit(client.request, "POST", "/update_weights", body) for client in self._clients]
+        answers = [
+            self._threads.submit(client.request, "POST", "/update_weights", body) for client in self._clients
+        ]
         _with_answers(lambda: self._gather_and_send(manifest), answers)
 
     def _gather_and_send(self, manifest: Manifest) -> None:
@@ -260,12 +272,16 @@ class WeightSync:
                 pass
 
     def _commit(self, version: int) -> None:
-        self._on_all(lambda client: client.request("POST", "/finish_weight_update", {"weight_version": str(version)}))
+        self._on_all(
+            lambda client: client.request("POST", "/finish_weight_update", {"weight_version": str(version)})
+        )
 
         def check(client: ServerClient) -> None:
             held = client.weight_version()
             if held != str(version):
-                raise UserError(f"inference server {client.address} reports version {held} after loading {version}")
+                raise UserError(
+                    f"inference server {client.address} reports version {held} after loading {version}"
+                )
 
         self._on_all(check)
 
@@ -281,7 +297,9 @@ def canary_token_ids(vocab_size: int, length: int = 48) -> tuple[int, ...]:
     return tuple((7 * position * position + 13 * position + 5) % vocab_size for position in range(length))
 
 
-def _with_answers(action: Callable[[], None], answers: Sequence[Future[object]] | Sequence[Future[dict[str, Json]]]) -> None:
+def _with_answers(
+    action: Callable[[], None], answers: Sequence[Future[object]] | Sequence[Future[dict[str, Json]]]
+) -> None:
     """Runs `action` while servers answer; raises one error with everything that went wrong on either side."""
     faults = []
     try:
@@ -300,7 +318,7 @@ def _with_answers(action: Callable[[], None], answers: Sequence[Future[object]] 
 def _abort_session(client: ServerClient) -> None:
     try:
         client.request("POST", "/update_weights", {"update_info": {"abort": True}})
-    except Refused:
+    except RefusedError:
         return
 
 
@@ -314,7 +332,10 @@ def _check_canary(
     differences = [abs(ours - theirs) for ours, theirs in zip(expected, got, strict=True)]
     # Written so that a NaN fails.
     if not all(difference <= tolerance for difference in differences):
-        worst = max(range(len(differences)), key=lambda at: math.inf if math.isnan(differences[at]) else differences[at])
+        worst = max(
+            range(len(differences)),
+            key=lambda at: math.inf if math.isnan(differences[at]) else differences[at],
+        )
         mean = sum(differences) / len(differences)
         raise UserError(
             f"inference server {client.address} computes other log-probs than the trainer: mean difference {mean:.4f}, "

@@ -25,7 +25,7 @@ class TransportError(RuntimeError):
     """The communicator is lost: a peer is gone or too slow. A new one is needed."""
 
 
-class Disagreement(RuntimeError):
+class DisagreementError(RuntimeError):
     """A rank reported an error or another manifest; all ranks know, all are in step, nothing was loaded."""
 
 
@@ -81,7 +81,9 @@ class Communicator:
             self.exchange("")
             self._group = _group(meeting, PrefixStore("group", self._store), rank, device)
         except RuntimeError as error:
-            raise TransportError(f"weight transfer: rank {rank} of {self.world_size} could not join: {error}") from None
+            raise TransportError(
+                f"weight transfer: rank {rank} of {self.world_size} could not join: {error}"
+            ) from None
 
     def broadcast(self, buffer: Tensor, source: int) -> None:
         """Sends `buffer` from rank `source` into the others' buffers. Called by all ranks with equal sizes.
@@ -98,7 +100,9 @@ class Communicator:
             # NCCL's own wait has no time limit unless its watchdog may kill the whole process.
             while not work.is_completed():
                 if time.monotonic() > deadline:
-                    raise TransportError(f"weight transfer: no broadcast from rank {source} in {self._timeout_s:.0f} s")
+                    raise TransportError(
+                        f"weight transfer: no broadcast from rank {source} in {self._timeout_s:.0f} s"
+                    )
                 time.sleep(_POLL_S)
             work.wait()
         except TransportError:
@@ -132,15 +136,15 @@ class Communicator:
             explain: called on all ranks when tokens differ; says how. May use the communicator.
 
         Raises:
-            Disagreement: on all ranks alike, with every rank's error.
+            DisagreementError: on all ranks alike, with every rank's error.
             TransportError: a rank said nothing within the time limit.
         """
         heard = [json.loads(text) for text in self.exchange(json.dumps([error, token]))]
         errors = [f"rank {rank}: {said}" for rank, (said, _) in enumerate(heard) if said is not None]
         if errors:
-            raise Disagreement("; ".join(errors))
+            raise DisagreementError("; ".join(errors))
         if len({shown for _, shown in heard}) > 1:
-            raise Disagreement(explain() if explain is not None else f"ranks differ: {heard}")
+            raise DisagreementError(explain() if explain is not None else f"ranks differ: {heard}")
 
 
 def _store(meeting: Rendezvous, listener: socket.socket | None) -> PrefixStore:
@@ -165,7 +169,9 @@ def _store(meeting: Rendezvous, listener: socket.socket | None) -> PrefixStore:
 def _group(meeting: Rendezvous, store: PrefixStore, rank: int, device: torch.device) -> Backend:
     limit = timedelta(seconds=meeting.timeout_s)
     if device.type == "cuda":
-        from torch.distributed.distributed_c10d import ProcessGroupNCCL  # torch builds without CUDA have no such name
+        from torch.distributed.distributed_c10d import (
+            ProcessGroupNCCL,
+        )  # torch builds without CUDA have no such name
 
         nccl = ProcessGroupNCCL.Options()
         nccl._timeout = limit

@@ -20,7 +20,7 @@ from rto_megatron.weight_sync.coverage import uncovered
 from rto_megatron.weight_sync.digest import digest
 from rto_megatron.weight_sync.manifest import Bucket, Manifest, bucket_buffer, payload, slot_view, trailer
 from rto_megatron.weight_sync.sender import agree_on_manifest
-from rto_megatron.weight_sync.transport import Communicator, Disagreement, Rendezvous, TransportError
+from rto_megatron.weight_sync.transport import Communicator, DisagreementError, Rendezvous, TransportError
 
 _BACKEND = "rto"
 
@@ -75,12 +75,12 @@ class RtoWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         """Prepares: receives all buckets and proves them; the model is not touched.
 
         Raises:
-            Disagreement: some rank refused; the communicator stays usable.
+            DisagreementError: some rank refused; the communicator stays usable.
             TransportError: the communicator is lost.
         """
         typed = self.parse_update_info(update_info)
         if typed.abort:
-            raise Disagreement("weight update aborted on request")
+            raise DisagreementError("weight update aborted on request")
         if self._communicator is None:
             raise TransportError("this worker is in no communicator; the trainer must open one")
         failure = ""
@@ -99,7 +99,12 @@ class RtoWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         """Receives and proves every bucket of a push; see `update_weights`."""
         communicator = self._communicator
         assert communicator is not None
-        manifest = Manifest.from_json(update_info.manifest)
+        try:
+            manifest = Manifest.from_json(update_info.manifest)
+        except ValueError as error:
+            # The senders already wait for this rank: it must tell them.
+            communicator.agree(str(error))
+            raise
         agree_on_manifest(manifest, communicator, self._refusal(manifest))
         received = []
         damaged = []

@@ -1,6 +1,7 @@
 """A two-layer GPT with optimizer, built straight from megatron-core: what the patches are tried on."""
 
 import os
+import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
@@ -172,13 +173,29 @@ def _sharded(trainee: Trainee, is_loading: bool) -> dict[str, object]:
     return {"model": model, "optimizer": optimizer, "step": 2}
 
 
-def save(trainee: Trainee, folder: Path) -> None:
-    """Write a torch_dist checkpoint, shared out over the data-parallel ranks."""
-    folder.mkdir(exist_ok=True)
+def save(trainee: Trainee, folder: Path, extra: object = None) -> None:
+    """Write a torch_dist checkpoint, shared out over the data-parallel ranks, with `extra` in its common state."""
+    folder.mkdir(parents=True, exist_ok=True)
     strategy = FullyParallelSaveStrategyWrapper(
         TorchDistSaveShardedStrategy(), parallel_state.get_data_parallel_group(with_context_parallel=True)
     )
-    dist_checkpointing.save(_sharded(trainee, is_loading=False), str(folder), sharded_strategy=strategy)
+    state = {**_sharded(trainee, is_loading=False), "extra": extra}
+    dist_checkpointing.save(state, str(folder), sharded_strategy=strategy)
+
+
+@dataclass(frozen=True)
+class Touch:
+    """Unpickling one creates a file: stands for any code in a checkpoint."""
+
+    path: Path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mknod, (str(self.path),)
+
+
+def poison_metadata(folder: Path, content: object) -> None:
+    """Put `content` in place of a checkpoint's metadata."""
+    (folder / ".metadata").write_bytes(pickle.dumps(content))
 
 
 def load(trainee: Trainee, folder: Path) -> None:
@@ -186,11 +203,8 @@ def load(trainee: Trainee, folder: Path) -> None:
     strategy = FullyParallelLoadStrategyWrapper(
         TorchDistLoadShardedStrategy(), parallel_state.get_data_parallel_group(with_context_parallel=True)
     )
-    state = dist_checkpointing.load(_sharded(trainee, is_loading=True), str(folder), sharded_strategy=strategy)
+    state = dist_checkpointing.load(
+        _sharded(trainee, is_loading=True), str(folder), sharded_strategy=strategy
+    )
     trainee.model.module.load_state_dict(state["model"])
     trainee.optimizer.load_state_dict(state["optimizer"])
-
-
-def rank() -> int:
-    """This process's rank of the job."""
-    return int(os.environ["RANK"])

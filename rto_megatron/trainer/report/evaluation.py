@@ -54,15 +54,15 @@ def save_evaluation(evaluation: Evaluation, run_dir: Path) -> Path:
 
 
 def read_evaluations(root: Path) -> list[Evaluation]:
-    """The evaluations in `root` and the folders directly in it, ordered SFT, DPO, PPO, RTO, others.
+    """The evaluations in `root` and its folders, ordered SFT, DPO, PPO, RTO, others.
 
     Raises:
         UserError: there is none, or one cannot be read.
     """
-    files = sorted({*root.glob(FILE_NAME), *root.glob(f"*/{FILE_NAME}")})
+    files = sorted(root.rglob(FILE_NAME))
     if not files:
         raise UserError(
-            f"{root}: holds no {FILE_NAME}, neither itself nor in its folders; run `rto evaluate` first"
+            f"{root}: holds no {FILE_NAME}, neither itself nor in a folder; run `rto evaluate` first"
         )
     order = {"sft": 0, "dpo": 1, "ppo": 2, "rto": 3}
     rows = [_read(file) for file in files]

@@ -1,0 +1,118 @@
+#!/usr/bin/env bash
+# The whole job on this machine, in 15 minutes on 2 cores: install, make the synthetic task, then SFT -> reward model ->
+# DPO -> PPO and RTO with a vLLM pool, and a table of what each policy earns.
+# Usage: bash launchers/quickstart.sh [--budget full|small] [--root DIR]
+#   --budget small  few steps everywhere: an end-to-end test, too short to learn
+#   --root DIR      the run folder; an existing one is continued
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+started=$SECONDS
+budget=full root=runs/quickstart-$(date +%m%d-%H%M%S)
+while [ $# -gt 0 ]; do
+  case $1 in
+    --budget) budget=${2:?--budget needs full or small} && shift 2 ;;
+    --root) root=${2:?--root needs a folder} && shift 2 ;;
+    *) sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 2 ;;
+  esac
+done
+case $budget in
+  full) minutes=(3 1 1 2 2 2) small() { :; } ;;
+  small) minutes=(1 1 1 1 1 1) small() { echo "$@"; } ;;
+  *) echo "error: --budget $budget: it is full or small" >&2 && exit 2 ;;
+esac
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+readonly recipes=launchers/recipes/quickstart rto=.venv/bin/rto logs=$root/logs pool=$root/pool
+stage_pid='' pool_pid='' stage=0
+readonly num_stages=7
+
+stop() { # PID: SIGTERM, and SIGKILL if it has not ended after 20 s
+  [ -n "$1" ] || return 0
+  kill -TERM "$1" 2>/dev/null || return 0
+  for _ in $(seq 100); do
+    kill -0 "$1" 2>/dev/null || return 0
+    sleep 0.2
+  done
+  kill -KILL "$1" 2>/dev/null || true
+}
+trap 'stop "$stage_pid"; stop "$pool_pid"' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+announce() { # TITLE TIME
+  stage=$((stage + 1))
+  echo "[$stage/$num_stages] $1: about $2"
+}
+
+show_end_of() { # LOG: its last error message, else its last lines
+  local line
+  line=$(grep -n '^error' "$1" | tail -1 | cut -d: -f1) || true
+  if [ -n "$line" ]; then tail -n "+$line" "$1" | head -40; else tail -n 30 "$1"; fi >&2
+}
+
+give_up() { # LOG
+  show_end_of "$1"
+  echo "error: this stage failed; its log is $1. To go on from here: bash launchers/quickstart.sh --budget $budget --root $root" >&2
+  exit 1
+}
+
+run() { # LOG COMMAND...: progress on a terminal, everything else in the log
+  local log=$logs/$1.log begin=$SECONDS
+  shift
+  # In the background, so that a signal to this script is acted upon at once.
+  if [ -t 1 ]; then "$@" 2>>"$log" & else "$@" >>"$log" 2>&1 & fi
+  stage_pid=$!
+  wait "$stage_pid" || give_up "$log"
+  stage_pid=''
+  echo "      done in $((SECONDS - begin)) s"
+}
+
+start_pool() {
+  "$rto" pool "$root/task/model" --dtype fp32 --token-file "$pool/token" --address-file "$pool/address" \
+    --log-file "$pool/server.log" >"$logs/pool.log" 2>&1 &
+  pool_pid=$!
+}
+
+wait_for_pool() {
+  until [ -s "$pool/address" ]; do
+    kill -0 "$pool_pid" 2>/dev/null || give_up "$logs/pool.log"
+    sleep 1
+  done
+}
+
+train() { # NAME OVERRIDES...
+  run "$1" "$rto" launch "$recipes/$1.yaml" "vars.root=$root" "${@:2}"
+}
+
+with_pool() { # the two keys that name the pool
+  echo "rollout.servers=[$(cat "$pool/address")] rollout.token_file=$pool/token"
+}
+
+bash launchers/setup.sh
+mkdir -p "$logs" "$pool"
+rm -f "$pool/address"
+echo "Run folder: $root"
+
+announce "synthetic task with a known reward, tokenizer, tiny model" "20 seconds"
+if [ -d "$root/task" ]; then echo "      already there"; else run synthesize "$rto" synthesize "$root/task" --seed 42; fi
+start_pool # loads while the next stages train
+announce "SFT, Megatron-core on two ranks" "${minutes[0]} min"
+train sft $(small run.steps=6)
+announce "reward model" "${minutes[1]} min"
+train reward_model $(small run.steps=4)
+announce "DPO" "${minutes[2]} min"
+train dpo $(small run.steps=4)
+wait_for_pool
+announce "PPO: the pool samples, and gets the weights after every step" "${minutes[3]} min"
+train ppo $(with_pool) $(small run.steps=2)
+announce "RTO: the same, with the DPO model's token rewards" "${minutes[4]} min"
+train rto $(with_pool) $(small run.steps=2)
+announce "evaluation of SFT, DPO, PPO and RTO on held-out prompts" "${minutes[5]} min"
+for system in sft dpo ppo rto; do
+  run "evaluate_$system" "$rto" launch "$recipes/evaluate.yaml" "vars.root=$root" "vars.system=$system" \
+    "evaluate.name=${system^^}" $(with_pool)
+done
+
+"$rto" report "$root"
+echo "Everything took $((SECONDS - started)) s. Run folder: $root (metrics.jsonl and TensorBoard of every stage)."
+echo "Next: tensorboard --logdir $root, or another RTO from the same models:"
+echo "  bash launchers/local.sh $recipes/rto.yaml vars.root=$root run.dir=$root/rto_no_clip algorithm.dpo_clip=null"

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Sets the environment up if needed, then lint, type check and all tests that need no GPU: under 20 minutes on 2 cores.
+# Usage: bash launchers/test.sh [pytest arguments]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+bash launchers/setup.sh
+echo "[1/4] ruff check"
+.venv/bin/ruff check .
+echo "[2/4] ruff format --check"
+.venv/bin/ruff format --check .
+echo "[3/4] mypy (about a minute the first time)"
+.venv/bin/mypy
+echo "[4/4] pytest (up to 20 minutes)"
+.venv/bin/python -m pytest -m "not gpu" -q "$@"

@@ -1,0 +1,86 @@
+"""`rto synthesize` and `rto tokenizer`: what a run needs before its first stage."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_VOCABULARY_MULTIPLE = 64  # tensor parallelism cuts the vocabulary in equal parts
+_TEXT_COLUMNS = ("prompt", "context_messages", "messages", "chosen", "rejected", "response")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file to `app`."""
+    app.command()(synthesize)
+    app.command()(tokenizer)
+
+
+def synthesize(
+    folder: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
+    seed: Annotated[int, typer.Option(help="Everything follows from it.")] = 42,
+) -> None:
+    """Write the embedded task: prompts and preference pairs with a known reward, and a tiny model.
+
+    The data have the layouts of public sets, so every other command reads them like real data.
+    """
+    from rto_megatron.data.synthetic import write_synthetic_task
+
+    write_synthetic_task(folder, seed)
+    typer.echo(f"{folder}: written from seed {seed}")
+
+
+def tokenizer(
+    texts: Annotated[
+        list[str],
+        typer.Argument(help="Data files or owner/name:split whose text it learns.", show_default=False),
+    ],
+    folder: Annotated[Path, typer.Option("--out", help="Folder to write.", show_default=False)],
+    vocab: Annotated[int, typer.Option(min=300, help="Number of token ids, at most.")] = 2048,
+    hidden: Annotated[int, typer.Option(min=64, help="Hidden size of the model; heads have 32.")] = 128,
+    layers: Annotated[int, typer.Option(min=1, help="Layers of the model.")] = 2,
+    positions: Annotated[int, typer.Option(min=16, help="Longest prompt and response, in tokens.")] = 2048,
+) -> None:
+    """Train a SentencePiece tokenizer on real text and write a tiny Llama configuration beside it.
+
+    The folder is models.policy of an SFT recipe with models.random_init=true.
+    """
+    from transformers import LlamaConfig
+
+    from rto_megatron.data.tokenizer import load_tokenizer, train_tokenizer
+
+    train_tokenizer(_texts(texts), folder, vocab, byte_fallback=True)
+    trained = load_tokenizer(folder)
+    config = LlamaConfig(
+        vocab_size=-(-len(trained) // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=max(1, hidden // 64),
+        head_dim=32,
+        max_position_embeddings=positions,
+        bos_token_id=trained.bos_token_id,
+        eos_token_id=trained.eos_token_id,
+        pad_token_id=trained.pad_token_id,
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(folder)
+    typer.echo(f"{folder}: {len(trained)} tokens, {layers} layers of {hidden}")
+
+
+def _texts(sources: list[str]) -> Iterator[str]:
+    from rto_megatron.data.sources import read_rows
+
+    for source in sources:
+        for row in read_rows(source):
+            for column in _TEXT_COLUMNS:
+                yield from _strings(row.columns.get(column))
+
+
+def _strings(value: object) -> Iterator[str]:
+    """The text of a column: a string, or the contents of a list of messages."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        yield from (str(turn["content"]) for turn in value if isinstance(turn, dict) and "content" in turn)

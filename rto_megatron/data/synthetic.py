@@ -1,0 +1,213 @@
+"""Writes the synthetic task to disk in the public layouts: data, tokenizer, model configurations, true reward.
+
+    sft_train.jsonl, sft_test.jsonl                  messages
+    preferences_train.jsonl, preferences_test.jsonl  prompt, prompt_id, chosen, rejected
+    prompts_train.jsonl, prompts_test.jsonl          context_messages
+    tokenizer/, models/policy/, models/reward/       Hugging Face folders; the models without weights
+    true_reward.json                                 see `true_reward.TrueReward`
+
+Responses come from the Markov source of `synthetic_source`, and preference labels are drawn from the Bradley-Terry
+model on the true returns. Test rows use prompts that no training row uses.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers import LlamaConfig, PreTrainedTokenizerBase
+
+from rto_megatron.data.synthetic_source import (
+    END,
+    REQUESTS,
+    START,
+    TOPICS,
+    WORDS,
+    Language,
+    draw_language,
+)
+from rto_megatron.data.tokenizer import (
+    ROLE_MARKERS,
+    SPACE,
+    load_tokenizer,
+    tokenizer_fingerprint,
+    train_tokenizer,
+)
+from rto_megatron.data.true_reward import TrueReward
+from rto_megatron.errors import UserError
+
+VOCAB_LIMIT = 128
+VOCAB_MULTIPLE = 4  # tensor parallelism splits the vocabulary
+MAX_POSITIONS = 256
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Rows per file."""
+
+    demonstrations: int = 6000
+    eval_demonstrations: int = 256
+    pairs: int = 4000
+    eval_pairs: int = 400
+    prompts: int = 2000
+    eval_prompts: int = 256
+
+
+@dataclass(frozen=True)
+class _Request:
+    id: str
+    topic: int
+    text: str
+
+    def turn(self) -> dict[str, str]:
+        return {"role": "user", "content": self.text}
+
+
+def write_synthetic_task(out_dir: Path, seed: int, sizes: Sizes = Sizes()) -> None:
+    """Write the whole task; the same seed and sizes give the same files.
+
+    Raises:
+        UserError: more prompts are wanted than there are.
+    """
+    out_dir.mkdir(parents=True, exist_ok=True)
+    language = draw_language(seed)
+    rng = np.random.default_rng([seed, 1])
+    requests = _draw_requests(sizes.prompts + sizes.eval_prompts, rng)
+    splits = {"train": requests[: sizes.prompts], "test": requests[sizes.prompts :]}
+    num_pairs = {"train": sizes.pairs, "test": sizes.eval_pairs}
+    num_demonstrations = {"train": sizes.demonstrations, "test": sizes.eval_demonstrations}
+    for split, split_requests in splits.items():
+        prompts = ({"context_messages": [request.turn()]} for request in split_requests)
+        _write_rows(out_dir / f"prompts_{split}.jsonl", prompts)
+        demonstrations = _demonstrations(split_requests, num_demonstrations[split], language, rng)
+        _write_rows(out_dir / f"sft_{split}.jsonl", demonstrations)
+        pairs = _pairs(split_requests, num_pairs[split], language, rng)
+        _write_rows(out_dir / f"preferences_{split}.jsonl", pairs)
+    tokenizer = _write_tokenizer(out_dir / "tokenizer")
+    _write_models(out_dir, tokenizer)
+    fingerprint = tokenizer_fingerprint(out_dir / "tokenizer")
+    true_reward_table(language, tokenizer, fingerprint, seed).save(out_dir / "true_reward.json")
+
+
+def _draw_requests(count: int, rng: np.random.Generator) -> list[_Request]:
+    shape = (len(REQUESTS), len(TOPICS), len(WORDS), len(WORDS))
+    available = int(np.prod(shape))
+    if count > available:
+        raise UserError(
+            f"{count} distinct prompts are wanted and the synthetic task has {available}; ask for fewer"
+        )
+    requests = []
+    for code in rng.choice(available, size=count, replace=False):
+        form, topic, first, second = (int(index) for index in np.unravel_index(code, shape))
+        text = REQUESTS[form].format(topic=TOPICS[topic], first=WORDS[first], second=WORDS[second])
+        requests.append(_Request(f"synthetic-{code}", topic, text))
+    return requests
+
+
+def _answer(words: list[int]) -> dict[str, str]:
+    return {"role": "assistant", "content": " ".join(WORDS[word] for word in words)}
+
+
+def _demonstrations(
+    requests: list[_Request], count: int, language: Language, rng: np.random.Generator
+) -> Iterator[dict[str, object]]:
+    for _ in range(count):
+        request = requests[rng.integers(len(requests))]
+        answer = _answer(language.sample(request.topic, rng))
+        yield {"prompt": request.text, "prompt_id": request.id, "messages": [request.turn(), answer]}
+
+
+def _pairs(
+    requests: list[_Request], count: int, language: Language, rng: np.random.Generator
+) -> Iterator[dict[str, object]]:
+    for _ in range(count):
+        request = requests[rng.integers(len(requests))]
+        first, second = language.sample(request.topic, rng), language.sample(request.topic, rng)
+        difference = language.returns(request.topic, first) - language.returns(request.topic, second)
+        if rng.random() >= 1.0 / (1.0 + np.exp(-difference)):
+            first, second = second, first
+        yield {
+            "prompt": request.text,
+            "prompt_id": request.id,
+            "chosen": [request.turn(), _answer(first)],
+            "rejected": [request.turn(), _answer(second)],
+        }
+
+
+def _write_rows(path: Path, rows: Iterable[dict[str, object]]) -> None:
+    with path.open("w", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def _write_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """A vocabulary with a piece of its own for every topic and response word."""
+    # Words come first and most often, so that merges finish them before any word of the requests.
+    texts = [f" {word}" for word in (*TOPICS, *WORDS)] * 50
+    texts += [form.format(topic=TOPICS[0], first=WORDS[0], second=WORDS[1]) for form in REQUESTS]
+    train_tokenizer(texts, folder, VOCAB_LIMIT, byte_fallback=False)
+    num_reserved = -len(load_tokenizer(folder)) % VOCAB_MULTIPLE
+    if num_reserved:
+        reserved = [f"<|reserved_{index}|>" for index in range(num_reserved)]
+        train_tokenizer(texts, folder, VOCAB_LIMIT, byte_fallback=False, reserved=reserved)
+    return load_tokenizer(folder)
+
+
+def _write_models(out_dir: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    for role, num_layers in (("policy", 2), ("reward", 1)):
+        folder = out_dir / "models" / role
+        shutil.copytree(out_dir / "tokenizer", folder, dirs_exist_ok=True)
+        LlamaConfig(
+            architectures=["LlamaForCausalLM"],
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=num_layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=MAX_POSITIONS,
+            tie_word_embeddings=False,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            dtype="float32",
+        ).save_pretrained(folder)
+
+
+def true_reward_table(
+    language: Language, tokenizer: PreTrainedTokenizerBase, fingerprint: str, seed: int
+) -> TrueReward:
+    """The language's reward over token ids."""
+    topic_ids = _piece_ids(tokenizer, TOPICS)
+    word_ids = _piece_ids(tokenizer, WORDS)
+    eos_id = int(tokenizer.convert_tokens_to_ids(tokenizer.eos_token))
+    id_of_previous = {
+        **dict(enumerate(word_ids)),
+        START: int(tokenizer.convert_tokens_to_ids(ROLE_MARKERS[-1])),
+    }
+    id_of_next = {**dict(enumerate(word_ids)), END: eos_id}
+    entries = {
+        (int(topic), id_of_previous[int(previous)], id_of_next[int(word)]): float(
+            language.reward[topic, previous, word]
+        )
+        for topic, previous, word in np.argwhere(language.reward != 0.0)
+    }
+    return TrueReward(
+        class_of_token={token: topic for topic, token in enumerate(topic_ids)},
+        entries=entries,
+        token_cost=language.token_cost,
+        eos_id=eos_id,
+        source_mean=language.source_mean,
+        source_sd=language.source_sd,
+        scale=language.scale,
+        seed=seed,
+        tokenizer_fingerprint=fingerprint,
+    )
+
+
+def _piece_ids(tokenizer: PreTrainedTokenizerBase, words: Iterable[str]) -> list[int]:
+    ids = [tokenizer.encode(f" {word}", add_special_tokens=False) for word in words]
+    assert all(len(pieces) == 1 for pieces in ids), f"{SPACE}word is to be one piece for every word"
+    return [pieces[0] for pieces in ids]

@@ -1,0 +1,98 @@
+"""The synthetic task's language and its true reward, as arrays over words; no tokenizer, no files.
+
+Legend: C classes, W response words; the previous-word axis has W + 1 entries, the last is the start of the response;
+the word axis of rewards has W + 1 entries, the last is the end of the sequence.
+
+Words follow a first-order Markov chain that depends on the class; lengths are drawn apart. The reward is sparse over
+(class, previous word, word), and centred so that under this source a longer response is worth neither more nor
+less, up to a small cost per word: what pays is which word follows which. Stopping pays on average, and how much
+depends on the last word, so a truncated response is worse than one that ends.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+TOPICS = ("sun", "cat", "dog", "hen", "bay", "hat", "fog", "pen")
+WORDS = tuple(
+    "mat rat bat fat log hog bog run fun bun day hay may way pay ray men ten den hit bit sit fit wit".split()
+)
+REQUESTS = (
+    "write on the {topic} with {first} {second}",
+    "tell me of the {topic} and {first} {second}",
+    "why is the {topic} near {first} {second}",
+    "sum up the {topic} for {first} {second}",
+)
+END = len(WORDS)
+START = len(WORDS)
+MIN_WORDS, MAX_WORDS = 7, 23  # with the end of the sequence: 8 to 24 tokens
+STOP_PROBABILITY = 1 / 7
+LOGIT_SD = 0.8
+NONZERO_FRACTION = 0.35
+TOKEN_COST = 0.1  # in units of the sd of a table entry
+RETURN_SD = 2.0  # of the source, after scaling: labels are then right four times out of five
+SHARED = 0.5**0.5  # half the variance of each table is common to all classes, half is a class's own
+
+
+@dataclass(frozen=True)
+class Language:
+    """The text source and the reward of its transitions."""
+
+    source: NDArray[np.float64]  # [C, W + 1, W] probabilities of the next word
+    reward: NDArray[np.float64]  # [C, W + 1, W + 1], scaled, without the cost
+    token_cost: float  # scaled
+    scale: float
+    source_mean: float
+    source_sd: float
+
+    def returns(self, topic: int, words: list[int]) -> float:
+        """True return of a response that ends after `words`."""
+        steps = zip([START, *words], [*words, END], strict=True)
+        return float(sum(self.reward[topic, previous, word] for previous, word in steps)) - (
+            self.token_cost * len(words)
+        )
+
+    def sample(self, topic: int, rng: np.random.Generator) -> list[int]:
+        """Draw the words of one response."""
+        num_words = min(MIN_WORDS + int(rng.geometric(STOP_PROBABILITY)) - 1, MAX_WORDS)
+        words = []
+        previous = START
+        for _ in range(num_words):
+            previous = int(rng.choice(len(WORDS), p=self.source[topic, previous]))
+            words.append(previous)
+        return words
+
+
+def draw_language(seed: int, num_calibration: int = 4000) -> Language:
+    """Draw source and reward from `seed`, and scale the reward so that the source's returns have RETURN_SD."""
+    rng = np.random.default_rng(seed)
+    logits = LOGIT_SD * _mixed(rng, len(WORDS))
+    source = np.exp(logits)
+    source /= source.sum(-1, keepdims=True)
+    is_nonzero = rng.random(source.shape) < NONZERO_FRACTION
+    reward = np.where(is_nonzero, _mixed(rng, len(WORDS)), 0.0)
+    # The mean of a row under the source is taken off its entries, so the expected reward of any word is 0.
+    mass = np.maximum((source * is_nonzero).sum(-1, keepdims=True), 1e-9)
+    reward = np.where(is_nonzero, reward - (source * reward).sum(-1, keepdims=True) / mass, 0.0)
+    end_reward = 1.0 + _mixed(rng, 1)
+    unscaled = Language(source, np.concatenate([reward, end_reward], axis=-1), TOKEN_COST, 1.0, 0.0, 1.0)
+    topics = rng.integers(len(TOPICS), size=num_calibration)
+    returns = np.array([unscaled.returns(int(topic), unscaled.sample(int(topic), rng)) for topic in topics])
+    scale = RETURN_SD / float(returns.std())
+    return Language(
+        source=source,
+        reward=np.round(unscaled.reward * scale, 6),
+        token_cost=round(TOKEN_COST * scale, 6),
+        scale=scale,
+        source_mean=float(returns.mean()) * scale,
+        source_sd=RETURN_SD,
+    )
+
+
+def _mixed(rng: np.random.Generator, num_columns: int) -> NDArray[np.float64]:
+    """Standard normal [C, W + 1, num_columns], half of whose variance is shared by the classes."""
+    shared = rng.standard_normal((1, len(WORDS) + 1, num_columns))
+    own = rng.standard_normal((len(TOPICS), len(WORDS) + 1, num_columns))
+    mixed: NDArray[np.float64] = SHARED * (shared + own)
+    return mixed

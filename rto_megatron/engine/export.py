@@ -1,0 +1,69 @@
+"""Writes a model as a Hugging Face folder that transformers and vLLM load."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rto_megatron.engine.megatron import Model
+from rto_megatron.engine.weights import stage_hf_tensors
+from rto_megatron.models.family import FAMILIES
+
+_SHARD_BYTES = 4 << 30
+
+
+def export_hf(model: Model, hf_files: Path, folder: Path) -> None:
+    """Streams every tensor once, each pipeline stage into files of its own; all ranks must call it.
+
+    Args:
+        hf_files: holds config.json and the tokenizer of the model.
+        folder: is made; an earlier export at the same place is replaced once the new one is complete.
+    """
+    place = model.topology
+    partial = folder.with_name(f".partial_{folder.name}")
+    if place.is_lead:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(hf_files, partial, ignore=shutil.ignore_patterns("*.safetensors*"))
+    place.barrier()
+    written: dict[str, str] = {}
+    if place.data_rank == 0:
+        tensors = stage_hf_tensors(model.module, model.shape, model.has_scalar_head, place)
+        for number, group in enumerate(_groups(tensors)):
+            file = f"model-stage{place.pipeline_rank:03d}-{number:05d}.safetensors"
+            if place.tensor_rank == 0:
+                save_file(group, partial / file, metadata={"format": "pt"})
+                written.update(dict.fromkeys(group, file))
+    all_written = place.gather_all_json(dict(written))
+    if place.is_lead:
+        weight_map = {name: file for part in all_written if isinstance(part, dict) for name, file in part.items()}
+        index = {"metadata": {}, "weight_map": weight_map}
+        (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        _write_config(partial / "config.json", model)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    place.barrier()
+
+
+def _groups(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    group: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if group and size + tensor.nbytes > _SHARD_BYTES:
+            yield group
+            group, size = {}, 0
+        group[name] = tensor.cpu().contiguous().clone()
+        size += tensor.nbytes
+    if group:
+        yield group
+
+
+def _write_config(path: Path, model: Model) -> None:
+    config = json.loads(path.read_text())
+    config["architectures"] = [FAMILIES[model.shape.family].architectures[model.has_scalar_head]]
+    config["dtype"] = str(model.module.config.params_dtype).removeprefix("torch.")
+    if model.has_scalar_head:
+        config.update(num_labels=1, id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0})
+    path.write_text(json.dumps(config, indent=2))

@@ -1,0 +1,147 @@
+"""Checkpoints are read without running what they hold: numbered patches of torch.distributed.checkpoint 2.13.
+
+A torch_dist checkpoint of megatron-core 0.19.2 has two kinds of pickles: `.metadata`, which torch hands to
+pickle.load, and the byte objects inside the `.distcp` files, which torch loads with weights_only=False.
+Tensors are loaded with weights_only=True already, and `metadata.json` is JSON.
+"""
+
+import collections
+import contextlib
+import io
+import pathlib
+import pickle
+from collections.abc import Callable, Iterator, Set
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch.distributed.checkpoint import default_planner, filesystem, metadata, planner
+from torch.distributed.checkpoint.api import CheckpointException
+
+from rto_megatron.errors import UserError
+
+_ALLOWED_CLASSES = (
+    metadata.BytesStorageMetadata,
+    metadata.ChunkStorageMetadata,
+    metadata.Metadata,
+    metadata.MetadataIndex,
+    metadata.StorageMeta,
+    metadata.TensorProperties,
+    metadata.TensorStorageMetadata,
+    metadata._MEM_FORMAT_ENCODING,
+    planner.BytesIOWriteData,
+    planner.SavePlan,
+    planner.TensorWriteData,
+    planner.WriteItem,
+    planner.WriteItemType,
+    filesystem._StorageInfo,
+    filesystem._StoragePrefix,
+    collections.OrderedDict,
+    pathlib.Path,
+    pathlib.PosixPath,
+    torch.Size,
+    torch.serialization._get_layout,  # maps the name of a layout to the layout
+)
+_ALLOWED = {(each.__module__, each.__qualname__): each for each in _ALLOWED_CLASSES} | {
+    ("torch", name): each for name, each in vars(torch).items() if isinstance(each, torch.dtype)
+}
+_applied: set[str] = set()
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str) -> object:
+        allowed = _ALLOWED.get((module_name, global_name))
+        if allowed is None:
+            raise UserError(
+                f"the checkpoint's .metadata names {module_name}.{global_name}, which no checkpoint of this "
+                "program holds; nothing of it was run. Use a checkpoint that you know to be unchanged"
+            )
+        return allowed
+
+
+def read_metadata(stream: BinaryIO) -> metadata.Metadata:
+    """Unpickle the contents of a `.metadata` file, building nothing but checkpoint metadata.
+
+    Raises:
+        UserError: it names a class or function outside the allow-list, or does not hold checkpoint metadata.
+    """
+    try:
+        content = _MetadataUnpickler(stream).load()
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise UserError(f"the checkpoint's .metadata is damaged ({error}); use another one") from error
+    if not isinstance(content, metadata.Metadata):
+        raise UserError(f"the checkpoint's .metadata holds {type(content).__name__} instead of Metadata")
+    return content
+
+
+@contextlib.contextmanager
+def readable_refusals(folder: Path) -> Iterator[None]:
+    """Turn torch's CheckpointException, which is no Exception, into a UserError where data was refused.
+
+    Args:
+        folder: the checkpoint that is loaded inside the context, for the message.
+
+    Raises:
+        UserError: `.metadata` or a byte object of the checkpoint holds what must not be unpickled.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
+    except CheckpointException as failure:
+        for error, _ in failure.failures.values():
+            if isinstance(error, UserError | pickle.UnpicklingError):
+                raise UserError(f"{folder}: {error}") from failure
+        raise
+
+
+def s1_metadata() -> None:
+    """`.metadata` is unpickled by the allow-list.
+
+    Call site: FileSystemReader.read_metadata of torch/distributed/checkpoint/filesystem.py, and through it
+    megatron's dist_checkpointing/strategies/torch.py and cached_metadata_filesystem_reader.py.
+    """
+
+    def read(self, *args: object, **kwargs: object) -> metadata.Metadata:
+        path = self._get_metadata_path(kwargs.get("rank"))
+        with self.fs.create_stream(path, "rb") as stream:
+            content = read_metadata(stream)
+        if content.storage_meta is None:
+            content.storage_meta = metadata.StorageMeta()
+        content.storage_meta.load_id = self.load_id
+        return content
+
+    filesystem.FileSystemReader.read_metadata = read
+
+
+def s2_byte_objects() -> None:
+    """Byte objects, such as megatron's common state, are loaded with weights_only=True.
+
+    Call site: DefaultLoadPlanner.load_bytes of torch/distributed/checkpoint/default_planner.py, used by
+    load_common_state_dict of dist_checkpointing/serialization.py and by its MCoreLoadPlanner.
+    """
+
+    def load_bytes(self, read_item: planner.ReadItem, value: io.BytesIO) -> None:
+        content = torch.load(value, weights_only=True)
+        name = read_item.dest_index.fqn
+        if self.flatten_state_dict:
+            default_planner.set_element(self.original_state_dict, self.mappings[name], content)
+        else:
+            self.state_dict[name] = content
+
+    default_planner.DefaultLoadPlanner.load_bytes = load_bytes
+
+
+PATCHES: dict[str, Callable[[], None]] = {"S1": s1_metadata, "S2": s2_byte_objects}
+
+
+def install(skip: Set[str] = frozenset()) -> None:
+    """Apply the patches that this process does not have yet.
+
+    Args:
+        skip: names of patches to leave out, for the tests that show what each one is for.
+    """
+    for name, apply in PATCHES.items():
+        if name not in skip and name not in _applied:
+            apply()
+            _applied.add(name)

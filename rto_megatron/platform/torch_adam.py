@@ -1,0 +1,122 @@
+"""Checkpoints of torch's Adam inside megatron-core 0.19.2's optimizers: numbered patches, on GPUs too.
+
+megatron-core runs torch.optim.AdamW where neither apex nor TransformerEngine is installed. That Adam keeps a
+`step` tensor per parameter, which megatron's load paths lose or share. Other optimizers are left alone.
+"""
+
+import functools
+from collections.abc import Callable, Set
+
+import torch
+from torch import Tensor
+
+_applied: set[str] = set()
+
+
+def prime_adam_state(optimizer: object) -> None:
+    """Give every parameter the state that torch's Adam makes in its first step; keep state that exists.
+
+    Without it megatron cannot build the optimizer's sharded state before the first step: DistributedOptimizer
+    asserts that one `step` exists, the others save no moments. Call it before each save and each load.
+
+    Args:
+        optimizer: what get_megatron_optimizer returned.
+    """
+    from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+
+    if isinstance(optimizer, ChainedOptimizer):
+        for chained in optimizer.chained_optimizers:
+            prime_adam_state(chained)
+        return
+    assert isinstance(optimizer, MegatronOptimizer)
+    if not _is_torch_adam(optimizer.optimizer):
+        return
+    for group in optimizer.optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.optimizer.state[parameter]
+            state.setdefault("step", _zero_step())
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if moment not in state:
+                    state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+
+
+def o1_fully_reshardable_step() -> None:
+    """Loading `fully_reshardable` state leaves `step` as load_state_dict set it, instead of KeyError 'step'.
+
+    Call site: load_parameter_state_from_fully_reshardable of optimizer/distrib_optimizer.py drops 'step' from
+    what it hands to _set_main_param_and_optimizer_states, which asks for every tensor of the state.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    @functools.wraps(set_states)
+    def set_states_and_keep_step(self, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
+        if _is_torch_adam(self.optimizer) and "step" not in tensors:
+            group_index, order = self.model_param_group_index_map[model_param]
+            main_param = self.optimizer.param_groups[group_index]["params"][order]
+            tensors = {**tensors, "step": self.optimizer.state[main_param]["step"]}
+        set_states(self, model_param, tensors)
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states_and_keep_step
+
+
+def o2_own_step() -> None:
+    """After a load each parameter of a DistributedOptimizer owns its `step`.
+
+    Call site: load_state_dict of optimizer/distrib_optimizer.py puts one tensor into the state of all
+    parameters; Adam then counts it up once per parameter and silently diverges.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    DistributedOptimizer.load_state_dict = _then_own_steps(DistributedOptimizer.load_state_dict)
+
+
+def o3_missing_step() -> None:
+    """A checkpoint of before the first step loads with step 0, instead of KeyError 'step' at the next step.
+
+    Call site: sharded_state_dict of FP32Optimizer and Float16OptimizerWithFloat16Params in
+    optimizer/optimizer.py writes the common step `if step:`, which is false for 0.
+    """
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+
+    for optimizer_class in (FP32Optimizer, Float16OptimizerWithFloat16Params):
+        optimizer_class.load_state_dict = _then_own_steps(optimizer_class.load_state_dict)
+
+
+PATCHES: dict[str, Callable[[], None]] = {
+    "O1": o1_fully_reshardable_step,
+    "O2": o2_own_step,
+    "O3": o3_missing_step,
+}
+
+
+def install(skip: Set[str] = frozenset()) -> None:
+    """Apply the patches that this process does not have yet.
+
+    Args:
+        skip: names of patches to leave out, for the tests that show what each one is for.
+    """
+    for name, apply in PATCHES.items():
+        if name not in skip and name not in _applied:
+            apply()
+            _applied.add(name)
+
+
+def _then_own_steps(load_state_dict: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(load_state_dict)
+    def load(self, state_dict: dict[str, object]) -> None:
+        load_state_dict(self, state_dict)
+        if _is_torch_adam(self.optimizer):
+            for state in self.optimizer.state.values():
+                state["step"] = state["step"].clone() if "step" in state else _zero_step()
+
+    return load
+
+
+def _is_torch_adam(optimizer: object) -> bool:
+    return isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
+
+
+def _zero_step() -> Tensor:
+    return torch.tensor(0.0, dtype=torch.float32)

@@ -1,0 +1,73 @@
+"""`rto evaluate`: samples held-out prompts from the pool and measures what the final table shows."""
+
+from collections.abc import Sequence
+from itertools import batched
+
+from rto_megatron.algorithms.termination import TruncationPolicy
+from rto_megatron.config import schema
+from rto_megatron.data.loader import load_prompts
+from rto_megatron.data.packing import response_mask, rollout_batches, rollout_grid
+from rto_megatron.data.synthetic import TrueReward
+from rto_megatron.engine.roles import build_frozen
+from rto_megatron.parallel.topology import Topology
+from rto_megatron.trainer.pool import connect_pool, open_push
+from rto_megatron.trainer.report.evaluation import Estimate, Evaluation, estimate, save_evaluation
+from rto_megatron.trainer.report.progress import say
+from rto_megatron.trainer.rollouts import reward_scores, sample
+from rto_megatron.trainer.rto import sampling
+from rto_megatron.trainer.setup import prepare_stage
+
+_AS_SAMPLED: TruncationPolicy = "mask"  # nothing is overwritten; the reward model reads an appended end-of-sequence
+
+
+def evaluate(config: schema.EvaluateStage, topology: Topology) -> None:
+    """Writes <run>/evaluation.json: true return, score, KL to the reference and length, per prompt, then averaged."""
+    setup = prepare_stage(config, topology)
+    policy = build_frozen("policy", setup.sources["policy"], False, config.precision, topology)
+    reference = build_frozen("reference", setup.sources["reference"], False, config.precision, topology)
+    loaded = load_prompts(config.data.eval or config.data.train, setup.tokenizer, setup.limits, config.data.eval_samples)
+    say(loaded.report.summary(), topology.is_lead)
+    engine = connect_pool(config.rollout, topology)
+    push = open_push(config.rollout, policy)
+    push(0)
+    own = loaded.items[topology.data_rank :: topology.data_size]
+    count = config.evaluate.num_samples
+    repeated = [prompt for prompt in own for _ in range(count)]
+    rollouts = sample(topology, engine, repeated, sampling(config, setup, 0), version=0)
+    push.close()
+    batches = rollout_batches(rollouts, setup.layout)
+    logp_BR, logp_ref_BR = (rollout_grid(m.token_outputs(batches), batches, rollouts) for m in (policy, reference))
+    mask_BR = response_mask(rollouts, setup.layout.device)
+    values = {
+        "kl": ((logp_BR - logp_ref_BR) * mask_BR).sum(1).tolist(),
+        "tokens": [float(len(r.response_ids)) for r in rollouts],
+    }
+    if "reward" in setup.sources:
+        reward = build_frozen("reward", setup.sources["reward"], True, config.precision, topology)
+        values["score"] = reward_scores(rollouts, reward, setup.layout, setup.eos_id, _AS_SAMPLED).tolist()
+    if config.evaluate.true_reward is not None:
+        table = TrueReward.load(config.evaluate.true_reward)
+        values["true_return"] = [table.returns(r.prompt_ids, r.response_ids) for r in rollouts]
+    estimates = {name: _over_prompts(samples, count, topology) for name, samples in values.items()}
+    evaluation = Evaluation(
+        name=config.evaluate.name,
+        true_return=estimates.get("true_return"),
+        score=estimates.get("score"),
+        kl=estimates["kl"],
+        response_tokens=estimates["tokens"],
+        num_prompts=len(loaded.items),
+        num_responses=len(loaded.items) * count,
+    )
+    if topology.is_lead:
+        path = save_evaluation(evaluation, config.run.dir)
+        say(f"{evaluation.name}: " + "  ".join(f"{k} {v}" for k, v in estimates.items()) + f"  -> {path}", True)
+    topology.barrier()
+
+
+def _over_prompts(samples: Sequence[float], per_prompt: int, topology: Topology) -> Estimate:
+    """Prompts are independent, responses to one prompt are not: the standard error is over prompt means."""
+    means = [sum(group) / per_prompt for group in batched(samples, per_prompt)]
+    gathered = topology.gather_json(list(means))
+    return estimate([float(str(value)) for part in gathered if isinstance(part, list) for value in part])
+
+

@@ -1,0 +1,158 @@
+"""The life of a run: resume, count steps, log, save when due, export at the end."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rto_megatron.algorithms.schedule import lr_factor, warmup_steps
+from rto_megatron.config import load, schema
+from rto_megatron.engine.checkpoint import load_trained, read_state, save_checkpoint
+from rto_megatron.engine.export import export_hf
+from rto_megatron.engine.megatron import TrainedModel
+from rto_megatron.errors import UserError
+from rto_megatron.parallel.collectives import Json
+from rto_megatron.parallel.seeds import seed_step
+from rto_megatron.parallel.topology import Topology
+from rto_megatron.trainer.metrics import MetricLog, add, reduce_metrics
+from rto_megatron.trainer.report.progress import progress, say
+from rto_megatron.types import Metrics
+
+
+class Run:
+    """Steps from the last checkpoint (or 0) to `num_steps`.
+
+    Args:
+        config: is saved beside the run.
+        models: role -> trained model; what checkpoints hold.
+        hf_files: role -> folder with the model's config.json and tokenizer.
+        num_steps: of the whole run.
+
+    Raises:
+        UserError: the run folder holds a damaged checkpoint, or one of a longer run.
+    """
+
+    def __init__(
+        self,
+        config: schema.Stage,
+        topology: Topology,
+        models: dict[str, TrainedModel],
+        hf_files: dict[str, Path],
+        num_steps: int,
+    ) -> None:
+        self._config = config.run
+        self._title = config.stage
+        self.dir = config.run.dir
+        self._topology = topology
+        self._models = models
+        self._hf_files = hf_files
+        self.num_steps = num_steps
+        self._metrics: Metrics = {}
+        self._note = ""
+        self.step = 0
+        self.state: dict[str, Json] = {}
+        self._resume()
+        self._log: MetricLog | None = None
+        if topology.is_lead:
+            load.save(config, self.dir)
+            self._log = MetricLog(self.dir, self.step)
+        topology.barrier()
+
+    def _resume(self) -> None:
+        found = read_state(self.dir)
+        if found is None:
+            return
+        checkpoint, self.state = found
+        self.step = int(str(self.state["step"]))
+        if self.step > self.num_steps:
+            raise UserError(
+                f"{self.dir} already holds step {self.step}, more than the {self.num_steps} steps asked for; "
+                f"raise run.steps or name another run.dir"
+            )
+        for role, model in self._models.items():
+            load_trained(checkpoint / role, model)
+        say(f"resumed {self._title} from {checkpoint}", self._topology.is_lead)
+
+    def steps(self) -> Iterator[int]:
+        """The steps still to do, with a progress bar; each is seeded by its number, so a resume draws the same."""
+        with progress(self._title, self.num_steps, self._topology.is_lead, self.step) as advance:
+            for step in range(self.step, self.num_steps):
+                seed_step(self._config.seed, step)
+                yield step
+                assert self.step == step + 1, "finish() was not called"
+                advance(self._note)
+
+    def record(self, metrics: Metrics) -> None:
+        """Adds this replica's sums to those of the step."""
+        self._metrics = add(self._metrics, metrics)
+
+    def finish(self, state: dict[str, Json], values: dict[str, float]) -> dict[str, float]:
+        """Ends a step: reduces and writes its metrics, saves when due; all ranks must call it.
+
+        Args:
+            state: what a resume needs beside the models.
+            values: already global numbers, such as the learning rate.
+
+        Returns:
+            name -> mean over all replicas.
+        """
+        self.step += 1
+        means = {**reduce_over_replicas(self._metrics, self._topology), **values}
+        self._metrics = {}
+        if self._log is not None:
+            self._log.write(self.step, means)
+        self._note = _note(means)
+        is_last = self.step == self.num_steps
+        if is_last or (self._config.save_every and self.step % self._config.save_every == 0):
+            self._save(state)
+        return means
+
+    def _save(self, state: dict[str, Json]) -> None:
+        full: Json = {**state, "step": self.step}
+        save_checkpoint(self.dir, self.step, self._models, self._hf_files, full, self._config.keep_checkpoints)
+
+    def is_due(self, every: int | None) -> bool:
+        """True at every `every`-th finished step and at the last one."""
+        return self.step == self.num_steps or (every is not None and self.step % every == 0)
+
+    def log_evaluation(self, values: dict[str, float]) -> None:
+        """Writes evaluation metrics beside the step's; the lead rank only has an effect."""
+        if self._log is not None:
+            self._log.write(self.step, values)
+
+    def close(self, export_role: str) -> None:
+        """Exports the trained model in Hugging Face format to <run>/hf; all ranks must call it."""
+        folder = self.dir / "hf"
+        export_hf(self._models[export_role], self._hf_files[export_role], folder)
+        if self._log is not None:
+            self._log.close()
+        say(f"{self._title}: {self.num_steps} steps done; checkpoints and {folder} in {self.dir}", self._topology.is_lead)
+
+
+def reduce_over_replicas(metrics: Metrics, topology: Topology) -> dict[str, float]:
+    """name -> mean over all replicas; all ranks must call it."""
+
+    def all_sum(values: Tensor) -> Tensor:
+        return topology.dp_sum(values.to(topology.device.torch_device)).cpu()
+
+    def all_names(names: tuple[str, ...]) -> tuple[str, ...]:
+        gathered = topology.gather_json(list(names))
+        return tuple(sorted({str(name) for group in gathered if isinstance(group, list) for name in group}))
+
+    return reduce_metrics(metrics, all_sum, all_names)
+
+
+def learning_rate(config: schema.OptimizerConfig, step: int, num_steps: int) -> float:
+    """The rate of optimizer step `step` of `num_steps`."""
+    warmup = warmup_steps(config.warmup_fraction, num_steps)
+    return config.lr * lr_factor(step, num_steps, warmup, config.min_lr_fraction, config.schedule)
+
+
+_NOTES = ("loss", "accuracy", "rewards/accuracies", "objective/scores", "objective/kl", "rollout/response_tokens")
+
+
+def _note(means: dict[str, float]) -> str:
+    return "  ".join(f"{name} {means[name]:.4g}" for name in _NOTES if name in means)
+
+

@@ -1,0 +1,117 @@
+"""What every stage does before its first step: sources, layout checks, tokenizer, optimizer steps."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from rto_megatron.config import checks, schema
+from rto_megatron.data.loader import Limits
+from rto_megatron.data.packing import Layout
+from rto_megatron.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from rto_megatron.engine.source import WeightSource, find_source
+from rto_megatron.errors import UserError
+from rto_megatron.models.shape import check_layout
+from rto_megatron.parallel.topology import Topology
+
+SCALAR_ROLES = ("critic", "reward")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A stage's surroundings, checked."""
+
+    topology: Topology
+    sources: dict[str, WeightSource]  # role -> where its weights are
+    tokenizer: PreTrainedTokenizerBase
+    layout: Layout
+    limits: Limits
+
+    @property
+    def eos_id(self) -> int:
+        """The token that ends a response."""
+        return int(self.tokenizer.eos_token_id)
+
+
+def prepare_stage(config: schema.Stage, topology: Topology) -> Setup:
+    """Finds every role's weights and checks them against the layout and against each other.
+
+    Raises:
+        UserError: all problems at once.
+    """
+    sources = find_sources(config)
+    shapes = {role: source.shape() for role, source in sources.items()}
+    parallel = config.parallel
+    checks.refuse(
+        [
+            *(p for role, shape in shapes.items() for p in check_layout(shape, parallel.tensor, parallel.pipeline, f"models.{role}")),
+            *_unlike_tokenizers(sources),
+        ]
+    )
+    world = topology.data_size * topology.tensor_size * topology.pipeline_size
+    checks.require_sound(config, world, {role: shape.max_positions for role, shape in shapes.items()})
+    tokenizer = load_tokenizer(sources["policy" if "policy" in sources else "reward"].hf_folder)
+    multiple_of = topology.tensor_size if topology.sequence_parallel else 1
+    layout = Layout(config.batch.micro, config.batch.packed, multiple_of, topology.device.torch_device)
+    limits = Limits(config.data.max_prompt_tokens, config.data.max_length, config.data.overlong)
+    return Setup(topology, sources, tokenizer, layout, limits)
+
+
+def find_sources(config: schema.Stage) -> dict[str, WeightSource]:
+    """Role -> source of every model that the stage needs; unnamed ones follow the schema's defaults."""
+    models = config.models
+
+    def language(path: Path, role: str, is_random: bool = False) -> WeightSource:
+        return find_source(path, False, is_random, f"models.{role}")
+
+    def scalar(path: Path, role: str) -> WeightSource:
+        return find_source(path, True, False, f"models.{role}")
+
+    sources = {"policy": language(models.policy, "policy", models.random_init)}
+    if isinstance(config, schema.DpoStage | schema.PpoStage | schema.EvaluateStage):
+        sources["reference"] = language(models.reference or models.policy, "reference")
+    if isinstance(config, schema.PpoStage) or (isinstance(config, schema.EvaluateStage) and models.reward):
+        sources["reward"] = scalar(_named(models.reward, "reward"), "reward")
+    if isinstance(config, schema.PpoStage):
+        sources["critic"] = scalar(models.critic or _named(models.reward, "reward"), "critic")
+    if isinstance(config, schema.RtoStage) and config.algorithm.beta_dpo:
+        sources["dpo"] = language(_named(models.dpo, "dpo"), "dpo")
+        if models.dpo_reference is not None and models.dpo_reference != models.reference:
+            sources["dpo_reference"] = language(models.dpo_reference, "dpo_reference")
+    return sources
+
+
+def _named(path: Path | None, role: str) -> Path:
+    if path is None:
+        raise UserError(f"models.{role} is not set, and this stage needs it; name a run folder or a Hugging Face folder")
+    return path
+
+
+def _unlike_tokenizers(sources: dict[str, WeightSource]) -> list[str]:
+    first_role, first = next(iter(sources.items()))
+    expected = tokenizer_fingerprint(first.hf_folder)
+    return [
+        f"models.{role}: the tokenizer in {source.hf_folder} differs from the one of models.{first_role} in "
+        f"{first.hf_folder}; the roles exchange token ids, so both need the same tokenizer"
+        for role, source in sources.items()
+        if tokenizer_fingerprint(source.hf_folder) != expected
+    ]
+
+
+def stage_hf_files(source: WeightSource, run_dir: Path, role: str, topology: Topology) -> Path:
+    """Copies config.json and tokenizer of a role into the run folder, once; all ranks must call it."""
+    folder = run_dir / "model_files" / role
+    if topology.is_lead and not folder.is_dir():
+        shutil.copytree(source.hf_folder, folder, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin"))
+    topology.barrier()
+    return folder
+
+
+def write_scale(folder: Path, mean: float, std: float) -> None:
+    """Keeps a reward model's mean and std in its config.json, under OpenRLHF's names."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config.update(mean=mean, std=std)
+    path.write_text(json.dumps(config, indent=2))

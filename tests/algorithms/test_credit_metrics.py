@@ -1,0 +1,103 @@
+"""Logged sums of a rollout step against hand calculations on the worked example."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from algorithms.grids import GARBAGE, GOLDEN, golden_scored, no_reduction
+
+from rto_megatron.algorithms.credit_metrics import explained_variance
+from rto_megatron.algorithms.ppo import PPO
+from rto_megatron.algorithms.ppo import Config as PPOConfig
+from rto_megatron.algorithms.rto import RTO, Config
+
+K1 = sum(sum(row) for row in GOLDEN["kl_estimators"]["k1"])
+K3 = sum(sum(row) for row in GOLDEN["kl_estimators"]["k3"])
+
+
+def _metrics(config, finish_reasons=("stop", "stop")):
+    scored = golden_scored(finish_reasons)
+    algorithm = RTO(config)
+    return algorithm.credit_metrics(scored, algorithm.credit(scored, 0.01, no_reduction))
+
+
+def test_rewards_are_logged_before_and_after_clamp_and_penalty():
+    metrics = _metrics(Config(), ("length", "stop"))
+    assert metrics["objective/scores"] == pytest.approx((1.3 - 22.75, 2))
+    assert metrics["reward/score"] == pytest.approx((1.3 - 1.0 - 10.0, 2))
+    assert metrics["objective/rlhf_reward"] == pytest.approx((1.3 - 1.0 - 10.0 - 0.01 * K1, 2))
+
+
+def test_kl_is_logged_per_response_and_per_token():
+    metrics = _metrics(Config())
+    assert metrics["objective/kl"] == pytest.approx((K1, 2))
+    assert metrics["policy/kl_per_token"] == pytest.approx((K1, 8))
+    assert metrics["policy/kl_k3_per_token"] == pytest.approx((K3, 8))
+    assert metrics["reward/kl_per_token"] == pytest.approx((-0.01 * K1, 8))
+    assert metrics["objective/entropy"] == pytest.approx((4.8 + 2.35, 2))
+
+
+def test_dpo_reward_and_clipped_tokens_are_logged():
+    golden = sum(sum(row) for row in GOLDEN["rto_reward_b1_0.05_clip_0.05"]["dpo_token_reward"])
+    metrics = _metrics(Config())
+    assert metrics["reward/dpo_per_token"] == pytest.approx((golden, 8))
+    assert metrics["reward/dpo_clip_fraction"] == (2, 8)
+    assert _metrics(Config(dpo_clip=None))["reward/dpo_clip_fraction"] == (0, 8)
+
+
+def test_ppo_logs_no_dpo_reward():
+    scored, algorithm = golden_scored(), PPO(PPOConfig())
+    metrics = algorithm.credit_metrics(scored, algorithm.credit(scored, 0.01, no_reduction))
+    assert not [name for name in metrics if "dpo" in name]
+
+
+def test_lengths_and_truncation_count_responses():
+    metrics = _metrics(Config(), ("stop", "length"))
+    assert metrics["rollout/response_tokens"] == (8, 2)
+    assert metrics["rollout/truncated_fraction"] == (1, 2)
+
+
+def test_advantages_are_logged_before_whitening():
+    raw = [a for row in GOLDEN["gae_gamma1_lambda0.95"]["advantages"] for a in row]
+    metrics = _metrics(Config())
+    assert metrics["advantage/mean"] == pytest.approx((sum(raw), 8))
+    assert metrics["advantage/mean_square"] == pytest.approx((sum(a * a for a in raw), 8))
+    mean = metrics["advantage/mean"][0] / 8
+    assert mean == pytest.approx(GOLDEN["advantage_normalization"]["mean"])
+
+
+def test_untrained_responses_stay_out_of_critic_statistics_but_in_the_scores():
+    metrics = _metrics(Config(truncated="mask"), ("length", "stop"))
+    assert metrics["value/mean"] == pytest.approx((0.7 - 0.6 + 0.2, 3))
+    assert metrics["advantage/mean"][1] == 3
+    assert metrics["objective/kl"] == pytest.approx((K1, 2))
+
+
+def test_padding_does_not_change_metrics():
+    scored = golden_scored()
+    garbage_BR = GARBAGE * (1 - scored.mask_BR)
+    names = ("logp_old_BR", "logp_ref_BR", "dpo_logratio_BR", "values_BR")
+    grids = (scored.logp_old_BR, scored.logp_ref_BR, scored.dpo_logratio_BR, scored.values_BR)
+    dirty = replace(scored, **{name: x - garbage_BR for name, x in zip(names, grids, strict=True)})
+    algorithm = RTO(Config())
+    experience = algorithm.credit(dirty, 0.01, no_reduction)
+    assert algorithm.credit_metrics(dirty, experience) == _metrics(Config())
+
+
+def test_explained_variance_equals_its_definition():
+    means = {name: total / count for name, (total, count) in _metrics(Config()).items()}
+    masks = GOLDEN["gae_inputs"]["action_mask"]
+    flat = [(r, t) for r, row in enumerate(masks) for t, m in enumerate(row) if m]
+    returns = torch.tensor(
+        [GOLDEN["gae_gamma1_lambda0.95"]["returns"][r][t] for r, t in flat], dtype=torch.float64
+    )
+    values = torch.tensor([GOLDEN["gae_inputs"]["values"][r][t] for r, t in flat], dtype=torch.float64)
+    expected = 1 - (returns - values).var() / returns.var()
+    assert explained_variance(means) == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_explained_variance_of_constant_returns_is_undefined():
+    zeros = dict.fromkeys(
+        ("value/return_mean", "value/return_mean_square", "advantage/mean", "advantage/mean_square"), 0.0
+    )
+    assert explained_variance(zeros) is None
