@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs one stage on this machine: sets the environment up if needed, starts a pool if the stage samples and names none,
-# starts the ranks with torchrun (one per GPU that the pool leaves, else tensor x pipeline), stops everything at the end.
+# starts the ranks with torchrun (one per GPU that the pool leaves, else tensor x pipeline), stops all at the end.
 # Usage: bash launchers/local.sh RECIPE [key=value ...]        NPROC=N sets the number of ranks.
 set -euo pipefail
 if [ $# -lt 1 ]; then

@@ -16,13 +16,13 @@ while [ $# -gt 0 ]; do
   esac
 done
 case $budget in
-  full) minutes=(3 1 1 2 2 2) small() { :; } ;;
-  small) minutes=(1 1 1 1 1 1) small() { echo "$@"; } ;;
+  full) small='' minutes=(2 2 2 2 2 2) ;;
+  small) small=yes minutes=(1 1 1 1 1 2) ;;
   *) echo "error: --budget $budget: it is full or small" >&2 && exit 2 ;;
 esac
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 readonly recipes=launchers/recipes/quickstart rto=.venv/bin/rto logs=$root/logs pool=$root/pool
-stage_pid='' pool_pid='' stage=0
+stage_pid='' pool_pid='' pool_keys=() stage=0
 readonly num_stages=7
 
 stop() { # PID: SIGTERM, and SIGKILL if it has not ended after 20 s
@@ -51,7 +51,8 @@ show_end_of() { # LOG: its last error message, else its last lines
 
 give_up() { # LOG
   show_end_of "$1"
-  echo "error: this stage failed; its log is $1. To go on from here: bash launchers/quickstart.sh --budget $budget --root $root" >&2
+  echo "error: this stage failed; its log is $1. To go on from here:" >&2
+  echo "  bash launchers/quickstart.sh --budget $budget --root $root" >&2
   exit 1
 }
 
@@ -67,7 +68,7 @@ run() { # LOG COMMAND...: progress on a terminal, everything else in the log
 }
 
 start_pool() {
-  "$rto" pool "$root/task/model" --dtype fp32 --token-file "$pool/token" --address-file "$pool/address" \
+  "$rto" pool "$root/task/models/policy" --dtype fp32 --token-file "$pool/token" --address-file "$pool/address" \
     --log-file "$pool/server.log" >"$logs/pool.log" 2>&1 &
   pool_pid=$!
 }
@@ -77,14 +78,11 @@ wait_for_pool() {
     kill -0 "$pool_pid" 2>/dev/null || give_up "$logs/pool.log"
     sleep 1
   done
+  pool_keys=("rollout.servers=[$(cat "$pool/address")]" "rollout.token_file=$pool/token")
 }
 
 train() { # NAME OVERRIDES...
   run "$1" "$rto" launch "$recipes/$1.yaml" "vars.root=$root" "${@:2}"
-}
-
-with_pool() { # the two keys that name the pool
-  echo "rollout.servers=[$(cat "$pool/address")] rollout.token_file=$pool/token"
 }
 
 bash launchers/setup.sh
@@ -93,23 +91,28 @@ rm -f "$pool/address"
 echo "Run folder: $root"
 
 announce "synthetic task with a known reward, tokenizer, tiny model" "20 seconds"
-if [ -d "$root/task" ]; then echo "      already there"; else run synthesize "$rto" synthesize "$root/task" --seed 42; fi
+if [ -f "$root/task/.complete" ]; then
+  echo "      already there"
+else
+  run synthesize "$rto" synthesize "$root/task" --seed 42
+  touch "$root/task/.complete"
+fi
 start_pool # loads while the next stages train
 announce "SFT, Megatron-core on two ranks" "${minutes[0]} min"
-train sft $(small run.steps=6)
+train sft ${small:+run.steps=6}
 announce "reward model" "${minutes[1]} min"
-train reward_model $(small run.steps=4)
+train reward_model ${small:+run.steps=4}
 announce "DPO" "${minutes[2]} min"
-train dpo $(small run.steps=4)
+train dpo ${small:+run.steps=4}
 wait_for_pool
 announce "PPO: the pool samples, and gets the weights after every step" "${minutes[3]} min"
-train ppo $(with_pool) $(small run.steps=2)
+train ppo "${pool_keys[@]}" ${small:+run.steps=2}
 announce "RTO: the same, with the DPO model's token rewards" "${minutes[4]} min"
-train rto $(with_pool) $(small run.steps=2)
+train rto "${pool_keys[@]}" ${small:+run.steps=2}
 announce "evaluation of SFT, DPO, PPO and RTO on held-out prompts" "${minutes[5]} min"
 for system in sft dpo ppo rto; do
   run "evaluate_$system" "$rto" launch "$recipes/evaluate.yaml" "vars.root=$root" "vars.system=$system" \
-    "evaluate.name=${system^^}" $(with_pool)
+    "evaluate.name=${system^^}" "${pool_keys[@]}"
 done
 
 "$rto" report "$root"

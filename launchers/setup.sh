@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv with Python 3.12 and the pinned stack, once; a second call returns at once unless the requirements changed.
+# Makes .venv with Python 3.12 and the pinned stack; a second call returns at once unless the requirements changed.
 # Usage: bash launchers/setup.sh        RTO_PYTHON=PATH chooses the Python, RTO_VARIANT=cpu|gpu the vLLM build.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -79,13 +79,18 @@ if [ ! -x "$venv/bin/python" ]; then
     fail "there is no working Python 3.12, and uv could not fetch one (its message is above);" \
       "install Python 3.12, or name one with RTO_PYTHON=PATH"
 fi
-# Byte code is compiled here because a vLLM server imports torch in three processes: a start takes half the time.
 rm -f "$marker"
-"$uv" pip install --python "$venv/bin/python" --compile-bytecode -r requirements.txt -r "requirements/$variant.txt" \
+"$uv" pip install --python "$venv/bin/python" -r requirements.txt -r "requirements/$variant.txt" \
   -r requirements/dev.txt --overrides "requirements/overrides-$variant.txt" ||
-  fail "the packages could not be installed (uv's message is above); if it could not fetch, this machine has no network:" \
-    "connect it and run the same command again, which keeps what was downloaded"
+  fail "the packages could not be installed (uv's message is above); if it could not fetch, this machine has no" \
+    "network: connect it and run the same command again, which keeps what was downloaded"
 "$uv" pip install --quiet --python "$venv/bin/python" --no-deps --no-build-isolation -e . ||
   fail "the package itself could not be installed (uv's message is above)"
+# Loading all of it once proves that it loads, and leaves the byte code that several processes would make at a time.
+echo "Loading the packages for the first time: about half a minute."
+env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 VLLM_LOGGING_LEVEL=ERROR "$venv/bin/python" -W ignore -c "import \
+datasets, megatron.core.models.gpt, torch.distributed.run, torch.utils.tensorboard, transformers.models.llama, \
+vllm.entrypoints.openai.api_server, vllm.v1.engine.core" ||
+  fail "the installed packages do not load (Python's message is above); remove $venv and run the same command again"
 echo "$wanted" >"$marker"
 echo "The environment is ready."

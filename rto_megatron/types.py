@@ -13,7 +13,9 @@ from typing import Literal
 from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
-Metrics = Mapping[str, tuple[float, float]]  # name -> (sum, count): reduced by adding both, divided once at the end
+Metrics = Mapping[
+    str, tuple[float, float]
+]  # name -> (sum, count): reduced by adding both, divided once at the end
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,9 @@ class TokenBatch:
 
     tokens_T: Tensor  # int64
     targets_T: Tensor  # int64
-    cu_seqlens: tuple[int, ...]  # S + 1 offsets, the last one is T; a trailing padding segment may be the last
+    cu_seqlens: tuple[
+        int, ...
+    ]  # S + 1 offsets, the last one is T; a trailing padding segment may be the last
     num_rows: int
     last_positions: tuple[int, ...]  # index into T of each real sequence's last token, S entries
 

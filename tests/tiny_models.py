@@ -5,7 +5,12 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-SEQUENCES = [(list(range(3, 20)), 5), (list(range(40, 52)), 3), (list(range(7, 30)), 9), ([5, 9, 2, 11, 60, 1], 2)]
+SEQUENCES = [
+    (list(range(3, 20)), 5),
+    (list(range(40, 52)), 3),
+    (list(range(7, 30)), 9),
+    ([5, 9, 2, 11, 60, 1], 2),
+]
 
 
 def llama_config(vocab_size: int = 96, is_tied: bool = False) -> LlamaConfig:

@@ -100,10 +100,9 @@ def clipped_policy_loss(logp_T: Tensor, minibatch: Minibatch, clip_eps: float) -
     weight_T = minibatch.weight_T
     active_T = weight_T > 0
     log_ratio_T = keep(logp_T - minibatch.logp_old_T, weight_T)
-    advantages_T = keep(minibatch.advantages_T, weight_T)
     ratio_T = log_ratio_T.exp()
-    plain_T = -ratio_T * advantages_T
-    clipped_T = -ratio_T.clamp(1 - clip_eps, 1 + clip_eps) * advantages_T
+    plain_T = -ratio_T * minibatch.advantages_T
+    clipped_T = -ratio_T.clamp(1 - clip_eps, 1 + clip_eps) * minibatch.advantages_T
     loss = (weight_T * torch.maximum(plain_T, clipped_T)).sum()
     num_tokens = active_T.sum()
     metrics = to_metrics(

@@ -1,4 +1,4 @@
-"""`rto launch`: all processes of one stage on this machine, its ranks and, where it samples, its inference pool."""
+"""`rto launch`: all processes of one stage on this machine, its ranks and, where it samples, its pool."""
 
 import os
 from collections.abc import Iterator
@@ -26,15 +26,17 @@ def launch(
     overrides: Overrides = None,
     ranks: Annotated[
         int | None,
-        typer.Option(min=1, help="Trainer processes; default: all GPUs that the pool leaves, or tensor x pipeline."),
+        typer.Option(
+            min=1, help="Trainer processes; default: all GPUs that the pool leaves, or tensor x pipeline."
+        ),
     ] = None,
     pool_gpus: Annotated[
         int | None, typer.Option(min=1, help="GPUs of the pool, one server each; default: half of them.")
     ] = None,
 ) -> None:
-    """Run one stage on this machine: start a pool if it samples and names none, start its ranks, stop everything.
+    """Run one stage on this machine: start a pool if it samples and names none, start its ranks, stop all.
 
-    The ranks are started as by `torchrun --standalone --nproc-per-node N -m rto_megatron.cli.main train RECIPE`.
+    The ranks start as by `torchrun --standalone --nproc-per-node N -m rto_megatron.cli.main train RECIPE`.
     """
     import torch
 

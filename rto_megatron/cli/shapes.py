@@ -75,8 +75,8 @@ def hugging_face_folder(model: Path) -> Path:
     folder = _folder_with_config(model)
     if folder is None:
         raise UserError(
-            f"models.policy={model}: no config.json there; run the stage that makes it first, or fetch a hub model with "
-            f"`hf download {model} --local-dir DIR` and name DIR"
+            f"models.policy={model}: no config.json there; run the stage that makes it first, or fetch a "
+            f"hub model with `hf download {model} --local-dir DIR` and name DIR"
         )
     return folder
 

@@ -51,7 +51,8 @@ def load_recipe(recipe: Path, overrides: Sequence[str] = ()) -> Stage:
 
 def dump(config: BaseModel) -> str:
     """The resolved configuration as YAML that `load_recipe` reads back to an equal configuration."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+    return str(text)
 
 
 def save(config: BaseModel, run_dir: Path) -> Path:
@@ -114,7 +115,7 @@ def _refuse_unknown_interpolations(merged: object, origin: Origin) -> None:
     tree = OmegaConf.to_container(merged, resolve=False)
     assert isinstance(tree, dict)
     used: set[str] = set()
-    for key, value in all_keys(tree):
+    for key, value in all_keys({str(name): value for name, value in tree.items()}):
         for name in re.findall(r"\$\{([^}]*)\}", value) if isinstance(value, str) else ():
             if ":" in name:
                 raise UserError(

@@ -195,7 +195,7 @@ class PpoStage(StageConfig):
 
 class RtoStage(PpoStage):
     stage: Literal["rto"]  # type: ignore[assignment]
-    algorithm: rto.Config = rto.Config()  # type: ignore[assignment]
+    algorithm: rto.Config = rto.Config()
 
 
 class EvaluateStage(StageConfig):

@@ -1,4 +1,4 @@
-"""Writes the synthetic task to disk in the public layouts: data, tokenizer, model configurations, true reward.
+"""Writes the synthetic task to disk: data in the public layouts, tokenizer, model folders, true reward.
 
     sft_train.jsonl, sft_test.jsonl                  messages
     preferences_train.jsonl, preferences_test.jsonl  prompt, prompt_id, chosen, rejected
@@ -6,8 +6,8 @@
     tokenizer/, models/policy/, models/reward/       Hugging Face folders; the models without weights
     true_reward.json                                 see `true_reward.TrueReward`
 
-Responses come from the Markov source of `synthetic_source`, and preference labels are drawn from the Bradley-Terry
-model on the true returns. Test rows use prompts that no training row uses.
+Responses come from the Markov source of `synthetic_source`, and preference labels are drawn from the
+Bradley-Terry model on the true returns. Test rows use prompts that no training row uses.
 """
 
 import json
@@ -29,7 +29,8 @@ from rto_megatron.data.synthetic_source import (
     draw_language,
 )
 from rto_megatron.data.tokenizer import (
-    ROLE_MARKERS,
+    ASSISTANT_MARKER,
+    EOS,
     SPACE,
     load_tokenizer,
     tokenizer_fingerprint,
@@ -38,8 +39,7 @@ from rto_megatron.data.tokenizer import (
 from rto_megatron.data.true_reward import TrueReward
 from rto_megatron.errors import UserError
 
-VOCAB_LIMIT = 128
-VOCAB_MULTIPLE = 4  # tensor parallelism splits the vocabulary
+VOCAB_SIZE = 96  # tensor parallelism splits it over 2, 4, ... ranks
 MAX_POSITIONS = 256
 
 
@@ -79,8 +79,7 @@ def write_synthetic_task(out_dir: Path, seed: int, sizes: Sizes = Sizes()) -> No
     num_pairs = {"train": sizes.pairs, "test": sizes.eval_pairs}
     num_demonstrations = {"train": sizes.demonstrations, "test": sizes.eval_demonstrations}
     for split, split_requests in splits.items():
-        prompts = ({"context_messages": [request.turn()]} for request in split_requests)
-        _write_rows(out_dir / f"prompts_{split}.jsonl", prompts)
+        _write_rows(out_dir / f"prompts_{split}.jsonl", _prompts(split_requests))
         demonstrations = _demonstrations(split_requests, num_demonstrations[split], language, rng)
         _write_rows(out_dir / f"sft_{split}.jsonl", demonstrations)
         pairs = _pairs(split_requests, num_pairs[split], language, rng)
@@ -108,6 +107,11 @@ def _draw_requests(count: int, rng: np.random.Generator) -> list[_Request]:
 
 def _answer(words: list[int]) -> dict[str, str]:
     return {"role": "assistant", "content": " ".join(WORDS[word] for word in words)}
+
+
+def _prompts(requests: list[_Request]) -> Iterator[dict[str, object]]:
+    for request in requests:
+        yield {"context_messages": [request.turn()], "prompt_id": request.id}
 
 
 def _demonstrations(
@@ -146,12 +150,10 @@ def _write_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     # Words come first and most often, so that merges finish them before any word of the requests.
     texts = [f" {word}" for word in (*TOPICS, *WORDS)] * 50
     texts += [form.format(topic=TOPICS[0], first=WORDS[0], second=WORDS[1]) for form in REQUESTS]
-    train_tokenizer(texts, folder, VOCAB_LIMIT, byte_fallback=False)
-    num_reserved = -len(load_tokenizer(folder)) % VOCAB_MULTIPLE
-    if num_reserved:
-        reserved = [f"<|reserved_{index}|>" for index in range(num_reserved)]
-        train_tokenizer(texts, folder, VOCAB_LIMIT, byte_fallback=False, reserved=reserved)
-    return load_tokenizer(folder)
+    train_tokenizer(texts, folder, VOCAB_SIZE, byte_fallback=False)
+    tokenizer = load_tokenizer(folder)
+    assert len(tokenizer) == VOCAB_SIZE
+    return tokenizer
 
 
 def _write_models(out_dir: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -182,10 +184,11 @@ def true_reward_table(
     """The language's reward over token ids."""
     topic_ids = _piece_ids(tokenizer, TOPICS)
     word_ids = _piece_ids(tokenizer, WORDS)
-    eos_id = int(tokenizer.convert_tokens_to_ids(tokenizer.eos_token))
+    vocab = tokenizer.get_vocab()
+    eos_id = vocab[EOS]
     id_of_previous = {
         **dict(enumerate(word_ids)),
-        START: int(tokenizer.convert_tokens_to_ids(ROLE_MARKERS[-1])),
+        START: vocab[ASSISTANT_MARKER],
     }
     id_of_next = {**dict(enumerate(word_ids)), END: eos_id}
     entries = {

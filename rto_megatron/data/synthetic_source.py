@@ -1,12 +1,12 @@
 """The synthetic task's language and its true reward, as arrays over words; no tokenizer, no files.
 
-Legend: C classes, W response words; the previous-word axis has W + 1 entries, the last is the start of the response;
-the word axis of rewards has W + 1 entries, the last is the end of the sequence.
+Legend: C classes, W response words. The previous-word axis has W + 1 entries, the last is the start of the
+response; the word axis of rewards has W + 1 entries, the last is the end of the sequence.
 
-Words follow a first-order Markov chain that depends on the class; lengths are drawn apart. The reward is sparse over
-(class, previous word, word), and centred so that under this source a longer response is worth neither more nor
-less, up to a small cost per word: what pays is which word follows which. Stopping pays on average, and how much
-depends on the last word, so a truncated response is worse than one that ends.
+Words follow a first-order Markov chain that depends on the class; lengths are drawn apart. The reward is
+sparse over (class, previous word, word), and centred so that under this source a longer response is worth
+neither more nor less, up to a small cost per word: what pays is which word follows which. Stopping pays on
+average, and how much depends on the last word, so a truncated response is worse than one that ends.
 """
 
 from dataclasses import dataclass
@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 TOPICS = ("sun", "cat", "dog", "hen", "bay", "hat", "fog", "pen")
-WORDS = tuple(
-    "mat rat bat fat log hog bog run fun bun day hay may way pay ray men ten den hit bit sit fit wit".split()
+WORDS = (
+    *("mat", "rat", "fat", "log", "hog", "run", "fun", "day"),
+    *("hay", "may", "men", "ten", "hit", "bit", "sit", "fit"),
 )
 REQUESTS = (
     "write on the {topic} with {first} {second}",
@@ -32,7 +33,7 @@ LOGIT_SD = 0.8
 NONZERO_FRACTION = 0.35
 TOKEN_COST = 0.1  # in units of the sd of a table entry
 RETURN_SD = 2.0  # of the source, after scaling: labels are then right four times out of five
-SHARED = 0.5**0.5  # half the variance of each table is common to all classes, half is a class's own
+SHARED_VARIANCE = 0.75  # of each table: common to all classes; the rest is a class's own
 
 
 @dataclass(frozen=True)
@@ -58,14 +59,15 @@ class Language:
         num_words = min(MIN_WORDS + int(rng.geometric(STOP_PROBABILITY)) - 1, MAX_WORDS)
         words = []
         previous = START
-        for _ in range(num_words):
-            previous = int(rng.choice(len(WORDS), p=self.source[topic, previous]))
+        for draw in rng.random(num_words):
+            cumulative = self.source[topic, previous].cumsum()
+            previous = min(int(np.searchsorted(cumulative, draw)), len(WORDS) - 1)
             words.append(previous)
         return words
 
 
 def draw_language(seed: int, num_calibration: int = 4000) -> Language:
-    """Draw source and reward from `seed`, and scale the reward so that the source's returns have RETURN_SD."""
+    """Draw source and reward from `seed`; the source's returns have an sd of RETURN_SD."""
     rng = np.random.default_rng(seed)
     logits = LOGIT_SD * _mixed(rng, len(WORDS))
     source = np.exp(logits)
@@ -91,8 +93,8 @@ def draw_language(seed: int, num_calibration: int = 4000) -> Language:
 
 
 def _mixed(rng: np.random.Generator, num_columns: int) -> NDArray[np.float64]:
-    """Standard normal [C, W + 1, num_columns], half of whose variance is shared by the classes."""
+    """Standard normal [C, W + 1, num_columns], part of whose variance is shared by the classes."""
     shared = rng.standard_normal((1, len(WORDS) + 1, num_columns))
     own = rng.standard_normal((len(TOPICS), len(WORDS) + 1, num_columns))
-    mixed: NDArray[np.float64] = SHARED * (shared + own)
+    mixed: NDArray[np.float64] = shared * SHARED_VARIANCE**0.5 + own * (1.0 - SHARED_VARIANCE) ** 0.5
     return mixed

@@ -10,7 +10,7 @@ answer: the prompt's ids are a prefix.
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import sentencepiece
@@ -21,7 +21,8 @@ from rto_megatron.errors import UserError
 
 SPACE = "▁"
 UNK, BOS, EOS, PAD = "<unk>", "<s>", "</s>", "<pad>"
-ROLE_MARKERS = ("<|system|>", "<|user|>", "<|assistant|>")
+ASSISTANT_MARKER = "<|assistant|>"
+ROLE_MARKERS = ("<|system|>", "<|user|>", ASSISTANT_MARKER)
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
@@ -33,9 +34,7 @@ CHAT_TEMPLATE = (
 MODEL_MAX_LENGTH = 1_000_000  # the data configuration limits lengths; the tokenizer must not cut silently
 
 
-def train_tokenizer(
-    texts: Iterable[str], folder: Path, vocab_size: int, byte_fallback: bool, reserved: Sequence[str] = ()
-) -> None:
+def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int, byte_fallback: bool) -> None:
     """Train a byte-pair-encoding SentencePiece model and write it as a Hugging Face folder.
 
     Args:
@@ -43,7 +42,6 @@ def train_tokenizer(
         folder: created if missing; gets tokenizer.model, tokenizer.json and tokenizer_config.json.
         vocab_size: number of ids; fewer if the text has fewer pieces.
         byte_fallback: spell unknown characters as bytes (any text survives), else they become `<unk>`.
-        reserved: extra symbols, for instance to round the vocabulary up.
 
     Raises:
         UserError: the texts are empty, or hold more distinct characters than the vocabulary has room for.
@@ -65,7 +63,7 @@ def train_tokenizer(
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
             max_sentence_length=max(len(line.encode()) for line in lines) + 1,
-            user_defined_symbols=[*ROLE_MARKERS, *reserved],
+            user_defined_symbols=list(ROLE_MARKERS),
             unk_id=0,
             bos_id=1,
             eos_id=2,
@@ -107,8 +105,9 @@ def _hugging_face_twin(model_file: Path, byte_fallback: bool) -> PreTrainedToken
     )
     twin.normalizer = normalizers.Replace(" ", SPACE)
     twin.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
-    symbols = [UNK, BOS, EOS, PAD, *(p for p, i in vocab.items() if p.startswith("<|") and p.endswith("|>"))]
-    twin.add_special_tokens([AddedToken(symbol, normalized=False, special=True) for symbol in symbols])
+    twin.add_special_tokens(
+        [AddedToken(symbol, normalized=False, special=True) for symbol in (UNK, BOS, EOS, PAD, *ROLE_MARKERS)]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=twin,
         unk_token=UNK,

@@ -1,4 +1,4 @@
-"""The known reward of the synthetic task: a table over (class, previous token, token), read from one JSON file."""
+"""The known reward of the synthetic task: a table over (class, previous token, token), kept as JSON."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,9 +12,9 @@ from rto_megatron.errors import UserError
 class TrueReward:
     """Per-token reward of a response, exact on token ids; transitions outside the table are worth 0.
 
-    The class is the one topic token in the prompt. The token before the first response token is the prompt's last
-    token. Every token but the end of the sequence also costs `token_cost`; a truncated response gets no reward for
-    its end, and what follows an end-of-sequence token counts nothing.
+    The class is the one topic token in the prompt, and the token before the first response token is the
+    prompt's last. Every token but the end of the sequence also costs `token_cost`; a truncated response gets
+    no reward for its end, and what follows an end-of-sequence token counts nothing.
     """
 
     class_of_token: Mapping[int, int]  # topic token id -> class
@@ -36,7 +36,7 @@ class TrueReward:
         classes = {self.class_of_token[token] for token in prompt_ids if token in self.class_of_token}
         if len(classes) != 1:
             raise UserError(
-                f"the true reward needs one topic in a prompt, found {len(classes)} in the ids {list(prompt_ids)}; "
+                f"the true reward needs one topic in a prompt, found {len(classes)} in {list(prompt_ids)}; "
                 f"topic ids are {sorted(self.class_of_token)}: use the prompts written with the table"
             )
         return classes.pop()
@@ -97,5 +97,6 @@ class TrueReward:
             )
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{path} is not a true-reward table ({type(error).__name__}: {error}); write the synthetic task again"
+                f"{path} is not a true-reward table ({type(error).__name__}: {error}); "
+                "write the synthetic task again"
             ) from error

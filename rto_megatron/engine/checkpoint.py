@@ -15,12 +15,9 @@ from rto_megatron.engine.source import CHECKPOINTS, HF_FILES, WEIGHTS, latest_ch
 from rto_megatron.engine.weights import random_reader
 from rto_megatron.errors import UserError
 from rto_megatron.parallel.collectives import Json
-from rto_megatron.platform import safe_metadata, sync_save, torch_adam
+from rto_megatron.platform.safe_metadata import safe_reading
 
 STATE = "state.json"
-safe_metadata.install()
-sync_save.install()
-torch_adam.install()
 # The optimizer state is keyed by parameter, so that it loads into any data-parallel size.
 _METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -42,7 +39,12 @@ def _with_optimizer(model: TrainedModel, is_loading: bool) -> ShardedStateDict:
 
 
 def save_checkpoint(
-    run_dir: Path, step: int, models: dict[str, TrainedModel], hf_folders: dict[str, Path], state: Json, keep: int
+    run_dir: Path,
+    step: int,
+    models: dict[str, TrainedModel],
+    hf_folders: dict[str, Path],
+    state: Json,
+    keep: int,
 ) -> Path:
     """Writes <run_dir>/checkpoints/step_<step>; all ranks must call it.
 
@@ -59,11 +61,15 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         for role in models:
             (partial / role / WEIGHTS).mkdir(parents=True)
-            shutil.copytree(hf_folders[role], partial / role / HF_FILES, ignore=shutil.ignore_patterns("*.safetensors*"))
+            shutil.copytree(
+                hf_folders[role], partial / role / HF_FILES, ignore=shutil.ignore_patterns("*.safetensors*")
+            )
     topology.barrier()
     for role, model in models.items():
         dist_checkpointing.save(
-            _with_optimizer(model, is_loading=False), str(partial / role / WEIGHTS), TorchDistSaveShardedStrategy()
+            _with_optimizer(model, is_loading=False),
+            str(partial / role / WEIGHTS),
+            TorchDistSaveShardedStrategy(),
         )
     if topology.is_lead:
         _write_synced(partial / STATE, json.dumps(state))
@@ -95,7 +101,9 @@ def load_weights(path: Path, model: Model, fresh_head_seed: int | None = None) -
         shards = {key: shard for key, shard in shards.items() if not key.startswith("output_layer.")}
     loaded = _load(path / WEIGHTS, {"model": shards})["model"]
     if fresh_head_seed is not None and model.topology.is_last_stage:
-        loaded["output_layer.weight"] = random_reader(fresh_head_seed, 0.0)("score.weight", (1, model.shape.hidden_size))
+        loaded["output_layer.weight"] = random_reader(fresh_head_seed, 0.0)(
+            "score.weight", (1, model.shape.hidden_size)
+        )
     model.module.load_state_dict(loaded)
 
 
@@ -112,7 +120,7 @@ def load_trained(path: Path, model: TrainedModel) -> None:
 
 def _load(path: Path, shards: ShardedStateDict) -> ShardedStateDict:
     try:
-        with safe_metadata.readable_refusals(path):
+        with safe_reading(path):
             return dist_checkpointing.load(shards, str(path))
     except UserError:
         raise
@@ -135,4 +143,6 @@ def read_state(run_dir: Path) -> tuple[Path, dict[str, Json]] | None:
     try:
         return checkpoint, json.loads((checkpoint / STATE).read_text())
     except (FileNotFoundError, json.JSONDecodeError) as error:
-        raise UserError(f"{checkpoint / STATE} is missing or damaged ({error}); remove {checkpoint} to resume from the one before") from error
+        raise UserError(
+            f"{checkpoint / STATE} is missing or damaged ({error}); remove {checkpoint} to resume from the one before"
+        ) from error

@@ -16,7 +16,14 @@ from rto_megatron.models.build import forward
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.models.token_logprobs import token_logprobs
 from rto_megatron.parallel.topology import Topology
-from rto_megatron.types import LossOutput, Metrics, Minibatch, PairMicrobatch, SupervisedMicrobatch, TokenBatch
+from rto_megatron.types import (
+    LossOutput,
+    Metrics,
+    Minibatch,
+    PairMicrobatch,
+    SupervisedMicrobatch,
+    TokenBatch,
+)
 
 type Microbatch = SupervisedMicrobatch | PairMicrobatch | Minibatch
 type Loss[M: Microbatch] = Callable[[Tensor, M], LossOutput]
@@ -127,8 +134,17 @@ class TrainedModel:
     def _refuse_nonfinite(
         self, outputs: list[tuple[dict[str, tuple[float, float]], bool]], names: Sequence[Sequence[str]]
     ) -> None:
-        bad = [name for (_, is_finite), group in zip(outputs or [], names, strict=False) if not is_finite for name in group]
-        error = f"the loss of {self.name} is NaN or infinite on samples {bad[:8]}; no weight was changed" if bad else None
+        bad = [
+            name
+            for (_, is_finite), group in zip(outputs or [], names, strict=False)
+            if not is_finite
+            for name in group
+        ]
+        error = (
+            f"the loss of {self.name} is NaN or infinite on samples {bad[:8]}; no weight was changed"
+            if bad
+            else None
+        )
         if error is None:
             gradients = [p.main_grad for p in self.module.parameters()]
             if not torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all():

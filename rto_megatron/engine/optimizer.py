@@ -12,7 +12,9 @@ from rto_megatron.platform.torch_adam import prime_adam_state
 def wrap_for_training(model: GPTModel, is_distributed_optimizer: bool) -> DistributedDataParallel:
     """Adds gradient buffers and the reduction over data-parallel ranks; gradients are kept and reduced in float32."""
     config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=is_distributed_optimizer, overlap_grad_reduce=False
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=is_distributed_optimizer,
+        overlap_grad_reduce=False,
     )
     return DistributedDataParallel(model.config, config, model)
 

@@ -15,7 +15,11 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def build_frozen(
-    name: str, source: WeightSource, has_scalar_head: bool, precision: schema.PrecisionConfig, topology: Topology
+    name: str,
+    source: WeightSource,
+    has_scalar_head: bool,
+    precision: schema.PrecisionConfig,
+    topology: Topology,
 ) -> FrozenModel:
     """A loaded model without gradients."""
     shape = source.shape()

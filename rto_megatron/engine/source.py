@@ -47,7 +47,9 @@ def find_source(path: Path, has_scalar_head: bool, is_random: bool, key: str) ->
         UserError: nothing usable there; says what was found.
     """
     if not path.is_dir():
-        raise UserError(f"{key}: {path} does not exist; run the stage that makes it first, or give a Hugging Face folder")
+        raise UserError(
+            f"{key}: {path} does not exist; run the stage that makes it first, or give a Hugging Face folder"
+        )
     if (path / "config.json").is_file():
         return WeightSource("random" if is_random else "hugging_face", path, path)
     checkpoint = latest_checkpoint(path) if (path / CHECKPOINTS).is_dir() else path

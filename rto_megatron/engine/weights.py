@@ -88,14 +88,18 @@ def safetensors_reader(folder: Path, scalar_head_seed: int | None = None) -> Ten
         with safe_open(single, "pt") as opened:
             files = dict.fromkeys(opened.keys(), single.name)
     else:
-        raise UserError(f"{folder} has neither {single.name} nor {index.name}; expected a Hugging Face folder with safetensors")
+        raise UserError(
+            f"{folder} has neither {single.name} nor {index.name}; expected a Hugging Face folder with safetensors"
+        )
     draw = None if scalar_head_seed is None else random_reader(scalar_head_seed, init_std=0.0)
 
     def read(name: str, size: tuple[int, ...]) -> Tensor:
         if name not in files:
             if name == "score.weight" and draw is not None:
                 return draw(name, size)
-            raise UserError(f"{folder} has no tensor {name}; found {len(files)} tensors, e.g. {sorted(files)[:3]}")
+            raise UserError(
+                f"{folder} has no tensor {name}; found {len(files)} tensors, e.g. {sorted(files)[:3]}"
+            )
         with safe_open(folder / Path(files[name]).name, "pt") as opened:
             tensor = opened.get_tensor(name)
         if tuple(tensor.shape) != size:

@@ -41,11 +41,18 @@ class PackedCoreAttention(MegatronModule):
             return out.reshape(*out.shape[:2], -1)
         lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
         pieces = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
-        outs = [self._attend(*(x.transpose(0, 1)[None] for x in piece))[0].transpose(0, 1) for piece in pieces]
+        outs = [
+            self._attend(*(x.transpose(0, 1)[None] for x in piece))[0].transpose(0, 1) for piece in pieces
+        ]
         out = torch.cat(outs)
         return out.reshape(out.shape[0], -1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=query.shape[1] != key.shape[1]
+            query,
+            key,
+            value,
+            is_causal=True,
+            scale=self.softmax_scale,
+            enable_gqa=query.shape[1] != key.shape[1],
         )

@@ -20,7 +20,9 @@ from rto_megatron.parallel.topology import Topology
 from rto_megatron.types import TokenBatch
 
 
-def transformer_config(shape: ModelShape, topology: Topology, dtype: torch.dtype, recompute: bool) -> TransformerConfig:
+def transformer_config(
+    shape: ModelShape, topology: Topology, dtype: torch.dtype, recompute: bool
+) -> TransformerConfig:
     """Megatron's configuration of a pre-norm, gated-SiLU, bias-free decoder; fusions that need CUDA kernels are off."""
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -70,9 +72,13 @@ def _block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
 
 
-def build_model(shape: ModelShape, config: TransformerConfig, topology: Topology, has_scalar_head: bool) -> GPTModel:
+def build_model(
+    shape: ModelShape, config: TransformerConfig, topology: Topology, has_scalar_head: bool
+) -> GPTModel:
     """This rank's part of the model, parameters uninitialised; load them before use."""
-    logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)  # GPTModel's notice of 0.19
+    logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(
+        logging.ERROR
+    )  # GPTModel's notice of 0.19
     model = GPTModel(
         config=config,
         transformer_layer_spec=_block_spec(config),
@@ -101,6 +107,10 @@ def forward(model: torch.nn.Module, batch: TokenBatch) -> Tensor:
         offsets = torch.tensor(batch.cu_seqlens, dtype=torch.int32, device=rows.device)
         longest = int(offsets.diff().max())
         packed = PackedSeqParams(
-            qkv_format="thd", cu_seqlens_q=offsets, cu_seqlens_kv=offsets, max_seqlen_q=longest, max_seqlen_kv=longest
+            qkv_format="thd",
+            cu_seqlens_q=offsets,
+            cu_seqlens_kv=offsets,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
         )
     return model(rows, positions, None, packed_seq_params=packed)

@@ -1,11 +1,9 @@
 """The scalar head of critics and reward models, in the place of the vocabulary projection."""
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.nn import functional
 
@@ -31,11 +29,3 @@ class ScalarHead(MegatronModule):
         if self.config.sequence_parallel:
             values = gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False)
         return values, None
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[()] = (), metadata: dict[str, object] | None = None
-    ) -> ShardedStateDict:
-        """Replicated over tensor ranks."""
-        return make_sharded_tensors_for_checkpoint(
-            {"weight": self.weight}, prefix, {}, sharded_offsets, dp_cp_group=(metadata or {}).get("dp_cp_group")
-        )

@@ -52,7 +52,9 @@ def read_shape(folder: Path) -> ModelShape:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise UserError(f"{folder} has no config.json; expected a Hugging Face model folder or a checkpoint of an earlier stage")
+        raise UserError(
+            f"{folder} has no config.json; expected a Hugging Face model folder or a checkpoint of an earlier stage"
+        )
     config = json.loads(path.read_text())
     family = _FAMILY_OF_MODEL_TYPE.get(config.get("model_type"))
     if family is None:
@@ -61,7 +63,9 @@ def read_shape(folder: Path) -> ModelShape:
         )
     unsupported = [key for key in ("attention_bias", "mlp_bias") if config.get(key)]
     if unsupported or config.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{path}: {unsupported or ['hidden_act']} is set; the llama family here has no biases and a silu gate")
+        raise UserError(
+            f"{path}: {unsupported or ['hidden_act']} is set; the llama family here has no biases and a silu gate"
+        )
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     heads = config["num_attention_heads"]
     return ModelShape(
@@ -85,11 +89,16 @@ def read_shape(folder: Path) -> ModelShape:
 def check_layout(shape: ModelShape, tensor: int, pipeline: int, where: str) -> list[str]:
     """Why this model cannot be cut in `tensor` x `pipeline` pieces, one sentence each; empty when it can."""
     problems = []
-    for count, name in ((shape.num_heads, "num_attention_heads"), (shape.num_kv_heads, "num_key_value_heads"),
-                        (shape.ffn_hidden_size, "intermediate_size")):
+    for count, name in (
+        (shape.num_heads, "num_attention_heads"),
+        (shape.num_kv_heads, "num_key_value_heads"),
+        (shape.ffn_hidden_size, "intermediate_size"),
+    ):
         if count % tensor:
             allowed = [t for t in (1, 2, 4, 8, 16, 32) if count % t == 0]
-            problems.append(f"{where}: parallel.tensor={tensor} does not divide {name}={count}; it can be one of {allowed}")
+            problems.append(
+                f"{where}: parallel.tensor={tensor} does not divide {name}={count}; it can be one of {allowed}"
+            )
     if shape.num_layers % pipeline:
         allowed = [p for p in range(1, shape.num_layers + 1) if shape.num_layers % p == 0]
         problems.append(

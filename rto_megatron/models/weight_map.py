@@ -56,7 +56,11 @@ class VocabRows:
     def shard(self, tensors: Sequence[Tensor], rank: int, size: int) -> Tensor:
         rows = padded_vocab(self.vocab_size, size) // size
         own = tensors[0][rank * rows : (rank + 1) * rows]
-        return torch.cat([own, own.new_zeros(rows - own.shape[0], *own.shape[1:])]) if own.shape[0] < rows else own
+        return (
+            torch.cat([own, own.new_zeros(rows - own.shape[0], *own.shape[1:])])
+            if own.shape[0] < rows
+            else own
+        )
 
     def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return (torch.cat(list(shards))[: self.vocab_size],)
@@ -111,4 +115,6 @@ def padded_vocab(vocab_size: int, tensor_size: int) -> int:
     return -(-vocab_size // tensor_size) * tensor_size
 
 
-WeightMap = Callable[[ModelShape, bool], tuple[MappedParameter, ...]]  # (shape, has_scalar_head) -> parameters
+WeightMap = Callable[
+    [ModelShape, bool], tuple[MappedParameter, ...]
+]  # (shape, has_scalar_head) -> parameters

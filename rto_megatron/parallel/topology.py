@@ -108,14 +108,23 @@ class Topology:
         if self.pipeline_size == 1:
             assert tensors is not None
             return tensors
-        flat = torch.cat(tensors) if tensors is not None else torch.empty(sum(lengths), device=self.device.torch_device)
-        dist.broadcast(flat, mpu.get_pipeline_model_parallel_last_rank(), group=mpu.get_pipeline_model_parallel_group())
+        flat = (
+            torch.cat(tensors)
+            if tensors is not None
+            else torch.empty(sum(lengths), device=self.device.torch_device)
+        )
+        dist.broadcast(
+            flat, mpu.get_pipeline_model_parallel_last_rank(), group=mpu.get_pipeline_model_parallel_group()
+        )
         return list(flat.split(lengths))
 
     def replica_json(self, value: collectives.Json, from_last_stage: bool = False) -> collectives.Json:
         """A JSON value of the replica's lead (or of its last stage), on every rank of the replica; all must call it."""
         if from_last_stage:
-            source, group = mpu.get_pipeline_model_parallel_last_rank(), mpu.get_pipeline_model_parallel_group()
+            source, group = (
+                mpu.get_pipeline_model_parallel_last_rank(),
+                mpu.get_pipeline_model_parallel_group(),
+            )
         else:
             source, group = mpu.get_model_parallel_src_rank(), mpu.get_model_parallel_group()
         return collectives.broadcast_json(value, source, group, self.device.torch_device)

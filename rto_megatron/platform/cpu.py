@@ -158,7 +158,7 @@ def p8_rng_tracker() -> None:
 
 
 def _is_not_about_the_generator(record: logging.LogRecord) -> bool:
-    return not record.msg.startswith("CPU RNG state changed")
+    return not record.getMessage().startswith("CPU RNG state changed")
 
 
 PATCHES: dict[str, Callable[[], None]] = {

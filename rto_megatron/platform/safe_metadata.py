@@ -10,6 +10,7 @@ import contextlib
 import io
 import pathlib
 import pickle
+import re
 from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import BinaryIO
@@ -75,24 +76,35 @@ def read_metadata(stream: BinaryIO) -> metadata.Metadata:
 
 
 @contextlib.contextmanager
-def readable_refusals(folder: Path) -> Iterator[None]:
-    """Turn torch's CheckpointException, which is no Exception, into a UserError where data was refused.
+def safe_reading(folder: Path) -> Iterator[None]:
+    """Read a checkpoint inside this context to learn in one line why it was refused.
+
+    torch reports what stopped a load as an AssertionError or as a CheckpointException, which is no Exception.
 
     Args:
-        folder: the checkpoint that is loaded inside the context, for the message.
+        folder: the torch_dist checkpoint.
 
     Raises:
-        UserError: `.metadata` or a byte object of the checkpoint holds what must not be unpickled.
+        UserError: `.metadata` is absent, or it or a byte object holds what must not be unpickled.
+        RuntimeError: torch could not read the checkpoint for another reason, such as a missing file.
     """
+    path = folder / ".metadata"
+    if not path.is_file():
+        raise UserError(
+            f"{folder} holds no .metadata: not a torch_dist checkpoint, or one whose save did not end"
+        )
+    with path.open("rb") as stream:
+        try:
+            read_metadata(stream)
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from error
     try:
         yield
-    except UserError as error:
-        raise UserError(f"{folder}: {error}") from error
     except CheckpointException as failure:
         for error, _ in failure.failures.values():
-            if isinstance(error, UserError | pickle.UnpicklingError):
+            if isinstance(error, UserError):
                 raise UserError(f"{folder}: {error}") from failure
-        raise
+        raise RuntimeError(f"{folder}: {failure}") from failure
 
 
 def s1_metadata() -> None:
@@ -122,7 +134,15 @@ def s2_byte_objects() -> None:
     """
 
     def load_bytes(self, read_item: planner.ReadItem, value: io.BytesIO) -> None:
-        content = torch.load(value, weights_only=True)
+        try:
+            content = torch.load(value, weights_only=True)
+        except pickle.UnpicklingError as error:
+            found = re.search(r"GLOBAL (\S+)", str(error))
+            culprit = found.group(1) if found else "a class"
+            raise UserError(
+                f"the checkpoint's object {read_item.storage_index.fqn} names {culprit}, which may not be "
+                "loaded; nothing of it was run. Use a checkpoint that you know to be unchanged"
+            ) from error
         name = read_item.dest_index.fqn
         if self.flatten_state_dict:
             default_planner.set_element(self.original_state_dict, self.mappings[name], content)

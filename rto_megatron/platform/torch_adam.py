@@ -69,19 +69,43 @@ def o2_own_step() -> None:
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    DistributedOptimizer.load_state_dict = _then_own_steps(DistributedOptimizer.load_state_dict)
+    load = DistributedOptimizer.load_state_dict
+
+    @functools.wraps(load)
+    def load_and_own_steps(self, state_dict: dict[str, object]) -> None:
+        load(self, state_dict)
+        if _is_torch_adam(self.optimizer):
+            for state in self.optimizer.state.values():
+                state["step"] = state["step"].clone()
+
+    DistributedOptimizer.load_state_dict = load_and_own_steps
 
 
 def o3_missing_step() -> None:
-    """A checkpoint of before the first step loads with step 0, instead of KeyError 'step' at the next step.
+    """A checkpoint of before the first step loads with step 0, instead of KeyError 'step'.
 
     Call site: sharded_state_dict of FP32Optimizer and Float16OptimizerWithFloat16Params in
     optimizer/optimizer.py writes the common step `if step:`, which is false for 0.
     """
     from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 
-    for optimizer_class in (FP32Optimizer, Float16OptimizerWithFloat16Params):
-        optimizer_class.load_state_dict = _then_own_steps(optimizer_class.load_state_dict)
+    load_fp32 = FP32Optimizer.load_state_dict
+    load_float16 = Float16OptimizerWithFloat16Params.load_state_dict
+
+    @functools.wraps(load_fp32)
+    def load_fp32_with_step(self, state_dict: dict[str, dict]) -> None:
+        if _is_torch_adam(self.optimizer):
+            _add_missing_step(state_dict["state"])
+        load_fp32(self, state_dict)
+
+    @functools.wraps(load_float16)
+    def load_float16_with_step(self, state_dict: dict[str, dict]) -> None:
+        if _is_torch_adam(self.optimizer):
+            _add_missing_step(state_dict["optimizer"]["state"])
+        load_float16(self, state_dict)
+
+    FP32Optimizer.load_state_dict = load_fp32_with_step
+    Float16OptimizerWithFloat16Params.load_state_dict = load_float16_with_step
 
 
 PATCHES: dict[str, Callable[[], None]] = {
@@ -103,15 +127,10 @@ def install(skip: Set[str] = frozenset()) -> None:
             _applied.add(name)
 
 
-def _then_own_steps(load_state_dict: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(load_state_dict)
-    def load(self, state_dict: dict[str, object]) -> None:
-        load_state_dict(self, state_dict)
-        if _is_torch_adam(self.optimizer):
-            for state in self.optimizer.state.values():
-                state["step"] = state["step"].clone() if "step" in state else _zero_step()
-
-    return load
+def _add_missing_step(states: dict[object, object]) -> None:
+    # megatron gives `common_step` to every parameter, so leave alone states that hold a step each.
+    if "common_step" not in states and any("step" not in state for state in states.values()):
+        states["common_step"] = _zero_step()
 
 
 def _is_torch_adam(optimizer: object) -> bool:

@@ -25,6 +25,10 @@ class RefusedError(UserError):
     """The server answered with an HTTP error."""
 
 
+class ServerFailedError(RefusedError):
+    """An error of the server's own (5xx): its engine may be dead, another server may still answer."""
+
+
 def open_headers(token: str) -> dict[str, str]:
     """Headers of every request to a pool."""
     return {"Authorization": f"Bearer {token}"}
@@ -55,7 +59,8 @@ def parse_response(address: str, route: str, response: httpx.Response) -> dict[s
         )
     if response.status_code != 200:
         said = response.text[:_SHOWN_CHARACTERS]
-        raise RefusedError(f"inference server {address} answered {response.status_code} to {route}: {said}")
+        kind = ServerFailedError if response.status_code >= 500 else RefusedError
+        raise kind(f"inference server {address} answered {response.status_code} to {route}: {said}")
     if not response.content:
         return {}
     try:
@@ -74,7 +79,9 @@ class ServerClient:
         self.address = address
         # No kept connections: after an error in a route the server closes the one it came on, the next request would fail.
         limits = httpx.Limits(max_keepalive_connections=0)
-        self._http = httpx.Client(base_url=address, headers=open_headers(token), timeout=timeout_s, limits=limits)
+        self._http = httpx.Client(
+            base_url=address, headers=open_headers(token), timeout=timeout_s, limits=limits
+        )
 
     def __enter__(self) -> Self:
         return self

@@ -72,7 +72,9 @@ class RecordedEngine:
     def _find(self, prompt: Prompt, version: int) -> Rollout:
         found = self._rollouts.get((version, prompt.id))
         if found is None or found.prompt_ids != prompt.token_ids:
-            raise UserError(f"the recording of weight version {version} has no rollout of prompt {prompt.id} as given")
+            raise UserError(
+                f"the recording of weight version {version} has no rollout of prompt {prompt.id} as given"
+            )
         return found
 
 
@@ -102,10 +104,14 @@ def load_rollouts(path: Path) -> list[Rollout]:
                 )
             )
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}:{number} is not a recorded rollout ({error}); record it again") from error
+            raise UserError(
+                f"{path}:{number} is not a recorded rollout ({error}); record it again"
+            ) from error
     return rollouts
 
 
 def _require_version(held: int, version: int) -> None:
     if held != version:
-        raise StaleWeights(f"the scripted engine holds weight version {held}, expected {version}; push the policy first")
+        raise StaleWeights(
+            f"the scripted engine holds weight version {held}, expected {version}; push the policy first"
+        )

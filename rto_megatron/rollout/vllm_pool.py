@@ -11,6 +11,7 @@ from rto_megatron.rollout.client import (
     GENERATE_ROUTE,
     Json,
     ServerClient,
+    ServerFailedError,
     UnreachableError,
     open_headers,
     parse_response,
@@ -111,7 +112,7 @@ class VllmPool:
             address = load.take(failed)
             try:
                 return address, await _post(http, address, body)
-            except UnreachableError:
+            except (UnreachableError, ServerFailedError):
                 failed.add(address)
                 if len(failed) == 2 or len(failed) == len(self._servers):
                     raise

@@ -17,7 +17,9 @@ from rto_megatron.trainer.rollouts import reward_scores, sample
 from rto_megatron.trainer.rto import sampling
 from rto_megatron.trainer.setup import prepare_stage
 
-_AS_SAMPLED: TruncationPolicy = "mask"  # nothing is overwritten; the reward model reads an appended end-of-sequence
+_AS_SAMPLED: TruncationPolicy = (
+    "mask"  # nothing is overwritten; the reward model reads an appended end-of-sequence
+)
 
 
 def evaluate(config: schema.EvaluateStage, topology: Topology) -> None:
@@ -25,7 +27,9 @@ def evaluate(config: schema.EvaluateStage, topology: Topology) -> None:
     setup = prepare_stage(config, topology)
     policy = build_frozen("policy", setup.sources["policy"], False, config.precision, topology)
     reference = build_frozen("reference", setup.sources["reference"], False, config.precision, topology)
-    loaded = load_prompts(config.data.eval or config.data.train, setup.tokenizer, setup.limits, config.data.eval_samples)
+    loaded = load_prompts(
+        config.data.eval or config.data.train, setup.tokenizer, setup.limits, config.data.eval_samples
+    )
     say(loaded.report.summary(), topology.is_lead)
     engine = connect_pool(config.rollout, topology)
     push = open_push(config.rollout, policy)
@@ -36,7 +40,9 @@ def evaluate(config: schema.EvaluateStage, topology: Topology) -> None:
     rollouts = sample(topology, engine, repeated, sampling(config, setup, 0), version=0)
     push.close()
     batches = rollout_batches(rollouts, setup.layout)
-    logp_BR, logp_ref_BR = (rollout_grid(m.token_outputs(batches), batches, rollouts) for m in (policy, reference))
+    logp_BR, logp_ref_BR = (
+        rollout_grid(m.token_outputs(batches), batches, rollouts) for m in (policy, reference)
+    )
     mask_BR = response_mask(rollouts, setup.layout.device)
     values = {
         "kl": ((logp_BR - logp_ref_BR) * mask_BR).sum(1).tolist(),
@@ -60,7 +66,10 @@ def evaluate(config: schema.EvaluateStage, topology: Topology) -> None:
     )
     if topology.is_lead:
         path = save_evaluation(evaluation, config.run.dir)
-        say(f"{evaluation.name}: " + "  ".join(f"{k} {v}" for k, v in estimates.items()) + f"  -> {path}", True)
+        say(
+            f"{evaluation.name}: " + "  ".join(f"{k} {v}" for k, v in estimates.items()) + f"  -> {path}",
+            True,
+        )
     topology.barrier()
 
 
@@ -69,5 +78,3 @@ def _over_prompts(samples: Sequence[float], per_prompt: int, topology: Topology)
     means = [sum(group) / per_prompt for group in batched(samples, per_prompt)]
     gathered = topology.gather_json(list(means))
     return estimate([float(str(value)) for part in gathered if isinstance(part, list) for value in part])
-
-

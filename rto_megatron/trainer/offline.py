@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,11 +16,12 @@ from rto_megatron.data.loader import Loaded, load_demonstrations, load_pairs
 from rto_megatron.data.packing import Layout, pair_microbatches, supervised_microbatches
 from rto_megatron.engine.megatron import FrozenModel, Microbatch, TrainedModel, ValueScale
 from rto_megatron.engine.roles import build_frozen, build_trained
+from rto_megatron.errors import UserError
+from rto_megatron.parallel.topology import Topology
 from rto_megatron.trainer.metrics import add
 from rto_megatron.trainer.report.progress import say
 from rto_megatron.trainer.run import Run, learning_rate, reduce_over_replicas
 from rto_megatron.trainer.setup import Setup, prepare_stage, stage_hf_files, write_scale
-from rto_megatron.parallel.topology import Topology
 from rto_megatron.types import Demonstration, LossOutput, Metrics, PreferencePair
 
 type Example = Demonstration | PreferencePair
@@ -52,27 +54,40 @@ def train_offline(config: OfflineStage, topology: Topology) -> None:
     task = _task(config, role, setup, reference)
     data = _load(task, config.data.train, None, setup)
     held_out = _load(task, config.data.eval, config.data.eval_samples, setup) if config.data.eval else []
+    if is_reward and not held_out:
+        raise UserError(
+            "data.eval is not set; a reward model keeps the mean and std of its scores on held-out pairs"
+        )
     batches = Batches(data, config.batch.train, config.run.seed, topology.data_rank, topology.data_size)
     hf_files = stage_hf_files(source, config.run.dir, role, topology)
-    run = Run(config, topology, {role: model}, {role: hf_files}, config.run.steps or batches.batches_per_epoch)
+    run = Run(
+        config, topology, {role: model}, {role: hf_files}, config.run.steps or batches.batches_per_epoch
+    )
     if run.state:
         batches.restore(run.state["data"])
     for step in run.steps():
         examples = batches.next_batch()
         lr = learning_rate(config.optimizer, step, run.num_steps)
-        names = [[e.id for e in examples[at : at + config.batch.micro]] for at in range(0, len(examples), config.batch.micro)]
+        names = [
+            [e.id for e in examples[at : at + config.batch.micro]]
+            for at in range(0, len(examples), config.batch.micro)
+        ]
         run.record(model.step(task.microbatches(examples), task.loss, names, lr))
-        if held_out and step + 1 == run.num_steps and is_reward:
-            _store_scale(evaluate(model, task, held_out, topology), hf_files, topology)
-        run.finish({"data": batches.state()}, {"lr": lr})
-        if held_out and run.is_due(config.run.eval_every):
-            means = evaluate(model, task, held_out, topology)
-            run.log_evaluation({f"eval/{name}": value for name, value in means.items()})
-            say(f"eval  " + "  ".join(f"{k} {v:.4g}" for k, v in means.items()), topology.is_lead)
+        evaluation: dict[str, float] = {}
+        if held_out and (
+            run.is_due(config.run.eval_every, step + 1) or (is_reward and run.is_saved(step + 1))
+        ):
+            evaluation = evaluate(model, task, held_out, topology)
+            say("eval  " + "  ".join(f"{k} {v:.4g}" for k, v in evaluation.items()), topology.is_lead)
+        if is_reward and run.is_saved(step + 1):
+            _store_scale(evaluation, len(held_out), hf_files, topology)
+        run.finish({"data": batches.state()}, {"lr": lr, **{f"eval/{k}": v for k, v in evaluation.items()}})
     run.close(role)
 
 
-def evaluate(model: TrainedModel, task: Task, examples: Sequence[Example], topology: Topology) -> dict[str, float]:
+def evaluate(
+    model: TrainedModel, task: Task, examples: Sequence[Example], topology: Topology
+) -> dict[str, float]:
     """Means of the loss's metrics over held-out examples, without gradients; all ranks must call it."""
     total: Metrics = {}
     own = examples[topology.data_rank :: topology.data_size]
@@ -81,11 +96,11 @@ def evaluate(model: TrainedModel, task: Task, examples: Sequence[Example], topol
         outputs = model.token_outputs([m.batch for m in microbatches]) if own else []
         for output, microbatch in zip(outputs, microbatches, strict=True):
             total = add(total, task.loss(output, microbatch).metrics)
-    return {**reduce_over_replicas(total, topology), "num_examples": float(len(examples))}
+    return reduce_over_replicas(total, topology)
 
 
-def _store_scale(means: dict[str, float], hf_files: object, topology: Topology) -> None:
-    count = 2 * means["num_examples"]
+def _store_scale(means: dict[str, float], num_pairs: int, hf_files: Path, topology: Topology) -> None:
+    count = 2.0 * num_pairs
     mean, std = reward_statistics(count, count * means["mean_reward"], count * means["mean_squared_reward"])
     if topology.is_lead:
         write_scale(hf_files, mean, std)
@@ -124,5 +139,7 @@ def reference_logprobs(reference: FrozenModel, pairs: Sequence[PreferencePair], 
     zeros_G2 = torch.zeros(len(pairs), 2, device=layout.device)
     microbatches = pair_microbatches(pairs, zeros_G2, len(pairs), layout)
     outputs = reference.token_outputs([m.batch for m in microbatches])
-    sums = [sequence_sums(o, m.mask_T, m.batch).view(2, -1).T for o, m in zip(outputs, microbatches, strict=True)]
+    sums = [
+        sequence_sums(o, m.mask_T, m.batch).view(2, -1).T for o, m in zip(outputs, microbatches, strict=True)
+    ]
     return torch.cat(sums)

@@ -43,7 +43,9 @@ class PolicyPush:
         self._policy = policy
         self._sync = sync
         self._tolerance = tolerance
-        self._canary_ids = canary_token_ids(min(policy.shape.vocab_size, 512), min(48, policy.shape.max_positions - 1))
+        self._canary_ids = canary_token_ids(
+            min(policy.shape.vocab_size, 512), min(48, policy.shape.max_positions - 1)
+        )
 
     def __call__(self, version: int) -> dict[str, float]:
         """Makes the pool hold the present weights as `version`.

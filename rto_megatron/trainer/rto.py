@@ -39,19 +39,25 @@ def train_rto(config: schema.PpoStage, topology: Topology, sampler: Sampler | No
     roles = build_roles(config, setup)
     prompts = load_batches(config, setup)
     num_steps = config.run.steps or prompts.batches_per_epoch
-    hf_files = {r: stage_hf_files(setup.sources[r], config.run.dir, r, topology) for r in ("policy", "critic")}
+    hf_files = {
+        r: stage_hf_files(setup.sources[r], config.run.dir, r, topology) for r in ("policy", "critic")
+    }
     run = Run(config, topology, {"policy": roles.policy, "critic": roles.critic}, hf_files, num_steps)
     algorithm: PolicyOptimization = ALGORITHMS[config.stage](config.algorithm)
     kl = KLController(config.algorithm.beta_kl, config.algorithm.kl_target, config.algorithm.kl_horizon)
     if run.state:
         prompts.restore(run.state["data"])
         kl = kl.restored(run.state["kl"])
-    sampler = sampler or Sampler(connect_pool(config.rollout, topology), open_push(config.rollout, roles.policy))
+    sampler = sampler or Sampler(
+        connect_pool(config.rollout, topology), open_push(config.rollout, roles.policy)
+    )
 
     sampler.push(run.step)
     for step in run.steps():
         # 1. y ~ pi_old(. | x), from the pool that holds exactly this step's weights
-        sampled = sample(topology, sampler.engine, prompts.next_batch(), sampling(config, setup, step), version=step)
+        sampled = sample(
+            topology, sampler.engine, prompts.next_batch(), sampling(config, setup, step), version=step
+        )
         rollouts = close_rollouts(sampled, setup.eos_id, config.algorithm.truncated)
         # 2. every model's opinion, without gradients
         scored = score(rollouts, roles, setup.layout, setup.eos_id, config.algorithm.truncated)
@@ -62,7 +68,9 @@ def train_rto(config: schema.PpoStage, topology: Topology, sampler: Sampler | No
         lrs = update(config, run, roles, algorithm, experience, setup)
         # 5. pi_old <- pi_theta, proved
         times = sampler.push(step + 1)
-        means = run.finish({"data": prompts.state(), "kl": kl.state()}, {**lrs, **times, "objective/kl_coef": kl.coef})
+        means = run.finish(
+            {"data": prompts.state(), "kl": kl.state()}, {**lrs, **times, "objective/kl_coef": kl.coef}
+        )
         kl = kl.update(means["policy/kl_per_token"], config.batch.rollout)
         show_samples(config, run, experience, setup, means)
     sampler.push.close()
@@ -141,10 +149,8 @@ def show_samples(
 ) -> None:
     """A table of completions when due, with what the step measured."""
     every = config.run.samples_every
-    if every is None or not run.is_due(every) or not setup.topology.is_lead:
+    if every is None or not run.is_due(every, run.step) or not setup.topology.is_lead:
         return
     variance = explained_variance(means)
     title = f"{config.stage} step {run.step}, explained variance of the critic {variance if variance is None else round(variance, 3)}"
     show(completions_table(experience, setup.tokenizer.decode, 4, title))
-
-

@@ -103,23 +103,23 @@ class Run:
         if self._log is not None:
             self._log.write(self.step, means)
         self._note = _note(means)
-        is_last = self.step == self.num_steps
-        if is_last or (self._config.save_every and self.step % self._config.save_every == 0):
+        if self.is_saved(self.step):
             self._save(state)
         return means
 
     def _save(self, state: dict[str, Json]) -> None:
         full: Json = {**state, "step": self.step}
-        save_checkpoint(self.dir, self.step, self._models, self._hf_files, full, self._config.keep_checkpoints)
+        save_checkpoint(
+            self.dir, self.step, self._models, self._hf_files, full, self._config.keep_checkpoints
+        )
 
-    def is_due(self, every: int | None) -> bool:
-        """True at every `every`-th finished step and at the last one."""
-        return self.step == self.num_steps or (every is not None and self.step % every == 0)
+    def is_due(self, every: int | None, step: int) -> bool:
+        """True at every `every`-th step and at the last one."""
+        return step == self.num_steps or (every is not None and step % every == 0)
 
-    def log_evaluation(self, values: dict[str, float]) -> None:
-        """Writes evaluation metrics beside the step's; the lead rank only has an effect."""
-        if self._log is not None:
-            self._log.write(self.step, values)
+    def is_saved(self, step: int) -> bool:
+        """True where a checkpoint follows the step."""
+        return self.is_due(self._config.save_every, step)
 
     def close(self, export_role: str) -> None:
         """Exports the trained model in Hugging Face format to <run>/hf; all ranks must call it."""
@@ -127,7 +127,10 @@ class Run:
         export_hf(self._models[export_role], self._hf_files[export_role], folder)
         if self._log is not None:
             self._log.close()
-        say(f"{self._title}: {self.num_steps} steps done; checkpoints and {folder} in {self.dir}", self._topology.is_lead)
+        say(
+            f"{self._title}: {self.num_steps} steps done; checkpoints and {folder} in {self.dir}",
+            self._topology.is_lead,
+        )
 
 
 def reduce_over_replicas(metrics: Metrics, topology: Topology) -> dict[str, float]:
@@ -149,10 +152,15 @@ def learning_rate(config: schema.OptimizerConfig, step: int, num_steps: int) -> 
     return config.lr * lr_factor(step, num_steps, warmup, config.min_lr_fraction, config.schedule)
 
 
-_NOTES = ("loss", "accuracy", "rewards/accuracies", "objective/scores", "objective/kl", "rollout/response_tokens")
+_NOTES = (
+    "loss",
+    "accuracy",
+    "rewards/accuracies",
+    "objective/scores",
+    "objective/kl",
+    "rollout/response_tokens",
+)
 
 
 def _note(means: dict[str, float]) -> str:
     return "  ".join(f"{name} {means[name]:.4g}" for name in _NOTES if name in means)
-
-

@@ -46,7 +46,11 @@ def prepare_stage(config: schema.Stage, topology: Topology) -> Setup:
     parallel = config.parallel
     checks.refuse(
         [
-            *(p for role, shape in shapes.items() for p in check_layout(shape, parallel.tensor, parallel.pipeline, f"models.{role}")),
+            *(
+                p
+                for role, shape in shapes.items()
+                for p in check_layout(shape, parallel.tensor, parallel.pipeline, f"models.{role}")
+            ),
             *_unlike_tokenizers(sources),
         ]
     )
@@ -85,7 +89,9 @@ def find_sources(config: schema.Stage) -> dict[str, WeightSource]:
 
 def _named(path: Path | None, role: str) -> Path:
     if path is None:
-        raise UserError(f"models.{role} is not set, and this stage needs it; name a run folder or a Hugging Face folder")
+        raise UserError(
+            f"models.{role} is not set, and this stage needs it; name a run folder or a Hugging Face folder"
+        )
     return path
 
 

@@ -64,7 +64,12 @@ def _join(device: Device, config: schema.Stage) -> "Topology":
 def _join_layout(device: Device, parallel: schema.ParallelConfig, seed: int) -> "Topology":
     from rto_megatron.parallel.topology import Topology
 
-    for key, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+    for key, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }.items():
         os.environ.setdefault(key, value)
     return Topology.init(device, parallel.tensor, parallel.pipeline, parallel.sequence, seed)
 

@@ -77,7 +77,14 @@ class _Rehearsal:
             before = sum(self._counted.values())
             try:
                 self._model.load_weights([(spec.name, empty)])
-            except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            except (
+                AssertionError,
+                AttributeError,
+                LookupError,
+                RuntimeError,
+                TypeError,
+                ValueError,
+            ) as error:
                 self._problems.append(f"{spec} cannot be loaded ({type(error).__name__}: {error})")
                 continue
             if sum(self._counted.values()) == before:

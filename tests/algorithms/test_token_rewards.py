@@ -1,5 +1,7 @@
 """Token rewards against the golden worked example."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from algorithms.grids import GARBAGE, GOLDEN, close, golden_scored, grid
@@ -69,6 +71,11 @@ def test_score_is_clamped_and_the_clamp_can_be_off():
     scored = golden_scored()
     close(response_score(scored, 10.0, 0.0), CLIPPED["rm_clamped"])
     close(response_score(scored, None, 0.0), CLIPPED["rm_normalized"])
+
+
+def test_clamp_bounds_both_sides():
+    scored = replace(golden_scored(), score_B=grid([30.0, -30.0]))
+    close(response_score(scored, 4.0, 0.0), [4.0, -4.0])
 
 
 def test_penalty_lowers_only_cut_responses_and_reaches_below_the_clamp():

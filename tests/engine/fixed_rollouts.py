@@ -16,6 +16,13 @@ def rollouts(count: int = 8, vocab_size: int = 96, version: int = 0) -> tuple[Ro
         if not is_cut:
             response.append(2)
         made.append(
-            Rollout(f"p{index}", prompt, tuple(response), tuple(-1.0 for _ in response), "length" if is_cut else "stop", version)
+            Rollout(
+                f"p{index}",
+                prompt,
+                tuple(response),
+                tuple(-1.0 for _ in response),
+                "length" if is_cut else "stop",
+                version,
+            )
         )
     return tuple(made)

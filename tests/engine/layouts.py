@@ -30,7 +30,9 @@ def topology(layout: str) -> Topology:
 def frozen(place: Topology, folder: Path, is_scalar: bool, dtype: str = "fp32") -> FrozenModel:
     """A frozen model from a folder."""
     source = find_source(folder, is_scalar, is_random=False, key="test")
-    return build_frozen("reward" if is_scalar else "reference", source, is_scalar, schema.PrecisionConfig(dtype=dtype), place)
+    return build_frozen(
+        "reward" if is_scalar else "reference", source, is_scalar, schema.PrecisionConfig(dtype=dtype), place
+    )
 
 
 def trained(

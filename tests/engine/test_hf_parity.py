@@ -18,7 +18,8 @@ def _outputs(layout: str, folder: Path, is_scalar: bool, packed: bool) -> list[l
     model = frozen(place, folder, is_scalar)
     multiple = place.tensor_size if place.sequence_parallel else 1
     batches = [
-        token_batch(group, packed, multiple, place.device.torch_device) for group in (SEQUENCES[:3], SEQUENCES[3:])
+        token_batch(group, packed, multiple, place.device.torch_device)
+        for group in (SEQUENCES[:3], SEQUENCES[3:])
     ]
     outputs = model.token_outputs(batches)
     rows = []
@@ -53,7 +54,9 @@ def test_outputs_equal_hugging_face(tmp_path: Path, layout: str, is_scalar: bool
                 torch.testing.assert_close(torch.tensor(row), torch.tensor(want), atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize(("layout", "vocab_size", "is_tied"), [("tp2", 97, False), ("tp2_pp2", 97, True), ("one", 97, True)])
+@pytest.mark.parametrize(
+    ("layout", "vocab_size", "is_tied"), [("tp2", 97, False), ("tp2_pp2", 97, True), ("one", 97, True)]
+)
 def test_padded_and_tied_vocabularies_equal_hugging_face(
     tmp_path: Path, layout: str, vocab_size: int, is_tied: bool
 ) -> None:

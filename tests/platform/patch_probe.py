@@ -1,4 +1,4 @@
-"""Leave out one patch at a time and print, as JSON, how a tiny training job with checkpoints fails without it.
+"""Leave out one patch at a time; print, as JSON, how a tiny training job with checkpoints fails without it.
 
 Runs as a program of its own: the test process has every patch already, and patches are not undone.
 """
@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import types
 from collections.abc import Set
 from pathlib import Path
 
@@ -15,8 +16,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tiny_gpt
 import torch
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from ranks import RankError, run_ranks
 from tiny_gpt import Layout
+from torch.distributed.checkpoint.api import CheckpointException
 
 from rto_megatron.platform import cpu, safe_metadata, sync_save, torch_adam
 
@@ -48,6 +51,8 @@ def train(layout: Layout, skip: Set[str]) -> str:
 def resume(layout: Layout, skip: Set[str], num_steps_before: int, folder: Path) -> str:
     """Save, train on, load and train again: the weights must be the same both times."""
     install_all_but(skip)
+    # A process that saving starts would import this program again, which takes seconds and shows nothing.
+    sys.modules["__main__"] = types.ModuleType("__main__")
     tiny_gpt.start(layout)
     trainee = tiny_gpt.build(layout)
     for step in range(num_steps_before):
@@ -71,7 +76,7 @@ def keep_the_generator(layout: Layout, skip: Set[str]) -> str:
     """A fork of the RNG tracker must leave the generator as it was and draw what its own seed gives."""
     install_all_but(skip)
     tiny_gpt.start(layout)
-    tracker = tiny_gpt.get_cuda_rng_tracker()
+    tracker = get_cuda_rng_tracker()
     before = torch.get_rng_state()
     with tracker.fork():
         assert not torch.equal(torch.get_rng_state(), before), "the tracker's seed was ignored"
@@ -93,13 +98,10 @@ def poison(skip: Set[str], folder: Path) -> str:
         tiny_gpt.save(trainee, folder, extra=tiny_gpt.Touch(folder / "touched"))
         (folder / "touched").unlink(missing_ok=True)
     try:
-        with safe_metadata.readable_refusals(folder):
-            tiny_gpt.load(trainee, folder)
-    except safe_metadata.UserError as error:
-        assert not (folder / "touched").exists()
-        return str(error)
-    assert not (folder / "touched").exists(), "the pickle was run"
-    return "loaded"
+        tiny_gpt.load(trainee, folder)
+    except (AssertionError, CheckpointException) as failure:
+        return f"{'ran' if (folder / 'touched').exists() else 'refused'}: {failure}"
+    return "ran" if (folder / "touched").exists() else "loaded"
 
 
 def outcome(world_size: int, scenario, *args) -> str:

@@ -27,7 +27,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
@@ -174,7 +174,7 @@ def _sharded(trainee: Trainee, is_loading: bool) -> dict[str, object]:
 
 
 def save(trainee: Trainee, folder: Path, extra: object = None) -> None:
-    """Write a torch_dist checkpoint, shared out over the data-parallel ranks, with `extra` in its common state."""
+    """Write a torch_dist checkpoint, shared out over the data-parallel ranks; `extra` is common state."""
     folder.mkdir(parents=True, exist_ok=True)
     strategy = FullyParallelSaveStrategyWrapper(
         TorchDistSaveShardedStrategy(), parallel_state.get_data_parallel_group(with_context_parallel=True)

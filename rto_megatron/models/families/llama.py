@@ -10,7 +10,13 @@ def _layer(shape: ModelShape, index: int) -> tuple[MappedParameter, ...]:
     q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     qkv = QkvRows(shape.num_heads, shape.num_kv_heads, shape.head_dim)
     return (
-        MappedParameter(f"{mg}.input_layernorm.weight", (f"{hf}.input_layernorm.weight",), ((hidden,),), Replicated(), index),
+        MappedParameter(
+            f"{mg}.input_layernorm.weight",
+            (f"{hf}.input_layernorm.weight",),
+            ((hidden,),),
+            Replicated(),
+            index,
+        ),
         MappedParameter(
             f"{mg}.self_attention.linear_qkv.weight",
             tuple(f"{hf}.self_attn.{name}_proj.weight" for name in "qkv"),
@@ -19,10 +25,18 @@ def _layer(shape: ModelShape, index: int) -> tuple[MappedParameter, ...]:
             index,
         ),
         MappedParameter(
-            f"{mg}.self_attention.linear_proj.weight", (f"{hf}.self_attn.o_proj.weight",), ((hidden, q),), Split(1), index
+            f"{mg}.self_attention.linear_proj.weight",
+            (f"{hf}.self_attn.o_proj.weight",),
+            ((hidden, q),),
+            Split(1),
+            index,
         ),
         MappedParameter(
-            f"{mg}.pre_mlp_layernorm.weight", (f"{hf}.post_attention_layernorm.weight",), ((hidden,),), Replicated(), index
+            f"{mg}.pre_mlp_layernorm.weight",
+            (f"{hf}.post_attention_layernorm.weight",),
+            ((hidden,),),
+            Replicated(),
+            index,
         ),
         MappedParameter(
             f"{mg}.mlp.linear_fc1.weight",
@@ -31,7 +45,9 @@ def _layer(shape: ModelShape, index: int) -> tuple[MappedParameter, ...]:
             GateUpRows(),
             index,
         ),
-        MappedParameter(f"{mg}.mlp.linear_fc2.weight", (f"{hf}.mlp.down_proj.weight",), ((hidden, ffn),), Split(1), index),
+        MappedParameter(
+            f"{mg}.mlp.linear_fc2.weight", (f"{hf}.mlp.down_proj.weight",), ((hidden, ffn),), Split(1), index
+        ),
     )
 
 
@@ -40,13 +56,20 @@ def weight_map(shape: ModelShape, has_scalar_head: bool) -> tuple[MappedParamete
     vocab = (shape.vocab_size, shape.hidden_size)
     embedding = "model.embed_tokens.weight"
     parameters = [
-        MappedParameter("embedding.word_embeddings.weight", (embedding,), (vocab,), VocabRows(shape.vocab_size), None)
+        MappedParameter(
+            "embedding.word_embeddings.weight", (embedding,), (vocab,), VocabRows(shape.vocab_size), None
+        )
     ]
     for index in range(shape.num_layers):
         parameters.extend(_layer(shape, index))
     parameters.append(
         MappedParameter(
-            "decoder.final_layernorm.weight", ("model.norm.weight",), ((shape.hidden_size,),), Replicated(), None, True
+            "decoder.final_layernorm.weight",
+            ("model.norm.weight",),
+            ((shape.hidden_size,),),
+            Replicated(),
+            None,
+            True,
         )
     )
     if has_scalar_head:
@@ -56,7 +79,13 @@ def weight_map(shape: ModelShape, has_scalar_head: bool) -> tuple[MappedParamete
     else:
         name = embedding if shape.is_tied else "lm_head.weight"
         head = MappedParameter(
-            "output_layer.weight", (name,), (vocab,), VocabRows(shape.vocab_size), None, True, is_copy=shape.is_tied
+            "output_layer.weight",
+            (name,),
+            (vocab,),
+            VocabRows(shape.vocab_size),
+            None,
+            True,
+            is_copy=shape.is_tied,
         )
     return (*parameters, head)
 

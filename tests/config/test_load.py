@@ -1,0 +1,122 @@
+"""Recipes: overrides, variables, and errors that name everything at once."""
+
+from pathlib import Path
+
+import pytest
+
+from rto_megatron.config.load import dump, load_recipe, save
+from rto_megatron.config.schema import RtoStage
+from rto_megatron.errors import UserError
+
+SOUND = """
+stage: rto
+vars: {root: runs/x}
+run: {dir: "${vars.root}/rto"}
+models: {policy: p, reward: r, dpo: d}
+data: {train: prompts.jsonl}
+optimizer: {lr: 5e-7}
+critic_optimizer: {lr: 9.0e-6}
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_defaults_are_those_of_the_paper_and_the_released_script(tmp_path: Path) -> None:
+    config = load_recipe(write(tmp_path, SOUND))
+    assert isinstance(config, RtoStage)
+    assert (config.algorithm.beta_dpo, config.algorithm.dpo_clip, config.algorithm.beta_kl) == (
+        0.05,
+        0.05,
+        0.01,
+    )
+    assert (config.algorithm.gamma, config.algorithm.lam, config.algorithm.clip_eps) == (1.0, 0.95, 0.2)
+    assert (config.optimizer.betas, config.optimizer.warmup_fraction) == ((0.9, 0.95), 0.03)
+    assert (config.batch.train, config.batch.rollout, config.data.max_prompt_tokens) == (128, 1024, 1024)
+    assert config.optimizer.lr == 5e-7  # YAML 1.1 reads 5e-7, without a point, as text
+
+
+def test_overrides_win_and_reach_variables(tmp_path: Path) -> None:
+    config = load_recipe(
+        write(tmp_path, SOUND), ["optimizer.lr=1e-6", "vars.root=elsewhere", "algorithm.dpo_clip=null"]
+    )
+    assert isinstance(config, RtoStage)
+    assert config.optimizer.lr == 1e-6
+    assert config.run.dir == Path.cwd() / "elsewhere" / "rto"
+    assert config.algorithm.dpo_clip is None
+
+
+def test_pool_addresses_can_be_given_as_an_override(tmp_path: Path) -> None:
+    config = load_recipe(
+        write(tmp_path, SOUND), ["rollout.servers=[http://127.0.0.1:81,http://127.0.0.1:82]"]
+    )
+    assert isinstance(config, RtoStage)
+    assert config.rollout.servers == ("http://127.0.0.1:81", "http://127.0.0.1:82")
+
+
+def test_paths_that_exist_become_absolute_and_hub_names_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write(tmp_path, SOUND)
+    (tmp_path / "p").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = load_recipe(recipe, ["models.reward=RTO-RL/Llama3.2-1B-RewardModel", "data.train=a/b:train"])
+    assert config.models.policy == tmp_path / "p"
+    assert config.models.reward == Path("RTO-RL/Llama3.2-1B-RewardModel")
+    assert config.data.train == "a/b:train"
+
+
+def test_saved_configuration_loads_to_the_same(tmp_path: Path) -> None:
+    config = load_recipe(write(tmp_path, SOUND), ["optimizer.betas=[0.9,0.99]", "run.steps=3"])
+    path = save(config, tmp_path / "run")
+    assert load_recipe(path) == config
+    assert path.read_text() == dump(config)
+
+
+def test_all_problems_are_listed_with_place_value_and_nearest_name(tmp_path: Path) -> None:
+    text = SOUND.replace("critic_optimizer: {lr: 9.0e-6}", "precision: {dtype: bf61}\nbatsh: {train: 4}")
+    recipe = write(tmp_path, text.replace("reward: r", "rewrd: r"))
+    with pytest.raises(UserError) as caught:
+        load_recipe(recipe, ["parallel.tensor=0", "parallel.tensr=2", "warmup_fraction=0.1"])
+    message = str(caught.value)
+    assert "7 problems" in message
+    assert (
+        f"{recipe}:5: models.rewrd: found 'r'; there is no such key; did you mean models.reward?" in message
+    )
+    assert (
+        f"{recipe}:8: precision.dtype: found 'bf61'; must be 'fp32' or 'bf16'; did you mean bf16?" in message
+    )
+    assert f"{recipe}:9: batsh: found {{'train': 4}}; there is no such key; did you mean batch?" in message
+    assert "command line: parallel.tensor: found 0; must be greater than or equal to 1" in message
+    assert "did you mean parallel.tensor?" in message
+    assert "did you mean optimizer.warmup_fraction?" in message
+    assert "critic_optimizer: is missing; a section with the keys kind, lr" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "part"),
+    [
+        ("stage: rtoo\n", [], "did you mean rto?"),
+        ("run: {}\n", [], "must be one of sft"),
+        ("stage: [\n", [], "cannot be read as YAML"),
+        ("a: 1\na: 2\n", [], "cannot be read as YAML"),
+        ("", [], "holds no `key: value` pairs"),
+        (SOUND, ["run.steps"], "an override is written key=value"),
+        (SOUND, ["vars.rooot=x"], "vars.rooot: no key uses ${vars.rooot}; did you mean root?"),
+        (SOUND.replace("runs/x", '"${oc.env:HOME}"'), [], "only names of keys may stand in"),
+        (SOUND.replace("${vars.root}", "${vars.base}"), [], "vars.root: no key uses"),
+    ],
+)
+def test_what_cannot_be_read_is_explained(tmp_path: Path, text: str, overrides: list[str], part: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe(write(tmp_path, text), overrides)
+    assert part in str(caught.value)
+
+
+def test_missing_recipe_suggests_its_neighbour(tmp_path: Path) -> None:
+    write(tmp_path, SOUND)
+    with pytest.raises(UserError, match=r"did you mean recipe\.yaml\?"):
+        load_recipe(tmp_path / "recip.yaml")

@@ -1,0 +1,137 @@
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from rto_megatron.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
+from rto_megatron.errors import UserError
+from transformers import LlamaConfig, PreTrainedTokenizerBase
+
+SAMPLES = (
+    "The quick brown fox.",
+    "  leading and  double spaces ",
+    "def f(x):\n\treturn x ** 2  # four  spaces\n\n\n",
+    "東京 Привет naïve 😀👩‍🚀 \u00a0 end",
+    "aaaa ---- ==== ....",
+    "<|user|> hi<|assistant|> there",
+    "",
+)
+
+
+def pieces_of(folder: Path) -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+
+
+@pytest.mark.parametrize("text", SAMPLES)
+def test_hugging_face_gives_the_ids_of_sentencepiece(
+    tokenizer_folder: Path, tokenizer: PreTrainedTokenizerBase, text: str
+) -> None:
+    assert tokenizer.encode(text) == pieces_of(tokenizer_folder).encode(text)
+
+
+def test_hugging_face_gives_the_ids_of_sentencepiece_on_random_text(
+    tokenizer_folder: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rng = random.Random(0)
+    pieces = pieces_of(tokenizer_folder)
+    words = ["the", "dog", " ", "  ", "\n", "-", "é", "京", "😀", "xq", "fox", "def", "+", "1", "e", "▁"]
+    for _ in range(2000):
+        text = "".join(rng.choice(words) * rng.randint(1, 4) for _ in range(rng.randint(1, 12)))
+        assert tokenizer.encode(text) == pieces.encode(text), repr(text)
+
+
+@pytest.mark.parametrize("text", SAMPLES)
+def test_text_survives_encoding(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_special_tokens_are_distinct_single_ids(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert (
+        tokenizer.unk_token_id,
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+    ) == (
+        0,
+        1,
+        2,
+        3,
+    )
+    assert [len(tokenizer.encode(f"<|{role}|>")) for role in ("system", "user", "assistant")] == [1, 1, 1]
+
+
+def test_chat_template_by_hand(tokenizer: PreTrainedTokenizerBase) -> None:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "the dog"}]
+    assert tokenizer.apply_chat_template(turns, tokenize=False) == "<s><|user|> Hi<|assistant|> the dog</s>"
+    prompt = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+    assert prompt == "<s><|user|> Hi<|assistant|>"
+
+
+def test_a_model_folder_loads_the_same_tokenizer(tokenizer_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tokenizer_folder, tmp_path / "model")
+    LlamaConfig(vocab_size=400).save_pretrained(tmp_path / "model")
+    assert tokenizer_fingerprint(tmp_path / "model") == tokenizer_fingerprint(tokenizer_folder)
+    text = "fox  and dog"
+    assert load_tokenizer(tmp_path / "model").encode(text) == pieces_of(tokenizer_folder).encode(text)
+
+
+@pytest.mark.parametrize("part", ["vocab", "merges", "chat_template", "eos_token"])
+def test_fingerprint_sees_every_part(tokenizer_folder: Path, tmp_path: Path, part: str) -> None:
+    folder = tmp_path / "changed"
+    shutil.copytree(tokenizer_folder, folder)
+    name = "tokenizer.json" if part in {"vocab", "merges"} else "tokenizer_config.json"
+    document = json.loads((folder / name).read_text())
+    if part == "vocab":
+        vocab = document["model"]["vocab"]
+        vocab["▁the"], vocab["▁dog"] = vocab["▁dog"], vocab["▁the"]
+    elif part == "merges":
+        document["model"]["merges"].reverse()
+    else:
+        document[part] = {"chat_template": document["chat_template"] + " ", "eos_token": "<pad>"}[part]
+    (folder / name).write_text(json.dumps(document))
+    assert tokenizer_fingerprint(folder) != tokenizer_fingerprint(tokenizer_folder)
+
+
+def test_training_is_deterministic(tokenizer_folder: Path, tmp_path: Path) -> None:
+    texts = ["one two three four", "two three four five"]
+    for name in ("a", "b"):
+        train_tokenizer(texts, tmp_path / name, vocab_size=40, byte_fallback=False)
+    assert tokenizer_fingerprint(tmp_path / "a") == tokenizer_fingerprint(tmp_path / "b")
+    assert tokenizer_fingerprint(tmp_path / "a") != tokenizer_fingerprint(tokenizer_folder)
+
+
+def test_unknown_characters_without_byte_fallback_match_too(tmp_path: Path) -> None:
+    train_tokenizer(["one two three"], tmp_path / "t", vocab_size=40, byte_fallback=False)
+    text = "one 東京 two é"
+    assert load_tokenizer(tmp_path / "t").encode(text) == pieces_of(tmp_path / "t").encode(text)
+
+
+def test_a_missing_or_empty_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        load_tokenizer(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no tokenizer could be loaded"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"), [("chat_template", "no chat template"), ("eos_token", "no end-of-sequence token")]
+)
+def test_a_tokenizer_without_what_training_needs_is_refused(
+    tokenizer_folder: Path, tmp_path: Path, key: str, message: str
+) -> None:
+    folder = tmp_path / "changed"
+    shutil.copytree(tokenizer_folder, folder)
+    document = json.loads((folder / "tokenizer_config.json").read_text())
+    del document[key]
+    (folder / "tokenizer_config.json").write_text(json.dumps(document))
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(folder)
+
+
+def test_training_errors_say_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="needs text"):
+        train_tokenizer(["", " \n "], tmp_path / "t", vocab_size=300, byte_fallback=True)
+    with pytest.raises(UserError, match="larger vocab_size"):
+        train_tokenizer(["one two"], tmp_path / "t", vocab_size=20, byte_fallback=True)

@@ -1,0 +1,114 @@
+"""The communicator between threads of one process, each with its own end."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from rto_megatron.weight_sync.manifest import Manifest, TensorSpec
+from rto_megatron.weight_sync.sender import agree_on_manifest, send
+from rto_megatron.weight_sync.transport import (
+    LOOPBACK,
+    Communicator,
+    DisagreementError,
+    Rendezvous,
+    TransportError,
+    listen,
+)
+
+
+def run_ranks[T](
+    world_size: int, work: Callable[[Communicator], T], timeout_s: float = 10
+) -> list[T | Exception]:
+    """Runs `work` on every rank of a communicator; returns what it returned or raised."""
+    listener = listen(LOOPBACK)
+    meeting = Rendezvous(LOOPBACK, listener.getsockname()[1], world_size, "test", timeout_s, "cpu")
+
+    def rank_main(rank: int) -> T | Exception:
+        try:
+            return work(Communicator(meeting, rank, torch.device("cpu"), listener if rank == 0 else None))
+        except (DisagreementError, TransportError) as error:
+            return error
+
+    with ThreadPoolExecutor(world_size) as threads:
+        return list(threads.map(rank_main, range(world_size)))
+
+
+def test_broadcast_reaches_every_rank_from_any_source() -> None:
+    def work(communicator: Communicator) -> list[int]:
+        received = []
+        for source in range(3):
+            buffer = torch.full((4,), communicator.rank, dtype=torch.uint8)
+            communicator.broadcast(buffer, source)
+            received += buffer.tolist()
+        return received
+
+    assert run_ranks(3, work) == [[0] * 4 + [1] * 4 + [2] * 4] * 3
+
+
+def test_an_error_of_one_rank_stops_all_with_its_words() -> None:
+    errors = run_ranks(
+        3, lambda communicator: communicator.agree("tensor lost" if communicator.rank == 1 else None)
+    )
+    assert [str(error) for error in errors] == ["rank 1: tensor lost"] * 3
+
+
+def test_another_manifest_on_one_rank_is_named_on_all() -> None:
+    def work(communicator: Communicator) -> None:
+        length = 4 if communicator.rank < 2 else 5
+        agree_on_manifest(
+            Manifest(1, 100, (TensorSpec("norm", "float32", (length,), 0),)), communicator, None
+        )
+
+    errors = run_ranks(3, work)
+    expected = "entry 0: norm float32 [4] from sender 0 against norm float32 [5] from sender 0"
+    assert [str(error) for error in errors] == [
+        f"ranks [2] hold another weight manifest than rank 0: {expected}"
+    ] * 3
+
+
+def test_a_source_that_breaks_its_promise_is_named() -> None:
+    manifest = Manifest(1, 100, (TensorSpec("a", "float32", (2,), 0), TensorSpec("b", "float32", (2,), 0)))
+    wrong_name = [("a", torch.zeros(2)), ("c", torch.zeros(2))]
+    wrong_shape = [("a", torch.zeros(3)), ("b", torch.zeros(2))]
+    wrong_dtype = [("a", torch.zeros(2)), ("b", torch.zeros(2).bfloat16())]
+    too_few = [("a", torch.zeros(2))]
+    too_many = [("a", torch.zeros(2)), ("b", torch.zeros(2)), ("c", torch.zeros(2))]
+    for pairs, words in (
+        (wrong_name, r"yielded c float32 \[2\], its specs declare b float32 \[2\]"),
+        (wrong_shape, r"yielded a float32 \[3\]"),
+        (wrong_dtype, r"yielded b bfloat16 \[2\]"),
+        (too_few, r"ended before b float32 \[2\]"),
+        (too_many, "more tensors than it declared"),
+    ):
+        (error,) = run_ranks(1, lambda communicator, pairs=pairs: send(manifest, iter(pairs), communicator))
+        assert isinstance(error, DisagreementError)
+        with pytest.raises(DisagreementError, match=words):
+            raise error
+
+
+def test_a_silent_rank_is_named_after_the_time_limit() -> None:
+    def work(communicator: Communicator) -> None:
+        if communicator.rank == 1:
+            time.sleep(2.5)
+        else:
+            communicator.exchange("here")
+
+    started = time.monotonic()
+    first, second = run_ranks(2, work, timeout_s=1)
+    assert time.monotonic() - started < 10
+    assert isinstance(first, TransportError) and "rank 1" in str(first)
+    assert second is None
+
+
+def test_a_missing_broadcast_ends_after_the_time_limit() -> None:
+    def work(communicator: Communicator) -> None:
+        if communicator.rank == 1:
+            communicator.broadcast(torch.zeros(4), 0)
+        else:
+            time.sleep(2.5)
+
+    _, error = run_ranks(2, work, timeout_s=1)
+    assert isinstance(error, TransportError) and "rank 0" in str(error)
