@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
 from rto_megatron.rollout.gate import read_token
 from rto_megatron.rollout.server import ServerOptions, start_server, stop_server, wait_until_ready
@@ -16,7 +16,8 @@ VOCAB_SIZE = 480  # no multiple of 64: vLLM pads its vocabulary
 
 @dataclass(frozen=True)
 class PoolServer:
-    """Address, token and the Hugging Face folder whose architecture the server has; its weights are dummies."""
+    """Address, token and the Hugging Face folder whose architecture the server has; its weights are
+    dummies."""
 
     address: str
     token: str
@@ -48,8 +49,12 @@ def tiny_llama(seed: int) -> LlamaForCausalLM:
 @pytest.fixture(scope="session")
 def pool_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PoolServer]:
     """Starts in 30-80 s on a small CPU machine; tests that use it carry the mark `pool`."""
-    folder = tmp_path_factory.mktemp("pool")
-    tiny_llama(0).config.save_pretrained(folder / "model")
+    yield from start_pool_server(tmp_path_factory.mktemp("pool"), tiny_llama(0).config)
+
+
+def start_pool_server(folder: Path, config: PreTrainedConfig) -> Iterator[PoolServer]:
+    """Yields a server of a model with random weights, and stops it."""
+    config.save_pretrained(folder / "model")
     options = ServerOptions(
         model=folder / "model",
         token_file=folder / "token",

@@ -35,11 +35,12 @@ BANS = {
     r"except Exception": "catch what you handle, by name",
     r"except\s*:": "catch what you handle, by name",
     r"except ImportError": "a dependency is required, or its user is another file",
-    r"\btorch\.load\(|\byaml\.load\(|\beval\(|\bexec\(": "runs code of whoever wrote the file",
+    r"\byaml\.load\(|(?<![\w.])(eval|exec)\(": "runs code of whoever wrote the file",
     r"shell=True|trust_remote_code=True": "runs code of others",
     r"getattr\((cfg|config|args)\b|hasattr\((cfg|config|args)\b": "configuration has a type",
     r"pypi\.org|pythonhosted|//download\.pytorch": "installation is the launcher's affair, through the usual clients",
 }
+PICKLES = {"pickle", "cloudpickle", "dill"}
 PICKLE_USERS = {"platform/safe_metadata.py"}  # the allow-list unpickler that checkpoint metadata needs
 TEST_BANS = {r"unittest\.mock|\bmonkeypatch\.setattr\(\s*rto_megatron": "no mocks of our own code"}
 
@@ -99,7 +100,8 @@ def test_megatron_state_and_schedules_have_one_user_each() -> None:
 
 
 def test_pickle_has_one_user() -> None:
-    users = {name(path) for path in FILES if {"pickle", "cloudpickle", "dill"} & set(imports(path))}
+    users = {name(path) for path in FILES if PICKLES & {module.split(".")[0] for module in imports(path)}}
+    users |= {name(path) for path in FILES if "torch.load(" in path.read_text()}
     assert users <= PICKLE_USERS
 
 

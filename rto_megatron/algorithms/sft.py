@@ -3,7 +3,7 @@
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from rto_megatron.algorithms.losses import keep, to_metrics
+from rto_megatron.algorithms.losses import to_metrics
 from rto_megatron.types import LossOutput, SupervisedMicrobatch
 
 
@@ -28,5 +28,5 @@ class SFT:
 
         Source: OpenRLHF 0.4.4, models/loss.py:GPTLMLoss.
         """
-        loss = -(micro.weight_T * keep(logp_T, micro.weight_T)).sum()
+        loss = -(micro.weight_T * logp_T).sum()
         return LossOutput(loss, to_metrics({"loss": (loss, micro.weight_T.sum())}))

@@ -11,7 +11,7 @@ from rto_megatron.cli import check, data, launch, pool, report, train
 from rto_megatron.errors import UserError
 
 _STATUS_USER_ERROR = 2
-_LEAD_RANK_SPEAKS_FIRST_S = 2.0
+_LEAD_RANK_SPEAKS_FIRST_S = 10.0
 
 app = typer.Typer(
     name="rto",

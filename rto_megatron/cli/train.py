@@ -1,12 +1,15 @@
 """`rto train`, `rto evaluate` and `rto export`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rto_megatron.cli.options import Overrides, Recipe
 from rto_megatron.errors import UserError
+
+if TYPE_CHECKING:
+    from rto_megatron.config.schema import Stage
 
 
 def register(app: typer.Typer) -> None:
@@ -22,9 +25,8 @@ def train(recipe: Recipe, overrides: Overrides = None) -> None:
     Start it under torchrun or SLURM for more than one rank. A run folder that holds checkpoints is resumed.
     """
     from rto_megatron.config.load import load_recipe
-    from rto_megatron.trainer.stages import run_stage
 
-    run_stage(load_recipe(recipe, overrides or []))
+    _run(load_recipe(recipe, overrides or []))
 
 
 def evaluate(recipe: Recipe, overrides: Overrides = None) -> None:
@@ -33,11 +35,17 @@ def evaluate(recipe: Recipe, overrides: Overrides = None) -> None:
     The recipe's stage must be `evaluate`. Start it under torchrun for more than one rank, as `rto train`.
     """
     from rto_megatron.config.load import load_recipe
-    from rto_megatron.trainer.stages import run_stage
 
     config = load_recipe(recipe, overrides or [])
     if config.stage != "evaluate":
         raise UserError(f"{recipe}: found stage {config.stage}; `rto evaluate` needs the stage evaluate")
+    _run(config)
+
+
+def _run(config: "Stage") -> None:
+    # Loads Megatron, which takes seconds; a mistake in the recipe has been reported before.
+    from rto_megatron.trainer.stages import run_stage
+
     run_stage(config)
 
 

@@ -72,7 +72,7 @@ def token_batch(
     last_positions = [start + length - 1 for start, length in zip(cu_seqlens, lengths, strict=False)]
     tokens_T = torch.tensor(flat, dtype=torch.int64)
     targets_T = tokens_T.roll(-1)
-    targets_T[[*last_positions, *(end - 1 for end in cu_seqlens[1:])]] = 0
+    targets_T[[end - 1 for end in cu_seqlens[1:]]] = 0  # before padding it is PADDING_ID, 0 as well
     return TokenBatch(
         tokens_T.to(device), targets_T.to(device), tuple(cu_seqlens), num_rows, tuple(last_positions)
     )

@@ -31,7 +31,7 @@ MIN_WORDS, MAX_WORDS = 7, 23  # with the end of the sequence: 8 to 24 tokens
 STOP_PROBABILITY = 1 / 7
 LOGIT_SD = 0.8
 NONZERO_FRACTION = 0.35
-TOKEN_COST = 0.1  # in units of the sd of a table entry
+TOKEN_COST = 0.04  # in units of the sd of a table entry
 RETURN_SD = 2.0  # of the source, after scaling: labels are then right four times out of five
 SHARED_VARIANCE = 0.75  # of each table: common to all classes; the rest is a class's own
 

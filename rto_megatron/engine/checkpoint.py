@@ -10,11 +10,13 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
+from rto_megatron.engine.integrity import require_intact, write_digests
 from rto_megatron.engine.megatron import Model, TrainedModel
 from rto_megatron.engine.source import CHECKPOINTS, HF_FILES, WEIGHTS, latest_checkpoint
 from rto_megatron.engine.weights import random_reader
 from rto_megatron.errors import UserError
 from rto_megatron.parallel.collectives import Json
+from rto_megatron.parallel.topology import Topology
 from rto_megatron.platform.safe_metadata import safe_reading
 
 STATE = "state.json"
@@ -53,9 +55,16 @@ def save_checkpoint(
         hf_folders: role -> folder with config.json and tokenizer, copied in.
         state: whatever else a resume needs, as JSON.
         keep: how many checkpoints stay; older ones are removed after this one stands.
+
+    Raises:
+        UserError: on every rank, when the checkpoint exists already.
     """
     topology = next(iter(models.values())).topology
     final = run_dir / CHECKPOINTS / f"step_{step:06d}"
+    if final.exists():
+        raise UserError(
+            f"{final} exists already, and a checkpoint is never overwritten; name another run.dir"
+        )
     partial = final.with_name(f".partial_{final.name}")
     if topology.is_lead:
         shutil.rmtree(partial, ignore_errors=True)
@@ -71,6 +80,7 @@ def save_checkpoint(
             str(partial / role / WEIGHTS),
             TorchDistSaveShardedStrategy(),
         )
+        write_digests(partial / role, topology)
     if topology.is_lead:
         _write_synced(partial / STATE, json.dumps(state))
         os.rename(partial, final)
@@ -99,7 +109,7 @@ def load_weights(path: Path, model: Model, fresh_head_seed: int | None = None) -
     shards = _model_shards(model)
     if fresh_head_seed is not None:
         shards = {key: shard for key, shard in shards.items() if not key.startswith("output_layer.")}
-    loaded = _load(path / WEIGHTS, {"model": shards})["model"]
+    loaded = _load(path, {"model": shards}, model.topology)["model"]
     if fresh_head_seed is not None and model.topology.is_last_stage:
         loaded["output_layer.weight"] = random_reader(fresh_head_seed, 0.0)(
             "score.weight", (1, model.shape.hidden_size)
@@ -113,12 +123,14 @@ def load_trained(path: Path, model: TrainedModel) -> None:
     Raises:
         UserError: as `load_weights`.
     """
-    loaded = _load(path / WEIGHTS, _with_optimizer(model, is_loading=True))
+    loaded = _load(path, _with_optimizer(model, is_loading=True), model.topology)
     model.module.load_state_dict(loaded["model"])
     model.optimizer.load_state_dict(loaded["optimizer"])
 
 
-def _load(path: Path, shards: ShardedStateDict) -> ShardedStateDict:
+def _load(folder: Path, shards: ShardedStateDict, topology: Topology) -> ShardedStateDict:
+    require_intact(folder, topology)
+    path = folder / WEIGHTS
     try:
         with safe_reading(path):
             return dist_checkpointing.load(shards, str(path))

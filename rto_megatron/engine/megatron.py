@@ -140,16 +140,14 @@ class TrainedModel:
             if not is_finite
             for name in group
         ]
-        error = (
-            f"the loss of {self.name} is NaN or infinite on samples {bad[:8]}; no weight was changed"
-            if bad
-            else None
-        )
-        if error is None:
-            gradients = [p.main_grad for p in self.module.parameters()]
-            if not torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all():
-                error = f"a gradient of {self.name} is NaN or infinite on samples {[n for g in names for n in g][:8]}; no weight was changed"
-        self.topology.raise_together(error)
+        error = f"the loss of {self.name} is NaN or infinite on samples {bad[:8]}; no weight was changed"
+        # A NaN loss makes gradients NaN on ranks that did not see it: ask for losses first, they name the sample.
+        self.topology.raise_together(error if bad else None)
+        gradients = [p.main_grad for p in self.module.parameters()]
+        is_finite = bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all())
+        samples = [name for group in names for name in group][:8]
+        error = f"a gradient of {self.name} is NaN or infinite on samples {samples}; no weight was changed"
+        self.topology.raise_together(None if is_finite else error)
 
 
 type Model = FrozenModel | TrainedModel

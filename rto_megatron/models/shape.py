@@ -44,6 +44,27 @@ def _rope_scaling(rope: dict[str, object], path: Path) -> float | None:
     return float(str(rope["factor"]))
 
 
+_REQUIRED = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+)
+
+
+def _config(path: Path) -> dict[str, object]:
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); fetch or write it again") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} holds a JSON {type(config).__name__}, expected an object")
+    return config
+
+
 def read_shape(folder: Path) -> ModelShape:
     """Reads `folder`/config.json.
 
@@ -55,7 +76,7 @@ def read_shape(folder: Path) -> ModelShape:
         raise UserError(
             f"{folder} has no config.json; expected a Hugging Face model folder or a checkpoint of an earlier stage"
         )
-    config = json.loads(path.read_text())
+    config = _config(path)
     family = _FAMILY_OF_MODEL_TYPE.get(config.get("model_type"))
     if family is None:
         raise UserError(
@@ -66,6 +87,9 @@ def read_shape(folder: Path) -> ModelShape:
         raise UserError(
             f"{path}: {unsupported or ['hidden_act']} is set; the llama family here has no biases and a silu gate"
         )
+    missing = [key for key in _REQUIRED if config.get(key) is None]
+    if missing:
+        raise UserError(f"{path} has no {', '.join(missing)}; expected the config.json of a {family} model")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     heads = config["num_attention_heads"]
     return ModelShape(

@@ -63,6 +63,11 @@ class Topology:
         )
 
     @property
+    def world_size(self) -> int:
+        """All ranks."""
+        return self.data_size * self.tensor_size * self.pipeline_size
+
+    @property
     def is_lead(self) -> bool:
         """True on the one rank that writes logs and talks to the user."""
         return self.rank == 0

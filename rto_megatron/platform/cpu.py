@@ -12,6 +12,7 @@ from collections.abc import Callable, Set
 
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 _applied: set[str] = set()
@@ -108,6 +109,8 @@ def p5_factories() -> None:
     found_inf and scale of optimizer/optimizer.py, the causal mask of transformer/utils.py, and the exchange
     of loaded tensors in dist_checkpointing/exchange_utils.py.
     """
+    # `with torch.device("meta")` knows factories by identity, from its first use on: it must meet the originals.
+    _device_constructors()
     for name in ("zeros", "ones", "empty", "tensor", "empty_like"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
 

@@ -1,6 +1,7 @@
 """HTTP to one inference server: the bearer token, and errors that name the address and what to do.
 
-A server is vLLM 0.32 with its tokens-in, tokens-out route and the routes of its development mode (`server.py`).
+A server is vLLM 0.32 with its tokens-in, tokens-out route and the routes of its development mode
+(`server.py`).
 """
 
 from collections.abc import Mapping
@@ -55,7 +56,8 @@ def parse_response(address: str, route: str, response: httpx.Response) -> dict[s
     """
     if response.status_code == 401:
         raise RefusedError(
-            f"inference server {address} refused the token; rollout.token_file must be the file the pool was started with"
+            f"inference server {address} refused the token; rollout.token_file must be the file the pool "
+            f"was started with"
         )
     if response.status_code != 200:
         said = response.text[:_SHOWN_CHARACTERS]
@@ -77,7 +79,8 @@ class ServerClient:
 
     def __init__(self, address: str, token: str, timeout_s: float) -> None:
         self.address = address
-        # No kept connections: after an error in a route the server closes the one it came on, the next request would fail.
+        # No kept connections: after an error in a route the server closes the one it came on, and the next
+        # request on it would fail.
         limits = httpx.Limits(max_keepalive_connections=0)
         self._http = httpx.Client(
             base_url=address, headers=open_headers(token), timeout=timeout_s, limits=limits
@@ -132,7 +135,7 @@ class ServerClient:
         return count
 
     def check_alive(self) -> None:
-        """Generates one token: /health can answer for a dead engine. A paused engine is alive but cannot generate.
+        """Generates one token, unless the engine is paused: /health can answer for a dead engine.
 
         Raises:
             UserError: the server does not generate.
@@ -156,7 +159,8 @@ class ServerClient:
         entries = self.request("POST", GENERATE_ROUTE, body)["prompt_logprobs"]
         if not isinstance(entries, list) or len(entries) != len(token_ids):
             raise RefusedError(
-                f"inference server {self.address} returned no log-probs for each of {len(token_ids)} prompt tokens"
+                f"inference server {self.address} returned no log-probs for each of {len(token_ids)} "
+                f"prompt tokens"
             )
         logprobs = []
         for token_id, entry in zip(token_ids[1:], entries[1:], strict=True):

@@ -56,6 +56,6 @@ class RolloutEngine(Protocol):
 
 
 def request_seed(seed: int, version: int, index: int) -> int:
-    """Derives the seed of one request, 63 bits, from the base seed, the policy version and the prompt's position."""
+    """Derives the seed of one request (63 bits) from the base seed, policy version and prompt's position."""
     digest = hashlib.blake2b(f"{seed}/{version}/{index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

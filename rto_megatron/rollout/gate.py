@@ -1,7 +1,7 @@
 """The lock on every route of an inference server: a request without the run's bearer token ends here.
 
-Named on vLLM's command line (`--middleware rto_megatron.rollout.gate.BearerGate`): vLLM's own `--api-key` leaves the
-routes that pause the engine and replace its weights open.
+Named on vLLM's command line (`--middleware rto_megatron.rollout.gate.BearerGate`): vLLM's own `--api-key`
+leaves the routes that pause the engine and replace its weights open.
 """
 
 import hmac
@@ -46,7 +46,7 @@ def read_token(token_file: Path) -> str:
 
 
 class BearerGate:
-    """ASGI middleware that passes lifespan events and requests with exactly one right `Authorization` header."""
+    """ASGI middleware that passes lifespan events and requests with one right `Authorization` header."""
 
     def __init__(self, app: Application) -> None:
         self._app = app

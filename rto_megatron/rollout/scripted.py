@@ -13,7 +13,7 @@ from rto_megatron.types import Prompt, Rollout
 
 
 class ScriptedEngine:
-    """Draws uniform tokens from (seed, version, prompt's position and id); see `RolloutEngine` for the contract.
+    """Draws uniform tokens from (seed, version, prompt's position and id); keeps `RolloutEngine`'s contract.
 
     `sampled_logprobs` are those of the uniform distribution over the vocabulary.
 

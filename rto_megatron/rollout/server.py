@@ -104,7 +104,7 @@ def start_server(options: ServerOptions) -> Server:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=set_death_signal,
+            preexec_fn=set_death_signal,  # noqa: PLW1509  (one system call, no lock of Python is taken)
         )
     return Server(f"http://{options.host}:{port}", process, options.token_file, options.log_file)
 
@@ -125,7 +125,8 @@ def wait_until_ready(server: Server, timeout_s: float = 600, progress: Progress 
             waited = time.monotonic() - started
             if waited > timeout_s:
                 raise UserError(
-                    f"inference server {server.address} not ready after {waited:.0f} s; {_log_tail(server.log_file)}"
+                    f"inference server {server.address} not ready after {waited:.0f} s; "
+                    f"{_log_tail(server.log_file)}"
                 )
             try:
                 client.request("GET", "/health", timeout_s=2)
@@ -224,8 +225,8 @@ def _command(options: ServerOptions, port: int) -> list[str]:
         command += ["--gpu-memory-utilization", str(options.gpu_memory_fraction)]
     if not has_gpu:
         # A prefill cut in two discards the token sampled at the cut and rewinds the request's generator with
-        # Generator.set_offset (vllm/v1/worker/gpu_model_runner.py), which CPU generators lack: one seeded request too
-        # many in a batch would kill the engine. Whole prefills never rewind.
+        # Generator.set_offset (vllm/v1/worker/gpu_model_runner.py), which CPU generators lack: one seeded
+        # request too many in a batch would kill the engine. Whole prefills never rewind.
         command += ["--no-enable-chunked-prefill", "--enforce-eager"]
     return command
 
@@ -250,7 +251,7 @@ def _environment(options: ServerOptions) -> dict[str, str]:
     )
     environment[TOKEN_FILE_VARIABLE] = str(options.token_file.resolve())
     environment |= {
-        "VLLM_SERVER_DEV_MODE": "1",  # the routes that pause and update weights exist only then; the gate guards them
+        "VLLM_SERVER_DEV_MODE": "1",  # the routes that pause and update weights exist only then
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",

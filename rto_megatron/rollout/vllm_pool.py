@@ -66,16 +66,18 @@ class VllmPool:
                 held = client.weight_version()
                 if held != str(version):
                     raise StaleWeights(
-                        f"inference server {address} holds weight version {held}, expected {version}; push the policy first"
+                        f"inference server {address} holds weight version {held}, expected {version}; push "
+                        f"the policy first"
                     )
                 if client.is_paused():
                     raise StaleWeights(
-                        f"inference server {address} is paused: the last weight push did not succeed; push the policy again"
+                        f"inference server {address} is paused: the last weight push did not succeed; push "
+                        f"the policy again"
                     )
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[Rollout]:
-        """See `RolloutEngine.generate`. `sampled_logprobs` are of the model's own distribution: before temperature,
-        top-p and the ban of end-of-sequence under `min_tokens`."""
+        """See `RolloutEngine.generate`. `sampled_logprobs` are of the model's own distribution: before
+        temperature, top-p and the ban of end-of-sequence under `min_tokens`."""
         self.check_version(version)
         return asyncio.run(self._generate_all(prompts, sampling, version))
 
@@ -106,7 +108,7 @@ class VllmPool:
     async def _ask(
         self, http: httpx.AsyncClient, load: "_Load", body: dict[str, Json]
     ) -> tuple[str, dict[str, Json]]:
-        """Sends a request to the least loaded server, and once more to another one if the first gives no answer."""
+        """Sends a request to the least loaded server, and once more to another one if that does not answer."""
         failed: set[str] = set()
         while True:
             address = load.take(failed)
@@ -146,7 +148,7 @@ async def _post(http: httpx.AsyncClient, address: str, body: dict[str, Json]) ->
 
 
 def _request_body(prompt: Prompt, sampling: Sampling, seed: int) -> dict[str, Json]:
-    # The caller's eos ids are the only ones: without ignore_eos the server would add those of the model folder.
+    # The caller's eos ids are the only ones: without ignore_eos the server adds those of the model folder.
     return {
         "token_ids": list(prompt.token_ids),
         "sampling_params": {
@@ -177,8 +179,8 @@ def _to_rollout(
     choice = _read_choice(address, answer)
     if choice.versions != (str(version),):
         raise StaleWeights(
-            f"inference server {address} sampled prompt {prompt.id} with weight versions {list(choice.versions)}, "
-            f"expected {version} alone; the weights changed during generation"
+            f"inference server {address} sampled prompt {prompt.id} with weight versions "
+            f"{list(choice.versions)}, expected {version} alone; the weights changed during generation"
         )
     finish_reason = _finish_reason(address, choice, prompt, sampling)
     return Rollout(prompt.id, prompt.token_ids, choice.token_ids, choice.logprobs, finish_reason, version)
@@ -196,12 +198,13 @@ def _finish_reason(address: str, choice: _Choice, prompt: Prompt, sampling: Samp
         if len(choice.token_ids) != sampling.max_tokens:
             raise UserError(
                 f"inference server {address} cut prompt {prompt.id} ({len(prompt.token_ids)} tokens) after "
-                f"{len(choice.token_ids)} of {sampling.max_tokens} tokens; start the pool with a larger --max-model-len"
+                f"{len(choice.token_ids)} of {sampling.max_tokens} tokens; start the pool with a "
+                "larger --max-model-len"
             )
         return "length"
     raise UserError(
-        f"inference server {address} ended prompt {prompt.id} with reason {choice.finish_reason!r}, expected stop or "
-        "length; it was paused or stopped during generation"
+        f"inference server {address} ended prompt {prompt.id} with reason {choice.finish_reason!r}, "
+        "expected stop or length; it was paused or stopped during generation"
     )
 
 
@@ -220,7 +223,7 @@ def _read_choice(address: str, answer: dict[str, Json]) -> _Choice:
         versions = tuple(str(span["version"]) for span in spans)
     except (KeyError, IndexError, AssertionError) as error:
         raise UserError(
-            f"inference server {address} sent a response without {error or 'token ids, log-probs or versions'}; "
+            f"inference server {address} sent a response without {error or 'a part of the right type'}; "
             "rto-megatron needs the vLLM version of its requirements"
         ) from error
     if not token_ids or tuple(token_id for token_id, _ in scored) != token_ids:

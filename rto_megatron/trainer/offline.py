@@ -81,7 +81,8 @@ def train_offline(config: OfflineStage, topology: Topology) -> None:
             say("eval  " + "  ".join(f"{k} {v:.4g}" for k, v in evaluation.items()), topology.is_lead)
         if is_reward and run.is_saved(step + 1):
             _store_scale(evaluation, len(held_out), hf_files, topology)
-        run.finish({"data": batches.state()}, {"lr": lr, **{f"eval/{k}": v for k, v in evaluation.items()}})
+        run.log({"lr": lr, **{f"eval/{k}": v for k, v in evaluation.items()}})
+        run.finish({"data": batches.state()})
     run.close(role)
 
 

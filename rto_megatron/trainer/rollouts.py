@@ -88,7 +88,11 @@ def close_rollouts(rollouts: Sequence[Rollout], eos_id: int, policy: TruncationP
 def score(
     rollouts: tuple[Rollout, ...], roles: Roles, layout: Layout, eos_id: int, policy: TruncationPolicy
 ) -> ScoredRollouts:
-    """Every model's opinion of closed rollouts, without gradients; all ranks of a replica must call this."""
+    """Every model's opinion of closed rollouts, without gradients; all ranks must call this.
+
+    Raises:
+        UserError: on every rank, when a number is NaN or infinite; names the prompts.
+    """
     batches = rollout_batches(rollouts, layout)
 
     def grid(model: Model) -> Tensor:
@@ -100,7 +104,7 @@ def score(
     if roles.dpo is not None:
         dpo_reference_BR = logp_ref_BR if roles.dpo_reference is None else grid(roles.dpo_reference)
         dpo_logratio_BR = grid(roles.dpo) - dpo_reference_BR
-    return ScoredRollouts(
+    scored = ScoredRollouts(
         rollouts=rollouts,
         mask_BR=response_mask(rollouts, layout.device),
         logp_old_BR=logp_old_BR,
@@ -109,6 +113,26 @@ def score(
         values_BR=grid(roles.critic),
         score_B=reward_scores(rollouts, roles.reward, layout, eos_id, policy),
     )
+    roles.policy.topology.raise_together(_nonfinite(scored))
+    return scored
+
+
+def _nonfinite(scored: ScoredRollouts) -> str | None:
+    """Before credit assignment: whitening spreads one NaN over all samples, and clamping hides an infinite score."""
+    for what, values in (
+        ("score of the reward model", scored.score_B[:, None]),
+        ("log-prob of the policy", scored.logp_old_BR),
+        ("log-prob of the reference", scored.logp_ref_BR),
+        ("log-ratio of the DPO model", scored.dpo_logratio_BR),
+        ("value of the critic", scored.values_BR),
+    ):
+        bad_B = ~torch.isfinite(values).all(1)
+        ids = [rollout.prompt_id for rollout, bad in zip(scored.rollouts, bad_B.tolist(), strict=True) if bad]
+        if ids:
+            return (
+                f"a {what} is NaN or infinite on {len(ids)} samples, {ids[:8]}; nothing was trained on them"
+            )
+    return None
 
 
 def reward_scores(

@@ -68,10 +68,9 @@ def train_rto(config: schema.PpoStage, topology: Topology, sampler: Sampler | No
         lrs = update(config, run, roles, algorithm, experience, setup)
         # 5. pi_old <- pi_theta, proved
         times = sampler.push(step + 1)
-        means = run.finish(
-            {"data": prompts.state(), "kl": kl.state()}, {**lrs, **times, "objective/kl_coef": kl.coef}
-        )
+        means = run.log({**lrs, **times, "objective/kl_coef": kl.coef})
         kl = kl.update(means["policy/kl_per_token"], config.batch.rollout)
+        run.finish({"data": prompts.state(), "kl": kl.state()})
         show_samples(config, run, experience, setup, means)
     sampler.push.close()
     run.close("policy")
@@ -107,13 +106,13 @@ def build_roles(config: schema.PpoStage, setup: Setup) -> Roles:
     """Policy and critic with optimizers; reference, reward and DPO model without."""
     topology, sources, precision = setup.topology, setup.sources, config.precision
 
-    def trained(name: str, is_scalar: bool, optimizer: schema.OptimizerConfig):  # noqa: ANN202
+    def trained(name: str, is_scalar: bool, optimizer: schema.OptimizerConfig):
         return build_trained(
             name, sources[name], is_scalar, precision, optimizer, topology, config.run.seed,
             config.parallel.distributed_optimizer,
         )  # fmt: skip
 
-    def frozen(name: str, is_scalar: bool = False):  # noqa: ANN202
+    def frozen(name: str, is_scalar: bool = False):
         return build_frozen(name, sources[name], is_scalar, precision, topology)
 
     return Roles(

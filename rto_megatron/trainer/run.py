@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from rto_megatron.algorithms.schedule import lr_factor, warmup_steps
@@ -87,25 +86,31 @@ class Run:
         """Adds this replica's sums to those of the step."""
         self._metrics = add(self._metrics, metrics)
 
-    def finish(self, state: dict[str, Json], values: dict[str, float]) -> dict[str, float]:
-        """Ends a step: reduces and writes its metrics, saves when due; all ranks must call it.
+    def log(self, values: dict[str, float]) -> dict[str, float]:
+        """Reduces and writes the metrics of the step; all ranks must call it, before `finish`.
 
         Args:
-            state: what a resume needs beside the models.
             values: already global numbers, such as the learning rate.
 
         Returns:
             name -> mean over all replicas.
         """
-        self.step += 1
         means = {**reduce_over_replicas(self._metrics, self._topology), **values}
         self._metrics = {}
         if self._log is not None:
-            self._log.write(self.step, means)
+            self._log.write(self.step + 1, means)
         self._note = _note(means)
+        return means
+
+    def finish(self, state: dict[str, Json]) -> None:
+        """Ends a step and saves when due; all ranks must call it.
+
+        Args:
+            state: what the next step needs beside the models, in a resumed run as in this one.
+        """
+        self.step += 1
         if self.is_saved(self.step):
             self._save(state)
-        return means
 
     def _save(self, state: dict[str, Json]) -> None:
         full: Json = {**state, "step": self.step}

@@ -52,10 +52,11 @@ def prepare_stage(config: schema.Stage, topology: Topology) -> Setup:
                 for p in check_layout(shape, parallel.tensor, parallel.pipeline, f"models.{role}")
             ),
             *_unlike_tokenizers(sources),
+            *checks.find_problems(
+                config, topology.world_size, {role: shape.max_positions for role, shape in shapes.items()}
+            ),
         ]
     )
-    world = topology.data_size * topology.tensor_size * topology.pipeline_size
-    checks.require_sound(config, world, {role: shape.max_positions for role, shape in shapes.items()})
     tokenizer = load_tokenizer(sources["policy" if "policy" in sources else "reward"].hf_folder)
     multiple_of = topology.tensor_size if topology.sequence_parallel else 1
     layout = Layout(config.batch.micro, config.batch.packed, multiple_of, topology.device.torch_device)

@@ -1,4 +1,4 @@
-"""Would a push set every parameter of a vLLM model? Asked of vLLM's own loaders, with tensors that have no data."""
+"""Would a push set every parameter of a vLLM model? Asks vLLM's own loaders, with tensors without data."""
 
 from collections.abc import Callable, Sequence
 
@@ -25,7 +25,7 @@ def uncovered(model: nn.Module, model_config: ModelConfig, specs: Sequence[Tenso
         model_config: its configuration.
         specs: complete tensors under Hugging Face names.
     """
-    tied = _shared_parameters(model)
+    tied = {name for name, _ in tied_parameters(model)}
     initialize_layerwise_reload(model)
     rehearsal = _Rehearsal(model)
     try:
@@ -104,18 +104,18 @@ class _Rehearsal:
                 parameter.weight_loader = wrapped  # type: ignore[attr-defined]
 
 
-def _shared_parameters(model: nn.Module) -> set[str]:
-    """Names of parameters that are another module's parameter (tied embeddings): set through their first name."""
-    first_names: set[int] = set()
-    shared = set()
+def tied_parameters(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Full name and owner of each parameter that an earlier module owns as well: tied embeddings."""
+    seen: set[int] = set()
+    tied = []
     for prefix, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
-            if id(parameter) in first_names:
-                shared.add(f"{prefix}.{name}")
-            first_names.add(id(parameter))
-    return shared
+            if id(parameter) in seen:
+                tied.append((f"{prefix}.{name}", module))
+            seen.add(id(parameter))
+    return tied
 
 
 def _loadable_numel(module: nn.Module, parameter: Tensor) -> int:

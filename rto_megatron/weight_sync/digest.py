@@ -1,4 +1,4 @@
-"""A 64-bit sum over a buffer that notices changed and exchanged words; against accidents, not against attackers."""
+"""A 64-bit sum over a buffer that notices changed and exchanged words: against accidents, not attackers."""
 
 from functools import lru_cache
 
@@ -12,8 +12,8 @@ _GOLDEN = -7046029254386353131  # 2^64 / golden ratio as int64: spreads the weig
 def digest(raw: Tensor) -> int:
     """Returns sum_i w_i x_i mod 2^64 with odd weights w_i over the 8-byte words x_i of a buffer.
 
-    An odd weight is invertible, so any single changed word changes the sum; two exchanged words do unless their
-    difference times the difference of their weights is a multiple of 2^64. Bits of floats are compared, not values.
+    An odd weight is invertible, so any single changed word changes the sum; two exchanged words do unless
+    their difference times that of their weights is a multiple of 2^64. Bits are compared, not values.
 
     Args:
         raw: uint8, contiguous, a multiple of 8 bytes, on CPU or CUDA: both give the same number.

@@ -1,4 +1,4 @@
-"""What a push consists of: an ordered list of tensors, how they are cut into buckets, and one hash of it all."""
+"""What a push consists of: an ordered list of tensors, how it is cut into buckets, and one hash of it all."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ _PROTOCOL = 1  # raised when the wire format changes, so that unlike releases re
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor under its Hugging Face name; `dtype` is a key of DTYPES, `sender` the pipeline stage that holds it."""
+    """One tensor under its Hugging Face name; `dtype` is a key of DTYPES, `sender` its pipeline stage."""
 
     name: str
     dtype: str
@@ -36,14 +36,14 @@ class TensorSpec:
 
 
 class WeightSource(Protocol):
-    """The trainer's weights under Hugging Face names, complete tensors, tensor-parallel shards already gathered."""
+    """The trainer's weights under Hugging Face names, with tensor-parallel shards already gathered."""
 
     def specs(self) -> tuple[TensorSpec, ...]:
         """Every tensor of the model, identical on every rank, without moving data."""
         ...
 
     def tensors(self, sender: int) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of one pipeline stage in the order of `specs`, as a fresh pass over the current weights.
+        """The tensors of one pipeline stage in the order of `specs`, as a fresh pass.
 
         A collective over the stage's tensor-parallel ranks: all of them must iterate it to the end.
         """
@@ -100,7 +100,7 @@ class Manifest:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def buckets(self) -> tuple[Bucket, ...]:
-        """Cuts the tensors, in order, into buckets of one sender and at most `bucket_bytes`; a larger tensor is alone.
+        """Cuts the tensors, in order, into buckets of one sender; one over `bucket_bytes` travels alone.
 
         Raises:
             ValueError: a name occurs twice or a dtype cannot be sent.

@@ -21,7 +21,7 @@ from rto_megatron.weight_sync.transport import Communicator
 
 
 def send(manifest: Manifest, tensors: Iterator[tuple[str, Tensor]], communicator: Communicator) -> None:
-    """Takes part in one push. Called by all senders while the workers run the receiving side (vllm_plugin.py).
+    """Sends one push. Called by all senders while the workers run the receiving side (vllm_plugin.py).
 
     Args:
         manifest: equal on all ranks.

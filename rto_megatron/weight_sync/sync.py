@@ -1,7 +1,8 @@
 """The weight push: pause the pool, move the policy's weights, prove them, commit, resume; then a canary.
 
-Every rank of the trainer calls `WeightSync.push`. The controller drives the servers over HTTP, the senders broadcast, the
-rest only learns how it ended. Whatever fails before the commit leaves the pool paused with the weights it had.
+Every rank of the trainer calls `WeightSync.push`. The controller drives the servers over HTTP, the senders
+broadcast, the rest only learns how it ended. Whatever fails before the commit leaves the pool paused with
+the weights it had.
 """
 
 import math
@@ -29,8 +30,8 @@ class SyncPlace:
 
     Args:
         is_controller: drives the servers; exactly one rank, and it is sender 0.
-        stage: pipeline stage whose tensors the rank gathers, equal to its sender index; None outside data-parallel
-            replica 0.
+        stage: pipeline stage whose tensors the rank gathers, which is its sender index; None outside
+            data-parallel replica 0.
         sends: broadcasts the stage's tensors; its tensor-parallel rank 0 only.
     """
 
@@ -71,8 +72,8 @@ class WeightSync:
         token: the pool's bearer token.
         place: this rank's part.
         num_senders: pipeline stages.
-        device: of the wire: a cuda device for NCCL, cpu for gloo. NCCL refuses two ranks on one GPU, so a pool that
-            shares the trainer's GPU takes cpu.
+        device: of the wire: a cuda device for NCCL, cpu for gloo. NCCL refuses two ranks on one GPU, so a
+            pool that shares the trainer's GPU takes cpu.
         bucket_bytes: size of a broadcast; workers need it twice on `device`.
         timeout_s: limit of each phase, and of each broadcast.
         together: collectives over all trainer ranks.
@@ -111,8 +112,8 @@ class WeightSync:
         """Makes the pool hold the source's present weights as `version`. Called by all trainer ranks.
 
         Raises:
-            UserError: (from `all_raise`) on every rank, with the phase and what differed. The pool is then paused and
-                refuses to generate until a later push succeeds.
+            UserError: (from `all_raise`) on every rank, with the phase and what differed. The pool is then
+                paused and refuses to generate until a later push succeeds.
         """
         manifest = Manifest(version, self._bucket_bytes, self._source.specs())
         started = time.monotonic()
@@ -140,7 +141,7 @@ class WeightSync:
         expected_logprobs: Sequence[float] | None,
         tolerance: float,
     ) -> None:
-        """Proves end to end that every server computes what the trainer computes. Called by all trainer ranks.
+        """Proves that every server computes what the trainer computes. Called by all trainer ranks.
 
         Args:
             version: the version just pushed.
@@ -174,8 +175,8 @@ class WeightSync:
         self._threads.shutdown(wait=False)
 
     def _phase(self, manifest: Manifest, doing: str, action: Callable[[], None]) -> None:
-        prefix = f"push of weight version {manifest.version} failed while {doing}; the pool is paused until a push succeeds: "
-        self._all_or_none(prefix, action)
+        failed = f"push of weight version {manifest.version} failed while {doing}"
+        self._all_or_none(f"{failed}; the pool is paused until a push succeeds: ", action)
 
     def _all_or_none(self, prefix: str, action: Callable[[], None]) -> None:
         fault = None

@@ -1,7 +1,8 @@
 """One communicator that holds every sending trainer rank and every worker of every inference server.
 
-Data goes through a broadcast, over NCCL on CUDA devices and over gloo on CPUs; words go through the key-value store of
-the rendezvous. Both ends use this file: the groups are made from torch alone, so that trainer ranks never import vLLM.
+Data goes through a broadcast, over NCCL on CUDA devices and over gloo on CPUs; words go through the
+key-value store of the rendezvous. Both ends use this file: the groups are made from torch alone, so that
+trainer ranks never import vLLM.
 """
 
 import json
@@ -31,7 +32,7 @@ class DisagreementError(RuntimeError):
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where the ranks of one communicator meet. Its ranks are the senders, then the workers server by server."""
+    """Where the ranks of one communicator meet: the senders, then the workers server by server."""
 
     host: str
     port: int
@@ -77,7 +78,7 @@ class Communicator:
         self._num_statements = 0
         try:
             self._store = _store(meeting, listener)
-            # A rank that waits in the store costs nothing; one that waits in a half-built group blocks its peers.
+            # All meet in the store first: a rank that waits in a half-built group blocks its peers.
             self.exchange("")
             self._group = _group(meeting, PrefixStore("group", self._store), rank, device)
         except RuntimeError as error:
@@ -149,8 +150,8 @@ class Communicator:
 
 def _store(meeting: Rendezvous, listener: socket.socket | None) -> PrefixStore:
     limit = timedelta(seconds=meeting.timeout_s)
-    # Direct construction: torch's rendezvous() obeys TORCHELASTIC_USE_AGENT_STORE inside torchrun and would join the
-    # launcher's store in place of this one.
+    # Direct construction: torch's rendezvous() obeys TORCHELASTIC_USE_AGENT_STORE inside torchrun and would
+    # join the launcher's store in place of this one.
     if listener is None:
         store = TCPStore(meeting.host, meeting.port, None, False, limit, wait_for_workers=False)
     else:

@@ -1,8 +1,8 @@
 """What runs inside vLLM's workers: receive a push into host memory, prove it, and load it only when told to.
 
-vLLM's `update_weights` prepares and its `finish_weight_update` commits. Until the commit the old weights serve on, at
-the price of one copy of the model in host memory. Named on vLLM's command line as worker extension, which makes every
-worker import this module before its weight-transfer engine is made.
+vLLM's `update_weights` prepares and its `finish_weight_update` commits. Until the commit the old weights
+serve on, at the price of one copy of the model in host memory. Named on vLLM's command line as worker
+extension, which makes every worker import this module before its weight-transfer engine is made.
 """
 
 import gc
@@ -16,7 +16,7 @@ from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransfe
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from rto_megatron.weight_sync.coverage import uncovered
+from rto_megatron.weight_sync.coverage import tied_parameters, uncovered
 from rto_megatron.weight_sync.digest import digest
 from rto_megatron.weight_sync.manifest import Bucket, Manifest, bucket_buffer, payload, slot_view, trailer
 from rto_megatron.weight_sync.sender import agree_on_manifest
@@ -89,8 +89,8 @@ class RtoWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         except TransportError as error:
             failure = str(error)
         if failure:
-            # Gloo tells only the neighbours of a lost rank. Its sockets close when the last reference to the group goes,
-            # and then the others hear at once; a traceback would keep that reference.
+            # Gloo tells only the neighbours of a lost rank. Its sockets close when the last reference to
+            # the group goes, and then the others hear at once; a traceback would keep that reference.
             self.shutdown()
             gc.collect()
             raise TransportError(failure)
@@ -134,6 +134,10 @@ class RtoWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             loaded = set(self.model.load_weights(_tensors(staged)))
         finally:
             finalize_layerwise_reload(self.model, self.model_config)
+        # The reload processes a tied parameter for its first owner only. The output layer of a CPU keeps a packed
+        # copy and would go on with the old one.
+        for _, module in tied_parameters(self.model):
+            module.quant_method.process_weights_after_loading(module)
         if expected - loaded:
             raise RuntimeError(f"parameters left out by vLLM's loader: {sorted(expected - loaded)[:5]}")
 
@@ -161,3 +165,8 @@ def _tensors(staged: list[tuple[Bucket, Tensor]]) -> Iterator[tuple[str, Tensor]
 
 if _BACKEND not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine(_BACKEND, RtoWeightTransferEngine)
+
+if torch.cpu._is_amx_tile_supported():
+    # Linux grants AMX to a process that asks for it. vLLM's bf16 attention does not ask; unless oneDNN happened to, its
+    # first tile instruction ends the worker with SIGILL.
+    torch.cpu._init_amx()

@@ -66,8 +66,8 @@ def ppo_minibatch(weight_BR: Tensor, packed: bool, padding: float = GARBAGE) -> 
     policy, value = GOLDEN["ppo_policy_inputs"], GOLDEN["ppo_value_inputs"]
     batch = ragged_batch(tuple(PROMPT_LENGTH + length for length in RESPONSE_LENGTHS), packed)
 
-    def spread(values: object) -> Tensor:
-        return to_positions(grid(values), batch, PROMPT_LENGTH, padding)
+    def spread(values: object, sign: float = 1.0) -> Tensor:
+        return to_positions(grid(values), batch, PROMPT_LENGTH, sign * padding)
 
     return Minibatch(
         batch=batch,
@@ -75,7 +75,7 @@ def ppo_minibatch(weight_BR: Tensor, packed: bool, padding: float = GARBAGE) -> 
         logp_old_T=spread(policy["old_logp"]),
         advantages_T=spread(GOLDEN["advantage_normalization"]["normalized"]),
         values_old_T=spread(value["old_values"]),
-        returns_T=spread(GOLDEN["gae_gamma1_lambda0.95"]["returns"]),
+        returns_T=spread(GOLDEN["gae_gamma1_lambda0.95"]["returns"], sign=-0.5),
     )
 
 

@@ -70,7 +70,8 @@ def test_untrained_responses_stay_out_of_critic_statistics_but_in_the_scores():
     metrics = _metrics(Config(truncated="mask"), ("length", "stop"))
     assert metrics["value/mean"] == pytest.approx((0.7 - 0.6 + 0.2, 3))
     assert metrics["advantage/mean"][1] == 3
-    assert metrics["objective/kl"] == pytest.approx((K1, 2))
+    assert metrics["objective/entropy"] == pytest.approx((4.8 + 2.35, 2))
+    assert metrics["rollout/response_tokens"] == (8, 2)
 
 
 def test_padding_does_not_change_metrics():

@@ -56,6 +56,13 @@ def test_ppo_credit_ignores_the_dpo_model():
     close(experience.rewards.total_BR(), GOLDEN["ppo_reward_no_dpo"]["token_reward"])
 
 
+@pytest.mark.parametrize("algorithm", [RTO(rto.Config(score_clip=0.5)), PPO(ppo.Config(score_clip=0.5))])
+def test_score_clip_and_kl_coefficient_of_the_step_reach_the_rewards(algorithm):
+    rewards = algorithm.credit(golden_scored(), 0.2, no_reduction).rewards
+    close(rewards.score_BR.sum(1), [0.5, -0.5])
+    close(rewards.kl_BR, (-0.2 * grid(GOLDEN["kl_estimators"]["k1"])).tolist())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rto_with_zero_beta_dpo_is_bit_equal_to_ppo(dtype):
     generator = torch.Generator().manual_seed(3)

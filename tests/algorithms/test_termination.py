@@ -43,3 +43,7 @@ def test_cut_response_stays_as_sampled_and_is_scored_with_end_of_sequence(policy
 def test_compat_leaves_a_closed_response_as_it_is(response):
     closed, _ = close_response(response, "length", EOS, "compat")
     assert close_response(closed, "length", EOS, "compat") == (closed, ())
+
+
+def test_first_token_is_an_action_even_if_the_prompt_ends_with_end_of_sequence():
+    assert close_sequence((5, EOS, 3, EOS), input_len=2, eos_id=EOS, pad_id=0).action_mask == (1, 1)

@@ -4,9 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedTokenizerBase
+
 from rto_megatron.data.synthetic import Sizes, write_synthetic_task
 from rto_megatron.data.tokenizer import load_tokenizer, train_tokenizer
-from transformers import PreTrainedTokenizerBase
 
 TEXTS = (
     "The quick brown fox jumps over the lazy dog; the dog sleeps.",

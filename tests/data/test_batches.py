@@ -1,4 +1,5 @@
 import pytest
+
 from rto_megatron.data.batches import Batches
 from rto_megatron.errors import UserError
 
@@ -19,6 +20,7 @@ def test_an_epoch_shows_no_item_twice_and_drops_the_tail() -> None:
     seen = [item for _ in range(3) for item in batches.next_batch()]
     assert len(set(seen)) == 18
     assert batches.epoch == 1
+    assert len({item for _ in range(3) for item in batches.next_batch()}) == 18
 
 
 def test_epochs_and_seeds_have_their_own_order() -> None:

@@ -2,6 +2,7 @@ import random
 
 import pytest
 import torch
+
 from rto_megatron.data.packing import (
     Layout,
     gather_to_grid,

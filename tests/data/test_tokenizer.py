@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from transformers import LlamaConfig, PreTrainedTokenizerBase
+
 from rto_megatron.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from rto_megatron.errors import UserError
-from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 SAMPLES = (
     "The quick brown fox.",

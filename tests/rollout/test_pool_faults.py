@@ -1,4 +1,5 @@
-"""What the HTTP engine says about servers that are gone or answer nonsense: a small server of canned answers."""
+"""What the HTTP engine says about servers that are gone or answer nonsense: a small server of canned
+answers."""
 
 import json
 import threading
@@ -55,7 +56,7 @@ def serve() -> Iterator[Callable[[Answer | None], str]]:
                 self.end_headers()
                 self.wfile.write(body)
 
-            def log_message(self, format: str, *arguments: object) -> None:
+            def log_message(self, *arguments: object) -> None:
                 return
 
         server = ThreadingHTTPServer(("127.0.0.1", 0), Canned)
@@ -87,13 +88,13 @@ def test_a_missing_part_of_a_response_is_an_error(serve: Serve, part: str) -> No
     incomplete = choice([7, 8, 9])
     del incomplete[part]
     address = serve(incomplete)
-    with pytest.raises(UserError, match=f"{address} sent a response without '{part}'"):
+    with pytest.raises(UserError, match=rf"{address} sent a response without '{part}'"):
         VllmPool([address], "t", 5).generate([PROMPT], SAMPLING, 4)
 
 
 def test_fewer_logprobs_than_tokens_are_an_error(serve: Serve) -> None:
     short = choice([7, 8, 9]) | {"logprobs": {"content": [{"token_id": 7, "logprob": -1.0}]}}
-    with pytest.raises(UserError, match="sent 3 tokens and log-probs of 1"):
+    with pytest.raises(UserError, match=r"sent 3 tokens and log-probs of 1"):
         VllmPool([serve(short)], "t", 5).generate([PROMPT], SAMPLING, 4)
 
 
@@ -131,7 +132,7 @@ def test_a_dead_port_is_named_with_what_to_do() -> None:
 
 
 def test_a_pool_without_servers_is_refused() -> None:
-    with pytest.raises(UserError, match="rollout.servers is empty"):
+    with pytest.raises(UserError, match=r"rollout\.servers is empty"):
         VllmPool([], "t", 5)
 
 

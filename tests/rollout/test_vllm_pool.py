@@ -15,7 +15,7 @@ from rto_megatron.rollout.server import ServerOptions, start_server
 from rto_megatron.rollout.vllm_pool import VllmPool
 from rto_megatron.types import Prompt
 from rto_megatron.weight_sync.manifest import TensorSpec
-from rto_megatron.weight_sync.sync import SyncPlace, Synchronise, WeightSync
+from rto_megatron.weight_sync.sync import Synchronise, SyncPlace, WeightSync
 
 pytestmark = pytest.mark.pool
 
@@ -83,7 +83,8 @@ def test_order_ids_and_ends_of_64_responses(pool: VllmPool) -> None:
 
 
 def test_a_seed_decides_and_the_batch_does_not(pool: VllmPool) -> None:
-    """64 x 64 prompt tokens are twice what one step of the server takes: prefills would be cut without our options."""
+    """64 x 64 prompt tokens are twice what one step of the server takes: prefills would be cut without our
+    options."""
     sampling = Sampling(max_tokens=12, eos_ids=(2,), seed=1)
     together = [one.response_ids for one in pool.generate(PROMPTS, sampling, VERSION)]
     assert together == [one.response_ids for one in pool.generate(PROMPTS, sampling, VERSION)]
@@ -115,7 +116,7 @@ def test_greedy_takes_the_most_likely_token(pool: VllmPool) -> None:
 
 
 def test_a_response_that_does_not_fit_the_server_is_an_error(pool: VllmPool) -> None:
-    with pytest.raises(UserError, match="max-model-len|maximum|context"):
+    with pytest.raises(UserError, match=r"max-model-len|maximum|context"):
         pool.generate(PROMPTS[:1], Sampling(max_tokens=400, eos_ids=(479,)), VERSION)
     pool.check_alive()
 

@@ -154,7 +154,15 @@ def test_a_push_in_another_dtype_or_shape_is_refused_and_named(
 def test_senders_with_different_manifests_are_refused_and_named(
     pool_server: PoolServer, pool: VllmPool
 ) -> None:
+    num_gathered = 0
+
     class Renamed(ModelSource):
+        def tensors(self, sender: int) -> Iterator[tuple[str, Tensor]]:
+            nonlocal num_gathered
+            for pair in super().tensors(sender):
+                num_gathered += 1
+                yield pair
+
         def specs(self) -> tuple[TensorSpec, ...]:
             *others, last = super().specs()
             return (*others, TensorSpec("lm_head.wait", last.dtype, last.shape, last.sender))
@@ -166,6 +174,8 @@ def test_senders_with_different_manifests_are_refused_and_named(
     with pytest.raises(UserError, match=r"ranks \[1\] hold another weight manifest .* lm_head.wait"):
         ranks.push(71)
     ranks.close()
+    # Gathering is a collective: a refused push must not leave the stage's other ranks alone in it.
+    assert num_gathered == sum(spec.sender == 1 for spec in ModelSource(new, 2).specs())
     assert_old_weights_survived(pool_server, pool, old, 70)
 
 

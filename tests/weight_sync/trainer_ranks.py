@@ -7,17 +7,17 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from pool_server import PoolServer
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from rto_megatron.errors import UserError
 from rto_megatron.weight_sync.manifest import TensorSpec
-from rto_megatron.weight_sync.sync import SyncPlace, Synchronise, WeightSync
+from rto_megatron.weight_sync.sync import Synchronise, SyncPlace, WeightSync
 
 
 class ModelSource:
     """A Hugging Face model cut into stages as pipeline parallelism would."""
 
-    def __init__(self, model: LlamaForCausalLM, num_stages: int = 1) -> None:
+    def __init__(self, model: PreTrainedModel, num_stages: int = 1) -> None:
         self.model = model
         self._num_stages = num_stages
 

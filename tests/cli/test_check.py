@@ -1,0 +1,126 @@
+"""`rto check` judges recipes on machines that have neither the GPUs nor the models."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from rto_megatron.cli.main import app
+from rto_megatron.cli.plan import Role, activation_bytes, role_cost, roles_of
+from rto_megatron.cli.shapes import KNOWN_SHAPES, find_shape, num_parameters
+from rto_megatron.config.load import load_recipe
+from rto_megatron.errors import UserError
+
+RECIPES = Path(__file__).parents[2] / "launchers" / "recipes"
+PAPER = sorted((RECIPES / "llama3_8b").glob("*.yaml"))
+
+
+def check(*arguments: str) -> str:
+    shown = CliRunner().invoke(app, ["check", *arguments], catch_exceptions=False)
+    assert shown.exit_code == 0
+    return shown.output
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("llama-3-8b", 8_030_261_248), ("llama-3-70b", 70_553_706_496), ("llama-3.2-1b", 1_235_814_400)],
+)
+def test_parameter_counts_are_the_published_ones(name: str, parameters: int) -> None:
+    assert num_parameters(KNOWN_SHAPES[name], has_value_head=False) == parameters
+
+
+@pytest.mark.parametrize("recipe", PAPER, ids=lambda path: path.stem)
+def test_paper_recipes_pass_on_8_gpus(recipe: Path) -> None:
+    assert "sound for 8 GPUs" in check(str(recipe), "--gpus", "8")
+
+
+def test_layout_arithmetic_and_place_of_each_model_are_shown() -> None:
+    output = check(str(RECIPES / "llama3_8b" / "rto.yaml"), "--gpus", "8")
+    assert "4 = tensor 4 x pipeline 1 x data 1" in output
+    assert "128 = 1 data-parallel ranks x 128 micro-batches x 1 sequences" in output
+    assert "8 optimizer steps per pass" in output
+    assert "4 GPUs of its own" in output
+    assert "shares reference" in output
+    assert "8,030.3 M" in output
+
+
+def test_memory_of_a_trained_model_is_18_bytes_a_parameter_and_of_a_frozen_one_2() -> None:
+    config = load_recipe(RECIPES / "llama3_8b" / "rto.yaml")
+    shape = KNOWN_SHAPES["llama-3-8b"]
+    trained = role_cost(Role("policy", Path("x"), True, False, None), shape, config, data_parallel=1)
+    assert trained.bytes_per_rank == 18 * trained.parameters_per_rank
+    sharded = role_cost(Role("policy", Path("x"), True, False, None), shape, config, data_parallel=4)
+    assert sharded.bytes_per_rank == 9 * sharded.parameters_per_rank  # 6 + 12 / 4
+    frozen = role_cost(Role("reference", Path("x"), False, False, None), shape, config, data_parallel=4)
+    assert frozen.bytes_per_rank == 2 * frozen.parameters_per_rank
+    assert frozen.parameters_per_rank == pytest.approx(shape_parameters() / 4, rel=1e-6)
+
+
+def shape_parameters() -> int:
+    return num_parameters(KNOWN_SHAPES["llama-3-8b"], has_value_head=False)
+
+
+def test_recomputation_lowers_the_estimate_of_activations() -> None:
+    shapes = {"policy": find_shape(Path("Llama-3-8b"), None)}
+    known = {name: found for name, found in shapes.items() if found is not None}
+    with_it, without = (
+        activation_bytes(
+            load_recipe(RECIPES / "llama3_8b" / "sft.yaml", [f"precision.recompute={flag}"]), known
+        )
+        for flag in ("true", "false")
+    )
+    assert 0 < with_it < without
+
+
+def test_rto_with_its_own_dpo_reference_holds_one_more_model() -> None:
+    shared = roles_of(load_recipe(RECIPES / "llama3_8b" / "rto.yaml"))
+    own = roles_of(load_recipe(RECIPES / "llama3_8b" / "rto.yaml", ["models.dpo_reference=other/model"]))
+    assert [role.shares for role in shared if role.name == "dpo_reference"] == ["reference"]
+    assert [role.shares for role in own if role.name == "dpo_reference"] == [None]
+
+
+def test_heads_layers_and_lengths_are_checked_against_the_shapes() -> None:
+    overrides = ["parallel.tensor=16", "parallel.pipeline=5", "data.max_prompt_tokens=9000"]
+    with pytest.raises(UserError) as caught:
+        check(str(RECIPES / "llama3_8b" / "rto.yaml"), *overrides, "--gpus", "160", "--pool-gpus", "80")
+    message = str(caught.value)
+    assert "parallel.tensor=16 does not divide num_key_value_heads=8" in message
+    assert "parallel.pipeline=5 does not divide num_hidden_layers=32" in message
+    assert "10024 tokens, but models.policy reads at most 8192" in message
+
+
+def test_shape_comes_from_config_json_before_any_assumption(tmp_path: Path) -> None:
+    config = {
+        "model_type": "llama",
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 2,
+        "vocab_size": 96,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+    }
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    found = find_shape(tmp_path, "llama-3-8b")
+    assert found is not None
+    assert (found.shape.num_layers, found.source) == (2, "config.json")
+    assumed = find_shape(Path("some/model"), "llama-3.2-1b")
+    assert assumed is not None
+    assert assumed.shape == KNOWN_SHAPES["llama-3.2-1b"]
+    assert find_shape(Path("some/model"), None) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--gpus", "1"], "leaves 1 for the trainer and 0 for the pool"),
+        (["--gpus", "8", "--pool-gpus", "8"], "leaves 0 for the trainer"),
+        (["--gpus", "8", "--assume", "policy"], "is written ROLE=SHAPE"),
+        (["--gpus", "8", "--assume", "actor=llama-3-8b"], "this stage has the roles policy, critic"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(arguments: list[str], part: str) -> None:
+    with pytest.raises(UserError, match=part):
+        check(str(RECIPES / "llama3_8b" / "rto.yaml"), *arguments)

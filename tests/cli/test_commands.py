@@ -1,0 +1,57 @@
+"""The command line: help for everything, one clear message for a user's mistake, no traceback."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from rto_megatron.cli.main import app
+from rto_megatron.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "launchers" / "recipes"
+COMMANDS = ("train", "evaluate", "launch", "export", "check", "synthesize", "tokenizer", "pool", "report")
+
+
+def rto(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "rto_megatron.cli.main", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, check=False)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_and_option_explains_itself(command: str) -> None:
+    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
+    assert shown.exit_code == 0
+    described = [line.strip("│ ") for line in shown.output.splitlines() if "│" in line and "--" in line]
+    assert all(len(line.split()) > 3 for line in described), shown.output
+
+
+def test_help_lists_all_commands_without_loading_torch() -> None:
+    script = "import sys, rto_megatron.cli.main; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=60, check=False).returncode == 0
+    shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"})
+    assert all(command in shown.output for command in COMMANDS)
+
+
+def test_mistakes_give_messages_with_status_2_and_no_traceback(tmp_path: Path) -> None:
+    shown = rto("train", str(RECIPES / "quickstart" / "sft.yaml"), "run.stepz=3", "optimizer.lr=fast")
+    assert shown.returncode == 2
+    assert "run.stepz: found 3; there is no such key; did you mean run.steps?" in shown.stderr
+    assert "optimizer.lr: found 'fast'" in shown.stderr
+    assert "Traceback" not in shown.stderr + shown.stdout
+
+
+def test_evaluate_refuses_a_training_recipe() -> None:
+    with pytest.raises(UserError, match="needs the stage evaluate"):
+        CliRunner().invoke(
+            app, ["evaluate", str(RECIPES / "quickstart" / "sft.yaml")], catch_exceptions=False
+        )
+
+
+def test_failing_ranks_end_a_launch_with_one_message() -> None:
+    shown = rto("launch", str(RECIPES / "quickstart" / "sft.yaml"), "models.policy=/nowhere", "--ranks", "2")
+    assert shown.returncode == 2
+    assert shown.stderr.count("error") == 1, shown.stderr
+    assert "Traceback" not in shown.stderr

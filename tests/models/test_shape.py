@@ -1,0 +1,100 @@
+"""What config.json may say, what is refused, and why a model cannot be cut."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from models.shapes import SHAPE
+from tiny_models import llama_config
+
+from rto_megatron.errors import UserError
+from rto_megatron.models.shape import check_layout, read_shape
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def _write(folder: Path, **changes: object) -> Path:
+    config = {**llama_config(97, is_tied=True).to_dict(), **changes}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_sizes_are_read(tmp_path: Path) -> None:
+    shape = read_shape(_write(tmp_path))
+    assert (shape.family, shape.num_layers, shape.hidden_size, shape.ffn_hidden_size) == (
+        "llama",
+        4,
+        128,
+        176,
+    )
+    assert (shape.num_heads, shape.num_kv_heads, shape.head_dim) == (4, 2, 32)
+    assert (shape.vocab_size, shape.max_positions, shape.norm_eps) == (97, 256, 1e-6)
+    assert (shape.rope_theta, shape.rope_scaling_factor, shape.is_tied) == (5000.0, None, True)
+
+
+def test_older_keys_and_absent_ones_have_transformers_meaning(tmp_path: Path) -> None:
+    _write(tmp_path, rope_parameters=None, rope_theta=700.0, head_dim=None, num_key_value_heads=None)
+    shape = read_shape(tmp_path)
+    assert (shape.rope_theta, shape.head_dim, shape.num_kv_heads) == (700.0, 32, 4)
+    _write(tmp_path, rope_parameters=None, rope_theta=5e5, rope_scaling=LLAMA3_ROPE)
+    assert (read_shape(tmp_path).rope_theta, read_shape(tmp_path).rope_scaling_factor) == (5e5, 32.0)
+    _write(tmp_path, rope_parameters={**LLAMA3_ROPE, "rope_theta": 5e5})
+    assert (read_shape(tmp_path).rope_theta, read_shape(tmp_path).rope_scaling_factor) == (5e5, 32.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt_neox"}, r"model_type is 'gpt_neox'; supported are \['llama'\]"),
+        ({"model_type": None}, r"model_type is None"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, r"rope scaling .*yarn.* cannot be"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, r"rope scaling .*linear.* cannot be"),
+        ({"rope_parameters": {**LLAMA3_ROPE, "low_freq_factor": 2.0}}, r"rope scaling .* cannot be"),
+        (
+            {"rope_parameters": {**LLAMA3_ROPE, "original_max_position_embeddings": 4096}},
+            r"rope scaling .* cannot be",
+        ),
+        ({"attention_bias": True}, r"\['attention_bias'\] is set"),
+        ({"attention_bias": True, "mlp_bias": True}, r"\['attention_bias', 'mlp_bias'\] is set"),
+        ({"hidden_act": "gelu"}, r"hidden_act"),
+    ],
+)
+def test_what_megatron_cannot_express_is_refused(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        read_shape(_write(tmp_path, **changes))
+    assert str(tmp_path / "config.json") in str(caught.value)
+
+
+def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no config\.json; expected a Hugging Face model folder"):
+        read_shape(tmp_path)
+
+
+@pytest.mark.parametrize("text", ['{"model_type": "llama", "num_hid', "[]", '{"model_type": "llama"}'])
+def test_a_damaged_config_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json"):
+        read_shape(tmp_path)
+
+
+def test_a_layout_that_fits_has_no_problems() -> None:
+    assert [check_layout(SHAPE, t, p, "models.policy") for t, p in ((1, 1), (2, 2), (4, 1))] == [[]] * 3
+
+
+def test_every_obstacle_is_a_sentence() -> None:
+    shape = replace(SHAPE, num_heads=6, num_kv_heads=2, ffn_hidden_size=22, num_layers=6)
+    assert check_layout(shape, 4, 4, "models.critic") == [
+        "models.critic: parallel.tensor=4 does not divide num_attention_heads=6; it can be one of [1, 2]",
+        "models.critic: parallel.tensor=4 does not divide num_key_value_heads=2; it can be one of [1, 2]",
+        "models.critic: parallel.tensor=4 does not divide intermediate_size=22; it can be one of [1, 2]",
+        "models.critic: parallel.pipeline=4 does not divide num_hidden_layers=6; it can be one of [1, 2, 3, 6]",
+    ]

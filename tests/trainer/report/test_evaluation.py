@@ -1,0 +1,60 @@
+"""The final table and what it says of RTO."""
+
+import math
+import statistics
+from pathlib import Path
+
+import pytest
+
+from rto_megatron.errors import UserError
+from rto_megatron.trainer.report.evaluation import (
+    Estimate,
+    Evaluation,
+    estimate,
+    final_table,
+    read_evaluations,
+    save_evaluation,
+    verdict,
+)
+
+
+def row(name: str, mean: float, standard_error: float = 0.1) -> Evaluation:
+    other = Estimate(1.0, 0.1)
+    return Evaluation(name, Estimate(mean, standard_error), other, other, other, 64, 128)
+
+
+def test_standard_error_is_the_sample_deviation_over_root_n() -> None:
+    values = [1.0, 4.0, 2.0, 7.0]
+    found = estimate(values)
+    assert found.mean == pytest.approx(statistics.mean(values))
+    assert found.standard_error == pytest.approx(statistics.stdev(values) / 2)
+    assert math.isnan(estimate([1.0]).standard_error)
+
+
+def test_evaluations_are_read_back_in_the_order_of_the_stages(tmp_path: Path) -> None:
+    saved = [row("RTO", 2.0), row("other", 0.0), row("SFT", 1.0), row("PPO", 1.5)]
+    for evaluation in saved:
+        save_evaluation(evaluation, tmp_path / "evaluations" / evaluation.name)
+    found = read_evaluations(tmp_path)
+    assert [evaluation.name for evaluation in found] == ["SFT", "PPO", "RTO", "other"]
+    assert found[0] == saved[2]
+    assert final_table(found, "t").row_count == 4
+
+
+def test_missing_and_cut_evaluations_are_explained(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="run `rto evaluate` first"):
+        read_evaluations(tmp_path)
+    path = save_evaluation(row("SFT", 1.0), tmp_path)
+    path.write_text(path.read_text()[:40])
+    with pytest.raises(UserError, match="is not a complete evaluation"):
+        read_evaluations(tmp_path)
+
+
+def test_verdict_counts_standard_errors_of_the_difference() -> None:
+    # sqrt(0.3^2 + 0.4^2) = 0.5, so 1.6 is 3.2 standard errors and 1.4 is 2.8.
+    assert "beats SFT by more than three" in verdict([row("SFT", 0.0, 0.3), row("RTO", 1.6, 0.4)])
+    assert "does not beat SFT by three" in verdict([row("SFT", 0.0, 0.3), row("RTO", 1.4, 0.4)])
+    assert "RTO against PPO: -1.0" in verdict(
+        [row("SFT", 0, 0.3), row("PPO", 2.1, 0.3), row("RTO", 1.6, 0.4)]
+    )
+    assert "No verdict" in verdict([row("SFT", 0.0)])

@@ -1,0 +1,30 @@
+"""The table of completions shows rewards by term and never lets a text control the terminal."""
+
+import torch
+from rich.console import Console
+
+from rto_megatron.trainer.report.samples import completions_table, plain
+from rto_megatron.types import Experience, Rollout, TokenRewards
+
+
+def test_rewards_are_summed_over_tokens_by_term() -> None:
+    rollout = Rollout("a", (1, 2), (3, 4), (-0.1, -0.2), "length", 0)
+    zeros_BR = torch.zeros(1, 3)
+    rewards = TokenRewards(
+        score_BR=torch.tensor([[0.0, 2.0, 9.0]]),  # the third position is padding
+        dpo_BR=torch.tensor([[0.25, 0.5, 9.0]]),
+        kl_BR=torch.tensor([[-0.5, 0.0, 9.0]]),
+    )
+    mask_BR = torch.tensor([[1.0, 1.0, 0.0]])
+    experience = Experience((rollout,), mask_BR, zeros_BR, zeros_BR, zeros_BR, zeros_BR, rewards)
+    table = completions_table(experience, lambda ids: f"[red]{list(ids)}", num_samples=3, title="step 1")
+    console = Console(width=140, record=True, file=None)
+    with console.capture() as captured:
+        console.print(table)
+    shown = captured.get()
+    for part in ("[red][1, 2]", "[red][3, 4]", "2 (cut)", "+2.000", "+0.750", "-0.500", "+2.250"):
+        assert part in shown, shown
+
+
+def test_control_characters_are_removed() -> None:
+    assert plain("a\x1b[31mb\x07\nc\td\x9b") == "a[31mb\nc\td"

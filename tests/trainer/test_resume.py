@@ -1,0 +1,149 @@
+"""N steps, a checkpoint and N more steps equal 2 N steps, bit for bit."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from engine.layouts import LAYOUTS
+from megatron.core import dist_checkpointing
+from ranks import run_ranks
+from torch import Tensor
+from trainer.tiny_runs import configure, train
+
+from rto_megatron.platform.safe_metadata import safe_reading
+from rto_megatron.trainer.metrics import read_metrics
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Everything that the checkpoint of a step holds."""
+
+    tensors: dict[str, Tensor]  # weights, optimizer moments and fp32 masters, whole
+    common: dict[str, str]  # everything else of the optimizers, such as parameter groups, printed
+    state: dict[str, object]
+
+
+def _read(checkpoint: Path) -> Saved:
+    dist.init_process_group("gloo")
+    saved = Saved({}, {}, json.loads((checkpoint / "state.json").read_text()))
+    for weights in sorted(checkpoint.glob("*/weights")):
+        with safe_reading(weights):
+            _flatten(weights.parent.name, dist_checkpointing.load_plain_tensors(str(weights)), saved)
+    return saved
+
+
+def _flatten(name: str, value: object, saved: Saved) -> None:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _flatten(f"{name}/{key}", inner, saved)
+    elif isinstance(value, Tensor):
+        saved.tensors[name] = value
+    else:
+        saved.common[name] = str(value)
+
+
+def read_checkpoint(run_dir: Path, step: int) -> Saved:
+    """The checkpoint of `step`."""
+    (saved,) = run_ranks(1, _read, run_dir / "checkpoints" / f"step_{step:06d}")
+    return saved
+
+
+def cut_back(run_dir: Path, copy: Path) -> Path:
+    """What a run leaves that was killed after step 3: the checkpoint of step 2 and the metrics of three steps."""
+    shutil.copytree(run_dir, copy)
+    shutil.rmtree(copy / "checkpoints/step_000004")
+    shutil.rmtree(copy / "hf")
+    log = copy / "metrics.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:3]))
+    return copy
+
+
+def assert_equal_runs(first: Path, second: Path) -> Saved:
+    """Same final checkpoint, same export, same metrics but for the clock."""
+    one, other = read_checkpoint(first, 4), read_checkpoint(second, 4)
+    assert one.state == other.state
+    assert one.common == other.common
+    assert one.tensors.keys() == other.tensors.keys()
+    assert [key for key in one.tensors if not torch.equal(one.tensors[key], other.tensors[key])] == []
+    logs = [
+        [{k: v for k, v in entry.items() if k != "time"} for entry in read_metrics(run)]
+        for run in (first, second)
+    ]
+    assert [entry["step"] for entry in logs[0]] == [1, 2, 3, 4]
+    assert logs[0] == logs[1]
+    exports = [sorted((run / "hf").glob("*.safetensors")) for run in (first, second)]
+    assert [f.read_bytes() for f in exports[0]] == [f.read_bytes() for f in exports[1]] != []
+    return one
+
+
+CASES = {
+    "one": ("one", {}),
+    "tp2": ("tp2", {}),
+    "pp2": ("pp2", {}),
+    "dp2-sharded": ("dp2", {"parallel__distributed_optimizer": True}),
+    "bf16": ("one", {"precision__dtype": "bf16"}),
+    "bf16-dp2-sharded": ("dp2", {"parallel__distributed_optimizer": True, "precision__dtype": "bf16"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resumed_rto_equals_uninterrupted_rto(case: str, files: Path, tmp_path: Path) -> None:
+    layout, changes = CASES[case]
+    num_ranks = LAYOUTS[layout][0]
+    adaptive = {"kl_target": 0.05, "kl_horizon": 50}
+
+    def run(folder: str) -> list[str | None]:
+        config = configure("rto", files, tmp_path / folder, layout, **changes)
+        config = config.model_copy(update={"algorithm": config.algorithm.model_copy(update=adaptive)})
+        return run_ranks(num_ranks, train, config)
+
+    assert run("whole") == [None] * num_ranks
+    cut_back(tmp_path / "whole", tmp_path / "resumed")
+    assert run("resumed") == [None] * num_ranks
+    saved = assert_equal_runs(tmp_path / "whole", tmp_path / "resumed")
+    print(case, len(saved.tensors), "tensors, coefficient", saved.state["kl"])
+    _assert_worth_comparing(saved, read_checkpoint(tmp_path / "whole", 2))
+
+
+def _assert_worth_comparing(last: Saved, middle: Saved) -> None:
+    """Everything that has to survive did move between the two checkpoints."""
+    assert last.state["kl"] != middle.state["kl"]
+    assert last.state["data"] != middle.state["data"]
+    for key, tensor in last.tensors.items():
+        assert not torch.equal(tensor, middle.tensors[key]), key
+    for role in ("policy", "critic"):
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert any(key.startswith(f"{role}/optimizer") and moment in key for key in last.tensors)
+
+
+def test_a_run_whose_pool_died_resumes(files: Path, tmp_path: Path) -> None:
+    whole, died = (configure("rto", files, tmp_path / name) for name in ("whole", "died"))
+    assert run_ranks(1, train, whole) == [None]
+    assert run_ranks(1, train, died, dies_at=3) == ["the pool died at version 3"]
+    assert [path.name for path in (tmp_path / "died/checkpoints").iterdir()] == ["step_000002"]
+    assert run_ranks(1, train, died) == [None]
+    assert_equal_runs(tmp_path / "whole", tmp_path / "died")
+
+
+@pytest.mark.parametrize(("stage", "layout"), [("sft", "one"), ("reward_model", "tp2"), ("dpo", "pp2")])
+def test_resumed_offline_stage_equals_uninterrupted(
+    stage: str, layout: str, files: Path, tmp_path: Path
+) -> None:
+    num_ranks = LAYOUTS[layout][0]
+    whole, resumed = (configure(stage, files, tmp_path / name, layout) for name in ("whole", "resumed"))
+    assert run_ranks(num_ranks, train, whole) == [None] * num_ranks
+    cut_back(tmp_path / "whole", tmp_path / "resumed")
+    assert run_ranks(num_ranks, train, resumed) == [None] * num_ranks
+    assert_equal_runs(tmp_path / "whole", tmp_path / "resumed")
+    configs = [json.loads((tmp_path / name / "hf/config.json").read_text()) for name in ("whole", "resumed")]
+    assert configs[0] == configs[1]
+
+
+def test_a_finished_run_of_more_steps_is_refused(files: Path, tmp_path: Path) -> None:
+    assert run_ranks(1, train, configure("sft", files, tmp_path, run__steps=2)) == [None]
+    (error,) = run_ranks(1, train, configure("sft", files, tmp_path, run__steps=1))
+    assert error is not None and "already holds step 2, more than the 1 steps asked for" in error

@@ -1,0 +1,162 @@
+"""Whole tiny runs: a tokenizer, data in the public layouts, model folders, and a pool without a model."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+# MetricLog imports it in the rank that logs; imported here, forked ranks have it already.
+import torch.utils.tensorboard  # noqa: F401
+from engine.layouts import LAYOUTS
+from tiny_models import write_llama
+
+from rto_megatron.config.schema import STAGES, Stage
+from rto_megatron.data.tokenizer import train_tokenizer
+from rto_megatron.errors import UserError
+from rto_megatron.parallel.topology import Topology
+from rto_megatron.platform.device import prepare
+from rto_megatron.rollout.engine import Sampling
+from rto_megatron.rollout.scripted import ScriptedEngine
+from rto_megatron.trainer.offline import train_offline
+from rto_megatron.trainer.rto import Sampler, train_rto
+from rto_megatron.types import Prompt, Rollout
+
+WORDS = ["red", "blue", "green", "fox", "dog", "cat", "sun", "moon", "star", "rain", "snow", "wind"]
+MODELS = {"policy": 7, "dpo": 8, "reference": 9, "reward": 10, "critic": 11}
+SCALAR = ("reward", "critic")
+ENGINE_VOCAB = 40  # the pool samples ids below it; ids above it stand in prompts alone
+NUM_PROMPTS = 20
+
+
+def write_files(root: Path) -> None:
+    """Tokenizer, models/<role> and three data files."""
+    train_tokenizer([" ".join(WORDS)] * 3, root / "tokenizer", vocab_size=96, byte_fallback=False)
+    for role, seed in MODELS.items():
+        write_llama(root / "models" / role, seed, is_scalar=role in SCALAR)
+        shutil.copytree(root / "tokenizer", root / "models" / role, dirs_exist_ok=True)
+    turns = [_turn("user", number) for number in range(NUM_PROMPTS)]
+    answers = [_turn("assistant", number + 3) for number in range(NUM_PROMPTS)]
+    ids = [f"p{number}" for number in range(NUM_PROMPTS)]
+    write_rows(
+        root / "prompts.jsonl",
+        [{"context_messages": [t], "prompt_id": i} for t, i in zip(turns, ids, strict=True)],
+    )
+    write_rows(
+        root / "sft.jsonl",
+        [{"messages": [t, a], "prompt_id": i} for t, a, i in zip(turns, answers, ids, strict=True)],
+    )
+    worse = [*answers[1:], answers[0]]
+    write_rows(
+        root / "pairs.jsonl",
+        [
+            {"chosen": [t, a], "rejected": [t, b], "prompt_id": i}
+            for t, a, b, i in zip(turns, answers, worse, ids, strict=True)
+        ],
+    )
+
+
+def _turn(role: str, number: int) -> dict[str, str]:
+    words = [WORDS[(number * (place + 1) + place) % len(WORDS)] for place in range(2 + number % 3)]
+    return {"role": role, "content": " ".join(words)}
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """One JSON object a line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def configure(stage: str, root: Path, run_dir: Path, layout: str = "one", **changes: object) -> Stage:
+    """A configuration of four steps over the files of `root`; `changes` are keys with `__` for dots."""
+    _, tensor, pipeline, sequence = LAYOUTS[layout]
+    adam = {"lr": 1e-3, "warmup_fraction": 0.5}
+    tree: dict[str, dict[str, object] | str] = {
+        "stage": stage,
+        "run": {"dir": run_dir, "steps": 4, "save_every": 2},
+        "parallel": {"tensor": tensor, "pipeline": pipeline, "sequence": sequence},
+        "precision": {"dtype": "fp32"},
+        "models": {"policy": root / "models/policy"},
+        "data": {"train": str(root / "pairs.jsonl"), "max_prompt_tokens": 100, "max_length": 200},
+        "batch": {"train": 4, "micro": 2},
+        "optimizer": adam,
+        "algorithm": {},
+    }
+    sections = {
+        "sft": {"data": {"train": str(root / "sft.jsonl")}},
+        "reward_model": {"data": {"eval": str(root / "pairs.jsonl"), "eval_samples": 6}},
+        "dpo": {"models": {"reference": root / "models/reference"}},
+        "ppo": _sampling_sections(root, adam),
+        "rto": _sampling_sections(root, adam),
+    }
+    for section, values in sections[stage].items():
+        tree[section] = {**tree.get(section, {}), **values}
+    if stage == "rto":
+        tree["models"] = {**tree["models"], "dpo": root / "models/dpo"}
+    for key, value in changes.items():
+        section, name = key.split("__")
+        tree[section] = {**tree[section], name: value}
+    return STAGES[stage].model_validate(tree)
+
+
+def _sampling_sections(root: Path, adam: dict[str, object]) -> dict[str, dict[str, object]]:
+    names = ("reference", "reward", "critic")
+    return {
+        "models": {name: root / "models" / name for name in names},
+        "data": {"train": str(root / "prompts.jsonl")},
+        "batch": {"rollout": 8},
+        "critic_optimizer": adam,
+        "sampling": {"max_response_tokens": 8},
+    }
+
+
+class HeldPush:
+    """A push without weights: the engine takes the version."""
+
+    def __init__(self, engine: ScriptedEngine | None) -> None:
+        self._engine = engine
+
+    def __call__(self, version: int) -> dict[str, float]:
+        if self._engine is not None:
+            self._engine.hold(version)
+        return {}
+
+    def close(self) -> None:
+        """Nothing to leave."""
+
+
+class FailingEngine(ScriptedEngine):
+    """Dies when asked for version `dies_at`; labels its rollouts `age` versions too old."""
+
+    def __init__(self, dies_at: int | None = None, age: int = 0) -> None:
+        super().__init__(ENGINE_VOCAB)
+        self._dies_at = dies_at
+        self._age = age
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[Rollout]:
+        """As ScriptedEngine, with the faults."""
+        if version == self._dies_at:
+            raise UserError(f"the pool died at version {version}")
+        drawn = super().generate(prompts, sampling, version)
+        return [replace(r, weight_version=r.weight_version - self._age) for r in drawn]
+
+
+def join(config: Stage) -> Topology:
+    """This rank's place in the configuration's layout."""
+    parallel = config.parallel
+    return Topology.init(
+        prepare(), parallel.tensor, parallel.pipeline, parallel.sequence, seed=config.run.seed
+    )
+
+
+def train(config: Stage, dies_at: int | None = None, age: int = 0) -> str | None:
+    """Runs a stage as one rank; returns the error for the user that ended it."""
+    place = join(config)
+    try:
+        if config.stage in ("ppo", "rto"):
+            engine = FailingEngine(dies_at, age) if place.is_replica_lead else None
+            train_rto(config, place, Sampler(engine, HeldPush(engine)))
+        else:
+            train_offline(config, place)
+    except UserError as error:
+        return str(error)
+    return None
