@@ -6,6 +6,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
+pytest_plugins = ["pool_server"]
 
 from rto_megatron.platform.device import prepare
 

@@ -92,7 +92,7 @@ def _options(config: "PpoStage | EvaluateStage", token_file: Path, index: int) -
         token_file=token_file,
         log_file=config.run.dir / "pool" / f"server-{index}.log",
         dtype=config.precision.dtype,
-        max_model_len=config.data.max_prompt_tokens + config.sampling.max_response_tokens,
+        max_model_len=max(64, config.data.max_prompt_tokens + config.sampling.max_response_tokens),
     )
 
 

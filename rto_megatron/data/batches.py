@@ -9,8 +9,8 @@ from rto_megatron.errors import UserError
 class Batches[T]:
     """An endless walk over `items` in global batches; the rank sees its slice of each.
 
-    The order of epoch e depends on (seed, e) alone, and rank r of n takes the r-th of n equal, contiguous
-    parts of a global batch, so the global batches do not depend on n. What is left of an epoch after its
+    The order of epoch e depends on (seed, e) alone, and rank r of n takes every n-th item of a global batch
+    from the r-th on, so neither the global batches nor minibatches cut from them in order depend on n. What is left of an epoch after its
     last full batch is dropped; another shuffle brings it back in later epochs. The number of consumed
     samples is the whole state.
     """
@@ -66,10 +66,10 @@ class Batches[T]:
             self._order = list(range(len(self._items)))
             random.Random(f"{self._seed}/{self.epoch}").shuffle(self._order)
         per_epoch = self.batches_per_epoch * self._global_batch
-        per_rank = self._global_batch // self._dp_size
-        first = self._consumed_samples % per_epoch + self._dp_rank * per_rank
+        first = self._consumed_samples % per_epoch
+        own = self._order[first + self._dp_rank : first + self._global_batch : self._dp_size]
         self._consumed_samples += self._global_batch
-        return [self._items[index] for index in self._order[first : first + per_rank]]
+        return [self._items[index] for index in own]
 
     def state(self) -> dict[str, int]:
         """What a checkpoint keeps: consumed samples, and the number of items they were taken from."""

@@ -24,6 +24,7 @@ from rto_megatron.data.synthetic_source import (
     REQUESTS,
     START,
     TOPICS,
+    SUBJECTS,
     WORDS,
     Language,
     draw_language,
@@ -49,7 +50,7 @@ class Sizes:
 
     demonstrations: int = 6000
     eval_demonstrations: int = 256
-    pairs: int = 4000
+    pairs: int = 12000
     eval_pairs: int = 400
     prompts: int = 2000
     eval_prompts: int = 256
@@ -91,7 +92,7 @@ def write_synthetic_task(out_dir: Path, seed: int, sizes: Sizes = Sizes()) -> No
 
 
 def _draw_requests(count: int, rng: np.random.Generator) -> list[_Request]:
-    shape = (len(REQUESTS), len(TOPICS), len(WORDS), len(WORDS))
+    shape = (len(REQUESTS), len(TOPICS), len(SUBJECTS), len(SUBJECTS))
     available = int(np.prod(shape))
     if count > available:
         raise UserError(
@@ -100,7 +101,7 @@ def _draw_requests(count: int, rng: np.random.Generator) -> list[_Request]:
     requests = []
     for code in rng.choice(available, size=count, replace=False):
         form, topic, first, second = (int(index) for index in np.unravel_index(code, shape))
-        text = REQUESTS[form].format(topic=TOPICS[topic], first=WORDS[first], second=WORDS[second])
+        text = REQUESTS[form].format(topic=TOPICS[topic], first=SUBJECTS[first], second=SUBJECTS[second])
         requests.append(_Request(f"synthetic-{code}", topic, text))
     return requests
 
@@ -146,10 +147,10 @@ def _write_rows(path: Path, rows: Iterable[dict[str, object]]) -> None:
 
 
 def _write_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """A vocabulary with a piece of its own for every topic and response word."""
+    """A vocabulary with a piece of its own for every topic and every word of requests and responses."""
     # Words come first and most often, so that merges finish them before any word of the requests.
-    texts = [f" {word}" for word in (*TOPICS, *WORDS)] * 50
-    texts += [form.format(topic=TOPICS[0], first=WORDS[0], second=WORDS[1]) for form in REQUESTS]
+    texts = [f" {word}" for word in (*TOPICS, *SUBJECTS)] * 50
+    texts += [form.format(topic=TOPICS[0], first=SUBJECTS[0], second=SUBJECTS[1]) for form in REQUESTS]
     train_tokenizer(texts, folder, VOCAB_SIZE, byte_fallback=False)
     tokenizer = load_tokenizer(folder)
     assert len(tokenizer) == VOCAB_SIZE

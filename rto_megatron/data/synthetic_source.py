@@ -14,11 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-TOPICS = ("sun", "cat", "dog", "hen", "bay", "hat", "fog", "pen")
-WORDS = (
-    *("mat", "rat", "fat", "log", "hog", "run", "fun", "day"),
-    *("hay", "may", "men", "ten", "hit", "bit", "sit", "fit"),
-)
+TOPICS = ("sun", "cat", "dog", "hen")
+WORDS = ("mat", "rat", "log", "hog", "run", "fun", "day", "hit")
+SUBJECTS = (*WORDS, "hay", "may", "men", "ten", "bit", "sit", "fit", "fat")  # of requests
 REQUESTS = (
     "write on the {topic} with {first} {second}",
     "tell me of the {topic} and {first} {second}",
@@ -32,7 +30,7 @@ STOP_PROBABILITY = 1 / 7
 LOGIT_SD = 0.8
 NONZERO_FRACTION = 0.35
 TOKEN_COST = 0.04  # in units of the sd of a table entry
-RETURN_SD = 2.0  # of the source, after scaling: labels are then right four times out of five
+RETURN_SD = 4.0  # of the source, after scaling: labels are then right nine times out of ten
 SHARED_VARIANCE = 0.75  # of each table: common to all classes; the rest is a class's own
 
 

@@ -86,7 +86,8 @@ class VllmPool:
     ) -> list[Rollout]:
         load = _Load(self._servers)
         room = asyncio.Semaphore(_REQUESTS_PER_SERVER * len(self._servers))
-        limits = httpx.Limits(max_connections=None)
+        # A kept connection may be closed by the server just when the next request takes it.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         async with httpx.AsyncClient(
             headers=open_headers(self._token), timeout=self._timeout_s, limits=limits
         ) as http:

@@ -83,8 +83,10 @@ def find_sources(config: schema.Stage) -> dict[str, WeightSource]:
         sources["critic"] = scalar(models.critic or _named(models.reward, "reward"), "critic")
     if isinstance(config, schema.RtoStage) and config.algorithm.beta_dpo:
         sources["dpo"] = language(_named(models.dpo, "dpo"), "dpo")
-        if models.dpo_reference is not None and models.dpo_reference != models.reference:
-            sources["dpo_reference"] = language(models.dpo_reference, "dpo_reference")
+        if models.dpo_reference not in (None, models.reference or models.policy):
+            sources["dpo_reference"] = language(
+                _named(models.dpo_reference, "dpo_reference"), "dpo_reference"
+            )
     return sources
 
 
