@@ -79,7 +79,7 @@ class TokenRewards:
     dpo_BR: Tensor  # beta_1 log(pi_dpo / pi_ref)
     kl_BR: Tensor  # - beta_2 log(pi / pi_ref)
 
-    def total_BR(self) -> Tensor:
+    def total_BR(self) -> Tensor:  # noqa: N802 -- named like the tensors
         """Sum of the terms, in the order of the released code, shape [B, R]."""
         return self.score_BR + self.kl_BR + self.dpo_BR
 

@@ -10,9 +10,9 @@ class Batches[T]:
     """An endless walk over `items` in global batches; the rank sees its slice of each.
 
     The order of epoch e depends on (seed, e) alone, and rank r of n takes every n-th item of a global batch
-    from the r-th on, so neither the global batches nor minibatches cut from them in order depend on n. What is left of an epoch after its
-    last full batch is dropped; another shuffle brings it back in later epochs. The number of consumed
-    samples is the whole state.
+    from the r-th on, so neither the global batches nor minibatches cut from them in order depend on n. What
+    is left of an epoch after its last full batch is dropped; another shuffle brings it back in later epochs.
+    The number of consumed samples is the whole state.
     """
 
     def __init__(

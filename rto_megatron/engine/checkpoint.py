@@ -1,4 +1,4 @@
-"""Checkpoints: torch_dist shards, any layout to any layout; written to a fresh folder, then renamed, never overwritten."""
+"""Checkpoints: torch_dist shards, any layout to any layout; written aside, then renamed, never overwritten."""
 
 import json
 import os

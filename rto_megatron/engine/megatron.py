@@ -196,5 +196,5 @@ def _training_step[M: Microbatch](
 
 
 def training_hooks(config: object) -> None:
-    """Tells Megatron's schedule to reduce gradients of replicated and tied weights when the last micro-batch is done."""
+    """Tells Megatron's schedule to reduce gradients of replicated and tied weights after the last micro-batch."""
     config.finalize_model_grads_func = finalize_model_grads  # type: ignore[attr-defined]

@@ -22,7 +22,7 @@ def wrap_for_training(model: GPTModel, is_distributed_optimizer: bool) -> Distri
 def build_optimizer(
     model: DistributedDataParallel, config: schema.OptimizerConfig, is_distributed_optimizer: bool
 ) -> MegatronOptimizer:
-    """Adam or plain SGD over the wrapped model, its state already allocated so that a checkpoint can be loaded into it."""
+    """Adam or plain SGD over the wrapped model, its state allocated so that a checkpoint can be loaded."""
     dtype = model.config.params_dtype
     optimizer = get_megatron_optimizer(
         OptimizerConfig(

@@ -1,4 +1,4 @@
-"""Where a role's weights come from: a Hugging Face folder, a checkpoint of an earlier stage, or a seeded random draw."""
+"""Where a role's weights come from: a Hugging Face folder, a checkpoint of an earlier stage, or a seeded draw."""
 
 import json
 from dataclasses import dataclass
@@ -59,7 +59,8 @@ def find_source(path: Path, has_scalar_head: bool, is_random: bool, key: str) ->
             return WeightSource("checkpoint", checkpoint / role, checkpoint / role / HF_FILES)
     found = sorted(p.name for p in (checkpoint or path).iterdir())[:8]
     raise UserError(
-        f"{key}: {checkpoint or path} holds neither config.json nor a finished checkpoint of {' or '.join(roles)}; found {found}"
+        f"{key}: {checkpoint or path} holds neither config.json nor a finished checkpoint of "
+        f"{' or '.join(roles)}; found {found}"
     )
 
 

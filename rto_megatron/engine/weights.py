@@ -62,7 +62,7 @@ def load_hf_tensors(
 def stage_hf_tensors(
     model: GPTModel, shape: ModelShape, has_scalar_head: bool, topology: Topology
 ) -> Iterator[tuple[str, Tensor]]:
-    """The Hugging Face tensors that this pipeline stage owns, whole, in map order; all its tensor ranks must iterate."""
+    """The Hugging Face tensors that this pipeline stage owns, whole, in map order; all tensor ranks must iterate."""
     local = local_parameters(model)
     for mapped in parameter_map(shape, has_scalar_head):
         if mapped.is_copy or stage_of(mapped, shape, topology.pipeline_size) != topology.pipeline_rank:

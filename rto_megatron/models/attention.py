@@ -1,4 +1,4 @@
-"""Core attention on torch's scaled_dot_product_attention: packed sequences without TransformerEngine, on CPU and GPU."""
+"""Core attention on torch's scaled_dot_product_attention: packed sequences without TransformerEngine."""
 
 import math
 

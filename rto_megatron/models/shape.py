@@ -39,7 +39,8 @@ def _rope_scaling(rope: dict[str, object], path: Path) -> float | None:
     found = {key: rope.get(key) for key in _MEGATRON_ROPE}
     if kind != "llama3" or found != _MEGATRON_ROPE:
         raise UserError(
-            f"{path}: rope scaling {rope} cannot be expressed in megatron-core, which knows type llama3 with {_MEGATRON_ROPE}"
+            f"{path}: rope scaling {rope} cannot be expressed in megatron-core, "
+            f"which knows type llama3 with {_MEGATRON_ROPE}"
         )
     return float(str(rope["factor"]))
 

@@ -1,4 +1,4 @@
-"""Who this rank is: the only place that knows Megatron's parallel state. Everything else takes sizes, groups or functions."""
+"""Who this rank is: the only place that knows Megatron's parallel state."""
 
 from dataclasses import dataclass
 from datetime import timedelta
@@ -147,7 +147,7 @@ class Topology:
         return collectives.gather_json(value, dist.group.WORLD, self.device.torch_device)
 
     def raise_together(self, error: str | None) -> None:
-        """Raises on every rank when any rank passes an error, so that nobody waits for a rank that left; all must call it.
+        """Raises on every rank when any rank passes an error: nobody waits for a rank that left. All must call it.
 
         Raises:
             UserError: the error of the lowest rank that has one.

@@ -151,5 +151,6 @@ def show_samples(
     if every is None or not run.is_due(every, run.step) or not setup.topology.is_lead:
         return
     variance = explained_variance(means)
-    title = f"{config.stage} step {run.step}, explained variance of the critic {variance if variance is None else round(variance, 3)}"
+    explained = "none" if variance is None else f"{variance:.3f}"
+    title = f"{config.stage} step {run.step}, the critic explains {explained} of the variance of returns"
     show(completions_table(experience, setup.tokenizer.decode, 4, title))

@@ -6,12 +6,21 @@ from rto_megatron.errors import UserError
 
 def global_batches(dp_size: int, steps: int, seed: int = 3) -> list[list[int]]:
     ranks = [Batches(range(23), 6, seed, rank, dp_size) for rank in range(dp_size)]
-    return [[item for rank in ranks for item in rank.next_batch()] for _ in range(steps)]
+    steps_of_ranks = ([rank.next_batch() for rank in ranks] for _ in range(steps))
+    return [[item for row in zip(*slices, strict=True) for item in row] for slices in steps_of_ranks]
 
 
 @pytest.mark.parametrize("dp_size", [2, 3, 6])
 def test_global_batches_do_not_depend_on_data_parallel_size(dp_size: int) -> None:
     assert global_batches(dp_size, 8) == global_batches(1, 8)
+
+
+def test_minibatches_cut_in_order_do_not_depend_on_data_parallel_size() -> None:
+    (whole,) = global_batches(1, 1)
+    ranks = [Batches(range(23), 6, 3, rank, 2).next_batch() for rank in range(2)]
+    for first, width in ((0, 1), (1, 2)):
+        cut = {item for rank in ranks for item in rank[first : first + width]}
+        assert cut == set(whole[2 * first : 2 * (first + width)])
 
 
 def test_an_epoch_shows_no_item_twice_and_drops_the_tail() -> None:
