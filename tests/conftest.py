@@ -8,6 +8,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 pytest_plugins = ["pool_server"]
 
-from rto_megatron.platform.device import prepare
+from rto_megatron.platform.device import prepare  # noqa: E402 -- after the settings above
 
 prepare()

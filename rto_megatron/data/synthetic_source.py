@@ -3,10 +3,11 @@
 Legend: C classes, W response words. The previous-word axis has W + 1 entries, the last is the start of the
 response; the word axis of rewards has W + 1 entries, the last is the end of the sequence.
 
-Words follow a first-order Markov chain that depends on the class; lengths are drawn apart. The reward is
-sparse over (class, previous word, word), and centred so that under this source a longer response is worth
-neither more nor less, up to a small cost per word: what pays is which word follows which. Stopping pays on
-average, and how much depends on the last word, so a truncated response is worse than one that ends.
+Words follow a second-order Markov chain that depends on the class; lengths are drawn apart. The reward is
+sparse over (class, previous word, word), and centred so that under the first-order part of this source,
+which ignores the word two back, a longer response is worth neither more nor less, up to a small cost per
+word: what pays is which word follows which. Stopping pays on average, and how much depends on the last word,
+so a truncated response is worse than one that ends.
 """
 
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ START = len(WORDS)
 MIN_WORDS, MAX_WORDS = 7, 23  # with the end of the sequence: 8 to 24 tokens
 STOP_PROBABILITY = 1 / 7
 LOGIT_SD = 0.8
+SKIP_LOGIT_SD = 1.0  # makes SFT learn to look one word back, which a reward model needs to see pairs of words
 NONZERO_FRACTION = 0.35
 TOKEN_COST = 0.04  # in units of the sd of a table entry
 RETURN_SD = 4.0  # of the source, after scaling: labels are then right nine times out of ten
@@ -38,7 +40,8 @@ SHARED_VARIANCE = 0.75  # of each table: common to all classes; the rest is a cl
 class Language:
     """The text source and the reward of its transitions."""
 
-    source: NDArray[np.float64]  # [C, W + 1, W] probabilities of the next word
+    source: NDArray[np.float64]  # [C, W + 1, W] probabilities of the next word by the one before
+    skip: NDArray[np.float64]  # [W + 1, W] factor of the next word by the one two before
     reward: NDArray[np.float64]  # [C, W + 1, W + 1], scaled, without the cost
     token_cost: float  # scaled
     scale: float
@@ -56,10 +59,11 @@ class Language:
         """Draw the words of one response."""
         num_words = min(MIN_WORDS + int(rng.geometric(STOP_PROBABILITY)) - 1, MAX_WORDS)
         words = []
-        previous = START
+        before = previous = START
         for draw in rng.random(num_words):
-            cumulative = self.source[topic, previous].cumsum()
-            previous = min(int(np.searchsorted(cumulative, draw)), len(WORDS) - 1)
+            weights = self.source[topic, previous] * self.skip[before]
+            cumulative = (weights / weights.sum()).cumsum()
+            before, previous = previous, min(int(np.searchsorted(cumulative, draw)), len(WORDS) - 1)
             words.append(previous)
         return words
 
@@ -70,18 +74,22 @@ def draw_language(seed: int, num_calibration: int = 4000) -> Language:
     logits = LOGIT_SD * _mixed(rng, len(WORDS))
     source = np.exp(logits)
     source /= source.sum(-1, keepdims=True)
+    skip = np.exp(SKIP_LOGIT_SD * rng.standard_normal((len(WORDS) + 1, len(WORDS))))
     is_nonzero = rng.random(source.shape) < NONZERO_FRACTION
     reward = np.where(is_nonzero, _mixed(rng, len(WORDS)), 0.0)
     # The mean of a row under the source is taken off its entries, so the expected reward of any word is 0.
     mass = np.maximum((source * is_nonzero).sum(-1, keepdims=True), 1e-9)
     reward = np.where(is_nonzero, reward - (source * reward).sum(-1, keepdims=True) / mass, 0.0)
     end_reward = 1.0 + _mixed(rng, 1)
-    unscaled = Language(source, np.concatenate([reward, end_reward], axis=-1), TOKEN_COST, 1.0, 0.0, 1.0)
+    unscaled = Language(
+        source, skip, np.concatenate([reward, end_reward], axis=-1), TOKEN_COST, 1.0, 0.0, 1.0
+    )
     topics = rng.integers(len(TOPICS), size=num_calibration)
     returns = np.array([unscaled.returns(int(topic), unscaled.sample(int(topic), rng)) for topic in topics])
     scale = RETURN_SD / float(returns.std())
     return Language(
         source=source,
+        skip=skip,
         reward=np.round(unscaled.reward * scale, 6),
         token_cost=round(TOKEN_COST * scale, 6),
         scale=scale,
