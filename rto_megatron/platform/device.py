@@ -61,6 +61,8 @@ def _choose_device() -> Device:
             f"start at most {num_gpus} ranks per machine"
         )
     torch.cuda.set_device(local_rank)
+    # Megatron overlaps tensor-parallel collectives with compute, which needs one queue in launch order.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     return Device(torch.device("cuda", local_rank), "nccl")
 
 
@@ -102,6 +104,11 @@ _NEEDLESS_WARNINGS = (
     # megatron's optimizer looks at .grad of its parameter shards, which are views.
     (r"The \.grad attribute of a Tensor that is not a leaf", UserWarning),
     (r"`torch.distributed.\w+` is deprecated", FutureWarning),
+    (r"Please use DTensor instead and we are deprecating ShardedTensor", FutureWarning),
+    (r"The argument order of load has been changed", UserWarning),
+    # Checkpoint metadata is read by each rank for itself.
+    (r"torch\.distributed is disabled, unavailable or uninitialized", UserWarning),
+    (r"When using async grad allreduce it is recommended", UserWarning),  # set below where there are GPUs
 )
 _NEEDLESS_LOGS = {
     "torch.utils.cpp_extension": "No CUDA runtime is found",

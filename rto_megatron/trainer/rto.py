@@ -55,19 +55,22 @@ def train_rto(config: schema.PpoStage, topology: Topology, sampler: Sampler | No
     sampler.push(run.step)
     for step in run.steps():
         # 1. y ~ pi_old(. | x), from the pool that holds exactly this step's weights
-        sampled = sample(
-            topology, sampler.engine, prompts.next_batch(), sampling(config, setup, step), version=step
-        )
+        with run.timed("sample"):
+            batch = prompts.next_batch()
+            sampled = sample(topology, sampler.engine, batch, sampling(config, setup, step), version=step)
         rollouts = close_rollouts(sampled, setup.eos_id, config.algorithm.truncated)
         # 2. every model's opinion, without gradients
-        scored = score(rollouts, roles, setup.layout, setup.eos_id, config.algorithm.truncated)
+        with run.timed("score"):
+            scored = score(rollouts, roles, setup.layout, setup.eos_id, config.algorithm.truncated)
         # 3. token rewards, then advantages
         experience = algorithm.credit(scored, kl.coef, topology.dp_sum)
         run.record({**algorithm.credit_metrics(scored, experience), **pool_gap(scored, sampled)})
         # 4. PPO epochs
-        lrs = update(config, run, roles, algorithm, experience, setup)
+        with run.timed("update"):
+            lrs = update(config, run, roles, algorithm, experience, setup)
         # 5. pi_old <- pi_theta, proved
-        times = sampler.push(step + 1)
+        with run.timed("push"):
+            times = sampler.push(step + 1)
         means = run.log({**lrs, **times, "objective/kl_coef": kl.coef})
         kl = kl.update(means["policy/kl_per_token"], config.batch.rollout)
         run.finish({"data": prompts.state(), "kl": kl.state()})

@@ -1,6 +1,8 @@
 """The life of a run: resume, count steps, log, save when due, export at the end."""
 
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
@@ -81,6 +83,13 @@ class Run:
                 yield step
                 assert self.step == step + 1, "finish() was not called"
                 advance(self._note)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Records the seconds of one phase of the step as `time/<phase>_s`, the mean over replicas."""
+        start = time.monotonic()
+        yield
+        self.record({f"time/{phase}_s": (time.monotonic() - start, 1.0)})
 
     def record(self, metrics: Metrics) -> None:
         """Adds this replica's sums to those of the step."""
