@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,11 +32,13 @@ def export_hf(model: Model, hf_files: Path, folder: Path) -> None:
     written: dict[str, str] = {}
     if place.data_rank == 0:
         tensors = stage_hf_tensors(model.module, model.shape, model.has_scalar_head, place)
-        for number, group in enumerate(_groups(tensors)):
-            file = f"model-stage{place.pipeline_rank:03d}-{number:05d}.safetensors"
-            if place.tensor_rank == 0:
+        if place.tensor_rank == 0:
+            for number, group in enumerate(_groups(tensors)):
+                file = f"model-stage{place.pipeline_rank:03d}-{number:05d}.safetensors"
                 save_file(group, partial / file, metadata={"format": "pt"})
                 written.update(dict.fromkeys(group, file))
+        else:
+            deque(tensors, maxlen=0)  # the other tensor ranks only take part in the gathers
     all_written = place.gather_all_json(dict(written))
     if place.is_lead:
         weight_map = {

@@ -32,14 +32,25 @@ class Topology:
     sequence_parallel: bool
 
     @classmethod
-    def init(cls, device: Device, tensor: int, pipeline: int, sequence: bool, seed: int) -> "Topology":
+    def init(
+        cls,
+        device: Device,
+        tensor: int,
+        pipeline: int,
+        sequence: bool,
+        seed: int,
+        timeout: timedelta = timedelta(minutes=30),
+    ) -> "Topology":
         """Joins the process group that the launcher announced in the environment.
+
+        Args:
+            timeout: of a collective; longer than one rank may let the others wait, such as for rollouts.
 
         Raises:
             UserError: the number of ranks is no multiple of tensor x pipeline.
         """
         if not dist.is_initialized():
-            dist.init_process_group(device.backend, timeout=timedelta(minutes=30))
+            dist.init_process_group(device.backend, timeout=timeout)
         world = dist.get_world_size()
         if world % (tensor * pipeline):
             raise UserError(

@@ -135,7 +135,7 @@ def s2_byte_objects() -> None:
 
     def load_bytes(self, read_item: planner.ReadItem, value: io.BytesIO) -> None:
         try:
-            content = torch.load(value, weights_only=True)
+            content = torch.load(value, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             found = re.search(r"GLOBAL (\S+)", str(error))
             culprit = found.group(1) if found else "a class"

@@ -1,7 +1,5 @@
 """The inference pool as a trainer rank sees it: replica leads sample, every rank takes part in a push."""
 
-import torch
-
 from rto_megatron.config import schema
 from rto_megatron.data.packing import token_batch
 from rto_megatron.engine.megatron import Model
@@ -94,7 +92,7 @@ def open_push(config: schema.RolloutConfig, policy: Model) -> PolicyPush:
             sends=topology.data_rank == 0 and topology.tensor_rank == 0,
         ),
         num_senders=topology.pipeline_size,
-        device=topology.device.torch_device if topology.device.is_cuda else torch.device("cpu"),
+        device=topology.device.torch_device,
         bucket_bytes=config.bucket_mb << 20,
         timeout_s=config.sync_timeout_s,
         together=Synchronise(all_raise=topology.raise_together, broadcast=broadcast),

@@ -1,15 +1,21 @@
 """Runs a stage on this rank. The one place that prepares the device before anything of Megatron is imported."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rto_megatron.config import schema
 from rto_megatron.config.load import load_recipe
+from rto_megatron.errors import UserError
 from rto_megatron.platform.device import Device, prepare
 
 if TYPE_CHECKING:
     from rto_megatron.parallel.topology import Topology
+
+_SHORTEST_TIMEOUT = timedelta(minutes=30)
 
 
 def run_stage(config: schema.Stage) -> None:
@@ -18,8 +24,7 @@ def run_stage(config: schema.Stage) -> None:
     Raises:
         UserError: on every rank, for anything that a user can mend.
     """
-    topology = _join(prepare(), config)
-    try:
+    with _ranks(prepare(), config.parallel, config.run.seed, _collective_timeout(config)) as topology:
         if isinstance(config, schema.EvaluateStage):
             from rto_megatron.trainer.evaluate import evaluate
 
@@ -32,8 +37,6 @@ def run_stage(config: schema.Stage) -> None:
             from rto_megatron.trainer.offline import train_offline
 
             train_offline(config, topology)
-    finally:
-        _leave()
 
 
 def export_run(run_dir: Path, folder: Path) -> None:
@@ -43,8 +46,7 @@ def export_run(run_dir: Path, folder: Path) -> None:
         UserError: no checkpoint there.
     """
     config = load_recipe(run_dir / "config.yaml")
-    topology = _join_layout(prepare(), schema.ParallelConfig(), seed=0)
-    try:
+    with _ranks(prepare(), schema.ParallelConfig(), seed=0, timeout=_SHORTEST_TIMEOUT) as topology:
         from rto_megatron.engine.export import export_hf
         from rto_megatron.engine.roles import build_frozen
         from rto_megatron.engine.source import find_source
@@ -53,29 +55,34 @@ def export_run(run_dir: Path, folder: Path) -> None:
         source = find_source(run_dir, is_scalar, is_random=False, key="RUN_DIR")
         model = build_frozen("export", source, is_scalar, config.precision, topology)
         export_hf(model, source.hf_folder, folder)
-    finally:
-        _leave()
 
 
-def _join(device: Device, config: schema.Stage) -> "Topology":
-    return _join_layout(device, config.parallel, config.run.seed)
+def _collective_timeout(config: schema.Stage) -> timedelta:
+    """Longer than replica leads may let the others wait for rollouts: a request, its retry, and a queue before both."""
+    if not isinstance(config, schema.PpoStage | schema.EvaluateStage):
+        return _SHORTEST_TIMEOUT
+    return max(_SHORTEST_TIMEOUT, timedelta(seconds=4 * config.rollout.request_timeout_s))
 
 
-def _join_layout(device: Device, parallel: schema.ParallelConfig, seed: int) -> "Topology":
-    from rto_megatron.parallel.topology import Topology
+@contextmanager
+def _ranks(
+    device: Device, parallel: schema.ParallelConfig, seed: int, timeout: timedelta
+) -> Iterator["Topology"]:
+    """The process group of the launcher's ranks, or of this process alone.
 
-    for key, value in {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "0",
-    }.items():
-        os.environ.setdefault(key, value)
-    return Topology.init(device, parallel.tensor, parallel.pipeline, parallel.sequence, seed)
-
-
-def _leave() -> None:
+    It is left in order at the end and after an error that every rank raises. After a bug the process just ends:
+    leaving would wait for the ranks that do not know of it.
+    """
     import torch.distributed as dist
 
-    if dist.is_initialized():
+    from rto_megatron.parallel.topology import Topology
+
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for key, value in alone.items():
+        os.environ.setdefault(key, value)
+    try:
+        yield Topology.init(device, parallel.tensor, parallel.pipeline, parallel.sequence, seed, timeout)
+    except UserError:
         dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()

@@ -55,6 +55,7 @@ def test_exchanged_chunks_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_gives_the_same_number() -> None:
     raw = random_bytes(24 << 20)
     assert digest(raw.cuda()) == digest(raw)
