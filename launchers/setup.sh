@@ -48,7 +48,16 @@ find_uv() { # prints the path of a working uv and installs one for this project 
   echo "$venv/uv/bin/uv"
 }
 
-variant=${RTO_VARIANT:-$(nvidia-smi -L 2>/dev/null | grep -q GPU && echo gpu || echo cpu)}
+without_list() { # COMMAND...: hides uv's line per package, but not on a terminal: a filter costs the progress bars
+  if [ -t 2 ]; then
+    "$@"
+  else
+    "$@" 2>&1 | grep --line-buffered -v '^ [-+~] ' >&2
+    return "${PIPESTATUS[0]}"
+  fi
+}
+
+variant=${RTO_VARIANT:-$([[ $(nvidia-smi -L 2>/dev/null) == *GPU* ]] && echo gpu || echo cpu)}
 [ -f "requirements/$variant.txt" ] || fail "RTO_VARIANT=$variant: it is cpu or gpu"
 wanted="$variant $(cat requirements.txt "requirements/$variant.txt" "requirements/overrides-$variant.txt" \
   requirements/dev.txt pyproject.toml | cksum)"
@@ -69,6 +78,9 @@ python=$(find_python312)
 if [ -e "$venv/bin" ] && ! is_python "$venv/bin/python" "!= (3, 12)"; then
   rm -rf "$venv" # made by another Python, or by one that is gone
 fi
+if [ -f "$marker" ] && [[ "$(cat "$marker")" != "$variant "* ]]; then
+  rm -rf "$venv" # both vLLM builds are the package vllm, one would be left among the files of the other
+fi
 mkdir -p "$venv"
 uv=$(find_uv "$python") ||
   fail "uv is missing and could not be installed: no network, or no Python 3 with pip or venv;" \
@@ -80,7 +92,7 @@ if [ ! -x "$venv/bin/python" ]; then
       "install Python 3.12, or name one with RTO_PYTHON=PATH"
 fi
 rm -f "$marker"
-"$uv" pip install --python "$venv/bin/python" -r requirements.txt -r "requirements/$variant.txt" \
+without_list "$uv" pip install --python "$venv/bin/python" -r requirements.txt -r "requirements/$variant.txt" \
   -r requirements/dev.txt --overrides "requirements/overrides-$variant.txt" ||
   fail "the packages could not be installed (uv's message is above); if it could not fetch, this machine has no" \
     "network: connect it and run the same command again, which keeps what was downloaded"

@@ -76,7 +76,12 @@ def _num_clipped(scored: ScoredRollouts, beta_dpo: float, dpo_clip: float | None
 
 
 def explained_variance(means: Mapping[str, float]) -> float | None:
-    """1 - Var(returns - values) / Var(returns) from the means of `credit_metrics`; None: constant returns."""
+    """1 - Var(returns - values) / Var(returns) from the means of `credit_metrics`.
+
+    None: the returns are constant, or no token was trained (a mean without tokens is left out of `means`).
+    """
+    if "value/return_mean" not in means:
+        return None
     variance = means["value/return_mean_square"] - means["value/return_mean"] ** 2
     if variance <= 0:
         return None

@@ -25,8 +25,6 @@ class DPO:
     D is the difference, chosen minus rejected, of log pi(y|x) - log pi_ref(y|x), summed over the response.
     """
 
-    needs_reference = True
-
     def __init__(self, config: Config) -> None:
         self.config = config
 

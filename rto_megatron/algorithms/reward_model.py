@@ -21,8 +21,6 @@ class Config(BaseModel):
 class RewardModel:
     """L = - log sigmoid(r_chosen - r_rejected [- margin]), mean over pairs."""
 
-    needs_reference = False
-
     def __init__(self, config: Config) -> None:
         self.config = config
 

@@ -99,7 +99,7 @@ def _shapes(roles: "list[Role]", assume: list[str]) -> "dict[str, FoundShape]":
         raise UserError(
             f"--assume {min(unknown)}=...: this stage has the roles {', '.join(r.name for r in roles)}"
         )
-    found = {role.name: find_shape(role.path, assumed.get(role.name)) for role in roles}
+    found = {role.name: find_shape(role.path, assumed.get(role.name), role.name) for role in roles}
     return {name: shape for name, shape in found.items() if shape is not None}
 
 
@@ -115,7 +115,7 @@ def _layout_table(config: "Stage", world_size: int, pool_gpus: int) -> Table:
     from rto_megatron.config.schema import EvaluateStage, PpoStage
 
     plan = plan_batches(config, world_size)
-    parallel, batch = config.parallel, config.batch
+    parallel = config.parallel
     table = Table("", "", title="layout and batch arithmetic", show_header=False)
     table.add_row(
         "trainer ranks",
@@ -125,18 +125,18 @@ def _layout_table(config: "Stage", world_size: int, pool_gpus: int) -> Table:
         where = f"{pool_gpus} GPUs of its own" if pool_gpus else "one server on the CPU"
         table.add_row("inference pool", f"{where}; receives the policy's weights after every step")
     if not isinstance(config, EvaluateStage):
+        table.add_row("steps", str(config.run.steps or "one epoch of the data"))
         table.add_row(
             "optimizer step",
-            f"{batch.train} = {plan.data_parallel} data-parallel ranks x {plan.num_microbatches} micro-batches "
-            f"x {batch.micro} {'pairs' if config.stage in ('reward_model', 'dpo') else 'sequences'}",
+            f"{config.batch.train} = {plan.data_parallel} data-parallel ranks x {plan.num_microbatches} micro-batches "
+            f"x {config.batch.micro} {'pairs' if config.stage in ('reward_model', 'dpo') else 'sequences'}",
         )
     if isinstance(config, PpoStage):
         table.add_row(
             "rollout step",
-            f"{batch.rollout} prompts = {plan.data_parallel} x {plan.rollout_per_rank}; "
+            f"{config.batch.rollout} prompts = {plan.data_parallel} x {plan.rollout_per_rank}; "
             f"{plan.updates_per_rollout} optimizer steps per pass",
         )
-    table.add_row("steps", str(config.run.steps or "one epoch of the data"))
     return table
 
 

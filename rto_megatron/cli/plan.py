@@ -111,7 +111,7 @@ def activation_bytes(config: Stage, shapes: Mapping[str, FoundShape]) -> int:
         length = config.data.max_length
     sequences = config.batch.micro * (1 if isinstance(config, SftStage | PpoStage) else 2)
     tokens = length * sequences
-    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    tensor = config.parallel.tensor
     width = 1 if config.precision.dtype == "bf16" else 2
     peak = 0
     for role in roles_of(config):
@@ -119,15 +119,14 @@ def activation_bytes(config: Stage, shapes: Mapping[str, FoundShape]) -> int:
             continue
         shape = shapes[role.name].shape
         inside_layer = 34 * width * tokens * shape.hidden_size // tensor
-        # 1F1B keeps one micro-batch per pipeline stage in flight on the first stage: layers x pipeline /
-        # pipeline.
+        # The first of P pipeline stages has layers / P, and 1F1B keeps P micro-batches in flight there.
         if config.precision.recompute:
             layers = 2 * width * tokens * shape.hidden_size * shape.num_layers + inside_layer
         else:
             layers = inside_layer * shape.num_layers
         logits = 0 if role.has_value_head else 2 * 4 * tokens * shape.vocab_size // tensor
         peak = max(peak, layers + logits)
-    return peak if pipeline >= 1 else 0
+    return peak
 
 
 def gib(size: float) -> str:

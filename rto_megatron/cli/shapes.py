@@ -34,8 +34,9 @@ KNOWN_SHAPES = {
     "llama-3.2-3b": _llama(28, 3072, 8192, 24, 128, "3.2"),
 }
 
-# Where a model folder, or the run folder of an earlier stage, keeps the Hugging Face configuration.
-_PLACES = (".", "hf", "model")
+# The models of a checkpoint that a role may start from, as engine.source looks for them.
+_SCALAR_ROLES = ("reward", "critic")
+_LANGUAGE_ROLES = ("policy",)
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,17 @@ class FoundShape:
     source: str
 
 
-def find_shape(model: Path, assumed: str | None) -> FoundShape | None:
+def find_shape(model: Path, assumed: str | None, role: str = "policy") -> FoundShape | None:
     """The shape of `model`: its config.json, else `assumed`, else what its name says; else None.
+
+    Args:
+        model: a model folder, an earlier stage's run folder (its last checkpoint counts), or a checkpoint.
+        role: of the stage; critic and reward look for a scalar model, the others for a language model.
 
     Raises:
         UserError: config.json is there and cannot be used, or `assumed` is no embedded shape.
     """
-    folder = _folder_with_config(model)
+    folder = _folder_with_config(model, _SCALAR_ROLES if role in _SCALAR_ROLES else _LANGUAGE_ROLES)
     if folder is not None:
         return FoundShape(read_shape(folder), "config.json")
     if assumed is not None:
@@ -67,22 +72,24 @@ def find_shape(model: Path, assumed: str | None) -> FoundShape | None:
 
 
 def hugging_face_folder(model: Path) -> Path:
-    """The folder of `model` (a model folder or an earlier stage's run folder) that holds its config.json.
+    """The folder with the config.json of language model `model`: a model folder, a run folder or a checkpoint.
 
     Raises:
         UserError: it is not on this machine.
     """
-    folder = _folder_with_config(model)
+    folder = _folder_with_config(model, _LANGUAGE_ROLES)
     if folder is None:
         raise UserError(
-            f"models.policy={model}: no config.json there; run the stage that makes it first, or fetch a "
-            f"hub model with `hf download {model} --local-dir DIR` and name DIR"
+            f"models.policy={model}: no config.json and no checkpoint of a policy there; run the stage that makes "
+            f"it first, or fetch a hub model with `hf download {model} --local-dir DIR` and name DIR"
         )
     return folder
 
 
-def _folder_with_config(model: Path) -> Path | None:
-    folders = (model / place for place in _PLACES)
+def _folder_with_config(model: Path, roles: tuple[str, ...]) -> Path | None:
+    checkpoints = sorted((model / "checkpoints").glob("step_*"))
+    checkpoint = checkpoints[-1] if checkpoints else model
+    folders = (model, *(checkpoint / role / "hf" for role in roles), model / "hf")
     return next((folder for folder in folders if (folder / "config.json").is_file()), None)
 
 

@@ -1,48 +1,30 @@
-"""`rto train`, `rto evaluate` and `rto export`."""
+"""`rto train` and `rto export`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from rto_megatron.cli.options import Overrides, Recipe
 from rto_megatron.errors import UserError
 
-if TYPE_CHECKING:
-    from rto_megatron.config.schema import Stage
-
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this file to `app`."""
     app.command()(train)
-    app.command()(evaluate)
     app.command()(export)
 
 
 def train(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Train one stage (sft, reward_model, dpo, ppo, rto), as one rank; `rto launch` starts all ranks.
+    """Run one stage (sft, reward_model, dpo, ppo, rto, evaluate) as one rank; `rto launch` starts all ranks.
 
     Start it under torchrun or SLURM for more than one rank. A run folder that holds checkpoints is resumed.
     """
-    from rto_megatron.config.load import load_recipe
-
-    _run(load_recipe(recipe, overrides or []))
-
-
-def evaluate(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Sample held-out prompts, score them and measure the KL to the reference; leaves evaluation.json.
-
-    The recipe's stage must be `evaluate`. Start it under torchrun for more than one rank, as `rto train`.
-    """
+    from rto_megatron.config.checks import require_pool
     from rto_megatron.config.load import load_recipe
 
     config = load_recipe(recipe, overrides or [])
-    if config.stage != "evaluate":
-        raise UserError(f"{recipe}: found stage {config.stage}; `rto evaluate` needs the stage evaluate")
-    _run(config)
-
-
-def _run(config: "Stage") -> None:
+    require_pool(config)
     # Loads Megatron, which takes seconds; a mistake in the recipe has been reported before.
     from rto_megatron.trainer.stages import run_stage
 

@@ -11,6 +11,7 @@ from rto_megatron.config.schema import (
     EvaluateStage,
     PpoStage,
     RewardModelStage,
+    RolloutBatchConfig,
     RtoStage,
     SftStage,
     Stage,
@@ -23,8 +24,8 @@ class BatchPlan:
     """Batch arithmetic of one stage; all counts are sequences (pairs for reward model and DPO)."""
 
     data_parallel: int
-    train_per_rank: int
-    num_microbatches: int
+    train_per_rank: int  # 0 where the stage does not train
+    num_microbatches: int  # of an optimizer step; 0 where the stage does not train
     rollout_per_rank: int  # 0 where the stage does not sample
     updates_per_rollout: (
         int  # optimizer steps of one pass over the rollouts; 0 where the stage does not sample
@@ -34,14 +35,16 @@ class BatchPlan:
 def plan_batches(config: Stage, world_size: int) -> BatchPlan:
     """The batch arithmetic of `config` on `world_size` ranks; valid only if `find_problems` found none."""
     data_parallel = world_size // (config.parallel.tensor * config.parallel.pipeline)
+    if isinstance(config, EvaluateStage):
+        return BatchPlan(data_parallel, 0, 0, 0, 0)
     batch = config.batch
-    samples = isinstance(config, PpoStage)
+    rollout = config.batch.rollout if isinstance(config, PpoStage) else 0
     return BatchPlan(
         data_parallel=data_parallel,
         train_per_rank=batch.train // data_parallel,
         num_microbatches=batch.train // data_parallel // batch.micro,
-        rollout_per_rank=batch.rollout // data_parallel if samples else 0,
-        updates_per_rollout=batch.rollout // batch.train if samples else 0,
+        rollout_per_rank=rollout // data_parallel,
+        updates_per_rollout=rollout // batch.train,
     )
 
 
@@ -57,11 +60,6 @@ def find_problems(config: Stage, world_size: int, max_positions: Mapping[str, in
         *_lengths(config, max_positions),
         *_pool_servers(config),
     ]
-
-
-def require_sound(config: Stage, world_size: int, max_positions: Mapping[str, int]) -> None:
-    """Raise UserError with all problems of `find_problems`."""
-    refuse(find_problems(config, world_size, max_positions))
 
 
 def refuse(problems: Iterable[str]) -> None:
@@ -91,9 +89,9 @@ def _layout(config: Stage, world_size: int) -> list[str]:
 
 
 def _batches(config: Stage, data_parallel: int) -> list[str]:
-    batch = config.batch
     if isinstance(config, EvaluateStage):
         return []
+    batch = config.batch
     problems = []
     step = batch.micro * data_parallel
     if batch.train % step:
@@ -104,12 +102,17 @@ def _batches(config: Stage, data_parallel: int) -> list[str]:
             f"{batch.micro} x {data_parallel} = {step}, so {batch.train // step} whole micro-batches "
             f"come out; set batch.train to {nearest}"
         )
-    if isinstance(config, PpoStage) and batch.rollout % data_parallel:
+    return problems + (_rollouts(config.batch, data_parallel) if isinstance(config, PpoStage) else [])
+
+
+def _rollouts(batch: RolloutBatchConfig, data_parallel: int) -> list[str]:
+    problems = []
+    if batch.rollout % data_parallel:
         problems.append(
             f"batch.rollout={batch.rollout} is not a multiple of the {data_parallel} data-parallel ranks; "
             f"set batch.rollout to {(batch.rollout // data_parallel + 1) * data_parallel}"
         )
-    if isinstance(config, PpoStage) and batch.rollout % batch.train:
+    if batch.rollout % batch.train:
         problems.append(
             f"batch.rollout={batch.rollout} is not a multiple of batch.train={batch.train}, so "
             f"{batch.rollout // batch.train} whole updates come out of a rollout step; "
@@ -160,10 +163,9 @@ def _models(config: Stage) -> list[str]:
 
 
 def _lengths(config: Stage, max_positions: Mapping[str, int]) -> list[str]:
-    data = config.data
     problems = []
     if isinstance(config, PpoStage | EvaluateStage):
-        sampling = config.sampling
+        data, sampling = config.data, config.sampling
         longest = data.max_prompt_tokens + sampling.max_response_tokens
         keys = "data.max_prompt_tokens + sampling.max_response_tokens"
         if sampling.min_response_tokens > sampling.max_response_tokens:
@@ -172,17 +174,28 @@ def _lengths(config: Stage, max_positions: Mapping[str, int]) -> list[str]:
                 f"sampling.max_response_tokens={sampling.max_response_tokens}"
             )
     else:
-        longest, keys = data.max_length, "data.max_length"
-        if data.max_prompt_tokens >= data.max_length:
+        longest, keys = config.data.max_length, "data.max_length"
+        if config.data.max_prompt_tokens >= longest:
             problems.append(
-                f"data.max_prompt_tokens={data.max_prompt_tokens} leaves no room for an answer within "
-                f"data.max_length={data.max_length}; lower the first or raise the second"
+                f"data.max_prompt_tokens={config.data.max_prompt_tokens} leaves no room for an answer within "
+                f"data.max_length={longest}; lower the first or raise the second"
             )
-    return problems + [
-        f"{keys} = {longest} tokens, but models.{role} reads at most {limit} (max_position_embeddings)"
-        for role, limit in max_positions.items()
-        if longest > limit
-    ]
+    for role, limit in max_positions.items():
+        appended = 1 if role == "reward" and _appends_end(config) else 0
+        if longest + appended > limit:
+            end = " + 1 for the end-of-sequence behind a cut response" if appended else ""
+            problems.append(
+                f"{keys}{end} = {longest + appended} tokens, but models.{role} reads at most {limit} "
+                "(max_position_embeddings)"
+            )
+    return problems
+
+
+def _appends_end(config: Stage) -> bool:
+    """Whether the reward model reads one token more than was sampled (algorithms.termination)."""
+    if isinstance(config, PpoStage):
+        return config.algorithm.truncated != "compat"
+    return isinstance(config, EvaluateStage)
 
 
 def _pool_servers(config: Stage) -> list[str]:

@@ -8,6 +8,8 @@ from pathlib import Path
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
+from rto_megatron.config.schema import STAGES
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -39,6 +41,9 @@ def describe(error: ErrorDetails, stage: type[BaseModel], origin: Origin) -> str
     if error["type"] == "missing":
         return f"{place}: {key}: is missing; {_allowed(parent, names[-1])}"
     if error["type"] == "extra_forbidden":
+        readers = [name for name, other in STAGES.items() if _has(other, names)]
+        if readers:
+            return f"{place}: {key}: found {_short(error['input'])}; only the stages {', '.join(readers)} read it"
         siblings = list(parent.model_fields)
         prefix = ".".join(names[:-1])
         hint = suggestion(names[-1], siblings, prefix) or _elsewhere(names[-1], stage)
@@ -78,6 +83,14 @@ def _section(stage: type[BaseModel], names: list[str]) -> type[BaseModel]:
             break
         section = field.annotation
     return section
+
+
+def _has(section: type[BaseModel], names: list[str]) -> bool:
+    field = section.model_fields.get(names[0])
+    if field is None or len(names) == 1:
+        return field is not None
+    kind = field.annotation
+    return isinstance(kind, type) and issubclass(kind, BaseModel) and _has(kind, names[1:])
 
 
 def _allowed(section: type[BaseModel], name: str) -> str:

@@ -1,7 +1,8 @@
 """The configuration of a run: a frozen pydantic tree that refuses unknown keys. Defaults: the paper (App. D).
 
 A recipe is a YAML file with these keys; `config.load` reads it, applies dotted overrides and reports all
-errors at once.
+errors at once. A stage has the keys that it reads and no others: sections that differ by stage are classes
+of their own.
 Off is `null`, never a magic number; 0 means zero.
 """
 
@@ -20,10 +21,15 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
-    """Where the run lives and how long it lasts."""
+    """Where the run lives."""
 
     dir: Path = Field(description="run folder: configuration, checkpoints, metrics and exports go here")
     seed: int = 42
+
+
+class TrainRunConfig(RunConfig):
+    """How long a training stage lasts and what it leaves."""
+
     steps: int | None = Field(
         default=None,
         ge=1,
@@ -33,9 +39,19 @@ class RunConfig(Section):
         default=None, ge=1, description="steps between checkpoints; null: only at the end"
     )
     keep_checkpoints: int = Field(default=2, ge=1)
+
+
+class OfflineRunConfig(TrainRunConfig):
+    """SFT, reward model and DPO evaluate on held-out data."""
+
     eval_every: int | None = Field(
         default=None, ge=1, description="steps between evaluations on eval data; null: only at the end"
     )
+
+
+class RolloutRunConfig(TrainRunConfig):
+    """PPO and RTO show what they sample."""
+
     samples_every: int | None = Field(
         default=None, ge=1, description="steps between tables of sample completions; null: none"
     )
@@ -47,15 +63,25 @@ class ParallelConfig(Section):
     tensor: int = Field(default=1, ge=1)
     pipeline: int = Field(default=1, ge=1)
     sequence: bool = Field(default=False, description="Megatron sequence parallelism over the tensor ranks")
+
+
+class TrainParallelConfig(ParallelConfig):
+    """The layout of optimizers too."""
+
     distributed_optimizer: bool = Field(
         default=False, description="shard optimizer state over data-parallel ranks"
     )
 
 
-class PrecisionConfig(Section):
-    """bf16 keeps fp32 master weights and accumulates gradients in fp32; log-softmax is always fp32."""
+class FrozenPrecisionConfig(Section):
+    """Of forwards; log-softmax is always fp32."""
 
     dtype: Literal["fp32", "bf16"] = "bf16"
+
+
+class PrecisionConfig(FrozenPrecisionConfig):
+    """bf16 keeps fp32 master weights and accumulates gradients in fp32."""
+
     recompute: bool = Field(
         default=False, description="recompute activations of every layer in the backward pass"
     )
@@ -77,29 +103,61 @@ class ModelsConfig(Section):
 
 
 class DataConfig(Section):
-    """Local .jsonl, .jsonl.gz or .parquet files, or a hub data set as `owner/name:split`."""
+    """Data are local .jsonl, .jsonl.gz or .parquet files, or a hub data set as `owner/name:split`."""
 
-    train: str
-    eval: str | None = None
-    eval_samples: int | None = Field(default=None, ge=1, description="rows of `eval` to use; null: all")
     max_prompt_tokens: int = Field(default=1024, ge=1)
-    max_length: int = Field(
-        default=2048, ge=2, description="prompt and answer of SFT, reward-model and DPO examples"
-    )
     overlong: Literal["error", "drop", "truncate_left"] = Field(
         default="drop", description="what happens to a prompt over the limit; drops are counted and logged"
     )
 
 
+class ExampleDataConfig(DataConfig):
+    """Prompts with answers: SFT, reward model and DPO."""
+
+    train: str = Field(min_length=1)
+    eval: str | None = Field(default=None, min_length=1)
+    eval_samples: int | None = Field(default=None, ge=1, description="rows of `eval` to use; null: all")
+    max_length: int = Field(default=2048, ge=2, description="prompt and answer, in tokens")
+
+
+class PromptDataConfig(DataConfig):
+    """Prompts of PPO and RTO."""
+
+    train: str = Field(min_length=1)
+
+
+class EvaluateDataConfig(DataConfig):
+    """Prompts that no stage trains on."""
+
+    eval: str = Field(min_length=1, description="held-out prompts")
+    eval_samples: int | None = Field(default=None, ge=1, description="rows of `eval` to use; null: all")
+
+
 class BatchConfig(Section):
     """Batch arithmetic; all counts are sequences (pairs for reward model and DPO)."""
 
-    train: int = Field(default=128, ge=1, description="global batch of one optimizer step")
     micro: int = Field(default=1, ge=1, description="sequences or pairs per forward on one rank")
-    rollout: int = Field(default=1024, ge=1, description="prompts per rollout step, all ranks (PPO, RTO)")
     packed: bool = Field(
         default=True, description="pack a micro-batch without padding; false: right-padded rows"
     )
+
+
+class TrainBatchConfig(BatchConfig):
+    """Of a stage with an optimizer."""
+
+    train: int = Field(default=128, ge=1, description="global batch of one optimizer step")
+
+
+class DpoBatchConfig(TrainBatchConfig):
+    """The paper's DPO has a batch of its own."""
+
+    train: int = Field(default=256, ge=1, description="global batch of one optimizer step, in pairs")
+
+
+class RolloutBatchConfig(TrainBatchConfig):
+    """Of PPO and RTO."""
+
+    rollout: int = Field(default=1024, ge=1, description="prompts per rollout step, all ranks")
 
 
 class OptimizerConfig(Section):
@@ -143,7 +201,7 @@ class RolloutConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """`rto evaluate`: sample held-out prompts, score them and measure the distance to the reference."""
+    """The stage `evaluate`: sample held-out prompts, score them and measure the distance to the reference."""
 
     name: str = Field(description="row of the final table")
     true_reward: Path | None = Field(
@@ -157,36 +215,49 @@ class StageConfig(Section):
 
     run: RunConfig
     parallel: ParallelConfig = ParallelConfig()
-    precision: PrecisionConfig = PrecisionConfig()
+    precision: FrozenPrecisionConfig = FrozenPrecisionConfig()
     models: ModelsConfig
     data: DataConfig
 
 
-class SftStage(StageConfig):
-    stage: Literal["sft"]
-    batch: BatchConfig = BatchConfig()
+class TrainStage(StageConfig):
+    """What every stage with an optimizer has."""
+
+    run: TrainRunConfig
+    parallel: TrainParallelConfig = TrainParallelConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    batch: TrainBatchConfig = TrainBatchConfig()
     optimizer: OptimizerConfig
+
+
+class OfflineStage(TrainStage):
+    """SFT, reward model, DPO."""
+
+    run: OfflineRunConfig
+    data: ExampleDataConfig
+
+
+class SftStage(OfflineStage):
+    stage: Literal["sft"]
     algorithm: sft.Config = sft.Config()
 
 
-class RewardModelStage(StageConfig):
+class RewardModelStage(OfflineStage):
     stage: Literal["reward_model"]
-    batch: BatchConfig = BatchConfig()
-    optimizer: OptimizerConfig
     algorithm: reward_model.Config = reward_model.Config()
 
 
-class DpoStage(StageConfig):
+class DpoStage(OfflineStage):
     stage: Literal["dpo"]
-    batch: BatchConfig = BatchConfig(train=256)
-    optimizer: OptimizerConfig
+    batch: DpoBatchConfig = DpoBatchConfig()
     algorithm: dpo.Config = dpo.Config()
 
 
-class PpoStage(StageConfig):
+class PpoStage(TrainStage):
     stage: Literal["ppo"]
-    batch: BatchConfig = BatchConfig()
-    optimizer: OptimizerConfig
+    run: RolloutRunConfig
+    data: PromptDataConfig
+    batch: RolloutBatchConfig = RolloutBatchConfig()
     critic_optimizer: OptimizerConfig
     sampling: SamplingConfig = SamplingConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -200,6 +271,7 @@ class RtoStage(PpoStage):
 
 class EvaluateStage(StageConfig):
     stage: Literal["evaluate"]
+    data: EvaluateDataConfig
     batch: BatchConfig = BatchConfig()
     sampling: SamplingConfig = SamplingConfig()
     rollout: RolloutConfig = RolloutConfig()

@@ -187,12 +187,6 @@ def pair_microbatches(
     return microbatches
 
 
-def sum_per_sequence(values_T: Tensor, batch: TokenBatch) -> Tensor:
-    """Sum over the positions of each real sequence, [S]; padding segments are left out."""
-    spans = zip(batch.cu_seqlens, batch.last_positions, strict=False)
-    return torch.stack([values_T[start : last + 1].sum() for start, last in spans])
-
-
 def rollout_batches(rollouts: Sequence[Rollout], layout: Layout) -> list[TokenBatch]:
     """Token batches of prompts with their responses, in order, for the forwards that score rollouts."""
     return [

@@ -138,6 +138,15 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         UserError: no such folder or no tokenizer in it, no chat template, or no end-of-sequence token.
     """
+    tokenizer = _load(folder)
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"the tokenizer in {folder} has no chat template; add chat_template to its tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def _load(folder: Path) -> PreTrainedTokenizerBase:
     if not folder.is_dir():
         raise UserError(f"tokenizer folder {folder} does not exist; give a Hugging Face model folder")
     try:
@@ -147,10 +156,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"no tokenizer could be loaded from {folder} ({error}); "
             "the folder needs tokenizer.json and tokenizer_config.json"
         ) from error
-    if tokenizer.chat_template is None:
-        raise UserError(
-            f"the tokenizer in {folder} has no chat template; add chat_template to its tokenizer_config.json"
-        )
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer in {folder} has no end-of-sequence token; "
@@ -176,4 +181,29 @@ def tokenizer_fingerprint(folder: Path) -> str:
         "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "chat_template": tokenizer.chat_template,
     }
+    return _sha256(identity)
+
+
+def encoding_fingerprint(folder: Path) -> str:
+    """sha256 over what two models must share to exchange ids: pieces, merges and the end-of-sequence id.
+
+    The chat template and the names of added tokens may differ, and there may be no template at all: only the
+    policy's tokenizer turns text into ids.
+
+    Raises:
+        UserError: no such folder or no tokenizer in it, or no end-of-sequence token.
+    """
+    tokenizer = _load(folder)
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    added_ids = {token["id"] for token in state["added_tokens"]}
+    pieces = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+    identity = {
+        "pieces": {piece: number for piece, number in pieces.items() if number not in added_ids},
+        "merges": state["model"].get("merges", []),
+        "eos_id": tokenizer.eos_token_id,
+    }
+    return _sha256(identity)
+
+
+def _sha256(identity: dict[str, object]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

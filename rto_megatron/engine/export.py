@@ -71,4 +71,6 @@ def _write_config(path: Path, model: Model) -> None:
     config["dtype"] = str(model.module.config.params_dtype).removeprefix("torch.")
     if model.has_scalar_head:
         config.update(num_labels=1, id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0})
+        if "value_head_prefix" in config:  # where OpenRLHF looks for the head
+            config["value_head_prefix"] = "score"
     path.write_text(json.dumps(config, indent=2))

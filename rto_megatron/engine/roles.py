@@ -8,6 +8,7 @@ from rto_megatron.engine.megatron import FrozenModel, TrainedModel, ValueScale, 
 from rto_megatron.engine.optimizer import build_optimizer, wrap_for_training
 from rto_megatron.engine.source import WeightSource
 from rto_megatron.engine.weights import load_hf_tensors, random_reader, safetensors_reader
+from rto_megatron.errors import UserError
 from rto_megatron.models.build import build_model, transformer_config
 from rto_megatron.parallel.topology import Topology
 
@@ -65,8 +66,13 @@ def _load(model: FrozenModel, source: WeightSource, seed: int, is_head_fresh: bo
     if source.kind == "checkpoint":
         load_weights(source.path, model, seed if is_head_fresh else None)
         return
-    if source.kind == "random":
-        read = random_reader(seed, model.shape.init_std)
-    else:
-        read = safetensors_reader(source.path, seed if is_head_fresh else None)
-    load_hf_tensors(model.module, model.shape, model.has_scalar_head, model.topology, read)
+    error = None
+    try:
+        if source.kind == "random":
+            read = random_reader(seed, model.shape.init_std)
+        else:
+            read = safetensors_reader(source.path, seed if is_head_fresh else None)
+        load_hf_tensors(model.module, model.shape, model.has_scalar_head, model.topology, read)
+    except UserError as failure:  # one rank's share of the tensors may lie in the only damaged file
+        error = str(failure)
+    model.topology.raise_together(error)

@@ -29,9 +29,17 @@ class WeightSource:
         return read_shape(self.hf_folder)
 
     def scale(self) -> ValueScale:
-        """Mean and std of the reward model's scores; 0 and 1 where config.json has none (rto.md 1.5)."""
+        """Mean and std of the reward model's scores; 0 and 1 where config.json has none."""
+        mean, std = self._mean_and_std()
+        return ValueScale(0.0 if mean is None else float(mean), 1.0 if std is None else float(std))
+
+    def has_scale(self) -> bool:
+        """True if config.json has both; without them scores and values are used as the head gives them."""
+        return None not in self._mean_and_std()
+
+    def _mean_and_std(self) -> tuple[float | None, float | None]:
         config = json.loads((self.hf_folder / "config.json").read_text())
-        return ValueScale(float(config.get("mean", 0.0)), float(config.get("std", 1.0)))
+        return config.get("mean"), config.get("std")
 
 
 def find_source(path: Path, has_scalar_head: bool, is_random: bool, key: str) -> WeightSource:

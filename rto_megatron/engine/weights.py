@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rto_megatron.errors import UserError
@@ -17,6 +17,7 @@ from rto_megatron.models.weight_map import MappedParameter
 from rto_megatron.parallel.topology import Topology
 
 TensorReader = Callable[[str, tuple[int, ...]], Tensor]  # (Hugging Face name, expected shape) -> tensor
+_HEAD = "score.weight"
 
 
 def parameter_map(shape: ModelShape, has_scalar_head: bool) -> tuple[MappedParameter, ...]:
@@ -72,41 +73,76 @@ def stage_hf_tensors(
 
 
 def safetensors_reader(folder: Path, scalar_head_seed: int | None = None) -> TensorReader:
-    """Reads single tensors of a Hugging Face folder.
+    """Reads single tensors of a Hugging Face folder; the scalar head may have the name that OpenRLHF gives it.
 
     Args:
         folder: holds model.safetensors or model.safetensors.index.json.
         scalar_head_seed: draw a fresh scalar head where the folder has none; null: a missing head is an error.
 
     Raises:
-        UserError: no safetensors, a missing tensor or a wrong shape.
+        UserError: no safetensors, a damaged or missing file, a missing tensor or a wrong shape.
     """
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        files: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    elif single.is_file():
-        with safe_open(single, "pt") as opened:
-            files = dict.fromkeys(opened.keys(), single.name)
-    else:
-        raise UserError(
-            f"{folder} has neither {single.name} nor {index.name}; expected a Hugging Face folder with safetensors"
-        )
+    files = _tensor_files(folder)
+    stored_name = {} if _HEAD in files else _head_alias(folder, files)
     draw = None if scalar_head_seed is None else random_reader(scalar_head_seed, init_std=0.0)
 
     def read(name: str, size: tuple[int, ...]) -> Tensor:
-        if name not in files:
-            if name == "score.weight" and draw is not None:
+        stored = stored_name.get(name, name)
+        if stored not in files:
+            if name == _HEAD and draw is not None:
                 return draw(name, size)
             raise UserError(
                 f"{folder} has no tensor {name}; found {len(files)} tensors, e.g. {sorted(files)[:3]}"
             )
-        with safe_open(folder / Path(files[name]).name, "pt") as opened:
-            tensor = opened.get_tensor(name)
+        try:
+            with safe_open(folder / files[stored], "pt") as opened:
+                tensor = opened.get_tensor(stored)
+        except (SafetensorError, OSError) as error:
+            raise _unreadable(folder / files[stored], error) from error
         if tuple(tensor.shape) != size:
             raise UserError(f"{folder}: {name} has shape {tuple(tensor.shape)}, config.json says {size}")
         return tensor
 
     return read
+
+
+def _tensor_files(folder: Path) -> dict[str, str]:
+    """Tensor name -> name of its file in `folder`."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        try:
+            files = json.loads(index.read_text())["weight_map"]
+            names = {str(tensor): str(file) for tensor, file in files.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _unreadable(index, error) from error
+        outside = sorted({file for file in names.values() if Path(file).name != file})
+        if outside:
+            raise UserError(
+                f"{index} names files outside its folder: {outside[:3]}; expected plain file names"
+            )
+        return names
+    if not single.is_file():
+        raise UserError(
+            f"{folder} has neither {single.name} nor {index.name}; expected a Hugging Face folder with safetensors"
+        )
+    try:
+        with safe_open(single, "pt") as opened:
+            return dict.fromkeys(opened.keys(), single.name)
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(single, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{path} is missing or damaged ({type(error).__name__}: {error}); fetch or export the model again"
+    )
+
+
+def _head_alias(folder: Path, files: Collection[str]) -> dict[str, str]:
+    """OpenRLHF keeps the prefix of its reward models' head in config.json; released ones have `value_head`."""
+    prefix = json.loads((folder / "config.json").read_text()).get("value_head_prefix", "value_head")
+    alias = f"{prefix}.weight"
+    return {_HEAD: alias} if alias in files else {}
 
 
 def random_reader(seed: int, init_std: float) -> TensorReader:
@@ -118,7 +154,7 @@ def random_reader(seed: int, init_std: float) -> TensorReader:
     def read(name: str, size: tuple[int, ...]) -> Tensor:
         if name.endswith("norm.weight"):
             return torch.ones(size)
-        std = 1.0 / (size[-1] + 1) if name == "score.weight" else init_std
+        std = 1.0 / (size[-1] + 1) if name == _HEAD else init_std
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         return torch.randn(size, generator=generator) * std

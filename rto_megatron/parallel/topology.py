@@ -98,16 +98,12 @@ class Topology:
         """True where logits and values come out."""
         return self.pipeline_rank == self.pipeline_size - 1
 
-    def tensor_group(self) -> dist.ProcessGroup:
-        """Ranks that share one layer's shards."""
-        return mpu.get_tensor_model_parallel_group()
-
     def data_group(self) -> dist.ProcessGroup:
         """Ranks that hold the same shard in every replica."""
         return mpu.get_data_parallel_group()
 
     def dp_sum(self, tensor: Tensor) -> Tensor:
-        """Sum over replicas, a new tensor; every rank must call it."""
+        """Sum over replicas, leaving `tensor` as it is; every rank must call it."""
         if self.data_size == 1:
             return tensor
         total = tensor.clone()

@@ -1,21 +1,24 @@
-"""`rto evaluate`: samples held-out prompts from the pool and measures what the final table shows."""
+"""The evaluate stage: samples held-out prompts from the pool and measures what the final table shows."""
 
 from collections.abc import Sequence
 from itertools import batched
+from pathlib import Path
 
 from rto_megatron.algorithms.termination import TruncationPolicy
 from rto_megatron.config import schema
 from rto_megatron.data.loader import load_prompts
 from rto_megatron.data.packing import response_mask, rollout_batches, rollout_grid
-from rto_megatron.data.synthetic import TrueReward
+from rto_megatron.data.tokenizer import tokenizer_fingerprint
+from rto_megatron.data.true_reward import TrueReward
 from rto_megatron.engine.roles import build_frozen
+from rto_megatron.errors import UserError
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.trainer.pool import connect_pool, open_push
 from rto_megatron.trainer.report.evaluation import Estimate, Evaluation, estimate, save_evaluation
 from rto_megatron.trainer.report.progress import say
 from rto_megatron.trainer.rollouts import reward_scores, sample
 from rto_megatron.trainer.rto import sampling
-from rto_megatron.trainer.setup import prepare_stage
+from rto_megatron.trainer.setup import Setup, prepare_stage
 
 _AS_SAMPLED: TruncationPolicy = (
     "mask"  # nothing is overwritten; the reward model reads an appended end-of-sequence
@@ -23,14 +26,23 @@ _AS_SAMPLED: TruncationPolicy = (
 
 
 def evaluate(config: schema.EvaluateStage, topology: Topology) -> None:
-    """Writes <run>/evaluation.json: true return, score, KL to the reference and length, per prompt, then averaged."""
+    """Writes <run>/evaluation.json: true return, score, KL to the reference and length, per prompt, then averaged.
+
+    Raises:
+        UserError: on every rank, before anything is sampled, when the true reward is missing or of another
+            tokenizer, or a replica would have no prompt.
+    """
     setup = prepare_stage(config, topology)
+    table = _true_reward(config.evaluate.true_reward, setup)
     policy = build_frozen("policy", setup.sources["policy"], False, config.precision, topology)
     reference = build_frozen("reference", setup.sources["reference"], False, config.precision, topology)
-    loaded = load_prompts(
-        config.data.eval or config.data.train, setup.tokenizer, setup.limits, config.data.eval_samples
-    )
+    loaded = load_prompts(config.data.eval, setup.tokenizer, setup.limits, config.data.eval_samples)
     say(loaded.report.summary(), topology.is_lead)
+    if len(loaded.items) < topology.data_size:
+        raise UserError(
+            f"{len(loaded.items)} prompts cannot be shared by {topology.data_size} replicas; raise "
+            f"data.eval_samples, name more prompts, or start fewer ranks"
+        )
     engine = connect_pool(config.rollout, topology)
     push = open_push(config.rollout, policy)
     push(0)
@@ -51,8 +63,7 @@ def evaluate(config: schema.EvaluateStage, topology: Topology) -> None:
     if "reward" in setup.sources:
         reward = build_frozen("reward", setup.sources["reward"], True, config.precision, topology)
         values["score"] = reward_scores(rollouts, reward, setup.layout, setup.eos_id, _AS_SAMPLED).tolist()
-    if config.evaluate.true_reward is not None:
-        table = TrueReward.load(config.evaluate.true_reward)
+    if table is not None:
         values["true_return"] = [table.returns(r.prompt_ids, r.response_ids) for r in rollouts]
     estimates = {name: _over_prompts(samples, count, topology) for name, samples in values.items()}
     evaluation = Evaluation(
@@ -71,6 +82,20 @@ def evaluate(config: schema.EvaluateStage, topology: Topology) -> None:
             True,
         )
     topology.barrier()
+
+
+def _true_reward(path: Path | None, setup: Setup) -> TrueReward | None:
+    """The table of the true reward, in the ids of the policy's tokenizer."""
+    if path is None:
+        return None
+    table = TrueReward.load(path)
+    folder = setup.sources["policy"].hf_folder
+    if tokenizer_fingerprint(folder) != table.tokenizer_fingerprint:
+        raise UserError(
+            f"evaluate.true_reward: {path} was written for another tokenizer than the one in {folder}; name the "
+            f"table of the task that the policy was trained on"
+        )
+    return table
 
 
 def _over_prompts(samples: Sequence[float], per_prompt: int, topology: Topology) -> Estimate:

@@ -34,7 +34,10 @@ class Task:
 
     role: str  # of the trained model in checkpoints
     load: Callable[..., Loaded[Demonstration] | Loaded[PreferencePair]]
-    microbatches: Callable[[Sequence[Example]], list[Microbatch]]
+    size: Callable[[Sequence[Example]], int]  # response tokens or pairs: what a loss is divided by
+    microbatches: Callable[
+        [Sequence[Example], int], list[Microbatch]
+    ]  # of a share, given the size of the whole
     loss: Callable[[Tensor, Microbatch], LossOutput]
 
 
@@ -72,7 +75,9 @@ def train_offline(config: OfflineStage, topology: Topology) -> None:
             [e.id for e in examples[at : at + config.batch.micro]]
             for at in range(0, len(examples), config.batch.micro)
         ]
-        run.record(model.step(task.microbatches(examples), task.loss, names, lr))
+        own = torch.tensor(float(task.size(examples)), device=topology.device.torch_device)
+        microbatches = task.microbatches(examples, int(topology.dp_sum(own)))
+        run.record(model.step(microbatches, task.loss, names, lr))
         evaluation: dict[str, float] = {}
         if held_out and (
             run.is_due(config.run.eval_every, step + 1) or (is_reward and run.is_saved(step + 1))
@@ -89,14 +94,19 @@ def train_offline(config: OfflineStage, topology: Topology) -> None:
 def evaluate(
     model: TrainedModel, task: Task, examples: Sequence[Example], topology: Topology
 ) -> dict[str, float]:
-    """Means of the loss's metrics over held-out examples, without gradients; all ranks must call it."""
+    """Means of the loss's metrics over held-out examples, without gradients; all ranks must call it.
+
+    Args:
+        examples: all of them; a replica takes its share, which is empty when there are fewer than replicas.
+    """
     total: Metrics = {}
     own = examples[topology.data_rank :: topology.data_size]
-    with torch.no_grad():
-        microbatches = task.microbatches(own) if own else []
-        outputs = model.token_outputs([m.batch for m in microbatches]) if own else []
-        for output, microbatch in zip(outputs, microbatches, strict=True):
-            total = add(total, task.loss(output, microbatch).metrics)
+    if own:
+        microbatches = task.microbatches(own, task.size(examples))
+        outputs = model.token_outputs([m.batch for m in microbatches])
+        with torch.no_grad():
+            for output, microbatch in zip(outputs, microbatches, strict=True):
+                total = add(total, task.loss(output, microbatch).metrics)
     return reduce_over_replicas(total, topology)
 
 
@@ -116,23 +126,23 @@ def _load(task: Task, name: str, max_rows: int | None, setup: Setup) -> list[Exa
 
 def _task(config: OfflineStage, role: str, setup: Setup, reference: FrozenModel | None) -> Task:
     algorithm = ALGORITHMS[config.stage](config.algorithm)
-    topology, layout = setup.topology, setup.layout
+    layout = setup.layout
 
-    def supervised(examples: Sequence[Demonstration]) -> list[Microbatch]:
-        own = torch.tensor(float(sum(len(e.response_ids) for e in examples)), device=layout.device)
-        return supervised_microbatches(examples, int(topology.dp_sum(own)), layout)
+    def num_targets(examples: Sequence[Demonstration]) -> int:
+        return sum(len(e.response_ids) for e in examples)
 
-    def pairs(examples: Sequence[PreferencePair]) -> list[Microbatch]:
-        own = torch.tensor(float(len(examples)), device=layout.device)
-        num_pairs = int(topology.dp_sum(own))
+    def supervised(examples: Sequence[Demonstration], num_target_tokens: int) -> list[Microbatch]:
+        return supervised_microbatches(examples, num_target_tokens, layout)
+
+    def pairs(examples: Sequence[PreferencePair], num_pairs: int) -> list[Microbatch]:
         logp_ref_G2 = torch.zeros(len(examples), 2, device=layout.device)
         if reference is not None:
             logp_ref_G2 = reference_logprobs(reference, examples, layout)
         return pair_microbatches(examples, logp_ref_G2, num_pairs, layout)
 
     if isinstance(config, schema.SftStage):
-        return Task(role, load_demonstrations, supervised, algorithm.loss)
-    return Task(role, load_pairs, pairs, algorithm.loss)
+        return Task(role, load_demonstrations, num_targets, supervised, algorithm.loss)
+    return Task(role, load_pairs, len, pairs, algorithm.loss)
 
 
 def reference_logprobs(reference: FrozenModel, pairs: Sequence[PreferencePair], layout: Layout) -> Tensor:

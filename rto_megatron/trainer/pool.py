@@ -1,5 +1,10 @@
 """The inference pool as a trainer rank sees it: replica leads sample, every rank takes part in a push."""
 
+import os
+import socket
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
 from rto_megatron.config import schema
 from rto_megatron.data.packing import token_batch
 from rto_megatron.engine.megatron import Model
@@ -9,6 +14,7 @@ from rto_megatron.rollout.gate import read_token
 from rto_megatron.rollout.vllm_pool import VllmPool
 from rto_megatron.weight_sync.source import PolicySource
 from rto_megatron.weight_sync.sync import Synchronise, SyncPlace, WeightSync, canary_token_ids
+from rto_megatron.weight_sync.transport import LOOPBACK
 
 
 def connect_pool(config: schema.RolloutConfig, topology: Topology) -> VllmPool | None:
@@ -75,6 +81,30 @@ class PolicyPush:
         self._sync.close()
 
 
+def meeting_host(servers: Sequence[str]) -> str:
+    """The address at which senders and pool meet: loopback when all of them are on this machine.
+
+    Otherwise it is this machine's address on the way to the first server, or to the first trainer machine, that
+    is elsewhere.
+    """
+    elsewhere = [host for host in map(_host, servers) if not _is_loopback(host)]
+    if os.environ.get("LOCAL_WORLD_SIZE", "1") != os.environ.get("WORLD_SIZE", "1"):
+        elsewhere.append(os.environ["MASTER_ADDR"])
+    if not elsewhere:
+        return LOOPBACK
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((elsewhere[0], 9))  # picks the route, sends nothing
+        return str(probe.getsockname()[0])
+
+
+def _host(server: str) -> str:
+    return urlsplit(server).hostname or server
+
+
+def _is_loopback(host: str) -> bool:
+    return host == "localhost" or host.startswith("127.")
+
+
 def open_push(config: schema.RolloutConfig, policy: Model) -> PolicyPush:
     """The pushes of one policy; all ranks must call it."""
     topology = policy.topology
@@ -96,5 +126,6 @@ def open_push(config: schema.RolloutConfig, policy: Model) -> PolicyPush:
         bucket_bytes=config.bucket_mb << 20,
         timeout_s=config.sync_timeout_s,
         together=Synchronise(all_raise=topology.raise_together, broadcast=broadcast),
+        host=meeting_host(config.servers),
     )
     return PolicyPush(policy, sync, config.logprob_tolerance)

@@ -152,8 +152,12 @@ def reward_scores(
     return torch.cat([v[list(b.last_positions)] for v, b in zip(values, batches, strict=True)])
 
 
-def pool_gap(scored: ScoredRollouts, sampled: Sequence[Rollout]) -> dict[str, tuple[float, float]]:
-    """Difference between the pool's log-probs of what it sampled and ours, as (sum, count) and a maximum, in nats.
+def pool_gap(
+    scored: ScoredRollouts, sampled: Sequence[Rollout], topology: Topology
+) -> dict[str, tuple[float, float]]:
+    """Difference between the pool's log-probs of what it sampled and ours, in nats; all ranks must call this.
+
+    The mean is this replica's (sum, count); the maximum is over all replicas.
 
     Tokens that the truncation policy overwrote are left out: the pool never sampled them.
     """
@@ -169,4 +173,5 @@ def pool_gap(scored: ScoredRollouts, sampled: Sequence[Rollout]) -> dict[str, tu
                     count + 1,
                     max(largest, abs(theirs - mine)),
                 )
-    return {"pool/logprob_gap_mean": (total, count), "pool/logprob_gap_max": (largest, 1)}
+    everywhere = [float(str(value)) for value in topology.gather_json(largest)]
+    return {"pool/logprob_gap_mean": (total, count), "pool/logprob_gap_max": (max(everywhere), 1)}

@@ -52,25 +52,24 @@ def train_rto(config: schema.PpoStage, topology: Topology, sampler: Sampler | No
         connect_pool(config.rollout, topology), open_push(config.rollout, roles.policy)
     )
 
-    sampler.push(run.step)
     for step in run.steps():
-        # 1. y ~ pi_old(. | x), from the pool that holds exactly this step's weights
+        # 1. pi_old <- pi_theta, proved; the step before is saved by now, whatever becomes of the pool
+        with run.timed("push"):
+            times = sampler.push(step)
+        # 2. y ~ pi_old(. | x), from the pool that holds exactly this step's weights
         with run.timed("sample"):
             batch = prompts.next_batch()
             sampled = sample(topology, sampler.engine, batch, sampling(config, setup, step), version=step)
         rollouts = close_rollouts(sampled, setup.eos_id, config.algorithm.truncated)
-        # 2. every model's opinion, without gradients
+        # 3. every model's opinion, without gradients
         with run.timed("score"):
             scored = score(rollouts, roles, setup.layout, setup.eos_id, config.algorithm.truncated)
-        # 3. token rewards, then advantages
+        # 4. token rewards, then advantages
         experience = algorithm.credit(scored, kl.coef, topology.dp_sum)
-        run.record({**algorithm.credit_metrics(scored, experience), **pool_gap(scored, sampled)})
-        # 4. PPO epochs
+        run.record({**algorithm.credit_metrics(scored, experience), **pool_gap(scored, sampled, topology)})
+        # 5. PPO epochs
         with run.timed("update"):
             lrs = update(config, run, roles, algorithm, experience, setup)
-        # 5. pi_old <- pi_theta, proved
-        with run.timed("push"):
-            times = sampler.push(step + 1)
         means = run.log({**lrs, **times, "objective/kl_coef": kl.coef})
         kl = kl.update(means["policy/kl_per_token"], config.batch.rollout)
         run.finish({"data": prompts.state(), "kl": kl.state()})

@@ -18,6 +18,7 @@ from rto_megatron.parallel.seeds import seed_step
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.trainer.metrics import MetricLog, add, reduce_metrics
 from rto_megatron.trainer.report.progress import progress, say
+from rto_megatron.trainer.resume import fixed_keys, require_same
 from rto_megatron.types import Metrics
 
 
@@ -31,7 +32,7 @@ class Run:
         num_steps: of the whole run.
 
     Raises:
-        UserError: the run folder holds a damaged checkpoint, or one of a longer run.
+        UserError: the run folder holds a damaged checkpoint, or one of a longer or differently configured run.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Run:
         num_steps: int,
     ) -> None:
         self._config = config.run
+        self._fixed_keys = fixed_keys(config)
         self._title = config.stage
         self.dir = config.run.dir
         self._topology = topology
@@ -71,6 +73,7 @@ class Run:
                 f"{self.dir} already holds step {self.step}, more than the {self.num_steps} steps asked for; "
                 f"raise run.steps or name another run.dir"
             )
+        require_same(self.state.get("config"), self._fixed_keys, self.dir)
         for role, model in self._models.items():
             load_trained(checkpoint / role, model)
         say(f"resumed {self._title} from {checkpoint}", self._topology.is_lead)
@@ -122,7 +125,7 @@ class Run:
             self._save(state)
 
     def _save(self, state: dict[str, Json]) -> None:
-        full: Json = {**state, "step": self.step}
+        full: Json = {**state, "step": self.step, "config": dict(self._fixed_keys)}
         save_checkpoint(
             self.dir, self.step, self._models, self._hf_files, full, self._config.keep_checkpoints
         )

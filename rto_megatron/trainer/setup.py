@@ -2,21 +2,22 @@
 
 import json
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from rto_megatron.algorithms import ALGORITHMS
 from rto_megatron.config import checks, schema
 from rto_megatron.data.loader import Limits
 from rto_megatron.data.packing import Layout
-from rto_megatron.data.tokenizer import load_tokenizer, tokenizer_fingerprint
-from rto_megatron.engine.source import WeightSource, find_source
+from rto_megatron.data.tokenizer import encoding_fingerprint, load_tokenizer
+from rto_megatron.engine.source import SCALAR_ROLES, WeightSource, find_source, latest_checkpoint
 from rto_megatron.errors import UserError
 from rto_megatron.models.shape import check_layout
 from rto_megatron.parallel.topology import Topology
-
-SCALAR_ROLES = ("critic", "reward")
+from rto_megatron.trainer.report.progress import say
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,14 @@ def prepare_stage(config: schema.Stage, topology: Topology) -> Setup:
             ),
         ]
     )
-    tokenizer = load_tokenizer(sources["policy" if "policy" in sources else "reward"].hf_folder)
+    for warning in _missing_scales(sources):
+        say(warning, topology.is_lead)
+    tokenizer = load_tokenizer(sources["policy"].hf_folder)
     multiple_of = topology.tensor_size if topology.sequence_parallel else 1
     layout = Layout(config.batch.micro, config.batch.packed, multiple_of, topology.device.torch_device)
-    limits = Limits(config.data.max_prompt_tokens, config.data.max_length, config.data.overlong)
+    # Prompts without answers have no such limit.
+    max_length = config.data.max_length if isinstance(config.data, schema.ExampleDataConfig) else sys.maxsize
+    limits = Limits(config.data.max_prompt_tokens, max_length, config.data.overlong)
     return Setup(topology, sources, tokenizer, layout, limits)
 
 
@@ -81,7 +86,7 @@ def find_sources(config: schema.Stage) -> dict[str, WeightSource]:
         sources["reward"] = scalar(_named(models.reward, "reward"), "reward")
     if isinstance(config, schema.PpoStage):
         sources["critic"] = scalar(models.critic or _named(models.reward, "reward"), "critic")
-    if isinstance(config, schema.RtoStage) and config.algorithm.beta_dpo:
+    if isinstance(config, schema.PpoStage) and ALGORITHMS[config.stage](config.algorithm).needs_dpo:
         sources["dpo"] = language(_named(models.dpo, "dpo"), "dpo")
         if models.dpo_reference not in (None, models.reference or models.policy):
             sources["dpo_reference"] = language(
@@ -100,20 +105,36 @@ def _named(path: Path | None, role: str) -> Path:
 
 def _unlike_tokenizers(sources: dict[str, WeightSource]) -> list[str]:
     first_role, first = next(iter(sources.items()))
-    expected = tokenizer_fingerprint(first.hf_folder)
+    expected = encoding_fingerprint(first.hf_folder)
     return [
         f"models.{role}: the tokenizer in {source.hf_folder} differs from the one of models.{first_role} in "
-        f"{first.hf_folder}; the roles exchange token ids, so both need the same tokenizer"
+        f"{first.hf_folder}; the roles exchange token ids, so both need the same pieces, merges and end-of-sequence id"
         for role, source in sources.items()
-        if tokenizer_fingerprint(source.hf_folder) != expected
+        if encoding_fingerprint(source.hf_folder) != expected
+    ]
+
+
+def _missing_scales(sources: dict[str, WeightSource]) -> list[str]:
+    return [
+        f"warning: models.{role}: {source.hf_folder}/config.json has no mean and std, so its scores and values are "
+        f"not normalised (mean 0, std 1); add both if the model was released with them"
+        for role, source in sources.items()
+        if role in SCALAR_ROLES and source.kind == "hugging_face" and not source.has_scale()
     ]
 
 
 def stage_hf_files(source: WeightSource, run_dir: Path, role: str, topology: Topology) -> Path:
-    """Copies config.json and tokenizer of a role into the run folder, once; all ranks must call it."""
+    """Copies config.json and tokenizer of a role into the run folder; all ranks must call it.
+
+    A run that has a checkpoint keeps its copy; files of an attempt that left none are replaced.
+    """
     folder = run_dir / "model_files" / role
-    if topology.is_lead and not folder.is_dir():
-        shutil.copytree(source.hf_folder, folder, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin"))
+    if topology.is_lead and not (folder.is_dir() and latest_checkpoint(run_dir)):
+        partial = folder.with_name(f".partial_{role}")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(source.hf_folder, partial, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin"))
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
     topology.barrier()
     return folder
 
@@ -123,4 +144,6 @@ def write_scale(folder: Path, mean: float, std: float) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text())
     config.update(mean=mean, std=std)
-    path.write_text(json.dumps(config, indent=2))
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(config, indent=2))
+    partial.replace(path)

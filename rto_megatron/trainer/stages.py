@@ -24,6 +24,7 @@ def run_stage(config: schema.Stage) -> None:
     Raises:
         UserError: on every rank, for anything that a user can mend.
     """
+    _refuse_bare_srun()
     with _ranks(prepare(), config.parallel, config.run.seed, _collective_timeout(config)) as topology:
         if isinstance(config, schema.EvaluateStage):
             from rto_megatron.trainer.evaluate import evaluate
@@ -57,11 +58,21 @@ def export_run(run_dir: Path, folder: Path) -> None:
         export_hf(model, source.hf_folder, folder)
 
 
+def _refuse_bare_srun() -> None:
+    """Tasks that srun starts without torchrun would each believe to be the only rank, and write the same folder."""
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    if "RANK" not in os.environ and tasks != "1":
+        raise UserError(
+            f"SLURM started {tasks} tasks without RANK and WORLD_SIZE; start one task per machine "
+            "(srun --ntasks-per-node=1) that runs torchrun, and torchrun starts the ranks"
+        )
+
+
 def _collective_timeout(config: schema.Stage) -> timedelta:
-    """Longer than replica leads may let the others wait for rollouts: a request, its retry, and a queue before both."""
+    """Twice what a request may take, and not less than half an hour: replica leads let the others wait for rollouts."""
     if not isinstance(config, schema.PpoStage | schema.EvaluateStage):
         return _SHORTEST_TIMEOUT
-    return max(_SHORTEST_TIMEOUT, timedelta(seconds=4 * config.rollout.request_timeout_s))
+    return max(_SHORTEST_TIMEOUT, timedelta(seconds=2 * config.rollout.request_timeout_s))
 
 
 @contextmanager

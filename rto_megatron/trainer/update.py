@@ -40,6 +40,8 @@ def optimizer_minibatches(
     """The micro-batches of each optimizer step, with the ids of their samples; equal steps on every replica.
 
     The first pass takes rollouts in the order of the prompts, which the loader has shuffled; later passes shuffle.
+    Every replica shuffles its own rollouts by the same permutation, so from the second pass on the global
+    minibatches depend on the number of replicas.
 
     Args:
         num_minibatches: optimizer steps per pass; divides the rollouts of every replica.

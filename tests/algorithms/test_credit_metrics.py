@@ -102,3 +102,10 @@ def test_explained_variance_of_constant_returns_is_undefined():
         ("value/return_mean", "value/return_mean_square", "advantage/mean", "advantage/mean_square"), 0.0
     )
     assert explained_variance(zeros) is None
+
+
+def test_explained_variance_without_a_trained_token_is_undefined():
+    metrics = _metrics(Config(truncated="mask"), ("length", "length"))
+    means = {name: total / count for name, (total, count) in metrics.items() if count}
+    assert "objective/scores" in means
+    assert explained_variance(means) is None

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from rto_megatron.cli.main import app
 from rto_megatron.cli.plan import Role, activation_bytes, role_cost, roles_of
-from rto_megatron.cli.shapes import KNOWN_SHAPES, find_shape, num_parameters
+from rto_megatron.cli.shapes import KNOWN_SHAPES, find_shape, hugging_face_folder, num_parameters
 from rto_megatron.config.load import load_recipe
 from rto_megatron.errors import UserError
 
@@ -90,10 +90,10 @@ def test_heads_layers_and_lengths_are_checked_against_the_shapes() -> None:
     assert "10024 tokens, but models.policy reads at most 8192" in message
 
 
-def test_shape_comes_from_config_json_before_any_assumption(tmp_path: Path) -> None:
+def write_config(folder: Path, layers: int) -> None:
     config = {
         "model_type": "llama",
-        "num_hidden_layers": 2,
+        "num_hidden_layers": layers,
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_attention_heads": 2,
@@ -101,8 +101,37 @@ def test_shape_comes_from_config_json_before_any_assumption(tmp_path: Path) -> N
         "max_position_embeddings": 256,
         "rms_norm_eps": 1e-5,
     }
-    (tmp_path / "hf").mkdir()
-    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_checkpoints_and_unfinished_runs_are_models_too(tmp_path: Path) -> None:
+    for step, layers in ((100, 1), (200, 2)):
+        checkpoint = tmp_path / "checkpoints" / f"step_{step:06d}"
+        write_config(checkpoint / "policy" / "hf", layers)
+        write_config(checkpoint / "critic" / "hf", layers + 4)
+    for folder, step, layers in (
+        (tmp_path, 200, 2),  # the run: its last checkpoint
+        (tmp_path / "checkpoints" / "step_000100", 100, 1),
+    ):
+        expected = tmp_path / "checkpoints" / f"step_{step:06d}" / "policy" / "hf"
+        assert hugging_face_folder(folder) == expected
+        language, scalar = (find_shape(folder, None, role) for role in ("dpo", "critic"))
+        assert language is not None
+        assert scalar is not None
+        assert (language.shape.num_layers, scalar.shape.num_layers) == (layers, layers + 4)
+    with pytest.raises(UserError, match="no checkpoint of a policy there"):
+        hugging_face_folder(tmp_path / "checkpoints")
+
+
+def test_evaluation_is_checked_without_what_it_does_not_have() -> None:
+    output = check(str(RECIPES / "quickstart" / "evaluate.yaml"))
+    assert "one server on the CPU" in output
+    assert "optimizer step" not in output
+
+
+def test_shape_comes_from_config_json_before_any_assumption(tmp_path: Path) -> None:
+    write_config(tmp_path / "hf", layers=2)
     found = find_shape(tmp_path, "llama-3-8b")
     assert found is not None
     assert (found.shape.num_layers, found.source) == (2, "config.json")

@@ -12,7 +12,7 @@ from rto_megatron.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "launchers" / "recipes"
-COMMANDS = ("train", "evaluate", "launch", "export", "check", "synthesize", "tokenizer", "pool", "report")
+COMMANDS = ("train", "launch", "export", "check", "synthesize", "tokenizer", "pool", "report")
 
 
 def rto(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -43,10 +43,11 @@ def test_mistakes_give_messages_with_status_2_and_no_traceback(tmp_path: Path) -
     assert "Traceback" not in shown.stderr + shown.stdout
 
 
-def test_evaluate_refuses_a_training_recipe() -> None:
-    with pytest.raises(UserError, match="needs the stage evaluate"):
+@pytest.mark.parametrize("stage", ["ppo", "rto", "evaluate"])
+def test_stage_that_samples_asks_for_its_pool_before_anything_is_loaded(stage: str) -> None:
+    with pytest.raises(UserError, match=r"rollout\.servers is empty"):
         CliRunner().invoke(
-            app, ["evaluate", str(RECIPES / "quickstart" / "sft.yaml")], catch_exceptions=False
+            app, ["train", str(RECIPES / "quickstart" / f"{stage}.yaml")], catch_exceptions=False
         )
 
 

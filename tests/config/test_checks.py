@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rto_megatron.config.checks import find_problems, plan_batches, require_pool, require_sound
+from rto_megatron.config.checks import find_problems, plan_batches, refuse, require_pool
 from rto_megatron.config.load import load_recipe
 from rto_megatron.config.schema import Stage
 from rto_megatron.errors import UserError
@@ -18,6 +18,10 @@ def rto(*overrides: str) -> Stage:
 
 def dpo(*overrides: str) -> Stage:
     return load_recipe(RECIPES / "dpo.yaml", overrides)
+
+
+def evaluation(*overrides: str) -> Stage:
+    return load_recipe(RECIPES.parent / "quickstart" / "evaluate.yaml", overrides)
 
 
 def test_batch_arithmetic_of_the_released_script() -> None:
@@ -47,16 +51,35 @@ def test_batch_arithmetic_of_the_released_script() -> None:
         (dpo("models.reward=x"), 8, "models.reward=x is set, but stage dpo uses only policy, reference"),
         (dpo("models.random_init=true"), 8, "works for stage sft only"),
         (rto("data.max_prompt_tokens=8000"), 4, "= 9024 tokens, but models.policy reads at most 8192"),
+        (rto("data.max_prompt_tokens=7168"), 4, "+ 1 for the end-of-sequence"),
         (dpo("data.max_prompt_tokens=2048"), 8, "leaves no room for an answer"),
         (rto("sampling.min_response_tokens=2000"), 4, "is above sampling.max_response_tokens=1024"),
         (rto("rollout.servers=[localhost]"), 4, "an address is written http://host:port"),
     ],
 )
 def test_each_mismatch_is_named_with_a_way_out(config: Stage, world_size: int, part: str) -> None:
-    problems = find_problems(config, world_size, {"policy": 8192})
+    problems = find_problems(config, world_size, {"policy": 8192, "reward": 8192})
     assert [problem for problem in problems if part in problem], problems
     with pytest.raises(UserError):
-        require_sound(config, world_size, {"policy": 8192})
+        refuse(problems)
+
+
+def test_reward_model_needs_room_for_the_end_of_a_cut_response_unless_it_overwrites_a_token() -> None:
+    # 7168 + 1024 = 8192 tokens are sampled at most, and 8193 scored.
+    limits = {"policy": 8192, "reward": 8192}
+    for policy in ("penalise", "mask"):
+        config = rto("data.max_prompt_tokens=7168", f"algorithm.truncated={policy}")
+        (problem,) = find_problems(config, 4, limits)
+        assert "= 8193 tokens, but models.reward reads at most 8192" in problem
+    exact = ("data.max_prompt_tokens=7168", "algorithm.truncated=compat")
+    assert find_problems(rto(*exact), 4, limits) == []
+    assert find_problems(evaluation("data.max_prompt_tokens=88"), 2, {"policy": 128, "reward": 129}) == []
+    assert len(find_problems(evaluation("data.max_prompt_tokens=88"), 2, {"reward": 128})) == 1
+
+
+def test_evaluation_has_no_batch_arithmetic_but_its_replicas() -> None:
+    plan = plan_batches(evaluation(), world_size=6)
+    assert (plan.data_parallel, plan.train_per_rank, plan.rollout_per_rank) == (3, 0, 0)
 
 
 def test_rto_without_dpo_reward_needs_no_dpo_model() -> None:

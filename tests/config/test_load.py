@@ -116,7 +116,51 @@ def test_what_cannot_be_read_is_explained(tmp_path: Path, text: str, overrides: 
     assert part in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("stage", "key", "readers"),
+    [
+        *(("rto", key, "sft, reward_model, dpo") for key in ("data.max_length", "run.eval_every")),
+        *(("ppo", key, "sft, reward_model, dpo, evaluate") for key in ("data.eval", "data.eval_samples")),
+        ("ppo", "algorithm.beta_dpo", "rto"),
+        *(("dpo", key, "ppo, rto") for key in ("run.samples_every", "batch.rollout", "critic_optimizer.lr")),
+        *(
+            ("evaluate", key, "sft, reward_model, dpo, ppo, rto")
+            for key in (
+                "run.steps",
+                "run.save_every",
+                "run.keep_checkpoints",
+                "batch.train",
+                "data.train",
+                "precision.recompute",
+                "parallel.distributed_optimizer",
+            )
+        ),
+        ("evaluate", "data.max_length", "sft, reward_model, dpo"),
+    ],
+)
+def test_key_that_the_stage_does_not_read_is_refused_with_the_stages_that_do(
+    stage: str, key: str, readers: str
+) -> None:
+    recipe = Path(__file__).parents[2] / "launchers" / "recipes" / "quickstart" / f"{stage}.yaml"
+    with pytest.raises(UserError) as caught:
+        load_recipe(recipe, [f"{key}=1"])
+    assert "1 problem " in str(caught.value)
+    assert str(caught.value).endswith(f"; only the stages {readers} read it")
+
+
 def test_missing_recipe_suggests_its_neighbour(tmp_path: Path) -> None:
     write(tmp_path, SOUND)
     with pytest.raises(UserError, match=r"did you mean recipe\.yaml\?"):
         load_recipe(tmp_path / "recip.yaml")
+
+
+def test_dpo_keeps_its_default_batch_when_another_batch_key_is_set(tmp_path: Path) -> None:
+    text = """
+stage: dpo
+run: {dir: runs/x}
+models: {policy: p}
+data: {train: pairs.jsonl}
+batch: {micro: 2}
+optimizer: {lr: 5e-7}
+"""
+    assert load_recipe(write(tmp_path, text)).batch.train == 256

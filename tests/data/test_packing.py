@@ -12,7 +12,6 @@ from rto_megatron.data.packing import (
     rollout_batches,
     rollout_grid,
     scatter_to_positions,
-    sum_per_sequence,
     supervised_microbatches,
     token_batch,
 )
@@ -94,19 +93,6 @@ def test_gather_passes_gradients() -> None:
     gather_to_grid(values_T, batch, [1], [2], 5).sum().backward()
     assert values_T.grad is not None
     assert values_T.grad.tolist() == [1, 1, 0, 0]
-
-
-@pytest.mark.parametrize(("packed", "multiple_of"), LAYOUTS)
-def test_sum_per_sequence_is_the_slow_loop(packed: bool, multiple_of: int) -> None:
-    rollouts = make_rollouts(5)
-    (batch,) = rollout_batches(rollouts, Layout(5, packed, multiple_of, CPU))
-    values_T = torch.arange(1.0, len(batch.tokens_T) + 1)
-    starts = batch.cu_seqlens
-    expected = [
-        sum(float(values_T[starts[s] + i]) for i in range(len(r.prompt_ids) + len(r.response_ids)))
-        for s, r in enumerate(rollouts)
-    ]
-    assert sum_per_sequence(values_T, batch).tolist() == expected
 
 
 @pytest.mark.parametrize(("packed", "multiple_of"), LAYOUTS)

@@ -7,7 +7,12 @@ import pytest
 import sentencepiece
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
-from rto_megatron.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
+from rto_megatron.data.tokenizer import (
+    encoding_fingerprint,
+    load_tokenizer,
+    tokenizer_fingerprint,
+    train_tokenizer,
+)
 from rto_megatron.errors import UserError
 
 SAMPLES = (
@@ -93,6 +98,44 @@ def test_fingerprint_sees_every_part(tokenizer_folder: Path, tmp_path: Path, par
         document[part] = {"chat_template": document["chat_template"] + " ", "eos_token": "<pad>"}[part]
     (folder / name).write_text(json.dumps(document))
     assert tokenizer_fingerprint(folder) != tokenizer_fingerprint(tokenizer_folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "is_same"),
+    [
+        ("vocab", False),
+        ("merges", False),
+        ("eos_token", False),
+        ("chat_template", True),
+        ("pad_token", True),
+        ("added_name", True),
+    ],
+)
+def test_encoding_fingerprint_sees_what_decides_ids(
+    tokenizer_folder: Path, tmp_path: Path, part: str, is_same: bool
+) -> None:
+    folder = tmp_path / "changed"
+    shutil.copytree(tokenizer_folder, folder)
+    tokens, config = (folder / name for name in ("tokenizer.json", "tokenizer_config.json"))
+    if part in {"vocab", "merges"}:
+        document = json.loads(tokens.read_text())
+        vocab = document["model"]["vocab"]
+        vocab["▁the"], vocab["▁dog"] = vocab["▁dog"], vocab["▁the"]
+        if part == "merges":
+            document = json.loads(tokens.read_text())
+            document["model"]["merges"].reverse()
+        tokens.write_text(json.dumps(document))
+    elif part == "added_name":
+        tokens.write_text(tokens.read_text().replace("<|system|>", "<|reserved_0|>"))
+        config.write_text(config.read_text().replace("<|system|>", "<|reserved_0|>"))
+    else:
+        document = json.loads(config.read_text())
+        if part == "chat_template":
+            del document[part]
+        else:
+            document[part] = {"eos_token": "<pad>", "pad_token": "</s>"}[part]
+        config.write_text(json.dumps(document))
+    assert (encoding_fingerprint(folder) == encoding_fingerprint(tokenizer_folder)) == is_same
 
 
 def test_training_is_deterministic(tokenizer_folder: Path, tmp_path: Path) -> None:

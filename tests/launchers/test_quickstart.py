@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 # Stands for the `rto` command: notes what it was asked, serves until SIGTERM as a pool, fails or hangs where told.
 PRETENDING_RTO = """#!/bin/bash
 echo "$@" >>"$HOME/asked"
+echo "$1 ${CUDA_VISIBLE_DEVICES-unset} $RTO_VARIANT" >>"$HOME/devices"
 [ "$1" = synthesize ] && mkdir -p "$2"
 case "$*" in
   pool*)
@@ -40,11 +41,24 @@ def checkout(tmp_path: Path) -> Path:
     return folder
 
 
-def quickstart(checkout: Path, fails: str = "nothing", hangs: str = "nothing") -> subprocess.Popen[str]:
+def quickstart(
+    checkout: Path, fails: str = "nothing", hangs: str = "nothing", num_gpus: int = 0, **environment: str
+) -> subprocess.Popen[str]:
+    smi = checkout / "bin" / "nvidia-smi"
+    smi.parent.mkdir()
+    listed = "".join(f"echo 'GPU {gpu}: NVIDIA X (UUID: GPU-{gpu})'\n" for gpu in range(num_gpus))
+    smi.write_text(f"#!/bin/sh\n{listed}" if num_gpus else "#!/bin/sh\nexit 9\n")
+    smi.chmod(0o755)
     return subprocess.Popen(
         ["bash", "launchers/quickstart.sh", "--budget", "small", "--root", "run"],
         cwd=checkout,
-        env={"PATH": os.environ["PATH"], "HOME": str(checkout), "FAILS": fails, "HANGS": hangs},
+        env={
+            "PATH": f"{smi.parent}:{os.environ['PATH']}",
+            "HOME": str(checkout),
+            "FAILS": fails,
+            "HANGS": hangs,
+            **environment,
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -60,14 +74,50 @@ def test_stages_run_in_order_with_the_pool_and_its_end(checkout: Path) -> None:
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     asked = (checkout / "asked").read_text().splitlines()
-    commands = [line.split()[:2] for line in asked if not line.startswith("pool")]
-    names = [Path(arguments[1]).stem for arguments in commands]
+    commands = [line.replace("--ranks 2 ", "") for line in asked if not line.startswith("pool")]
+    names = [Path(command.split()[1]).stem for command in commands]
     assert names == ["task", "sft", "reward_model", "dpo", "ppo", "rto", *["evaluate"] * 4, "run"]
     rto = next(line for line in asked if "quickstart/rto.yaml" in line)
     assert "rollout.servers=[http://127.0.0.1:4242] rollout.token_file=run/pool/token run.steps=2" in rto
     assert "Run folder: run" in output
     assert "Next: " in output
     assert not is_running(checkout / "pool.pid")
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "environment", "trainer", "pool"),
+    [
+        (0, {}, " cpu", " cpu"),
+        (3, {}, "0,1 gpu", "2 gpu"),
+        (8, {}, "0,1 gpu", "7 gpu"),
+        (8, {"CUDA_VISIBLE_DEVICES": "2,5,4,3"}, "2,5 gpu", "3 gpu"),
+        (2, {"RTO_VARIANT": "cpu"}, " cpu", " cpu"),
+    ],
+)
+def test_ranks_and_pool_get_gpus_of_their_own_or_none(
+    checkout: Path, num_gpus: int, environment: dict[str, str], trainer: str, pool: str
+) -> None:
+    process = quickstart(checkout, num_gpus=num_gpus, **environment)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    seen = dict(line.split(" ", 1) for line in (checkout / "devices").read_text().splitlines())
+    assert (seen["launch"], seen["pool"]) == (trainer, pool)
+    stages = [line for line in (checkout / "asked").read_text().splitlines() if line.startswith("launch")]
+    assert all(line.startswith("launch --ranks 2 ") for line in stages)
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "environment"), [(1, {}), (2, {}), (8, {"CUDA_VISIBLE_DEVICES": "0,1"})]
+)
+def test_one_or_two_gpus_are_refused_with_the_way_to_the_cpu(
+    checkout: Path, num_gpus: int, environment: dict[str, str]
+) -> None:
+    process = quickstart(checkout, num_gpus=num_gpus, **environment)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "the quickstart needs at least 3 (2 trainer ranks and 1 for the pool)" in errors
+    assert "RTO_VARIANT=cpu bash launchers/quickstart.sh" in errors
+    assert not (checkout / "asked").exists()
 
 
 def test_failed_stage_shows_its_error_stops_the_pool_and_names_the_way_on(checkout: Path) -> None:

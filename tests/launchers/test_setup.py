@@ -42,6 +42,7 @@ def setup(checkout: Path, **environment: str) -> subprocess.CompletedProcess[str
         "cat",
         "cksum",
         "awk",
+        "sed",
         "grep",
         "mkdir",
         "rm",
@@ -107,6 +108,30 @@ def test_second_run_does_nothing_until_a_requirement_changes(checkout: Path) -> 
     with (checkout / "requirements.txt").open("a") as file:
         file.write("another==1.0\n")
     assert "Setting up" in setup(checkout).stdout
+
+
+def test_list_of_packages_is_left_out_of_a_log_and_messages_are_kept(checkout: Path) -> None:
+    listing = (
+        '[ "$1" = pip ] && echo "Installed 190 packages in 3s" >&2 && echo " + torch==2.13.0" >&2\nexit 0\n'
+    )
+    program(checkout, "uv", PRETENDING_UV + listing)
+    program(checkout, "python3.12", PYTHON312)
+    done = setup(checkout)
+    assert done.returncode == 0
+    first_install = done.stderr.split("Installed 190 packages in 3s")
+    assert len(first_install) == 3, done.stderr  # the requirements, then the package itself
+    assert "torch" not in first_install[1].split("\n")[1]
+
+
+def test_the_other_vllm_build_gets_a_fresh_environment(checkout: Path) -> None:
+    program(checkout, "uv", PRETENDING_UV)
+    program(checkout, "python3.12", PYTHON312)
+    program(checkout, "gcc", "#!/bin/sh\nexit 0\n")
+    assert setup(checkout, RTO_VARIANT="gpu").returncode == 0
+    left = checkout / ".venv" / "lib" / "vllm"
+    left.mkdir()
+    assert setup(checkout, RTO_VARIANT="cpu").returncode == 0
+    assert not left.exists()
 
 
 def test_gpu_machine_gets_the_cuda_build_and_needs_a_compiler(checkout: Path) -> None:

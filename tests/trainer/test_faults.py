@@ -1,5 +1,6 @@
 """What goes wrong is refused on every rank, by name, before a weight changes or a checkpoint is written."""
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -155,6 +156,34 @@ def test_everything_wrong_with_the_layout_is_listed_at_once(files: Path, tmp_pat
     assert f"models.dpo: the tokenizer in {tmp_path / 'dpo'} differs from the one of models.policy" in message
     assert "models.reward: the tokenizer" not in message
     assert "batch.train=3 is not a multiple of" in message
+
+
+def test_only_the_policy_needs_a_chat_template(files: Path, tmp_path: Path) -> None:
+    for role in ("policy", "reference"):
+        shutil.copytree(files / "models" / role, tmp_path / role)
+        path = tmp_path / role / "tokenizer_config.json"
+        tokenizer = json.loads(path.read_text())
+        del tokenizer["chat_template"]
+        path.write_text(json.dumps(tokenizer))
+    prepare_stage(
+        configure("dpo", files, tmp_path / "run", models__reference=tmp_path / "reference"), place_of(1, 1)
+    )
+    config = configure("dpo", files, tmp_path / "run", models__policy=tmp_path / "policy")
+    assert "no chat template" in refused(config, place_of(1, 1))
+
+
+def test_a_reward_model_without_mean_and_std_is_announced(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(files / "models/critic", tmp_path / "critic")
+    path = tmp_path / "critic/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "mean": 0.1, "std": 2.0}))
+    prepare_stage(
+        configure("rto", files, tmp_path / "run", models__critic=tmp_path / "critic"), place_of(1, 1)
+    )
+    said = capsys.readouterr().out
+    assert f"models.reward: {files / 'models/reward'}/config.json has no mean and std" in said
+    assert said.count("has no mean and std") == 1
 
 
 @pytest.mark.parametrize("role", ["policy", "reference", "reward", "critic", "dpo"])

@@ -129,6 +129,15 @@ def test_a_run_whose_pool_died_resumes(files: Path, tmp_path: Path) -> None:
     assert_equal_runs(tmp_path / "whole", tmp_path / "died")
 
 
+def test_a_pool_that_dies_in_a_push_loses_no_checkpoint(files: Path, tmp_path: Path) -> None:
+    whole, died = (configure("rto", files, tmp_path / name) for name in ("whole", "died"))
+    assert run_ranks(1, train, whole) == [None]
+    assert run_ranks(1, train, died, push_dies_at=2) == ["the pool died in the push of version 2"]
+    assert [path.name for path in (tmp_path / "died/checkpoints").iterdir()] == ["step_000002"]
+    assert run_ranks(1, train, died) == [None]
+    assert_equal_runs(tmp_path / "whole", tmp_path / "died")
+
+
 @pytest.mark.parametrize(("stage", "layout"), [("sft", "one"), ("reward_model", "tp2"), ("dpo", "pp2")])
 def test_resumed_offline_stage_equals_uninterrupted(
     stage: str, layout: str, files: Path, tmp_path: Path
@@ -147,3 +156,44 @@ def test_a_finished_run_of_more_steps_is_refused(files: Path, tmp_path: Path) ->
     assert run_ranks(1, train, configure("sft", files, tmp_path, run__steps=2)) == [None]
     (error,) = run_ranks(1, train, configure("sft", files, tmp_path, run__steps=1))
     assert error is not None and "already holds step 2, more than the 1 steps asked for" in error
+
+
+def test_a_resume_under_another_configuration_is_refused(files: Path, tmp_path: Path) -> None:
+    assert run_ranks(1, train, configure("sft", files, tmp_path, run__steps=2)) == [None]
+    changed = configure("sft", files, tmp_path, run__seed=7, batch__train=6, data__max_length=150)
+    (error,) = run_ranks(1, train, changed)
+    assert (
+        error is not None
+        and f"{tmp_path} holds a checkpoint of a run that was configured differently" in error
+    )
+    for line in (
+        "run.seed: 42 in the checkpoint, 7 in the configuration",
+        "batch.train: 4 in the checkpoint, 6 in the configuration",
+        "data.max_length: 200 in the checkpoint, 150 in the configuration",
+        "name another run.dir",
+    ):
+        assert line in error
+    assert error.count("in the checkpoint") == 3
+    (other_stage,) = run_ranks(1, train, configure("dpo", files, tmp_path))
+    assert (
+        other_stage is not None
+        and "stage: 'sft' in the checkpoint, 'dpo' in the configuration" in other_stage
+    )
+
+
+def test_a_resume_may_be_longer_and_arranged_differently(files: Path, tmp_path: Path) -> None:
+    assert run_ranks(1, train, configure("sft", files, tmp_path, run__steps=2)) == [None]
+    free = {"run__save_every": 1, "batch__micro": 1, "batch__packed": False, "precision__recompute": True}
+    assert run_ranks(2, train, configure("sft", files, tmp_path, "tp2", run__steps=3, **free)) == [None] * 2
+    assert [entry["step"] for entry in read_metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_files_of_an_attempt_without_a_checkpoint_are_replaced(files: Path, tmp_path: Path) -> None:
+    stale = tmp_path / "model_files/policy"
+    stale.mkdir(parents=True)
+    (stale / "config.json").write_text("{")
+    assert run_ranks(1, train, configure("sft", files, tmp_path, run__steps=1)) == [None]
+    assert sorted(path.name for path in stale.iterdir()) == sorted(
+        path.name for path in (files / "models/policy").iterdir() if path.suffix != ".safetensors"
+    )
+    assert (stale / "config.json").read_text() == (files / "models/policy/config.json").read_text()

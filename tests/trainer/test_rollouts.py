@@ -131,7 +131,8 @@ def test_values_are_those_of_the_states_before_the_actions(models: Path) -> None
             assert float(scored.values_BR[row, column]) == pytest.approx(float(value), abs=1e-5)
 
 
-def test_the_gap_to_the_pool_leaves_overwritten_tokens_out() -> None:
+def _gap(layout: str) -> dict[str, tuple[float, float]]:
+    place = topology(layout)
     sampled = (
         Rollout("a", (5,), (7, 8, 2), (-1.0, -2.0, -3.0), "stop", 0),
         Rollout("b", (5,), (7, 8), (-1.0, -9.0), "length", 0),
@@ -139,11 +140,19 @@ def test_the_gap_to_the_pool_leaves_overwritten_tokens_out() -> None:
     closed = close_rollouts(sampled, EOS, "compat")
     assert closed[1].response_ids == (7, EOS)
     zeros = torch.zeros(2, 3)
-    ours = torch.tensor([[-1.5, -2.0, -2.75], [-1.0, -100.0, 0.0]])
+    ours = torch.tensor([[-1.5 - place.data_rank, -2.0, -2.75], [-1.0, -100.0, 0.0]])
     scored = ScoredRollouts(closed, zeros, ours, zeros, zeros, zeros, torch.zeros(2))
-    gap = pool_gap(scored, sampled)
+    return pool_gap(scored, sampled, place)
+
+
+def test_the_gap_to_the_pool_leaves_overwritten_tokens_out() -> None:
+    gap, other = run_ranks(2, _gap, "dp2")
     assert gap["pool/logprob_gap_mean"] == (pytest.approx(0.75), 4)
-    assert gap["pool/logprob_gap_max"] == (pytest.approx(0.5), 1)
+    assert other["pool/logprob_gap_mean"] == (pytest.approx(1.75), 4)
+
+
+def test_the_largest_gap_is_that_of_all_replicas() -> None:
+    assert [gap["pool/logprob_gap_max"] for gap in run_ranks(2, _gap, "dp2")] == [(1.5, 1)] * 2
 
 
 class _Recorder:

@@ -76,7 +76,7 @@ def configure(stage: str, root: Path, run_dir: Path, layout: str = "one", **chan
         "parallel": {"tensor": tensor, "pipeline": pipeline, "sequence": sequence},
         "precision": {"dtype": "fp32"},
         "models": {"policy": root / "models/policy"},
-        "data": {"train": str(root / "pairs.jsonl"), "max_prompt_tokens": 100, "max_length": 200},
+        "data": {"train": str(root / "pairs.jsonl"), "max_prompt_tokens": 100},
         "batch": {"train": 4, "micro": 2},
         "optimizer": adam,
         "algorithm": {},
@@ -88,13 +88,15 @@ def configure(stage: str, root: Path, run_dir: Path, layout: str = "one", **chan
         "ppo": _sampling_sections(root, adam),
         "rto": _sampling_sections(root, adam),
     }
+    if stage not in ("ppo", "rto"):
+        tree["data"] = {**tree["data"], "max_length": 200}
     for section, values in sections[stage].items():
         tree[section] = {**tree.get(section, {}), **values}
     if stage == "rto":
         tree["models"] = {**tree["models"], "dpo": root / "models/dpo"}
     for key, value in changes.items():
         section, name = key.split("__")
-        tree[section] = {**tree[section], name: value}
+        tree[section] = {**tree.get(section, {}), name: value}
     return STAGES[stage].model_validate(tree)
 
 
@@ -110,12 +112,15 @@ def _sampling_sections(root: Path, adam: dict[str, object]) -> dict[str, dict[st
 
 
 class HeldPush:
-    """A push without weights: the engine takes the version."""
+    """A push without weights: the engine takes the version; fails on every rank at version `dies_at`."""
 
-    def __init__(self, engine: ScriptedEngine | None) -> None:
+    def __init__(self, engine: ScriptedEngine | None, dies_at: int | None = None) -> None:
         self._engine = engine
+        self._dies_at = dies_at
 
     def __call__(self, version: int) -> dict[str, float]:
+        if version == self._dies_at:
+            raise UserError(f"the pool died in the push of version {version}")
         if self._engine is not None:
             self._engine.hold(version)
         return {}
@@ -148,13 +153,15 @@ def join(config: Stage) -> Topology:
     )
 
 
-def train(config: Stage, dies_at: int | None = None, age: int = 0) -> str | None:
+def train(
+    config: Stage, dies_at: int | None = None, age: int = 0, push_dies_at: int | None = None
+) -> str | None:
     """Runs a stage as one rank; returns the error for the user that ended it."""
     place = join(config)
     try:
         if config.stage in ("ppo", "rto"):
             engine = FailingEngine(dies_at, age) if place.is_replica_lead else None
-            train_rto(config, place, Sampler(engine, HeldPush(engine)))
+            train_rto(config, place, Sampler(engine, HeldPush(engine, push_dies_at)))
         else:
             train_offline(config, place)
     except UserError as error:

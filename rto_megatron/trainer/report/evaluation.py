@@ -1,4 +1,4 @@
-"""What `rto evaluate` measures, the file it leaves in its run folder, and the table of several."""
+"""What the evaluate stage measures, the file it leaves in its run folder, and the table of several."""
 
 import json
 import math
@@ -62,7 +62,7 @@ def read_evaluations(root: Path) -> list[Evaluation]:
     files = sorted(root.rglob(FILE_NAME))
     if not files:
         raise UserError(
-            f"{root}: holds no {FILE_NAME}, neither itself nor in a folder; run `rto evaluate` first"
+            f"{root}: holds no {FILE_NAME}, neither itself nor in a folder; run the evaluate recipe first"
         )
     order = {"sft": 0, "dpo": 1, "ppo": 2, "rto": 3}
     rows = [_read(file) for file in files]
@@ -122,7 +122,7 @@ def _read(file: Path) -> Evaluation:
         )
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise UserError(
-            f"{file}: is not a complete evaluation ({error}); run `rto evaluate` again"
+            f"{file}: is not a complete evaluation ({error}); run the evaluate recipe again"
         ) from error
 
 

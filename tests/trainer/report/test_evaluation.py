@@ -42,7 +42,7 @@ def test_evaluations_are_read_back_in_the_order_of_the_stages(tmp_path: Path) ->
 
 
 def test_missing_and_cut_evaluations_are_explained(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="run `rto evaluate` first"):
+    with pytest.raises(UserError, match="run the evaluate recipe first"):
         read_evaluations(tmp_path)
     path = save_evaluation(row("SFT", 1.0), tmp_path)
     path.write_text(path.read_text()[:40])

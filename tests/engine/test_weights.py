@@ -1,0 +1,136 @@
+"""Hugging Face folders from elsewhere: another name of the head, damaged files, and what their errors say."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from engine.layouts import LAYOUTS, frozen, topology
+from ranks import run_ranks
+from safetensors.torch import load_file, save_file
+from tiny_models import write_llama
+
+from rto_megatron.data.packing import token_batch
+from rto_megatron.engine import export
+from rto_megatron.engine.source import find_source
+from rto_megatron.errors import UserError
+
+
+def _rename_head(folder: Path, name: str) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = tensors.pop("score.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _set_config(folder: Path, **keys: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
+
+
+def _values(folder: Path, out: Path) -> torch.Tensor:
+    place = topology("one")
+    model = frozen(place, folder, True)
+    export.export_hf(model, folder, out)
+    (values_T,) = model.token_outputs([token_batch([([5, 9, 2, 11], 1)], True, 1, torch.device("cpu"))])
+    return values_T
+
+
+@pytest.mark.parametrize("prefix", [None, "value_head", "reward_head"])
+def test_a_head_named_as_in_openrlhf_is_read_and_exported_as_score(
+    tmp_path: Path, prefix: str | None
+) -> None:
+    plain, renamed = tmp_path / "plain", tmp_path / "renamed"
+    for folder in (plain, renamed):
+        write_llama(folder, seed=3, is_scalar=True)
+    _rename_head(renamed, f"{prefix or 'value_head'}.weight")
+    if prefix is not None:
+        _set_config(renamed, value_head_prefix=prefix)
+    (want,), (got,) = (run_ranks(1, _values, f, tmp_path / f"{f.name}_out") for f in (plain, renamed))
+    assert torch.equal(got, want)
+    exported = json.loads((tmp_path / "renamed_out/model.safetensors.index.json").read_text())["weight_map"]
+    assert "score.weight" in exported and "value_head.weight" not in exported
+    config = json.loads((tmp_path / "renamed_out/config.json").read_text())
+    assert config.get("value_head_prefix") == (None if prefix is None else "score")
+
+
+def _error(layout: str, folder: Path) -> str | None:
+    try:
+        frozen(topology(layout), folder, False)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _shard(folder: Path) -> Path:
+    """Splits a folder in two files with an index: the last two layers and the output side are in the second."""
+    tensors = load_file(folder / "model.safetensors")
+    late = {n for n in tensors if n.startswith(("model.layers.2", "model.layers.3", "model.norm", "lm_head"))}
+    parts = {"a.safetensors": tensors.keys() - late, "b.safetensors": late}
+    for file, names in parts.items():
+        save_file({n: tensors[n] for n in names}, folder / file, metadata={"format": "pt"})
+    (folder / "model.safetensors").unlink()
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {n: file for file, names in parts.items() for n in names}}))
+    return index
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("none", None),
+        ("cut shard", "b.safetensors is missing or damaged"),
+        ("no shard", "b.safetensors is missing or damaged"),
+        ("cut index", "model.safetensors.index.json is missing or damaged"),
+        ("list index", "model.safetensors.index.json is missing or damaged"),
+        ("outside", "names files outside its folder: ['../b.safetensors']"),
+    ],
+)
+def test_a_damaged_folder_is_named_on_every_rank(tmp_path: Path, damage: str, message: str | None) -> None:
+    folder = tmp_path / "model"
+    write_llama(folder)
+    index = _shard(folder)
+    if damage == "cut shard":
+        _cut(folder / "b.safetensors")
+    elif damage == "no shard":
+        (folder / "b.safetensors").unlink()
+    elif damage == "cut index":
+        _cut(index)
+    elif damage == "list index":
+        index.write_text(json.dumps({"weight_map": ["a.safetensors"]}))
+    elif damage == "outside":
+        (folder / "b.safetensors").rename(tmp_path / "b.safetensors")
+        index.write_text(index.read_text().replace('"b.safetensors', '"../b.safetensors'))
+    errors = run_ranks(LAYOUTS["pp2"][0], _error, "pp2", folder)
+    for error in errors:
+        assert error is None if message is None else error is not None and message in error
+    assert len(set(errors)) == 1
+
+
+def test_a_damaged_single_file_is_named(tmp_path: Path) -> None:
+    write_llama(tmp_path)
+    _cut(tmp_path / "model.safetensors")
+    (error,) = run_ranks(1, _error, "one", tmp_path)
+    assert error is not None and f"{tmp_path / 'model.safetensors'} is missing or damaged" in error
+
+
+@pytest.mark.parametrize(
+    ("keys", "scale", "has_scale"),
+    [
+        ({}, (0.0, 1.0), False),
+        ({"mean": 0.5}, (0.5, 1.0), False),
+        ({"mean": None, "std": None}, (0.0, 1.0), False),
+        ({"mean": 0.5, "std": 2}, (0.5, 2.0), True),
+    ],
+)
+def test_mean_and_std_are_those_of_the_config(
+    tmp_path: Path, keys: dict[str, float | None], scale: tuple[float, float], has_scale: bool
+) -> None:
+    write_llama(tmp_path, is_scalar=True)
+    _set_config(tmp_path, **keys)
+    source = find_source(tmp_path, True, is_random=False, key="test")
+    assert (source.scale().mean, source.scale().std) == scale
+    assert source.has_scale() == has_scale
