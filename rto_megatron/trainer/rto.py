@@ -74,8 +74,10 @@ def train_rto(config: schema.PpoStage, topology: Topology, sampler: Sampler | No
         kl = kl.update(means["policy/kl_per_token"], config.batch.rollout)
         run.finish({"data": prompts.state(), "kl": kl.state()})
         show_samples(config, run, experience, setup, means)
-    sampler.push.close()
     run.close("policy")
+    # The pool is left with the trained policy; should it fail, the run is complete all the same.
+    sampler.push(run.step)
+    sampler.push.close()
 
 
 def update(
