@@ -52,15 +52,17 @@ def pool_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PoolServer
     yield from start_pool_server(tmp_path_factory.mktemp("pool"), tiny_llama(0).config)
 
 
-def start_pool_server(folder: Path, config: PreTrainedConfig) -> Iterator[PoolServer]:
-    """Yields a server of a model with random weights, and stops it."""
-    config.save_pretrained(folder / "model")
+def start_pool_server(folder: Path, model: PreTrainedConfig | Path) -> Iterator[PoolServer]:
+    """Yields a server, and stops it: of a configuration with random weights, or of a folder with its own."""
+    if isinstance(model, PreTrainedConfig):
+        model.save_pretrained(folder / "model")
     options = ServerOptions(
-        model=folder / "model",
+        model=model if isinstance(model, Path) else folder / "model",
         token_file=folder / "token",
         log_file=folder / "server.log",
         dtype="fp32",
         max_model_len=256,
+        load_weights=isinstance(model, Path),
     )
     server = start_server(options)
     try:
