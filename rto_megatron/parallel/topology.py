@@ -98,6 +98,11 @@ class Topology:
         """True where logits and values come out."""
         return self.pipeline_rank == self.pipeline_size - 1
 
+    @property
+    def row_multiple(self) -> int:
+        """Token rows are padded to a multiple of this: sequence parallelism cuts them in equal parts."""
+        return self.tensor_size if self.sequence_parallel else 1
+
     def data_group(self) -> dist.ProcessGroup:
         """Ranks that hold the same shard in every replica."""
         return mpu.get_data_parallel_group()

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._device import _device_constructors
 
+from rto_megatron.platform.patches import apply_missing
+
 CPU = torch.device("cpu")
 _applied: set[str] = set()
 
@@ -184,7 +186,4 @@ def install(skip: Set[str] = frozenset()) -> None:
     """
     if torch.cuda.is_available():
         return
-    for name, apply in PATCHES.items():
-        if name not in skip and name not in _applied:
-            apply()
-            _applied.add(name)
+    apply_missing(PATCHES, _applied, skip)

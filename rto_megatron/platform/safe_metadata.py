@@ -20,6 +20,7 @@ from torch.distributed.checkpoint import default_planner, filesystem, metadata, 
 from torch.distributed.checkpoint.api import CheckpointException
 
 from rto_megatron.errors import UserError
+from rto_megatron.platform.patches import apply_missing
 
 _ALLOWED_CLASSES = (
     metadata.BytesStorageMetadata,
@@ -161,7 +162,4 @@ def install(skip: Set[str] = frozenset()) -> None:
     Args:
         skip: names of patches to leave out, for the tests that show what each one is for.
     """
-    for name, apply in PATCHES.items():
-        if name not in skip and name not in _applied:
-            apply()
-            _applied.add(name)
+    apply_missing(PATCHES, _applied, skip)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Set
 import torch
 from torch import Tensor
 
+from rto_megatron.platform.patches import apply_missing
+
 _applied: set[str] = set()
 
 
@@ -121,10 +123,7 @@ def install(skip: Set[str] = frozenset()) -> None:
     Args:
         skip: names of patches to leave out, for the tests that show what each one is for.
     """
-    for name, apply in PATCHES.items():
-        if name not in skip and name not in _applied:
-            apply()
-            _applied.add(name)
+    apply_missing(PATCHES, _applied, skip)
 
 
 def _add_missing_step(states: dict[object, object]) -> None:

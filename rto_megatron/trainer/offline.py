@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import batched
 from pathlib import Path
 
 import torch
@@ -71,10 +72,7 @@ def train_offline(config: OfflineStage, topology: Topology) -> None:
     for step in run.steps():
         examples = batches.next_batch()
         lr = learning_rate(config.optimizer, step, run.num_steps)
-        names = [
-            [e.id for e in examples[at : at + config.batch.micro]]
-            for at in range(0, len(examples), config.batch.micro)
-        ]
+        names = [[e.id for e in group] for group in batched(examples, config.batch.micro)]
         own = torch.tensor(float(task.size(examples)), device=topology.device.torch_device)
         microbatches = task.microbatches(examples, int(topology.dp_sum(own)))
         run.record(model.step(microbatches, task.loss, names, lr))

@@ -71,8 +71,7 @@ class PolicyPush:
 
     def _canary_logprobs(self) -> list[float]:
         place = self._policy.topology
-        multiple = place.tensor_size if place.sequence_parallel else 1
-        batch = token_batch([(self._canary_ids, 1)], True, multiple, place.device.torch_device)
+        batch = token_batch([(self._canary_ids, 1)], True, place.row_multiple, place.device.torch_device)
         (logp_T,) = self._policy.token_outputs([batch])
         return logp_T[: len(self._canary_ids) - 1].tolist()
 

@@ -61,8 +61,8 @@ def prepare_stage(config: schema.Stage, topology: Topology) -> Setup:
     for warning in _missing_scales(sources):
         say(warning, topology.is_lead)
     tokenizer = load_tokenizer(sources["policy"].hf_folder)
-    multiple_of = topology.tensor_size if topology.sequence_parallel else 1
-    layout = Layout(config.batch.micro, config.batch.packed, multiple_of, topology.device.torch_device)
+    batch, device = config.batch, topology.device.torch_device
+    layout = Layout(batch.micro, batch.packed, topology.row_multiple, device)
     # Prompts without answers have no such limit.
     max_length = config.data.max_length if isinstance(config.data, schema.ExampleDataConfig) else sys.maxsize
     limits = Limits(config.data.max_prompt_tokens, max_length, config.data.overlong)
@@ -105,12 +105,15 @@ def _named(path: Path | None, role: str) -> Path:
 
 def _unlike_tokenizers(sources: dict[str, WeightSource]) -> list[str]:
     first_role, first = next(iter(sources.items()))
-    expected = encoding_fingerprint(first.hf_folder)
+    # Roles often share a folder, and a large tokenizer takes a second to load.
+    fingerprints = {
+        folder: encoding_fingerprint(folder) for folder in {s.hf_folder for s in sources.values()}
+    }
     return [
         f"models.{role}: the tokenizer in {source.hf_folder} differs from the one of models.{first_role} in "
         f"{first.hf_folder}; the roles exchange token ids, so both need the same pieces, merges and end-of-sequence id"
         for role, source in sources.items()
-        if encoding_fingerprint(source.hf_folder) != expected
+        if fingerprints[source.hf_folder] != fingerprints[first.hf_folder]
     ]
 
 

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator, Sequence
+from itertools import batched
 from typing import Protocol
 
 from torch import Tensor
@@ -63,5 +64,4 @@ def optimizer_minibatches(
 
 
 def _names(experience: Experience, rows: Sequence[int], micro: int) -> list[list[str]]:
-    ids = [experience.rollouts[row].prompt_id for row in rows]
-    return [ids[start : start + micro] for start in range(0, len(ids), micro)]
+    return [[experience.rollouts[row].prompt_id for row in group] for group in batched(rows, micro)]

@@ -16,9 +16,8 @@ TOLERANCE = 1e-5
 def _outputs(layout: str, folder: Path, is_scalar: bool, packed: bool) -> list[list[float]]:
     place = topology(layout)
     model = frozen(place, folder, is_scalar)
-    multiple = place.tensor_size if place.sequence_parallel else 1
     batches = [
-        token_batch(group, packed, multiple, place.device.torch_device)
+        token_batch(group, packed, place.row_multiple, place.device.torch_device)
         for group in (SEQUENCES[:3], SEQUENCES[3:])
     ]
     outputs = model.token_outputs(batches)

@@ -110,8 +110,7 @@ def _update(case: Case, root: Path) -> dict[str, dict[str, Tensor]]:
         frozen(place, root / name, FOLDERS[name][1], case.dtype) for name in ("reference", "dpo", "reward")
     )
     roles = Roles(policy, critic, reference, reward, dpo, None)
-    multiple = place.tensor_size if place.sequence_parallel else 1
-    layout = Layout(case.micro, case.packed, multiple, place.device.torch_device)
+    layout = Layout(case.micro, case.packed, place.row_multiple, place.device.torch_device)
     algorithm = ALGORITHMS["rto"](rto.Config(epochs=case.num_steps))
     own = close_rollouts(rollouts()[place.data_rank :: place.data_size], EOS, "penalise")
     scored = score(own, roles, layout, EOS, "penalise")
