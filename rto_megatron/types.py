@@ -59,6 +59,17 @@ class PreferencePair:
 
 
 @dataclass(frozen=True)
+class JudgedResponse:
+    """One answer with a verdict: the examples of KTO."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    is_desirable: bool
+    unrelated_ids: tuple[int, ...]  # an answer to another prompt: what the method's KL baseline is estimated on
+
+
+@dataclass(frozen=True)
 class ScoredRollouts:
     """Rollouts with every model's opinion of them: the input of credit assignment."""
 
@@ -67,7 +78,8 @@ class ScoredRollouts:
     logp_old_BR: Tensor  # policy, at rollout time
     logp_ref_BR: Tensor  # reference
     dpo_logratio_BR: Tensor  # log pi_dpo - log pi_dpo_reference; zeros where the algorithm has no DPO reward
-    values_BR: Tensor  # critic, of the state before each action
+    values_BR: Tensor  # critic, of the state before each action; zeros without a critic
+    bootstrap_B: Tensor  # critic, of the state behind a cut response; zeros where nothing is bootstrapped
     score_B: Tensor  # reward model, normalised with the mean and std of its checkpoint
 
 
@@ -76,8 +88,9 @@ class TokenRewards:
     """The reward of every token, its terms kept apart for logs and reports (nats or reward units)."""
 
     score_BR: Tensor  # reward model's score, on the last token
-    dpo_BR: Tensor  # beta_1 log(pi_dpo / pi_ref)
+    dpo_BR: Tensor  # beta_1 log(pi_dpo / pi_ref), wherever the method pays it
     kl_BR: Tensor  # - beta_2 log(pi / pi_ref)
+    num_clipped: Tensor  # scalar: tokens whose DPO reward the clip changed
 
     def total_BR(self) -> Tensor:  # noqa: N802 -- named like the tensors
         """Sum of the terms, in the order of the released code, shape [B, R]."""
@@ -91,8 +104,9 @@ class Experience:
     rollouts: tuple[Rollout, ...]
     mask_BR: Tensor
     logp_old_BR: Tensor
+    logp_ref_BR: Tensor
     values_BR: Tensor
-    advantages_BR: Tensor  # whitened
+    advantages_BR: Tensor  # as the policy's loss takes them: whitened, or relative to a group
     returns_BR: Tensor
     rewards: TokenRewards
 
@@ -135,12 +149,32 @@ class PairMicrobatch:
 
 
 @dataclass(frozen=True)
+class DivergenceMicrobatch(PairMicrobatch):
+    """Pairs on which the policy is compared with the reference's whole distribution."""
+
+    reference_hidden_TH: Tensor  # [T, hidden size], the reference's final states; empty but on the last stage
+
+
+@dataclass(frozen=True)
+class JudgedMicrobatch:
+    """S answers with verdicts."""
+
+    batch: TokenBatch
+    mask_T: Tensor  # 1 on positions whose target is a response token
+    weight_S: Tensor  # 1 / (all answers of the global batch)
+    is_desirable_S: Tensor  # bool
+    logp_ref_S: Tensor  # summed reference log-probs of the response
+    baseline: Tensor  # scalar, nats: the KL estimate of the global batch, at least 0; no gradient flows into it
+
+
+@dataclass(frozen=True)
 class Minibatch:
     """One micro-batch of a PPO update; every *_T field sits at the position that predicts the action."""
 
     batch: TokenBatch
     weight_T: Tensor  # the weights of all micro-batches of all ranks sum to 1
     logp_old_T: Tensor
+    logp_ref_T: Tensor
     advantages_T: Tensor
     values_old_T: Tensor
     returns_T: Tensor

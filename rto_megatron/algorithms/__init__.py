@@ -2,17 +2,40 @@
 
 from collections.abc import Mapping
 
-from rto_megatron.algorithms.dpo import DPO
-from rto_megatron.algorithms.ppo import PPO
-from rto_megatron.algorithms.reward_model import RewardModel
-from rto_megatron.algorithms.rto import RTO
-from rto_megatron.algorithms.sft import SFT
+from rto_megatron.algorithms import (
+    ddpo,
+    dpo,
+    grpo,
+    kto,
+    ppo,
+    rdpo,
+    reinforce_pp,
+    reward_model,
+    rs_ppo,
+    rto,
+    rto_reinforce_pp,
+    semi_rto,
+    sft,
+    simpo,
+    tdpo,
+)
+from rto_megatron.algorithms.method import Method
 
 # The only place where an algorithm is registered; the name is the recipe's `stage`.
-ALGORITHMS: Mapping[str, type[SFT | RewardModel | DPO | PPO | RTO]] = {
-    "sft": SFT,
-    "reward_model": RewardModel,
-    "dpo": DPO,
-    "ppo": PPO,
-    "rto": RTO,
+ALGORITHMS: Mapping[str, Method] = {
+    "sft": sft.METHOD,
+    "reward_model": reward_model.METHOD,
+    "dpo": dpo.METHOD,
+    "rdpo": rdpo.METHOD,
+    "simpo": simpo.METHOD,
+    "tdpo": tdpo.METHOD,
+    "kto": kto.METHOD,
+    "ppo": ppo.METHOD,
+    "rto": rto.METHOD,
+    "semi_rto": semi_rto.METHOD,
+    "ddpo": ddpo.METHOD,
+    "rs_ppo": rs_ppo.METHOD,
+    "reinforce_pp": reinforce_pp.METHOD,
+    "rto_reinforce_pp": rto_reinforce_pp.METHOD,
+    "grpo": grpo.METHOD,
 }

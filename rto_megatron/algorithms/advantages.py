@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rto_megatron.algorithms.losses import keep
+from rto_megatron.algorithms.token_rewards import at_last_token
 
 AllSum = Callable[
     [Tensor], Tensor
@@ -13,9 +14,9 @@ AllSum = Callable[
 
 
 def gae(
-    rewards_BR: Tensor, values_BR: Tensor, mask_BR: Tensor, gamma: float, lam: float
+    rewards_BR: Tensor, values_BR: Tensor, mask_BR: Tensor, gamma: float, lam: float, bootstrap_B: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation without bootstrap after the last action.
+    """Generalised advantage estimation.
 
     Args:
         rewards_BR: reward of each action.
@@ -23,23 +24,31 @@ def gae(
         mask_BR: 1 on actions, a prefix of each row; what lies behind counts as 0.
         gamma: discount per token.
         lam: lambda of the estimator.
+        bootstrap_B: value of the state behind the last action; 0 where the response is over.
 
     Returns:
         Advantages and returns (advantages + values), shape [B, R] each, 0 on padding.
 
-    Source: OpenRLHF 0.4.4, ppo_utils/experience_maker.py:get_advantages_and_returns.
+    Source: OpenRLHF 0.4.4, ppo_utils/experience_maker.py:get_advantages_and_returns, which never bootstraps.
     """
     rewards_BR, values_BR = keep(rewards_BR, mask_BR), keep(values_BR, mask_BR)
-    next_value_B = torch.zeros_like(values_BR[:, 0])
-    advantage_B = torch.zeros_like(next_value_B)
-    reversed_advantages: list[Tensor] = []
-    for reward_B, value_B in zip(reversed(rewards_BR.unbind(1)), reversed(values_BR.unbind(1)), strict=True):
-        delta_B = reward_B + gamma * next_value_B - value_B
-        advantage_B = delta_B + gamma * lam * advantage_B
-        reversed_advantages.append(advantage_B)
-        next_value_B = value_B
-    advantages_BR = torch.stack(reversed_advantages[::-1], dim=1)
+    next_values_BR = values_BR.roll(-1, dims=1)
+    next_values_BR[:, -1] = 0
+    next_values_BR = next_values_BR + at_last_token(bootstrap_B, mask_BR)
+    deltas_BR = rewards_BR + gamma * next_values_BR - values_BR
+    advantages_BR = returns_to_go(deltas_BR, mask_BR, gamma * lam)
     return advantages_BR, advantages_BR + values_BR
+
+
+def returns_to_go(rewards_BR: Tensor, mask_BR: Tensor, gamma: float) -> Tensor:
+    """sum_{k >= t} gamma^(k - t) r_k of each action, shape [B, R], 0 on padding."""
+    rewards_BR = keep(rewards_BR, mask_BR)
+    total_B = torch.zeros_like(rewards_BR[:, 0])
+    reversed_totals: list[Tensor] = []
+    for reward_B in reversed(rewards_BR.unbind(1)):
+        total_B = reward_B + gamma * total_B
+        reversed_totals.append(total_B)
+    return torch.stack(reversed_totals[::-1], dim=1)
 
 
 def whiten(x_BR: Tensor, mask_BR: Tensor, all_sum: AllSum) -> Tensor:

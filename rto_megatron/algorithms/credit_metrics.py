@@ -6,8 +6,6 @@ responses, the rest over tokens.
 
 from collections.abc import Mapping
 
-from torch import Tensor
-
 from rto_megatron.algorithms.losses import count_tokens, keep, to_metrics
 from rto_megatron.algorithms.token_rewards import kl_k1, kl_k3, truncated_rows
 from rto_megatron.types import Experience, Metrics, ScoredRollouts
@@ -24,17 +22,12 @@ def credit_metrics(scored: ScoredRollouts, experience: Experience) -> Metrics:
     reward/kl_per_token         the KL penalty as it enters the reward
     policy/kl_per_token         k1, nats: what `KLController.update` takes
     policy/kl_k3_per_token      k3, nats
-    advantage/*, value/*        over trained tokens; advantages before whitening, i.e. returns less values
     """
     mask_BR, rewards = scored.mask_BR, experience.rewards
-    trained_BR = experience.mask_BR
-    returns_BR = keep(experience.returns_BR, trained_BR)
-    values_BR = keep(experience.values_BR, trained_BR)
-    advantages_BR = returns_BR - values_BR
     k1 = kl_k1(scored.logp_old_BR, scored.logp_ref_BR, mask_BR).sum()
     k3 = kl_k3(scored.logp_old_BR, scored.logp_ref_BR, mask_BR).sum()
     num_sequences = mask_BR.new_tensor(len(scored.rollouts))
-    num_tokens, num_trained = count_tokens(mask_BR), count_tokens(trained_BR)
+    num_tokens = count_tokens(mask_BR)
     return to_metrics(
         {
             "objective/scores": (scored.score_B.sum(), num_sequences),
@@ -47,6 +40,19 @@ def credit_metrics(scored: ScoredRollouts, experience: Experience) -> Metrics:
             "policy/kl_k3_per_token": (k3, num_tokens),
             "rollout/response_tokens": (num_tokens, num_sequences),
             "rollout/truncated_fraction": (truncated_rows(scored).sum(), num_sequences),
+        }
+    )
+
+
+def value_metrics(experience: Experience) -> Metrics:
+    """What the critic knew, over trained tokens; advantages before whitening, i.e. returns less values."""
+    trained_BR = experience.mask_BR
+    returns_BR = keep(experience.returns_BR, trained_BR)
+    values_BR = keep(experience.values_BR, trained_BR)
+    advantages_BR = returns_BR - values_BR
+    num_trained = count_tokens(trained_BR)
+    return to_metrics(
+        {
             "advantage/mean": (advantages_BR.sum(), num_trained),
             "advantage/mean_square": (advantages_BR.square().sum(), num_trained),
             "value/mean": (values_BR.sum(), num_trained),
@@ -56,27 +62,19 @@ def credit_metrics(scored: ScoredRollouts, experience: Experience) -> Metrics:
     )
 
 
-def dpo_metrics(
-    scored: ScoredRollouts, experience: Experience, beta_dpo: float, dpo_clip: float | None
-) -> Metrics:
+def dpo_metrics(scored: ScoredRollouts, experience: Experience) -> Metrics:
     """The DPO reward as it enters the reward, and the fraction of tokens on which the clip changed it."""
-    num_tokens = count_tokens(scored.mask_BR)
+    num_tokens, rewards = count_tokens(scored.mask_BR), experience.rewards
     return to_metrics(
         {
-            "reward/dpo_per_token": (experience.rewards.dpo_BR.sum(), num_tokens),
-            "reward/dpo_clip_fraction": (_num_clipped(scored, beta_dpo, dpo_clip), num_tokens),
+            "reward/dpo_per_token": (rewards.dpo_BR.sum(), num_tokens),
+            "reward/dpo_clip_fraction": (rewards.num_clipped, num_tokens),
         }
     )
 
 
-def _num_clipped(scored: ScoredRollouts, beta_dpo: float, dpo_clip: float | None) -> Tensor:
-    scaled_BR = beta_dpo * keep(scored.dpo_logratio_BR, scored.mask_BR)
-    bound = float("inf") if dpo_clip is None else dpo_clip
-    return (scaled_BR.abs() > bound).sum()
-
-
 def explained_variance(means: Mapping[str, float]) -> float | None:
-    """1 - Var(returns - values) / Var(returns) from the means of `credit_metrics`.
+    """1 - Var(returns - values) / Var(returns) from the means of `value_metrics`.
 
     None: the returns are constant, or no token was trained (a mean without tokens is left out of `means`).
     """

@@ -1,28 +1,51 @@
-"""Direct Preference Optimization, with optional label smoothing (cDPO)."""
+"""Direct Preference Optimization (arXiv 2305.18290), with optional label smoothing (cDPO), and IPO (2310.12036)."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
-from rto_megatron.algorithms.losses import keep, sequence_sums, to_metrics
+from rto_megatron.algorithms.method import OfflineMethod
+from rto_megatron.algorithms.preference import (
+    preference_output,
+    reference_logprobs,
+    response_sums,
+    smoothed_logsigmoid,
+)
 from rto_megatron.types import LossOutput, PairMicrobatch
 
 
 class Config(BaseModel):
-    """The paper's defaults (App. D)."""
+    """The defaults of the RTO paper (App. D)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    beta: float = Field(default=0.1, gt=0, description="strength of the KL constraint, the paper's beta")
+    beta: float = Field(
+        default=0.1, gt=0, description="strength of the KL constraint, DPO's beta and IPO's tau"
+    )
     label_smoothing: float = Field(
         default=0.0, ge=0, lt=0.5, description="probability that a label is flipped (cDPO)"
     )
+    loss: Literal["sigmoid", "ipo"] = Field(
+        default="sigmoid",
+        description="sigmoid: Bradley-Terry; ipo: squared distance to the margin 1 / (2 beta)",
+    )
+
+    @model_validator(mode="after")
+    def _smoothing_has_an_effect(self) -> Self:
+        if self.loss == "ipo" and self.label_smoothing:
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing} has no effect with loss='ipo'; "
+                "remove it or set loss to sigmoid"
+            )
+        return self
 
 
 class DPO:
-    """L = - (1 - eps) log sigmoid(beta D) - eps log sigmoid(- beta D), mean over pairs.
+    """L = - (1 - eps) log sigmoid(beta D) - eps log sigmoid(- beta D), or (D - 1 / (2 beta))^2; mean over pairs.
 
-    D is the difference, chosen minus rejected, of log pi(y|x) - log pi_ref(y|x), summed over the response.
+    D is the difference, chosen minus rejected, of log pi(y|x) - log pi_ref(y|x), summed over the response. IPO takes
+    the same sum; TRL's takes the mean over the tokens, so its beta is not comparable.
     """
 
     def __init__(self, config: Config) -> None:
@@ -37,24 +60,15 @@ class DPO:
 
         Source: eric-mitchell/direct-preference-optimization, trainers.py:preference_loss. Metric names: TRL.
         """
-        config, weight_P = self.config, micro.weight_P
-        logp_S = sequence_sums(logp_T, micro.mask_T, micro.batch)
-        logp_2P = keep(logp_S.view(2, -1), weight_P)
-        rewards_2P = config.beta * (logp_2P - keep(micro.logp_ref_S.view(2, -1), weight_P))
-        margins_P = rewards_2P[0] - rewards_2P[1]
-        losses_P = -(1 - config.label_smoothing) * logsigmoid(margins_P)
-        losses_P = losses_P - config.label_smoothing * logsigmoid(-margins_P)
-        loss = (weight_P * losses_P).sum()
-        num_pairs = (weight_P > 0).sum()
-        metrics = to_metrics(
-            {
-                "loss": (loss, weight_P.sum()),
-                "rewards/chosen": (rewards_2P[0].sum(), num_pairs),
-                "rewards/rejected": (rewards_2P[1].sum(), num_pairs),
-                "rewards/accuracies": ((margins_P > 0).sum(), num_pairs),
-                "rewards/margins": (margins_P.sum(), num_pairs),
-                "logps/chosen": (logp_2P[0].sum(), num_pairs),
-                "logps/rejected": (logp_2P[1].sum(), num_pairs),
-            }
-        )
-        return LossOutput(loss, metrics)
+        config = self.config
+        logp_2P = response_sums(logp_T, micro)
+        log_ratio_2P = logp_2P - reference_logprobs(micro)
+        rewards_2P = config.beta * log_ratio_2P
+        if config.loss == "ipo":
+            losses_P = (log_ratio_2P[0] - log_ratio_2P[1] - 1 / (2 * config.beta)).square()
+        else:
+            losses_P = -smoothed_logsigmoid(rewards_2P[0] - rewards_2P[1], config.label_smoothing)
+        return preference_output(losses_P, rewards_2P, logp_2P, micro)
+
+
+METHOD = OfflineMethod(Config, DPO, examples="pairs", reference="optional")

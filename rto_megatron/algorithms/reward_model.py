@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rto_megatron.algorithms.losses import keep, to_metrics
+from rto_megatron.algorithms.method import OfflineMethod
 from rto_megatron.types import LossOutput, PairMicrobatch
 
 
@@ -70,3 +71,6 @@ def reward_statistics(count: float, total: float, total_squares: float) -> tuple
     mean = total / count
     variance = max(total_squares - count * mean * mean, 0.0) / (count - 1)
     return mean, max(math.sqrt(variance), 1e-8)
+
+
+METHOD = OfflineMethod(Config, RewardModel, examples="pairs", outputs="values")

@@ -4,6 +4,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from rto_megatron.algorithms.losses import to_metrics
+from rto_megatron.algorithms.method import OfflineMethod
 from rto_megatron.types import LossOutput, SupervisedMicrobatch
 
 
@@ -30,3 +31,6 @@ class SFT:
         """
         loss = -(micro.weight_T * logp_T).sum()
         return LossOutput(loss, to_metrics({"loss": (loss, micro.weight_T.sum())}))
+
+
+METHOD = OfflineMethod(Config, SFT, examples="demonstrations")

@@ -5,7 +5,8 @@ Pure Python on token ids; one response at a time. The policies differ only for `
     compat    the last token is overwritten by end-of-sequence and fully rewarded, as the released code does
     penalise  the response stays as sampled, the reward model reads it with end-of-sequence appended, and its
               score is lowered
-    mask      scored the same way, but no token of the response is trained on
+    bootstrap the response stays as sampled and earns no score: the critic's value stands for what would follow
+    mask      scored as under penalise, but no token of the response is trained on
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from typing import Literal
 
 from rto_megatron.types import FinishReason
 
-TruncationPolicy = Literal["compat", "penalise", "mask"]
+TruncationPolicy = Literal["compat", "penalise", "bootstrap", "mask"]
 
 # Stands in for the prompt's last token: any id that is neither end-of-sequence nor padding would do.
 _PROMPT_ID = -1

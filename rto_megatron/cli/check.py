@@ -11,10 +11,10 @@ from rto_megatron.cli.options import Overrides, Recipe
 from rto_megatron.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-    from rto_megatron.cli.plan import Role
     from rto_megatron.cli.shapes import FoundShape
+    from rto_megatron.config.roles import Role
     from rto_megatron.config.schema import Stage
 
 
@@ -49,9 +49,9 @@ def check(
     ] = None,
 ) -> None:
     """Check a recipe; show its configuration, layout, batch arithmetic and memory. Needs no GPU and no model."""
-    from rto_megatron.cli.plan import roles_of
     from rto_megatron.config.checks import find_problems, refuse
     from rto_megatron.config.load import dump, load_recipe
+    from rto_megatron.config.roles import roles_of
     from rto_megatron.models.shape import check_layout
 
     config = load_recipe(recipe, overrides or [])
@@ -90,7 +90,7 @@ def _split(config: "Stage", gpus: int, pool_gpus: int | None) -> tuple[int, int]
     return gpus - pool, pool
 
 
-def _shapes(roles: "list[Role]", assume: list[str]) -> "dict[str, FoundShape]":
+def _shapes(roles: "Sequence[Role]", assume: list[str]) -> "dict[str, FoundShape]":
     from rto_megatron.cli.shapes import find_shape
 
     assumed = dict(_role_and_shape(entry) for entry in assume)
@@ -111,8 +111,9 @@ def _role_and_shape(entry: str) -> tuple[str, str]:
 
 
 def _layout_table(config: "Stage", world_size: int, pool_gpus: int) -> Table:
+    from rto_megatron.cli.plan import reads_pairs
     from rto_megatron.config.checks import plan_batches, samples_from_pool
-    from rto_megatron.config.schema import EvaluateStage, PpoStage
+    from rto_megatron.config.schema import ReinforcementStage, TrainStage
 
     plan = plan_batches(config, world_size)
     parallel = config.parallel
@@ -124,24 +125,26 @@ def _layout_table(config: "Stage", world_size: int, pool_gpus: int) -> Table:
     if samples_from_pool(config):
         where = f"{pool_gpus} GPUs of its own" if pool_gpus else "one server on the CPU"
         table.add_row("inference pool", f"{where}; receives the policy's weights after every step")
-    if not isinstance(config, EvaluateStage):
+    if isinstance(config, TrainStage):
         table.add_row("steps", str(config.run.steps or "one epoch of the data"))
         table.add_row(
             "optimizer step",
             f"{config.batch.train} = {plan.data_parallel} data-parallel ranks x {plan.num_microbatches} micro-batches "
-            f"x {config.batch.micro} {'pairs' if config.stage in ('reward_model', 'dpo') else 'sequences'}",
+            f"x {config.batch.micro} {'pairs' if reads_pairs(config) else 'sequences'}",
         )
-    if isinstance(config, PpoStage):
+    if isinstance(config, ReinforcementStage):
+        samples = config.algorithm.samples_per_prompt
+        each = "" if samples == 1 else f" x {samples} responses"
         table.add_row(
             "rollout step",
-            f"{config.batch.rollout} prompts = {plan.data_parallel} x {plan.rollout_per_rank}; "
+            f"{config.batch.rollout} prompts{each} = {plan.data_parallel} x {plan.rollout_per_rank}; "
             f"{plan.updates_per_rollout} optimizer steps per pass",
         )
     return table
 
 
 def _models_table(
-    config: "Stage", roles: "list[Role]", shapes: "Mapping[str, FoundShape]", world_size: int
+    config: "Stage", roles: "Sequence[Role]", shapes: "Mapping[str, FoundShape]", world_size: int
 ) -> Table:
     from rto_megatron.cli.plan import activation_bytes, gib, role_cost
 

@@ -12,7 +12,7 @@ from rto_megatron.cli.options import Overrides, Recipe
 from rto_megatron.errors import UserError
 
 if TYPE_CHECKING:
-    from rto_megatron.config.schema import EvaluateStage, PpoStage
+    from rto_megatron.config.schema import EvaluateStage, ReinforcementStage
     from rto_megatron.rollout.server import Server, ServerOptions
 
 
@@ -42,7 +42,7 @@ def launch(
 
     from rto_megatron.cli.torchrun import run_ranks
     from rto_megatron.config.load import load_recipe
-    from rto_megatron.config.schema import EvaluateStage, PpoStage
+    from rto_megatron.config.schema import EvaluateStage, ReinforcementStage
 
     config = load_recipe(recipe, overrides or [])
     gpus = torch.cuda.device_count()
@@ -50,7 +50,7 @@ def launch(
     num_pool_gpus = 0
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with ExitStack() as stack:
-        if isinstance(config, PpoStage | EvaluateStage) and not config.rollout.servers:
+        if isinstance(config, ReinforcementStage | EvaluateStage) and not config.rollout.servers:
             num_pool_gpus = pool_gpus or gpus // 2
             token_file = config.rollout.token_file or config.run.dir / "pool" / "token"
             servers = stack.enter_context(_local_pool(config, token_file, gpus, num_pool_gpus))
@@ -63,7 +63,7 @@ def launch(
 
 @contextmanager
 def _local_pool(
-    config: "PpoStage | EvaluateStage", token_file: Path, gpus: int, num_pool_gpus: int
+    config: "ReinforcementStage | EvaluateStage", token_file: Path, gpus: int, num_pool_gpus: int
 ) -> "Iterator[list[Server]]":
     """Servers for the stage: one per pool GPU, the last GPUs of the machine, or one on the CPU."""
     from rto_megatron.rollout.server import stop_server, wait_until_ready
@@ -83,7 +83,7 @@ def _local_pool(
             stop_server(server)
 
 
-def _options(config: "PpoStage | EvaluateStage", token_file: Path, index: int) -> "ServerOptions":
+def _options(config: "ReinforcementStage | EvaluateStage", token_file: Path, index: int) -> "ServerOptions":
     from rto_megatron.cli.shapes import hugging_face_folder
     from rto_megatron.rollout.server import ServerOptions
 

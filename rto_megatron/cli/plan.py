@@ -10,24 +10,22 @@ fp32 logits with their gradient.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
+from rto_megatron.algorithms import ALGORITHMS
+from rto_megatron.algorithms.method import OfflineMethod
 from rto_megatron.cli.shapes import FoundShape, layer_parameters, num_parameters
-from rto_megatron.config.schema import EvaluateStage, OptimizerConfig, PpoStage, RtoStage, SftStage, Stage
+from rto_megatron.config.roles import Role, roles_of
+from rto_megatron.config.schema import (
+    ActorCriticStage,
+    OfflineStage,
+    OptimizerConfig,
+    ReinforcementStage,
+    Stage,
+    TrainStage,
+)
 from rto_megatron.models.shape import ModelShape
 
 _GIB = 1024**3
-
-
-@dataclass(frozen=True)
-class Role:
-    """A model of a stage, as it is placed on the trainer's ranks."""
-
-    name: str
-    path: Path
-    is_trained: bool
-    has_value_head: bool
-    shares: str | None  # the role whose weights and forward it uses, if any
 
 
 @dataclass(frozen=True)
@@ -37,36 +35,6 @@ class RoleCost:
     parameters: int
     parameters_per_rank: int
     bytes_per_rank: int
-
-
-def roles_of(config: Stage) -> list[Role]:
-    """The models that `config` puts on the trainer's ranks."""
-    models = config.models
-    if isinstance(config, EvaluateStage):
-        roles = [
-            Role("policy", models.policy, False, False, None),
-            Role("reference", models.reference or models.policy, False, False, None),
-        ]
-        return roles + ([Role("reward", models.reward, False, True, None)] if models.reward else [])
-    if not isinstance(config, PpoStage):
-        roles = [Role("policy", models.policy, True, config.stage == "reward_model", None)]
-        if config.stage == "dpo":
-            roles.append(Role("reference", models.reference or models.policy, False, False, None))
-        return roles
-    assert models.reward is not None
-    reference = models.reference or models.policy
-    roles = [
-        Role("policy", models.policy, True, False, None),
-        Role("critic", models.critic or models.reward, True, True, None),
-        Role("reference", reference, False, False, None),
-        Role("reward", models.reward, False, True, None),
-    ]
-    if isinstance(config, RtoStage) and config.algorithm.beta_dpo > 0 and models.dpo is not None:
-        roles.append(Role("dpo", models.dpo, False, False, None))
-        dpo_reference = models.dpo_reference or reference
-        shares = "reference" if dpo_reference == reference else None
-        roles.append(Role("dpo_reference", dpo_reference, False, False, shares))
-    return roles
 
 
 def role_cost(role: Role, shape: ModelShape, config: Stage, data_parallel: int) -> RoleCost:
@@ -89,27 +57,29 @@ def _bytes_per_parameter(role: Role, config: Stage, data_parallel: int) -> float
     if optimizer is None:
         return 2 if is_bf16 else 4
     state = (4 if is_bf16 else 0) + (8 if optimizer.kind == "adam" else 0)
+    assert isinstance(config, TrainStage)
     shards = data_parallel if config.parallel.distributed_optimizer else 1
     return (2 if is_bf16 else 4) + 4 + state / shards
 
 
 def _optimizer(role: Role, config: Stage) -> OptimizerConfig | None:
-    if not role.is_trained or isinstance(config, EvaluateStage):
+    if not role.is_trained or not isinstance(config, TrainStage):
         return None
-    if isinstance(config, PpoStage) and role.name == "critic":
+    if isinstance(config, ActorCriticStage) and role.name == "critic":
         return config.critic_optimizer
     return config.optimizer
 
 
 def activation_bytes(config: Stage, shapes: Mapping[str, FoundShape]) -> int:
     """Activations of one micro-batch of the longest sequences in training, in bytes; 0 without training."""
-    if isinstance(config, EvaluateStage):
+    if not isinstance(config, TrainStage):
         return 0
-    if isinstance(config, PpoStage):
+    if isinstance(config, ReinforcementStage):
         length = config.data.max_prompt_tokens + config.sampling.max_response_tokens
     else:
+        assert isinstance(config, OfflineStage)
         length = config.data.max_length
-    sequences = config.batch.micro * (1 if isinstance(config, SftStage | PpoStage) else 2)
+    sequences = config.batch.micro * (2 if reads_pairs(config) else 1)
     tokens = length * sequences
     tensor = config.parallel.tensor
     width = 1 if config.precision.dtype == "bf16" else 2
@@ -127,6 +97,12 @@ def activation_bytes(config: Stage, shapes: Mapping[str, FoundShape]) -> int:
         logits = 0 if role.has_value_head else 2 * 4 * tokens * shape.vocab_size // tensor
         peak = max(peak, layers + logits)
     return peak
+
+
+def reads_pairs(config: Stage) -> bool:
+    """Whether a batch of the stage counts pairs, two sequences each."""
+    method = ALGORITHMS.get(config.stage)
+    return isinstance(method, OfflineMethod) and method.examples == "pairs"
 
 
 def gib(size: float) -> str:

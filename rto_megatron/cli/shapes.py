@@ -36,7 +36,7 @@ KNOWN_SHAPES = {
 
 # The models of a checkpoint that a role may start from, as engine.source looks for them.
 _SCALAR_ROLES = ("reward", "critic")
-_LANGUAGE_ROLES = ("policy",)
+_LANGUAGE_ROLES = ("policy_ema", "policy")
 
 
 @dataclass(frozen=True)

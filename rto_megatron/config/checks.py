@@ -6,22 +6,16 @@ How a model's heads and layers are cut is checked where model shapes are known (
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from rto_megatron.config.schema import (
-    DpoStage,
-    EvaluateStage,
-    PpoStage,
-    RewardModelStage,
-    RolloutBatchConfig,
-    RtoStage,
-    SftStage,
-    Stage,
-)
+from rto_megatron.algorithms import ALGORITHMS
+from rto_megatron.algorithms.method import OfflineMethod
+from rto_megatron.config.roles import OPTIONAL_ROLES, allowed_roles, needs_dpo
+from rto_megatron.config.schema import EvaluateStage, OfflineStage, ReinforcementStage, Stage, TrainStage
 from rto_megatron.errors import UserError
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Batch arithmetic of one stage; all counts are sequences (pairs for reward model and DPO)."""
+    """Batch arithmetic of one stage; all counts are sequences, or pairs where the stage reads pairs."""
 
     data_parallel: int
     train_per_rank: int  # 0 where the stage does not train
@@ -35,10 +29,10 @@ class BatchPlan:
 def plan_batches(config: Stage, world_size: int) -> BatchPlan:
     """The batch arithmetic of `config` on `world_size` ranks; valid only if `find_problems` found none."""
     data_parallel = world_size // (config.parallel.tensor * config.parallel.pipeline)
-    if isinstance(config, EvaluateStage):
+    if not isinstance(config, TrainStage):
         return BatchPlan(data_parallel, 0, 0, 0, 0)
     batch = config.batch
-    rollout = config.batch.rollout if isinstance(config, PpoStage) else 0
+    rollout = config.responses_per_step if isinstance(config, ReinforcementStage) else 0
     return BatchPlan(
         data_parallel=data_parallel,
         train_per_rank=batch.train // data_parallel,
@@ -71,7 +65,7 @@ def refuse(problems: Iterable[str]) -> None:
 
 def samples_from_pool(config: Stage) -> bool:
     """Whether the stage needs an inference pool."""
-    return isinstance(config, PpoStage | EvaluateStage)
+    return isinstance(config, ReinforcementStage | EvaluateStage)
 
 
 def _layout(config: Stage, world_size: int) -> list[str]:
@@ -89,7 +83,7 @@ def _layout(config: Stage, world_size: int) -> list[str]:
 
 
 def _batches(config: Stage, data_parallel: int) -> list[str]:
-    if isinstance(config, EvaluateStage):
+    if not isinstance(config, TrainStage):
         return []
     batch = config.batch
     problems = []
@@ -102,69 +96,85 @@ def _batches(config: Stage, data_parallel: int) -> list[str]:
             f"{batch.micro} x {data_parallel} = {step}, so {batch.train // step} whole micro-batches "
             f"come out; set batch.train to {nearest}"
         )
-    return problems + (_rollouts(config.batch, data_parallel) if isinstance(config, PpoStage) else [])
+    return problems + (_rollouts(config, data_parallel) if isinstance(config, ReinforcementStage) else [])
 
 
-def _rollouts(batch: RolloutBatchConfig, data_parallel: int) -> list[str]:
+def _rollouts(config: ReinforcementStage, data_parallel: int) -> list[str]:
+    batch, responses = config.batch, config.responses_per_step
     problems = []
     if batch.rollout % data_parallel:
         problems.append(
             f"batch.rollout={batch.rollout} is not a multiple of the {data_parallel} data-parallel ranks; "
             f"set batch.rollout to {(batch.rollout // data_parallel + 1) * data_parallel}"
         )
-    if batch.rollout % batch.train:
+    if responses % batch.train:
+        samples = config.algorithm.samples_per_prompt
+        each = "" if samples == 1 else f" x algorithm.samples_per_prompt={samples}"
+        fits = max(1, responses // batch.train) * batch.train
+        advice = (
+            f"set batch.rollout to {fits // samples}" if fits % samples == 0 else "change one of the three"
+        )
         problems.append(
-            f"batch.rollout={batch.rollout} is not a multiple of batch.train={batch.train}, so "
-            f"{batch.rollout // batch.train} whole updates come out of a rollout step; "
-            f"set batch.rollout to {max(1, batch.rollout // batch.train) * batch.train}"
+            f"batch.rollout={batch.rollout}{each} is not a multiple of batch.train={batch.train}, so "
+            f"{responses // batch.train} whole updates come out of a rollout step; {advice}"
         )
     return problems
 
 
-_USED_ROLES: dict[type[Stage], tuple[str, ...]] = {
-    SftStage: ("policy",),
-    RewardModelStage: ("policy",),
-    DpoStage: ("policy", "reference"),
-    PpoStage: ("policy", "reference", "critic", "reward"),
-    RtoStage: ("policy", "reference", "critic", "reward", "dpo", "dpo_reference"),
-    EvaluateStage: ("policy", "reference", "reward"),
-}
-
-
 def _models(config: Stage) -> list[str]:
-    models = config.models
-    named = {
-        "reference": models.reference,
-        "critic": models.critic,
-        "reward": models.reward,
-        "dpo": models.dpo,
-        "dpo_reference": models.dpo_reference,
-    }
-    used = _USED_ROLES[type(config)]
+    models, used = config.models, allowed_roles(config)
+    named = {role: models.model_dump()[role] for role in OPTIONAL_ROLES}
     problems = [
         f"models.{role}={path} is set, but stage {config.stage} uses only {', '.join(used)}; remove it"
         for role, path in named.items()
         if path is not None and role not in used
     ]
-    if isinstance(config, PpoStage) and models.reward is None:
+    if isinstance(config, ReinforcementStage) and models.reward is None:
         problems.append(
             f"models.reward is missing: stage {config.stage} scores its rollouts with a reward model"
         )
-    if isinstance(config, RtoStage) and config.algorithm.beta_dpo > 0 and models.dpo is None:
+    if needs_dpo(config) and models.dpo is None:
         problems.append(
-            f"models.dpo is missing: algorithm.beta_dpo={config.algorithm.beta_dpo} rewards tokens with a "
-            "DPO model; name one, or set algorithm.beta_dpo=0 for PPO"
+            f"models.dpo is missing: stage {config.stage} rewards tokens with a DPO model; name one, or set "
+            "algorithm.beta_dpo=0 to do without"
         )
-    if models.random_init and not isinstance(config, SftStage):
+    if models.allow_unverified_reference and not needs_dpo(config):
+        problems.append(
+            "models.allow_unverified_reference=true has no effect where no DPO model is read; remove it"
+        )
+    if models.random_init and config.stage != "sft":
         problems.append(
             f"models.random_init=true works for stage sft only; stage {config.stage} needs trained weights"
         )
-    return problems
+    return problems + (_reference(config) if isinstance(config, OfflineStage) else _pretraining(config))
+
+
+def _reference(config: OfflineStage) -> list[str]:
+    method = ALGORITHMS[config.stage]
+    if (
+        isinstance(method, OfflineMethod)
+        and method.reference == "required"
+        and config.models.reference is None
+    ):
+        return [
+            f"models.reference is missing: stage {config.stage} compares the policy with a reference's whole "
+            f"distribution; name it, most often models.reference={config.models.policy}"
+        ]
+    return []
+
+
+def _pretraining(config: Stage) -> list[str]:
+    if not isinstance(config, ReinforcementStage) or config.data.pretrain is not None:
+        return []
+    coef = config.algorithm.ptx_coef
+    if coef == type(config.algorithm).model_fields["ptx_coef"].default:
+        return []
+    return [f"algorithm.ptx_coef={coef} has no effect without data.pretrain; remove it or name texts"]
 
 
 def _lengths(config: Stage, max_positions: Mapping[str, int]) -> list[str]:
     problems = []
-    if isinstance(config, PpoStage | EvaluateStage):
+    if isinstance(config, ReinforcementStage | EvaluateStage):
         data, sampling = config.data, config.sampling
         longest = data.max_prompt_tokens + sampling.max_response_tokens
         keys = "data.max_prompt_tokens + sampling.max_response_tokens"
@@ -174,6 +184,7 @@ def _lengths(config: Stage, max_positions: Mapping[str, int]) -> list[str]:
                 f"sampling.max_response_tokens={sampling.max_response_tokens}"
             )
     else:
+        assert isinstance(config, OfflineStage)
         longest, keys = config.data.max_length, "data.max_length"
         if config.data.max_prompt_tokens >= longest:
             problems.append(
@@ -193,13 +204,13 @@ def _lengths(config: Stage, max_positions: Mapping[str, int]) -> list[str]:
 
 def _appends_end(config: Stage) -> bool:
     """Whether the reward model reads one token more than was sampled (algorithms.termination)."""
-    if isinstance(config, PpoStage):
+    if isinstance(config, ReinforcementStage):
         return config.algorithm.truncated != "compat"
     return isinstance(config, EvaluateStage)
 
 
 def _pool_servers(config: Stage) -> list[str]:
-    if not isinstance(config, PpoStage | EvaluateStage):
+    if not isinstance(config, ReinforcementStage | EvaluateStage):
         return []
     return [
         f"rollout.servers: found {server!r}; an address is written http://host:port"
@@ -210,7 +221,7 @@ def _pool_servers(config: Stage) -> list[str]:
 
 def require_pool(config: Stage) -> None:
     """Raise UserError if the stage samples and no pool server is named."""
-    if isinstance(config, PpoStage | EvaluateStage) and not config.rollout.servers:
+    if isinstance(config, ReinforcementStage | EvaluateStage) and not config.rollout.servers:
         raise UserError(
             f"rollout.servers is empty, and stage {config.stage} samples from an inference pool; start one "
             "with `rto pool` and name it, or start the stage with launchers/local.sh, which does both"

@@ -22,8 +22,8 @@ Tree = dict[str, object]
 
 # Keys that hold a path of this machine; the others (models, data) may also name something on the hub, so they
 # are made absolute only if they exist.
-_LOCAL_PATHS = ("run.dir", "rollout.token_file", "evaluate.true_reward")
-_PATHS_OR_HUB_NAMES = ("data.train", "data.eval")
+_LOCAL_PATHS = ("run.dir", "rollout.token_file", "evaluate.true_reward", "data.true_reward")
+_PATHS_OR_HUB_NAMES = ("data.train", "data.eval", "data.pretrain")
 _MODELS = ("policy", "reference", "critic", "reward", "dpo", "dpo_reference")
 
 

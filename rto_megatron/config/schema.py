@@ -9,9 +9,10 @@ Off is `null`, never a magic number; 0 means zero.
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from rto_megatron.algorithms import dpo, ppo, reward_model, rto, sft
+from rto_megatron.algorithms import ALGORITHMS, reinforcement
+from rto_megatron.algorithms.method import Method, OnlineMethod
 
 
 class Section(BaseModel):
@@ -33,7 +34,7 @@ class TrainRunConfig(RunConfig):
     steps: int | None = Field(
         default=None,
         ge=1,
-        description="optimizer steps (SFT, RM, DPO) or rollout steps (PPO, RTO); null: one epoch",
+        description="optimizer steps, or rollout steps where the policy samples; null: one epoch",
     )
     save_every: int | None = Field(
         default=None, ge=1, description="steps between checkpoints; null: only at the end"
@@ -42,7 +43,7 @@ class TrainRunConfig(RunConfig):
 
 
 class OfflineRunConfig(TrainRunConfig):
-    """SFT, reward model and DPO evaluate on held-out data."""
+    """Offline stages evaluate on held-out data."""
 
     eval_every: int | None = Field(
         default=None, ge=1, description="steps between evaluations on eval data; null: only at the end"
@@ -50,7 +51,7 @@ class OfflineRunConfig(TrainRunConfig):
 
 
 class RolloutRunConfig(TrainRunConfig):
-    """PPO and RTO show what they sample."""
+    """Stages that sample show what they sample."""
 
     samples_every: int | None = Field(
         default=None, ge=1, description="steps between tables of sample completions; null: none"
@@ -95,7 +96,13 @@ class ModelsConfig(Section):
     critic: Path | None = Field(default=None, description="null: starts from the reward model")
     reward: Path | None = None
     dpo: Path | None = None
-    dpo_reference: Path | None = Field(default=None, description="null: the reference")
+    dpo_reference: Path | None = Field(
+        default=None, description="what the DPO model was trained against; null: the reference"
+    )
+    allow_unverified_reference: bool = Field(
+        default=False,
+        description="accept a DPO model that does not say which reference it was trained against, as released ones",
+    )
     random_init: bool = Field(
         default=False,
         description="SFT only: `policy` holds config.json and a tokenizer; weights come from run.seed",
@@ -112,7 +119,7 @@ class DataConfig(Section):
 
 
 class ExampleDataConfig(DataConfig):
-    """Prompts with answers: SFT, reward model and DPO."""
+    """Prompts with answers."""
 
     train: str = Field(min_length=1)
     eval: str | None = Field(default=None, min_length=1)
@@ -121,9 +128,17 @@ class ExampleDataConfig(DataConfig):
 
 
 class PromptDataConfig(DataConfig):
-    """Prompts of PPO and RTO."""
+    """Prompts that the policy answers."""
 
     train: str = Field(min_length=1)
+    pretrain: str | None = Field(
+        default=None,
+        min_length=1,
+        description="texts for a language-model loss beside the policy's (`algorithm.ptx_coef`); null: none",
+    )
+    true_reward: Path | None = Field(
+        default=None, description="the synthetic task's table: logs the true return of what was sampled"
+    )
 
 
 class EvaluateDataConfig(DataConfig):
@@ -148,14 +163,14 @@ class TrainBatchConfig(BatchConfig):
     train: int = Field(default=128, ge=1, description="global batch of one optimizer step")
 
 
-class DpoBatchConfig(TrainBatchConfig):
-    """The paper's DPO has a batch of its own."""
+class PreferenceBatchConfig(TrainBatchConfig):
+    """The paper's preference methods have a batch of their own."""
 
-    train: int = Field(default=256, ge=1, description="global batch of one optimizer step, in pairs")
+    train: int = Field(default=256, ge=1, description="global batch of one optimizer step: pairs, or answers")
 
 
 class RolloutBatchConfig(TrainBatchConfig):
-    """Of PPO and RTO."""
+    """Of stages that sample."""
 
     rollout: int = Field(default=1024, ge=1, description="prompts per rollout step, all ranks")
 
@@ -213,6 +228,7 @@ class EvaluateConfig(Section):
 class StageConfig(Section):
     """What every stage has."""
 
+    stage: str
     run: RunConfig
     parallel: ParallelConfig = ParallelConfig()
     precision: FrozenPrecisionConfig = FrozenPrecisionConfig()
@@ -231,45 +247,48 @@ class TrainStage(StageConfig):
 
 
 class OfflineStage(TrainStage):
-    """SFT, reward model, DPO."""
+    """Trains on a fixed data set."""
 
     run: OfflineRunConfig
     data: ExampleDataConfig
-
-
-class SftStage(OfflineStage):
-    stage: Literal["sft"]
-    algorithm: sft.Config = sft.Config()
+    algorithm: BaseModel
 
 
 class RewardModelStage(OfflineStage):
-    stage: Literal["reward_model"]
-    algorithm: reward_model.Config = reward_model.Config()
+    """Trains a scalar head."""
 
 
-class DpoStage(OfflineStage):
-    stage: Literal["dpo"]
-    batch: DpoBatchConfig = DpoBatchConfig()
-    algorithm: dpo.Config = dpo.Config()
+class PreferenceStage(OfflineStage):
+    """DPO and its kin."""
+
+    batch: PreferenceBatchConfig = PreferenceBatchConfig()
 
 
-class PpoStage(TrainStage):
-    stage: Literal["ppo"]
+class ReinforcementStage(TrainStage):
+    """Trains on what the policy samples."""
+
     run: RolloutRunConfig
     data: PromptDataConfig
     batch: RolloutBatchConfig = RolloutBatchConfig()
-    critic_optimizer: OptimizerConfig
     sampling: SamplingConfig = SamplingConfig()
     rollout: RolloutConfig = RolloutConfig()
-    algorithm: ppo.Config = ppo.Config()
+    algorithm: reinforcement.Config
+
+    @property
+    def responses_per_step(self) -> int:
+        """Responses of one rollout step, all ranks."""
+        return self.batch.rollout * self.algorithm.samples_per_prompt
 
 
-class RtoStage(PpoStage):
-    stage: Literal["rto"]  # type: ignore[assignment]
-    algorithm: rto.Config = rto.Config()
+class ActorCriticStage(ReinforcementStage):
+    """With a critic beside the policy."""
+
+    critic_optimizer: OptimizerConfig
 
 
 class EvaluateStage(StageConfig):
+    """Measures a policy on prompts that no stage trains on."""
+
     stage: Literal["evaluate"]
     data: EvaluateDataConfig
     batch: BatchConfig = BatchConfig()
@@ -278,12 +297,29 @@ class EvaluateStage(StageConfig):
     evaluate: EvaluateConfig
 
 
-Stage = SftStage | RewardModelStage | DpoStage | PpoStage | RtoStage | EvaluateStage
-STAGES: dict[str, type[Stage]] = {
-    "sft": SftStage,
-    "reward_model": RewardModelStage,
-    "dpo": DpoStage,
-    "ppo": PpoStage,
-    "rto": RtoStage,
+def _kind(method: Method) -> type[TrainStage]:
+    if isinstance(method, OnlineMethod):
+        return ActorCriticStage if method.has_critic else ReinforcementStage
+    if method.outputs == "values":
+        return RewardModelStage
+    return OfflineStage if method.examples == "demonstrations" else PreferenceStage
+
+
+def _stage(name: str, method: Method) -> type[StageConfig]:
+    """The configuration of one registered algorithm: its kind's sections and its own keys."""
+    kind = _kind(method)
+    own_name: object = Literal[name]  # type: ignore[valid-type]
+    return create_model(
+        f"{name}_stage",
+        __base__=kind,
+        __doc__=kind.__doc__,
+        stage=(own_name, ...),
+        algorithm=(method.config, method.config()),
+    )
+
+
+Stage = StageConfig
+STAGES: dict[str, type[StageConfig]] = {
+    **{name: _stage(name, method) for name, method in ALGORITHMS.items()},
     "evaluate": EvaluateStage,
 }

@@ -41,7 +41,7 @@ def encode_prompt(
     Raises:
         UserError: the template refuses the messages.
     """
-    return _encode(tokenizer, _render(tokenizer, messages, True, where))
+    return encode_text(tokenizer, _render(tokenizer, messages, True, where))
 
 
 def encode_exchange(
@@ -54,8 +54,8 @@ def encode_exchange(
     """
     prompt_text = _render(tokenizer, messages, True, where)
     whole_text = _render(tokenizer, [*messages, Message("assistant", answer)], False, where)
-    prompt_ids = _encode(tokenizer, prompt_text)
-    whole_ids = _encode(tokenizer, whole_text)
+    prompt_ids = encode_text(tokenizer, prompt_text)
+    whole_ids = encode_text(tokenizer, whole_text)
     if whole_ids[: len(prompt_ids)] == prompt_ids and len(whole_ids) > len(prompt_ids):
         answer_ids = whole_ids[len(prompt_ids) :]
     else:
@@ -91,8 +91,11 @@ def _render(
     return str(text)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """Ids of a rendered template; the first token (BOS) may come from the template, the tokenizer or both."""
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    """Ids of a text or a rendered template, with one beginning-of-sequence token if the tokenizer uses it.
+
+    That token may come from the template, the tokenizer or both.
+    """
     ids = tuple(tokenizer.encode(text, add_special_tokens=False))
     bos = tokenizer.bos_token_id
     if bos is None:

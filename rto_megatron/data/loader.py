@@ -1,4 +1,4 @@
-"""Reads prompts, preference pairs and demonstrations in the public layouts and tokenizes them.
+"""Reads prompts, preference pairs, demonstrations, verdicts and texts in the public layouts and tokenizes them.
 
 Layouts, by column names:
     prompts         context_messages [{role, content}]; or prompt, a string or a list of messages
@@ -6,6 +6,8 @@ Layouts, by column names:
                     and margin, or score_chosen and score_rejected (their difference is the margin)
     demonstrations  messages [{role, content}]; or chosen, as above; or prompt and response strings. The
                     last message is the target, everything before it is the prompt
+    verdicts        prompt, completion (strings or messages) and label (true or false); or pairs, as above
+    texts           text, a string
 
 An answer that does not fit in `max_length` is cut, and the last token that is kept becomes the
 end-of-sequence token, because the reward model reads its score there. Whatever was dropped or cut is counted
@@ -14,16 +16,16 @@ in the `LoadReport`.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from rto_megatron.data.chat import Exchange, Message, encode_exchange, encode_prompt
+from rto_megatron.data.chat import Exchange, Message, encode_exchange, encode_prompt, encode_text
 from rto_megatron.data.sources import Row, read_rows
 from rto_megatron.errors import UserError
-from rto_megatron.types import Demonstration, PreferencePair, Prompt
+from rto_megatron.types import Demonstration, JudgedResponse, PreferencePair, Prompt
 
 MIN_ANSWER_TOKENS = 2  # an answer of one token would be nothing but the end of the sequence
 
@@ -148,6 +150,86 @@ def load_demonstrations(
     return _load(source, convert, encoder, max_rows)
 
 
+def load_judged(
+    source: str, tokenizer: PreTrainedTokenizerBase, limits: Limits, max_rows: int | None = None
+) -> Loaded[JudgedResponse]:
+    """Load answers with verdicts: rows of prompt, completion and label, or preference pairs, two answers each.
+
+    The unrelated answer of each is the first one of the nearest row before it that has another prompt.
+    Arguments and errors as `load_prompts`.
+    """
+    encoder = _Encoder(tokenizer, limits)
+
+    def convert(row: Row) -> tuple[JudgedResponse, ...] | None:
+        if "label" in row.columns:
+            verdicts = [(_completed(row), _label(row))]
+        else:
+            _first_column(row, ("chosen", "label"), "answers with verdicts")
+            verdicts = [(_conversation(row, "chosen"), True), (_conversation(row, "rejected"), False)]
+        answers = []
+        for messages, is_desirable in verdicts:
+            exchange = encoder.example(row, messages)
+            if exchange is None:
+                return None
+            answers.append(
+                JudgedResponse(_row_id(row), exchange.prompt_ids, exchange.answer_ids, is_desirable, ())
+            )
+        return tuple(answers)
+
+    loaded = _load(source, convert, encoder, max_rows)
+    rows = loaded.items
+    answers = []
+    for index, row in enumerate(rows):
+        others = (rows[index - back][0] for back in range(1, len(rows)))
+        other = next((one for one in others if one.prompt_ids != row[0].prompt_ids), None)
+        if other is None:
+            raise UserError(f"{source}: all rows answer one prompt; the KL baseline of KTO needs another one")
+        for answer in row:
+            room = limits.max_length - len(answer.prompt_ids)
+            answers.append(replace(answer, unrelated_ids=_fitted(other.response_ids, room)))
+    return Loaded(tuple(answers), loaded.report)
+
+
+def _completed(row: Row) -> list[Message]:
+    if isinstance(row.columns.get("completion"), list):
+        answer = _messages(row, "completion")[-1].content
+    else:
+        answer = _text(row, "completion")
+    return [*_prompt_messages(row, "prompt"), Message("assistant", answer)]
+
+
+def _label(row: Row) -> bool:
+    label = row.columns["label"]
+    if not isinstance(label, bool):
+        raise UserError(f"{row.where}: column 'label' is {label!r:.60}, expected true or false")
+    return label
+
+
+def _fitted(answer_ids: tuple[int, ...], room: int) -> tuple[int, ...]:
+    return answer_ids if len(answer_ids) <= room else (*answer_ids[: room - 1], answer_ids[-1])
+
+
+def load_texts(source: str, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> Loaded[Demonstration]:
+    """Load texts of column `text` for a language-model loss on every token but the first.
+
+    Longer texts than `max_length` are cut; rows of fewer than two tokens are dropped.
+
+    Raises:
+        UserError: a row has no text, or no row is left.
+    """
+    encoder = _Encoder(tokenizer, limits)
+
+    def convert(row: Row) -> Demonstration | None:
+        _first_column(row, ("text",), "texts")
+        ids = encode_text(tokenizer, _text(row, "text"))
+        if len(ids) > limits.max_length:
+            encoder.counts["truncated_answers"] += 1
+            ids = ids[: limits.max_length]
+        return None if len(ids) < 2 else Demonstration(_row_id(row), ids[:1], ids[1:])
+
+    return _load(source, convert, encoder, None)
+
+
 def _load[T](
     source: str, convert: Callable[[Row], T | None], encoder: "_Encoder", max_rows: int | None
 ) -> Loaded[T]:
@@ -204,12 +286,9 @@ class _Encoder:
         if prompt_ids is None:
             return None
         self.counts["answers_cut_at_eos"] += exchange.num_cut_tokens > 0
-        answer_ids = exchange.answer_ids
         room = self.limits.max_length - len(prompt_ids)
-        if len(answer_ids) > room:
-            self.counts["truncated_answers"] += 1
-            answer_ids = (*answer_ids[: room - 1], answer_ids[-1])
-        return Exchange(prompt_ids, answer_ids, exchange.num_cut_tokens)
+        self.counts["truncated_answers"] += len(exchange.answer_ids) > room
+        return Exchange(prompt_ids, _fitted(exchange.answer_ids, room), exchange.num_cut_tokens)
 
 
 def _row_id(row: Row) -> str:

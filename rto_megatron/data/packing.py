@@ -18,9 +18,12 @@ from itertools import accumulate, batched, chain
 import torch
 from torch import Tensor
 
+from rto_megatron.algorithms.losses import sequence_sums
 from rto_megatron.types import (
     Demonstration,
     Experience,
+    JudgedMicrobatch,
+    JudgedResponse,
     Minibatch,
     PairMicrobatch,
     PreferencePair,
@@ -137,13 +140,13 @@ def _response_mask(sequences: Sequence[tuple[Sequence[int], int]], batch: TokenB
 
 
 def supervised_microbatches(
-    demonstrations: Sequence[Demonstration], num_target_tokens: int, layout: Layout
+    demonstrations: Sequence[Demonstration], num_target_tokens: float, layout: Layout
 ) -> list[SupervisedMicrobatch]:
     """Micro-batches of a supervised step.
 
     Args:
         demonstrations: this rank's share of the global batch.
-        num_target_tokens: response tokens of the global batch, all ranks.
+        num_target_tokens: what the loss is divided by: response tokens of the global batch, all ranks.
         layout: micro-batch size and packing.
     """
     microbatches = []
@@ -187,17 +190,70 @@ def pair_microbatches(
     return microbatches
 
 
+def judged_microbatches(
+    answers: Sequence[JudgedResponse], logp_ref_G: Tensor, baseline: Tensor, num_answers: int, layout: Layout
+) -> list[JudgedMicrobatch]:
+    """Micro-batches of a step on answers with verdicts.
+
+    Args:
+        answers: this rank's share of the global batch, G answers.
+        logp_ref_G: [G], float32, nats: summed reference log-probs of each answer.
+        baseline: scalar, nats: the KL estimate of the global batch.
+        num_answers: answers of the global batch, all ranks.
+        layout: micro-batch size in answers, and packing.
+    """
+    assert logp_ref_G.shape == (len(answers),)
+    microbatches = []
+    for first, group in zip(
+        range(0, len(answers), layout.micro), batched(answers, layout.micro), strict=True
+    ):
+        sequences = [(a.prompt_ids + a.response_ids, len(a.prompt_ids)) for a in group]
+        batch = token_batch(sequences, layout.packed, layout.multiple_of, layout.device)
+        logp_ref_S = logp_ref_G[first : first + len(group)].to(layout.device)
+        microbatches.append(
+            JudgedMicrobatch(
+                batch=batch,
+                mask_T=_response_mask(sequences, batch),
+                weight_S=torch.full_like(logp_ref_S, 1.0 / num_answers),
+                is_desirable_S=torch.tensor([a.is_desirable for a in group], device=layout.device),
+                logp_ref_S=logp_ref_S,
+                baseline=baseline,
+            )
+        )
+    return microbatches
+
+
+def response_sums(
+    values: Sequence[Tensor], batches: Sequence[TokenBatch], sequences: Sequence[tuple[Sequence[int], int]]
+) -> Tensor:
+    """Sum of per-position outputs over each response, [number of sequences], differentiable.
+
+    Args:
+        values: one [T] tensor per batch.
+        batches: `sequences`, cut in order.
+        sequences: (token ids, prompt length in tokens).
+    """
+    sums = []
+    first = 0
+    for values_T, batch in zip(values, batches, strict=True):
+        group = sequences[first : first + len(batch.last_positions)]
+        sums.append(sequence_sums(values_T, _response_mask(group, batch), batch))
+        first += len(group)
+    assert first == len(sequences)
+    return torch.cat(sums)
+
+
+def sequence_batches(sequences: Sequence[tuple[Sequence[int], int]], layout: Layout) -> list[TokenBatch]:
+    """Token batches of (token ids, prompt length), in order."""
+    return [
+        token_batch(group, layout.packed, layout.multiple_of, layout.device)
+        for group in batched(sequences, layout.micro)
+    ]
+
+
 def rollout_batches(rollouts: Sequence[Rollout], layout: Layout) -> list[TokenBatch]:
     """Token batches of prompts with their responses, in order, for the forwards that score rollouts."""
-    return [
-        token_batch(
-            [(r.prompt_ids + r.response_ids, len(r.prompt_ids)) for r in group],
-            layout.packed,
-            layout.multiple_of,
-            layout.device,
-        )
-        for group in batched(rollouts, layout.micro)
-    ]
+    return sequence_batches([(r.prompt_ids + r.response_ids, len(r.prompt_ids)) for r in rollouts], layout)
 
 
 def rollout_grid(
@@ -254,6 +310,7 @@ def minibatches(
         fields_BR = (
             weights_BR,
             experience.logp_old_BR,
+            experience.logp_ref_BR,
             experience.advantages_BR,
             experience.values_BR,
             experience.returns_BR,

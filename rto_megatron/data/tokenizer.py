@@ -164,6 +164,23 @@ def _load(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def tokens_with(tokenizer: PreTrainedTokenizerBase, strings: Iterable[str]) -> frozenset[int]:
+    """Ids of the tokens whose text holds one of `strings`; special tokens do not count.
+
+    Raises:
+        UserError: there is none.
+    """
+    wanted = tuple(strings)
+    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    found = {token for token, text in enumerate(texts) if any(string in text for string in wanted)}
+    ids = frozenset(found - set(tokenizer.all_special_ids))
+    if not ids:
+        raise UserError(
+            f"no token of the vocabulary holds one of {list(wanted)}; name text that the data have"
+        )
+    return ids
+
+
 def tokenizer_fingerprint(folder: Path) -> str:
     """sha256 over vocabulary, merges, special tokens and chat template: equal prints give equal ids.
 

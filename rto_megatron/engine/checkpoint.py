@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatron.core import dist_checkpointing
@@ -11,7 +12,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from rto_megatron.engine.integrity import require_intact, write_digests
-from rto_megatron.engine.megatron import Model, TrainedModel
+from rto_megatron.engine.megatron import FrozenModel, Model, TrainedModel
 from rto_megatron.engine.source import CHECKPOINTS, HF_FILES, WEIGHTS, latest_checkpoint
 from rto_megatron.engine.weights import random_reader
 from rto_megatron.errors import UserError
@@ -34,8 +35,10 @@ def _model_shards(model: Model) -> ShardedStateDict:
     return model.module.sharded_state_dict(metadata=metadata)
 
 
-def _with_optimizer(model: TrainedModel, is_loading: bool) -> ShardedStateDict:
+def _whole_state(model: Model, is_loading: bool) -> ShardedStateDict:
     shards = _model_shards(model)
+    if isinstance(model, FrozenModel):
+        return {"model": shards}
     optimizer = model.optimizer.sharded_state_dict(shards, is_loading=is_loading, metadata=_METADATA)
     return {"model": shards, "optimizer": optimizer}
 
@@ -43,7 +46,7 @@ def _with_optimizer(model: TrainedModel, is_loading: bool) -> ShardedStateDict:
 def save_checkpoint(
     run_dir: Path,
     step: int,
-    models: dict[str, TrainedModel],
+    models: Mapping[str, Model],
     hf_folders: dict[str, Path],
     state: Json,
     keep: int,
@@ -51,7 +54,7 @@ def save_checkpoint(
     """Writes <run_dir>/checkpoints/step_<step>; all ranks must call it.
 
     Args:
-        models: role -> trained model; weights and optimizer are saved.
+        models: role -> model; weights are saved, and the optimizer of a trained one.
         hf_folders: role -> folder with config.json and tokenizer, copied in.
         state: whatever else a resume needs, as JSON.
         keep: how many checkpoints stay; older ones are removed after this one stands.
@@ -76,7 +79,7 @@ def save_checkpoint(
     topology.barrier()
     for role, model in models.items():
         dist_checkpointing.save(
-            _with_optimizer(model, is_loading=False),
+            _whole_state(model, is_loading=False),
             str(partial / role / WEIGHTS),
             TorchDistSaveShardedStrategy(),
         )
@@ -117,15 +120,16 @@ def load_weights(path: Path, model: Model, fresh_head_seed: int | None = None) -
     model.module.load_state_dict(loaded)
 
 
-def load_trained(path: Path, model: TrainedModel) -> None:
-    """Fills parameters and optimizer state from <checkpoint>/<role>; all ranks must call it.
+def load_state(path: Path, model: Model) -> None:
+    """Fills parameters, and optimizer state of a trained model, from <checkpoint>/<role>; all ranks must call it.
 
     Raises:
         UserError: as `load_weights`.
     """
-    loaded = _load(path, _with_optimizer(model, is_loading=True), model.topology)
+    loaded = _load(path, _whole_state(model, is_loading=True), model.topology)
     model.module.load_state_dict(loaded["model"])
-    model.optimizer.load_state_dict(loaded["optimizer"])
+    if isinstance(model, TrainedModel):
+        model.optimizer.load_state_dict(loaded["optimizer"])
 
 
 def _load(folder: Path, shards: ShardedStateDict, topology: Topology) -> ShardedStateDict:

@@ -9,6 +9,7 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from rto_megatron.engine.optimizer import set_learning_rate
@@ -17,6 +18,7 @@ from rto_megatron.models.shape import ModelShape
 from rto_megatron.models.token_logprobs import token_logprobs
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.types import (
+    JudgedMicrobatch,
     LossOutput,
     Metrics,
     Minibatch,
@@ -25,8 +27,16 @@ from rto_megatron.types import (
     TokenBatch,
 )
 
-type Microbatch = SupervisedMicrobatch | PairMicrobatch | Minibatch
+type Microbatch = SupervisedMicrobatch | PairMicrobatch | JudgedMicrobatch | Minibatch
 type Loss[M: Microbatch] = Callable[[Tensor, M], LossOutput]
+
+
+@dataclass(frozen=True)
+class Reading[M: Microbatch]:
+    """What a loss sees of a model's raw output: `num_rows` float32 numbers for every position."""
+
+    num_rows: int
+    read: Callable[["Model", M, Tensor], Tensor]  # (model, micro-batch, raw output) -> [T], or [num_rows, T]
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,34 @@ class FrozenModel:
         Returns:
             one float32 [T] per batch, in nats or reward units, on every rank of the replica.
         """
-        return _token_outputs(self, self.module, batches)
+        return _token_outputs(self, batches)
+
+    def output_weight(self) -> Tensor:
+        """This tensor rank's rows of the output projection [v, hidden size]; only on the last stage."""
+        if self.module.share_embeddings_and_output_weights:
+            return self.module.shared_embedding_or_output_weight()
+        return self.module.output_layer.weight
+
+    def hidden_states(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
+        """The final states of every position before the output projection, in the model's dtype; no gradients.
+
+        Returns:
+            one [T, hidden size] per batch on the last pipeline stage, empty tensors on the others.
+        """
+
+        def read(index: int, raw: Tensor) -> Tensor:
+            if self.topology.sequence_parallel:
+                raw = gather_from_sequence_parallel_region(raw)
+            return raw.transpose(0, 1).flatten(0, 1)
+
+        self.module.post_process = False  # of the outer model alone: the decoder's final norm stays
+        try:
+            outputs = _forward_only(self, batches, read)
+        finally:
+            self.module.post_process = self.topology.is_last_stage
+        if self.topology.is_last_stage:
+            return outputs
+        return [torch.empty(0, device=b.tokens_T.device) for b in batches]
 
 
 @dataclass(frozen=True)
@@ -75,10 +112,25 @@ class TrainedModel:
 
     def token_outputs(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
         """As FrozenModel.token_outputs, with the weights of this moment."""
-        return _token_outputs(self, self.module, batches)
+        return _token_outputs(self, batches)
+
+    def outputs[M: Microbatch](self, microbatches: Sequence[M], reading: "Reading[M]") -> list[Tensor]:
+        """What a loss would see of each micro-batch, without gradients, on every rank of the replica."""
+        rows, batches = reading.num_rows, [m.batch for m in microbatches]
+        outputs = _forward_only(
+            self, batches, lambda index, raw: reading.read(self, microbatches[index], raw).flatten()
+        )
+        lengths = [rows * b.tokens_T.numel() for b in batches]
+        is_last = self.topology.is_last_stage
+        flat = self.topology.from_last_stage(outputs if is_last else None, lengths)
+        return [f if rows == 1 else f.view(rows, -1) for f in flat]
 
     def gradients[M: Microbatch](
-        self, microbatches: Sequence[M], loss: Loss[M], names: Sequence[Sequence[str]]
+        self,
+        microbatches: Sequence[M],
+        loss: Loss[M],
+        names: Sequence[Sequence[str]],
+        reading: "Reading[M] | None" = None,
     ) -> Metrics:
         """Accumulates and reduces the gradients of sum(loss) over all micro-batches of all replicas.
 
@@ -86,6 +138,7 @@ class TrainedModel:
             microbatches: this replica's part of the global batch; the weights inside already hold its denominator.
             loss: (token outputs [T], micro-batch) -> LossOutput.
             names: ids of the samples of each micro-batch, to be named when the loss is not finite.
+            reading: what the loss sees; None: log-probs of the targets, or values with a scalar head.
 
         Returns:
             this replica's sums and counts, on every rank of the replica.
@@ -98,7 +151,7 @@ class TrainedModel:
         # The schedule divides by the number of micro-batches and the reduction by the number of replicas.
         factor = len(microbatches) * self.topology.data_size
         outputs = get_forward_backward_func()(
-            forward_step_func=partial(_training_step, self, loss, factor),
+            forward_step_func=partial(_training_step, self, loss, reading or TOKENS, factor),
             data_iterator=iter(microbatches),
             model=self.wrapped,
             num_microbatches=len(microbatches),
@@ -111,10 +164,15 @@ class TrainedModel:
         return metrics
 
     def step[M: Microbatch](
-        self, microbatches: Sequence[M], loss: Loss[M], names: Sequence[Sequence[str]], lr: float
+        self,
+        microbatches: Sequence[M],
+        loss: Loss[M],
+        names: Sequence[Sequence[str]],
+        lr: float,
+        reading: "Reading[M] | None" = None,
     ) -> Metrics:
         """One optimizer step; see `gradients`. Adds the gradient norm before clipping to the metrics."""
-        metrics = self.gradients(microbatches, loss, names)
+        metrics = self.gradients(microbatches, loss, names, reading)
         set_learning_rate(self.optimizer, lr)
         _, gradient_norm, _ = self.optimizer.step()
         if gradient_norm is None:
@@ -161,35 +219,54 @@ def _outputs(model: Model, batch: TokenBatch, raw: Tensor) -> Tensor:
     return token_logprobs(raw, targets, model.shape.vocab_size, model.topology.tensor_rank).flatten()
 
 
-def _token_outputs(model: Model, module: GPTModel, batches: Sequence[TokenBatch]) -> list[Tensor]:
-    def step(iterator: Iterator[TokenBatch], chunk: GPTModel) -> tuple[Tensor, Callable[..., Tensor]]:
-        batch = next(iterator)
-        return forward(chunk, batch), lambda raw, non_loss_data=True: _outputs(model, batch, raw)
+TOKENS: Reading[Microbatch] = Reading(1, lambda model, micro, raw: _outputs(model, micro.batch, raw))
 
-    module.eval()
+
+def _token_outputs(model: Model, batches: Sequence[TokenBatch]) -> list[Tensor]:
+    outputs = _forward_only(model, batches, lambda index, raw: _outputs(model, batches[index], raw))
+    is_last = model.topology.is_last_stage
+    return model.topology.from_last_stage(outputs if is_last else None, [b.tokens_T.numel() for b in batches])
+
+
+def _forward_only(
+    model: Model, batches: Sequence[TokenBatch], read: Callable[[int, Tensor], Tensor]
+) -> list[Tensor]:
+    """`read(index of the batch, raw output)` of every batch on the last stage; nothing on the others."""
+
+    def step(
+        iterator: Iterator[tuple[int, TokenBatch]], chunk: GPTModel
+    ) -> tuple[Tensor, Callable[..., Tensor]]:
+        index, batch = next(iterator)
+        return forward(chunk, batch), lambda raw, non_loss_data=True: read(index, raw)
+
+    model.module.eval()
     with torch.no_grad():
-        outputs = get_forward_backward_func()(
+        outputs: list[Tensor] = get_forward_backward_func()(
             forward_step_func=step,
-            data_iterator=iter(batches),
-            model=module,
+            data_iterator=iter(enumerate(batches)),
+            model=model.module,
             num_microbatches=len(batches),
             seq_length=max(b.tokens_T.numel() // b.num_rows for b in batches),
             micro_batch_size=1,
             forward_only=True,
             collect_non_loss_data=True,
         )
-    module.train()
-    is_last = model.topology.is_last_stage
-    return model.topology.from_last_stage(outputs if is_last else None, [b.tokens_T.numel() for b in batches])
+    model.module.train()
+    return outputs
 
 
 def _training_step[M: Microbatch](
-    model: TrainedModel, loss: Loss[M], factor: int, iterator: Iterator[M], chunk: GPTModel
+    model: TrainedModel,
+    loss: Loss[M],
+    reading: Reading[M],
+    factor: int,
+    iterator: Iterator[M],
+    chunk: GPTModel,
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, tuple[Metrics, bool]]]]:
     microbatch = next(iterator)
 
     def loss_of(raw: Tensor) -> tuple[Tensor, tuple[Metrics, bool]]:
-        output = loss(_outputs(model, microbatch.batch, raw), microbatch)
+        output = loss(reading.read(model, microbatch, raw), microbatch)
         return output.loss * factor, (output.metrics, bool(torch.isfinite(output.loss)))
 
     return forward(chunk, microbatch.batch), loss_of

@@ -12,7 +12,7 @@ from rto_megatron.models.shape import ModelShape, read_shape
 CHECKPOINTS = "checkpoints"
 WEIGHTS = "weights"  # <checkpoint>/<role>/weights: torch_dist
 HF_FILES = "hf"  # <checkpoint>/<role>/hf: config.json and tokenizer, so that a checkpoint stands on its own
-LANGUAGE_ROLES = ("policy",)
+LANGUAGE_ROLES = ("policy_ema", "policy")  # where a run keeps an average of the policy, that is its result
 SCALAR_ROLES = ("reward", "critic")
 
 

@@ -107,6 +107,10 @@ class Topology:
         """Ranks that hold the same shard in every replica."""
         return mpu.get_data_parallel_group()
 
+    def tensor_group(self) -> dist.ProcessGroup:
+        """Ranks that hold the shards of one layer, and with it of the vocabulary."""
+        return mpu.get_tensor_model_parallel_group()
+
     def dp_sum(self, tensor: Tensor) -> Tensor:
         """Sum over replicas, leaving `tensor` as it is; every rank must call it."""
         if self.data_size == 1:

@@ -2,23 +2,21 @@
 
 from collections.abc import Sequence
 from itertools import batched
-from pathlib import Path
 
 from rto_megatron.algorithms.termination import TruncationPolicy
 from rto_megatron.config import schema
 from rto_megatron.data.loader import load_prompts
 from rto_megatron.data.packing import response_mask, rollout_batches, rollout_grid
-from rto_megatron.data.tokenizer import tokenizer_fingerprint
-from rto_megatron.data.true_reward import TrueReward
 from rto_megatron.engine.roles import build_frozen
 from rto_megatron.errors import UserError
 from rto_megatron.parallel.topology import Topology
+from rto_megatron.trainer.known_reward import known_reward
 from rto_megatron.trainer.pool import connect_pool, open_push
 from rto_megatron.trainer.report.evaluation import Estimate, Evaluation, estimate, save_evaluation
 from rto_megatron.trainer.report.progress import say
 from rto_megatron.trainer.rollouts import reward_scores, sample
 from rto_megatron.trainer.rto import sampling
-from rto_megatron.trainer.setup import Setup, prepare_stage
+from rto_megatron.trainer.setup import prepare_stage
 
 _AS_SAMPLED: TruncationPolicy = (
     "mask"  # nothing is overwritten; the reward model reads an appended end-of-sequence
@@ -33,7 +31,7 @@ def evaluate(config: schema.EvaluateStage, topology: Topology) -> None:
             tokenizer, or a replica would have no prompt.
     """
     setup = prepare_stage(config, topology)
-    table = _true_reward(config.evaluate.true_reward, setup)
+    table = known_reward(config, setup)
     policy = build_frozen("policy", setup.sources["policy"], False, config.precision, topology)
     reference = build_frozen("reference", setup.sources["reference"], False, config.precision, topology)
     loaded = load_prompts(config.data.eval, setup.tokenizer, setup.limits, config.data.eval_samples)
@@ -82,20 +80,6 @@ def evaluate(config: schema.EvaluateStage, topology: Topology) -> None:
             True,
         )
     topology.barrier()
-
-
-def _true_reward(path: Path | None, setup: Setup) -> TrueReward | None:
-    """The table of the true reward, in the ids of the policy's tokenizer."""
-    if path is None:
-        return None
-    table = TrueReward.load(path)
-    folder = setup.sources["policy"].hf_folder
-    if tokenizer_fingerprint(folder) != table.tokenizer_fingerprint:
-        raise UserError(
-            f"evaluate.true_reward: {path} was written for another tokenizer than the one in {folder}; name the "
-            f"table of the task that the policy was trained on"
-        )
-    return table
 
 
 def _over_prompts(samples: Sequence[float], per_prompt: int, topology: Topology) -> Estimate:

@@ -1,49 +1,66 @@
-"""The offline stages on one loop: SFT, reward model and DPO differ in their data, their loss and their head."""
+"""The offline stages on one loop: SFT, reward model and preference methods differ in their data, loss and head."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import batched
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rto_megatron.algorithms import ALGORITHMS
-from rto_megatron.algorithms.losses import sequence_sums
+from rto_megatron.algorithms import ALGORITHMS, kto
+from rto_megatron.algorithms.method import OfflineMethod
 from rto_megatron.algorithms.reward_model import reward_statistics
 from rto_megatron.config import schema
 from rto_megatron.data.batches import Batches
-from rto_megatron.data.loader import Loaded, load_demonstrations, load_pairs
-from rto_megatron.data.packing import Layout, pair_microbatches, supervised_microbatches
-from rto_megatron.engine.megatron import FrozenModel, Microbatch, TrainedModel, ValueScale
+from rto_megatron.data.loader import Loaded, load_demonstrations, load_judged, load_pairs
+from rto_megatron.data.packing import (
+    Layout,
+    judged_microbatches,
+    pair_microbatches,
+    response_sums,
+    sequence_batches,
+    supervised_microbatches,
+)
+from rto_megatron.engine.divergence import divergence_from, divergence_microbatches
+from rto_megatron.engine.megatron import (
+    TOKENS,
+    FrozenModel,
+    Microbatch,
+    Model,
+    Reading,
+    TrainedModel,
+    ValueScale,
+)
 from rto_megatron.engine.roles import build_frozen, build_trained
 from rto_megatron.errors import UserError
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.trainer.metrics import add
+from rto_megatron.trainer.reference import note_reference
 from rto_megatron.trainer.report.progress import say
 from rto_megatron.trainer.run import Run, learning_rate, reduce_over_replicas
-from rto_megatron.trainer.setup import Setup, prepare_stage, stage_hf_files, write_scale
-from rto_megatron.types import Demonstration, LossOutput, Metrics, PreferencePair
+from rto_megatron.trainer.setup import Setup, note_in_config, prepare_stage, stage_hf_files
+from rto_megatron.types import Demonstration, JudgedResponse, LossOutput, Metrics, PreferencePair
 
-type Example = Demonstration | PreferencePair
-type OfflineStage = schema.SftStage | schema.RewardModelStage | schema.DpoStage
+type Example = Demonstration | PreferencePair | JudgedResponse
 
 
 @dataclass(frozen=True)
 class Task:
     """What one offline stage does with a global batch."""
 
-    role: str  # of the trained model in checkpoints
-    load: Callable[..., Loaded[Demonstration] | Loaded[PreferencePair]]
-    size: Callable[[Sequence[Example]], int]  # response tokens or pairs: what a loss is divided by
+    load: Callable[..., Loaded[Example]]
+    size: Callable[[Sequence[Example]], int]  # response tokens, pairs or answers: what a loss is divided by
     microbatches: Callable[
         [Sequence[Example], int], list[Microbatch]
     ]  # of a share, given the size of the whole
     loss: Callable[[Tensor, Microbatch], LossOutput]
+    reading: Reading  # what the loss sees of the model
 
 
-def train_offline(config: OfflineStage, topology: Topology) -> None:
-    """Trains SFT, a reward model or DPO to the end of the run, from the last checkpoint if there is one."""
+def train_offline(config: schema.OfflineStage, topology: Topology) -> None:
+    """Trains SFT, a reward model or a preference method to the end of the run, from the last checkpoint if any."""
     setup = prepare_stage(config, topology)
     is_reward = isinstance(config, schema.RewardModelStage)
     role = "reward" if is_reward else "policy"
@@ -53,9 +70,9 @@ def train_offline(config: OfflineStage, topology: Topology) -> None:
         config.parallel.distributed_optimizer, is_head_fresh=is_reward, scale=ValueScale(),
     )  # fmt: skip
     reference = None
-    if isinstance(config, schema.DpoStage):
+    if "reference" in setup.sources:
         reference = build_frozen("reference", setup.sources["reference"], False, config.precision, topology)
-    task = _task(config, role, setup, reference)
+    task = build_task(config, setup.layout, model, reference)
     data = _load(task, config.data.train, None, setup)
     held_out = _load(task, config.data.eval, config.data.eval_samples, setup) if config.data.eval else []
     if is_reward and not held_out:
@@ -64,6 +81,8 @@ def train_offline(config: OfflineStage, topology: Topology) -> None:
         )
     batches = Batches(data, config.batch.train, config.run.seed, topology.data_rank, topology.data_size)
     hf_files = stage_hf_files(source, config.run.dir, role, topology)
+    if reference is not None:
+        note_reference(hf_files, reference)
     run = Run(
         config, topology, {role: model}, {role: hf_files}, config.run.steps or batches.batches_per_epoch
     )
@@ -75,7 +94,7 @@ def train_offline(config: OfflineStage, topology: Topology) -> None:
         names = [[e.id for e in group] for group in batched(examples, config.batch.micro)]
         own = torch.tensor(float(task.size(examples)), device=topology.device.torch_device)
         microbatches = task.microbatches(examples, int(topology.dp_sum(own)))
-        run.record(model.step(microbatches, task.loss, names, lr))
+        run.record(model.step(microbatches, task.loss, names, lr, task.reading))
         evaluation: dict[str, float] = {}
         if held_out and (
             run.is_due(config.run.eval_every, step + 1) or (is_reward and run.is_saved(step + 1))
@@ -101,7 +120,7 @@ def evaluate(
     own = examples[topology.data_rank :: topology.data_size]
     if own:
         microbatches = task.microbatches(own, task.size(examples))
-        outputs = model.token_outputs([m.batch for m in microbatches])
+        outputs = model.outputs(microbatches, task.reading)
         with torch.no_grad():
             for output, microbatch in zip(outputs, microbatches, strict=True):
                 total = add(total, task.loss(output, microbatch).metrics)
@@ -112,7 +131,7 @@ def _store_scale(means: dict[str, float], num_pairs: int, hf_files: Path, topolo
     count = 2.0 * num_pairs
     mean, std = reward_statistics(count, count * means["mean_reward"], count * means["mean_squared_reward"])
     if topology.is_lead:
-        write_scale(hf_files, mean, std)
+        note_in_config(hf_files, mean=mean, std=std)
     topology.barrier()
 
 
@@ -122,33 +141,66 @@ def _load(task: Task, name: str, max_rows: int | None, setup: Setup) -> list[Exa
     return list(loaded.items)
 
 
-def _task(config: OfflineStage, role: str, setup: Setup, reference: FrozenModel | None) -> Task:
-    algorithm = ALGORITHMS[config.stage](config.algorithm)
-    layout = setup.layout
+def build_task(
+    config: schema.OfflineStage, layout: Layout, model: TrainedModel, reference: FrozenModel | None
+) -> Task:
+    """The data, the loss and the outputs of a registered method, put together.
 
-    def num_targets(examples: Sequence[Demonstration]) -> int:
-        return sum(len(e.response_ids) for e in examples)
+    Args:
+        reference: None where the method has none.
+    """
+    method = ALGORITHMS[config.stage]
+    assert isinstance(method, OfflineMethod)
+    loss = method.build(config.algorithm).loss
+    if method.examples == "demonstrations":
+        return Task(
+            load_demonstrations, _num_targets, partial(supervised_microbatches, layout=layout), loss, TOKENS
+        )
+    if method.examples == "judgements":
+        assert reference is not None
+        return Task(load_judged, len, partial(_judged, model, reference, layout), loss, TOKENS)
+    if method.outputs == "divergence":
+        assert reference is not None
+        build = partial(divergence_microbatches, reference=reference, layout=layout)
+        return Task(load_pairs, len, build, loss, divergence_from(reference))
+    return Task(load_pairs, len, partial(_pairs, reference, layout), loss, TOKENS)
 
-    def supervised(examples: Sequence[Demonstration], num_target_tokens: int) -> list[Microbatch]:
-        return supervised_microbatches(examples, num_target_tokens, layout)
 
-    def pairs(examples: Sequence[PreferencePair], num_pairs: int) -> list[Microbatch]:
-        logp_ref_G2 = torch.zeros(len(examples), 2, device=layout.device)
-        if reference is not None:
-            logp_ref_G2 = reference_logprobs(reference, examples, layout)
-        return pair_microbatches(examples, logp_ref_G2, num_pairs, layout)
-
-    if isinstance(config, schema.SftStage):
-        return Task(role, load_demonstrations, num_targets, supervised, algorithm.loss)
-    return Task(role, load_pairs, len, pairs, algorithm.loss)
+def _num_targets(examples: Sequence[Demonstration]) -> int:
+    return sum(len(e.response_ids) for e in examples)
 
 
-def reference_logprobs(reference: FrozenModel, pairs: Sequence[PreferencePair], layout: Layout) -> Tensor:
-    """Summed log-probs of both answers under the reference, [G, 2]."""
-    zeros_G2 = torch.zeros(len(pairs), 2, device=layout.device)
-    microbatches = pair_microbatches(pairs, zeros_G2, len(pairs), layout)
-    outputs = reference.token_outputs([m.batch for m in microbatches])
-    sums = [
-        sequence_sums(o, m.mask_T, m.batch).view(2, -1).T for o, m in zip(outputs, microbatches, strict=True)
-    ]
-    return torch.cat(sums)
+def _pairs(
+    reference: FrozenModel | None, layout: Layout, pairs: Sequence[PreferencePair], num_pairs: int
+) -> list[Microbatch]:
+    logp_ref_G2 = torch.zeros(len(pairs), 2, device=layout.device)
+    if reference is not None:
+        answers = [(p.prompt_ids, ids) for p in pairs for ids in (p.chosen_ids, p.rejected_ids)]
+        logp_ref_G2 = response_logprobs(reference, answers, layout).view(-1, 2)
+    return pair_microbatches(pairs, logp_ref_G2, num_pairs, layout)
+
+
+def _judged(
+    model: TrainedModel,
+    reference: FrozenModel,
+    layout: Layout,
+    answers: Sequence[JudgedResponse],
+    num_answers: int,
+) -> list[Microbatch]:
+    """KTO's baseline needs a forward of policy and reference on unrelated answers, before the step."""
+    unrelated = [(a.prompt_ids, a.unrelated_ids) for a in answers]
+    gap_G = response_logprobs(model, unrelated, layout) - response_logprobs(reference, unrelated, layout)
+    total = float(model.topology.dp_sum(gap_G.sum()))
+    baseline = torch.tensor(kto.kl_baseline(total, num_answers), device=layout.device)
+    own = [(a.prompt_ids, a.response_ids) for a in answers]
+    logp_ref_G = response_logprobs(reference, own, layout)
+    return judged_microbatches(answers, logp_ref_G, baseline, num_answers, layout)
+
+
+def response_logprobs(
+    model: Model, answers: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], layout: Layout
+) -> Tensor:
+    """Summed log-probs of each (prompt ids, response ids), [number of answers], nats, without gradients."""
+    sequences = [(prompt_ids + response_ids, len(prompt_ids)) for prompt_ids, response_ids in answers]
+    batches = sequence_batches(sequences, layout)
+    return response_sums(model.token_outputs(batches), batches, sequences)

@@ -6,24 +6,26 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
+from rto_megatron.algorithms.losses import keep
 from rto_megatron.algorithms.termination import TruncationPolicy, close_response
-from rto_megatron.data.packing import Layout, response_mask, rollout_batches, rollout_grid, token_batch
+from rto_megatron.data.packing import Layout, response_mask, rollout_batches, rollout_grid, sequence_batches
 from rto_megatron.engine.megatron import FrozenModel, Model, TrainedModel
 from rto_megatron.errors import UserError
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.rollout.engine import RolloutEngine, Sampling
-from rto_megatron.types import Prompt, Rollout, ScoredRollouts
+from rto_megatron.types import Prompt, Rollout, ScoredRollouts, TokenBatch
 
 
 @dataclass(frozen=True)
 class Roles:
-    """The models of PPO and RTO. `dpo_logratio` pairs are (DPO model, its reference), or None without a DPO reward."""
+    """The models of a reinforcement method."""
 
     policy: TrainedModel
-    critic: TrainedModel
+    average: FrozenModel | None  # of the policy; None where none is kept
+    critic: TrainedModel | None  # None: a method without one
     reference: FrozenModel
     reward: FrozenModel
-    dpo: FrozenModel | None
+    dpo: FrozenModel | None  # None: no DPO reward
     dpo_reference: FrozenModel | None  # None: the reference, whose forward is shared
 
 
@@ -104,17 +106,36 @@ def score(
     if roles.dpo is not None:
         dpo_reference_BR = logp_ref_BR if roles.dpo_reference is None else grid(roles.dpo_reference)
         dpo_logratio_BR = grid(roles.dpo) - dpo_reference_BR
+    values_BR, bootstrap_B = _values(rollouts, roles.critic, batches, logp_ref_BR, policy == "bootstrap")
     scored = ScoredRollouts(
         rollouts=rollouts,
         mask_BR=response_mask(rollouts, layout.device),
         logp_old_BR=logp_old_BR,
         logp_ref_BR=logp_ref_BR,
         dpo_logratio_BR=dpo_logratio_BR,
-        values_BR=grid(roles.critic),
+        values_BR=values_BR,
+        bootstrap_B=bootstrap_B,
         score_B=reward_scores(rollouts, roles.reward, layout, eos_id, policy),
     )
     roles.policy.topology.raise_together(_nonfinite(scored))
     return scored
+
+
+def _values(
+    rollouts: Sequence[Rollout],
+    critic: TrainedModel | None,
+    batches: Sequence[TokenBatch],
+    like_BR: Tensor,
+    is_bootstrapped: bool,
+) -> tuple[Tensor, Tensor]:
+    """Values of the states before the actions [B, R], and of the state behind each cut response [B]."""
+    if critic is None:
+        return torch.zeros_like(like_BR), torch.zeros_like(like_BR[:, 0])
+    values = critic.token_outputs(batches)
+    behind_B = torch.cat([v[list(b.last_positions)] for v, b in zip(values, batches, strict=True)])
+    is_cut = [is_bootstrapped and rollout.finish_reason == "length" for rollout in rollouts]
+    bootstrap_B = keep(behind_B, torch.tensor(is_cut, device=behind_B.device))
+    return rollout_grid(values, batches, rollouts), bootstrap_B
 
 
 def _nonfinite(scored: ScoredRollouts) -> str | None:
@@ -125,6 +146,7 @@ def _nonfinite(scored: ScoredRollouts) -> str | None:
         ("log-prob of the reference", scored.logp_ref_BR),
         ("log-ratio of the DPO model", scored.dpo_logratio_BR),
         ("value of the critic", scored.values_BR),
+        ("value of the critic behind a cut response", scored.bootstrap_B[:, None]),
     ):
         bad_B = ~torch.isfinite(values).all(1)
         ids = [rollout.prompt_id for rollout, bad in zip(scored.rollouts, bad_B.tolist(), strict=True) if bad]
@@ -144,10 +166,7 @@ def reward_scores(
         _, appended = close_response(rollout.response_ids, rollout.finish_reason, eos_id, policy)
         ids = (*rollout.prompt_ids, *rollout.response_ids, *appended)
         sequences.append((ids, len(rollout.prompt_ids)))
-    batches = [
-        token_batch(sequences[start : start + layout.micro], layout.packed, layout.multiple_of, layout.device)
-        for start in range(0, len(sequences), layout.micro)
-    ]
+    batches = sequence_batches(sequences, layout)
     values = reward.token_outputs(batches)
     return torch.cat([v[list(b.last_positions)] for v, b in zip(values, batches, strict=True)])
 

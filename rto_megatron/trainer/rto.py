@@ -1,23 +1,30 @@
-"""PPO and RTO: the loop of the paper's Algorithm 2."""
+"""PPO, RTO and every other method that learns from its own samples: the loop of the paper's Algorithm 2."""
 
 from dataclasses import dataclass
+from functools import partial
 
 from rto_megatron.algorithms import ALGORITHMS
 from rto_megatron.algorithms.credit_metrics import explained_variance
-from rto_megatron.algorithms.kl_controller import KLController
+from rto_megatron.algorithms.reinforcement import PolicyOptimization
 from rto_megatron.config import schema
 from rto_megatron.data.batches import Batches
 from rto_megatron.data.loader import load_prompts
+from rto_megatron.data.tokenizer import tokens_with
+from rto_megatron.engine.average import build_average, update_average
+from rto_megatron.engine.megatron import FrozenModel, Model, TrainedModel
 from rto_megatron.engine.roles import build_frozen, build_trained
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.rollout.engine import RolloutEngine, Sampling
+from rto_megatron.trainer.known_reward import known_reward, true_return
 from rto_megatron.trainer.pool import PolicyPush, connect_pool, open_push
+from rto_megatron.trainer.pretraining import Pretraining, beside
+from rto_megatron.trainer.reference import require_trained_reference
 from rto_megatron.trainer.report.progress import say
 from rto_megatron.trainer.report.samples import completions_table, show
 from rto_megatron.trainer.rollouts import Roles, close_rollouts, pool_gap, sample, score
 from rto_megatron.trainer.run import Run, learning_rate
 from rto_megatron.trainer.setup import Setup, prepare_stage, stage_hf_files
-from rto_megatron.trainer.update import PolicyOptimization, optimizer_minibatches
+from rto_megatron.trainer.update import optimizer_minibatches
 from rto_megatron.types import Experience, Prompt
 
 
@@ -29,28 +36,41 @@ class Sampler:
     push: PolicyPush
 
 
-def train_rto(config: schema.PpoStage, topology: Topology, sampler: Sampler | None = None) -> None:
-    """Trains PPO or RTO to the end of the run, from the last checkpoint if there is one.
+def train_rto(
+    config: schema.ReinforcementStage,
+    topology: Topology,
+    sampler: Sampler | None = None,
+    algorithm: PolicyOptimization | None = None,
+) -> None:
+    """Trains a reinforcement method to the end of the run, from the last checkpoint if there is one.
 
     Args:
         sampler: null: the pool that the configuration names.
+        algorithm: null: the one that the configuration names; experiments vary it.
     """
     setup = prepare_stage(config, topology)
     roles = build_roles(config, setup)
-    prompts = load_batches(config, setup)
+    require_trained_reference(config, setup.sources, roles)
+    algorithm = algorithm or ALGORITHMS[config.stage].build(
+        config.algorithm, partial(tokens_with, setup.tokenizer)
+    )
+    prompts, pretraining = load_batches(config, setup), Pretraining(config, setup)
     num_steps = config.run.steps or prompts.batches_per_epoch
+    saved = saved_models(roles)
     hf_files = {
-        r: stage_hf_files(setup.sources[r], config.run.dir, r, topology) for r in ("policy", "critic")
+        role: stage_hf_files(setup.sources[role.removesuffix("_ema")], config.run.dir, role, topology)
+        for role in saved
     }
-    run = Run(config, topology, {"policy": roles.policy, "critic": roles.critic}, hf_files, num_steps)
-    algorithm: PolicyOptimization = ALGORITHMS[config.stage](config.algorithm)
-    kl = KLController(config.algorithm.beta_kl, config.algorithm.kl_target, config.algorithm.kl_horizon)
+    run = Run(config, topology, saved, hf_files, num_steps)
+    kl, table = algorithm.kl_controller, known_reward(config, setup)
     if run.state:
         prompts.restore(run.state["data"])
+        pretraining.restore(run.state["pretraining"])
         kl = kl.restored(run.state["kl"])
     sampler = sampler or Sampler(
         connect_pool(config.rollout, topology), open_push(config.rollout, roles.policy)
     )
+    truncated = config.algorithm.truncated
 
     for step in run.steps():
         # 1. pi_old <- pi_theta, proved; the step before is saved by now, whatever becomes of the pool
@@ -58,70 +78,85 @@ def train_rto(config: schema.PpoStage, topology: Topology, sampler: Sampler | No
             times = sampler.push(step)
         # 2. y ~ pi_old(. | x), from the pool that holds exactly this step's weights
         with run.timed("sample"):
-            batch = prompts.next_batch()
+            batch = [p for p in prompts.next_batch() for _ in range(config.algorithm.samples_per_prompt)]
             sampled = sample(topology, sampler.engine, batch, sampling(config, setup, step), version=step)
-        rollouts = close_rollouts(sampled, setup.eos_id, config.algorithm.truncated)
+        rollouts = close_rollouts(sampled, setup.eos_id, truncated)
         # 3. every model's opinion, without gradients
         with run.timed("score"):
-            scored = score(rollouts, roles, setup.layout, setup.eos_id, config.algorithm.truncated)
+            scored = score(rollouts, roles, setup.layout, setup.eos_id, truncated)
         # 4. token rewards, then advantages
         experience = algorithm.credit(scored, kl.coef, topology.dp_sum)
         run.record({**algorithm.credit_metrics(scored, experience), **pool_gap(scored, sampled, topology)})
+        run.record(true_return(sampled, table))
         # 5. PPO epochs
         with run.timed("update"):
-            lrs = update(config, run, roles, algorithm, experience, setup)
+            lrs = update(config, run, roles, algorithm, experience, pretraining, setup)
         means = run.log({**lrs, **times, "objective/kl_coef": kl.coef})
-        kl = kl.update(means["policy/kl_per_token"], config.batch.rollout)
-        run.finish({"data": prompts.state(), "kl": kl.state()})
+        kl = kl.update(means["policy/kl_per_token"], config.responses_per_step)
+        run.finish({"data": prompts.state(), "pretraining": pretraining.state(), "kl": kl.state()})
         show_samples(config, run, experience, setup, means)
-    run.close("policy")
+    run.close("policy" if roles.average is None else "policy_ema")
     # The pool is left with the trained policy; should it fail, the run is complete all the same.
     sampler.push(run.step)
     sampler.push.close()
 
 
 def update(
-    config: schema.PpoStage,
+    config: schema.ReinforcementStage,
     run: Run,
     roles: Roles,
     algorithm: PolicyOptimization,
     experience: Experience,
+    pretraining: Pretraining,
     setup: Setup,
 ) -> dict[str, float]:
     """The optimizer steps of one rollout step; returns the last learning rates."""
-    per_pass = config.batch.rollout // config.batch.train
+    per_pass = config.responses_per_step // config.batch.train
     per_step = per_pass * config.algorithm.epochs
     total = run.num_steps * per_step
+    policy_loss = beside(algorithm.policy_loss)
     lrs = {}
     steps = optimizer_minibatches(
         experience, config.algorithm, per_pass, setup.topology, setup.layout, config.run.seed + run.step
     )
     for number, (batches, names) in enumerate(steps, start=run.step * per_step):
-        lrs = {
-            "lr/critic": learning_rate(config.critic_optimizer, number, total),
-            "lr/policy": learning_rate(config.optimizer, number, total),
-        }
-        run.record(roles.critic.step(batches, algorithm.value_loss, names, lrs["lr/critic"]))
-        run.record(roles.policy.step(batches, algorithm.policy_loss, names, lrs["lr/policy"]))
+        if roles.critic is not None:
+            assert isinstance(config, schema.ActorCriticStage) and algorithm.value_loss is not None
+            lrs["lr/critic"] = learning_rate(config.critic_optimizer, number, total)
+            run.record(roles.critic.step(batches, algorithm.value_loss, names, lrs["lr/critic"]))
+        if run.step < algorithm.critic_warmup_steps:
+            continue
+        lrs["lr/policy"] = learning_rate(config.optimizer, number, total)
+        texts, text_names = pretraining.microbatches()
+        run.record(
+            roles.policy.step([*batches, *texts], policy_loss, [*names, *text_names], lrs["lr/policy"])
+        )
+        if roles.average is not None and config.algorithm.ema_beta is not None:
+            update_average(roles.average, roles.policy, config.algorithm.ema_beta)
     return lrs
 
 
-def build_roles(config: schema.PpoStage, setup: Setup) -> Roles:
+def build_roles(config: schema.ReinforcementStage, setup: Setup) -> Roles:
     """Policy and critic with optimizers; reference, reward and DPO model without."""
     topology, sources, precision = setup.topology, setup.sources, config.precision
 
-    def trained(name: str, is_scalar: bool, optimizer: schema.OptimizerConfig):
+    def trained(name: str, is_scalar: bool, optimizer: schema.OptimizerConfig) -> TrainedModel:
         return build_trained(
             name, sources[name], is_scalar, precision, optimizer, topology, config.run.seed,
             config.parallel.distributed_optimizer,
         )  # fmt: skip
 
-    def frozen(name: str, is_scalar: bool = False):
+    def frozen(name: str, is_scalar: bool = False) -> FrozenModel:
         return build_frozen(name, sources[name], is_scalar, precision, topology)
 
+    policy = trained("policy", False, config.optimizer)
+    has_average = config.algorithm.ema_beta is not None
     return Roles(
-        policy=trained("policy", False, config.optimizer),
-        critic=trained("critic", True, config.critic_optimizer),
+        policy=policy,
+        average=build_average(policy, sources["policy"]) if has_average else None,
+        critic=trained("critic", True, config.critic_optimizer)
+        if isinstance(config, schema.ActorCriticStage)
+        else None,
         reference=frozen("reference"),
         reward=frozen("reward", True),
         dpo=frozen("dpo") if "dpo" in sources else None,
@@ -129,7 +164,17 @@ def build_roles(config: schema.PpoStage, setup: Setup) -> Roles:
     )
 
 
-def load_batches(config: schema.PpoStage, setup: Setup) -> Batches[Prompt]:
+def saved_models(roles: Roles) -> dict[str, Model]:
+    """Role -> model of everything that a checkpoint holds."""
+    saved: dict[str, Model] = {"policy": roles.policy}
+    if roles.critic is not None:
+        saved["critic"] = roles.critic
+    if roles.average is not None:
+        saved["policy_ema"] = roles.average
+    return saved
+
+
+def load_batches(config: schema.ReinforcementStage, setup: Setup) -> Batches[Prompt]:
     """This replica's share of every rollout step's prompts."""
     loaded = load_prompts(config.data.train, setup.tokenizer, setup.limits)
     say(loaded.report.summary(), setup.topology.is_lead)
@@ -137,7 +182,7 @@ def load_batches(config: schema.PpoStage, setup: Setup) -> Batches[Prompt]:
     return Batches(loaded.items, config.batch.rollout, config.run.seed, place.data_rank, place.data_size)
 
 
-def sampling(config: schema.PpoStage | schema.EvaluateStage, setup: Setup, step: int) -> Sampling:
+def sampling(config: schema.ReinforcementStage | schema.EvaluateStage, setup: Setup, step: int) -> Sampling:
     """Temperature 1 and top-p 1: the distribution whose log-probs the ratio uses. Seeds differ by step and replica."""
     return Sampling(
         max_tokens=config.sampling.max_response_tokens,
@@ -148,7 +193,7 @@ def sampling(config: schema.PpoStage | schema.EvaluateStage, setup: Setup, step:
 
 
 def show_samples(
-    config: schema.PpoStage, run: Run, experience: Experience, setup: Setup, means: dict[str, float]
+    config: schema.ReinforcementStage, run: Run, experience: Experience, setup: Setup, means: dict[str, float]
 ) -> None:
     """A table of completions when due, with what the step measured."""
     every = config.run.samples_every

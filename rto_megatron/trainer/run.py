@@ -1,7 +1,7 @@
 """The life of a run: resume, count steps, log, save when due, export at the end."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 from rto_megatron.algorithms.schedule import lr_factor, warmup_steps
 from rto_megatron.config import load, schema
-from rto_megatron.engine.checkpoint import load_trained, read_state, save_checkpoint
+from rto_megatron.engine.checkpoint import load_state, read_state, save_checkpoint
 from rto_megatron.engine.export import export_hf
-from rto_megatron.engine.megatron import TrainedModel
+from rto_megatron.engine.megatron import Model
 from rto_megatron.errors import UserError
 from rto_megatron.parallel.collectives import Json
 from rto_megatron.parallel.seeds import seed_step
@@ -27,7 +27,7 @@ class Run:
 
     Args:
         config: is saved beside the run.
-        models: role -> trained model; what checkpoints hold.
+        models: role -> model; what checkpoints hold.
         hf_files: role -> folder with the model's config.json and tokenizer.
         num_steps: of the whole run.
 
@@ -39,7 +39,7 @@ class Run:
         self,
         config: schema.Stage,
         topology: Topology,
-        models: dict[str, TrainedModel],
+        models: Mapping[str, Model],
         hf_files: dict[str, Path],
         num_steps: int,
     ) -> None:
@@ -75,7 +75,7 @@ class Run:
             )
         require_same(self.state.get("config"), self._fixed_keys, self.dir)
         for role, model in self._models.items():
-            load_trained(checkpoint / role, model)
+            load_state(checkpoint / role, model)
         say(f"resumed {self._title} from {checkpoint}", self._topology.is_lead)
 
     def steps(self) -> Iterator[int]:

@@ -2,19 +2,17 @@
 
 import json
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from rto_megatron.algorithms import ALGORITHMS
 from rto_megatron.config import checks, schema
+from rto_megatron.config.roles import roles_of
 from rto_megatron.data.loader import Limits
 from rto_megatron.data.packing import Layout
 from rto_megatron.data.tokenizer import encoding_fingerprint, load_tokenizer
 from rto_megatron.engine.source import SCALAR_ROLES, WeightSource, find_source, latest_checkpoint
-from rto_megatron.errors import UserError
 from rto_megatron.models.shape import check_layout
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.trainer.report.progress import say
@@ -42,20 +40,20 @@ def prepare_stage(config: schema.Stage, topology: Topology) -> Setup:
     Raises:
         UserError: all problems at once.
     """
+    checks.refuse(checks.find_problems(config, topology.world_size, {}))
     sources = find_sources(config)
     shapes = {role: source.shape() for role, source in sources.items()}
     parallel = config.parallel
+    max_positions = {role: shape.max_positions for role, shape in shapes.items()}
     checks.refuse(
         [
             *(
-                p
+                problem
                 for role, shape in shapes.items()
-                for p in check_layout(shape, parallel.tensor, parallel.pipeline, f"models.{role}")
+                for problem in check_layout(shape, parallel.tensor, parallel.pipeline, f"models.{role}")
             ),
             *_unlike_tokenizers(sources),
-            *checks.find_problems(
-                config, topology.world_size, {role: shape.max_positions for role, shape in shapes.items()}
-            ),
+            *checks.find_problems(config, topology.world_size, max_positions),
         ]
     )
     for warning in _missing_scales(sources):
@@ -63,44 +61,30 @@ def prepare_stage(config: schema.Stage, topology: Topology) -> Setup:
     tokenizer = load_tokenizer(sources["policy"].hf_folder)
     batch, device = config.batch, topology.device.torch_device
     layout = Layout(batch.micro, batch.packed, topology.row_multiple, device)
-    # Prompts without answers have no such limit.
-    max_length = config.data.max_length if isinstance(config.data, schema.ExampleDataConfig) else sys.maxsize
-    limits = Limits(config.data.max_prompt_tokens, max_length, config.data.overlong)
+    limits = Limits(config.data.max_prompt_tokens, _max_length(config), config.data.overlong)
     return Setup(topology, sources, tokenizer, layout, limits)
 
 
+def _max_length(config: schema.Stage) -> int:
+    if isinstance(config, schema.OfflineStage):
+        return config.data.max_length
+    assert isinstance(config, schema.ReinforcementStage | schema.EvaluateStage)
+    return config.data.max_prompt_tokens + config.sampling.max_response_tokens
+
+
 def find_sources(config: schema.Stage) -> dict[str, WeightSource]:
-    """Role -> source of every model that the stage needs; unnamed ones follow the schema's defaults."""
-    models = config.models
-
-    def language(path: Path, role: str, is_random: bool = False) -> WeightSource:
-        return find_source(path, False, is_random, f"models.{role}")
-
-    def scalar(path: Path, role: str) -> WeightSource:
-        return find_source(path, True, False, f"models.{role}")
-
-    sources = {"policy": language(models.policy, "policy", models.random_init)}
-    if isinstance(config, schema.DpoStage | schema.PpoStage | schema.EvaluateStage):
-        sources["reference"] = language(models.reference or models.policy, "reference")
-    if isinstance(config, schema.PpoStage) or (isinstance(config, schema.EvaluateStage) and models.reward):
-        sources["reward"] = scalar(_named(models.reward, "reward"), "reward")
-    if isinstance(config, schema.PpoStage):
-        sources["critic"] = scalar(models.critic or _named(models.reward, "reward"), "critic")
-    if isinstance(config, schema.PpoStage) and ALGORITHMS[config.stage](config.algorithm).needs_dpo:
-        sources["dpo"] = language(_named(models.dpo, "dpo"), "dpo")
-        if models.dpo_reference not in (None, models.reference or models.policy):
-            sources["dpo_reference"] = language(
-                _named(models.dpo_reference, "dpo_reference"), "dpo_reference"
-            )
-    return sources
-
-
-def _named(path: Path | None, role: str) -> Path:
-    if path is None:
-        raise UserError(
-            f"models.{role} is not set, and this stage needs it; name a run folder or a Hugging Face folder"
+    """Role -> source of every model that the stage loads."""
+    return {
+        role.name: find_source(
+            role.path,
+            # A reward model is trained from a language model.
+            has_scalar_head=role.has_value_head and not isinstance(config, schema.RewardModelStage),
+            is_random=config.models.random_init,
+            key=f"models.{role.name}",
         )
-    return path
+        for role in roles_of(config)
+        if role.shares is None
+    }
 
 
 def _unlike_tokenizers(sources: dict[str, WeightSource]) -> list[str]:
@@ -142,11 +126,11 @@ def stage_hf_files(source: WeightSource, run_dir: Path, role: str, topology: Top
     return folder
 
 
-def write_scale(folder: Path, mean: float, std: float) -> None:
-    """Keeps a reward model's mean and std in its config.json, under OpenRLHF's names."""
+def note_in_config(folder: Path, **entries: float | str) -> None:
+    """Keeps facts about a model in its config.json: checkpoints and exports carry that file."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    config.update(mean=mean, std=std)
+    config.update(entries)
     partial = path.with_suffix(".tmp")
     partial.write_text(json.dumps(config, indent=2))
     partial.replace(path)

@@ -30,7 +30,7 @@ def run_stage(config: schema.Stage) -> None:
             from rto_megatron.trainer.evaluate import evaluate
 
             evaluate(config, topology)
-        elif isinstance(config, schema.PpoStage):
+        elif isinstance(config, schema.ReinforcementStage):
             from rto_megatron.trainer.rto import train_rto
 
             train_rto(config, topology)
@@ -70,7 +70,7 @@ def _refuse_bare_srun() -> None:
 
 def _collective_timeout(config: schema.Stage) -> timedelta:
     """Twice what a request may take, and not less than half an hour: replica leads let the others wait for rollouts."""
-    if not isinstance(config, schema.PpoStage | schema.EvaluateStage):
+    if not isinstance(config, schema.ReinforcementStage | schema.EvaluateStage):
         return _SHORTEST_TIMEOUT
     return max(_SHORTEST_TIMEOUT, timedelta(seconds=2 * config.rollout.request_timeout_s))
 

@@ -1,38 +1,19 @@
-"""The PPO update of one rollout step: minibatches in order, critic and policy side by side."""
+"""The minibatches of one rollout step's update, in order."""
 
 import random
 from collections.abc import Iterator, Sequence
 from itertools import batched
-from typing import Protocol
 
-from torch import Tensor
-
-from rto_megatron.algorithms import ppo
-from rto_megatron.algorithms.advantages import AllSum
+from rto_megatron.algorithms import reinforcement
 from rto_megatron.algorithms.losses import WEIGHTINGS
 from rto_megatron.data.packing import Layout, minibatches
 from rto_megatron.parallel.topology import Topology
-from rto_megatron.types import Experience, LossOutput, Metrics, Minibatch, ScoredRollouts
-
-
-class PolicyOptimization(Protocol):
-    """What PPO and RTO have in common."""
-
-    config: ppo.Config
-    needs_dpo: bool
-
-    def credit(self, scored: ScoredRollouts, kl_coef: float, all_sum: AllSum) -> Experience: ...
-
-    def credit_metrics(self, scored: ScoredRollouts, experience: Experience) -> Metrics: ...
-
-    def policy_loss(self, logp_T: Tensor, m: Minibatch) -> LossOutput: ...
-
-    def value_loss(self, values_T: Tensor, m: Minibatch) -> LossOutput: ...
+from rto_megatron.types import Experience, Minibatch
 
 
 def optimizer_minibatches(
     experience: Experience,
-    config: ppo.Config,
+    config: reinforcement.Config,
     num_minibatches: int,
     topology: Topology,
     layout: Layout,

@@ -11,7 +11,9 @@ import torch.utils.tensorboard  # noqa: F401
 from engine.layouts import LAYOUTS
 from tiny_models import write_llama
 
-from rto_megatron.config.schema import STAGES, Stage
+from rto_megatron.algorithms import ALGORITHMS
+from rto_megatron.algorithms.method import OnlineMethod
+from rto_megatron.config.schema import STAGES, ActorCriticStage, ReinforcementStage, Stage
 from rto_megatron.data.tokenizer import train_tokenizer
 from rto_megatron.errors import UserError
 from rto_megatron.parallel.topology import Topology
@@ -81,34 +83,38 @@ def configure(stage: str, root: Path, run_dir: Path, layout: str = "one", **chan
         "optimizer": adam,
         "algorithm": {},
     }
-    sections = {
-        "sft": {"data": {"train": str(root / "sft.jsonl")}},
-        "reward_model": {"data": {"eval": str(root / "pairs.jsonl"), "eval_samples": 6}},
-        "dpo": {"models": {"reference": root / "models/reference"}},
-        "ppo": _sampling_sections(root, adam),
-        "rto": _sampling_sections(root, adam),
-    }
-    if stage not in ("ppo", "rto"):
+    kind = STAGES[stage]
+    if issubclass(kind, ReinforcementStage):
+        sections = _sampling_sections(root, adam, issubclass(kind, ActorCriticStage))
+    else:
         tree["data"] = {**tree["data"], "max_length": 200}
-    for section, values in sections[stage].items():
+        sections = {
+            "sft": {"data": {"train": str(root / "sft.jsonl")}},
+            "reward_model": {"data": {"eval": str(root / "pairs.jsonl"), "eval_samples": 6}},
+            "simpo": {},
+        }.get(stage, {"models": {"reference": root / "models/reference"}})
+    for section, values in sections.items():
         tree[section] = {**tree.get(section, {}), **values}
-    if stage == "rto":
-        tree["models"] = {**tree["models"], "dpo": root / "models/dpo"}
     for key, value in changes.items():
         section, name = key.split("__")
         tree[section] = {**tree.get(section, {}), name: value}
-    return STAGES[stage].model_validate(tree)
+    method = ALGORITHMS[stage]
+    if isinstance(method, OnlineMethod) and method.has_dpo and tree["algorithm"].get("beta_dpo") != 0:
+        tree["models"] = {"dpo": root / "models/dpo", "allow_unverified_reference": True, **tree["models"]}
+    return kind.model_validate(tree)
 
 
-def _sampling_sections(root: Path, adam: dict[str, object]) -> dict[str, dict[str, object]]:
-    names = ("reference", "reward", "critic")
-    return {
+def _sampling_sections(
+    root: Path, adam: dict[str, object], has_critic: bool
+) -> dict[str, dict[str, object]]:
+    names = ("reference", "reward", "critic") if has_critic else ("reference", "reward")
+    sections: dict[str, dict[str, object]] = {
         "models": {name: root / "models" / name for name in names},
         "data": {"train": str(root / "prompts.jsonl")},
         "batch": {"rollout": 8},
-        "critic_optimizer": adam,
         "sampling": {"max_response_tokens": 8},
     }
+    return {**sections, "critic_optimizer": adam} if has_critic else sections
 
 
 class HeldPush:
@@ -159,7 +165,7 @@ def train(
     """Runs a stage as one rank; returns the error for the user that ended it."""
     place = join(config)
     try:
-        if config.stage in ("ppo", "rto"):
+        if isinstance(config, ReinforcementStage):
             engine = FailingEngine(dies_at, age) if place.is_replica_lead else None
             train_rto(config, place, Sampler(engine, HeldPush(engine, push_dies_at)))
         else:

@@ -1,0 +1,167 @@
+"""Policy optimisation on sampled responses: one algorithm, whose methods differ in what they hand to it.
+
+A method is a token reward, an advantage estimator, and the losses of policy and critic. Left out, as in the released
+code: entropy bonus, dual clip, early stop on the ratio.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from rto_megatron.algorithms.advantages import AllSum
+from rto_megatron.algorithms.credit_metrics import credit_metrics, dpo_metrics, value_metrics
+from rto_megatron.algorithms.kl_controller import KLController
+from rto_megatron.algorithms.losses import keep
+from rto_megatron.algorithms.token_rewards import response_score, truncated_rows
+from rto_megatron.types import Experience, LossOutput, Metrics, Minibatch, ScoredRollouts, TokenRewards
+
+
+class Config(BaseModel):
+    """What every method has; defaults are the paper's (App. D) and, where it is silent, the released code's.
+
+    The exception is `truncated`: the released code does what is called `compat` here.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    beta_kl: float = Field(
+        default=0.01, ge=0, description="weight of the KL penalty per token, the paper's beta_2"
+    )
+    samples_per_prompt: int = Field(default=1, ge=1, description="responses sampled for each prompt")
+    clip_eps: float = Field(default=0.2, gt=0, lt=1, description="epsilon of the policy's clip")
+    loss_weights: Literal["sequence_mean", "token_mean"] = Field(
+        default="sequence_mean",
+        description="mean over responses of their mean over tokens, or mean over all tokens",
+    )
+    score_clip: float | None = Field(
+        default=10.0, gt=0, description="bound of the normalised reward-model score; null: no bound"
+    )
+    epochs: int = Field(default=1, ge=1, description="passes over the responses of one rollout step")
+    truncated: Literal["compat", "penalise", "mask"] = Field(
+        default="penalise",
+        description="responses cut by the length limit: `compat` overwrites the last token with end-of-"
+        "sequence, as the released code does; `penalise` lowers their score; `mask` does not train on them",
+    )
+    truncated_penalty: float = Field(
+        default=1.0,
+        ge=0,
+        description="subtracted from the score of a cut response when `truncated` is `penalise`",
+    )
+    ptx_coef: float = Field(
+        default=0.05, gt=0, description="weight of the language-model loss on `data.pretrain`, if that is set"
+    )
+    ema_beta: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="keep and export an average of the policy, beta average + (1 - beta) policy after every "
+        "optimizer step (OpenRLHF: 0.992); null: none",
+    )
+
+    @model_validator(mode="after")
+    def _refuse_ignored_penalty(self) -> Self:
+        default = type(self).model_fields["truncated_penalty"].default
+        if self.truncated != "penalise" and self.truncated_penalty != default:
+            raise ValueError(
+                f"truncated_penalty={self.truncated_penalty} has no effect with "
+                f"truncated={self.truncated!r}; remove it or set truncated to 'penalise'"
+            )
+        return self
+
+
+class RewardConfig(Config):
+    """Of methods whose KL penalty is part of the token reward."""
+
+    kl_target: float | None = Field(
+        default=None,
+        gt=0,
+        description="nats per token that an adaptive beta_kl steers to; null: it stays fixed",
+    )
+    kl_horizon: int = Field(default=10000, ge=1, description="sequences over which an adaptive beta_kl moves")
+    gamma: float = Field(default=1.0, ge=0, le=1, description="discount per token")
+
+    @model_validator(mode="after")
+    def _refuse_ignored_horizon(self) -> Self:
+        if self.kl_target is None and self.kl_horizon != type(self).model_fields["kl_horizon"].default:
+            raise ValueError(
+                f"kl_horizon={self.kl_horizon} has no effect without kl_target; remove it or set kl_target"
+            )
+        return self
+
+    def kl_controller(self) -> KLController:
+        """The controller of the first step."""
+        return KLController(self.beta_kl, self.kl_target, self.kl_horizon)
+
+
+class DpoRewardConfig(BaseModel):
+    """Of methods with a DPO reward.
+
+    The released script clips the DPO reward at 0.05 and the paper names no clip: the default is the script's.
+    """
+
+    beta_dpo: float = Field(
+        default=0.05,
+        ge=0,
+        description="weight of the DPO reward per token, the paper's beta_1; 0: none, and no DPO model",
+    )
+    dpo_clip: float | None = Field(
+        default=0.05,
+        gt=0,
+        description="bound of the DPO reward of a token after scaling; null: no bound, as in the paper",
+    )
+
+
+TokenReward = Callable[[ScoredRollouts, Tensor, float], TokenRewards]  # (scored, score [B], kl_coef)
+# (scored, rewards, mask of the trained tokens, all_sum) -> advantages and returns, [B, R] each
+Estimator = Callable[[ScoredRollouts, TokenRewards, Tensor, AllSum], tuple[Tensor, Tensor]]
+Loss = Callable[[Tensor, Minibatch], LossOutput]  # (outputs [T], micro-batch)
+
+
+@dataclass(frozen=True)
+class PolicyOptimization:
+    """Credit assignment and losses of one method."""
+
+    config: Config
+    token_reward: TokenReward
+    advantages: Estimator
+    policy_loss: Loss  # of the actions' log-probs under the policy being trained, nats
+    value_loss: Loss | None  # of the critic's values of the states before the actions; None: no critic
+    kl_controller: KLController  # of the first step
+    needs_dpo: bool = False
+    critic_warmup_steps: int = 0
+
+    def credit(self, scored: ScoredRollouts, kl_coef: float, all_sum: AllSum) -> Experience:
+        """Token rewards, then advantages; `mask_BR` of the result is 0 on responses that are not trained on.
+
+        Args:
+            scored: rollouts of this data-parallel rank.
+            kl_coef: coefficient of the KL penalty at this step; `KLController` holds it.
+            all_sum: sum over the data-parallel ranks; every rank must call this method.
+        """
+        config, mask_BR = self.config, scored.mask_BR
+        score_B = response_score(scored, config.score_clip, config.truncated, config.truncated_penalty)
+        rewards = self.token_reward(scored, score_B, kl_coef)
+        if config.truncated == "mask":
+            mask_BR = keep(mask_BR, ~truncated_rows(scored).unsqueeze(1))
+        advantages_BR, returns_BR = self.advantages(scored, rewards, mask_BR, all_sum)
+        return Experience(
+            rollouts=scored.rollouts,
+            mask_BR=mask_BR,
+            logp_old_BR=scored.logp_old_BR,
+            logp_ref_BR=scored.logp_ref_BR,
+            values_BR=scored.values_BR,
+            advantages_BR=advantages_BR,
+            returns_BR=returns_BR,
+            rewards=rewards,
+        )
+
+    def credit_metrics(self, scored: ScoredRollouts, experience: Experience) -> Metrics:
+        """Sums for the logs of this rank's rollouts."""
+        return {
+            **credit_metrics(scored, experience),
+            **(value_metrics(experience) if self.value_loss is not None else {}),
+            **(dpo_metrics(scored, experience) if self.needs_dpo else {}),
+        }

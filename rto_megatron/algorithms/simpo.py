@@ -1,0 +1,73 @@
+"""SimPO (arXiv 2405.14734): preferences on the mean log-prob of a token, without a reference."""
+
+from typing import Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from rto_megatron.algorithms.method import OfflineMethod
+from rto_megatron.algorithms.preference import preference_output, response_sums, smoothed_logsigmoid
+from rto_megatron.types import LossOutput, PairMicrobatch
+
+
+class Config(BaseModel):
+    """The defaults of the RTO paper (App. D)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    beta: float = Field(default=2.5, gt=0, description="scale of the reward, the paper's beta")
+    gamma: float = Field(
+        default=0.5,
+        ge=0,
+        description="margin that the rewards must have, the paper's gamma; not the ratio gamma / beta of SimPO's code",
+    )
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=0.5, description="probability that a label is flipped"
+    )
+    loss: Literal["sigmoid", "hinge"] = Field(
+        default="sigmoid", description="sigmoid: Bradley-Terry; hinge: linear below a margin of 1"
+    )
+
+    @model_validator(mode="after")
+    def _smoothing_has_an_effect(self) -> Self:
+        if self.loss == "hinge" and self.label_smoothing:
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing} has no effect with loss='hinge'; "
+                "remove it or set loss to sigmoid"
+            )
+        return self
+
+
+class SimPO:
+    """L = - log sigmoid(m), or relu(1 - m), mean over pairs.
+
+    m = beta (log pi(y_w|x) / |y_w| - log pi(y_l|x) / |y_l|) - gamma; |y| counts the tokens of a response,
+    end-of-sequence included.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def loss(self, logp_T: Tensor, micro: PairMicrobatch) -> LossOutput:
+        """Weighted preference loss; the rewards are beta times the mean log-prob, `logps/*` are sums as elsewhere.
+
+        Args:
+            logp_T: log-probs of `micro.batch.targets_T` under the policy, nats, shape [T].
+            micro: P pairs, the chosen sequences first.
+
+        Source: princeton-nlp/SimPO, scripts/simpo_trainer.py:simpo_loss. Metric names: TRL.
+        """
+        config = self.config
+        logp_2P = response_sums(logp_T, micro)
+        num_tokens_2P = response_sums(torch.ones_like(logp_T), micro)
+        rewards_2P = config.beta * logp_2P / num_tokens_2P.clamp(min=1)
+        margins_P = rewards_2P[0] - rewards_2P[1] - config.gamma
+        if config.loss == "hinge":
+            losses_P = (1 - margins_P).relu()
+        else:
+            losses_P = -smoothed_logsigmoid(margins_P, config.label_smoothing)
+        return preference_output(losses_P, rewards_2P, logp_2P, micro)
+
+
+METHOD = OfflineMethod(Config, SimPO, examples="pairs", reference="none")

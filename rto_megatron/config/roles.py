@@ -1,0 +1,63 @@
+"""Which models a stage uses, and from where: the one place that knows what an unnamed role falls back to."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rto_megatron.algorithms import ALGORITHMS
+from rto_megatron.algorithms.method import OnlineMethod
+from rto_megatron.config.schema import EvaluateStage, ReinforcementStage, Stage
+
+OPTIONAL_ROLES = ("reference", "critic", "reward", "dpo", "dpo_reference")
+
+
+@dataclass(frozen=True)
+class Role:
+    """A model of a stage, as it is placed on the trainer's ranks."""
+
+    name: str
+    path: Path
+    is_trained: bool = False
+    has_value_head: bool = False
+    shares: str | None = None  # the role whose weights and forward it uses, if any
+
+
+def allowed_roles(config: Stage) -> tuple[str, ...]:
+    """The keys of `models` that the stage reads."""
+    if isinstance(config, EvaluateStage):
+        return ("policy", "reference", "reward")
+    method = ALGORITHMS[config.stage]
+    if isinstance(method, OnlineMethod):
+        critic = ("critic",) if method.has_critic else ()
+        dpo = ("dpo", "dpo_reference") if method.has_dpo else ()
+        return ("policy", "reference", *critic, "reward", *dpo)
+    return ("policy",) if method.reference == "none" else ("policy", "reference")
+
+
+def needs_dpo(config: Stage) -> bool:
+    """Whether the token reward reads a DPO model: the method has one, and its weight is not 0."""
+    if not isinstance(config, ReinforcementStage) or "dpo" not in allowed_roles(config):
+        return False
+    return bool(config.algorithm.model_dump()["beta_dpo"])
+
+
+def roles_of(config: Stage) -> tuple[Role, ...]:
+    """The models that the stage puts on the trainer's ranks; valid only if `checks` found no problem."""
+    models, allowed = config.models, allowed_roles(config)
+    reference = models.reference or models.policy
+    is_reinforcement = isinstance(config, ReinforcementStage)
+    method = ALGORITHMS.get(config.stage)
+    has_value_head = not isinstance(method, OnlineMethod | None) and method.outputs == "values"
+    roles = [Role("policy", models.policy, not isinstance(config, EvaluateStage), has_value_head)]
+    if "critic" in allowed:
+        assert models.reward is not None
+        roles.append(Role("critic", models.critic or models.reward, is_trained=True, has_value_head=True))
+    if "reference" in allowed:
+        roles.append(Role("reference", reference))
+    if models.reward is not None:
+        roles.append(Role("reward", models.reward, has_value_head=True))
+    if is_reinforcement and needs_dpo(config):
+        assert models.dpo is not None
+        dpo_reference = models.dpo_reference or reference
+        shares = "reference" if dpo_reference == reference else None
+        roles += [Role("dpo", models.dpo), Role("dpo_reference", dpo_reference, shares=shares)]
+    return tuple(roles)

@@ -1,0 +1,54 @@
+"""What TDPO reads of two models: log-probs and the KL of whole distributions, the reference's from its hidden states.
+
+Logits of the reference are made chunk by chunk inside the policy's pass, so that they never exist as a whole; what is
+kept between the reference's pass and the policy's are its final states, one vector a position.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rto_megatron.data.packing import Layout, pair_microbatches
+from rto_megatron.engine.megatron import FrozenModel, Model, Reading
+from rto_megatron.models.token_divergence import token_divergence
+from rto_megatron.types import DivergenceMicrobatch, PreferencePair
+
+_CHUNK = 1024  # positions: bounds the float32 logits that exist at a time
+
+
+def divergence_microbatches(
+    pairs: Sequence[PreferencePair], num_pairs: int, reference: FrozenModel, layout: Layout
+) -> list[DivergenceMicrobatch]:
+    """Micro-batches of a preference step that hold the reference's final states.
+
+    Args:
+        pairs: this rank's share of the global batch.
+        num_pairs: pairs of the global batch, all ranks.
+        layout: micro-batch size in pairs, and packing.
+    """
+    plain = pair_microbatches(pairs, torch.zeros(len(pairs), 2, device=layout.device), num_pairs, layout)
+    states = reference.hidden_states([micro.batch for micro in plain])
+    return [
+        DivergenceMicrobatch(m.batch, m.mask_T, m.weight_P, m.margin_P, m.logp_ref_S, hidden_TH)
+        for m, hidden_TH in zip(plain, states, strict=True)
+    ]
+
+
+def divergence_from(reference: FrozenModel) -> Reading[DivergenceMicrobatch]:
+    """Rows: log-prob of the target, the reference's, KL(reference || policy), [3, T] in nats."""
+
+    def read(model: Model, micro: DivergenceMicrobatch, raw: Tensor) -> Tensor:
+        targets = micro.batch.targets_T.view(micro.batch.num_rows, -1)
+        return token_divergence(
+            raw,
+            micro.reference_hidden_TH,
+            reference.output_weight(),
+            targets,
+            model.shape.vocab_size,
+            model.topology.tensor_rank,
+            model.topology.tensor_group(),
+            _CHUNK,
+        )
+
+    return Reading(3, read)

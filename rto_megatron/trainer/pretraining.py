@@ -1,0 +1,69 @@
+"""The optional language-model loss beside the policy's (InstructGPT's "ptx"): micro-batches of pretraining text."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from rto_megatron.algorithms.losses import to_metrics
+from rto_megatron.algorithms.reinforcement import Loss
+from rto_megatron.config import schema
+from rto_megatron.data.batches import Batches
+from rto_megatron.data.loader import load_texts
+from rto_megatron.data.packing import supervised_microbatches
+from rto_megatron.trainer.report.progress import say
+from rto_megatron.trainer.setup import Setup
+from rto_megatron.types import Demonstration, LossOutput, Minibatch, SupervisedMicrobatch
+
+MixedLoss = Callable[[Tensor, Minibatch | SupervisedMicrobatch], LossOutput]
+
+
+class Pretraining:
+    """As many texts for every optimizer step as it has responses; without texts it adds nothing.
+
+    Source: OpenRLHF 0.4.4, trainer/ppo_trainer.py:training_step_actor (both gradients before one optimizer step).
+    """
+
+    def __init__(self, config: schema.ReinforcementStage, setup: Setup) -> None:
+        self._setup = setup
+        self._coef = config.algorithm.ptx_coef
+        self._texts: Batches[Demonstration] | None = None
+        if config.data.pretrain is not None:
+            place = setup.topology
+            loaded = load_texts(config.data.pretrain, setup.tokenizer, setup.limits)
+            say(loaded.report.summary(), place.is_lead)
+            self._texts = Batches(
+                loaded.items, config.batch.train, config.run.seed, place.data_rank, place.data_size
+            )
+
+    def microbatches(self) -> tuple[list[SupervisedMicrobatch], list[list[str]]]:
+        """Of one optimizer step, with the ids of their texts; all ranks must call it. The weights hold the factor."""
+        if self._texts is None:
+            return [], []
+        place, layout = self._setup.topology, self._setup.layout
+        texts = self._texts.next_batch()
+        own = torch.tensor(float(sum(len(t.response_ids) for t in texts)), device=layout.device)
+        microbatches = supervised_microbatches(texts, float(place.dp_sum(own)) / self._coef, layout)
+        ids = [text.id for text in texts]
+        return microbatches, [ids[start : start + layout.micro] for start in range(0, len(ids), layout.micro)]
+
+    def state(self) -> dict[str, int]:
+        """What a checkpoint keeps."""
+        return {} if self._texts is None else self._texts.state()
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Continues where `state` was taken."""
+        if self._texts is not None:
+            self._texts.restore(state)
+
+
+def beside(policy_loss: Loss) -> MixedLoss:
+    """`policy_loss` on responses, the language-model loss on texts."""
+
+    def loss(outputs_T: Tensor, micro: Minibatch | SupervisedMicrobatch) -> LossOutput:
+        if isinstance(micro, Minibatch):
+            return policy_loss(outputs_T, micro)
+        weighted = -(micro.weight_T * outputs_T).sum()
+        return LossOutput(weighted, to_metrics({"loss/ptx_avg": (weighted, micro.weight_T.sum())}))
+
+    return loss

@@ -1,0 +1,58 @@
+"""A DPO model's reward is its log-ratio to the reference it was trained against: both are told apart by fingerprint."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from rto_megatron.config import schema
+from rto_megatron.engine.fingerprint import weights_fingerprint
+from rto_megatron.engine.megatron import FrozenModel
+from rto_megatron.engine.source import WeightSource
+from rto_megatron.errors import UserError
+from rto_megatron.trainer.rollouts import Roles
+from rto_megatron.trainer.setup import note_in_config
+
+KEY = "reference_fingerprint"  # in config.json
+
+
+def note_reference(folder: Path, reference: FrozenModel) -> None:
+    """Records in `folder`/config.json what the model in training is compared with; all ranks must call it."""
+    fingerprint = weights_fingerprint(reference)
+    if reference.topology.is_lead:
+        note_in_config(folder, **{KEY: fingerprint})
+    reference.topology.barrier()
+
+
+def require_trained_reference(
+    config: schema.ReinforcementStage, sources: Mapping[str, WeightSource], roles: Roles
+) -> None:
+    """Refuses a DPO model whose reference is not the one it is compared with here; all ranks must call it.
+
+    Raises:
+        UserError: on every rank; another reference, or none recorded and that is not allowed.
+    """
+    if roles.dpo is None:
+        return
+    folder = sources["dpo"].hf_folder
+    recorded = json.loads((folder / "config.json").read_text()).get(KEY)
+    if recorded is None:
+        if config.models.allow_unverified_reference:
+            return
+        raise UserError(
+            f"models.dpo: {folder}/config.json does not say which reference the model was trained against, as models "
+            f"from elsewhere do not; if it is models.{_reference_key(config)}, set "
+            f"models.allow_unverified_reference=true"
+        )
+    found = weights_fingerprint(roles.dpo_reference or roles.reference)
+    if recorded != found:
+        raise UserError(
+            f"models.dpo: the model in {folder} was trained against a reference with fingerprint {recorded[:12]}, but "
+            f"models.{_reference_key(config)} has {found[:12]}; its log-ratio would be no reward. Name the model it "
+            f"started from as models.dpo_reference, or train it against this one"
+        )
+
+
+def _reference_key(config: schema.ReinforcementStage) -> str:
+    if config.models.dpo_reference is not None:
+        return f"dpo_reference={config.models.dpo_reference}"
+    return f"reference={config.models.reference or config.models.policy}"
