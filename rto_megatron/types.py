@@ -66,7 +66,9 @@ class JudgedResponse:
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
     is_desirable: bool
-    unrelated_ids: tuple[int, ...]  # an answer to another prompt: what the method's KL baseline is estimated on
+    unrelated_ids: tuple[
+        int, ...
+    ]  # an answer to another prompt: what the method's KL baseline is estimated on
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,9 @@ class JudgedMicrobatch:
     weight_S: Tensor  # 1 / (all answers of the global batch)
     is_desirable_S: Tensor  # bool
     logp_ref_S: Tensor  # summed reference log-probs of the response
-    baseline: Tensor  # scalar, nats: the KL estimate of the global batch, at least 0; no gradient flows into it
+    baseline: (
+        Tensor  # scalar, nats: the KL estimate of the global batch, at least 0; no gradient flows into it
+    )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,9 @@ from torch import Tensor
 from rto_megatron.algorithms import reinforcement
 from rto_megatron.types import JudgedMicrobatch, LossOutput, PairMicrobatch, SupervisedMicrobatch
 
-Vocabulary = Callable[[Iterable[str]], frozenset[int]]  # ids of the tokens whose text holds one of the strings
+Vocabulary = Callable[
+    [Iterable[str]], frozenset[int]
+]  # ids of the tokens whose text holds one of the strings
 
 
 class OfflineAlgorithm[M: SupervisedMicrobatch | PairMicrobatch | JudgedMicrobatch](Protocol):
@@ -30,7 +32,9 @@ class OfflineMethod[M: SupervisedMicrobatch | PairMicrobatch | JudgedMicrobatch]
     examples: Literal["demonstrations", "pairs", "judgements"]
     # logprobs [T] of the targets; values [T] of a scalar head; divergence [3, T], see `tdpo`
     outputs: Literal["logprobs", "values", "divergence"] = "logprobs"
-    reference: Literal["none", "optional", "required"] = "none"  # optional: the policy's starting point stands in
+    reference: Literal["none", "optional", "required"] = (
+        "none"  # optional: the policy's starting point stands in
+    )
 
 
 @dataclass(frozen=True)

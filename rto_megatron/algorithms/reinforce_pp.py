@@ -16,7 +16,9 @@ class Config(RewardConfig):
     """Nothing of its own."""
 
 
-def critic_free(config: RewardConfig, token_reward: TokenReward, needs_dpo: bool = False) -> PolicyOptimization:
+def critic_free(
+    config: RewardConfig, token_reward: TokenReward, needs_dpo: bool = False
+) -> PolicyOptimization:
     """Whitened discounted returns and the clipped policy loss around any token reward."""
 
     def advantages(

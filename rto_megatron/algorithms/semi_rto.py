@@ -26,9 +26,7 @@ class Config(rto.Config):
 
 def build(config: Config, vocabulary: Vocabulary) -> PolicyOptimization:
     """RTO with sentence-level DPO rewards."""
-    return rto.with_dpo_reward(
-        config, partial(at_sentence_ends, delimiter_ids=vocabulary(config.delimiters))
-    )
+    return rto.with_dpo_reward(config, partial(at_sentence_ends, delimiter_ids=vocabulary(config.delimiters)))
 
 
 METHOD = OnlineMethod(Config, build, has_dpo=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -19,14 +19,19 @@ def register(app: typer.Typer) -> None:
 def synthesize(
     folder: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
     seed: Annotated[int, typer.Option(help="Everything follows from it.")] = 42,
+    style: Annotated[
+        Literal["short", "long"], typer.Option(help="Responses of 8 to 24 tokens, or of 17 to 56.")
+    ] = "short",
+    hidden: Annotated[int, typer.Option(min=32, help="Hidden size of the models.")] = 128,
 ) -> None:
     """Write the embedded task: prompts and preference pairs with a known reward, and a tiny model.
 
     The data have the layouts of public sets, so every other command reads them like real data.
     """
     from rto_megatron.data.synthetic import write_synthetic_task
+    from rto_megatron.data.synthetic_source import STYLES
 
-    write_synthetic_task(folder, seed)
+    write_synthetic_task(folder, seed, style=STYLES[style], hidden_size=hidden)
     typer.echo(f"{folder}: written from seed {seed}")
 
 

@@ -7,7 +7,7 @@ import time
 import typer
 from rich.console import Console
 
-from rto_megatron.cli import check, data, launch, pool, report, train
+from rto_megatron.cli import check, data, experiment, launch, pool, report, train
 from rto_megatron.errors import UserError
 
 _STATUS_USER_ERROR = 2
@@ -20,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for group in (launch, train, check, data, pool, report):
+for group in (launch, train, check, data, pool, report, experiment):
     group.register(app)
 
 

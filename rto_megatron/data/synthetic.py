@@ -20,13 +20,12 @@ import numpy as np
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from rto_megatron.data.synthetic_source import (
-    END,
     REQUESTS,
-    START,
+    SHORT,
     SUBJECTS,
     TOPICS,
-    WORDS,
     Language,
+    Style,
     draw_language,
 )
 from rto_megatron.data.tokenizer import (
@@ -56,6 +55,9 @@ class Sizes:
     eval_prompts: int = 256
 
 
+SIZES_LONG = Sizes(demonstrations=12000, pairs=20000, eval_pairs=400, prompts=3500, eval_prompts=512)
+
+
 @dataclass(frozen=True)
 class _Request:
     id: str
@@ -66,14 +68,19 @@ class _Request:
         return {"role": "user", "content": self.text}
 
 
-def write_synthetic_task(out_dir: Path, seed: int, sizes: Sizes = Sizes()) -> None:
-    """Write the whole task; the same seed and sizes give the same files.
+def write_synthetic_task(
+    out_dir: Path, seed: int, sizes: Sizes = Sizes(), style: Style = SHORT, hidden_size: int = 128
+) -> None:
+    """Write the whole task; the same arguments give the same files.
+
+    Args:
+        hidden_size: of the models; they have 4 heads of 32 whatever it is.
 
     Raises:
         UserError: more prompts are wanted than there are.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
-    language = draw_language(seed)
+    language = draw_language(seed, style)
     rng = np.random.default_rng([seed, 1])
     requests = _draw_requests(sizes.prompts + sizes.eval_prompts, rng)
     splits = {"train": requests[: sizes.prompts], "test": requests[sizes.prompts :]}
@@ -86,9 +93,16 @@ def write_synthetic_task(out_dir: Path, seed: int, sizes: Sizes = Sizes()) -> No
         pairs = _pairs(split_requests, num_pairs[split], language, rng)
         _write_rows(out_dir / f"preferences_{split}.jsonl", pairs)
     tokenizer = _write_tokenizer(out_dir / "tokenizer")
-    _write_models(out_dir, tokenizer)
+    _write_models(out_dir, tokenizer, hidden_size)
     fingerprint = tokenizer_fingerprint(out_dir / "tokenizer")
     true_reward_table(language, tokenizer, fingerprint, seed).save(out_dir / "true_reward.json")
+
+
+def write_models_alone(out_dir: Path, hidden_size: int) -> Path:
+    """Write tokenizer and model folders, which are the same for every seed, and return the policy's."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    _write_models(out_dir, _write_tokenizer(out_dir / "tokenizer"), hidden_size)
+    return out_dir / "models" / "policy"
 
 
 def _draw_requests(count: int, rng: np.random.Generator) -> list[_Request]:
@@ -106,8 +120,8 @@ def _draw_requests(count: int, rng: np.random.Generator) -> list[_Request]:
     return requests
 
 
-def _answer(words: list[int]) -> dict[str, str]:
-    return {"role": "assistant", "content": " ".join(WORDS[word] for word in words)}
+def _answer(language: Language, words: list[int]) -> dict[str, str]:
+    return {"role": "assistant", "content": " ".join(language.style.words[word] for word in words)}
 
 
 def _prompts(requests: list[_Request]) -> Iterator[dict[str, object]]:
@@ -120,7 +134,7 @@ def _demonstrations(
 ) -> Iterator[dict[str, object]]:
     for _ in range(count):
         request = requests[rng.integers(len(requests))]
-        answer = _answer(language.sample(request.topic, rng))
+        answer = _answer(language, language.sample(request.topic, rng))
         yield {"prompt": request.text, "prompt_id": request.id, "messages": [request.turn(), answer]}
 
 
@@ -136,8 +150,8 @@ def _pairs(
         yield {
             "prompt": request.text,
             "prompt_id": request.id,
-            "chosen": [request.turn(), _answer(first)],
-            "rejected": [request.turn(), _answer(second)],
+            "chosen": [request.turn(), _answer(language, first)],
+            "rejected": [request.turn(), _answer(language, second)],
         }
 
 
@@ -157,15 +171,15 @@ def _write_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _write_models(out_dir: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def _write_models(out_dir: Path, tokenizer: PreTrainedTokenizerBase, hidden_size: int) -> None:
     for role, num_layers in (("policy", 2), ("reward", 1)):
         folder = out_dir / "models" / role
         shutil.copytree(out_dir / "tokenizer", folder, dirs_exist_ok=True)
         LlamaConfig(
             architectures=["LlamaForCausalLM"],
             vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=256,
+            hidden_size=hidden_size,
+            intermediate_size=2 * hidden_size,
             num_hidden_layers=num_layers,
             num_attention_heads=4,
             num_key_value_heads=2,
@@ -184,14 +198,14 @@ def true_reward_table(
 ) -> TrueReward:
     """The language's reward over token ids."""
     topic_ids = _piece_ids(tokenizer, TOPICS)
-    word_ids = _piece_ids(tokenizer, WORDS)
+    word_ids = _piece_ids(tokenizer, language.style.words)
     vocab = tokenizer.get_vocab()
     eos_id = vocab[EOS]
     id_of_previous = {
         **dict(enumerate(word_ids)),
-        START: vocab[ASSISTANT_MARKER],
+        language.style.end: vocab[ASSISTANT_MARKER],
     }
-    id_of_next = {**dict(enumerate(word_ids)), END: eos_id}
+    id_of_next = {**dict(enumerate(word_ids)), language.style.end: eos_id}
     entries = {
         (int(topic), id_of_previous[int(previous)], id_of_next[int(word)]): float(
             language.reward[topic, previous, word]

@@ -24,10 +24,6 @@ REQUESTS = (
     "why is the {topic} near {first} {second}",
     "sum up the {topic} for {first} {second}",
 )
-END = len(WORDS)
-START = len(WORDS)
-MIN_WORDS, MAX_WORDS = 7, 23  # with the end of the sequence: 8 to 24 tokens
-STOP_PROBABILITY = 1 / 7
 LOGIT_SD = 0.8
 SKIP_LOGIT_SD = 1.0  # makes SFT learn to look one word back, which a reward model needs to see pairs of words
 NONZERO_FRACTION = 0.35
@@ -37,9 +33,30 @@ SHARED_VARIANCE = 0.75  # of each table: common to all classes; the rest is a cl
 
 
 @dataclass(frozen=True)
+class Style:
+    """Which words responses are made of, and how long they get."""
+
+    words: tuple[str, ...]
+    min_words: int
+    max_words: int
+    stop_probability: float  # of each word from `min_words` on
+
+    @property
+    def end(self) -> int:
+        """Index of the end of the sequence on the word axis, and of the start on the axis of previous words."""
+        return len(self.words)
+
+
+SHORT = Style(WORDS, min_words=7, max_words=23, stop_probability=1 / 7)  # 8 to 24 tokens, the end included
+LONG = Style(WORDS, min_words=32, max_words=47, stop_probability=1 / 8)  # 33 to 48
+STYLES = {"short": SHORT, "long": LONG}
+
+
+@dataclass(frozen=True)
 class Language:
     """The text source and the reward of its transitions."""
 
+    style: Style
     source: NDArray[np.float64]  # [C, W + 1, W] probabilities of the next word by the one before
     skip: NDArray[np.float64]  # [W + 1, W] factor of the next word by the one two before
     reward: NDArray[np.float64]  # [C, W + 1, W + 1], scaled, without the cost
@@ -50,44 +67,48 @@ class Language:
 
     def returns(self, topic: int, words: list[int]) -> float:
         """True return of a response that ends after `words`."""
-        steps = zip([START, *words], [*words, END], strict=True)
+        end = self.style.end
+        steps = zip([end, *words], [*words, end], strict=True)
         return float(sum(self.reward[topic, previous, word] for previous, word in steps)) - (
             self.token_cost * len(words)
         )
 
     def sample(self, topic: int, rng: np.random.Generator) -> list[int]:
         """Draw the words of one response."""
-        num_words = min(MIN_WORDS + int(rng.geometric(STOP_PROBABILITY)) - 1, MAX_WORDS)
+        style = self.style
+        num_words = min(style.min_words + int(rng.geometric(style.stop_probability)) - 1, style.max_words)
         words = []
-        before = previous = START
+        before = previous = style.end
         for draw in rng.random(num_words):
             weights = self.source[topic, previous] * self.skip[before]
             cumulative = (weights / weights.sum()).cumsum()
-            before, previous = previous, min(int(np.searchsorted(cumulative, draw)), len(WORDS) - 1)
+            before, previous = previous, min(int(np.searchsorted(cumulative, draw)), style.end - 1)
             words.append(previous)
         return words
 
 
-def draw_language(seed: int, num_calibration: int = 4000) -> Language:
+def draw_language(seed: int, style: Style = SHORT, num_calibration: int = 4000) -> Language:
     """Draw source and reward from `seed`; the source's returns have an sd of RETURN_SD."""
     rng = np.random.default_rng(seed)
-    logits = LOGIT_SD * _mixed(rng, len(WORDS))
+    num_words = len(style.words)
+    logits = LOGIT_SD * _mixed(rng, num_words, num_words)
     source = np.exp(logits)
     source /= source.sum(-1, keepdims=True)
-    skip = np.exp(SKIP_LOGIT_SD * rng.standard_normal((len(WORDS) + 1, len(WORDS))))
+    skip = np.exp(SKIP_LOGIT_SD * rng.standard_normal((num_words + 1, num_words)))
     is_nonzero = rng.random(source.shape) < NONZERO_FRACTION
-    reward = np.where(is_nonzero, _mixed(rng, len(WORDS)), 0.0)
+    reward = np.where(is_nonzero, _mixed(rng, num_words, num_words), 0.0)
     # The mean of a row under the source is taken off its entries, so the expected reward of any word is 0.
     mass = np.maximum((source * is_nonzero).sum(-1, keepdims=True), 1e-9)
     reward = np.where(is_nonzero, reward - (source * reward).sum(-1, keepdims=True) / mass, 0.0)
-    end_reward = 1.0 + _mixed(rng, 1)
+    end_reward = 1.0 + _mixed(rng, num_words, 1)
     unscaled = Language(
-        source, skip, np.concatenate([reward, end_reward], axis=-1), TOKEN_COST, 1.0, 0.0, 1.0
+        style, source, skip, np.concatenate([reward, end_reward], axis=-1), TOKEN_COST, 1.0, 0.0, 1.0
     )
     topics = rng.integers(len(TOPICS), size=num_calibration)
     returns = np.array([unscaled.returns(int(topic), unscaled.sample(int(topic), rng)) for topic in topics])
     scale = RETURN_SD / float(returns.std())
     return Language(
+        style=style,
         source=source,
         skip=skip,
         reward=np.round(unscaled.reward * scale, 6),
@@ -98,9 +119,9 @@ def draw_language(seed: int, num_calibration: int = 4000) -> Language:
     )
 
 
-def _mixed(rng: np.random.Generator, num_columns: int) -> NDArray[np.float64]:
+def _mixed(rng: np.random.Generator, num_words: int, num_columns: int) -> NDArray[np.float64]:
     """Standard normal [C, W + 1, num_columns], part of whose variance is shared by the classes."""
-    shared = rng.standard_normal((1, len(WORDS) + 1, num_columns))
-    own = rng.standard_normal((len(TOPICS), len(WORDS) + 1, num_columns))
+    shared = rng.standard_normal((1, num_words + 1, num_columns))
+    own = rng.standard_normal((len(TOPICS), num_words + 1, num_columns))
     mixed: NDArray[np.float64] = shared * SHARED_VARIANCE**0.5 + own * (1.0 - SHARED_VARIANCE) ** 0.5
     return mixed

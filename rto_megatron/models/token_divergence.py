@@ -8,13 +8,13 @@ the policy and the reference, with log-normalisers Z and Z', each position needs
 
 and the sum over j runs over the shard before it is added up over the tensor ranks: nobody gathers the vocabulary.
 
-Memory beyond the policy's logits, with e bytes per number of the model:
-    here    e T v (the gradient) + e T h (the reference's hidden states) + about (12 + e) C v (one chunk) + O(T)
-    plain   about 36 T v: float32 copies, log-softmaxes, probabilities and products of policy and reference, and the
-            gradients of each; `tests/models/test_token_divergence.py` measures it
-With 32k tokens, a vocabulary of 128k split 8 ways (v = 16k), bfloat16 logits, h = 4096 and C = 1024 that is
-1 + 0.25 + 0.22 = 1.5 GiB here and 18 GiB in the plain way on a shard; gathered, the plain way needs 144 GiB, and the
-policy's logits, 1 GiB in each shard, are 8 GiB.
+Peak memory beyond the policy's logits, in bytes, with e bytes per number of the model:
+    here    e T v (the gradient) + e T h (the reference's hidden states) + (8 + e) C v (one chunk)
+    plain   20 T v: log-softmax, probabilities and products of all positions in float32, kept for the backward pass
+`tests/models/test_token_divergence.py` measures the terms in T v and C v. With T = 32k tokens, a vocabulary of 128k
+split 8 ways (v = 16k), bfloat16 (e = 2), h = 4096 and C = 1024 that is 1 + 0.25 + 0.16 = 1.4 GiB here, 10 GiB the
+plain way on the shard, and 80 GiB the plain way on a gathered vocabulary (v = 128k), whose two sets of logits take
+another 16 GiB.
 """
 
 import torch

@@ -25,7 +25,7 @@ def run_stage(config: schema.Stage) -> None:
         UserError: on every rank, for anything that a user can mend.
     """
     _refuse_bare_srun()
-    with _ranks(prepare(), config.parallel, config.run.seed, _collective_timeout(config)) as topology:
+    with ranks(prepare(), config.parallel, config.run.seed, _collective_timeout(config)) as topology:
         if isinstance(config, schema.EvaluateStage):
             from rto_megatron.trainer.evaluate import evaluate
 
@@ -47,7 +47,7 @@ def export_run(run_dir: Path, folder: Path) -> None:
         UserError: no checkpoint there.
     """
     config = load_recipe(run_dir / "config.yaml")
-    with _ranks(prepare(), schema.ParallelConfig(), seed=0, timeout=_SHORTEST_TIMEOUT) as topology:
+    with ranks(prepare(), schema.ParallelConfig(), seed=0) as topology:
         from rto_megatron.engine.export import export_hf
         from rto_megatron.engine.roles import build_frozen
         from rto_megatron.engine.source import find_source
@@ -76,8 +76,8 @@ def _collective_timeout(config: schema.Stage) -> timedelta:
 
 
 @contextmanager
-def _ranks(
-    device: Device, parallel: schema.ParallelConfig, seed: int, timeout: timedelta
+def ranks(
+    device: Device, parallel: schema.ParallelConfig, seed: int, timeout: timedelta = _SHORTEST_TIMEOUT
 ) -> Iterator["Topology"]:
     """The process group of the launcher's ranks, or of this process alone.
 

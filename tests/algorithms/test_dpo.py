@@ -1,48 +1,81 @@
-"""DPO loss against golden numbers, from summed log-probs and from logits."""
+"""DPO, cDPO and IPO against golden numbers, from summed log-probs and from logits, and against TRL 1.16.
+
+TRL's `DPOTrainer._compute_loss` can be called for DPO and IPO; its IPO takes the mean over tokens, so the answers
+have one token there. `CPOTrainer.cpo_loss`, given log-ratios, is cDPO and IPO on sums.
+"""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from algorithms.grids import GARBAGE, GOLDEN, close, grid, ragged_batch, to_positions
+from algorithms.grids import GARBAGE, GOLDEN, close, grid, ragged_batch
+from algorithms.pairs import INPUTS, LENGTHS, first_positions, golden_pairs, spread
+from algorithms.trl_losses import trl_cpo, trl_dpo
+from pydantic import ValidationError
 
 from rto_megatron.algorithms.dpo import DPO, Config
 from rto_megatron.types import PairMicrobatch
 
-INPUTS = GOLDEN["pairwise_inputs"]
-PROMPT_LENGTH = 2
 LAYOUTS = pytest.mark.parametrize("packed", [True, False])
-
-
-def _micro(packed, padding=GARBAGE):
-    """Each golden sum spread evenly over the response tokens of its sequence."""
-    lengths = INPUTS["chosen_len"] + INPUTS["rejected_len"]
-    batch = ragged_batch(tuple(PROMPT_LENGTH + length for length in lengths), packed)
-    logp_S = grid(INPUTS["policy_chosen_logps"] + INPUTS["policy_rejected_logps"])
-    token_logp_S1 = (logp_S / grid(lengths)).unsqueeze(1)
-    logp_T = to_positions(token_logp_S1.expand(-1, max(lengths)), batch, PROMPT_LENGTH, padding)
-    mask_T = to_positions(torch.ones(6, max(lengths), dtype=torch.float64), batch, PROMPT_LENGTH, 0.0)
-    logp_ref_S = grid(INPUTS["reference_chosen_logps"] + INPUTS["reference_rejected_logps"])
-    micro = PairMicrobatch(batch, mask_T, grid([1 / 3] * 3), grid([0.0] * 3), logp_ref_S)
-    return logp_T.requires_grad_(), micro
+POLICY = INPUTS["policy_chosen_logps"] + INPUTS["policy_rejected_logps"]
+REFERENCE = INPUTS["reference_chosen_logps"] + INPUTS["reference_rejected_logps"]
 
 
 @LAYOUTS
-@pytest.mark.parametrize(("smoothing", "key"), [(0.0, "dpo_beta0.1"), (0.1, "cdpo_beta0.1_ls0.1")])
-def test_loss_and_gradient_equal_golden(packed, smoothing, key):
-    logp_T, micro = _micro(packed)
-    output = DPO(Config(label_smoothing=smoothing)).loss(logp_T, micro)
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        (Config(), "dpo_beta0.1"),
+        (Config(label_smoothing=0.1), "cdpo_beta0.1_ls0.1"),
+        (Config(loss="ipo"), "ipo_beta0.1"),
+        (Config(loss="ipo", beta=0.01), "ipo_beta0.01"),
+    ],
+    ids=["dpo", "cdpo", "ipo", "ipo_beta0.01"],
+)
+def test_loss_and_gradient_equal_golden(packed, config, key):
+    logp_T, micro = golden_pairs(packed)
+    output = DPO(config).loss(logp_T, micro)
     output.loss.backward()
-    close(output.loss, GOLDEN[key]["loss_mean"])
-    grads = GOLDEN[key]["grad_policy_chosen_logps"] + GOLDEN[key]["grad_policy_rejected_logps"]
-    num_tokens = sum(INPUTS["chosen_len"] + INPUTS["rejected_len"])
-    first = [start + PROMPT_LENGTH - 1 for start in micro.batch.cu_seqlens[:6]]
-    close(logp_T.grad[first], grads)
-    assert (logp_T.grad != 0).sum() == num_tokens
+    golden = GOLDEN[key]
+    close(output.loss, golden["loss_mean"])
+    close(
+        logp_T.grad[first_positions(micro)],
+        golden["grad_policy_chosen_logps"] + golden["grad_policy_rejected_logps"],
+    )
+    assert (logp_T.grad != 0).sum() == sum(LENGTHS)
+    assert output.metrics["rewards/chosen"] == pytest.approx((sum(golden["chosen_rewards"]), 3))
+    assert output.metrics["rewards/rejected"] == pytest.approx((sum(golden["rejected_rewards"]), 3))
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+def test_loss_gradient_and_metrics_equal_trl(loss, beta):
+    logp_S = grid(POLICY).requires_grad_()
+    trl_loss, trl_metrics = trl_dpo(logp_S, grid(REFERENCE), loss, beta)
+    trl_loss.backward()
+    logp_T, micro = spread(grid(POLICY), [1] * 6, packed=True)
+    micro = replace(micro, logp_ref_S=grid(REFERENCE))
+    output = DPO(Config(loss=loss, beta=beta)).loss(logp_T, micro)
+    output.loss.backward()
+    close(output.loss, trl_loss.item())
+    close(logp_T.grad[first_positions(micro)], logp_S.grad.tolist())
+    for name, (total, count) in output.metrics.items():
+        if name != "loss":
+            assert total / count == pytest.approx(trl_metrics[name], rel=1e-6), name
+    print(f"{loss}: loss differs from TRL's by {abs(output.loss - trl_loss).item():.1e}")
+
+
+@pytest.mark.parametrize(("loss", "smoothing"), [("sigmoid", 0.1), ("sigmoid", 0.3), ("ipo", 0.0)])
+def test_smoothed_and_summed_losses_equal_trl(loss, smoothing):
+    losses_P, chosen_P, rejected_P = trl_cpo(grid(POLICY) - grid(REFERENCE), loss, 0.1, smoothing)
+    output = DPO(Config(loss=loss, label_smoothing=smoothing)).loss(*golden_pairs(True))
+    close(output.loss, losses_P.mean().item())
+    assert output.metrics["rewards/chosen"] == pytest.approx((chosen_P.sum().item(), 3))
+    assert output.metrics["rewards/rejected"] == pytest.approx((rejected_P.sum().item(), 3))
 
 
 def test_metrics_are_sums_over_pairs():
-    golden, metrics = GOLDEN["dpo_beta0.1"], DPO(Config()).loss(*_micro(True)).metrics
+    golden, metrics = GOLDEN["dpo_beta0.1"], DPO(Config()).loss(*golden_pairs(True)).metrics
     chosen, rejected = golden["chosen_rewards"], golden["rejected_rewards"]
     assert metrics["rewards/chosen"] == pytest.approx((sum(chosen), 3))
     assert metrics["rewards/rejected"] == pytest.approx((sum(rejected), 3))
@@ -74,24 +107,33 @@ def test_loss_from_logits_equals_golden(packed):
 
 
 @LAYOUTS
-def test_padding_does_not_change_loss_or_gradient(packed):
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
+def test_padding_does_not_change_loss_or_gradient(packed, loss):
     outcomes = []
     for padding in (0.0, GARBAGE, -1e300):
-        logp_T, micro = _micro(packed, padding)
-        output = DPO(Config()).loss(logp_T, micro)
+        logp_T, micro = golden_pairs(packed, padding)
+        output = DPO(Config(loss=loss)).loss(logp_T, micro)
         output.loss.backward()
         outcomes.append((output.loss.item(), logp_T.grad.tolist(), output.metrics))
     assert outcomes[0] == outcomes[1] == outcomes[2]
 
 
-def test_pair_of_weight_zero_counts_nowhere():
-    logp_T, micro = _micro(True)
-    output = DPO(Config()).loss(logp_T, replace(micro, weight_P=grid([1 / 3, 1 / 3, 0.0])))
-    close(output.loss, sum(GOLDEN["dpo_beta0.1"]["losses"][:2]) / 3)
+@pytest.mark.parametrize(("loss", "key"), [("sigmoid", "dpo_beta0.1"), ("ipo", "ipo_beta0.1")])
+def test_pair_of_weight_zero_counts_nowhere(loss, key):
+    logp_T, micro = golden_pairs(True)
+    output = DPO(Config(loss=loss)).loss(logp_T, replace(micro, weight_P=grid([1 / 3, 1 / 3, 0.0])))
+    close(output.loss, sum(GOLDEN[key]["losses"][:2]) / 3)
     assert output.metrics["rewards/accuracies"] == (1, 2)
 
 
-def test_policy_equal_to_reference_has_loss_log_two():
-    logp_T, micro = _micro(True)
-    logp_S = grid(INPUTS["policy_chosen_logps"] + INPUTS["policy_rejected_logps"])
-    close(DPO(Config()).loss(logp_T, replace(micro, logp_ref_S=logp_S)).loss, 0.6931471805599453)
+@pytest.mark.parametrize(("loss", "expected"), [("sigmoid", 0.6931471805599453), ("ipo", 25.0)])
+def test_policy_equal_to_reference_starts_where_the_paper_says(loss, expected):
+    logp_T, micro = golden_pairs(True)
+    close(DPO(Config(loss=loss)).loss(logp_T, replace(micro, logp_ref_S=grid(POLICY))).loss, expected)
+
+
+def test_smoothing_with_ipo_is_refused():
+    with pytest.raises(
+        ValidationError, match=r"label_smoothing=0\.1 has no effect with loss='ipo'; remove it"
+    ):
+        Config(loss="ipo", label_smoothing=0.1)

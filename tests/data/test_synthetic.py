@@ -8,7 +8,7 @@ from transformers import AutoConfig
 
 from rto_megatron.data.loader import Limits, load_demonstrations, load_pairs, load_prompts
 from rto_megatron.data.synthetic import Sizes, write_synthetic_task
-from rto_megatron.data.synthetic_source import END, START, TOPICS, WORDS, draw_language
+from rto_megatron.data.synthetic_source import SHORT, TOPICS, WORDS, draw_language
 from rto_megatron.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from rto_megatron.data.true_reward import TrueReward
 from rto_megatron.errors import UserError
@@ -63,12 +63,12 @@ def test_true_return_on_ids_is_the_slow_loop_over_words(task_folder: Path) -> No
     for row, pair in zip(rows, pairs, strict=True):
         words = row["chosen"][1]["content"].split()
         (topic,) = [i for i, name in enumerate(TOPICS) if name in row["prompt"].split()]
-        expected = language.reward[topic, START, WORDS.index(words[0])] - language.token_cost
+        expected = language.reward[topic, SHORT.end, WORDS.index(words[0])] - language.token_cost
         for previous, word in pairwise(words):
             expected += language.reward[topic, WORDS.index(previous), WORDS.index(word)] - language.token_cost
         cut = reward.returns(pair.prompt_ids, pair.chosen_ids[:-1])
         assert cut == pytest.approx(expected)
-        ended = expected + language.reward[topic, WORDS.index(words[-1]), END]
+        ended = expected + language.reward[topic, WORDS.index(words[-1]), SHORT.end]
         assert reward.returns(pair.prompt_ids, pair.chosen_ids) == pytest.approx(ended)
 
 
@@ -132,7 +132,7 @@ def test_labels_follow_the_true_return_and_lengths_do_not_decide(task_folder: Pa
 
 def test_the_reward_is_sparse_and_a_better_policy_exists(task_folder: Path) -> None:
     language = draw_language(7)
-    transitions = language.reward[..., :END]
+    transitions = language.reward[..., : SHORT.end]
     assert 0.2 < (transitions != 0).mean() < 0.5
     # The source gets nothing from a transition on average; the best next word gets much.
     expected = (language.source * transitions).sum(-1)

@@ -82,7 +82,7 @@ def test_equal_to_the_definition(layout: str, vocab_size: int, chunk: int, dtype
     ranks = run_ranks(1 if layout == "one" else 2, _of_rank, layout, vocab_size, dtype, chunk)
     outputs_3T, grad_TV = _by_definition(vocab_size, dtype)
     for own_3T, _ in ranks:
-        torch.testing.assert_close(own_3T.double(), outputs_3T, atol=5e-6, rtol=1e-6)
+        torch.testing.assert_close(own_3T.double(), outputs_3T, atol=1e-5, rtol=1e-6)
         assert torch.equal(own_3T, ranks[0][0])
     gradient = torch.cat([grad for _, grad in ranks], -1)
     assert gradient.dtype == dtype
@@ -201,5 +201,5 @@ def test_chunks_need_a_fraction_of_the_memory(dtype: torch.dtype, num_bytes: int
         f"{plain / 2**20:.1f} MiB plain = {plain / 512 / 4096:.1f} T v; {chunked / 2**20:.1f} MiB in chunks =",
         f"{num_bytes} T v + {(chunked - one_gradient) / one_chunk:.1f} C v",
     )
-    assert one_gradient < chunked < one_gradient + 13 * one_chunk
+    assert one_gradient < chunked < one_gradient + 11 * one_chunk
     assert chunked < plain / 2

@@ -1,0 +1,88 @@
+"""What the runs of the experiment left: learning curves, and the numbers that are read off them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rto_megatron.config import schema
+from rto_megatron.config.load import load_recipe
+from rto_megatron.errors import UserError
+from rto_megatron.experiments.sample_efficiency import Design
+from rto_megatron.trainer.metrics import read_metrics
+
+Series = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run. Entry i is of the responses of step i, sampled by the policy before that step's update."""
+
+    episodes: Series  # sampled up to and including step i
+    returns: Series  # true return, mean over the responses of the step
+    kl: Series  # to the reference, nats per response
+    tokens: Series  # per response
+
+    def smoothed(self, window: int) -> "Curve":
+        """Means over `window` steps, each at the last of them."""
+        kernel = np.ones(window) / window
+        means = (np.convolve(one, kernel, "valid") for one in (self.returns, self.kl, self.tokens))
+        return Curve(self.episodes[window - 1 :], *means)
+
+
+def seed_folder(root: Path, seed: int) -> Path:
+    """Everything of one seed."""
+    return root / f"seed{seed}"
+
+
+def run_name(arm: str, factor: float) -> str:
+    """The folder of an arm's run at a learning rate."""
+    return f"{arm}_x{factor:.2g}"
+
+
+def read_curve(root: Path, seed: int, arm: str, factor: float) -> Curve:
+    """The metrics of a finished run.
+
+    Raises:
+        UserError: the run is not there or not finished.
+    """
+    folder = seed_folder(root, seed) / run_name(arm, factor)
+    rows = read_metrics(folder)
+    if not (folder / "hf").is_dir() or not rows:
+        raise UserError(f"{folder} is not finished; run the experiment again, it goes on where it stopped")
+    config = load_recipe(folder / "config.yaml")
+    assert isinstance(config, schema.ReinforcementStage)
+    names = ("task/true_return", "objective/kl", "rollout/response_tokens")
+    returns, kl, tokens = (np.array([row[name] for row in rows]) for name in names)
+    return Curve(config.responses_per_step * np.arange(1.0, len(rows) + 1), returns, kl, tokens)
+
+
+def best_factor(root: Path, arm: str, design: Design) -> float:
+    """The learning-rate factor whose last quarter of steps earns most, mean over the tuning seeds."""
+
+    def last_quarter(factor: float) -> float:
+        curves = [read_curve(root, seed, arm, factor) for seed in design.tuning_seeds]
+        return float(np.mean([curve.returns[-(-len(curve.returns) * 3 // 4) :].mean() for curve in curves]))
+
+    return max(design.factors, key=last_quarter)
+
+
+def episodes_to(curve: Curve, level: float, window: int) -> float | None:
+    """Episodes until the mean over `window` steps first is at least `level`; None if it never is."""
+    smooth = curve.smoothed(window)
+    reached = np.flatnonzero(smooth.returns >= level)
+    return float(smooth.episodes[reached[0]]) if len(reached) else None
+
+
+def return_at_kl(curve: Curve, kl: float, window: int) -> float | None:
+    """True return where the smoothed curve first has this KL, by linear interpolation; None if it never does."""
+    smooth = curve.smoothed(window)
+    beyond = np.flatnonzero(smooth.kl >= kl)
+    if not len(beyond):
+        return None
+    after = int(beyond[0])
+    if after == 0:
+        return float(smooth.returns[0])
+    share = (kl - smooth.kl[after - 1]) / (smooth.kl[after] - smooth.kl[after - 1])
+    return float(smooth.returns[after - 1] + share * (smooth.returns[after] - smooth.returns[after - 1]))
