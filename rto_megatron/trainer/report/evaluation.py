@@ -69,6 +69,18 @@ def read_evaluations(root: Path) -> list[Evaluation]:
     return sorted(rows, key=lambda row: (order.get(row.name.lower(), len(order)), row.name))
 
 
+def read_evaluation(run_dir: Path) -> Evaluation:
+    """The evaluation in `run_dir`.
+
+    Raises:
+        UserError: it is missing or cannot be read.
+    """
+    file = run_dir / FILE_NAME
+    if not file.is_file():
+        raise UserError(f"{file} does not exist; run the evaluate recipe first")
+    return _read(file)
+
+
 def final_table(evaluations: Sequence[Evaluation], title: str) -> Table:
     """One row per evaluated policy."""
     table = Table(title=title)

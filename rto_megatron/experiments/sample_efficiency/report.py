@@ -1,0 +1,146 @@
+"""The experiment's table and plots: Markdown, JSON, PNG and one HTML page that needs nothing else."""
+
+import html
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rto_megatron.experiments.sample_efficiency import Design
+from rto_megatron.experiments.sample_efficiency.plots import draw
+from rto_megatron.experiments.sample_efficiency.summary import ArmResult, SeedResult, summarise, true_return
+
+_HEADER = (
+    "arm",
+    "learning rate",
+    "true return",
+    "better than PPO",
+    "episodes to the threshold",
+    "PPO's episodes / the arm's",
+    "true return at matched KL",
+    "final KL",
+    "response tokens",
+    "reward model",
+)
+Rows = Sequence[Sequence[str]]
+
+
+def write_report(root: Path, design: Design) -> str:
+    """Writes table.md, table.json, four PNG files and report.html into `root`; returns the table.
+
+    Raises:
+        UserError: a run is not finished.
+    """
+    results = summarise(root, design)
+    rows = _rows(results, design)
+    table = _markdown(rows)
+    (root / "table.md").write_text(table + "\n\n" + _markdown(_seed_rows(results, design)) + "\n")
+    (root / "table.json").write_text(json.dumps([_entry(arm) for arm in results], indent=1) + "\n")
+    drawings = draw(results, design, root)
+    pages = [_html_table(rows), _html_table(_seed_rows(results, design)), *drawings]
+    (root / "report.html").write_text(_PAGE.format(body="\n".join(pages)), encoding="utf-8")
+    return f"{table}\n\n{root}: table.md, table.json, report.html and PNG files"
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Sample efficiency</title><style>
+body {{ font: 15px sans-serif; margin: 2em auto; max-width: 70em }}
+table {{ border-collapse: collapse; margin-bottom: 2em }}
+td, th {{ border: 1px solid #bbb; padding: .3em .6em; text-align: right }}
+td:first-child, th:first-child {{ text-align: left }}
+svg {{ max-width: 100%; height: auto }}
+</style></head><body><h1>Episodes to learn a known reward</h1>
+{body}
+</body></html>
+"""
+
+
+def _rows(results: Sequence[ArmResult], design: Design) -> Rows:
+    ppo = next(arm for arm in results if arm.name == "ppo")
+    rows: list[Sequence[str]] = [_HEADER]
+    for arm in results:
+        better = sum(
+            true_return(one.evaluation) > true_return(other.evaluation)
+            for one, other in zip(arm.seeds, ppo.seeds, strict=True)
+        )
+        ratios = [
+            other.episodes / one.episodes
+            for one, other in zip(arm.seeds, ppo.seeds, strict=True)
+            if one.episodes is not None and other.episodes is not None
+        ]
+        reached = [one.episodes for one in arm.seeds if one.episodes is not None]
+        num = len(arm.seeds)
+        rows.append(
+            (
+                arm.name,
+                "-" if arm.factor is None else f"x {arm.factor:.2g}",
+                _mean(arm, lambda one: true_return(one.evaluation)),
+                "-" if arm is ppo else f"{better} of {num}",
+                "-" if arm.factor is None else _median(reached, num, "{:.0f}"),
+                "-" if arm.factor is None else _median(ratios, num, "{:.2f}"),
+                "-" if arm.factor is None else _mean(arm, lambda one: one.at_matched_kl),
+                _mean(arm, lambda one: one.evaluation.kl.mean),
+                _mean(arm, lambda one: one.evaluation.response_tokens.mean),
+                _mean(arm, lambda one: None if one.evaluation.score is None else one.evaluation.score.mean),
+            )
+        )
+    return rows
+
+
+def _seed_rows(results: Sequence[ArmResult], design: Design) -> Rows:
+    rows: list[Sequence[str]] = [("true return, episodes to the threshold", *map(str, design.seeds))]
+    for arm in results:
+        cells = []
+        for one in arm.seeds:
+            episodes = "never" if one.episodes is None else f"{one.episodes:.0f}"
+            shown = "" if one.curve is None else f", {episodes}"
+            cells.append(f"{true_return(one.evaluation):.2f}{shown}")
+        rows.append((arm.name, *cells))
+    return rows
+
+
+def _mean(arm: ArmResult, value: Callable[[SeedResult], float | None]) -> str:
+    """Mean and standard error over the seeds that have a value, and how many do if not all."""
+    values = [number for one in arm.seeds if (number := value(one)) is not None]
+    if not values:
+        return "never"
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    count = "" if len(values) == len(arm.seeds) else f" ({len(values)} of {len(arm.seeds)})"
+    return f"{statistics.fmean(values):.2f} ± {error:.2f}{count}"
+
+
+def _median(values: Sequence[float], num_seeds: int, form: str) -> str:
+    if not values:
+        return "never"
+    count = "" if len(values) == num_seeds else f" ({len(values)} of {num_seeds})"
+    return form.format(statistics.median(values)) + count
+
+
+def _entry(arm: ArmResult) -> dict[str, object]:
+    return {
+        "arm": arm.name,
+        "learning_rate_factor": arm.factor,
+        "true_return": [true_return(one.evaluation) for one in arm.seeds],
+        "episodes_to_threshold": [one.episodes for one in arm.seeds],
+        "true_return_at_matched_kl": [one.at_matched_kl for one in arm.seeds],
+        "kl": [one.evaluation.kl.mean for one in arm.seeds],
+        "response_tokens": [one.evaluation.response_tokens.mean for one in arm.seeds],
+        "curves": [
+            None
+            if one.curve is None
+            else {"true_return": one.curve.returns.tolist(), "kl": one.curve.kl.tolist()}
+            for one in arm.seeds
+        ],
+    }
+
+
+def _markdown(rows: Rows) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def _html_table(rows: Rows) -> str:
+    def line(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    return "<table>" + line(rows[0], "th") + "".join(line(row, "td") for row in rows[1:]) + "</table>"

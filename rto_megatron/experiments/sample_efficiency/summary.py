@@ -1,0 +1,79 @@
+"""The numbers of the experiment's table, per arm and per seed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rto_megatron.experiments.sample_efficiency import Design
+from rto_megatron.experiments.sample_efficiency.arms import ARMS
+from rto_megatron.experiments.sample_efficiency.curves import (
+    Curve,
+    best_factor,
+    episodes_to,
+    read_curve,
+    return_at_kl,
+    run_name,
+    seed_folder,
+)
+from rto_megatron.trainer.report.evaluation import Evaluation, read_evaluation
+
+
+@dataclass(frozen=True)
+class SeedResult:
+    """One arm on one seed; an offline point has no curve."""
+
+    evaluation: Evaluation  # of the final policy, on held-out prompts
+    curve: Curve | None
+    episodes: float | None  # to the threshold; None: never reached, or no curve
+    at_matched_kl: float | None  # true return; None: the run never went so far, or no curve
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """One arm on all seeds, in the design's order."""
+
+    name: str
+    factor: float | None  # of the recipe's learning rate; None for offline points
+    seeds: tuple[SeedResult, ...]
+
+
+def summarise(root: Path, design: Design) -> list[ArmResult]:
+    """SFT and DPO, then every arm, each at the learning rate of its family.
+
+    Raises:
+        UserError: a run or an evaluation is not finished.
+    """
+    results = []
+    for system in ("sft", "dpo"):
+        evaluations = [_evaluation(root, seed, system) for seed in design.seeds]
+        results.append(ArmResult(system, None, tuple(SeedResult(e, None, None, None) for e in evaluations)))
+    start = results[0]
+    best = {name: best_factor(root, name, design) for name in ("ppo", "rto")}
+    ppo = [read_curve(root, seed, "ppo", best["ppo"]) for seed in design.seeds]
+    levels = []
+    for curve, sft in zip(ppo, start.seeds, strict=True):
+        before = true_return(sft.evaluation)
+        levels.append(before + design.threshold * (float(curve.returns[-design.window :].mean()) - before))
+    for arm in ARMS:
+        factor = best[arm.tuned_as]
+        curves = [read_curve(root, seed, arm.name, factor) for seed in design.seeds]
+        seeds = (
+            SeedResult(
+                _evaluation(root, seed, run_name(arm.name, factor)),
+                curve,
+                episodes_to(curve, level, design.window),
+                return_at_kl(curve, design.matched_kl, design.window),
+            )
+            for seed, curve, level in zip(design.seeds, curves, levels, strict=True)
+        )
+        results.append(ArmResult(arm.name, factor, tuple(seeds)))
+    return results
+
+
+def true_return(evaluation: Evaluation) -> float:
+    """The mean true return, which every evaluation of the synthetic task has."""
+    assert evaluation.true_return is not None
+    return evaluation.true_return.mean
+
+
+def _evaluation(root: Path, seed: int, system: str) -> Evaluation:
+    return read_evaluation(seed_folder(root, seed) / "evaluations" / system)
