@@ -25,7 +25,7 @@ def sample_efficiency(
         "launchers/recipes/sample_efficiency"
     ),
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value for every reinforcement run.")
+        list[str] | None, typer.Option("--set", help="key=value for every training stage.")
     ] = None,
 ) -> None:
     """Compare how many episodes PPO, RTO and RTO's ablations need on the synthetic task with long responses."""

@@ -7,7 +7,7 @@ Off is `null`, never a magic number; 0 means zero.
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
@@ -308,14 +308,8 @@ def _kind(method: Method) -> type[TrainStage]:
 def _stage(name: str, method: Method) -> type[StageConfig]:
     """The configuration of one registered algorithm: its kind's sections and its own keys."""
     kind = _kind(method)
-    own_name: object = Literal[name]  # type: ignore[valid-type]
-    return create_model(
-        f"{name}_stage",
-        __base__=kind,
-        __doc__=kind.__doc__,
-        stage=(own_name, ...),
-        algorithm=(method.config, method.config()),
-    )
+    own: dict[str, Any] = {"stage": (Literal[name], ...), "algorithm": (method.config, method.config())}
+    return create_model(f"{name}_stage", __base__=kind, __doc__=kind.__doc__, **own)
 
 
 Stage = StageConfig

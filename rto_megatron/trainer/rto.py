@@ -55,13 +55,7 @@ def train_rto(
         config.algorithm, partial(tokens_with, setup.tokenizer)
     )
     prompts, pretraining = load_batches(config, setup), Pretraining(config, setup)
-    num_steps = config.run.steps or prompts.batches_per_epoch
-    saved = saved_models(roles)
-    hf_files = {
-        role: stage_hf_files(setup.sources[role.removesuffix("_ema")], config.run.dir, role, topology)
-        for role in saved
-    }
-    run = Run(config, topology, saved, hf_files, num_steps)
+    run = open_run(config, setup, roles, config.run.steps or prompts.batches_per_epoch)
     kl, table = algorithm.kl_controller, known_reward(config, setup)
     if run.state:
         prompts.restore(run.state["data"])
@@ -164,14 +158,19 @@ def build_roles(config: schema.ReinforcementStage, setup: Setup) -> Roles:
     )
 
 
-def saved_models(roles: Roles) -> dict[str, Model]:
-    """Role -> model of everything that a checkpoint holds."""
-    saved: dict[str, Model] = {"policy": roles.policy}
-    if roles.critic is not None:
-        saved["critic"] = roles.critic
-    if roles.average is not None:
-        saved["policy_ema"] = roles.average
-    return saved
+def open_run(config: schema.ReinforcementStage, setup: Setup, roles: Roles, num_steps: int) -> Run:
+    """The run, whose checkpoints hold the policy and, where there are, its average and the critic."""
+    candidates: dict[str, Model | None] = {
+        "policy": roles.policy,
+        "policy_ema": roles.average,
+        "critic": roles.critic,
+    }
+    saved = {role: model for role, model in candidates.items() if model is not None}
+    hf_files = {
+        role: stage_hf_files(setup.sources[role.removesuffix("_ema")], config.run.dir, role, setup.topology)
+        for role in saved
+    }
+    return Run(config, setup.topology, saved, hf_files, num_steps)
 
 
 def load_batches(config: schema.ReinforcementStage, setup: Setup) -> Batches[Prompt]:

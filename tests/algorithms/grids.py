@@ -1,6 +1,7 @@
 """Golden [2, 6] grids as the types that losses take: float64, packed or padded, garbage in the padding."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -28,6 +29,11 @@ def grid(values: object) -> Tensor:
 def no_reduction(x: Tensor) -> Tensor:
     """`all_sum` of a single rank."""
     return x
+
+
+def no_vocabulary(strings: Iterable[str]) -> frozenset[int]:
+    """A vocabulary in which only token 9 holds what is asked for: the token that `rollouts` never samples."""
+    return frozenset({9})
 
 
 def ragged_batch(lengths: tuple[int, ...], packed: bool) -> TokenBatch:
@@ -73,6 +79,7 @@ def ppo_minibatch(weight_BR: Tensor, packed: bool, padding: float = GARBAGE) -> 
         batch=batch,
         weight_T=to_positions(weight_BR, batch, PROMPT_LENGTH, 0.0),
         logp_old_T=spread(policy["old_logp"]),
+        logp_ref_T=spread(GOLDEN["rto_reward_inputs"]["logp_ref"]),
         advantages_T=spread(GOLDEN["advantage_normalization"]["normalized"]),
         values_old_T=spread(value["old_values"]),
         returns_T=spread(GOLDEN["gae_gamma1_lambda0.95"]["returns"], sign=-0.5),
@@ -97,5 +104,6 @@ def golden_scored(finish_reasons: tuple[str, ...] = ("stop", "stop")) -> ScoredR
         logp_ref_BR=grid(inputs["logp_ref"]),
         dpo_logratio_BR=grid(inputs["logp_dpo"]) - grid(inputs["logp_ref"]),
         values_BR=grid(GOLDEN["gae_inputs"]["values"]),
+        bootstrap_B=grid([0.0, 0.0]),
         score_B=(raw_B - inputs["rm_mean"]) / inputs["rm_std"],
     )

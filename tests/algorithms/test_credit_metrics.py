@@ -4,12 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from algorithms.grids import GARBAGE, GOLDEN, golden_scored, no_reduction
+from algorithms.grids import GARBAGE, GOLDEN, golden_scored, no_reduction, no_vocabulary
 
+from rto_megatron.algorithms import ppo, rto
 from rto_megatron.algorithms.credit_metrics import explained_variance
-from rto_megatron.algorithms.ppo import PPO
-from rto_megatron.algorithms.ppo import Config as PPOConfig
-from rto_megatron.algorithms.rto import RTO, Config
+from rto_megatron.algorithms.rto import Config
 
 K1 = sum(sum(row) for row in GOLDEN["kl_estimators"]["k1"])
 K3 = sum(sum(row) for row in GOLDEN["kl_estimators"]["k3"])
@@ -17,7 +16,7 @@ K3 = sum(sum(row) for row in GOLDEN["kl_estimators"]["k3"])
 
 def _metrics(config, finish_reasons=("stop", "stop")):
     scored = golden_scored(finish_reasons)
-    algorithm = RTO(config)
+    algorithm = rto.build(config, no_vocabulary)
     return algorithm.credit_metrics(scored, algorithm.credit(scored, 0.01, no_reduction))
 
 
@@ -46,7 +45,7 @@ def test_dpo_reward_and_clipped_tokens_are_logged():
 
 
 def test_ppo_logs_no_dpo_reward():
-    scored, algorithm = golden_scored(), PPO(PPOConfig())
+    scored, algorithm = golden_scored(), ppo.build(ppo.Config(), no_vocabulary)
     metrics = algorithm.credit_metrics(scored, algorithm.credit(scored, 0.01, no_reduction))
     assert not [name for name in metrics if "dpo" in name]
 
@@ -80,7 +79,7 @@ def test_padding_does_not_change_metrics():
     names = ("logp_old_BR", "logp_ref_BR", "dpo_logratio_BR", "values_BR")
     grids = (scored.logp_old_BR, scored.logp_ref_BR, scored.dpo_logratio_BR, scored.values_BR)
     dirty = replace(scored, **{name: x - garbage_BR for name, x in zip(names, grids, strict=True)})
-    algorithm = RTO(Config())
+    algorithm = rto.build(Config(), no_vocabulary)
     experience = algorithm.credit(dirty, 0.01, no_reduction)
     assert algorithm.credit_metrics(dirty, experience) == _metrics(Config())
 

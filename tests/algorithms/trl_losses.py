@@ -16,9 +16,15 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # the import below warns
 
 from trl.experimental.cpo.cpo_trainer import CPOTrainer
 from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.kto_trainer import KTOTrainer
 
-_ALONE = SimpleNamespace(device=torch.device("cpu"), gather=lambda x: x, gather_for_metrics=lambda x: x)
+_ALONE = SimpleNamespace(
+    device=torch.device("cpu"),
+    gather=lambda x: x,
+    gather_for_metrics=lambda x: x,
+    reduce=lambda x, reduction: x,
+)
 
 
 def _trainer(**attributes: object) -> SimpleNamespace:
@@ -112,3 +118,41 @@ def trl_kto(
 
     loss_mean = KTOTrainer._compute_loss(trainer, model, inputs, return_outputs=False)
     return loss_mean, {name: values[-1] for name, values in trainer._metrics["train"].items()}
+
+
+def trl_grpo(
+    logp_BR: Tensor,
+    logp_old_BR: Tensor,
+    logp_ref_BR: Tensor,
+    advantages_B: Tensor,
+    mask_BR: Tensor,
+    beta: float,
+    clip_eps: float,
+) -> tuple[Tensor, dict[str, float]]:
+    """Loss and metrics of `GRPOTrainer._compute_loss` with loss_type "grpo": the mean of means over tokens."""
+    trainer = _trainer(
+        loss_type="grpo",
+        beta=beta,
+        epsilon_low=clip_eps,
+        epsilon_high=clip_eps,
+        importance_sampling_level="token",
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        use_vllm=False,
+        _entropy_bonus_enabled=False,
+        current_gradient_accumulation_steps=1,
+        args=SimpleNamespace(use_bias_correction_kl=False, delta=None),
+        _get_per_token_logps_and_entropies=lambda *_, **__: (logp_BR, torch.zeros_like(logp_BR), None),
+    )
+    ids_BR = torch.ones(mask_BR.shape, dtype=torch.int64)
+    inputs = {
+        "prompt_ids": ids_BR[:, :1],
+        "prompt_mask": ids_BR[:, :1],
+        "completion_ids": ids_BR,
+        "completion_mask": mask_BR.long(),
+        "advantages": advantages_B,
+        "old_per_token_logps": logp_old_BR,
+        "ref_per_token_logps": logp_ref_BR,
+    }
+    loss = GRPOTrainer._compute_loss(trainer, None, inputs)
+    return loss, {name: values[-1] for name, values in trainer._metrics["train"].items()}

@@ -25,7 +25,7 @@ class Design:
     )  # of the recipe's learning rate, for the policy of PPO and of RTO
     threshold: float = 0.9  # of PPO's final gain over SFT, per seed
     window: int = 5  # steps over which curves are averaged
-    matched_kl: float = 5.0  # nats per response at which returns are compared
+    matched_kl: float = 10.0  # nats per response at which returns are compared
 
 
 DESIGN = Design()

@@ -35,7 +35,7 @@ class Lane:
     topology: Topology
     server: str
     token_file: Path
-    overrides: tuple[str, ...]  # of every reinforcement run
+    overrides: tuple[str, ...]  # of every training stage
 
     def tune(self, design: Design, seeds: Iterable[int]) -> None:
         """PPO and RTO at every learning rate, on those of `seeds` that the design tunes on."""
@@ -62,7 +62,7 @@ class Lane:
             (folder / "task" / ".complete").touch()
         for stage in _OFFLINE:
             if not (folder / stage / "hf").exists():
-                config = self._load(stage, folder, f"run.seed={seed}")
+                config = self._load(stage, folder, f"run.seed={seed}", *self.overrides)
                 assert isinstance(config, schema.OfflineStage)
                 train_offline(config, self.topology)
         for system in ("sft", "dpo"):
