@@ -29,7 +29,8 @@ LAYERS = {
     "convert": 7,
     "weight_sync": 8,
     "trainer": 9,
-    "cli": 10,
+    "experiments": 10,
+    "cli": 11,
 }
 BANS = {
     r"except Exception": "catch what you handle, by name",

@@ -52,7 +52,7 @@ def check(
     from rto_megatron.config.checks import find_problems, refuse
     from rto_megatron.config.load import dump, load_recipe
     from rto_megatron.config.roles import roles_of
-    from rto_megatron.models.shape import check_layout
+    from rto_megatron.models.shape import check_experts, check_layout
 
     config = load_recipe(recipe, overrides or [])
     world_size, pool_size = _split(config, gpus, pool_gpus)
@@ -66,6 +66,10 @@ def check(
     )
     for name, found in shapes.items():
         problems += check_layout(found.shape, tensor, pipeline, f"models.{name}")
+    trained = {f"models.{r.name}": shapes[r.name].shape for r in roles if r.is_trained and r.name in shapes}
+    if all(role.name in shapes for role in roles if role.is_trained):
+        coef = config.models.moe_aux_loss_coef
+        problems += check_experts(trained, tensor, config.parallel.sequence, coef)
     refuse(problems)
     console = Console() if Console().is_terminal else Console(width=140)
     console.rule("resolved configuration")

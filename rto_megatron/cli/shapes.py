@@ -94,9 +94,12 @@ def _folder_with_config(model: Path, roles: tuple[str, ...]) -> Path | None:
 
 
 def layer_parameters(shape: ModelShape) -> int:
-    """Parameters of one decoder layer: attention, gated feed-forward and two norms."""
+    """Parameters of one decoder layer: attention, gated feed-forward or experts with their router, two norms."""
     attention = shape.hidden_size * shape.head_dim * 2 * (shape.num_heads + shape.num_kv_heads)
-    return attention + 3 * shape.hidden_size * shape.ffn_hidden_size + 2 * shape.hidden_size
+    feed_forward = 3 * shape.hidden_size * shape.ffn_hidden_size
+    if shape.num_experts is not None:
+        feed_forward = shape.num_experts * (feed_forward + shape.hidden_size)
+    return attention + feed_forward + 2 * shape.hidden_size
 
 
 def num_parameters(shape: ModelShape, has_value_head: bool) -> int:

@@ -146,6 +146,10 @@ def _models(config: Stage) -> list[str]:
         problems.append(
             f"models.random_init=true works for stage sft only; stage {config.stage} needs trained weights"
         )
+    if models.moe_aux_loss_coef and not isinstance(config, TrainStage):
+        problems.append(
+            f"models.moe_aux_loss_coef={models.moe_aux_loss_coef} has no effect where nothing is trained; remove it"
+        )
     return problems + (_reference(config) if isinstance(config, OfflineStage) else _pretraining(config))
 
 

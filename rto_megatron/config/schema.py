@@ -103,6 +103,11 @@ class ModelsConfig(Section):
         default=False,
         description="accept a DPO model that does not say which reference it was trained against, as released ones",
     )
+    moe_aux_loss_coef: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of the load-balancing loss of trained mixture-of-experts models (OpenRLHF: aux_loss_coef)",
+    )
     random_init: bool = Field(
         default=False,
         description="SFT only: `policy` holds config.json and a tokenizer; weights come from run.seed",

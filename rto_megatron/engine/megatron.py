@@ -10,6 +10,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from torch import Tensor
 
 from rto_megatron.engine.optimizer import set_learning_rate
@@ -146,6 +147,7 @@ class TrainedModel:
         Raises:
             UserError: on every rank, when a loss or gradient of any rank is NaN or infinite; nothing was stepped.
         """
+        get_moe_metrics_tracker().clear()
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         # The schedule divides by the number of micro-batches and the reduction by the number of replicas.
@@ -159,7 +161,7 @@ class TrainedModel:
             micro_batch_size=1,
             forward_only=False,
         )
-        metrics = self._collect(outputs)
+        metrics = {**self._collect(outputs), **self._expert_balance(len(microbatches))}
         self._refuse_nonfinite(outputs, names)
         return metrics
 
@@ -188,6 +190,15 @@ class TrainedModel:
         shared = self.topology.replica_json({k: list(v) for k, v in totals.items()}, from_last_stage=True)
         assert isinstance(shared, dict)
         return {key: (float(value[0]), float(value[1])) for key, value in shared.items()}  # type: ignore[index, arg-type]
+
+    def _expert_balance(self, num_microbatches: int) -> Metrics:
+        """The load-balancing loss before its weight, mean over layers and micro-batches; nothing without one."""
+        if not self.module.config.moe_aux_loss_coeff:
+            return {}
+        # Each rank holds its layers' and, under sequence parallelism, its tokens' part.
+        own = get_moe_metrics_tracker().metrics["load_balancing_loss"].values.sum()
+        replicas = num_microbatches * self.shape.num_layers * self.topology.data_size
+        return {f"loss/{self.name}_moe_aux": (float(self.topology.all_sum(own)) / replicas, 1.0)}
 
     def _refuse_nonfinite(
         self, outputs: list[tuple[dict[str, tuple[float, float]], bool]], names: Sequence[Sequence[str]]

@@ -44,15 +44,19 @@ def build_trained(
     is_distributed_optimizer: bool,
     is_head_fresh: bool = False,
     scale: ValueScale | None = None,
+    moe_aux_loss_coef: float = 0.0,
 ) -> TrainedModel:
     """A loaded model with gradients and optimizer.
 
     Args:
         is_head_fresh: the source is a language model; draw the scalar head (reward-model training).
         scale: of the values; null: the one in the source's config.json.
+        moe_aux_loss_coef: see `transformer_config`.
     """
     shape = source.shape()
-    config = transformer_config(shape, topology, _DTYPES[precision.dtype], precision.recompute)
+    config = transformer_config(
+        shape, topology, _DTYPES[precision.dtype], precision.recompute, moe_aux_loss_coef
+    )
     training_hooks(config)
     module = build_model(shape, config, topology, has_scalar_head)
     frozen = FrozenModel(name, shape, has_scalar_head, scale or source.scale(), module, topology)

@@ -21,9 +21,18 @@ from rto_megatron.types import TokenBatch
 
 
 def transformer_config(
-    shape: ModelShape, topology: Topology, dtype: torch.dtype, recompute: bool
+    shape: ModelShape,
+    topology: Topology,
+    dtype: torch.dtype,
+    recompute: bool,
+    moe_aux_loss_coef: float = 0.0,
 ) -> TransformerConfig:
-    """Megatron's configuration of a pre-norm, gated-SiLU, bias-free decoder; fusions that need CUDA kernels are off."""
+    """Megatron's configuration of a pre-norm, gated-SiLU, bias-free decoder; fusions that need CUDA kernels are off.
+
+    Args:
+        moe_aux_loss_coef: weight of the load-balancing loss of a mixture of experts (arXiv 2101.03961, eq. 4), mean
+            over the micro-batches of a step; Megatron adds its gradient in the backward pass.
+    """
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -48,6 +57,10 @@ def transformer_config(
         use_cpu_initialization=not topology.device.is_cuda,
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # the default one refuses variable lengths, even without experts
+        num_moe_experts=shape.num_experts,
+        moe_router_topk=shape.experts_per_token,
+        moe_router_load_balancing_type="aux_loss",
+        moe_aux_loss_coeff=moe_aux_loss_coef if shape.num_experts else 0.0,  # other roles may be dense
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
@@ -62,7 +75,7 @@ def transformer_config(
 
 
 def _block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
-    layer: ModuleSpec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer: ModuleSpec = get_gpt_layer_local_spec(config.num_moe_experts, normalization="RMSNorm")
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     layer.submodules.self_attention.submodules.core_attention = PackedCoreAttention

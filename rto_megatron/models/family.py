@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from rto_megatron.models.families import llama
+from rto_megatron.models.families import llama, mixtral
 from rto_megatron.models.weight_map import WeightMap
 
 
@@ -14,4 +14,7 @@ class Family:
     architectures: dict[bool, str]  # has_scalar_head -> class name in config.json
 
 
-FAMILIES = {"llama": Family(llama.weight_map, llama.ARCHITECTURES)}
+FAMILIES = {
+    "llama": Family(llama.weight_map, llama.ARCHITECTURES),
+    "mixtral": Family(mixtral.weight_map, mixtral.ARCHITECTURES),
+}

@@ -1,6 +1,7 @@
 """The sizes of a model, read from a Hugging Face config.json."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,11 +26,14 @@ class ModelShape:
     rope_scaling_factor: float | None  # Llama-3.1 scaling; null: none
     is_tied: bool  # the output projection is the embedding
     init_std: float
+    num_experts: int | None = None  # of each layer; null: dense
+    experts_per_token: int = 1
 
 
 # What megatron-core's RotaryEmbedding hard-codes for Llama-3.1 scaling.
 _MEGATRON_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-_FAMILY_OF_MODEL_TYPE = {"llama": "llama"}
+_FAMILY_OF_MODEL_TYPE = {"llama": "llama", "mixtral": "mixtral"}
+_EXPERTS = ("num_local_experts", "num_experts_per_tok")
 
 
 def _rope_scaling(rope: dict[str, object], path: Path) -> float | None:
@@ -86,11 +90,18 @@ def read_shape(folder: Path) -> ModelShape:
     unsupported = [key for key in ("attention_bias", "mlp_bias") if config.get(key)]
     if unsupported or config.get("hidden_act", "silu") != "silu":
         raise UserError(
-            f"{path}: {unsupported or ['hidden_act']} is set; the llama family here has no biases and a silu gate"
+            f"{path}: {unsupported or ['hidden_act']} is set; the {family} family here has no biases and a silu gate"
         )
-    missing = [key for key in _REQUIRED if config.get(key) is None]
+    required = (*_REQUIRED, *_EXPERTS) if family == "mixtral" else _REQUIRED
+    missing = [key for key in required if config.get(key) is None]
     if missing:
         raise UserError(f"{path} has no {', '.join(missing)}; expected the config.json of a {family} model")
+    window = config.get("sliding_window")
+    if window is not None and window < config["max_position_embeddings"]:
+        raise UserError(
+            f"{path}: sliding_window={window} is below max_position_embeddings="
+            f"{config['max_position_embeddings']}; attention here sees every earlier token"
+        )
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     heads = config["num_attention_heads"]
     return ModelShape(
@@ -108,6 +119,8 @@ def read_shape(folder: Path) -> ModelShape:
         rope_scaling_factor=_rope_scaling(rope, path),
         is_tied=bool(config.get("tie_word_embeddings", False)),
         init_std=float(config.get("initializer_range", 0.02)),
+        num_experts=config["num_local_experts"] if family == "mixtral" else None,
+        experts_per_token=config["num_experts_per_tok"] if family == "mixtral" else 1,
     )
 
 
@@ -129,5 +142,27 @@ def check_layout(shape: ModelShape, tensor: int, pipeline: int, where: str) -> l
         problems.append(
             f"{where}: parallel.pipeline={pipeline} does not divide num_hidden_layers={shape.num_layers}; "
             f"it can be one of {allowed}"
+        )
+    return problems
+
+
+def check_experts(
+    trained: Mapping[str, ModelShape], tensor: int, sequence: bool, moe_aux_loss_coef: float
+) -> list[str]:
+    """Why mixtures of experts cannot be trained as configured, one sentence each.
+
+    Args:
+        trained: configuration key -> shape of the models that have an optimizer.
+    """
+    mixtures = [where for where, shape in trained.items() if shape.num_experts is not None]
+    problems = [
+        f"{where} has experts, which Megatron trains over parallel.tensor={tensor} ranks only with sequence "
+        f"parallelism; set parallel.sequence=true"
+        for where in mixtures
+        if tensor > 1 and not sequence
+    ]
+    if moe_aux_loss_coef and not mixtures:
+        problems.append(
+            f"models.moe_aux_loss_coef={moe_aux_loss_coef} has no effect: no trained model has experts; remove it"
         )
     return problems

@@ -119,6 +119,12 @@ class Topology:
         dist.all_reduce(total, group=mpu.get_data_parallel_group())
         return total
 
+    def all_sum(self, tensor: Tensor) -> Tensor:
+        """Sum over all ranks, leaving `tensor` as it is; every rank must call it."""
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
     def from_last_stage(self, tensors: list[Tensor] | None, lengths: list[int]) -> list[Tensor]:
         """Float32 vectors computed on the last pipeline stage, on every rank; every rank of a replica must call it.
 

@@ -2,9 +2,10 @@
 
 `install()` must run before anything else imports megatron.core, and only in trainer ranks. Every patch is one
 function; PATCHES gives the order. A patch is here because something that this package runs fails without it:
-dense GPT with TP, PP, SP and DP, DDP, the distributed optimizer, recompute, torch_dist checkpoints.
+GPT, dense or with experts, over TP, PP, SP and DP, DDP, the distributed optimizer, recompute, checkpoints.
 """
 
+import contextlib
 import functools
 import logging
 import sys
@@ -65,7 +66,16 @@ def p2_synchronize() -> None:
 
 
 class _Stream:
-    """The only stream there is: whatever was put on it has already happened."""
+    """A stream on which everything has already happened; it stands for its events as well."""
+
+    def wait_stream(self, stream: object) -> None:
+        return None
+
+    def record_event(self) -> "_Stream":
+        return self
+
+    def synchronize(self) -> None:
+        return None
 
 
 _STREAM = _Stream()
@@ -73,6 +83,10 @@ _STREAM = _Stream()
 
 def _current_stream(device: object = None) -> _Stream:
     return _STREAM
+
+
+def _on_stream(stream: object) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
 
 
 def p3_current_stream() -> None:
@@ -162,6 +176,16 @@ def p8_rng_tracker() -> None:
     logging.getLogger(random.__name__).addFilter(_is_not_about_the_generator)
 
 
+def p9_side_streams() -> None:
+    """Work for a side stream is done at once.
+
+    Call sites: the constructor and _maybe_dtoh_and_synchronize of MoEAlltoAllTokenDispatcher in
+    transformer/moe/token_dispatcher.py.
+    """
+    torch.cuda.Stream = _Stream
+    torch.cuda.stream = _on_stream
+
+
 def _is_not_about_the_generator(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("CPU RNG state changed")
 
@@ -175,6 +199,7 @@ PATCHES: dict[str, Callable[[], None]] = {
     "P6": p6_tensor_cuda,
     "P7": p7_type_names,
     "P8": p8_rng_tracker,
+    "P9": p9_side_streams,
 }
 
 

@@ -68,6 +68,7 @@ def train_offline(config: schema.OfflineStage, topology: Topology) -> None:
     model = build_trained(
         role, source, is_reward, config.precision, config.optimizer, topology, config.run.seed,
         config.parallel.distributed_optimizer, is_head_fresh=is_reward, scale=ValueScale(),
+        moe_aux_loss_coef=config.models.moe_aux_loss_coef,
     )  # fmt: skip
     reference = None
     if "reference" in setup.sources:

@@ -137,7 +137,7 @@ def build_roles(config: schema.ReinforcementStage, setup: Setup) -> Roles:
     def trained(name: str, is_scalar: bool, optimizer: schema.OptimizerConfig) -> TrainedModel:
         return build_trained(
             name, sources[name], is_scalar, precision, optimizer, topology, config.run.seed,
-            config.parallel.distributed_optimizer,
+            config.parallel.distributed_optimizer, moe_aux_loss_coef=config.models.moe_aux_loss_coef,
         )  # fmt: skip
 
     def frozen(name: str, is_scalar: bool = False) -> FrozenModel:

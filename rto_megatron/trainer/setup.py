@@ -13,7 +13,7 @@ from rto_megatron.data.loader import Limits
 from rto_megatron.data.packing import Layout
 from rto_megatron.data.tokenizer import encoding_fingerprint, load_tokenizer
 from rto_megatron.engine.source import SCALAR_ROLES, WeightSource, find_source, latest_checkpoint
-from rto_megatron.models.shape import check_layout
+from rto_megatron.models.shape import check_experts, check_layout
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.trainer.report.progress import say
 
@@ -51,6 +51,12 @@ def prepare_stage(config: schema.Stage, topology: Topology) -> Setup:
                 problem
                 for role, shape in shapes.items()
                 for problem in check_layout(shape, parallel.tensor, parallel.pipeline, f"models.{role}")
+            ),
+            *check_experts(
+                {f"models.{role.name}": shapes[role.name] for role in roles_of(config) if role.is_trained},
+                parallel.tensor,
+                parallel.sequence,
+                config.models.moe_aux_loss_coef,
             ),
             *_unlike_tokenizers(sources),
             *checks.find_problems(config, topology.world_size, max_positions),

@@ -14,7 +14,9 @@ DELIMITER = 5
 CPU = torch.device("cpu")
 
 
-def scored_rollouts(count: int, seed: int = 0, padding: float = 1e30, cut: Sequence[int] = ()) -> ScoredRollouts:
+def scored_rollouts(
+    count: int, seed: int = 0, padding: float = 1e30, cut: Sequence[int] = ()
+) -> ScoredRollouts:
     """Responses of 1 to 7 tokens; `cut` are the rows that the length limit ended.
 
     Args:
@@ -48,7 +50,12 @@ def scored_rollouts(count: int, seed: int = 0, padding: float = 1e30, cut: Seque
 
 
 def step_minibatches(
-    experience: Experience, weighting: str, rows: Sequence[int], micro: int, packed: bool, multiple_of: int = 1
+    experience: Experience,
+    weighting: str,
+    rows: Sequence[int],
+    micro: int,
+    packed: bool,
+    multiple_of: int = 1,
 ) -> list[Minibatch]:
     """The micro-batches of one optimizer step on `rows`; the weights are those of a step on all rows."""
     rule = WEIGHTINGS[weighting]

@@ -55,7 +55,10 @@ def test_the_policy_loss_is_the_clipped_one_and_there_is_no_other(name):
     experience = algorithm.credit(scored_rollouts(6), 0.01, no_reduction)
     (minibatch,) = step_minibatches(experience, "sequence_mean", range(6), 6, True)
     logp_T = minibatch.logp_old_T + torch.linspace(-0.4, 0.4, len(minibatch.logp_old_T)).double()
-    ours, clipped = algorithm.policy_loss(logp_T, minibatch), losses.clipped_policy_loss(logp_T, minibatch, 0.1)
+    ours, clipped = (
+        algorithm.policy_loss(logp_T, minibatch),
+        losses.clipped_policy_loss(logp_T, minibatch, 0.1),
+    )
     assert torch.equal(ours.loss, clipped.loss)
     assert ours.metrics == clipped.metrics
     assert 0 < ours.metrics["policy/clipfrac_avg"][0] < ours.metrics["policy/clipfrac_avg"][1]

@@ -9,14 +9,15 @@ from collections import defaultdict
 from functools import partial
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import Tensor
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # the import below warns otherwise
 
+from trl import import_utils
 from trl.experimental.cpo.cpo_trainer import CPOTrainer
 from trl.trainer.dpo_trainer import DPOTrainer
-from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.kto_trainer import KTOTrainer
 
 _ALONE = SimpleNamespace(
@@ -120,6 +121,14 @@ def trl_kto(
     return loss_mean, {name: values[-1] for name, values in trainer._metrics["train"].items()}
 
 
+def _grpo_trainer() -> type:
+    """TRL's trainer without vLLM: its import takes long and starts threads, and other tests fork this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(import_utils, "is_vllm_available", lambda min_version=None: False)
+        from trl.trainer.grpo_trainer import GRPOTrainer
+    return GRPOTrainer
+
+
 def trl_grpo(
     logp_BR: Tensor,
     logp_old_BR: Tensor,
@@ -154,5 +163,5 @@ def trl_grpo(
         "old_per_token_logps": logp_old_BR,
         "ref_per_token_logps": logp_ref_BR,
     }
-    loss = GRPOTrainer._compute_loss(trainer, None, inputs)
+    loss = _grpo_trainer()._compute_loss(trainer, None, inputs)
     return loss, {name: values[-1] for name, values in trainer._metrics["train"].items()}

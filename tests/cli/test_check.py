@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from rto_megatron.algorithms import ALGORITHMS
 from rto_megatron.cli.main import app
-from rto_megatron.cli.plan import Role, activation_bytes, role_cost, roles_of
+from rto_megatron.cli.plan import activation_bytes, role_cost
 from rto_megatron.cli.shapes import KNOWN_SHAPES, find_shape, hugging_face_folder, num_parameters
 from rto_megatron.config.load import load_recipe
+from rto_megatron.config.roles import Role, roles_of
 from rto_megatron.errors import UserError
 
 RECIPES = Path(__file__).parents[2] / "launchers" / "recipes"
@@ -28,6 +30,12 @@ def check(*arguments: str) -> str:
 )
 def test_parameter_counts_are_the_published_ones(name: str, parameters: int) -> None:
     assert num_parameters(KNOWN_SHAPES[name], has_value_head=False) == parameters
+
+
+@pytest.mark.parametrize("folder", ["llama3_8b", "quickstart"])
+@pytest.mark.parametrize("method", ALGORITHMS)
+def test_every_method_has_a_recipe_of_its_name(method: str, folder: str) -> None:
+    assert load_recipe(RECIPES / folder / f"{method}.yaml").stage == method
 
 
 @pytest.mark.parametrize("recipe", PAPER, ids=lambda path: path.stem)

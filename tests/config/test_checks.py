@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from rto_megatron.algorithms import ALGORITHMS
+from rto_megatron.algorithms.method import OnlineMethod
 from rto_megatron.config.checks import find_problems, plan_batches, refuse, require_pool
 from rto_megatron.config.load import load_recipe
+from rto_megatron.config.roles import roles_of
 from rto_megatron.config.schema import Stage
 from rto_megatron.errors import UserError
 
@@ -67,7 +70,7 @@ def test_each_mismatch_is_named_with_a_way_out(config: Stage, world_size: int, p
 def test_reward_model_needs_room_for_the_end_of_a_cut_response_unless_it_overwrites_a_token() -> None:
     # 7168 + 1024 = 8192 tokens are sampled at most, and 8193 scored.
     limits = {"policy": 8192, "reward": 8192}
-    for policy in ("penalise", "mask"):
+    for policy in ("penalise", "bootstrap", "mask"):
         config = rto("data.max_prompt_tokens=7168", f"algorithm.truncated={policy}")
         (problem,) = find_problems(config, 4, limits)
         assert "= 8193 tokens, but models.reward reads at most 8192" in problem
@@ -82,8 +85,116 @@ def test_evaluation_has_no_batch_arithmetic_but_its_replicas() -> None:
     assert (plan.data_parallel, plan.train_per_rank, plan.rollout_per_rank) == (3, 0, 0)
 
 
-def test_rto_without_dpo_reward_needs_no_dpo_model() -> None:
-    assert find_problems(rto("models.dpo=null", "algorithm.beta_dpo=0"), 4, {}) == []
+WITH_DPO = [name for name, m in ALGORITHMS.items() if isinstance(m, OnlineMethod) and m.has_dpo]
+OFF = ("models.dpo=null", "models.allow_unverified_reference=false")
+
+
+def online(stage: str, *overrides: str) -> Stage:
+    return load_recipe(RECIPES / f"{stage}.yaml", overrides)
+
+
+@pytest.mark.parametrize("stage", WITH_DPO)
+def test_a_dpo_reward_needs_a_dpo_model_and_no_reward_needs_none(stage: str) -> None:
+    assert find_problems(online(stage), 4, {}) == []
+    (problem,) = find_problems(online(stage, "models.dpo=null"), 4, {})
+    assert f"models.dpo is missing: stage {stage} rewards tokens with a DPO model" in problem
+    assert "algorithm.beta_dpo=0" in problem
+    assert find_problems(online(stage, *OFF, "algorithm.beta_dpo=0"), 4, {}) == []
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(online(stage, "models.dpo=null", "algorithm.beta_dpo=0") for stage in WITH_DPO),
+        *(
+            online(stage, "models.allow_unverified_reference=true")
+            for stage in ("ppo", "reinforce_pp", "grpo", "dpo", "sft")
+        ),
+        evaluation("models.allow_unverified_reference=true"),
+    ],
+    ids=lambda config: config.stage,
+)
+def test_an_allowance_without_a_dpo_model_is_refused(config: Stage) -> None:
+    (problem,) = find_problems(config, 4, {})
+    assert problem == (
+        "models.allow_unverified_reference=true has no effect where no DPO model is read; remove it"
+    )
+
+
+@pytest.mark.parametrize("role", ["dpo", "dpo_reference"])
+@pytest.mark.parametrize("stage", ["ppo", "reinforce_pp", "grpo"])
+def test_a_dpo_model_is_refused_where_it_is_never_read(stage: str, role: str) -> None:
+    (problem,) = find_problems(online(stage, f"models.{role}=x"), 4, {})
+    assert f"models.{role}=x is set, but stage {stage} uses only policy, reference" in problem
+
+
+@pytest.mark.parametrize("stage", ["reinforce_pp", "rto_reinforce_pp", "grpo"])
+def test_a_critic_is_refused_where_there_is_none(stage: str) -> None:
+    (problem,) = find_problems(online(stage, "models.critic=x"), 4, {})
+    assert f"models.critic=x is set, but stage {stage} uses only policy, reference, reward" in problem
+
+
+@pytest.mark.parametrize("stage", ["sft", "simpo"])
+def test_a_reference_is_refused_where_the_loss_has_none(stage: str) -> None:
+    (problem,) = find_problems(online(stage, "models.reference=x"), 4, {})
+    assert problem == f"models.reference=x is set, but stage {stage} uses only policy; remove it"
+
+
+def test_tdpo_needs_a_reference_by_name() -> None:
+    assert find_problems(online("tdpo"), 4, {}) == []
+    config = online("tdpo", "models.reference=null")
+    (problem,) = find_problems(config, 4, {})
+    assert problem == (
+        "models.reference is missing: stage tdpo compares the policy with a reference's whole distribution; "
+        f"name it, most often models.reference={config.models.policy}"
+    )
+
+
+@pytest.mark.parametrize("stage", ["dpo", "rdpo", "kto"])
+def test_other_preference_methods_take_the_start_of_the_policy(stage: str) -> None:
+    config = online(stage, "models.reference=null")
+    assert find_problems(config, 4, {}) == []
+    paths = {role.name: role.path for role in roles_of(config)}
+    assert paths["reference"] == paths["policy"]
+
+
+@pytest.mark.parametrize("stage", ["ppo", "rto", "grpo"])
+def test_a_weight_of_texts_needs_texts(stage: str) -> None:
+    (problem,) = find_problems(online(stage, "algorithm.ptx_coef=0.1"), 4, {})
+    assert problem == "algorithm.ptx_coef=0.1 has no effect without data.pretrain; remove it or name texts"
+    for sound in (("data.pretrain=texts.jsonl",), ("data.pretrain=texts.jsonl", "algorithm.ptx_coef=0.1")):
+        assert find_problems(online(stage, *sound), 4, {}) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (
+            ("batch.rollout=24", "algorithm.samples_per_prompt=3", "batch.train=64"),
+            "batch.rollout=24 x algorithm.samples_per_prompt=3 is not a multiple of batch.train=64, so 1 whole "
+            "updates come out of a rollout step; change one of the three",
+        ),
+        (
+            ("batch.rollout=20", "algorithm.samples_per_prompt=8", "batch.train=64"),
+            "batch.rollout=20 x algorithm.samples_per_prompt=8 is not a multiple of batch.train=64, so 2 whole "
+            "updates come out of a rollout step; set batch.rollout to 16",
+        ),
+        (
+            ("batch.rollout=100", "batch.train=64"),
+            "batch.rollout=100 is not a multiple of batch.train=64, so 1 whole updates come out of a rollout "
+            "step; set batch.rollout to 64",
+        ),
+    ],
+)
+def test_responses_of_a_step_are_cut_into_whole_updates(overrides: tuple[str, ...], problem: str) -> None:
+    assert find_problems(online("ppo", *overrides), 4, {}) == [problem]
+
+
+def test_responses_of_a_step_are_prompts_times_samples() -> None:
+    config = online("ppo", "batch.rollout=16", "algorithm.samples_per_prompt=8", "batch.train=64")
+    assert find_problems(config, 4, {}) == []
+    plan = plan_batches(config, 4)
+    assert (plan.data_parallel * plan.rollout_per_rank, plan.updates_per_rollout) == (128, 2)
 
 
 def test_sampling_stage_needs_servers_and_others_do_not() -> None:

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from rto_megatron.config.load import dump, load_recipe, save
-from rto_megatron.config.schema import RtoStage
+from rto_megatron.algorithms import ALGORITHMS, rto
+from rto_megatron.algorithms.method import OfflineMethod, OnlineMethod
+from rto_megatron.config.schema import STAGES, ActorCriticStage, ReinforcementStage
 from rto_megatron.errors import UserError
 
 SOUND = """
@@ -27,7 +29,8 @@ def write(folder: Path, text: str) -> Path:
 
 def test_defaults_are_those_of_the_paper_and_the_released_script(tmp_path: Path) -> None:
     config = load_recipe(write(tmp_path, SOUND))
-    assert isinstance(config, RtoStage)
+    assert isinstance(config, ActorCriticStage)
+    assert isinstance(config.algorithm, rto.Config)
     assert (config.algorithm.beta_dpo, config.algorithm.dpo_clip, config.algorithm.beta_kl) == (
         0.05,
         0.05,
@@ -43,7 +46,8 @@ def test_overrides_win_and_reach_variables(tmp_path: Path) -> None:
     config = load_recipe(
         write(tmp_path, SOUND), ["optimizer.lr=1e-6", "vars.root=elsewhere", "algorithm.dpo_clip=null"]
     )
-    assert isinstance(config, RtoStage)
+    assert isinstance(config, ActorCriticStage)
+    assert isinstance(config.algorithm, rto.Config)
     assert config.optimizer.lr == 1e-6
     assert config.run.dir == Path.cwd() / "elsewhere" / "rto"
     assert config.algorithm.dpo_clip is None
@@ -53,7 +57,7 @@ def test_pool_addresses_can_be_given_as_an_override(tmp_path: Path) -> None:
     config = load_recipe(
         write(tmp_path, SOUND), ["rollout.servers=[http://127.0.0.1:81,http://127.0.0.1:82]"]
     )
-    assert isinstance(config, RtoStage)
+    assert isinstance(config, ReinforcementStage)
     assert config.rollout.servers == ("http://127.0.0.1:81", "http://127.0.0.1:82")
 
 
@@ -116,15 +120,27 @@ def test_what_cannot_be_read_is_explained(tmp_path: Path, text: str, overrides: 
     assert part in str(caught.value)
 
 
+def names_of(kind: type) -> list[str]:
+    """Registered methods of a kind, in the order of the registry."""
+    return [name for name, method in ALGORITHMS.items() if isinstance(method, kind)]
+
+
+OFFLINE, ONLINE = names_of(OfflineMethod), names_of(OnlineMethod)
+WITH_CRITIC = ["ppo", "rto", "semi_rto", "ddpo", "rs_ppo"]
+WITH_DPO = ["rto", "semi_rto", "ddpo", "rs_ppo", "rto_reinforce_pp"]
+CRITIC_FREE = ["reinforce_pp", "rto_reinforce_pp", "grpo"]
+
+
 @pytest.mark.parametrize(
     ("stage", "key", "readers"),
     [
-        *(("rto", key, "sft, reward_model, dpo") for key in ("data.max_length", "run.eval_every")),
-        *(("ppo", key, "sft, reward_model, dpo, evaluate") for key in ("data.eval", "data.eval_samples")),
-        ("ppo", "algorithm.beta_dpo", "rto"),
-        *(("dpo", key, "ppo, rto") for key in ("run.samples_every", "batch.rollout", "critic_optimizer.lr")),
+        *(("rto", key, OFFLINE) for key in ("data.max_length", "run.eval_every")),
+        *(("ppo", key, [*OFFLINE, "evaluate"]) for key in ("data.eval", "data.eval_samples")),
+        ("ppo", "algorithm.beta_dpo", WITH_DPO),
+        *(("dpo", key, ONLINE) for key in ("run.samples_every", "batch.rollout", "data.pretrain")),
+        ("dpo", "critic_optimizer.lr", WITH_CRITIC),
         *(
-            ("evaluate", key, "sft, reward_model, dpo, ppo, rto")
+            ("evaluate", key, [*OFFLINE, *ONLINE])
             for key in (
                 "run.steps",
                 "run.save_every",
@@ -135,17 +151,101 @@ def test_what_cannot_be_read_is_explained(tmp_path: Path, text: str, overrides: 
                 "parallel.distributed_optimizer",
             )
         ),
-        ("evaluate", "data.max_length", "sft, reward_model, dpo"),
+        ("evaluate", "data.max_length", OFFLINE),
+        *(
+            (stage, key, WITH_CRITIC)
+            for stage in CRITIC_FREE
+            for key in (
+                "critic_optimizer.lr",
+                "algorithm.lam",
+                "algorithm.value_clip",
+                "algorithm.critic_warmup_steps",
+            )
+        ),
+        *(("grpo", f"algorithm.{key}", [n for n in ONLINE if n != "grpo"]) for key in ("gamma", "kl_target")),
+        ("rto", "algorithm.delimiters", ["semi_rto"]),
     ],
 )
 def test_key_that_the_stage_does_not_read_is_refused_with_the_stages_that_do(
-    stage: str, key: str, readers: str
+    stage: str, key: str, readers: list[str]
 ) -> None:
     recipe = Path(__file__).parents[2] / "launchers" / "recipes" / "quickstart" / f"{stage}.yaml"
     with pytest.raises(UserError) as caught:
         load_recipe(recipe, [f"{key}=1"])
     assert "1 problem " in str(caught.value)
-    assert str(caught.value).endswith(f"; only the stages {readers} read it")
+    assert str(caught.value).endswith(f"; only the stages {', '.join(readers)} read it")
+
+
+def minimal(stage: str) -> str:
+    """A recipe that leaves everything to the defaults."""
+    lines = [
+        f"stage: {stage}",
+        "run: {dir: runs/x}",
+        "models: {policy: p}",
+        f"data: {{{'eval' if stage == 'evaluate' else 'train'}: rows.jsonl}}",
+    ]
+    if stage == "evaluate":
+        return "\n".join([*lines, "evaluate: {name: SFT}"])
+    lines.append("optimizer: {lr: 5.0e-7}")
+    if issubclass(STAGES[stage], ActorCriticStage):
+        lines.append("critic_optimizer: {lr: 9.0e-6}")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_loads_with_its_defaults_and_survives_being_saved(stage: str, tmp_path: Path) -> None:
+    config = load_recipe(write(tmp_path, minimal(stage)))
+    assert type(config) is STAGES[stage]
+    if stage in ALGORITHMS:
+        assert config.model_dump()["algorithm"] == ALGORITHMS[stage].config().model_dump()
+    (tmp_path / "saved").mkdir()
+    saved = write(tmp_path / "saved", dump(config))
+    assert load_recipe(saved) == config
+    assert dump(load_recipe(saved)) == dump(config)
+
+
+@pytest.mark.parametrize("stage", [*OFFLINE, *ONLINE])
+def test_values_away_from_the_defaults_survive_being_saved(stage: str, tmp_path: Path) -> None:
+    overrides = ["optimizer.kind=sgd", "optimizer.max_grad_norm=null", "run.steps=3", "batch.packed=false"]
+    if stage in ONLINE:
+        overrides += ["algorithm.ema_beta=0.992", "algorithm.score_clip=null", "data.pretrain=texts.jsonl"]
+    if stage in WITH_DPO:
+        overrides += ["algorithm.dpo_clip=null", "models.dpo_reference=q"]
+    config = load_recipe(write(tmp_path, minimal(stage)), overrides)
+    (tmp_path / "saved").mkdir()
+    assert load_recipe(write(tmp_path / "saved", dump(config))) == config
+    assert config != load_recipe(write(tmp_path, minimal(stage)))
+
+
+SMOOTHED = [name for name in OFFLINE if "label_smoothing" in ALGORITHMS[name].config.model_fields]
+
+
+@pytest.mark.parametrize("value", [0.5, -0.1])
+@pytest.mark.parametrize("stage", SMOOTHED)
+def test_label_smoothing_is_a_probability_below_one_half(stage: str, value: float, tmp_path: Path) -> None:
+    recipe = write(tmp_path, minimal(stage))
+    rule = "less than 0.5" if value > 0 else "greater than or equal to 0"
+    with pytest.raises(UserError) as caught:
+        load_recipe(recipe, [f"algorithm.label_smoothing={value}"])
+    assert f"algorithm.label_smoothing: found {value}; must be {rule}" in str(caught.value)
+    for allowed in (0.0, 0.49):
+        load_recipe(recipe, [f"algorithm.label_smoothing={allowed}"])
+
+
+def test_the_methods_with_label_smoothing_are_those_of_pairs_with_bradley_terry() -> None:
+    assert SMOOTHED == ["dpo", "rdpo", "simpo"]
+
+
+@pytest.mark.parametrize("stage", ["reinforce_pp", "grpo"])
+def test_bootstrap_needs_a_critic(stage: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"found 'bootstrap'; must be 'compat', 'penalise' or 'mask'"):
+        load_recipe(write(tmp_path, minimal(stage)), ["algorithm.truncated=bootstrap"])
+    load_recipe(write(tmp_path, minimal("ppo")), ["algorithm.truncated=bootstrap"])
+
+
+def test_a_group_has_at_least_two_responses(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"samples_per_prompt: found 1; must be greater than or equal to 2"):
+        load_recipe(write(tmp_path, minimal("grpo")), ["algorithm.samples_per_prompt=1"])
 
 
 def test_missing_recipe_suggests_its_neighbour(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tiny_models import write_llama
 from torch import Tensor
 
-from rto_megatron.algorithms import ALGORITHMS, rto
+from rto_megatron.algorithms import rto
 from rto_megatron.config.schema import OptimizerConfig
 from rto_megatron.data.packing import Layout
 from rto_megatron.engine.megatron import TrainedModel
@@ -109,9 +109,9 @@ def _update(case: Case, root: Path) -> dict[str, dict[str, Tensor]]:
     reference, dpo, reward = (
         frozen(place, root / name, FOLDERS[name][1], case.dtype) for name in ("reference", "dpo", "reward")
     )
-    roles = Roles(policy, critic, reference, reward, dpo, None)
+    roles = Roles(policy, None, critic, reference, reward, dpo, None)
     layout = Layout(case.micro, case.packed, place.row_multiple, place.device.torch_device)
-    algorithm = ALGORITHMS["rto"](rto.Config(epochs=case.num_steps))
+    algorithm = rto.build(rto.Config(epochs=case.num_steps), lambda _: frozenset())
     own = close_rollouts(rollouts()[place.data_rank :: place.data_size], EOS, "penalise")
     scored = score(own, roles, layout, EOS, "penalise")
     experience = algorithm.credit(scored, 0.01, place.dp_sum)

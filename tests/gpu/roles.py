@@ -10,7 +10,8 @@ from engine.fixed_rollouts import rollouts
 from tiny_models import SEQUENCES, write_llama
 from torch import Tensor
 
-from rto_megatron.algorithms import ALGORITHMS, dpo, reward_model, rto, sft
+from rto_megatron.algorithms import dpo, reward_model, rto, sft
+from rto_megatron.algorithms.reinforcement import PolicyOptimization
 from rto_megatron.config.schema import OptimizerConfig, PrecisionConfig
 from rto_megatron.data.packing import Layout, pair_microbatches, supervised_microbatches
 from rto_megatron.engine.megatron import FrozenModel, Microbatch, TrainedModel
@@ -113,20 +114,21 @@ class Prepared:
     roles: Roles
     scored: ScoredRollouts
     experience: Experience
-    algorithm: rto.RTO
+    algorithm: PolicyOptimization
 
 
 def prepare_update(place: Topology, models: dict[str, HfModel], layout: Layout) -> Prepared:
     """Forwards of all five models, then credit; the policy and critic have moved on since, so that clips bite."""
     roles = Roles(
         policy=trained(place, models["policy"]),
+        average=None,
         critic=trained(place, models["critic"]),
         reference=frozen(place, models["reference"]),
         reward=frozen(place, models["reward"]),
         dpo=frozen(place, models["dpo"]),
         dpo_reference=None,
     )
-    algorithm = ALGORITHMS["rto"](rto.Config())
+    algorithm = rto.build(rto.Config(), lambda _: frozenset())
     scored = score(close_rollouts(rollouts(), EOS, "penalise"), roles, layout, EOS, "penalise")
     experience = algorithm.credit(scored, 0.01, place.dp_sum)
     moved = replace(

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rto_megatron.data.packing import Layout, token_batch
-from rto_megatron.engine.checkpoint import load_trained, save_checkpoint
+from rto_megatron.engine.checkpoint import load_state, save_checkpoint
 from rto_megatron.engine.export import export_hf
 from rto_megatron.engine.megatron import TrainedModel
 from rto_megatron.parallel.topology import Topology
@@ -83,7 +83,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(
     )
     _train(resumed, tasks, 1)
     for role, model in resumed.items():
-        load_trained(path / role, model)
+        load_state(path / role, model)
     _assert_same(_state(resumed), saved)
     norms = _train(resumed, tasks, NUM_STEPS)
     _assert_same(_state(resumed), _state(undisturbed))

@@ -27,6 +27,7 @@ ONE = Layout(distributed_optimizer=False)
 SHARDED = Layout()
 SPREAD = Layout(tp=2, bf16=True, overlap=True)
 STAGES = Layout(pp=2)
+MIXTURE = Layout(distributed_optimizer=False, experts=4)
 
 
 def install_all_but(skip: Set[str]) -> None:
@@ -123,6 +124,7 @@ def main() -> None:
             {
                 "train spread": outcome(2, train, SPREAD, none),
                 "train stages": outcome(2, train, STAGES, none),
+                "train mixture": outcome(1, train, MIXTURE, none),
                 "resume sharded": outcome(2, resume, SHARDED, none, 2, root / "0"),
                 "resume at 0": outcome(1, resume, ONE, none, 0, root / "1"),
                 "generator": outcome(1, keep_the_generator, ONE, none),
@@ -134,6 +136,7 @@ def main() -> None:
                 "P6": outcome(1, resume, SHARDED, {"P6"}, 1, root / "P6"),
                 "P7": outcome(1, train, ONE, {"P7"}),
                 "P8": outcome(1, keep_the_generator, ONE, {"P8"}),
+                "P9": outcome(1, train, MIXTURE, {"P9"}),
                 "O1": outcome(1, resume, SHARDED, {"O1"}, 1, root / "O1"),
                 "O2": outcome(1, resume, SHARDED, {"O2"}, 1, root / "O2"),
                 "O3": outcome(1, resume, ONE, {"O3"}, 0, root / "O3"),

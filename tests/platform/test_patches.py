@@ -35,6 +35,7 @@ def outcomes() -> dict[str, str]:
     [
         ("train spread", "trained"),
         ("train stages", "trained"),
+        ("train mixture", "trained"),
         ("resume sharded", "resumed"),
         ("resume at 0", "resumed"),
         ("generator", "kept"),
@@ -55,6 +56,7 @@ def test_with_all_patches_the_job_runs(outcomes, scenario, expected):
         ("P6", "in get_parameter_state_dp_zero"),
         ("P7", "in clip_grad_by_total_norm_fp32"),
         ("P8", "the tracker's seed was ignored"),
+        ("P9", "moe/token_dispatcher.py"),
         ("O1", "in _set_main_param_and_optimizer_states KeyError: 'step'"),
         ("O2", "resumed weights differ"),
         ("O3", "in load_state_dict KeyError: 'step'"),

@@ -51,6 +51,7 @@ class Layout:
     overlap: bool = False
     recompute: bool = False
     dropout: float = 0.0
+    experts: int | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ def build(layout: Layout) -> Trainee:
         pipeline_model_parallel_size=layout.pp,
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
+        num_moe_experts=layout.experts,
+        add_bias_linear=layout.experts is None,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
@@ -96,7 +99,7 @@ def build(layout: Layout) -> Trainee:
     )
     model: torch.nn.Module = GPTModel(
         config,
-        get_gpt_layer_local_spec(normalization="LayerNorm"),
+        get_gpt_layer_local_spec(layout.experts, normalization="LayerNorm"),
         vocab_size=VOCAB,
         max_sequence_length=32,
         pre_process=parallel_state.is_pipeline_first_stage(),

@@ -198,7 +198,7 @@ def test_a_run_without_a_finished_checkpoint_is_no_model(files: Path, tmp_path: 
     message = refused(config, place_of(1, 1))
     assert f"models.policy: {tmp_path / 'sft'} holds neither config.json nor a finished checkpoint" in message
     (tmp_path / "sft/checkpoints/step_000001/reward/weights").mkdir(parents=True)
-    assert "finished checkpoint of policy; found ['reward']" in refused(config, place_of(1, 1))
+    assert "finished checkpoint of policy_ema or policy; found ['reward']" in refused(config, place_of(1, 1))
 
 
 @pytest.mark.parametrize(

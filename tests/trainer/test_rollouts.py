@@ -23,7 +23,7 @@ from rto_megatron.types import Prompt, Rollout, ScoredRollouts
 
 EOS = 2
 ROLLOUTS = rollouts(4)  # the last one was cut by the length limit
-POLICIES: tuple[TruncationPolicy, ...] = ("compat", "penalise", "mask")
+POLICIES: tuple[TruncationPolicy, ...] = ("compat", "penalise", "bootstrap", "mask")
 SCALE = ValueScale(mean=-0.3, std=1.7)
 
 
@@ -80,6 +80,7 @@ def _roles(models: Path, place: object, with_dpo: bool, own_reference: bool) -> 
     adam = OptimizerConfig(lr=1e-3)
     return Roles(
         policy=trained(place, models / "policy", False, adam),
+        average=None,
         critic=trained(place, models / "critic", True, adam),
         reference=frozen(place, models / "reference", False),
         reward=frozen(place, models / "reward", True),
@@ -141,7 +142,7 @@ def _gap(layout: str) -> dict[str, tuple[float, float]]:
     assert closed[1].response_ids == (7, EOS)
     zeros = torch.zeros(2, 3)
     ours = torch.tensor([[-1.5 - place.data_rank, -2.0, -2.75], [-1.0, -100.0, 0.0]])
-    scored = ScoredRollouts(closed, zeros, ours, zeros, zeros, zeros, torch.zeros(2))
+    scored = ScoredRollouts(closed, zeros, ours, zeros, zeros, zeros, torch.zeros(2), torch.zeros(2))
     return pool_gap(scored, sampled, place)
 
 

@@ -12,7 +12,7 @@ from tiny_models import write_llama
 from trainer.tiny_runs import MODELS, SCALAR, configure, join
 from transformers import AutoModelForCausalLM
 
-from rto_megatron.config.schema import RtoStage
+from rto_megatron.config.schema import ReinforcementStage
 from rto_megatron.rollout.client import ServerClient
 from rto_megatron.trainer.metrics import read_metrics
 from rto_megatron.trainer.rto import train_rto
@@ -37,7 +37,7 @@ def pool_files(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def _train(config: RtoStage) -> None:
+def _train(config: ReinforcementStage) -> None:
     train_rto(config, join(config))
 
 

@@ -104,9 +104,7 @@ def configure(stage: str, root: Path, run_dir: Path, layout: str = "one", **chan
     return kind.model_validate(tree)
 
 
-def _sampling_sections(
-    root: Path, adam: dict[str, object], has_critic: bool
-) -> dict[str, dict[str, object]]:
+def _sampling_sections(root: Path, adam: dict[str, object], has_critic: bool) -> dict[str, dict[str, object]]:
     names = ("reference", "reward", "critic") if has_critic else ("reference", "reward")
     sections: dict[str, dict[str, object]] = {
         "models": {name: root / "models" / name for name in names},

@@ -1,12 +1,15 @@
 """Llama 2 and 3: the names of Hugging Face's LlamaForCausalLM and LlamaForSequenceClassification."""
 
+from collections.abc import Callable
+
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.models.weight_map import GateUpRows, MappedParameter, QkvRows, Replicated, Split, VocabRows
 
 
-def _layer(shape: ModelShape, index: int) -> tuple[MappedParameter, ...]:
+def attention(shape: ModelShape, index: int) -> tuple[MappedParameter, ...]:
+    """One layer but for its feed-forward part."""
     hf, mg = f"model.layers.{index}", f"decoder.layers.{index}"
-    hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
+    hidden = shape.hidden_size
     q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     qkv = QkvRows(shape.num_heads, shape.num_kv_heads, shape.head_dim)
     return (
@@ -38,6 +41,14 @@ def _layer(shape: ModelShape, index: int) -> tuple[MappedParameter, ...]:
             Replicated(),
             index,
         ),
+    )
+
+
+def _layer(shape: ModelShape, index: int) -> tuple[MappedParameter, ...]:
+    hf, mg = f"model.layers.{index}", f"decoder.layers.{index}"
+    hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
+    return (
+        *attention(shape, index),
         MappedParameter(
             f"{mg}.mlp.linear_fc1.weight",
             (f"{hf}.mlp.gate_proj.weight", f"{hf}.mlp.up_proj.weight"),
@@ -53,6 +64,13 @@ def _layer(shape: ModelShape, index: int) -> tuple[MappedParameter, ...]:
 
 def weight_map(shape: ModelShape, has_scalar_head: bool) -> tuple[MappedParameter, ...]:
     """All parameters in the order of the forward pass."""
+    return around(_layer, shape, has_scalar_head)
+
+
+def around(
+    layer: Callable[[ModelShape, int], tuple[MappedParameter, ...]], shape: ModelShape, has_scalar_head: bool
+) -> tuple[MappedParameter, ...]:
+    """Embedding, final norm and head around the layers, in the order of the forward pass."""
     vocab = (shape.vocab_size, shape.hidden_size)
     embedding = "model.embed_tokens.weight"
     parameters = [
@@ -61,7 +79,7 @@ def weight_map(shape: ModelShape, has_scalar_head: bool) -> tuple[MappedParamete
         )
     ]
     for index in range(shape.num_layers):
-        parameters.extend(_layer(shape, index))
+        parameters.extend(layer(shape, index))
     parameters.append(
         MappedParameter(
             "decoder.final_layernorm.weight",

@@ -14,9 +14,10 @@ def test_rewards_are_summed_over_tokens_by_term() -> None:
         score_BR=torch.tensor([[0.0, 2.0, 9.0]]),  # the third position is padding
         dpo_BR=torch.tensor([[0.25, 0.5, 9.0]]),
         kl_BR=torch.tensor([[-0.5, 0.0, 9.0]]),
+        num_clipped=torch.tensor(0.0),
     )
     mask_BR = torch.tensor([[1.0, 1.0, 0.0]])
-    experience = Experience((rollout,), mask_BR, zeros_BR, zeros_BR, zeros_BR, zeros_BR, rewards)
+    experience = Experience((rollout,), mask_BR, zeros_BR, zeros_BR, zeros_BR, zeros_BR, zeros_BR, rewards)
     table = completions_table(experience, lambda ids: f"[red]{list(ids)}", num_samples=3, title="step 1")
     console = Console(width=140, record=True, file=None)
     with console.capture() as captured:
