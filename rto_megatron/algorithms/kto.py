@@ -44,8 +44,8 @@ class KTO:
             logp_T: log-probs of `micro.batch.targets_T` under the policy, nats, shape [T].
             micro: S answers with verdicts, the reference's summed log-probs and the baseline z0.
 
-        Source: arXiv 2402.01306, eq. 8. Metric names: TRL, whose margin is the difference of two means and so no
-        mean itself: take it from `rewards/chosen` and `rewards/rejected`.
+        Source: arXiv 2402.01306, eq. 8. Metric names: TRL. Its margin is a difference of two means, not a mean:
+        whoever reduces the metrics takes it from `rewards/chosen` and `rewards/rejected`.
         """
         config, weight_S = self.config, micro.weight_S
         logp_S = keep(sequence_sums(logp_T, micro.mask_T, micro.batch), weight_S)

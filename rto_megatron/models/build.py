@@ -58,9 +58,10 @@ def transformer_config(
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # the default one refuses variable lengths, even without experts
         num_moe_experts=shape.num_experts,
-        moe_router_topk=shape.experts_per_token,
-        moe_router_load_balancing_type="aux_loss",
-        moe_aux_loss_coeff=moe_aux_loss_coef if shape.num_experts else 0.0,  # other roles may be dense
+        moe_router_topk=shape.experts_per_token or 2,  # Megatron's default where there are no experts
+        # "none" where there is nothing to balance: other roles of the same run may be dense.
+        moe_router_load_balancing_type="aux_loss" if shape.num_experts else "none",
+        moe_aux_loss_coeff=moe_aux_loss_coef if shape.num_experts else 0.0,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,

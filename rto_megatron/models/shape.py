@@ -27,7 +27,7 @@ class ModelShape:
     is_tied: bool  # the output projection is the embedding
     init_std: float
     num_experts: int | None = None  # of each layer; null: dense
-    experts_per_token: int = 1
+    experts_per_token: int | None = None
 
 
 # What megatron-core's RotaryEmbedding hard-codes for Llama-3.1 scaling.
@@ -96,6 +96,11 @@ def read_shape(folder: Path) -> ModelShape:
     missing = [key for key in required if config.get(key) is None]
     if missing:
         raise UserError(f"{path} has no {', '.join(missing)}; expected the config.json of a {family} model")
+    if family == "mixtral" and config["num_experts_per_tok"] < 2:
+        raise UserError(
+            f"{path}: num_experts_per_tok={config['num_experts_per_tok']}; softmax over one chosen expert is always 1, "
+            "so Megatron's router cannot express it; expected 2 or more"
+        )
     window = config.get("sliding_window")
     if window is not None and window < config["max_position_embeddings"]:
         raise UserError(
@@ -120,7 +125,7 @@ def read_shape(folder: Path) -> ModelShape:
         is_tied=bool(config.get("tie_word_embeddings", False)),
         init_std=float(config.get("initializer_range", 0.02)),
         num_experts=config["num_local_experts"] if family == "mixtral" else None,
-        experts_per_token=config["num_experts_per_tok"] if family == "mixtral" else 1,
+        experts_per_token=config["num_experts_per_tok"] if family == "mixtral" else None,
     )
 
 

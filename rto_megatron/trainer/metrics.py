@@ -47,6 +47,17 @@ def reduce_metrics(metrics: Metrics, all_sum: AllSum, all_names: AllNames) -> di
     return {name: value / count for name, (value, count) in zip(names, summed, strict=True) if count != 0}
 
 
+def with_margin(means: Mapping[str, float]) -> dict[str, float]:
+    """Adds `rewards/margins` where a loss on single answers gave only the rewards of both kinds.
+
+    It is a difference of means over different answers, so it can only be taken from what is reduced.
+    """
+    chosen, rejected = means.get("rewards/chosen"), means.get("rewards/rejected")
+    if chosen is None or rejected is None:
+        return dict(means)
+    return {"rewards/margins": chosen - rejected, **means}
+
+
 class MetricLog:
     """metrics.jsonl (one object a step, with `step` and `time` in seconds since the epoch) and TensorBoard.
 

@@ -36,7 +36,7 @@ from rto_megatron.engine.megatron import (
 from rto_megatron.engine.roles import build_frozen, build_trained
 from rto_megatron.errors import UserError
 from rto_megatron.parallel.topology import Topology
-from rto_megatron.trainer.metrics import add
+from rto_megatron.trainer.metrics import add, with_margin
 from rto_megatron.trainer.reference import note_reference
 from rto_megatron.trainer.report.progress import say
 from rto_megatron.trainer.run import Run, learning_rate, reduce_over_replicas
@@ -125,7 +125,7 @@ def evaluate(
         with torch.no_grad():
             for output, microbatch in zip(outputs, microbatches, strict=True):
                 total = add(total, task.loss(output, microbatch).metrics)
-    return reduce_over_replicas(total, topology)
+    return with_margin(reduce_over_replicas(total, topology))
 
 
 def _store_scale(means: dict[str, float], num_pairs: int, hf_files: Path, topology: Topology) -> None:

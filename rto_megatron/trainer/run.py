@@ -16,7 +16,7 @@ from rto_megatron.errors import UserError
 from rto_megatron.parallel.collectives import Json
 from rto_megatron.parallel.seeds import seed_step
 from rto_megatron.parallel.topology import Topology
-from rto_megatron.trainer.metrics import MetricLog, add, reduce_metrics
+from rto_megatron.trainer.metrics import MetricLog, add, reduce_metrics, with_margin
 from rto_megatron.trainer.report.progress import progress, say
 from rto_megatron.trainer.resume import fixed_keys, require_same
 from rto_megatron.types import Metrics
@@ -107,7 +107,7 @@ class Run:
         Returns:
             name -> mean over all replicas.
         """
-        means = {**reduce_over_replicas(self._metrics, self._topology), **values}
+        means = {**with_margin(reduce_over_replicas(self._metrics, self._topology)), **values}
         self._metrics = {}
         if self._log is not None:
             self._log.write(self.step + 1, means)
@@ -173,6 +173,7 @@ _NOTES = (
     "loss",
     "accuracy",
     "rewards/accuracies",
+    "rewards/margins",
     "objective/scores",
     "objective/kl",
     "rollout/response_tokens",

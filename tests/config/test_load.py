@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from rto_megatron.config.load import dump, load_recipe, save
 from rto_megatron.algorithms import ALGORITHMS, rto
 from rto_megatron.algorithms.method import OfflineMethod, OnlineMethod
+from rto_megatron.config.load import dump, load_recipe, save
 from rto_megatron.config.schema import STAGES, ActorCriticStage, ReinforcementStage
 from rto_megatron.errors import UserError
 
@@ -162,7 +162,10 @@ CRITIC_FREE = ["reinforce_pp", "rto_reinforce_pp", "grpo"]
                 "algorithm.critic_warmup_steps",
             )
         ),
-        *(("grpo", f"algorithm.{key}", [n for n in ONLINE if n != "grpo"]) for key in ("gamma", "kl_target")),
+        *(
+            ("grpo", f"algorithm.{key}", [n for n in ONLINE if n != "grpo"])
+            for key in ("kl_target", "kl_horizon")
+        ),
         ("rto", "algorithm.delimiters", ["semi_rto"]),
     ],
 )

@@ -1,5 +1,6 @@
 import gzip
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,11 +9,31 @@ import pyarrow.parquet
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from rto_megatron.data.loader import Limits, load_demonstrations, load_pairs, load_prompts
+from rto_megatron.data.loader import (
+    Limits,
+    load_demonstrations,
+    load_judged,
+    load_pairs,
+    load_prompts,
+    load_texts,
+)
+from rto_megatron.data.tokenizer import load_tokenizer
 from rto_megatron.errors import UserError
 
 LIMITS = Limits(max_prompt_tokens=200, max_length=400, overlong="error")
 EOS = 2
+
+
+@pytest.fixture
+def no_bos_tokenizer(tokenizer_folder: Path, tmp_path: Path) -> Path:
+    """The tokenizer without a beginning-of-sequence token."""
+    shutil.copytree(tokenizer_folder, tmp_path / "no_bos")
+    path = tmp_path / "no_bos/tokenizer_config.json"
+    config = json.loads(path.read_text())
+    del config["bos_token"]
+    config["chat_template"] = config["chat_template"].replace("{{ bos_token }}", "")
+    path.write_text(json.dumps(config))
+    return tmp_path / "no_bos"
 
 
 def user(text: str) -> dict[str, str]:
@@ -281,3 +302,139 @@ def test_an_unreachable_hub_data_set_is_named(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="'nobody/nothing', split 'train', could not be loaded"):
         load_prompts("nobody/nothing:train", tokenizer, LIMITS)
+
+
+def test_a_pair_gives_a_desirable_and_an_undesirable_answer(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    rows = [pair_row("the fox", "the dog", "a dog"), pair_row("the dog", "a fox", "fox")]
+    loaded = load_judged(write_lines(tmp_path / "pairs.jsonl", rows), tokenizer, LIMITS)
+    assert [tokenizer.decode(a.response_ids) for a in loaded.items] == [
+        " the dog</s>", " a dog</s>", " a fox</s>", " fox</s>",
+    ]  # fmt: skip
+    assert [a.is_desirable for a in loaded.items] == [True, False, True, False]
+    assert [a.id for a in loaded.items] == ["id of the fox"] * 2 + ["id of the dog"] * 2
+    assert tokenizer.decode(loaded.items[1].prompt_ids) == "<s><|user|> the fox<|assistant|>"
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"prompt": "the fox", "completion": "the dog"},
+        {"prompt": [user("the fox")], "completion": [assistant("the dog")]},
+        {"prompt": "the fox", "completion": [assistant("the dog")]},
+    ],
+)
+def test_a_verdict_is_a_prompt_a_completion_and_a_label(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, columns: dict[str, object]
+) -> None:
+    rows = [{**columns, "label": False}, {"prompt": "a", "completion": "b", "label": True, "id": 7}]
+    first, second = load_judged(write_lines(tmp_path / "v.jsonl", rows), tokenizer, LIMITS).items
+    assert tokenizer.decode(first.prompt_ids) == "<s><|user|> the fox<|assistant|>"
+    assert tokenizer.decode(first.response_ids) == " the dog</s>"
+    assert (first.is_desirable, second.is_desirable, second.id) == (False, True, "7")
+
+
+def test_the_unrelated_answer_is_that_of_the_nearest_row_before_with_another_prompt(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    prompts = ["the fox", "the dog", "the dog", "the dog", "write"]
+    rows = [
+        {"prompt": prompt, "completion": f"answer {number}", "label": True}
+        for number, prompt in enumerate(prompts)
+    ]
+    items = load_judged(write_lines(tmp_path / "v.jsonl", rows), tokenizer, LIMITS).items
+    unrelated = [tokenizer.decode(a.unrelated_ids) for a in items]
+    # Before the first row comes the last one.
+    assert unrelated == [f" answer {number}</s>" for number in (4, 0, 0, 0, 3)]
+
+
+def test_the_unrelated_answer_of_a_pair_is_the_chosen_one_and_fits_behind_the_prompt(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    rows = [pair_row("the fox", "the dog " * 30, "a"), pair_row("the dog " * 3, "b", "c")]
+    source = write_lines(tmp_path / "pairs.jsonl", rows)
+    whole = load_judged(source, tokenizer, LIMITS).items
+    assert whole[2].unrelated_ids == whole[3].unrelated_ids == whole[0].response_ids
+    assert whole[0].unrelated_ids == whole[1].unrelated_ids == whole[2].response_ids
+    length = 30
+    for answer in load_judged(source, tokenizer, Limits(20, length, "error")).items:
+        assert len(answer.prompt_ids) + len(answer.unrelated_ids) <= length
+        assert answer.unrelated_ids[-1] == EOS
+
+
+@pytest.mark.parametrize("label", [1, "true", None, 0.0])
+def test_a_label_that_is_not_a_truth_value_is_named(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, label: object
+) -> None:
+    rows = [
+        {"prompt": "a", "completion": "b", "label": True},
+        {"prompt": "c", "completion": "d", "label": label},
+    ]
+    with pytest.raises(UserError, match=r"v\.jsonl:2: column 'label' is .*, expected true or false"):
+        load_judged(write_lines(tmp_path / "v.jsonl", rows), tokenizer, LIMITS)
+
+
+def test_verdicts_on_one_prompt_alone_are_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    for rows in ([pair_row()], [pair_row("x", "a", "b"), pair_row("x", "c", "d")]):
+        with pytest.raises(
+            UserError, match=r"all rows answer one prompt; the KL baseline of KTO needs another"
+        ):
+            load_judged(write_lines(tmp_path / "pairs.jsonl", rows), tokenizer, LIMITS)
+
+
+def test_rows_without_verdicts_say_what_is_expected(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    source = write_lines(tmp_path / "v.jsonl", [{"prompt": "a", "completion": "b"}])
+    with pytest.raises(UserError, match=r"expected one of \['chosen', 'label'\] for answers with verdicts"):
+        load_judged(source, tokenizer, LIMITS)
+
+
+def test_a_pair_whose_prompt_is_overlong_is_dropped_with_both_answers(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    rows = [pair_row("a"), pair_row("the fox " * 50), pair_row("b")]
+    loaded = load_judged(write_lines(tmp_path / "p.jsonl", rows), tokenizer, Limits(20, 400, "drop"))
+    assert [a.id for a in loaded.items] == ["id of a", "id of a", "id of b", "id of b"]
+    assert (loaded.report.rows, loaded.report.kept, loaded.report.dropped_overlong) == (3, 2, 1)
+
+
+def test_a_text_is_predicted_from_its_start_token_on(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    rows = [{"text": "the quick brown fox"}, {"text": "a", "id": "short"}]
+    first, second = load_texts(write_lines(tmp_path / "t.jsonl", rows), tokenizer, LIMITS).items
+    assert first.prompt_ids == (tokenizer.bos_token_id,)
+    assert tokenizer.decode(first.response_ids) == "the quick brown fox"
+    assert (second.id, len(second.response_ids)) == ("short", 1)
+    # A text is not an answer: nothing says that it is over.
+    assert EOS not in first.response_ids
+
+
+def test_a_long_text_is_cut_and_counted(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "t.jsonl", [{"text": "the fox " * 30}, {"text": "the fox"}])
+    whole = load_texts(source, tokenizer, LIMITS).items[0]
+    loaded = load_texts(source, tokenizer, Limits(20, 24, "error"))
+    cut = loaded.items[0]
+    assert (*cut.prompt_ids, *cut.response_ids) == (*whole.prompt_ids, *whole.response_ids)[:24]
+    assert loaded.report.truncated_answers == 1
+
+
+def test_a_text_without_a_token_to_predict_is_dropped(tmp_path: Path, no_bos_tokenizer: Path) -> None:
+    tokenizer = load_tokenizer(no_bos_tokenizer)
+    rows = [{"text": "a"}, {"text": "the fox sleeps"}]
+    loaded = load_texts(write_lines(tmp_path / "t.jsonl", rows), tokenizer, LIMITS)
+    (text,) = loaded.items
+    assert tokenizer.decode([*text.prompt_ids, *text.response_ids]) == "the fox sleeps"
+    assert (loaded.report.rows, loaded.report.kept) == (2, 1)
+
+
+@pytest.mark.parametrize("row", [{"text": "  "}, {"text": 3}])
+def test_a_text_that_is_none_is_named(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, row: dict[str, object]
+) -> None:
+    with pytest.raises(UserError, match=r"t\.jsonl:1: column 'text' is .* expected text that is not empty"):
+        load_texts(write_lines(tmp_path / "t.jsonl", [row]), tokenizer, LIMITS)
+    with pytest.raises(UserError, match=r"expected one of \['text'\] for texts"):
+        load_texts(write_lines(tmp_path / "t.jsonl", [{"prompt": "a"}]), tokenizer, LIMITS)

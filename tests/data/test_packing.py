@@ -6,16 +6,26 @@ import torch
 from rto_megatron.data.packing import (
     Layout,
     gather_to_grid,
+    judged_microbatches,
     minibatches,
     pair_microbatches,
     response_mask,
+    response_sums,
     rollout_batches,
     rollout_grid,
     scatter_to_positions,
+    sequence_batches,
     supervised_microbatches,
     token_batch,
 )
-from rto_megatron.types import Demonstration, Experience, PreferencePair, Rollout, TokenRewards
+from rto_megatron.types import (
+    Demonstration,
+    Experience,
+    JudgedResponse,
+    PreferencePair,
+    Rollout,
+    TokenRewards,
+)
 
 CPU = torch.device("cpu")
 LAYOUTS = [(True, 1), (True, 4), (False, 1), (False, 4)]
@@ -172,3 +182,38 @@ def test_minibatch_fields_follow_their_rollout(packed: bool, multiple_of: int, m
 def test_response_mask_by_hand() -> None:
     rollouts = [Rollout("a", (1,), (2, 3), (0, 0), "stop", 0), Rollout("b", (1,), (2,), (0,), "stop", 0)]
     assert response_mask(rollouts, CPU).tolist() == [[1, 1], [1, 0]]
+
+
+@pytest.mark.parametrize(("packed", "multiple_of"), LAYOUTS)
+@pytest.mark.parametrize("micro", [1, 2, 5])
+def test_verdicts_follow_their_answers(packed: bool, multiple_of: int, micro: int) -> None:
+    answers = [
+        JudgedResponse(str(i), (10 + i,) * (1 + i % 3), (20 + i,) * (1 + i % 2) + (2,), i % 3 == 0, (99, 98))
+        for i in range(5)
+    ]
+    logp_ref_G = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    baseline = torch.tensor(0.75)
+    layout = Layout(micro, packed, multiple_of, CPU)
+    micros = judged_microbatches(answers, logp_ref_G, baseline, 10, layout)
+    assert [len(m.logp_ref_S) for m in micros] == [len(answers[i : i + micro]) for i in range(0, 5, micro)]
+    targets = [t for m in micros for t in m.batch.targets_T[m.mask_T > 0].tolist()]
+    assert targets == [t for a in answers for t in a.response_ids]
+    assert torch.cat([m.logp_ref_S for m in micros]).tolist() == logp_ref_G.tolist()
+    assert torch.cat([m.is_desirable_S for m in micros]).tolist() == [a.is_desirable for a in answers]
+    assert torch.cat([m.weight_S for m in micros]).tolist() == pytest.approx([0.1] * 5)
+    assert all(torch.equal(m.baseline, baseline) for m in micros)
+    assert not {99, 98} & {t for m in micros for t in m.batch.tokens_T.tolist()}
+
+
+@pytest.mark.parametrize(("packed", "multiple_of"), LAYOUTS)
+@pytest.mark.parametrize("micro", [1, 2, 3, 8])
+def test_response_sums_do_not_depend_on_the_layout(packed: bool, multiple_of: int, micro: int) -> None:
+    sequences = [(r.prompt_ids + r.response_ids, len(r.prompt_ids)) for r in make_rollouts(7)]
+    batches = sequence_batches(sequences, Layout(micro, packed, multiple_of, CPU))
+    # The model's output is the token that a position predicts; garbage where there is none.
+    values = [torch.where(b.targets_T > 0, b.targets_T.double(), 1e30).requires_grad_() for b in batches]
+    sums_S = response_sums(values, batches, sequences)
+    assert sums_S.tolist() == [float(sum(ids[prompt_len:])) for ids, prompt_len in sequences]
+    sums_S.sum().backward()
+    counts = [int(v.grad.sum()) for v in values if v.grad is not None]
+    assert sum(counts) == sum(len(ids) - prompt_len for ids, prompt_len in sequences)

@@ -11,6 +11,7 @@ from rto_megatron.data.tokenizer import (
     encoding_fingerprint,
     load_tokenizer,
     tokenizer_fingerprint,
+    tokens_with,
     train_tokenizer,
 )
 from rto_megatron.errors import UserError
@@ -179,3 +180,29 @@ def test_training_errors_say_what_to_do(tmp_path: Path) -> None:
         train_tokenizer(["", " \n "], tmp_path / "t", vocab_size=300, byte_fallback=True)
     with pytest.raises(UserError, match="larger vocab_size"):
         train_tokenizer(["one two"], tmp_path / "t", vocab_size=20, byte_fallback=True)
+
+
+def test_tokens_are_found_by_what_their_text_holds(tokenizer: PreTrainedTokenizerBase) -> None:
+    found = tokens_with(tokenizer, (".", "\n", "dog"))
+    special = set(tokenizer.all_special_ids)
+    for token in range(len(tokenizer)):
+        text = tokenizer.decode([token])
+        expected = token not in special and any(part in text for part in (".", "\n", "dog"))
+        assert (token in found) == expected, (token, text)
+    texts = {tokenizer.decode([token]) for token in found}
+    assert {".", "\n"} <= texts and any("dog" in text and text != "dog" for text in texts)
+
+
+def test_special_tokens_hold_no_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    # "</s>" and "<|user|>" are spelt with these characters.
+    for string in ("/", "|", "<", "user"):
+        try:
+            found = tokens_with(tokenizer, (string,))
+        except UserError:
+            continue
+        assert not found & set(tokenizer.all_special_ids)
+
+
+def test_text_that_no_token_holds_is_an_error(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(UserError, match=r"no token of the vocabulary holds one of \['zzz', '</s>'\]"):
+        tokens_with(tokenizer, iter(("zzz", "</s>")))
