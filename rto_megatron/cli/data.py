@@ -20,7 +20,7 @@ def synthesize(
     folder: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
     seed: Annotated[int, typer.Option(help="Everything follows from it.")] = 42,
     style: Annotated[
-        Literal["short", "long"], typer.Option(help="Responses of 8 to 24 tokens, or of 33 to 48.")
+        Literal["short", "long"], typer.Option(help="Responses of 8 to 24 tokens, or of 9 to 48.")
     ] = "short",
     hidden: Annotated[int, typer.Option(min=32, help="Hidden size of the models.")] = 128,
 ) -> None:

@@ -50,7 +50,7 @@ def find_problems(config: Stage, world_size: int, max_positions: Mapping[str, in
     """
     return [
         *_layout(config, world_size),
-        *_models(config),
+        *model_problems(config),
         *_lengths(config, max_positions),
         *_pool_servers(config),
     ]
@@ -121,7 +121,8 @@ def _rollouts(config: ReinforcementStage, data_parallel: int) -> list[str]:
     return problems
 
 
-def _models(config: Stage) -> list[str]:
+def model_problems(config: Stage) -> list[str]:
+    """What is wrong with `config.models`; while anything is, `roles.roles_of` has no meaning."""
     models, used = config.models, allowed_roles(config)
     named = {role: models.model_dump()[role] for role in OPTIONAL_ROLES}
     problems = [

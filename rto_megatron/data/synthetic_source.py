@@ -5,7 +5,7 @@ response; the word axis of rewards has W + 1 entries, the last is the end of the
 
 Words follow a second-order Markov chain that depends on the class; lengths are drawn apart. The reward is
 sparse over (class, previous word, word), and centred so that under the first-order part of this source,
-which ignores the word two back, a longer response is worth neither more nor less, up to a small cost per
+which ignores the word two back, a longer response is worth neither more nor less, but for the style's cost per
 word: what pays is which word follows which. Stopping pays on average, and how much depends on the last word,
 so a truncated response is worse than one that ends.
 """
@@ -27,7 +27,6 @@ REQUESTS = (
 LOGIT_SD = 0.8
 SKIP_LOGIT_SD = 1.0  # makes SFT learn to look one word back, which a reward model needs to see pairs of words
 NONZERO_FRACTION = 0.35
-TOKEN_COST = 0.04  # in units of the sd of a table entry
 RETURN_SD = 4.0  # of the source, after scaling: labels are then right nine times out of ten
 SHARED_VARIANCE = 0.75  # of each table: common to all classes; the rest is a class's own
 
@@ -40,6 +39,9 @@ class Style:
     min_words: int
     max_words: int
     stop_probability: float  # of each word from `min_words` on
+    token_cost: (
+        float  # of each word, in units of the sd of a table entry; negative: a longer response earns more
+    )
 
     @property
     def end(self) -> int:
@@ -47,8 +49,10 @@ class Style:
         return len(self.words)
 
 
-SHORT = Style(WORDS, min_words=7, max_words=23, stop_probability=1 / 7)  # 8 to 24 tokens, the end included
-LONG = Style(WORDS, min_words=32, max_words=47, stop_probability=1 / 8)  # 33 to 48
+SHORT = Style(WORDS, 7, 23, stop_probability=1 / 7, token_cost=0.04)  # 8 to 24 tokens, the end included
+# 9 to 48. Words pay, and the data hold every length: else learners find out that reward models do not know how bad
+# responses of two words are.
+LONG = Style(WORDS, 8, 47, stop_probability=1 / 20, token_cost=-0.15)
 STYLES = {"short": SHORT, "long": LONG}
 
 
@@ -102,7 +106,7 @@ def draw_language(seed: int, style: Style = SHORT, num_calibration: int = 4000) 
     reward = np.where(is_nonzero, reward - (source * reward).sum(-1, keepdims=True) / mass, 0.0)
     end_reward = 1.0 + _mixed(rng, num_words, 1)
     unscaled = Language(
-        style, source, skip, np.concatenate([reward, end_reward], axis=-1), TOKEN_COST, 1.0, 0.0, 1.0
+        style, source, skip, np.concatenate([reward, end_reward], axis=-1), style.token_cost, 1.0, 0.0, 1.0
     )
     topics = rng.integers(len(TOPICS), size=num_calibration)
     returns = np.array([unscaled.returns(int(topic), unscaled.sample(int(topic), rng)) for topic in topics])
@@ -112,7 +116,7 @@ def draw_language(seed: int, style: Style = SHORT, num_calibration: int = 4000) 
         source=source,
         skip=skip,
         reward=np.round(unscaled.reward * scale, 6),
-        token_cost=round(TOKEN_COST * scale, 6),
+        token_cost=round(style.token_cost * scale, 6),
         scale=scale,
         source_mean=float(returns.mean()) * scale,
         source_sd=RETURN_SD,

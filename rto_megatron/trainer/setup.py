@@ -40,7 +40,7 @@ def prepare_stage(config: schema.Stage, topology: Topology) -> Setup:
     Raises:
         UserError: all problems at once.
     """
-    checks.refuse(checks.find_problems(config, topology.world_size, {}))
+    checks.refuse(checks.model_problems(config))
     sources = find_sources(config)
     shapes = {role: source.shape() for role, source in sources.items()}
     parallel = config.parallel

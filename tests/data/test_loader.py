@@ -1,12 +1,12 @@
 import gzip
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 from rto_megatron.data.loader import (
@@ -25,15 +25,14 @@ EOS = 2
 
 
 @pytest.fixture
-def no_bos_tokenizer(tokenizer_folder: Path, tmp_path: Path) -> Path:
-    """The tokenizer without a beginning-of-sequence token."""
-    shutil.copytree(tokenizer_folder, tmp_path / "no_bos")
-    path = tmp_path / "no_bos/tokenizer_config.json"
-    config = json.loads(path.read_text())
-    del config["bos_token"]
-    config["chat_template"] = config["chat_template"].replace("{{ bos_token }}", "")
-    path.write_text(json.dumps(config))
-    return tmp_path / "no_bos"
+def bos_tokenizer(tokenizer_folder: Path) -> PreTrainedTokenizerBase:
+    """As Llama's: every text begins with the beginning-of-sequence token."""
+    tokenizer = load_tokenizer(tokenizer_folder)
+    start = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{start[0]} $A", special_tokens=[start]
+    )
+    return tokenizer
 
 
 def user(text: str) -> dict[str, str]:
@@ -400,16 +399,26 @@ def test_a_pair_whose_prompt_is_overlong_is_dropped_with_both_answers(
     assert (loaded.report.rows, loaded.report.kept, loaded.report.dropped_overlong) == (3, 2, 1)
 
 
-def test_a_text_is_predicted_from_its_start_token_on(
+def test_every_token_of_a_text_but_the_first_is_predicted(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    rows = [{"text": "the quick brown fox"}, {"text": "a", "id": "short"}]
-    first, second = load_texts(write_lines(tmp_path / "t.jsonl", rows), tokenizer, LIMITS).items
-    assert first.prompt_ids == (tokenizer.bos_token_id,)
-    assert tokenizer.decode(first.response_ids) == "the quick brown fox"
+    source = write_lines(tmp_path / "t.jsonl", [{"text": "the quick brown fox"}])
+    (text,) = load_texts(source, tokenizer, LIMITS).items
+    assert [*text.prompt_ids, *text.response_ids] == tokenizer.encode("the quick brown fox")
+    assert len(text.prompt_ids) == 1
+    assert EOS not in text.response_ids  # nothing says that a text is over
+
+
+def test_a_start_token_is_kept_where_the_tokenizer_has_one(
+    bos_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    rows = [{"text": "the quick brown fox"}, {"text": "a", "id": "short"}, {"text": "<s>the fox"}]
+    first, second, third = load_texts(write_lines(tmp_path / "t.jsonl", rows), bos_tokenizer, LIMITS).items
+    for text in (first, second, third):
+        assert text.prompt_ids == (bos_tokenizer.bos_token_id,)
+        assert bos_tokenizer.bos_token_id not in text.response_ids
+    assert bos_tokenizer.decode(first.response_ids) == "the quick brown fox"
     assert (second.id, len(second.response_ids)) == ("short", 1)
-    # A text is not an answer: nothing says that it is over.
-    assert EOS not in first.response_ids
 
 
 def test_a_long_text_is_cut_and_counted(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
@@ -421,8 +430,9 @@ def test_a_long_text_is_cut_and_counted(tokenizer: PreTrainedTokenizerBase, tmp_
     assert loaded.report.truncated_answers == 1
 
 
-def test_a_text_without_a_token_to_predict_is_dropped(tmp_path: Path, no_bos_tokenizer: Path) -> None:
-    tokenizer = load_tokenizer(no_bos_tokenizer)
+def test_a_text_without_a_token_to_predict_is_dropped(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     rows = [{"text": "a"}, {"text": "the fox sleeps"}]
     loaded = load_texts(write_lines(tmp_path / "t.jsonl", rows), tokenizer, LIMITS)
     (text,) = loaded.items
