@@ -53,7 +53,7 @@ class LoadReport:
     source: str
     rows: int
     kept: int
-    dropped_overlong: int  # rows whose prompt was over the limit
+    dropped: int  # rows whose prompt was over the limit, and texts of one token
     truncated_prompts: int
     truncated_answers: int
     answers_cut_at_eos: int  # answers whose text spelt the end-of-sequence token before its end
@@ -245,7 +245,7 @@ def _load[T](
         source=source,
         rows=num_rows,
         kept=len(items),
-        dropped_overlong=num_rows - len(items),
+        dropped=num_rows - len(items),
         truncated_prompts=counts["truncated_prompts"],
         truncated_answers=counts["truncated_answers"],
         answers_cut_at_eos=counts["answers_cut_at_eos"],
@@ -253,7 +253,7 @@ def _load[T](
     )
     if not items:
         raise UserError(
-            f"{source}: no rows to use; {num_rows} read, {report.dropped_overlong} dropped with a prompt "
+            f"{source}: no rows to use; {num_rows} read, {report.dropped} dropped with a prompt "
             f"over its limit; check the file and data.max_prompt_tokens ({encoder.limits.max_prompt_tokens})"
         )
     return Loaded(tuple(items), report)

@@ -8,13 +8,13 @@ the policy and the reference, with log-normalisers Z and Z', each position needs
 
 and the sum over j runs over the shard before it is added up over the tensor ranks: nobody gathers the vocabulary.
 
-Peak memory beyond the policy's logits, in bytes, with e bytes per number of the model:
-    here    e T v (the gradient) + e T h (the reference's hidden states) + (8 + e) C v (one chunk)
+Peak memory beyond the policy's logits, in bytes, with e bytes per number of the model and T positions of a micro-batch:
+    here    e T v (the gradient) + (8 + e) C v (one chunk) + e T h (the reference's hidden states)
     plain   20 T v: log-softmax, probabilities and products of all positions in float32, kept for the backward pass
 `tests/models/test_token_divergence.py` measures the terms in T v and C v. With T = 32k tokens, a vocabulary of 128k
-split 8 ways (v = 16k), bfloat16 (e = 2), h = 4096 and C = 1024 that is 1 + 0.25 + 0.16 = 1.4 GiB here, 10 GiB the
+split 8 ways (v = 16k), bfloat16 (e = 2), h = 4096 and C = 1024 that is 1 + 0.16 + 0.25 = 1.4 GiB here, 10 GiB the
 plain way on the shard, and 80 GiB the plain way on a gathered vocabulary (v = 128k), whose two sets of logits take
-another 16 GiB.
+another 16 GiB. A step keeps the hidden states of all its micro-batches, e h bytes a position.
 """
 
 import torch

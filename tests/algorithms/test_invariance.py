@@ -230,6 +230,21 @@ def test_online_losses_do_not_depend_on_layout_and_order(name, layout):
         assert clipped > 0
 
 
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("name", ONLINE)
+def test_online_losses_never_read_the_padding(name, packed):
+    algorithm = online(name)
+    experience = experience_of(algorithm)
+    rows = range(len(experience.rollouts))
+    losses = [loss for loss in (algorithm.policy_loss, algorithm.value_loss) if loss is not None]
+    for loss in losses:
+        one = run_online(algorithm, loss, experience, len(rows), packed, 16, rows, padding=0.0)
+        for padding in (GARBAGE, -GARBAGE):
+            other = run_online(algorithm, loss, experience, len(rows), packed, 16, rows, padding=padding)
+            assert one[0] == other[0]
+            assert all(torch.equal(gradient, other[1][ids]) for ids, gradient in one[1].items())
+
+
 @pytest.mark.parametrize("name", ONLINE)
 def test_credit_does_not_depend_on_what_stands_behind_the_responses(name):
     algorithm = online(name)

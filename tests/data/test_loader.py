@@ -163,8 +163,8 @@ def test_overlong_prompts_are_dropped_and_counted(tokenizer: PreTrainedTokenizer
     source = write_lines(tmp_path / "p.jsonl", [{"prompt": "the fox"}, {"prompt": "the fox " * 50}])
     loaded = load_prompts(source, tokenizer, Limits(20, 400, "drop"))
     assert len(loaded.items) == 1
-    assert loaded.report.dropped_overlong == 1
-    assert loaded.report.summary() == f"{source}: 2 rows read, 1 kept, 1 dropped overlong"
+    assert loaded.report.dropped == 1
+    assert loaded.report.summary() == f"{source}: 2 rows read, 1 kept, 1 dropped"
 
 
 def test_overlong_prompt_error_names_line_and_limit(
@@ -396,7 +396,7 @@ def test_a_pair_whose_prompt_is_overlong_is_dropped_with_both_answers(
     rows = [pair_row("a"), pair_row("the fox " * 50), pair_row("b")]
     loaded = load_judged(write_lines(tmp_path / "p.jsonl", rows), tokenizer, Limits(20, 400, "drop"))
     assert [a.id for a in loaded.items] == ["id of a", "id of a", "id of b", "id of b"]
-    assert (loaded.report.rows, loaded.report.kept, loaded.report.dropped_overlong) == (3, 2, 1)
+    assert (loaded.report.rows, loaded.report.kept, loaded.report.dropped) == (3, 2, 1)
 
 
 def test_every_token_of_a_text_but_the_first_is_predicted(

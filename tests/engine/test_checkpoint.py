@@ -16,7 +16,7 @@ from torch import Tensor
 from rto_megatron.algorithms.sft import SFT, Config
 from rto_megatron.config.schema import OptimizerConfig, PrecisionConfig
 from rto_megatron.data.packing import Layout, supervised_microbatches
-from rto_megatron.engine.checkpoint import load_trained, load_weights, read_state, save_checkpoint
+from rto_megatron.engine.checkpoint import load_state, load_weights, read_state, save_checkpoint
 from rto_megatron.engine.megatron import Model, TrainedModel
 from rto_megatron.engine.roles import build_trained
 from rto_megatron.engine.source import find_source
@@ -130,7 +130,7 @@ def _train(
     start = folders / ("other" if is_loading else "policy")
     model = trained(place, start, False, ADAM, is_distributed_optimizer=is_distributed)
     if is_loading:
-        load_trained(run_dir / "checkpoints/step_000002/policy", model)
+        load_state(run_dir / "checkpoints/step_000002/policy", model)
     else:
         _step(model)
         _step(model)
@@ -257,7 +257,7 @@ def test_a_damaged_checkpoint_is_named_and_kept(
         place = topology("dp2")
         model = trained(place, folders / "other", False, ADAM)
         try:
-            (load_trained if is_trained else load_weights)(checkpoint / "policy", model)
+            (load_state if is_trained else load_weights)(checkpoint / "policy", model)
         except UserError as error:
             return str(error)
         return "loaded"

@@ -12,6 +12,8 @@ from tiny_models import write_llama
 from trainer.tiny_runs import MODELS, SCALAR, configure, join
 from transformers import AutoModelForCausalLM
 
+from rto_megatron.algorithms import ALGORITHMS
+from rto_megatron.algorithms.method import OnlineMethod
 from rto_megatron.config.schema import ReinforcementStage
 from rto_megatron.rollout.client import ServerClient
 from rto_megatron.trainer.metrics import read_metrics
@@ -70,6 +72,41 @@ def test_the_pool_samples_with_the_weights_of_every_step(
     trained = _logprobs(tmp_path / "run" / "hf", token_ids)
     assert (served - trained).abs().max() < TOLERANCE
     assert (served - _logprobs(pool_files / "models/policy", token_ids)).abs().max() > 100 * TOLERANCE
+
+
+def _train_all(configs: list[ReinforcementStage]) -> None:
+    for config in configs:
+        _train(config)
+
+
+def test_every_sampling_method_trains_with_the_pool(
+    pool_files: Path, pool_server: PoolServer, tmp_path: Path
+) -> None:
+    names = [name for name, method in ALGORITHMS.items() if isinstance(method, OnlineMethod)]
+    delimiters = {"semi_rto": {"algorithm__delimiters": ("red", "sun")}}
+    configs = [
+        configure(
+            name,
+            pool_files,
+            tmp_path / name,
+            run__steps=1,
+            run__save_every=None,
+            rollout__servers=(pool_server.address,),
+            rollout__token_file=pool_server.token_file,
+            rollout__logprob_tolerance=TOLERANCE,
+            rollout__sync_timeout_s=60.0,
+            sampling__max_response_tokens=16,
+            **delimiters.get(name, {}),
+        )
+        for name in names
+    ]
+    run_ranks(1, _train_all, configs, timeout_seconds=300)
+    for config in configs:
+        (metrics,) = read_metrics(config.run.dir)
+        print(config.stage, f"gap {metrics['pool/logprob_gap_max']:.1e}")
+        assert metrics["pool/logprob_gap_max"] < TOLERANCE
+        assert metrics["policy/grad_norm"] > 0
+        assert metrics["rollout/response_tokens"] <= 16
 
 
 @torch.no_grad()
