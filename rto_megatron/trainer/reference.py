@@ -10,16 +10,25 @@ from rto_megatron.engine.megatron import FrozenModel
 from rto_megatron.engine.source import WeightSource
 from rto_megatron.errors import UserError
 from rto_megatron.trainer.rollouts import Roles
-from rto_megatron.trainer.setup import note_in_config
-
-KEY = "reference_fingerprint"  # in config.json
+from rto_megatron.trainer.setup import REFERENCE_FINGERPRINT, note_in_config
 
 
 def note_reference(folder: Path, reference: FrozenModel) -> None:
-    """Records in `folder`/config.json what the model in training is compared with; all ranks must call it."""
+    """Records in `folder`/config.json what the model in training is compared with; all ranks must call it.
+
+    Raises:
+        UserError: on every rank, when the run goes on and was compared with another reference before.
+    """
     fingerprint = weights_fingerprint(reference)
+    recorded = json.loads((folder / "config.json").read_text()).get(REFERENCE_FINGERPRINT, fingerprint)
+    if recorded != fingerprint:
+        raise UserError(
+            f"the run in {folder.parents[1]} was trained against a reference with fingerprint {recorded[:12]}, and "
+            f"models.reference has {fingerprint[:12]}: its weights changed; restore them or name another run.dir"
+        )
+    reference.topology.barrier()
     if reference.topology.is_lead:
-        note_in_config(folder, **{KEY: fingerprint})
+        note_in_config(folder, **{REFERENCE_FINGERPRINT: fingerprint})
     reference.topology.barrier()
 
 
@@ -34,7 +43,7 @@ def require_trained_reference(
     if roles.dpo is None:
         return
     folder = sources["dpo"].hf_folder
-    recorded = json.loads((folder / "config.json").read_text()).get(KEY)
+    recorded = json.loads((folder / "config.json").read_text()).get(REFERENCE_FINGERPRINT)
     if recorded is None:
         if config.models.allow_unverified_reference:
             return

@@ -17,6 +17,9 @@ from rto_megatron.models.shape import check_experts, check_layout
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.trainer.report.progress import say
 
+# In the config.json of a model that was trained against a reference.
+REFERENCE_FINGERPRINT = "reference_fingerprint"
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -126,17 +129,22 @@ def stage_hf_files(source: WeightSource, run_dir: Path, role: str, topology: Top
         partial = folder.with_name(f".partial_{role}")
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(source.hf_folder, partial, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin"))
+        # What a starting point was compared with says nothing about the model that is trained from it.
+        note_in_config(partial, **{REFERENCE_FINGERPRINT: None})
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     topology.barrier()
     return folder
 
 
-def note_in_config(folder: Path, **entries: float | str) -> None:
-    """Keeps facts about a model in its config.json: checkpoints and exports carry that file."""
+def note_in_config(folder: Path, **entries: float | str | None) -> None:
+    """Keeps facts about a model in its config.json, which checkpoints and exports carry; None takes one away."""
     path = folder / "config.json"
-    config = json.loads(path.read_text())
-    config.update(entries)
+    before = json.loads(path.read_text())
+    merged = {**before, **entries}
+    config = {key: value for key, value in merged.items() if key not in entries or value is not None}
+    if config == before:
+        return
     partial = path.with_suffix(".tmp")
     partial.write_text(json.dumps(config, indent=2))
     partial.replace(path)

@@ -1,6 +1,7 @@
 """A DPO model is used with the reference it was trained against, which is told by its weights wherever they lie."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from tiny_models import write_llama
 from trainer.tiny_runs import configure, train
 
 from rto_megatron.engine.fingerprint import weights_fingerprint
-from rto_megatron.trainer.reference import KEY
+from rto_megatron.trainer.setup import REFERENCE_FINGERPRINT
 
 VERIFIED = {"models__allow_unverified_reference": False}
 
@@ -46,7 +47,7 @@ def trained(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recorded(folder: Path) -> str | None:
     """What a model's config.json says of its reference."""
-    return json.loads((folder / "config.json").read_text()).get(KEY)
+    return json.loads((folder / "config.json").read_text()).get(REFERENCE_FINGERPRINT)
 
 
 def test_checkpoint_and_export_of_a_dpo_model_record_its_reference(trained: Path) -> None:
@@ -120,6 +121,26 @@ def test_a_model_without_a_record_needs_an_allowance(files: Path, tmp_path: Path
     assert f"if it is models.reference={files / 'models/reference'}, set" in error
     assert "models.allow_unverified_reference=true" in error
     assert run("rto", files, tmp_path / "run", models__allow_unverified_reference=True) is None
+
+
+@pytest.mark.parametrize("stage", ["simpo", "ppo"])
+def test_a_model_trained_on_from_a_dpo_model_does_not_inherit_the_record(
+    stage: str, trained: Path, files: Path, tmp_path: Path
+) -> None:
+    assert run(stage, files, tmp_path, models__policy=trained / "dpo") is None
+    assert recorded(trained / "dpo/hf") is not None and recorded(tmp_path / "hf") is None
+
+
+def test_a_run_does_not_go_on_against_other_weights_of_its_reference(files: Path, tmp_path: Path) -> None:
+    reference = tmp_path / "reference"
+    shutil.copytree(files / "models/reference", reference)
+    assert run("dpo", files, tmp_path / "run", models__reference=reference) is None
+    weights = load_file(reference / "model.safetensors")
+    weights["model.norm.weight"] *= 2
+    save_file(weights, reference / "model.safetensors", metadata={"format": "pt"})
+    config = configure("dpo", files, tmp_path / "run", run__steps=2, models__reference=reference)
+    (error,) = run_ranks(1, train, config)
+    assert error is not None and "its weights changed; restore them or name another run.dir" in error
 
 
 def test_a_stage_without_dpo_reward_asks_for_no_reference_of_it(files: Path, tmp_path: Path) -> None:
