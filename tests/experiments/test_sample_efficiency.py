@@ -158,6 +158,9 @@ def test_report_has_hand_computed_numbers(tmp_path: Path) -> None:
     assert rows["rto"][1] == "x 0.33" and rows["sft"][4] == "-"
     assert rows["rto"][2] == "20.50 ± 0.50"
     assert rows["ppo"][6] == "3.50 ± 0.50"  # KL is the step, so the return at 3 nats is 3 (+ the seed)
+    written = (tmp_path / "table.md").read_text()
+    assert "| ppo | x 1 | 9.50, 1408 |" in written  # last quarter: steps 10 and 11
+    assert "| rto | x 0.33 | 19.00, 768 |" in written and "| ppo | x 0.33 | 0.95, never |" in written
     for name in ("return_by_episodes", "return_by_kl", "response_tokens", "episodes_to_threshold"):
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     page = (tmp_path / "report.html").read_text()

@@ -58,14 +58,20 @@ def read_curve(root: Path, seed: int, arm: str, factor: float) -> Curve:
     return Curve(config.responses_per_step * np.arange(1.0, len(rows) + 1), returns, kl, tokens)
 
 
+def last_quarter(curve: Curve) -> float:
+    """Mean true return of the last quarter of steps."""
+    return float(curve.returns[-(-len(curve.returns) * 3 // 4) :].mean())
+
+
 def best_factor(root: Path, arm: str, design: Design) -> float:
     """The learning-rate factor whose last quarter of steps earns most, mean over the tuning seeds."""
 
-    def last_quarter(factor: float) -> float:
-        curves = [read_curve(root, seed, arm, factor) for seed in design.tuning_seeds]
-        return float(np.mean([curve.returns[-(-len(curve.returns) * 3 // 4) :].mean() for curve in curves]))
+    def earned(factor: float) -> float:
+        return float(
+            np.mean([last_quarter(read_curve(root, seed, arm, factor)) for seed in design.tuning_seeds])
+        )
 
-    return max(design.factors, key=last_quarter)
+    return max(design.factors, key=earned)
 
 
 def episodes_to(curve: Curve, level: float, window: int) -> float | None:

@@ -8,7 +8,13 @@ from pathlib import Path
 
 from rto_megatron.experiments.sample_efficiency import Design
 from rto_megatron.experiments.sample_efficiency.plots import draw
-from rto_megatron.experiments.sample_efficiency.summary import ArmResult, SeedResult, summarise, true_return
+from rto_megatron.experiments.sample_efficiency.summary import (
+    ArmResult,
+    SeedResult,
+    summarise,
+    true_return,
+    tuning,
+)
 
 _HEADER = (
     "arm",
@@ -26,18 +32,18 @@ Rows = Sequence[Sequence[str]]
 
 
 def write_report(root: Path, design: Design) -> str:
-    """Writes table.md, table.json, four PNG files and report.html into `root`; returns the table.
+    """Writes table.md, table.json, four PNG files and report.html into `root`; returns the main table.
 
     Raises:
         UserError: a run is not finished.
     """
     results = summarise(root, design)
-    rows = _rows(results, design)
-    table = _markdown(rows)
-    (root / "table.md").write_text(table + "\n\n" + _markdown(_seed_rows(results, design)) + "\n")
+    tables = (_rows(results), _seed_rows(results, design), _tuning_rows(root, design))
+    table = _markdown(tables[0])
+    (root / "table.md").write_text("\n\n".join(_markdown(rows) for rows in tables) + "\n")
     (root / "table.json").write_text(json.dumps([_entry(arm) for arm in results], indent=1) + "\n")
     drawings = draw(results, design, root)
-    pages = [_html_table(rows), _html_table(_seed_rows(results, design)), *drawings]
+    pages = [*(_html_table(rows) for rows in tables), *drawings]
     (root / "report.html").write_text(_PAGE.format(body="\n".join(pages)), encoding="utf-8")
     return f"{table}\n\n{root}: table.md, table.json, report.html and PNG files"
 
@@ -55,7 +61,7 @@ svg {{ max-width: 100%; height: auto }}
 """
 
 
-def _rows(results: Sequence[ArmResult], design: Design) -> Rows:
+def _rows(results: Sequence[ArmResult]) -> Rows:
     ppo = next(arm for arm in results if arm.name == "ppo")
     rows: list[Sequence[str]] = [_HEADER]
     for arm in results:
@@ -84,6 +90,20 @@ def _rows(results: Sequence[ArmResult], design: Design) -> Rows:
                 _mean(arm, lambda one: None if one.evaluation.score is None else one.evaluation.score.mean),
             )
         )
+    return rows
+
+
+def _tuning_rows(root: Path, design: Design) -> Rows:
+    seeds = [f"seed {seed}" for seed in design.tuning_seeds]
+    rows: list[Sequence[str]] = [
+        ("last quarter's true return, episodes to the threshold", "learning rate", *seeds)
+    ]
+    for one in tuning(root, design):
+        cells = (
+            f"{earned:.2f}, {'never' if episodes is None else f'{episodes:.0f}'}"
+            for earned, episodes in zip(one.returns, one.episodes, strict=True)
+        )
+        rows.append((one.name, f"x {one.factor:.2g}", *cells))
     return rows
 
 

@@ -9,6 +9,7 @@ from rto_megatron.experiments.sample_efficiency.curves import (
     Curve,
     best_factor,
     episodes_to,
+    last_quarter,
     read_curve,
     return_at_kl,
     run_name,
@@ -36,6 +37,40 @@ class ArmResult:
     seeds: tuple[SeedResult, ...]
 
 
+@dataclass(frozen=True)
+class TuningResult:
+    """PPO or RTO at one learning rate on the tuning seeds: what the choice was made on."""
+
+    name: str
+    factor: float
+    returns: tuple[float, ...]  # mean of the last quarter of steps
+    episodes: tuple[float | None, ...]  # to the threshold
+
+
+def thresholds(root: Path, design: Design) -> dict[int, float]:
+    """Seed -> the true return that counts as PPO's level."""
+    best = best_factor(root, "ppo", design)
+    levels = {}
+    for seed in design.seeds:
+        before = true_return(_evaluation(root, seed, "sft"))
+        after = float(read_curve(root, seed, "ppo", best).returns[-design.window :].mean())
+        levels[seed] = before + design.threshold * (after - before)
+    return levels
+
+
+def tuning(root: Path, design: Design) -> list[TuningResult]:
+    """Every learning rate that was tried."""
+    levels = thresholds(root, design)
+    results = []
+    for name in ("ppo", "rto"):
+        for factor in design.factors:
+            curves = {seed: read_curve(root, seed, name, factor) for seed in design.tuning_seeds}
+            returns = tuple(last_quarter(curve) for curve in curves.values())
+            episodes = tuple(episodes_to(c, levels[seed], design.window) for seed, c in curves.items())
+            results.append(TuningResult(name, factor, returns, episodes))
+    return results
+
+
 def summarise(root: Path, design: Design) -> list[ArmResult]:
     """SFT and DPO, then every arm, each at the learning rate of its family.
 
@@ -46,13 +81,8 @@ def summarise(root: Path, design: Design) -> list[ArmResult]:
     for system in ("sft", "dpo"):
         evaluations = [_evaluation(root, seed, system) for seed in design.seeds]
         results.append(ArmResult(system, None, tuple(SeedResult(e, None, None, None) for e in evaluations)))
-    start = results[0]
     best = {name: best_factor(root, name, design) for name in ("ppo", "rto")}
-    ppo = [read_curve(root, seed, "ppo", best["ppo"]) for seed in design.seeds]
-    levels = []
-    for curve, sft in zip(ppo, start.seeds, strict=True):
-        before = true_return(sft.evaluation)
-        levels.append(before + design.threshold * (float(curve.returns[-design.window :].mean()) - before))
+    levels = thresholds(root, design)
     for arm in ARMS:
         factor = best[arm.tuned_as]
         curves = [read_curve(root, seed, arm.name, factor) for seed in design.seeds]
@@ -60,10 +90,10 @@ def summarise(root: Path, design: Design) -> list[ArmResult]:
             SeedResult(
                 _evaluation(root, seed, run_name(arm.name, factor)),
                 curve,
-                episodes_to(curve, level, design.window),
+                episodes_to(curve, levels[seed], design.window),
                 return_at_kl(curve, design.matched_kl, design.window),
             )
-            for seed, curve, level in zip(design.seeds, curves, levels, strict=True)
+            for seed, curve in zip(design.seeds, curves, strict=True)
         )
         results.append(ArmResult(arm.name, factor, tuple(seeds)))
     return results
