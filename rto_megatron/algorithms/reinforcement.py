@@ -91,6 +91,14 @@ class RewardConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _refuse_steering_zero(self) -> Self:
+        if self.kl_target is not None and self.beta_kl == 0:
+            raise ValueError(
+                f"kl_target={self.kl_target} cannot steer beta_kl=0, which stays 0; give beta_kl a start"
+            )
+        return self
+
     def kl_controller(self) -> KLController:
         """The controller of the first step."""
         return KLController(self.beta_kl, self.kl_target, self.kl_horizon)

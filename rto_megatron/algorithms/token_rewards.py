@@ -89,7 +89,7 @@ def response_score(
 
 
 def score_rewards(scored: ScoredRollouts, score_B: Tensor, kl_coef: float) -> TokenRewards:
-    """The response's score on its last token and nothing else; `kl_coef` is a matter of the loss."""
+    """The response's score on its last token and nothing else; `kl_coef` is not used, GRPO's KL is in its loss."""
     nothing_BR = torch.zeros_like(scored.logp_ref_BR)
     score_BR = at_last_token(score_B, scored.mask_BR)
     return TokenRewards(score_BR, dpo_BR=nothing_BR, kl_BR=nothing_BR, num_clipped=score_B.new_zeros(()))

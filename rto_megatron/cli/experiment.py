@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from rto_megatron.errors import UserError
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this file to `app`."""
@@ -20,7 +22,7 @@ def sample_efficiency(
     seeds: Annotated[
         str | None, typer.Option(help="Only these of the design's seeds, as in 0,2; for several processes.")
     ] = None,
-    num_seeds: Annotated[int, typer.Option(min=1, help="The design's first seeds.")] = 5,
+    num_seeds: Annotated[int, typer.Option(min=1, max=5, help="The design's first seeds.")] = 5,
     recipes: Annotated[Path, typer.Option(help="Recipes of the stages.")] = Path(
         "launchers/recipes/sample_efficiency"
     ),
@@ -33,7 +35,7 @@ def sample_efficiency(
     from rto_megatron.experiments.sample_efficiency.run import HIDDEN_SIZE, Lane, smaller
 
     design = smaller(DESIGN, num_seeds)
-    chosen = tuple(int(seed) for seed in seeds.split(",")) if seeds else design.seeds
+    chosen = _chosen(seeds, design.seeds)
     root = root.absolute()
     if phase == "report":
         from rto_megatron.experiments.sample_efficiency.report import write_report
@@ -62,3 +64,13 @@ def sample_efficiency(
             (runner.tune if phase == "tune" else runner.compare)(design, chosen)
     finally:
         stop_server(server)
+
+
+def _chosen(seeds: str | None, known: tuple[int, ...]) -> tuple[int, ...]:
+    if seeds is None:
+        return known
+    by_name = {str(seed): seed for seed in known}
+    names = seeds.split(",")
+    if not set(names) <= set(by_name):
+        raise UserError(f"--seeds {seeds}: the design has the seeds {','.join(by_name)}")
+    return tuple(by_name[name] for name in names)

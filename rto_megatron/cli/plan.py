@@ -56,10 +56,16 @@ def _bytes_per_parameter(role: Role, config: Stage, data_parallel: int) -> float
     optimizer = _optimizer(role, config)
     if optimizer is None:
         return 2 if is_bf16 else 4
+    average = 4 if _is_averaged(role, config) else 0
     state = (4 if is_bf16 else 0) + (8 if optimizer.kind == "adam" else 0)
     assert isinstance(config, TrainStage)
     shards = data_parallel if config.parallel.distributed_optimizer else 1
-    return (2 if is_bf16 else 4) + 4 + state / shards
+    return (2 if is_bf16 else 4) + 4 + average + state / shards
+
+
+def _is_averaged(role: Role, config: Stage) -> bool:
+    is_policy = isinstance(config, ReinforcementStage) and role.name == "policy"
+    return is_policy and config.algorithm.ema_beta is not None
 
 
 def _optimizer(role: Role, config: Stage) -> OptimizerConfig | None:

@@ -139,6 +139,11 @@ def model_problems(config: Stage) -> list[str]:
             f"models.dpo is missing: stage {config.stage} rewards tokens with a DPO model; name one, or set "
             "algorithm.beta_dpo=0 to do without"
         )
+    problems += [
+        f"models.{role}={named[role]} has no effect with algorithm.beta_dpo=0; remove it"
+        for role in ("dpo", "dpo_reference")
+        if named[role] is not None and role in used and not needs_dpo(config)
+    ]
     if models.allow_unverified_reference and not needs_dpo(config):
         problems.append(
             "models.allow_unverified_reference=true has no effect where no DPO model is read; remove it"

@@ -44,7 +44,6 @@ def roles_of(config: Stage) -> tuple[Role, ...]:
     """The models that the stage puts on the trainer's ranks; valid only if `checks` found no problem."""
     models, allowed = config.models, allowed_roles(config)
     reference = models.reference or models.policy
-    is_reinforcement = isinstance(config, ReinforcementStage)
     method = ALGORITHMS.get(config.stage)
     has_value_head = not isinstance(method, OnlineMethod | None) and method.outputs == "values"
     roles = [Role("policy", models.policy, not isinstance(config, EvaluateStage), has_value_head)]
@@ -55,7 +54,7 @@ def roles_of(config: Stage) -> tuple[Role, ...]:
         roles.append(Role("reference", reference))
     if models.reward is not None:
         roles.append(Role("reward", models.reward, has_value_head=True))
-    if is_reinforcement and needs_dpo(config):
+    if needs_dpo(config):
         assert models.dpo is not None
         dpo_reference = models.dpo_reference or reference
         shares = "reference" if dpo_reference == reference else None

@@ -227,11 +227,15 @@ def load_texts(source: str, tokenizer: PreTrainedTokenizerBase, limits: Limits) 
             ids = ids[: limits.max_length]
         return None if len(ids) < 2 else Demonstration(_row_id(row), ids[:1], ids[1:])
 
-    return _load(source, convert, encoder, None)
+    return _load(source, convert, encoder, None, "of fewer than two tokens")
 
 
 def _load[T](
-    source: str, convert: Callable[[Row], T | None], encoder: "_Encoder", max_rows: int | None
+    source: str,
+    convert: Callable[[Row], T | None],
+    encoder: "_Encoder",
+    max_rows: int | None,
+    dropped_as: str | None = None,
 ) -> Loaded[T]:
     items = []
     num_rows = 0
@@ -252,10 +256,9 @@ def _load[T](
         identical_pairs=counts["identical_pairs"],
     )
     if not items:
-        raise UserError(
-            f"{source}: no rows to use; {num_rows} read, {report.dropped} dropped with a prompt "
-            f"over its limit; check the file and data.max_prompt_tokens ({encoder.limits.max_prompt_tokens})"
-        )
+        limit = encoder.limits.max_prompt_tokens
+        reason = dropped_as or f"with a prompt over its limit; check data.max_prompt_tokens ({limit})"
+        raise UserError(f"{source}: no rows to use; {num_rows} read, {report.dropped} dropped {reason}")
     return Loaded(tuple(items), report)
 
 

@@ -20,5 +20,5 @@ def update_average(average: FrozenModel, model: TrainedModel, beta: float) -> No
 
     Source: OpenRLHF 0.4.4, utils/deepspeed/deepspeed.py:moving_average.
     """
-    weights = [parameter.float() for parameter in model.module.parameters()]
-    torch._foreach_lerp_(list(average.module.parameters()), weights, 1 - beta)
+    for mean, weight in zip(average.module.parameters(), model.module.parameters(), strict=True):
+        mean.lerp_(weight.float(), 1 - beta)

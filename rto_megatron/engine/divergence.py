@@ -27,6 +27,8 @@ def divergence_microbatches(
         num_pairs: pairs of the global batch, all ranks.
         layout: micro-batch size in pairs, and packing.
     """
+    if not pairs:
+        return []
     plain = pair_microbatches(pairs, torch.zeros(len(pairs), 2, device=layout.device), num_pairs, layout)
     states = reference.hidden_states([micro.batch for micro in plain])
     return [

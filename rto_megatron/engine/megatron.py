@@ -50,7 +50,7 @@ class ValueScale:
 
 @dataclass(frozen=True)
 class FrozenModel:
-    """A model that only looks: the reference, the DPO model, the reward model."""
+    """A model without gradients: the reference, the DPO model, the reward model, the average of a policy."""
 
     name: str
     shape: ModelShape

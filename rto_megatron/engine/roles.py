@@ -19,7 +19,7 @@ def build_frozen(
     name: str,
     source: WeightSource,
     has_scalar_head: bool,
-    precision: schema.PrecisionConfig,
+    precision: schema.FrozenPrecisionConfig,
     topology: Topology,
 ) -> FrozenModel:
     """A loaded model without gradients."""

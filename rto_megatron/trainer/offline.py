@@ -57,6 +57,9 @@ class Task:
     ]  # of a share, given the size of the whole
     loss: Callable[[Tensor, Microbatch], LossOutput]
     reading: Reading  # what the loss sees of the model
+    num_evaluated: (
+        int | None
+    )  # examples of an evaluation whose micro-batches exist at a time; None: all, coupled
 
 
 def train_offline(config: schema.OfflineStage, topology: Topology) -> None:
@@ -119,9 +122,10 @@ def evaluate(
     """
     total: Metrics = {}
     own = examples[topology.data_rank :: topology.data_size]
-    if own:
-        microbatches = task.microbatches(own, task.size(examples))
-        outputs = model.outputs(microbatches, task.reading)
+    groups = [own] if task.num_evaluated is None else batched(own, task.num_evaluated)
+    for group in groups:
+        microbatches = task.microbatches(group, task.size(examples))  # a coupled one needs every replica
+        outputs = model.outputs(microbatches, task.reading) if microbatches else []
         with torch.no_grad():
             for output, microbatch in zip(outputs, microbatches, strict=True):
                 total = add(total, task.loss(output, microbatch).metrics)
@@ -153,18 +157,24 @@ def build_task(
     method = ALGORITHMS[config.stage]
     assert isinstance(method, OfflineMethod)
     loss = method.build(config.algorithm).loss
+    some = 16 * layout.micro  # what the reference says of all held-out examples may not fit in memory
     if method.examples == "demonstrations":
         return Task(
-            load_demonstrations, _num_targets, partial(supervised_microbatches, layout=layout), loss, TOKENS
+            load_demonstrations,
+            _num_targets,
+            partial(supervised_microbatches, layout=layout),
+            loss,
+            TOKENS,
+            some,
         )
     if method.examples == "judgements":
         assert reference is not None
-        return Task(load_judged, len, partial(_judged, model, reference, layout), loss, TOKENS)
+        return Task(load_judged, len, partial(_judged, model, reference, layout), loss, TOKENS, None)
     if method.outputs == "divergence":
         assert reference is not None
         build = partial(divergence_microbatches, reference=reference, layout=layout)
-        return Task(load_pairs, len, build, loss, divergence_from(reference))
-    return Task(load_pairs, len, partial(_pairs, reference, layout), loss, TOKENS)
+        return Task(load_pairs, len, build, loss, divergence_from(reference), some)
+    return Task(load_pairs, len, partial(_pairs, reference, layout), loss, TOKENS, some)
 
 
 def _num_targets(examples: Sequence[Demonstration]) -> int:
@@ -188,7 +198,10 @@ def _judged(
     answers: Sequence[JudgedResponse],
     num_answers: int,
 ) -> list[Microbatch]:
-    """KTO's baseline needs a forward of policy and reference on unrelated answers, before the step."""
+    """KTO's baseline needs a forward of policy and reference on unrelated answers, before the step.
+
+    All ranks must call it, also those of a replica without answers: the baseline is of the global batch.
+    """
     unrelated = [(a.prompt_ids, a.unrelated_ids) for a in answers]
     gap_G = response_logprobs(model, unrelated, layout) - response_logprobs(reference, unrelated, layout)
     total = float(model.topology.dp_sum(gap_G.sum()))
@@ -202,6 +215,8 @@ def response_logprobs(
     model: Model, answers: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], layout: Layout
 ) -> Tensor:
     """Summed log-probs of each (prompt ids, response ids), [number of answers], nats, without gradients."""
+    if not answers:
+        return torch.zeros(0, device=layout.device)
     sequences = [(prompt_ids + response_ids, len(prompt_ids)) for prompt_ids, response_ids in answers]
     batches = sequence_batches(sequences, layout)
     return response_sums(model.token_outputs(batches), batches, sequences)

@@ -11,6 +11,7 @@ from rto_megatron.config import schema
 from rto_megatron.data.batches import Batches
 from rto_megatron.data.loader import load_texts
 from rto_megatron.data.packing import supervised_microbatches
+from rto_megatron.errors import UserError
 from rto_megatron.trainer.report.progress import say
 from rto_megatron.trainer.setup import Setup
 from rto_megatron.types import Demonstration, LossOutput, Minibatch, SupervisedMicrobatch
@@ -32,6 +33,11 @@ class Pretraining:
             place = setup.topology
             loaded = load_texts(config.data.pretrain, setup.tokenizer, setup.limits)
             say(loaded.report.summary(), place.is_lead)
+            if len(loaded.items) < config.batch.train:
+                raise UserError(
+                    f"data.pretrain: {config.data.pretrain} has {len(loaded.items)} texts, and an optimizer step takes "
+                    f"as many as responses, batch.train={config.batch.train}; name more texts"
+                )
             self._texts = Batches(
                 loaded.items, config.batch.train, config.run.seed, place.data_rank, place.data_size
             )

@@ -21,6 +21,8 @@ _FREE = (
     "batch.packed",
     "data.eval",
     "data.eval_samples",
+    "data.true_reward",
+    "models.allow_unverified_reference",
     "rollout",
 )
 

@@ -13,6 +13,7 @@ from rto_megatron.data.tokenizer import tokens_with
 from rto_megatron.engine.average import build_average, update_average
 from rto_megatron.engine.megatron import FrozenModel, Model, TrainedModel
 from rto_megatron.engine.roles import build_frozen, build_trained
+from rto_megatron.errors import UserError
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.rollout.engine import RolloutEngine, Sampling
 from rto_megatron.trainer.known_reward import known_reward, true_return
@@ -56,6 +57,7 @@ def train_rto(
     )
     prompts, pretraining = load_batches(config, setup), Pretraining(config, setup)
     run = open_run(config, setup, roles, config.run.steps or prompts.batches_per_epoch)
+    refuse_idle_policy(algorithm, run.num_steps)
     kl, table = algorithm.kl_controller, known_reward(config, setup)
     if run.state:
         prompts.restore(run.state["data"])
@@ -93,6 +95,15 @@ def train_rto(
     # The pool is left with the trained policy; should it fail, the run is complete all the same.
     sampler.push(run.step)
     sampler.push.close()
+
+
+def refuse_idle_policy(algorithm: PolicyOptimization, num_steps: int) -> None:
+    """Raises UserError where the critic's warm-up is the whole run."""
+    if algorithm.critic_warmup_steps >= num_steps:
+        raise UserError(
+            f"algorithm.critic_warmup_steps={algorithm.critic_warmup_steps} leaves no step for the policy in a run of "
+            f"{num_steps}; lower it or raise run.steps"
+        )
 
 
 def update(
@@ -200,5 +211,7 @@ def show_samples(
         return
     variance = explained_variance(means)
     explained = "none" if variance is None else f"{variance:.3f}"
-    title = f"{config.stage} step {run.step}, the critic explains {explained} of the variance of returns"
+    critic = f", the critic explains {explained} of the variance of returns"
+    has_critic = isinstance(config, schema.ActorCriticStage)
+    title = f"{config.stage} step {run.step}{critic if has_critic else ''}"
     show(completions_table(experience, setup.tokenizer.decode, 4, title))

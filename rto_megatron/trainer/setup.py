@@ -2,18 +2,21 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from rto_megatron.algorithms import ALGORITHMS
+from rto_megatron.algorithms.method import OfflineMethod
 from rto_megatron.config import checks, schema
 from rto_megatron.config.roles import roles_of
 from rto_megatron.data.loader import Limits
 from rto_megatron.data.packing import Layout
 from rto_megatron.data.tokenizer import encoding_fingerprint, load_tokenizer
 from rto_megatron.engine.source import SCALAR_ROLES, WeightSource, find_source, latest_checkpoint
-from rto_megatron.models.shape import check_experts, check_layout
+from rto_megatron.models.shape import ModelShape, check_experts, check_layout
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.trainer.report.progress import say
 
@@ -61,6 +64,7 @@ def prepare_stage(config: schema.Stage, topology: Topology) -> Setup:
                 parallel.sequence,
                 config.models.moe_aux_loss_coef,
             ),
+            *_unlike_vocabularies(config, shapes),
             *_unlike_tokenizers(sources),
             *checks.find_problems(config, topology.world_size, max_positions),
         ]
@@ -72,6 +76,20 @@ def prepare_stage(config: schema.Stage, topology: Topology) -> Setup:
     layout = Layout(batch.micro, batch.packed, topology.row_multiple, device)
     limits = Limits(config.data.max_prompt_tokens, _max_length(config), config.data.overlong)
     return Setup(topology, sources, tokenizer, layout, limits)
+
+
+def _unlike_vocabularies(config: schema.Stage, shapes: Mapping[str, ModelShape]) -> list[str]:
+    """Whole distributions can only be compared where both models cut the vocabulary alike."""
+    method = ALGORITHMS.get(config.stage)
+    if not isinstance(method, OfflineMethod) or method.outputs != "divergence":
+        return []
+    sizes = {role: shapes[role].vocab_size for role in ("policy", "reference")}
+    if sizes["policy"] == sizes["reference"]:
+        return []
+    return [
+        f"models.reference has vocab_size={sizes['reference']} and models.policy {sizes['policy']}; stage "
+        f"{config.stage} compares whole distributions: resize the embeddings of one"
+    ]
 
 
 def _max_length(config: schema.Stage) -> int:

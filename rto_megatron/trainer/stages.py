@@ -54,7 +54,9 @@ def export_run(run_dir: Path, folder: Path) -> None:
 
         is_scalar = isinstance(config, schema.RewardModelStage)
         source = find_source(run_dir, is_scalar, is_random=False, key="RUN_DIR")
-        model = build_frozen("export", source, is_scalar, config.precision, topology)
+        is_average = source.path.name == "policy_ema"
+        precision = schema.FrozenPrecisionConfig(dtype="fp32") if is_average else config.precision
+        model = build_frozen("export", source, is_scalar, precision, topology)
         export_hf(model, source.hf_folder, folder)
 
 

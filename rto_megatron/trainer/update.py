@@ -23,7 +23,8 @@ def optimizer_minibatches(
 
     The first pass takes rollouts in the order of the prompts, which the loader has shuffled; later passes shuffle.
     Every replica shuffles its own rollouts by the same permutation, so from the second pass on the global
-    minibatches depend on the number of replicas.
+    minibatches depend on the number of replicas. So do those of the first pass where a replica's share of an optimizer
+    step is no multiple of the responses to a prompt.
 
     Args:
         num_minibatches: optimizer steps per pass; divides the rollouts of every replica.

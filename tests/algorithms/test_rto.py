@@ -132,6 +132,7 @@ def test_mask_leaves_cut_responses_out_of_loss_and_whitening():
     [
         ({"truncated": "mask", "truncated_penalty": 2.0}, "truncated_penalty=2.0 has no effect"),
         ({"kl_horizon": 5}, "kl_horizon=5 has no effect"),
+        ({"kl_target": 0.1, "beta_kl": 0}, "kl_target=0.1 cannot steer beta_kl=0"),
         ({"beta_dpo": -0.1}, "greater than or equal to 0"),
         ({"preset": "paper"}, "Extra inputs"),
     ],

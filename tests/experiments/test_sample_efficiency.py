@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from algorithms.grids import golden_scored, no_reduction
+from typer.testing import CliRunner
 
 from rto_megatron.algorithms import ALGORITHMS, ppo, rto
+from rto_megatron.cli.main import app
 from rto_megatron.config.load import load_recipe, save
 from rto_megatron.data.true_reward import TrueReward
 from rto_megatron.errors import UserError
@@ -174,3 +176,13 @@ def test_an_unfinished_run_is_named(tmp_path: Path) -> None:
     (seed_folder(tmp_path, 1) / "semi_rto_x0.33" / "hf").rmdir()
     with pytest.raises(UserError, match=r"semi_rto_x0\.33 is not finished"):
         write_report(tmp_path, DESIGN_2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"), [(["--seeds", "7"], "the design has the seeds"), (["--seeds", "a"], "0,1")]
+)
+def test_seeds_outside_the_design_are_refused(arguments: list[str], part: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=part):
+        CliRunner().invoke(
+            app, ["sample-efficiency", str(tmp_path), "--phase", "tune", *arguments], catch_exceptions=False
+        )

@@ -166,11 +166,7 @@ def test_the_critic_is_trained_alone_at_first(files: Path, tmp_path: Path) -> No
     assert ["lr/policy" in entry for entry in entries] == [False, False, True]
     assert ["policy/grad_norm" in entry for entry in entries] == [False, False, True]
     assert all("critic/grad_norm" in entry for entry in entries)
-    start, trained_policy = load_file(files / "models/policy/model.safetensors"), exported(run_dir / "hf")
-    assert not same(start, trained_policy)
-    shutil.rmtree(run_dir)
-    untrained = run("ppo", files, run_dir, algorithm__critic_warmup_steps=3, **keys)
-    assert same(start, exported(untrained / "hf"))
+    assert not same(load_file(files / "models/policy/model.safetensors"), exported(run_dir / "hf"))
 
 
 def test_an_average_is_taken_after_every_optimizer_step(files: Path, tmp_path: Path) -> None:
