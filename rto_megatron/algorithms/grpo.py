@@ -1,6 +1,5 @@
 """Group Relative Policy Optimization (DeepSeekMath, arXiv 2402.03300): a response is compared with its siblings."""
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -10,7 +9,7 @@ from rto_megatron.algorithms.kl_controller import KLController
 from rto_megatron.algorithms.losses import clipped_policy_loss, keep, to_metrics
 from rto_megatron.algorithms.method import OnlineMethod, Vocabulary
 from rto_megatron.algorithms.reinforcement import PolicyOptimization
-from rto_megatron.algorithms.token_rewards import score_rewards
+from rto_megatron.algorithms.token_rewards import kl_k3, score_rewards
 from rto_megatron.types import LossOutput, Minibatch, ScoredRollouts, TokenRewards
 
 _STD_FLOOR = 1e-4  # as TRL adds it: a group of equal scores teaches nothing instead of dividing by zero
@@ -50,8 +49,7 @@ def build(config: Config, vocabulary: Vocabulary) -> PolicyOptimization:
     def policy_loss(logp_T: Tensor, minibatch: Minibatch) -> LossOutput:
         surrogate = clipped_policy_loss(logp_T, minibatch, config.clip_eps)
         weight_T = minibatch.weight_T
-        k1_T = keep(logp_T - minibatch.logp_ref_T, weight_T)
-        kl = (weight_T * (torch.expm1(-k1_T) + k1_T)).sum()
+        kl = (weight_T * kl_k3(logp_T, minibatch.logp_ref_T, weight_T)).sum()
         metrics = to_metrics({"loss/kl_avg": (kl, weight_T.sum())})
         return LossOutput(surrogate.loss + config.beta_kl * kl, {**surrogate.metrics, **metrics})
 

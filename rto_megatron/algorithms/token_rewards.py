@@ -39,7 +39,7 @@ def kl_k1(logp_BR: Tensor, logp_ref_BR: Tensor, mask_BR: Tensor) -> Tensor:
 
 
 def kl_k3(logp_BR: Tensor, logp_ref_BR: Tensor, mask_BR: Tensor) -> Tensor:
-    """exp(-k1) - 1 + k1: never negative, of lower variance than k1; for the logs only, nats, shape [B, R]."""
+    """exp(-k1) - 1 + k1: never negative, of lower variance than k1; for logs and GRPO's loss, nats, same shape."""
     k1_BR = kl_k1(logp_BR, logp_ref_BR, mask_BR)
     return torch.expm1(-k1_BR) + k1_BR
 
