@@ -6,6 +6,7 @@ code: entropy bonus, dual clip, early stop on the ratio.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -15,7 +16,7 @@ from rto_megatron.algorithms.advantages import AllSum
 from rto_megatron.algorithms.credit_metrics import credit_metrics, dpo_metrics, value_metrics
 from rto_megatron.algorithms.kl_controller import KLController
 from rto_megatron.algorithms.losses import keep
-from rto_megatron.algorithms.token_rewards import response_score, truncated_rows
+from rto_megatron.algorithms.token_rewards import Redistribution, response_score, rto_rewards, truncated_rows
 from rto_megatron.types import Experience, LossOutput, Metrics, Minibatch, ScoredRollouts, TokenRewards
 
 
@@ -120,6 +121,10 @@ class DpoRewardConfig(BaseModel):
         gt=0,
         description="bound of the DPO reward of a token after scaling; null: no bound, as in the paper",
     )
+
+    def token_reward(self, redistribute: Redistribution) -> "TokenReward":
+        """RTO's reward at these weights, its DPO part paid on the tokens that `redistribute` chooses."""
+        return partial(rto_rewards, beta_dpo=self.beta_dpo, dpo_clip=self.dpo_clip, redistribute=redistribute)
 
 
 TokenReward = Callable[[ScoredRollouts, Tensor, float], TokenRewards]  # (scored, score [B], kl_coef)

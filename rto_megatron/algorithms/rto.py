@@ -3,12 +3,10 @@
 Everything but the token reward is PPO's; with `beta_dpo` 0 the two are bit-equal.
 """
 
-from functools import partial
-
 from rto_megatron.algorithms import ppo
 from rto_megatron.algorithms.method import OnlineMethod, Vocabulary
 from rto_megatron.algorithms.reinforcement import DpoRewardConfig, PolicyOptimization
-from rto_megatron.algorithms.token_rewards import Redistribution, as_it_is, rto_rewards
+from rto_megatron.algorithms.token_rewards import Redistribution, as_it_is
 
 
 class Config(ppo.Config, DpoRewardConfig):
@@ -17,10 +15,7 @@ class Config(ppo.Config, DpoRewardConfig):
 
 def with_dpo_reward(config: Config, redistribute: Redistribution) -> PolicyOptimization:
     """PPO with a DPO reward, paid on the tokens that `redistribute` chooses."""
-    token_reward = partial(
-        rto_rewards, beta_dpo=config.beta_dpo, dpo_clip=config.dpo_clip, redistribute=redistribute
-    )
-    return ppo.actor_critic(config, token_reward, needs_dpo=config.beta_dpo != 0)
+    return ppo.actor_critic(config, config.token_reward(redistribute), needs_dpo=config.beta_dpo != 0)
 
 
 def build(config: Config, vocabulary: Vocabulary) -> PolicyOptimization:

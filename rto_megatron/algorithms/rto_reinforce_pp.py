@@ -1,11 +1,9 @@
 """RTO on REINFORCE++, as in the paper's appendix E: RTO's token reward, without a critic."""
 
-from functools import partial
-
 from rto_megatron.algorithms.method import OnlineMethod, Vocabulary
 from rto_megatron.algorithms.reinforce_pp import critic_free
 from rto_megatron.algorithms.reinforcement import DpoRewardConfig, PolicyOptimization, RewardConfig
-from rto_megatron.algorithms.token_rewards import as_it_is, rto_rewards
+from rto_megatron.algorithms.token_rewards import as_it_is
 
 
 class Config(RewardConfig, DpoRewardConfig):
@@ -14,10 +12,7 @@ class Config(RewardConfig, DpoRewardConfig):
 
 def build(config: Config, vocabulary: Vocabulary) -> PolicyOptimization:
     """REINFORCE++ with the reward of eq. 4.7."""
-    token_reward = partial(
-        rto_rewards, beta_dpo=config.beta_dpo, dpo_clip=config.dpo_clip, redistribute=as_it_is
-    )
-    return critic_free(config, token_reward, needs_dpo=config.beta_dpo != 0)
+    return critic_free(config, config.token_reward(as_it_is), needs_dpo=config.beta_dpo != 0)
 
 
 METHOD = OnlineMethod(Config, build, has_critic=False, has_dpo=True)

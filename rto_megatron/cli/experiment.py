@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from rto_megatron.errors import UserError
+from rto_megatron.experiments.sample_efficiency import DESIGN
 
 
 def register(app: typer.Typer) -> None:
@@ -22,7 +23,9 @@ def sample_efficiency(
     seeds: Annotated[
         str | None, typer.Option(help="Only these of the design's seeds, as in 0,2; for several processes.")
     ] = None,
-    num_seeds: Annotated[int, typer.Option(min=1, max=5, help="The design's first seeds.")] = 5,
+    num_seeds: Annotated[
+        int, typer.Option(min=1, max=len(DESIGN.seeds), help="The design's first seeds.")
+    ] = len(DESIGN.seeds),
     recipes: Annotated[Path, typer.Option(help="Recipes of the stages.")] = Path(
         "launchers/recipes/sample_efficiency"
     ),
@@ -31,7 +34,6 @@ def sample_efficiency(
     ] = None,
 ) -> None:
     """Compare how many episodes PPO, RTO and RTO's ablations need on the synthetic task with long responses."""
-    from rto_megatron.experiments.sample_efficiency import DESIGN
     from rto_megatron.experiments.sample_efficiency.run import HIDDEN_SIZE, Lane, smaller
 
     design = smaller(DESIGN, num_seeds)
