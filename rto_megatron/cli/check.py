@@ -52,7 +52,7 @@ def check(
     from rto_megatron.config.checks import find_problems, refuse
     from rto_megatron.config.load import dump, load_recipe
     from rto_megatron.config.roles import roles_of
-    from rto_megatron.models.shape import check_experts, check_layout
+    from rto_megatron.models.checks import check_experts, check_layout
 
     config = load_recipe(recipe, overrides or [])
     world_size, pool_size = _split(config, gpus, pool_gpus)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from rto_megatron.algorithms import ALGORITHMS
 from rto_megatron.algorithms.method import OfflineMethod
-from rto_megatron.cli.shapes import FoundShape, layer_parameters, num_parameters
+from rto_megatron.cli.shapes import FoundShape
 from rto_megatron.config.roles import Role, roles_of
 from rto_megatron.config.schema import (
     ActorCriticStage,
@@ -23,6 +23,7 @@ from rto_megatron.config.schema import (
     Stage,
     TrainStage,
 )
+from rto_megatron.models.parameters import fullest_stage, num_parameters
 from rto_megatron.models.shape import ModelShape
 
 _GIB = 1024**3
@@ -43,11 +44,7 @@ def role_cost(role: Role, shape: ModelShape, config: Stage, data_parallel: int) 
     if role.shares is not None:
         return RoleCost(total, 0, 0)
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
-    layers = shape.num_layers // pipeline * layer_parameters(shape)
-    ends = total - shape.num_layers * layer_parameters(shape)
-    # The first and the last pipeline stage hold one vocabulary matrix each, a single stage holds both.
-    fullest_end = ends if pipeline == 1 else max(shape.vocab_size * shape.hidden_size, 1)
-    per_rank = -(-(layers + fullest_end) // tensor)
+    per_rank = -(-fullest_stage(shape, role.has_value_head, pipeline) // tensor)
     return RoleCost(total, per_rank, int(per_rank * _bytes_per_parameter(role, config, data_parallel)))
 
 

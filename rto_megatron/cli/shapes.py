@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rto_megatron.errors import UserError
-from rto_megatron.models.shape import ModelShape, read_shape
+from rto_megatron.models.config_files import read_shape
+from rto_megatron.models.shape import ModelShape
 
 
 def _llama(layers: int, hidden: int, ffn: int, heads: int, head_dim: int, version: str) -> ModelShape:
@@ -91,19 +92,3 @@ def _folder_with_config(model: Path, roles: tuple[str, ...]) -> Path | None:
     checkpoint = checkpoints[-1] if checkpoints else model
     folders = (model, *(checkpoint / role / "hf" for role in roles), model / "hf")
     return next((folder for folder in folders if (folder / "config.json").is_file()), None)
-
-
-def layer_parameters(shape: ModelShape) -> int:
-    """Parameters of one decoder layer: attention, gated feed-forward or experts with their router, two norms."""
-    attention = shape.hidden_size * shape.head_dim * 2 * (shape.num_heads + shape.num_kv_heads)
-    feed_forward = 3 * shape.hidden_size * shape.ffn_hidden_size
-    if shape.num_experts is not None:
-        feed_forward = shape.num_experts * (feed_forward + shape.hidden_size)
-    return attention + feed_forward + 2 * shape.hidden_size
-
-
-def num_parameters(shape: ModelShape, has_value_head: bool) -> int:
-    """Parameters of the model; a value head (one output) stands in for the vocabulary's output matrix."""
-    embedding = shape.vocab_size * shape.hidden_size
-    output = shape.hidden_size if has_value_head else (0 if shape.is_tied else embedding)
-    return shape.num_layers * layer_parameters(shape) + embedding + shape.hidden_size + output

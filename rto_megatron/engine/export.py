@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rto_megatron.engine.megatron import Model
 from rto_megatron.engine.weights import stage_hf_tensors
-from rto_megatron.models.family import FAMILIES
+from rto_megatron.models.config_files import as_exported
 
 _SHARD_BYTES = 4 << 30
 
@@ -66,11 +66,6 @@ def _groups(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]
 
 
 def _write_config(path: Path, model: Model) -> None:
-    config = json.loads(path.read_text())
-    config["architectures"] = [FAMILIES[model.shape.family].architectures[model.has_scalar_head]]
-    config["dtype"] = str(model.module.config.params_dtype).removeprefix("torch.")
-    if model.has_scalar_head:
-        config.update(num_labels=1, id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0})
-        if "value_head_prefix" in config:  # where OpenRLHF looks for the head
-            config["value_head_prefix"] = "score"
+    dtype = str(model.module.config.params_dtype).removeprefix("torch.")
+    config = as_exported(json.loads(path.read_text()), model.shape.family, model.has_scalar_head, dtype)
     path.write_text(json.dumps(config, indent=2))

@@ -7,7 +7,8 @@ from typing import Literal
 
 from rto_megatron.engine.megatron import ValueScale
 from rto_megatron.errors import UserError
-from rto_megatron.models.shape import ModelShape, read_shape
+from rto_megatron.models.config_files import read_shape
+from rto_megatron.models.shape import ModelShape
 
 CHECKPOINTS = "checkpoints"
 WEIGHTS = "weights"  # <checkpoint>/<role>/weights: torch_dist

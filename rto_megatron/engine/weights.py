@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -11,25 +11,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rto_megatron.errors import UserError
-from rto_megatron.models.family import FAMILIES
+from rto_megatron.models.parameters import parameter_map, stage_of
 from rto_megatron.models.shape import ModelShape
-from rto_megatron.models.weight_map import MappedParameter
+from rto_megatron.models.weight_map import TensorReader
 from rto_megatron.parallel.topology import Topology
 
-TensorReader = Callable[[str, tuple[int, ...]], Tensor]  # (Hugging Face name, expected shape) -> tensor
 _HEAD = "score.weight"
-
-
-def parameter_map(shape: ModelShape, has_scalar_head: bool) -> tuple[MappedParameter, ...]:
-    """The whole model's parameters, in the order of the forward pass."""
-    return FAMILIES[shape.family].weight_map(shape, has_scalar_head)
-
-
-def stage_of(parameter: MappedParameter, shape: ModelShape, pipeline_size: int) -> int:
-    """The pipeline stage that owns a parameter."""
-    if parameter.layer is not None:
-        return parameter.layer // (shape.num_layers // pipeline_size)
-    return pipeline_size - 1 if parameter.is_output_side else 0
 
 
 def local_parameters(model: GPTModel) -> dict[str, torch.nn.Parameter]:

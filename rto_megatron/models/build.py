@@ -1,6 +1,7 @@
 """Builds Megatron's GPTModel from a shape: the one place that knows its constructor, its spec and its chatter."""
 
 import logging
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -57,11 +58,12 @@ def transformer_config(
         use_cpu_initialization=not topology.device.is_cuda,
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # the default one refuses variable lengths, even without experts
-        num_moe_experts=shape.num_experts,
-        moe_router_topk=shape.experts_per_token or 2,  # Megatron's default where there are no experts
+        add_qkv_bias=shape.has_qkv_bias,
+        qk_layernorm=shape.has_qk_norm,
         # "none" where there is nothing to balance: other roles of the same run may be dense.
-        moe_router_load_balancing_type="aux_loss" if shape.num_experts else "none",
-        moe_aux_loss_coeff=moe_aux_loss_coef if shape.num_experts else 0.0,
+        moe_router_load_balancing_type="aux_loss" if shape.experts else "none",
+        moe_aux_loss_coeff=moe_aux_loss_coef if shape.experts else 0.0,
+        **_experts(shape),
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
@@ -75,15 +77,49 @@ def transformer_config(
     )
 
 
-def _block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
-    layer: ModuleSpec = get_gpt_layer_local_spec(config.num_moe_experts, normalization="RMSNorm")
+def _experts(shape: ModelShape) -> dict[str, Any]:
+    """Megatron's settings of a mixture; none for a dense model."""
+    experts = shape.experts
+    if experts is None:
+        return {}
+    return {
+        "num_moe_experts": experts.num,
+        "moe_router_topk": experts.per_token,
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        # Softmax over the chosen experts makes their weights sum to 1, softmax over all before the choice does not.
+        "moe_router_pre_softmax": not experts.is_normalized,
+        "moe_shared_expert_intermediate_size": experts.shared_ffn_hidden_size,
+        "moe_shared_expert_gate": experts.has_shared_gate,
+        "moe_layer_freq": 1
+        if shape.is_uniform
+        else [int(i in experts.layers) for i in range(shape.num_layers)],
+    }
+
+
+def _layer_spec(config: TransformerConfig, num_experts: int | None) -> ModuleSpec:
+    layer: ModuleSpec = get_gpt_layer_local_spec(
+        num_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+    )
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = PackedCoreAttention
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = PackedCoreAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
     # The fused-norm key names of TransformerEngine would hide which parameter a checkpoint entry is.
     layer.submodules.sharded_state_dict_keys_map = {}
+    return layer
+
+
+def _block_spec(shape: ModelShape, config: TransformerConfig, stage: int) -> TransformerBlockSubmodules:
+    dense = _layer_spec(config, None)
+    sparse = dense if shape.experts is None else _layer_spec(config, shape.experts.num)
+    with_experts = () if shape.experts is None else shape.experts.layers
     layers = config.num_layers // config.pipeline_model_parallel_size
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
+    own = range(stage * layers, (stage + 1) * layers)
+    return TransformerBlockSubmodules(
+        layer_specs=[sparse if i in with_experts else dense for i in own], layer_norm=RMSNorm
+    )
 
 
 def build_model(
@@ -95,7 +131,7 @@ def build_model(
     )  # GPTModel's notice of 0.19
     model = GPTModel(
         config=config,
-        transformer_layer_spec=_block_spec(config),
+        transformer_layer_spec=_block_spec(shape, config, topology.pipeline_rank),
         vocab_size=padded_vocab(shape.vocab_size, topology.tensor_size),
         max_sequence_length=shape.max_positions,
         pre_process=topology.is_first_stage,

@@ -1,20 +1,31 @@
-"""The model families. To add one: a file in families/ and a line here."""
+"""What differs between model families."""
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from rto_megatron.models.families import llama, mixtral
-from rto_megatron.models.weight_map import WeightMap
+from rto_megatron.models.hf_config import HfConfig
+from rto_megatron.models.shape import ModelShape
+from rto_megatron.models.weight_map import MappedParameter
 
 
 @dataclass(frozen=True)
 class Family:
-    """What differs between families: the weight map and the names of the Hugging Face classes."""
+    """One model type of transformers.
 
-    weight_map: WeightMap
-    architectures: dict[bool, str]  # has_scalar_head -> class name in config.json
+    Attributes:
+        architectures: has_scalar_head -> class name in config.json.
+        layer: (shape, index) -> parameters of one decoder layer, in the order of the forward pass.
+        read: (config.json, sizes that all families share) -> the shape; refuses what Megatron cannot express.
+        config: the family's own keys of config.json; `read` undoes it.
+        left_aside: names of tensors that are not weights of the model, with the reason.
+        not_run: why no model of this family can be built here; null: it runs.
+    """
 
-
-FAMILIES = {
-    "llama": Family(llama.weight_map, llama.ARCHITECTURES),
-    "mixtral": Family(mixtral.weight_map, mixtral.ARCHITECTURES),
-}
+    architectures: dict[bool, str]
+    layer: Callable[[ModelShape, int], tuple[MappedParameter, ...]]
+    read: Callable[[HfConfig, ModelShape], ModelShape] = lambda config, shape: shape
+    config: Callable[[ModelShape], dict[str, Any]] = lambda shape: {}
+    left_aside: Callable[[ModelShape], dict[re.Pattern[str], str]] = lambda shape: {}
+    not_run: str | None = None

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rto_megatron.models.shape import ModelShape
+TensorReader = Callable[[str, tuple[int, ...]], Tensor]  # (Hugging Face name, expected shape) -> tensor
 
 
 class Layout(Protocol):
@@ -108,13 +108,9 @@ class MappedParameter:
     layer: int | None  # None: embedding or output side
     is_output_side: bool = False  # lives on the last pipeline stage
     is_copy: bool = False  # a tied copy on the last stage: loaded, never exported
+    is_float32: bool = False  # kept in float32 whatever the dtype of the model
 
 
 def padded_vocab(vocab_size: int, tensor_size: int) -> int:
     """Smallest multiple of the tensor size that holds the vocabulary; more padding would only move memory."""
     return -(-vocab_size // tensor_size) * tensor_size
-
-
-WeightMap = Callable[
-    [ModelShape, bool], tuple[MappedParameter, ...]
-]  # (shape, has_scalar_head) -> parameters

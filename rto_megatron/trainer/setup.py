@@ -16,7 +16,8 @@ from rto_megatron.data.loader import Limits
 from rto_megatron.data.packing import Layout
 from rto_megatron.data.tokenizer import encoding_fingerprint, load_tokenizer
 from rto_megatron.engine.source import SCALAR_ROLES, WeightSource, find_source, latest_checkpoint
-from rto_megatron.models.shape import ModelShape, check_experts, check_layout
+from rto_megatron.models.checks import check_experts, check_layout
+from rto_megatron.models.shape import ModelShape
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.trainer.report.progress import say
 

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from rto_megatron.engine.megatron import TrainedModel
-from rto_megatron.engine.weights import parameter_map, stage_hf_tensors, stage_of
+from rto_megatron.engine.weights import stage_hf_tensors
+from rto_megatron.models.parameters import parameter_map, stage_of
 from rto_megatron.models.weight_map import MappedParameter
 from rto_megatron.weight_sync.manifest import TensorSpec
 

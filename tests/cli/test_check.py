@@ -9,10 +9,11 @@ from typer.testing import CliRunner
 from rto_megatron.algorithms import ALGORITHMS
 from rto_megatron.cli.main import app
 from rto_megatron.cli.plan import activation_bytes, role_cost
-from rto_megatron.cli.shapes import KNOWN_SHAPES, find_shape, hugging_face_folder, num_parameters
+from rto_megatron.cli.shapes import KNOWN_SHAPES, find_shape, hugging_face_folder
 from rto_megatron.config.load import load_recipe
 from rto_megatron.config.roles import Role, roles_of
 from rto_megatron.errors import UserError
+from rto_megatron.models.parameters import num_parameters
 
 RECIPES = Path(__file__).parents[2] / "launchers" / "recipes"
 PAPER = sorted((RECIPES / "llama3_8b").glob("*.yaml"))
@@ -29,7 +30,7 @@ def check(*arguments: str) -> str:
     [("llama-3-8b", 8_030_261_248), ("llama-3-70b", 70_553_706_496), ("llama-3.2-1b", 1_235_814_400)],
 )
 def test_parameter_counts_are_the_published_ones(name: str, parameters: int) -> None:
-    assert num_parameters(KNOWN_SHAPES[name], has_value_head=False) == parameters
+    assert num_parameters(KNOWN_SHAPES[name], has_scalar_head=False) == parameters
 
 
 @pytest.mark.parametrize("folder", ["llama3_8b", "quickstart"])
@@ -66,7 +67,7 @@ def test_memory_of_a_trained_model_is_18_bytes_a_parameter_and_of_a_frozen_one_2
 
 
 def shape_parameters() -> int:
-    return num_parameters(KNOWN_SHAPES["llama-3-8b"], has_value_head=False)
+    return num_parameters(KNOWN_SHAPES["llama-3-8b"], has_scalar_head=False)
 
 
 def test_recomputation_lowers_the_estimate_of_activations() -> None:

@@ -17,7 +17,8 @@ from rto_megatron.data.packing import Layout, pair_microbatches, supervised_micr
 from rto_megatron.engine.megatron import FrozenModel, Microbatch, TrainedModel
 from rto_megatron.engine.roles import build_frozen, build_trained
 from rto_megatron.engine.source import find_source
-from rto_megatron.engine.weights import local_parameters, parameter_map
+from rto_megatron.engine.weights import local_parameters
+from rto_megatron.models.parameters import parameter_map
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.trainer.rollouts import Roles, close_rollouts, score
 from rto_megatron.trainer.update import optimizer_minibatches

@@ -19,7 +19,8 @@ from rto_megatron.engine.roles import build_trained
 from rto_megatron.engine.source import find_source
 from rto_megatron.engine.weights import stage_hf_tensors
 from rto_megatron.errors import UserError
-from rto_megatron.models.shape import check_experts, read_shape
+from rto_megatron.models.checks import check_experts
+from rto_megatron.models.config_files import read_shape
 from rto_megatron.types import Demonstration
 
 COEF = 0.05

@@ -9,7 +9,8 @@ from models.shapes import SHAPE
 from tiny_models import llama_config
 
 from rto_megatron.errors import UserError
-from rto_megatron.models.shape import check_layout, read_shape
+from rto_megatron.models.checks import check_layout
+from rto_megatron.models.config_files import read_shape
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -52,7 +53,7 @@ def test_older_keys_and_absent_ones_have_transformers_meaning(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt_neox"}, r"model_type is 'gpt_neox'; supported are \['llama', 'mixtral'\]"),
+        ({"model_type": "gpt_neox"}, r"model_type is 'gpt_neox'; supported are \[.*'llama'"),
         ({"model_type": None}, r"model_type is None"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, r"rope scaling .*yarn.* cannot be"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, r"rope scaling .*linear.* cannot be"),

@@ -1,42 +1,60 @@
-"""Mixtral: Llama's attention with a mixture of experts behind it, under Hugging Face's MixtralForCausalLM names.
+"""Mixtral: Llama's attention with a mixture of experts behind it.
 
 The router takes the best experts first and their softmax second, which equals Hugging Face's softmax, best experts,
 renormalise.
 """
 
-from rto_megatron.models.families import llama
-from rto_megatron.models.shape import ModelShape
-from rto_megatron.models.weight_map import GateUpRows, MappedParameter, Replicated, Split
+from dataclasses import replace
+from typing import Any
+
+from rto_megatron.models.families import blocks
+from rto_megatron.models.family import Family
+from rto_megatron.models.hf_config import HfConfig
+from rto_megatron.models.shape import Experts, ModelShape
+from rto_megatron.models.weight_map import MappedParameter
 
 
 def _layer(shape: ModelShape, index: int) -> tuple[MappedParameter, ...]:
-    hf, mg = f"model.layers.{index}.block_sparse_moe", f"decoder.layers.{index}.mlp"
-    hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
-    assert shape.num_experts is not None
-    router = MappedParameter(
-        f"{mg}.router.weight", (f"{hf}.gate.weight",), ((shape.num_experts, hidden),), Replicated(), index
+    mixture = blocks.mixture(shape, index, "block_sparse_moe", expert_names=("w1", "w3", "w2"))
+    return *blocks.attention(shape, index), *mixture
+
+
+def _read(config: HfConfig, shape: ModelShape) -> ModelShape:
+    config.require("num_local_experts", "num_experts_per_tok")
+    config.refuse_short_window(config.values.get("sliding_window"))
+    per_token = config.values["num_experts_per_tok"]
+    refuse_single_normalized(config, per_token)
+    experts = Experts(
+        num=config.values["num_local_experts"],
+        per_token=per_token,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        layers=tuple(range(shape.num_layers)),
+        is_normalized=True,
     )
-    parameters = [*llama.attention(shape, index), router]
-    for expert in range(shape.num_experts):
-        theirs, ours = f"{hf}.experts.{expert}", f"{mg}.experts.local_experts.{expert}"
-        parameters += [
-            MappedParameter(
-                f"{ours}.linear_fc1.weight",
-                (f"{theirs}.w1.weight", f"{theirs}.w3.weight"),  # gate, up
-                ((ffn, hidden), (ffn, hidden)),
-                GateUpRows(),
-                index,
-            ),
-            MappedParameter(
-                f"{ours}.linear_fc2.weight", (f"{theirs}.w2.weight",), ((hidden, ffn),), Split(1), index
-            ),
-        ]
-    return tuple(parameters)
+    return replace(shape, experts=experts)
 
 
-def weight_map(shape: ModelShape, has_scalar_head: bool) -> tuple[MappedParameter, ...]:
-    """All parameters in the order of the forward pass."""
-    return llama.around(_layer, shape, has_scalar_head)
+def refuse_single_normalized(config: HfConfig, per_token: int) -> None:
+    """Raises UserError: one expert a token with normalised probabilities."""
+    if per_token < 2:
+        config.refuse(
+            f"num_experts_per_tok={per_token}; softmax over one chosen expert is always 1, so Megatron's router "
+            "cannot express it; expected 2 or more"
+        )
 
 
-ARCHITECTURES = {False: "MixtralForCausalLM", True: "MixtralForSequenceClassification"}
+def _config(shape: ModelShape) -> dict[str, Any]:
+    assert shape.experts is not None
+    return {
+        "num_local_experts": shape.experts.num,
+        "num_experts_per_tok": shape.experts.per_token,
+        "sliding_window": None,
+    }
+
+
+FAMILY = Family(
+    architectures={False: "MixtralForCausalLM", True: "MixtralForSequenceClassification"},
+    layer=_layer,
+    read=_read,
+    config=_config,
+)

@@ -1,0 +1,58 @@
+"""Why a model cannot be built or trained in a layout, said before anything is built."""
+
+from collections.abc import Mapping
+
+from rto_megatron.models.families import FAMILIES
+from rto_megatron.models.shape import ModelShape
+
+
+def check_layout(shape: ModelShape, tensor: int, pipeline: int, where: str) -> list[str]:
+    """Why this model cannot be cut in `tensor` x `pipeline` pieces, one sentence each; empty when it can."""
+    not_run = FAMILIES[shape.family].not_run
+    if not_run is not None:
+        return [f"{where}: no {shape.family} model can be built here: {not_run}"]
+    problems = []
+    counts = [
+        (shape.num_heads, "num_attention_heads"),
+        (shape.num_kv_heads, "num_key_value_heads"),
+        (shape.ffn_hidden_size, "intermediate_size"),
+    ]
+    if shape.experts is not None:
+        counts.append((shape.experts.ffn_hidden_size, "an expert's intermediate size"))
+        if shape.experts.shared_ffn_hidden_size is not None:
+            counts.append((shape.experts.shared_ffn_hidden_size, "the shared expert's intermediate size"))
+    for count, name in counts:
+        if count % tensor:
+            allowed = [t for t in (1, 2, 4, 8, 16, 32) if count % t == 0]
+            problems.append(
+                f"{where}: parallel.tensor={tensor} does not divide {name}={count}; it can be one of {allowed}"
+            )
+    if shape.num_layers % pipeline:
+        allowed = [p for p in range(1, shape.num_layers + 1) if shape.num_layers % p == 0]
+        problems.append(
+            f"{where}: parallel.pipeline={pipeline} does not divide num_hidden_layers={shape.num_layers}; "
+            f"it can be one of {allowed}"
+        )
+    return problems
+
+
+def check_experts(
+    trained: Mapping[str, ModelShape], tensor: int, sequence: bool, moe_aux_loss_coef: float
+) -> list[str]:
+    """Why mixtures of experts cannot be trained as configured, one sentence each.
+
+    Args:
+        trained: configuration key -> shape of the models that have an optimizer.
+    """
+    mixtures = [where for where, shape in trained.items() if shape.experts is not None]
+    problems = [
+        f"{where} has experts, which Megatron trains over parallel.tensor={tensor} ranks only with sequence "
+        f"parallelism; set parallel.sequence=true"
+        for where in mixtures
+        if tensor > 1 and not sequence
+    ]
+    if moe_aux_loss_coef and not mixtures:
+        problems.append(
+            f"models.moe_aux_loss_coef={moe_aux_loss_coef} has no effect: no trained model has experts; remove it"
+        )
+    return problems

@@ -1,0 +1,117 @@
+"""Shapes from config.json, with its traps, and config.json for weights that are exported."""
+
+from pathlib import Path
+from typing import Any
+
+from rto_megatron.models.families import FAMILIES, REFUSED
+from rto_megatron.models.hf_config import HfConfig, read_config
+from rto_megatron.models.shape import ModelShape
+
+# What megatron-core's RotaryEmbedding hard-codes for Llama-3.1 scaling.
+MEGATRON_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_REQUIRED = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+)
+
+
+def read_shape(folder: Path) -> ModelShape:
+    """Reads `folder`/config.json.
+
+    Raises:
+        UserError: no config.json, an unsupported model type, or a feature that the Megatron model cannot express.
+    """
+    config = read_config(folder)
+    model_type = config.values.get("model_type")
+    if model_type in REFUSED:
+        config.refuse(f"model_type is {model_type!r}: {REFUSED[model_type]}")
+    if model_type not in FAMILIES:
+        config.refuse(f"model_type is {model_type!r}; supported are {sorted(FAMILIES)}")
+    config.refuse_set("attention_bias", "mlp_bias")
+    if config.values.get("hidden_act", "silu") != "silu":
+        config.refuse(f"hidden_act is {config.values['hidden_act']!r}; the gate here is silu")
+    config.require(*_REQUIRED)
+    return FAMILIES[model_type].read(config, _common_shape(config))
+
+
+def _common_shape(config: HfConfig) -> ModelShape:
+    values = config.values
+    # transformers 5 keeps theta inside rope_parameters, earlier versions beside rope_scaling.
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    heads = values["num_attention_heads"]
+    return ModelShape(
+        family=values["model_type"],
+        num_layers=values["num_hidden_layers"],
+        hidden_size=values["hidden_size"],
+        ffn_hidden_size=values["intermediate_size"],
+        num_heads=heads,
+        num_kv_heads=values.get("num_key_value_heads") or heads,
+        head_dim=values.get("head_dim") or values["hidden_size"] // heads,
+        vocab_size=values["vocab_size"],
+        max_positions=values["max_position_embeddings"],
+        norm_eps=values["rms_norm_eps"],
+        rope_theta=float(rope.get("rope_theta") or values.get("rope_theta") or 10000.0),
+        rope_scaling_factor=_rope_scaling(rope, config),
+        is_tied=bool(values.get("tie_word_embeddings", False)),
+        init_std=float(values.get("initializer_range", 0.02)),
+    )
+
+
+def _rope_scaling(rope: dict[str, Any], config: HfConfig) -> float | None:
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    # A family that is converted and never run here keeps its scaling in config.json.
+    if kind == "default" or FAMILIES[config.values["model_type"]].not_run:
+        return None
+    found = {key: rope.get(key) for key in MEGATRON_ROPE}
+    if kind != "llama3" or found != MEGATRON_ROPE:
+        config.refuse(
+            f"rope scaling {rope} cannot be expressed in megatron-core, which knows type llama3 with {MEGATRON_ROPE}"
+        )
+    return float(rope["factor"])
+
+
+def config_of(shape: ModelShape, has_scalar_head: bool, dtype: str) -> dict[str, Any]:
+    """A config.json for a model that came without one, with the keys that transformers 4 and 5 both read.
+
+    Args:
+        dtype: float32, bfloat16 or float16.
+    """
+    family = FAMILIES[shape.family]
+    scaling = None
+    if shape.rope_scaling_factor is not None:
+        scaling = {"rope_type": "llama3", "factor": shape.rope_scaling_factor, **MEGATRON_ROPE}
+    common = {
+        "model_type": shape.family,
+        "num_hidden_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.ffn_hidden_size,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "vocab_size": shape.vocab_size,
+        "max_position_embeddings": shape.max_positions,
+        "rms_norm_eps": shape.norm_eps,
+        "rope_theta": shape.rope_theta,
+        "rope_scaling": scaling,
+        "tie_word_embeddings": shape.is_tied,
+        "initializer_range": shape.init_std,
+        "hidden_act": "silu",
+    }
+    return as_exported({**common, **family.config(shape)}, shape.family, has_scalar_head, dtype)
+
+
+def as_exported(config: dict[str, Any], family: str, has_scalar_head: bool, dtype: str) -> dict[str, Any]:
+    """A config.json that describes exported weights: architecture, dtype, and the one label of a scalar head."""
+    exported = {k: v for k, v in config.items() if k not in ("torch_dtype", "quantization_config")}
+    exported["architectures"] = [FAMILIES[family].architectures[has_scalar_head]]
+    exported["dtype"] = dtype
+    if has_scalar_head:
+        exported.update(num_labels=1, id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0})
+        if "value_head_prefix" in exported:  # where OpenRLHF looks for the head
+            exported["value_head_prefix"] = "score"
+    return exported

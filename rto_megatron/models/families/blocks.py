@@ -1,0 +1,154 @@
+"""The parts that decoder families share, as maps from Hugging Face names to Megatron parameters."""
+
+from rto_megatron.models.shape import ModelShape
+from rto_megatron.models.weight_map import (
+    GateUpRows,
+    Layout,
+    MappedParameter,
+    QkvRows,
+    Replicated,
+    Split,
+    VocabRows,
+)
+
+EMBEDDING = "model.embed_tokens.weight"
+LM_HEAD = "lm_head.weight"
+SCALAR_HEAD = "score.weight"
+
+
+def norm(
+    megatron: str, hf: str, size: int, layer: int | None, is_output_side: bool = False
+) -> MappedParameter:
+    """A norm's weight [size], on every rank."""
+    return MappedParameter(megatron, (hf,), ((size,),), Replicated(), layer, is_output_side)
+
+
+def matrix(megatron: str, hf: str, shape: tuple[int, int], layout: Layout, layer: int) -> MappedParameter:
+    """One matrix on both sides."""
+    return MappedParameter(megatron, (hf,), (shape,), layout, layer)
+
+
+def attention(shape: ModelShape, index: int) -> tuple[MappedParameter, ...]:
+    """Grouped-query attention with the norm before it; bias and head norms where the shape has them."""
+    hf, mg = f"model.layers.{index}", f"decoder.layers.{index}"
+    hidden = shape.hidden_size
+    q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    layout = QkvRows(shape.num_heads, shape.num_kv_heads, shape.head_dim)
+    names = tuple(f"{hf}.self_attn.{name}_proj" for name in "qkv")
+    qkv = f"{mg}.self_attention.linear_qkv"
+    weights, biases = tuple(f"{n}.weight" for n in names), tuple(f"{n}.bias" for n in names)
+    parameters = [
+        norm(f"{mg}.input_layernorm.weight", f"{hf}.input_layernorm.weight", hidden, index),
+        MappedParameter(f"{qkv}.weight", weights, ((q, hidden), (kv, hidden), (kv, hidden)), layout, index),
+    ]
+    if shape.has_qkv_bias:
+        parameters.append(MappedParameter(f"{qkv}.bias", biases, ((q,), (kv,), (kv,)), layout, index))
+    if shape.has_qk_norm:
+        parameters += [
+            norm(
+                f"{mg}.self_attention.{x}_layernorm.weight",
+                f"{hf}.self_attn.{x}_norm.weight",
+                shape.head_dim,
+                index,
+            )
+            for x in "qk"
+        ]
+    out = f"{hf}.self_attn.o_proj.weight"
+    parameters.append(matrix(f"{mg}.self_attention.linear_proj.weight", out, (hidden, q), Split(1), index))
+    return tuple(parameters)
+
+
+def feed_forward_norm(shape: ModelShape, index: int) -> MappedParameter:
+    """The norm between attention and feed-forward."""
+    hf, mg = f"model.layers.{index}", f"decoder.layers.{index}"
+    name = f"{hf}.post_attention_layernorm.weight"
+    return norm(f"{mg}.pre_mlp_layernorm.weight", name, shape.hidden_size, index)
+
+
+def gated(
+    mg: str, hf: tuple[str, str, str], hidden: int, ffn: int, index: int
+) -> tuple[MappedParameter, MappedParameter]:
+    """A gated feed-forward network.
+
+    Args:
+        hf: names of the gate, up and down matrices without `.weight`.
+    """
+    gate, up, down = (f"{name}.weight" for name in hf)
+    return (
+        MappedParameter(
+            f"{mg}.linear_fc1.weight", (gate, up), ((ffn, hidden), (ffn, hidden)), GateUpRows(), index
+        ),
+        matrix(f"{mg}.linear_fc2.weight", down, (hidden, ffn), Split(1), index),
+    )
+
+
+def projections(hf: str) -> tuple[str, str, str]:
+    """The usual names of gate, up and down."""
+    return f"{hf}.gate_proj", f"{hf}.up_proj", f"{hf}.down_proj"
+
+
+def dense(shape: ModelShape, index: int) -> tuple[MappedParameter, ...]:
+    """The feed-forward part of a dense layer with its norm."""
+    hf, mg = f"model.layers.{index}.mlp", f"decoder.layers.{index}.mlp"
+    network = gated(mg, projections(hf), shape.hidden_size, shape.ffn_hidden_size, index)
+    return (feed_forward_norm(shape, index), *network)
+
+
+def mixture(
+    shape: ModelShape, index: int, hf: str, expert_names: tuple[str, str, str]
+) -> tuple[MappedParameter, ...]:
+    """Router and experts of one layer with the norm before them.
+
+    Args:
+        hf: the module's name inside the layer.
+        expert_names: what the gate, up and down matrices of an expert are called.
+    """
+    experts, mg = shape.experts, f"decoder.layers.{index}.mlp"
+    assert experts is not None
+    hf = f"model.layers.{index}.{hf}"
+    router = (experts.num, shape.hidden_size)
+    parameters = [
+        feed_forward_norm(shape, index),
+        matrix(f"{mg}.router.weight", f"{hf}.gate.weight", router, Replicated(), index),
+    ]
+    for expert in range(experts.num):
+        names = tuple(f"{hf}.experts.{expert}.{name}" for name in expert_names)
+        assert len(names) == 3
+        ours = f"{mg}.experts.local_experts.{expert}"
+        parameters += gated(ours, names, shape.hidden_size, experts.ffn_hidden_size, index)
+    return tuple(parameters)
+
+
+def shared_expert(shape: ModelShape, index: int, hf: str) -> tuple[MappedParameter, ...]:
+    """The expert that every token passes, and its gate where there is one; `hf` is its name inside the layer."""
+    experts, mg = shape.experts, f"decoder.layers.{index}.mlp.shared_experts"
+    assert experts is not None and experts.shared_ffn_hidden_size is not None
+    hf = f"model.layers.{index}.{hf}"
+    network = gated(mg, projections(hf), shape.hidden_size, experts.shared_ffn_hidden_size, index)
+    if not experts.has_shared_gate:
+        return network
+    gate = matrix(f"{mg}.gate_weight", f"{hf}_gate.weight", (1, shape.hidden_size), Replicated(), index)
+    return (*network, gate)
+
+
+def embedding(shape: ModelShape) -> MappedParameter:
+    """The token embedding."""
+    size = (shape.vocab_size, shape.hidden_size)
+    rows = VocabRows(shape.vocab_size)
+    return MappedParameter("embedding.word_embeddings.weight", (EMBEDDING,), (size,), rows, None)
+
+
+def head(shape: ModelShape, has_scalar_head: bool) -> MappedParameter:
+    """The output projection, its tied copy, or the scalar head of critics and reward models."""
+    if has_scalar_head:
+        size = (1, shape.hidden_size)
+        return MappedParameter("output_layer.weight", (SCALAR_HEAD,), (size,), Replicated(), None, True)
+    return MappedParameter(
+        "output_layer.weight",
+        (EMBEDDING if shape.is_tied else LM_HEAD,),
+        ((shape.vocab_size, shape.hidden_size),),
+        VocabRows(shape.vocab_size),
+        None,
+        True,
+        is_copy=shape.is_tied,
+    )

@@ -1,0 +1,32 @@
+"""Qwen2 and Qwen2.5: Llama's layers with a bias on q, k and v."""
+
+from dataclasses import replace
+
+from rto_megatron.models.families import llama
+from rto_megatron.models.family import Family
+from rto_megatron.models.hf_config import HfConfig
+from rto_megatron.models.shape import ModelShape
+
+
+def refuse_window(config: HfConfig) -> None:
+    """Refuses a sliding window that is in use; Qwen configurations name one that is switched off.
+
+    Raises:
+        UserError: some layer would cut off positions.
+    """
+    values = config.values
+    if values.get("use_sliding_window") and values.get("max_window_layers", 0) < values["num_hidden_layers"]:
+        config.refuse_short_window(values.get("sliding_window"))
+
+
+def _read(config: HfConfig, shape: ModelShape) -> ModelShape:
+    refuse_window(config)
+    return replace(shape, has_qkv_bias=True)
+
+
+FAMILY = Family(
+    architectures={False: "Qwen2ForCausalLM", True: "Qwen2ForSequenceClassification"},
+    layer=llama.layer,
+    read=_read,
+    config=lambda shape: {"use_sliding_window": False},
+)

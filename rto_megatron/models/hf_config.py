@@ -1,0 +1,65 @@
+"""A parsed config.json and the refusals that model families share."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rto_megatron.errors import UserError
+
+
+@dataclass(frozen=True)
+class HfConfig:
+    """A parsed config.json that knows where it came from, for errors."""
+
+    path: Path
+    values: dict[str, Any]
+
+    def require(self, *keys: str) -> None:
+        """Raises UserError: a key is absent or null."""
+        missing = [key for key in keys if self.values.get(key) is None]
+        if missing:
+            family = self.values.get("model_type")
+            raise UserError(
+                f"{self.path} has no {', '.join(missing)}; expected the config.json of a {family} model"
+            )
+
+    def refuse(self, reason: str) -> None:
+        """Raises UserError: the model cannot be expressed, for `reason`."""
+        raise UserError(f"{self.path}: {reason}")
+
+    def refuse_set(self, *keys: str) -> None:
+        """Raises UserError: one of these switches is on, and the family here does not have it."""
+        found = [key for key in keys if self.values.get(key)]
+        if found:
+            self.refuse(f"{found} is set; the {self.values['model_type']} family here has no such part")
+
+    def refuse_short_window(self, window: int | None) -> None:
+        """Raises UserError: a sliding window cuts off positions that the model may have."""
+        longest = self.values["max_position_embeddings"]
+        if window is not None and window < longest:
+            self.refuse(
+                f"sliding_window={window} is below max_position_embeddings={longest}; attention here sees every "
+                f"earlier token. Texts of at most {window} tokens are the same with and without it: set "
+                f"max_position_embeddings={window} in a copy of config.json to use the model for those"
+            )
+
+
+def read_config(folder: Path) -> HfConfig:
+    """Parses `folder`/config.json.
+
+    Raises:
+        UserError: it is absent, not JSON, or not an object.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"{folder} has no config.json; expected a Hugging Face model folder or a checkpoint of an earlier stage"
+        )
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); fetch or write it again") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} holds a JSON {type(config).__name__}, expected an object")
+    return HfConfig(path, config)

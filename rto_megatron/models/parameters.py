@@ -1,0 +1,42 @@
+"""The whole model's parameters, in the order of the forward pass, and where they live."""
+
+import math
+
+from rto_megatron.models.families import FAMILIES, blocks
+from rto_megatron.models.shape import ModelShape
+from rto_megatron.models.weight_map import MappedParameter
+
+
+def parameter_map(shape: ModelShape, has_scalar_head: bool) -> tuple[MappedParameter, ...]:
+    """Embedding, layers, final norm and head: one map for import, export and weight sync."""
+    layer = FAMILIES[shape.family].layer
+    parameters = [blocks.embedding(shape)]
+    for index in range(shape.num_layers):
+        parameters.extend(layer(shape, index))
+    final = blocks.norm("decoder.final_layernorm.weight", "model.norm.weight", shape.hidden_size, None, True)
+    return (*parameters, final, blocks.head(shape, has_scalar_head))
+
+
+def stage_of(parameter: MappedParameter, shape: ModelShape, pipeline_size: int) -> int:
+    """The pipeline stage that owns a parameter."""
+    if parameter.layer is not None:
+        return parameter.layer // (shape.num_layers // pipeline_size)
+    return pipeline_size - 1 if parameter.is_output_side else 0
+
+
+def num_parameters(shape: ModelShape, has_scalar_head: bool) -> int:
+    """Parameters of the model, each counted once."""
+    return sum(_size(p) for p in parameter_map(shape, has_scalar_head) if not p.is_copy)
+
+
+def fullest_stage(shape: ModelShape, has_scalar_head: bool, pipeline_size: int) -> int:
+    """Parameters of the largest pipeline stage, a tied copy on the last one included."""
+    sizes = [0] * pipeline_size
+    for parameter in parameter_map(shape, has_scalar_head):
+        if not parameter.is_copy or pipeline_size > 1:
+            sizes[stage_of(parameter, shape, pipeline_size)] += _size(parameter)
+    return max(sizes)
+
+
+def _size(parameter: MappedParameter) -> int:
+    return sum(math.prod(size) for size in parameter.hf_shapes)
