@@ -190,3 +190,11 @@ class LossOutput:
 
     loss: Tensor
     metrics: Metrics = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ValueScale:
+    """Mean and standard deviation of a reward model's scores; every value and score is (raw - mean) / std."""
+
+    mean: float = 0.0
+    std: float = 1.0

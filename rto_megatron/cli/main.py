@@ -7,7 +7,7 @@ import time
 import typer
 from rich.console import Console
 
-from rto_megatron.cli import check, data, experiment, launch, pool, report, train
+from rto_megatron.cli import check, convert, data, experiment, launch, pool, report, train
 from rto_megatron.errors import UserError
 
 _STATUS_USER_ERROR = 2
@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 for group in (launch, train, check, data, pool, report, experiment):
     group.register(app)
+app.add_typer(convert.app)
 
 
 def main() -> None:

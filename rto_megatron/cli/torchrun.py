@@ -1,6 +1,7 @@
 """torchrun, with its report of a failed rank in one sentence."""
 
 import logging
+import os
 import signal
 from collections.abc import Sequence
 
@@ -18,6 +19,7 @@ def run_ranks(num_ranks: int, arguments: Sequence[str]) -> None:
     """
     # torchrun logs a failure as an error of its own, with a traceback of itself.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's default, which it would announce
     command = [
         "--standalone",
         f"--nproc-per-node={num_ranks}",

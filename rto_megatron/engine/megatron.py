@@ -26,6 +26,7 @@ from rto_megatron.types import (
     PairMicrobatch,
     SupervisedMicrobatch,
     TokenBatch,
+    ValueScale,
 )
 
 type Microbatch = SupervisedMicrobatch | PairMicrobatch | JudgedMicrobatch | Minibatch
@@ -38,14 +39,6 @@ class Reading[M: Microbatch]:
 
     num_rows: int
     read: Callable[["Model", M, Tensor], Tensor]  # (model, micro-batch, raw output) -> [T], or [num_rows, T]
-
-
-@dataclass(frozen=True)
-class ValueScale:
-    """Mean and standard deviation of a reward model's scores; every value and score is (raw - mean) / std."""
-
-    mean: float = 0.0
-    std: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -69,6 +62,23 @@ class FrozenModel:
             one float32 [T] per batch, in nats or reward units, on every rank of the replica.
         """
         return _token_outputs(self, batches)
+
+    def raw_outputs(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
+        """Logits over the whole vocabulary, or values as the head gives them, of every position; no gradients.
+
+        Returns:
+            one float32 [T, vocabulary] or [T, 1] per batch on the last pipeline stage, empty tensors on the others.
+        """
+
+        def read(index: int, raw: Tensor) -> Tensor:
+            rows = raw.flatten(0, 1).float()
+            if self.has_scalar_head:
+                return rows
+            shards = self.topology.gather_tensor_shards(rows.T.contiguous())
+            return torch.cat(shards)[: self.shape.vocab_size].T
+
+        outputs = _forward_only(self, batches, read)
+        return outputs if self.topology.is_last_stage else [torch.empty(0) for _ in batches]
 
     def output_weight(self) -> Tensor:
         """This tensor rank's rows of the output projection [v, hidden size]; only on the last stage."""

@@ -4,13 +4,14 @@ import torch
 
 from rto_megatron.config import schema
 from rto_megatron.engine.checkpoint import load_weights
-from rto_megatron.engine.megatron import FrozenModel, TrainedModel, ValueScale, training_hooks
+from rto_megatron.engine.megatron import FrozenModel, TrainedModel, training_hooks
 from rto_megatron.engine.optimizer import build_optimizer, wrap_for_training
 from rto_megatron.engine.source import WeightSource
-from rto_megatron.engine.weights import load_hf_tensors, random_reader, safetensors_reader
+from rto_megatron.engine.weights import hf_reader, load_hf_tensors, megatron_reader, random_reader
 from rto_megatron.errors import UserError
 from rto_megatron.models.build import build_model, transformer_config
 from rto_megatron.parallel.topology import Topology
+from rto_megatron.types import ValueScale
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -70,12 +71,14 @@ def _load(model: FrozenModel, source: WeightSource, seed: int, is_head_fresh: bo
     if source.kind == "checkpoint":
         load_weights(source.path, model, seed if is_head_fresh else None)
         return
-    error = None
+    error, fresh_head_seed = None, seed if is_head_fresh else None
     try:
         if source.kind == "random":
             read = random_reader(seed, model.shape.init_std)
+        elif source.kind == "megatron":
+            read = megatron_reader(source.path, model.shape, model.has_scalar_head, fresh_head_seed)
         else:
-            read = safetensors_reader(source.path, seed if is_head_fresh else None)
+            read = hf_reader(source.path, model.has_scalar_head, fresh_head_seed)
         load_hf_tensors(model.module, model.shape, model.has_scalar_head, model.topology, read)
     except UserError as failure:  # one rank's share of the tensors may lie in the only damaged file
         error = str(failure)

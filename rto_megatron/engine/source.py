@@ -1,14 +1,15 @@
-"""Where a role's weights come from: a Hugging Face folder, a checkpoint of an earlier stage, or a seeded draw."""
+"""Where a role's weights come from: a Hugging Face folder, a checkpoint of an earlier stage or of Megatron-LM, a draw."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rto_megatron.engine.megatron import ValueScale
 from rto_megatron.errors import UserError
 from rto_megatron.models.config_files import read_shape
 from rto_megatron.models.shape import ModelShape
+from rto_megatron.storage.megatron_folder import find_megatron, require_tokenizer_of_conversion
+from rto_megatron.types import ValueScale
 
 CHECKPOINTS = "checkpoints"
 WEIGHTS = "weights"  # <checkpoint>/<role>/weights: torch_dist
@@ -21,8 +22,8 @@ SCALAR_ROLES = ("reward", "critic")
 class WeightSource:
     """A place to load one model from."""
 
-    kind: Literal["hugging_face", "checkpoint", "random"]
-    path: Path  # the Hugging Face folder, or <checkpoint>/<role>
+    kind: Literal["hugging_face", "checkpoint", "megatron", "random"]
+    path: Path  # the Hugging Face folder, <checkpoint>/<role>, or the folder with Megatron-LM's .metadata
     hf_folder: Path  # config.json and the tokenizer
 
     def shape(self) -> ModelShape:
@@ -47,7 +48,8 @@ def find_source(path: Path, has_scalar_head: bool, is_random: bool, key: str) ->
     """Tells what `path` is.
 
     Args:
-        path: a Hugging Face folder, a run folder (its last checkpoint counts), or one checkpoint.
+        path: a Hugging Face folder, a run folder (its last checkpoint counts), one checkpoint, or what
+            `rto convert hf-to-megatron` wrote.
         has_scalar_head: look for a reward model or critic, else for a language model.
         is_random: take only config.json and tokenizer from a Hugging Face folder.
         key: the configuration key, for errors.
@@ -61,6 +63,15 @@ def find_source(path: Path, has_scalar_head: bool, is_random: bool, key: str) ->
         )
     if (path / "config.json").is_file():
         return WeightSource("random" if is_random else "hugging_face", path, path)
+    megatron = find_megatron(path)
+    if megatron is not None:
+        if megatron.hf_files is None:
+            raise UserError(
+                f"{key}: {path} is a Megatron-LM checkpoint without config.json and tokenizer; put them into "
+                f"{path / HF_FILES}, or convert it (rto convert megatron-to-hf {path} DIR) and name DIR"
+            )
+        require_tokenizer_of_conversion(megatron)
+        return WeightSource("random" if is_random else "megatron", megatron.weights, megatron.hf_files)
     checkpoint = latest_checkpoint(path) if (path / CHECKPOINTS).is_dir() else path
     roles = SCALAR_ROLES if has_scalar_head else LANGUAGE_ROLES
     for role in roles:
@@ -71,6 +82,12 @@ def find_source(path: Path, has_scalar_head: bool, is_random: bool, key: str) ->
         f"{key}: {checkpoint or path} holds neither config.json nor a finished checkpoint of "
         f"{' or '.join(roles)}; found {found}"
     )
+
+
+def has_language_model(path: Path) -> bool:
+    """Whether a run folder or checkpoint holds a policy."""
+    checkpoint = latest_checkpoint(path) if (path / CHECKPOINTS).is_dir() else path
+    return checkpoint is not None and any((checkpoint / role / WEIGHTS).is_dir() for role in LANGUAGE_ROLES)
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:

@@ -1,22 +1,23 @@
 """Moves weights between Hugging Face tensors and this rank's part of a Megatron model, through the family's map."""
 
 import hashlib
-import json
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rto_megatron.errors import UserError
+from rto_megatron.models.families.blocks import SCALAR_HEAD
 from rto_megatron.models.parameters import parameter_map, stage_of
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.models.weight_map import TensorReader
 from rto_megatron.parallel.topology import Topology
+from rto_megatron.storage.hf_model import HfModel
+from rto_megatron.storage.megatron_tensors import MegatronTensors
+from rto_megatron.storage.torch_dist_reader import TorchDistReader
 
-_HEAD = "score.weight"
 
 
 def local_parameters(model: GPTModel) -> dict[str, torch.nn.Parameter]:
@@ -59,77 +60,37 @@ def stage_hf_tensors(
         yield from zip(mapped.hf, mapped.layout.merge(shards), strict=True)
 
 
-def safetensors_reader(folder: Path, scalar_head_seed: int | None = None) -> TensorReader:
-    """Reads single tensors of a Hugging Face folder; the scalar head may have the name that OpenRLHF gives it.
+def hf_reader(folder: Path, has_scalar_head: bool, fresh_head_seed: int | None = None) -> TensorReader:
+    """Reads single tensors of a Hugging Face folder, whatever its scalar head is called.
 
     Args:
-        folder: holds model.safetensors or model.safetensors.index.json.
-        scalar_head_seed: draw a fresh scalar head where the folder has none; null: a missing head is an error.
+        fresh_head_seed: the folder is a language model; draw the scalar head from this seed.
 
     Raises:
-        UserError: no safetensors, a damaged or missing file, a missing tensor or a wrong shape.
+        UserError: as `HfModel`; reading a tensor raises it for a missing one or another shape.
     """
-    files = _tensor_files(folder)
-    stored_name = {} if _HEAD in files else _head_alias(folder, files)
-    draw = None if scalar_head_seed is None else random_reader(scalar_head_seed, init_std=0.0)
-
-    def read(name: str, size: tuple[int, ...]) -> Tensor:
-        stored = stored_name.get(name, name)
-        if stored not in files:
-            if name == _HEAD and draw is not None:
-                return draw(name, size)
-            raise UserError(
-                f"{folder} has no tensor {name}; found {len(files)} tensors, e.g. {sorted(files)[:3]}"
-            )
-        try:
-            with safe_open(folder / files[stored], "pt") as opened:
-                tensor = opened.get_tensor(stored)
-        except (SafetensorError, OSError) as error:
-            raise _unreadable(folder / files[stored], error) from error
-        if tuple(tensor.shape) != size:
-            raise UserError(f"{folder}: {name} has shape {tuple(tensor.shape)}, config.json says {size}")
-        return tensor
-
-    return read
-
-
-def _tensor_files(folder: Path) -> dict[str, str]:
-    """Tensor name -> name of its file in `folder`."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        try:
-            files = json.loads(index.read_text())["weight_map"]
-            names = {str(tensor): str(file) for tensor, file in files.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _unreadable(index, error) from error
-        outside = sorted({file for file in names.values() if Path(file).name != file})
-        if outside:
-            raise UserError(
-                f"{index} names files outside its folder: {outside[:3]}; expected plain file names"
-            )
-        return names
-    if not single.is_file():
+    model = HfModel(folder, has_scalar_head and fresh_head_seed is None)
+    if model.head_bias():
         raise UserError(
-            f"{folder} has neither {single.name} nor {index.name}; expected a Hugging Face folder with safetensors"
+            f"{folder}: the scalar head has a bias; convert the model (rto convert hf-to-megatron), which keeps it in "
+            "the mean of the scores"
         )
-    try:
-        with safe_open(single, "pt") as opened:
-            return dict.fromkeys(opened.keys(), single.name)
-    except (SafetensorError, OSError) as error:
-        raise _unreadable(single, error) from error
+    return model.read if fresh_head_seed is None else with_fresh_head(model.read, fresh_head_seed)
 
 
-def _unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(
-        f"{path} is missing or damaged ({type(error).__name__}: {error}); fetch or export the model again"
-    )
+def megatron_reader(
+    weights: Path, shape: ModelShape, has_scalar_head: bool, fresh_head_seed: int | None
+) -> TensorReader:
+    """Reads single tensors of a checkpoint in Megatron-LM's format, written at any layout; see `hf_reader`."""
+    is_scalar = has_scalar_head and fresh_head_seed is None
+    tensors = MegatronTensors(TorchDistReader(weights), shape, is_scalar)
+    return tensors.read if fresh_head_seed is None else with_fresh_head(tensors.read, fresh_head_seed)
 
 
-def _head_alias(folder: Path, files: Collection[str]) -> dict[str, str]:
-    """OpenRLHF keeps the prefix of its reward models' head in config.json; released ones have `value_head`."""
-    prefix = json.loads((folder / "config.json").read_text()).get("value_head_prefix", "value_head")
-    alias = f"{prefix}.weight"
-    return {_HEAD: alias} if alias in files else {}
+def with_fresh_head(read: TensorReader, seed: int) -> TensorReader:
+    """`read` for all tensors but the scalar head, which is drawn."""
+    draw = random_reader(seed, init_std=0.0)
+    return lambda name, size: draw(name, size) if name == SCALAR_HEAD else read(name, size)
 
 
 def random_reader(seed: int, init_std: float) -> TensorReader:
@@ -141,7 +102,7 @@ def random_reader(seed: int, init_std: float) -> TensorReader:
     def read(name: str, size: tuple[int, ...]) -> Tensor:
         if name.endswith("norm.weight"):
             return torch.ones(size)
-        std = 1.0 / (size[-1] + 1) if name == _HEAD else init_std
+        std = 1.0 / (size[-1] + 1) if name == SCALAR_HEAD else init_std
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         return torch.randn(size, generator=generator) * std

@@ -114,6 +114,8 @@ _NEEDLESS_LOGS = {
     "torch.utils.cpp_extension": "No CUDA runtime is found",
     "megatron.core.distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not",
     "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",
+    # What older versions read as well is written beside the new form.
+    "megatron.core.dist_checkpointing.strategies.common": "load_common is deprecated",
 }
 
 

@@ -47,6 +47,8 @@ _ALLOWED_CLASSES = (
 _ALLOWED = {(each.__module__, each.__qualname__): each for each in _ALLOWED_CLASSES} | {
     ("torch", name): each for name, each in vars(torch).items() if isinstance(each, torch.dtype)
 }
+# What torch raises where the bytes of a tensor are not those of a tensor.
+UNREADABLE = (pickle.UnpicklingError, EOFError, RuntimeError, AssertionError)
 _applied: set[str] = set()
 
 

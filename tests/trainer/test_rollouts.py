@@ -15,11 +15,10 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 from rto_megatron.algorithms.termination import TruncationPolicy
 from rto_megatron.config.schema import OptimizerConfig
 from rto_megatron.data.packing import Layout, response_mask
-from rto_megatron.engine.megatron import ValueScale
 from rto_megatron.errors import UserError
 from rto_megatron.rollout.engine import Sampling
 from rto_megatron.trainer.rollouts import Roles, close_rollouts, pool_gap, reward_scores, sample, score
-from rto_megatron.types import Prompt, Rollout, ScoredRollouts
+from rto_megatron.types import Prompt, Rollout, ScoredRollouts, ValueScale
 
 EOS = 2
 ROLLOUTS = rollouts(4)  # the last one was cut by the length limit

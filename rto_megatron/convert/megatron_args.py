@@ -1,0 +1,205 @@
+"""Megatron-LM's arguments, which it keeps in every checkpoint: written for our shapes, and read as one.
+
+Names are those of megatron-core 0.19.2, training/checkpointing.py:load_args_from_checkpoint.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rto_megatron.errors import UserError
+from rto_megatron.models.families import FAMILIES
+from rto_megatron.models.shape import Experts, ModelShape
+from rto_megatron.models.weight_map import padded_vocab
+from rto_megatron.storage.megatron_names import VOCABULARY_MULTIPLE
+
+_FIXED = {
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "position_embedding_type": "rope",
+    "add_bias_linear": False,
+    "rotary_percent": 1.0,
+    "rotary_interleaved": False,
+    "apply_layernorm_1p": False,
+    "squared_relu": False,
+    "multi_latent_attention": False,
+    "mtp_num_layers": None,
+}
+_CHECKPOINT_VERSION = 3.0
+
+
+def common_state(shape: ModelShape, has_scalar_head: bool, dtype: torch.dtype) -> dict[str, Any]:
+    """What Megatron keeps beside tensors, so that it takes the model's sizes from the checkpoint."""
+    values = {
+        **_FIXED,
+        **_sizes(shape),
+        **_mixture(shape),
+        "multi_latent_attention": shape.latent is not None,
+        "add_position_embedding": False,
+        "use_rotary_position_embeddings": True,
+        "untie_embeddings_and_output_weights": has_scalar_head or not shape.is_tied,
+        "apply_query_key_layer_scaling": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+        "expert_model_parallel_size": 1,
+        "virtual_pipeline_model_parallel_size": None,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "ckpt_format": "torch_dist",
+        "tokenizer_type": "HuggingFaceTokenizer",
+        "iteration": 0,
+        "consumed_train_samples": 0,
+        "consumed_valid_samples": 0,
+    }
+    return {"args": argparse.Namespace(**values), "checkpoint_version": _CHECKPOINT_VERSION, "iteration": 0}
+
+
+def _sizes(shape: ModelShape) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "ffn_hidden_size": shape.ffn_hidden_size,
+        "seq_length": shape.max_positions,
+        "max_position_embeddings": shape.max_positions,
+        "num_attention_heads": shape.num_heads,
+        "group_query_attention": shape.num_kv_heads != shape.num_heads,
+        "num_query_groups": shape.num_kv_heads,
+        "kv_channels": shape.head_dim,
+        "norm_epsilon": shape.norm_eps,
+        "rotary_base": int(shape.rope_theta),
+        "use_rope_scaling": shape.rope_scaling_factor is not None,
+        "rope_scaling_factor": shape.rope_scaling_factor or 8.0,
+        "init_method_std": shape.init_std,
+        "vocab_size": shape.vocab_size,
+        "padded_vocab_size": padded_vocab(shape.vocab_size, VOCABULARY_MULTIPLE),
+        "make_vocab_size_divisible_by": VOCABULARY_MULTIPLE,
+        "add_qkv_bias": shape.has_qkv_bias,
+        "qk_layernorm": shape.has_qk_norm or shape.latent is not None,
+    }
+    if shape.latent is not None:
+        values.update(
+            q_lora_rank=shape.latent.q_rank,
+            kv_lora_rank=shape.latent.kv_rank,
+            qk_head_dim=shape.latent.nope_dim,
+            qk_pos_emb_head_dim=shape.latent.rope_dim,
+            v_head_dim=shape.latent.value_dim,
+        )
+    return values
+
+
+def _mixture(shape: ModelShape) -> dict[str, Any]:
+    experts = shape.experts
+    if experts is None:
+        return {"num_experts": None, "moe_layer_freq": 1}
+    frequency = 1 if shape.is_uniform else [int(i in experts.layers) for i in range(shape.num_layers)]
+    values: dict[str, Any] = {
+        "num_experts": experts.num,
+        "moe_router_topk": experts.per_token,
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        "moe_layer_freq": frequency,
+        "moe_router_pre_softmax": not experts.is_normalized,
+        "moe_shared_expert_intermediate_size": experts.shared_ffn_hidden_size,
+        "moe_shared_expert_gate": experts.has_shared_gate,
+        "moe_router_score_function": "softmax" if experts.routing is None else "sigmoid",
+        "moe_router_enable_expert_bias": experts.routing is not None,
+    }
+    if experts.routing is not None:
+        values.update(
+            moe_router_pre_softmax=False,
+            moe_router_num_groups=experts.routing.num_groups,
+            moe_router_group_topk=experts.routing.groups_per_token,
+            moe_router_topk_scaling_factor=experts.routing.scale,
+        )
+    return values
+
+
+def shape_of_args(args: argparse.Namespace, where: Path) -> ModelShape:
+    """The shape that Megatron-LM trained, under the family of transformers that has its parts.
+
+    Args:
+        where: the checkpoint, for errors.
+
+    Raises:
+        UserError: the model is none of the families, or an argument is absent; names all of them.
+    """
+    values = vars(args)
+    wrong = [
+        f"{k}={values[k]!r} instead of {want!r}" for k, want in _FIXED.items() if values.get(k, want) != want
+    ]
+    needed = (
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "max_position_embeddings",
+    )
+    wrong += [f"no {key}" for key in (*needed, "padded_vocab_size") if values.get(key) is None]
+    experts = _experts_of(values)
+    family = _family_of(values, experts)
+    if family is None:
+        wrong.append(
+            "a bias on q, k, v and norms on q and k together, or a shared expert without Qwen2-MoE's gate"
+        )
+    if wrong or family is None:
+        raise UserError(
+            f"{where} was trained with {'; '.join(wrong)}: no model type of {sorted(FAMILIES)} can hold it. If its "
+            "config.json is known, give its folder as --hf-files"
+        )
+    heads = values["num_attention_heads"]
+    kv_heads = values.get("num_query_groups") if values.get("group_query_attention") else heads
+    return ModelShape(
+        family=family,
+        num_layers=values["num_layers"],
+        hidden_size=values["hidden_size"],
+        ffn_hidden_size=values["ffn_hidden_size"],
+        num_heads=heads,
+        num_kv_heads=kv_heads or heads,
+        head_dim=values.get("kv_channels") or values["hidden_size"] // heads,
+        vocab_size=values.get("vocab_size") or values["padded_vocab_size"],
+        max_positions=values["max_position_embeddings"],
+        norm_eps=values.get("norm_epsilon", 1e-5),
+        rope_theta=float(values.get("rotary_base", 10000)),
+        rope_scaling_factor=values.get("rope_scaling_factor", 8.0)
+        if values.get("use_rope_scaling")
+        else None,
+        is_tied=not values.get("untie_embeddings_and_output_weights", False),
+        init_std=values.get("init_method_std", 0.02),
+        has_qkv_bias=bool(values.get("add_qkv_bias")),
+        has_qk_norm=bool(values.get("qk_layernorm")),
+        experts=experts,
+    )
+
+
+def _experts_of(values: dict[str, Any]) -> Experts | None:
+    if not values.get("num_experts"):
+        return None
+    frequency, layers = values.get("moe_layer_freq", 1), range(values["num_layers"])
+    if isinstance(frequency, int):
+        frequency = [int(i % frequency == 0) for i in layers]
+    return Experts(
+        num=values["num_experts"],
+        per_token=values.get("moe_router_topk", 2),
+        ffn_hidden_size=values.get("moe_ffn_hidden_size") or values["ffn_hidden_size"],
+        layers=tuple(i for i in layers if frequency[i]),
+        is_normalized=not values.get("moe_router_pre_softmax", False),
+        shared_ffn_hidden_size=values.get("moe_shared_expert_intermediate_size"),
+        has_shared_gate=bool(values.get("moe_shared_expert_gate")),
+    )
+
+
+def _family_of(values: dict[str, Any], experts: Experts | None) -> str | None:
+    has_bias, has_norm = bool(values.get("add_qkv_bias")), bool(values.get("qk_layernorm"))
+    if has_bias and has_norm:
+        return None
+    if experts is None:
+        return "qwen2" if has_bias else "qwen3" if has_norm else "llama"
+    is_shared = experts.shared_ffn_hidden_size is not None
+    if is_shared or has_bias:
+        return "qwen2_moe" if is_shared and experts.has_shared_gate and has_bias else None
+    if has_norm:
+        return "qwen3_moe"
+    return "mixtral" if experts.is_normalized and len(experts.layers) == values["num_layers"] else None

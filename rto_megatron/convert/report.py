@@ -1,0 +1,95 @@
+"""What a conversion did and what was proved about it: conversion_report.json and a short table."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from rto_megatron.models.config_files import architecture
+from rto_megatron.models.shape import ModelShape
+
+_PACKAGES = ("megatron-core", "torch", "transformers", "safetensors", "rto-megatron")
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """One tensor by its Hugging Face name, as it was written."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    sha256: str | None  # of dtype, shape and bytes
+
+
+@dataclass(frozen=True)
+class LogitsProof:
+    """The largest difference between Megatron's outputs and transformers', both in float32."""
+
+    tensor_parallel: int
+    pipeline_parallel: int
+    num_tokens: dict[str, int]  # random and real text -> tokens
+    max_difference: dict[str, float]
+    largest_output: float
+    tolerance: float
+
+
+@dataclass
+class Report:
+    """A conversion; `verified` says how it was proved."""
+
+    direction: str
+    source: str
+    target: str
+    shape: ModelShape
+    has_scalar_head: bool
+    dtype: torch.dtype
+    tensors: dict[str, TensorRecord]
+    left_aside: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    tokenizer_files: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    verified: list[str] = field(default_factory=list)
+    logits: LogitsProof | None = None
+
+    def size(self) -> int:
+        """Bytes of the tensors as they are written."""
+        return sum(
+            math.prod(record.shape) * getattr(torch, record.dtype).itemsize for record in self.tensors.values()
+        )
+
+    def write(self, path: Path) -> None:
+        """As JSON."""
+        values = asdict(self)
+        values.update(
+            dtype=_name(self.dtype),
+            architecture=architecture(self.shape.family, self.has_scalar_head),
+            coverage={"missing": [], "left_over": [], "left_aside": self.left_aside},
+            verified=self.verified or ["nothing: --verify none"],
+            versions={package: version(package) for package in _PACKAGES},
+        )
+        del values["left_aside"]
+        path.write_text(json.dumps(values, indent=1))
+
+    def table(self) -> Table:
+        """The short form for a terminal."""
+        rate = self.size() / 1e9 / self.seconds if self.seconds else 0.0
+        table = Table(title=self.direction, show_header=False)
+        for row in (
+            ("model", architecture(self.shape.family, self.has_scalar_head)),
+            ("tensors", f"{len(self.tensors)}, every one mapped, none missing, none left over"),
+            ("dtype", _name(self.dtype)),
+            ("bytes", f"{self.size():,}" + (f" in {self.seconds:.1f} s, {rate:.2f} GB/s" if self.seconds else "")),
+            *(("left aside", f"{name}: {reason}") for name, reason in list(self.left_aside.items())[:3]),
+            *(("note", note) for note in self.notes),
+            ("tokenizer", ", ".join(self.tokenizer_files) or "none"),
+            *(("proved", proof) for proof in self.verified or ["nothing"]),
+        ):
+            table.add_row(*row)
+        return table
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

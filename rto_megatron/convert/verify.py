@@ -1,0 +1,83 @@
+"""Proof that a Hugging Face folder and a Megatron checkpoint hold the same model, tensor by tensor and bit by bit."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from rto_megatron.convert.digests import tensor_digest
+from rto_megatron.convert.options import Advance, write_dtype
+from rto_megatron.errors import UserError
+from rto_megatron.models.weight_map import MappedParameter, VocabRows
+from rto_megatron.storage.hf_model import HfModel
+from rto_megatron.storage.megatron_tensors import MegatronTensors
+
+_SHOWN = 20
+
+
+def verify_digests(
+    hf: HfModel,
+    megatron: MegatronTensors,
+    dtype: torch.dtype,
+    recorded: Mapping[str, str | None],
+    advance: Advance,
+) -> int:
+    """Reads every parameter of both from the disk, and compares them there and back.
+
+    Backward: the Megatron parameter's Hugging Face tensors have the digests of those in the folder. Forward: the
+    folder's tensors make up the Megatron parameter.
+
+    Args:
+        hf: complete by `HfModel.require_complete`, as `megatron` is by its constructor.
+        dtype: in which they are compared.
+        recorded: digests that were noted when the tensors were copied, which must be these; may be empty.
+
+    Returns:
+        how many tensors were compared.
+
+    Raises:
+        UserError: names every tensor that differs, and says what it holds instead where that can be seen.
+    """
+    known: dict[str, str] = {}
+    wrong: dict[str, Tensor] = {}
+    for parameter in megatron.parameters:
+        if parameter.is_copy:
+            continue
+        wanted = write_dtype(parameter.is_float32, dtype)
+        theirs = [hf.read(n, s).to(wanted) for n, s in zip(parameter.hf, parameter.hf_shapes, strict=True)]
+        whole = megatron.whole(parameter).to(wanted)
+        ours = parameter.layout.merge([whole])
+        for name, want, found in zip(parameter.hf, theirs, ours, strict=True):
+            known[name] = tensor_digest(want)
+            is_recorded = recorded.get(name) in (None, known[name])
+            if not is_recorded or tensor_digest(found) != known[name]:
+                wrong[name] = found.clone()
+            advance(want.nbytes)
+        if not wrong.keys() & set(parameter.hf) and not _makes_up(parameter, theirs, whole):
+            raise UserError(f"{parameter.megatron} is not what {', '.join(parameter.hf)} make up")
+    if wrong:
+        lines = [f"{name} {_difference(name, tensor, known)}" for name, tensor in wrong.items()]
+        more = f"\n  and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+        raise UserError(
+            f"{len(wrong)} of {len(known)} tensors differ between {hf.folder.path} and {megatron.folder}:\n  "
+            + "\n  ".join(lines[:_SHOWN])
+            + more
+        )
+    return len(known)
+
+
+def _makes_up(parameter: MappedParameter, tensors: list[Tensor], whole: Tensor) -> bool:
+    if isinstance(parameter.layout, VocabRows):
+        return torch.equal(tensors[0], whole[: parameter.layout.vocab_size])
+    return torch.equal(parameter.layout.shard(tensors, 0, 1), whole)
+
+
+def _difference(name: str, found: Tensor, known: Mapping[str, str]) -> str:
+    """What a wrong tensor is, if it is another one or the right one turned over."""
+    digest = tensor_digest(found)
+    other = next((other for other, theirs in known.items() if theirs == digest and other != name), None)
+    if other is not None:
+        return f"holds the numbers of {other}"
+    if found.dim() == 2 and found.shape[0] == found.shape[1] and tensor_digest(found.T) == known[name]:
+        return "is transposed"
+    return f"has other numbers: sha256 {digest[:12]} in Megatron, {known[name][:12]} in the folder"

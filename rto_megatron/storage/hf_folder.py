@@ -1,0 +1,147 @@
+"""The tensors of a Hugging Face folder, mapped from its safetensors files and checked before one is used."""
+
+import json
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from rto_megatron.data.folders import regular_file
+from rto_megatron.errors import UserError
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+_UNSAFE = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies and what it is."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class HfFolder:
+    """All tensors of a folder by name; reading one maps its file's pages, and copies nothing."""
+
+    def __init__(self, path: Path) -> None:
+        """Opens every file and reads its header.
+
+        Raises:
+            UserError: no safetensors, a damaged, missing or foreign file, or an index that does not fit its files.
+        """
+        self.path = path
+        self._opened = ExitStack()
+        listed = _index(path)
+        files = sorted(set(listed.values())) if listed is not None else [_single(path)]
+        self._files = {file: self._open(file) for file in files}
+        self.tensors = {name: stored for file in files for name, stored in self._header(file).items()}
+        if listed is not None:
+            self._compare(listed)
+
+    def _open(self, file: str) -> safe_open:
+        path = regular_file(self.path, file)
+        try:
+            return self._opened.enter_context(safe_open(path, "pt"))
+        except (SafetensorError, OSError) as error:
+            raise unreadable(path, error) from error
+
+    def _header(self, file: str) -> dict[str, StoredTensor]:
+        opened, tensors = self._files[file], {}
+        for name in list(opened.keys()):
+            part = opened.get_slice(name)
+            kind = part.get_dtype()
+            if kind not in DTYPES:
+                raise UserError(f"{self.path / file}: {name} is {kind}; expected one of {', '.join(DTYPES)}")
+            tensors[name] = StoredTensor(file, tuple(part.get_shape()), DTYPES[kind])
+        return tensors
+
+    def _compare(self, listed: dict[str, str]) -> None:
+        for name, file in listed.items():
+            found = self.tensors.get(name)
+            if found is None or found.file != file:
+                raise UserError(
+                    f"{self.path / INDEX} says that {name} is in {file}, which does not hold it; fetch or export "
+                    "the model again"
+                )
+        extra = sorted(self.tensors.keys() - listed.keys())
+        if extra:
+            raise UserError(
+                f"{self.path / self.tensors[extra[0]].file} holds {extra[0]}, which {INDEX} does not list "
+                f"({len(extra)} such tensors); fetch or export the model again"
+            )
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor, over the pages of its file: do not write to it."""
+        return self._files[self.tensors[name].file].get_tensor(name)
+
+    def read(self, name: str, size: tuple[int, ...]) -> Tensor:
+        """See `models.weight_map.TensorReader`.
+
+        Raises:
+            UserError: there is no such tensor, or its shape is another.
+        """
+        stored = self.tensors.get(name)
+        if stored is None:
+            raise UserError(
+                f"{self.path} has no tensor {name}; found {len(self.tensors)} tensors, e.g. {sorted(self.tensors)[:3]}"
+            )
+        if stored.shape != size:
+            raise UserError(f"{self.path}: {name} has shape {stored.shape}, config.json says {size}")
+        return self.tensor(name)
+
+    def close(self) -> None:
+        """Unmaps the files."""
+        self._opened.close()
+
+
+def _index(folder: Path) -> dict[str, str] | None:
+    """Tensor name -> file name, from the index; None without one."""
+    index = folder / INDEX
+    if not index.is_file():
+        return None
+    try:
+        files = json.loads(index.read_text())["weight_map"]
+        names = {str(tensor): str(file) for tensor, file in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise unreadable(index, error) from error
+    outside = sorted({file for file in names.values() if Path(file).name != file})
+    if outside:
+        raise UserError(f"{index} names files outside its folder: {outside[:3]}; expected plain file names")
+    return names
+
+
+def _single(folder: Path) -> str:
+    if (folder / SINGLE).is_file():
+        return SINGLE
+    unsafe = sorted(path.name for pattern in _UNSAFE for path in folder.glob(pattern))
+    remedy = (
+        f"; found {unsafe[:3]}, which are pickles and never read here: save the model as safetensors with "
+        "transformers' save_pretrained on a machine where you trust them"
+        if unsafe
+        else "; expected a Hugging Face folder with safetensors"
+    )
+    raise UserError(f"{folder} has neither {SINGLE} nor {INDEX}{remedy}")
+
+
+def unreadable(path: Path, error: Exception) -> UserError:
+    """What to say about a file that cannot be read."""
+    return UserError(
+        f"{path} is missing or damaged ({type(error).__name__}: {error}); fetch or export the model again"
+    )

@@ -1,0 +1,161 @@
+"""A Hugging Face model as a source of tensors: names of heads, tied copies, FP8 blocks, and nothing left over."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rto_megatron.errors import UserError
+from rto_megatron.models.config_files import shape_of
+from rto_megatron.models.families import FAMILIES
+from rto_megatron.models.families.blocks import EMBEDDING, LM_HEAD, SCALAR_HEAD
+from rto_megatron.models.hf_config import HfConfig, read_config
+from rto_megatron.models.parameters import parameter_map
+from rto_megatron.models.weight_map import MappedParameter
+from rto_megatron.storage.fp8_blocks import SCALE_SUFFIX, dequantize, require_known
+from rto_megatron.storage.hf_folder import HfFolder
+
+_TRL_HEAD = "v_head.summary.weight"
+_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class ScalarHead:
+    """Where a folder keeps the scalar head of a reward model or critic."""
+
+    weight: str
+    bias: str | None
+
+
+def find_scalar_head(tensors: HfFolder, config: HfConfig) -> ScalarHead | None:
+    """The head: transformers' `score`, OpenRLHF's `value_head` or own prefix, TRL's `v_head`, verl's one-row `lm_head`.
+
+    Raises:
+        UserError: several names that could be it, or more labels than one.
+    """
+    prefix = str(config.values.get("value_head_prefix", "value_head"))
+    one_row = (1, config.values.get("hidden_size"))
+    names = dict.fromkeys([SCALAR_HEAD, f"{prefix}.weight", "value_head.weight", _TRL_HEAD])
+    found = [name for name in names if name in tensors.tensors]
+    if not found and LM_HEAD in tensors.tensors and tensors.tensors[LM_HEAD].shape == one_row:
+        found = [LM_HEAD]
+    if not found:
+        return None
+    if len(found) > 1:
+        raise UserError(f"{tensors.path} has the heads {found}; expected one of them")
+    if tensors.tensors[found[0]].shape != one_row:
+        raise UserError(
+            f"{tensors.path}: {found[0]} has shape {tensors.tensors[found[0]].shape}; a reward model or critic has "
+            f"one label, {one_row}"
+        )
+    bias = found[0].removesuffix(".weight") + ".bias"
+    return ScalarHead(found[0], bias if bias in tensors.tensors else None)
+
+
+class HfModel:
+    """The tensors of one model under the names of its family's map."""
+
+    def __init__(self, folder: Path, has_scalar_head: bool | None) -> None:
+        """Opens the folder.
+
+        Args:
+            has_scalar_head: read a reward model or critic, or a language model; null: what the folder is.
+
+        Raises:
+            UserError: config.json or the files cannot be used.
+        """
+        self.config = read_config(folder)
+        require_known(self.config)
+        self.shape = shape_of(self.config)
+        self.folder = HfFolder(folder)
+        head = find_scalar_head(self.folder, self.config)
+        self.has_scalar_head = head is not None if has_scalar_head is None else has_scalar_head
+        self._head, self._unused_head = (head, None) if self.has_scalar_head else (None, head)
+        self.left_aside: dict[str, str] = {}
+
+    @property
+    def parameters(self) -> tuple[MappedParameter, ...]:
+        """The family's map."""
+        return parameter_map(self.shape, self.has_scalar_head)
+
+    def stored_name(self, name: str) -> str:
+        """What the folder calls a tensor."""
+        return self._head.weight if name == SCALAR_HEAD and self._head is not None else name
+
+    def head_bias(self) -> float:
+        """The constant that the scalar head adds; 0 where it has none."""
+        if self._head is None or self._head.bias is None:
+            return 0.0
+        return float(self.folder.tensor(self._head.bias))
+
+    def read(self, name: str, size: tuple[int, ...]) -> Tensor:
+        """See `models.weight_map.TensorReader`; FP8 blocks are dequantised to bfloat16.
+
+        Raises:
+            UserError: a missing tensor or another shape.
+        """
+        stored = self.stored_name(name)
+        tensor = self.folder.read(stored, size)
+        if tensor.dtype == torch.float8_e4m3fn:
+            return dequantize(tensor, self.folder.tensor(stored + SCALE_SUFFIX))
+        return tensor
+
+    def dtype(self) -> torch.dtype:
+        """The dtype that holds every tensor without loss."""
+        wanted = [self.stored_name(n) for p in self.parameters if not p.is_float32 for n in p.hf]
+        found = {self.folder.tensors[n].dtype for n in wanted if n in self.folder.tensors}
+        found = {torch.bfloat16 if d == torch.float8_e4m3fn else d for d in found}
+        return found.pop() if len(found) == 1 else torch.float32
+
+    def problems(self) -> list[str]:
+        """Everything that is missing, misshaped or left over; fills `left_aside` with what is neither."""
+        stored, problems, used = self.folder.tensors, [], set()
+        wanted = [(n, s) for p in self.parameters for n, s in zip(p.hf, p.hf_shapes, strict=True)]
+        for name, size in ((self.stored_name(n), s) for n, s in wanted):
+            used |= {name, name + SCALE_SUFFIX}
+            if name not in stored:
+                problems.append(f"{name} {size} is missing")
+            elif stored[name].shape != size:
+                problems.append(f"{name} has shape {stored[name].shape}, config.json says {size}")
+            elif stored[name].dtype == torch.float8_e4m3fn and name + SCALE_SUFFIX not in stored:
+                problems.append(f"{name} is FP8 and {name}{SCALE_SUFFIX} is missing")
+        for name in sorted(stored.keys() - used):
+            reason = self._reason_to_leave(name)
+            if reason is None:
+                problems.append(
+                    f"{name} {stored[name].shape} is left over: config.json describes no such tensor"
+                )
+            else:
+                self.left_aside[name] = reason
+        return problems
+
+    def require_complete(self) -> None:
+        """Raises UserError: all problems at once."""
+        problems = self.problems()
+        if problems:
+            more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+            kind = "reward model" if self.has_scalar_head else "language model"
+            raise UserError(
+                f"{self.folder.path} does not hold the {self.shape.family} {kind} of its config.json:\n  "
+                + "\n  ".join(problems[:_SHOWN])
+                + more
+            )
+
+    def _reason_to_leave(self, name: str) -> str | None:
+        if self._head is not None:
+            if name == self._head.bias:
+                return "the head's constant, kept as `mean` of config.json"
+            if name == LM_HEAD:
+                return "a language head beside the scalar head"
+        elif name == LM_HEAD and self._is_tied_copy():
+            return "a copy of the tied embedding, bit-equal"
+        if self._unused_head is not None and name in (self._unused_head.weight, self._unused_head.bias):
+            return "a scalar head beside the language head"
+        patterns: dict[re.Pattern[str], str] = FAMILIES[self.shape.family].left_aside(self.shape)
+        return next((reason for pattern, reason in patterns.items() if pattern.fullmatch(name)), None)
+
+    def _is_tied_copy(self) -> bool:
+        names = (LM_HEAD, EMBEDDING)
+        return self.shape.is_tied and torch.equal(*(self.folder.tensor(name) for name in names))

@@ -1,0 +1,105 @@
+"""Writes a torch_dist checkpoint chunk by chunk, without a model and without holding the state in memory.
+
+Files are those of torch.distributed.checkpoint 2.13, the entries those of megatron-core 0.19.2's dist_checkpointing.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.storage import WriteResult
+
+
+class TorchDistWriter:
+    """One checkpoint folder in the making; use `opened`."""
+
+    def __init__(self, folder: Path, max_file_bytes: int) -> None:
+        self._folder, self._max_file_bytes = folder, max_file_bytes
+        self._entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+        self._results: list[WriteResult] = []
+        self._file: BinaryIO | None = None
+        self._num_files = 0
+
+    def tensor(self, key: str, size: tuple[int, ...], offsets: tuple[int, ...], chunk: Tensor) -> None:
+        """Writes one chunk of an entry.
+
+        Args:
+            size: of the whole entry.
+            offsets: of the chunk inside it; all chunks of an entry have one dtype.
+        """
+        entry = self._entries.setdefault(
+            key, TensorStorageMetadata(TensorProperties(dtype=chunk.dtype), torch.Size(size), [])
+        )
+        assert isinstance(entry, TensorStorageMetadata)
+        assert entry.properties.dtype == chunk.dtype, f"{key}: {entry.properties.dtype} and {chunk.dtype}"
+        entry.chunks.append(ChunkStorageMetadata(torch.Size(offsets), chunk.size()))
+        if chunk.untyped_storage().nbytes() != chunk.nbytes:
+            chunk = chunk.clone()  # torch.save writes the whole storage that a view is of
+        self._append(MetadataIndex(key, torch.Size(offsets)), chunk)
+
+    def bytes_object(self, key: str, content: object) -> None:
+        """Writes an entry that is not a tensor."""
+        self._entries[key] = BytesStorageMetadata()
+        self._append(MetadataIndex(key), content)
+
+    def _append(self, index: MetadataIndex, content: object) -> None:
+        file = self._file
+        if file is None or file.tell() > self._max_file_bytes:
+            self.close()
+            self._num_files += 1
+            file = self._file = (self._folder / f"__0_{self._num_files - 1}.distcp").open("wb")
+        start = file.tell()
+        torch.save(content, file)
+        length = file.tell() - start
+        self._results.append(WriteResult(index, length, _StorageInfo(Path(file.name).name, start, length)))
+
+    def close(self) -> None:
+        """Puts the open file on the disk."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+
+    def finish(self, common: dict[str, object]) -> None:
+        """Completes the checkpoint; metadata.json is the last file, by which readers know that it is whole.
+
+        Args:
+            common: what Megatron keeps beside tensors: `args`, `iteration`, `checkpoint_version`.
+        """
+        # Megatron-core up to 0.18 reads common.pt, 0.19 the entry; both hold the same.
+        self.bytes_object("common_state/shard_0_1", [common])
+        self.close()
+        torch.save(common, self._folder / "common.pt")
+        FileSystemWriter(self._folder).finish(Metadata(self._entries), [self._results])
+        backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+        (self._folder / "metadata.json").write_text(json.dumps(backends))
+
+
+@contextmanager
+def opened(folder: Path, max_file_bytes: int) -> Iterator[TorchDistWriter]:
+    """A writer into an existing, empty folder; a new file is begun once one is over `max_file_bytes`."""
+    writer = TorchDistWriter(folder, max_file_bytes)
+    has_checksums = torch.serialization.get_crc32_options()
+    # torch.load never reads the checksums, and making them is three quarters of the time of a save.
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield writer
+    finally:
+        writer.close()
+        torch.serialization.set_crc32_options(has_checksums)
