@@ -139,7 +139,7 @@ def build_model(
         parallel_output=True,
         share_embeddings_and_output_weights=shape.is_tied and not has_scalar_head,
         position_embedding_type="rope",
-        rotary_base=int(shape.rope_theta),
+        rotary_base=shape.rope_theta,
         rope_scaling=shape.rope_scaling_factor is not None,
         rope_scaling_factor=shape.rope_scaling_factor or 8.0,
     )

@@ -26,7 +26,15 @@ def read_shape(folder: Path) -> ModelShape:
     Raises:
         UserError: no config.json, an unsupported model type, or a feature that the Megatron model cannot express.
     """
-    config = read_config(folder)
+    return shape_of(read_config(folder))
+
+
+def shape_of(config: HfConfig) -> ModelShape:
+    """The shape that a parsed config.json describes.
+
+    Raises:
+        UserError: as `read_shape`.
+    """
     model_type = config.values.get("model_type")
     if model_type in REFUSED:
         config.refuse(f"model_type is {model_type!r}: {REFUSED[model_type]}")
@@ -35,14 +43,13 @@ def read_shape(folder: Path) -> ModelShape:
     config.refuse_set("attention_bias", "mlp_bias")
     if config.values.get("hidden_act", "silu") != "silu":
         config.refuse(f"hidden_act is {config.values['hidden_act']!r}; the gate here is silu")
-    config.require(*_REQUIRED)
-    return FAMILIES[model_type].read(config, _common_shape(config))
+    family = FAMILIES[model_type]
+    config.require(*_REQUIRED, *family.required)
+    return family.read(config, _common_shape(config))
 
 
 def _common_shape(config: HfConfig) -> ModelShape:
     values = config.values
-    # transformers 5 keeps theta inside rope_parameters, earlier versions beside rope_scaling.
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     heads = values["num_attention_heads"]
     return ModelShape(
         family=values["model_type"],
@@ -55,15 +62,21 @@ def _common_shape(config: HfConfig) -> ModelShape:
         vocab_size=values["vocab_size"],
         max_positions=values["max_position_embeddings"],
         norm_eps=values["rms_norm_eps"],
-        rope_theta=float(rope.get("rope_theta") or values.get("rope_theta") or 10000.0),
-        rope_scaling_factor=_rope_scaling(rope, config),
+        rope_theta=float(config.rope_theta or 10000.0),
+        rope_scaling_factor=_rope_scaling(config),
         is_tied=bool(values.get("tie_word_embeddings", False)),
         init_std=float(values.get("initializer_range", 0.02)),
     )
 
 
-def _rope_scaling(rope: dict[str, Any], config: HfConfig) -> float | None:
+def _rope_scaling(config: HfConfig) -> float | None:
+    rope = config.rope
     kind = rope.get("rope_type") or rope.get("type") or "default"
+    if any(isinstance(value, dict) for value in rope.values()):
+        kind = "one for each kind of layer"
+    share = rope.get("partial_rotary_factor", config.values.get("partial_rotary_factor"))
+    if share not in (None, 1):
+        config.refuse(f"partial_rotary_factor={share}; positions rotate whole heads here")
     # A family that is converted and never run here keeps its scaling in config.json.
     if kind == "default" or FAMILIES[config.values["model_type"]].not_run:
         return None
@@ -108,10 +121,15 @@ def config_of(shape: ModelShape, has_scalar_head: bool, dtype: str) -> dict[str,
 def as_exported(config: dict[str, Any], family: str, has_scalar_head: bool, dtype: str) -> dict[str, Any]:
     """A config.json that describes exported weights: architecture, dtype, and the one label of a scalar head."""
     exported = {k: v for k, v in config.items() if k not in ("torch_dtype", "quantization_config")}
-    exported["architectures"] = [FAMILIES[family].architectures[has_scalar_head]]
+    exported["architectures"] = [architecture(family, has_scalar_head)]
     exported["dtype"] = dtype
     if has_scalar_head:
         exported.update(num_labels=1, id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0})
         if "value_head_prefix" in exported:  # where OpenRLHF looks for the head
             exported["value_head_prefix"] = "score"
     return exported
+
+
+def architecture(family: str, has_scalar_head: bool) -> str:
+    """The class of transformers that loads such a model."""
+    return FAMILIES[family].architectures[has_scalar_head]

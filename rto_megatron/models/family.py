@@ -17,6 +17,7 @@ class Family:
     Attributes:
         architectures: has_scalar_head -> class name in config.json.
         layer: (shape, index) -> parameters of one decoder layer, in the order of the forward pass.
+        required: the family's own keys of config.json that have no safe default.
         read: (config.json, sizes that all families share) -> the shape; refuses what Megatron cannot express.
         config: the family's own keys of config.json; `read` undoes it.
         left_aside: names of tensors that are not weights of the model, with the reason.
@@ -25,6 +26,7 @@ class Family:
 
     architectures: dict[bool, str]
     layer: Callable[[ModelShape, int], tuple[MappedParameter, ...]]
+    required: tuple[str, ...] = ()
     read: Callable[[HfConfig, ModelShape], ModelShape] = lambda config, shape: shape
     config: Callable[[ModelShape], dict[str, Any]] = lambda shape: {}
     left_aside: Callable[[ModelShape], dict[re.Pattern[str], str]] = lambda shape: {}

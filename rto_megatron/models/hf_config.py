@@ -15,6 +15,16 @@ class HfConfig:
     path: Path
     values: dict[str, Any]
 
+    @property
+    def rope(self) -> dict[str, Any]:
+        """How positions are rotated: transformers 5 says it in rope_parameters, earlier versions in rope_scaling."""
+        return self.values.get("rope_scaling") or self.values.get("rope_parameters") or {}
+
+    @property
+    def rope_theta(self) -> float | None:
+        """The base of the rotation, which transformers 5 keeps inside rope_parameters; null: not said."""
+        return self.rope.get("rope_theta") or self.values.get("rope_theta")
+
     def require(self, *keys: str) -> None:
         """Raises UserError: a key is absent or null."""
         missing = [key for key in keys if self.values.get(key) is None]

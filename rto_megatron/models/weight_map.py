@@ -20,7 +20,7 @@ class Layout(Protocol):
         """The part of tensor rank `rank` of `size`."""
 
     def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The Hugging Face tensors, from the shards of all tensor ranks."""
+        """The Hugging Face tensors, from the shards of all tensor ranks; views where there is one shard."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Split:
         return tensors[0].chunk(size, self.dim)[rank]
 
     def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return (torch.cat(list(shards), self.dim),)
+        return (_joined(shards, self.dim),)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class VocabRows:
         )
 
     def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return (torch.cat(list(shards))[: self.vocab_size],)
+        return (_joined(shards)[: self.vocab_size],)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class QkvRows:
 
     def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
         q_rows = self.num_heads // self.num_kv_heads * self.head_dim
-        grouped = torch.cat(list(shards)).unflatten(0, (self.num_kv_heads, -1))
+        grouped = _joined(shards).unflatten(0, (self.num_kv_heads, -1))
         pieces = grouped.split([q_rows, self.head_dim, self.head_dim], 1)
         return tuple(piece.flatten(0, 1) for piece in pieces)
 
@@ -94,7 +94,11 @@ class GateUpRows:
 
     def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
         halves = [shard.chunk(2) for shard in shards]
-        return torch.cat([h[0] for h in halves]), torch.cat([h[1] for h in halves])
+        return _joined([h[0] for h in halves]), _joined([h[1] for h in halves])
+
+
+def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,17 @@ from rto_megatron.models.hf_config import HfConfig
 from rto_megatron.models.shape import Experts, GroupedRouting, LatentAttention, ModelShape
 from rto_megatron.models.weight_map import MappedParameter, Replicated, Split
 
+_EXPERT_KEYS = (
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "n_shared_experts",
+    "n_group",
+    "topk_group",
+    "first_k_dense_replace",
+)
+_LATENT_KEYS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+
 
 def _attention(shape: ModelShape, index: int) -> tuple[MappedParameter, ...]:
     latent = shape.latent
@@ -66,23 +77,6 @@ def _layer(shape: ModelShape, index: int) -> tuple[MappedParameter, ...]:
 
 
 def _read(config: HfConfig, shape: ModelShape) -> ModelShape:
-    config.require(
-        *(
-            "n_routed_experts",
-            "num_experts_per_tok",
-            "moe_intermediate_size",
-            "n_shared_experts",
-            "kv_lora_rank",
-        ),
-        *(
-            "qk_nope_head_dim",
-            "qk_rope_head_dim",
-            "v_head_dim",
-            "n_group",
-            "topk_group",
-            "first_k_dense_replace",
-        ),
-    )
     values = config.values
     if values.get("scoring_func", "sigmoid") != "sigmoid" or values.get("moe_layer_freq", 1) != 1:
         config.refuse(
@@ -124,6 +118,7 @@ def _config(shape: ModelShape) -> dict[str, Any]:
         "n_group": experts.routing.num_groups,
         "topk_group": experts.routing.groups_per_token,
         "routed_scaling_factor": experts.routing.scale,
+        "head_dim": latent.rope_dim,  # to transformers it is the part that rotates
         "q_lora_rank": latent.q_rank,
         "kv_lora_rank": latent.kv_rank,
         "qk_nope_head_dim": latent.nope_dim,
@@ -140,6 +135,7 @@ def _left_aside(shape: ModelShape) -> dict[re.Pattern[str], str]:
 FAMILY = Family(
     architectures={False: "DeepseekV3ForCausalLM", True: "DeepseekV3ForSequenceClassification"},
     layer=_layer,
+    required=(*_EXPERT_KEYS, *_LATENT_KEYS),
     read=_read,
     config=_config,
     left_aside=_left_aside,

@@ -7,7 +7,8 @@ from rto_megatron.models.shape import ModelShape
 
 
 def _read(config: HfConfig, shape: ModelShape) -> ModelShape:
-    config.refuse_short_window(config.values.get("sliding_window"))
+    # Absent is not null: transformers' default is Mistral-7B-v0.1's window.
+    config.refuse_short_window(config.values.get("sliding_window", 4096))
     return shape
 
 

@@ -20,7 +20,6 @@ def _layer(shape: ModelShape, index: int) -> tuple[MappedParameter, ...]:
 
 
 def _read(config: HfConfig, shape: ModelShape) -> ModelShape:
-    config.require("num_local_experts", "num_experts_per_tok")
     config.refuse_short_window(config.values.get("sliding_window"))
     per_token = config.values["num_experts_per_tok"]
     refuse_single_normalized(config, per_token)
@@ -31,7 +30,9 @@ def _read(config: HfConfig, shape: ModelShape) -> ModelShape:
         layers=tuple(range(shape.num_layers)),
         is_normalized=True,
     )
-    return replace(shape, experts=experts)
+    # Absent means another base in this family than in the others.
+    rope_theta = float(config.rope_theta or 1e6)
+    return replace(shape, rope_theta=rope_theta, experts=experts)
 
 
 def refuse_single_normalized(config: HfConfig, per_token: int) -> None:
@@ -55,6 +56,7 @@ def _config(shape: ModelShape) -> dict[str, Any]:
 FAMILY = Family(
     architectures={False: "MixtralForCausalLM", True: "MixtralForSequenceClassification"},
     layer=_layer,
+    required=("num_local_experts", "num_experts_per_tok"),
     read=_read,
     config=_config,
 )

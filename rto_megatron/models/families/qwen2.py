@@ -15,8 +15,9 @@ def refuse_window(config: HfConfig) -> None:
         UserError: some layer would cut off positions.
     """
     values = config.values
-    if values.get("use_sliding_window") and values.get("max_window_layers", 0) < values["num_hidden_layers"]:
-        config.refuse_short_window(values.get("sliding_window"))
+    # max_window_layers does not help: which layers it spares depends on the family and the version of transformers.
+    if values.get("use_sliding_window") or "sliding_attention" in (values.get("layer_types") or ()):
+        config.refuse_short_window(values.get("sliding_window", 4096))
 
 
 def _read(config: HfConfig, shape: ModelShape) -> ModelShape:

@@ -20,7 +20,6 @@ def _layer(shape: ModelShape, index: int) -> tuple[MappedParameter, ...]:
 
 def _read(config: HfConfig, shape: ModelShape) -> ModelShape:
     qwen2.refuse_window(config)
-    config.require("shared_expert_intermediate_size")
     if config.values.get("qkv_bias") is False:
         config.refuse("qkv_bias is false; expected Qwen2-MoE's bias on q, k and v")
     experts = replace(
@@ -40,6 +39,7 @@ def _config(shape: ModelShape) -> dict[str, Any]:
 FAMILY = Family(
     architectures={False: "Qwen2MoeForCausalLM", True: "Qwen2MoeForSequenceClassification"},
     layer=_layer,
+    required=(*qwen3_moe.REQUIRED, "shared_expert_intermediate_size"),
     read=_read,
     config=_config,
 )

@@ -10,13 +10,13 @@ from rto_megatron.models.shape import ModelShape
 
 def _read(config: HfConfig, shape: ModelShape) -> ModelShape:
     qwen2.refuse_window(config)
-    config.require("head_dim")
     return replace(shape, has_qk_norm=True)
 
 
 FAMILY = Family(
     architectures={False: "Qwen3ForCausalLM", True: "Qwen3ForSequenceClassification"},
     layer=llama.layer,
+    required=("head_dim",),
     read=_read,
     config=lambda shape: {"use_sliding_window": False, "attention_bias": False},
 )

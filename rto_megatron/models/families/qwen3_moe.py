@@ -9,6 +9,7 @@ from rto_megatron.models.hf_config import HfConfig
 from rto_megatron.models.shape import Experts, ModelShape
 from rto_megatron.models.weight_map import MappedParameter
 
+REQUIRED = ("num_experts_per_tok", "moe_intermediate_size")
 EXPERT_NAMES = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -21,14 +22,16 @@ def _layer(shape: ModelShape, index: int) -> tuple[MappedParameter, ...]:
     return *blocks.attention(shape, index), *behind
 
 
-def read_experts(config: HfConfig, shape: ModelShape, num_key: str = "num_experts") -> Experts:
+def read_experts(config: HfConfig, shape: ModelShape) -> Experts:
     """What Qwen's mixtures share: which layers have experts, their sizes, and whether probabilities are renormalised.
 
     Raises:
-        UserError: a key is missing, or the routing cannot be expressed.
+        UserError: the number of experts is missing, or the routing cannot be expressed.
     """
-    config.require(num_key, "num_experts_per_tok", "moe_intermediate_size")
     values = config.values
+    # transformers 5 writes Qwen3-MoE's under Mixtral's name; earlier versions and Qwen's own files do not.
+    num_key = "num_local_experts" if "num_local_experts" in values else "num_experts"
+    config.require(num_key)
     step = values.get("decoder_sparse_step") or 1
     dense = set(values.get("mlp_only_layers") or [])
     is_normalized = bool(values.get("norm_topk_prob", False))
@@ -48,7 +51,6 @@ def read_experts(config: HfConfig, shape: ModelShape, num_key: str = "num_expert
 
 def _read(config: HfConfig, shape: ModelShape) -> ModelShape:
     qwen2.refuse_window(config)
-    config.require("head_dim")
     return replace(shape, has_qk_norm=True, experts=read_experts(config, shape))
 
 
@@ -70,6 +72,7 @@ def experts_config(shape: ModelShape) -> dict[str, Any]:
 FAMILY = Family(
     architectures={False: "Qwen3MoeForCausalLM", True: "Qwen3MoeForSequenceClassification"},
     layer=_layer,
+    required=("head_dim", *REQUIRED),
     read=_read,
     config=lambda shape: {**experts_config(shape), "attention_bias": False},
 )
