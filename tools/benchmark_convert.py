@@ -112,7 +112,16 @@ def _warm(folder: Path) -> None:
 
 def _benchmark(folder: Path, sizes: list[float], rounds: int) -> None:
     table = Table(title=f"median of {rounds} rounds, alternating; GB/s of weights, fsync included")
-    for name in ("GB", "direction", "cp", "convert", "of cp", "with proof", "of cp", "anonymous MB (with proof)"):
+    for name in (
+        "GB",
+        "direction",
+        "cp",
+        "convert",
+        "of cp",
+        "with proof",
+        "of cp",
+        "anonymous MB (with proof)",
+    ):
         table.add_column(name, justify="right")
     for size in sizes:
         model, megatron, copy, out = (folder / n for n in ("hf", "megatron", "copy", "out"))
@@ -142,10 +151,11 @@ def _benchmark(folder: Path, sizes: list[float], rounds: int) -> None:
         shutil.rmtree(folder)
 
 
-
 def main() -> None:
     """Runs the benchmark, or as a child one conversion of it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="new folder to work in; removed at the end")
     parser.add_argument("--gigabytes", type=float, nargs="+", default=[1, 2, 4], help="sizes of the models")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each kind")

@@ -77,7 +77,8 @@ def megatron_to_hf(
     source: Annotated[
         Path,
         typer.Argument(
-            help="Run folder, one checkpoint of it, or a Megatron-LM checkpoint (torch_dist).", show_default=False
+            help="Run folder, one checkpoint of it, or a Megatron-LM checkpoint (torch_dist).",
+            show_default=False,
         ),
     ],
     target: Annotated[Path, typer.Argument(help="New folder to write.", show_default=False)],
@@ -96,7 +97,7 @@ def megatron_to_hf(
     ] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Write a Hugging Face folder that transformers and vLLM load: a policy, or a reward model as one-label classifier."""
+    """Write a Hugging Face folder that transformers and vLLM load; a reward model becomes a one-label classifier."""
     from rto_megatron.convert.megatron_source import open_megatron
     from rto_megatron.convert.run import convert_to_hf
 
@@ -115,7 +116,7 @@ def verify_command(
     tensor: Tensor = 1,
     pipeline: Pipeline = 1,
 ) -> None:
-    """Prove that a Hugging Face folder and a Megatron checkpoint hold the same model; names every tensor that differs."""
+    """Prove that a Hugging Face folder and a Megatron checkpoint hold one model; names every tensor that differs."""
     from rto_megatron.convert.run import verify_pair
 
     report = verify_pair(hf, megatron, _is_scalar(head), _proofs(verify, tensor, pipeline), _bar)

@@ -1,18 +1,13 @@
-"""`rto train` and `rto export`."""
-
-from pathlib import Path
-from typing import Annotated
+"""`rto train`: one rank of a stage."""
 
 import typer
 
 from rto_megatron.cli.options import Overrides, Recipe
-from rto_megatron.errors import UserError
 
 
 def register(app: typer.Typer) -> None:
-    """Add the commands of this file to `app`."""
+    """Add the command of this file to `app`."""
     app.command()(train)
-    app.command()(export)
 
 
 def train(recipe: Recipe, overrides: Overrides = None) -> None:
@@ -29,15 +24,3 @@ def train(recipe: Recipe, overrides: Overrides = None) -> None:
     from rto_megatron.trainer.stages import run_stage
 
     run_stage(config)
-
-
-def export(
-    run_dir: Annotated[Path, typer.Argument(help="Run folder with a checkpoint.", show_default=False)],
-    folder: Annotated[Path, typer.Argument(help="New folder to write.", show_default=False)],
-) -> None:
-    """Write a run's last checkpoint as a Hugging Face folder that transformers and vLLM load."""
-    from rto_megatron.trainer.stages import export_run
-
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder}: is not empty; name a new folder, an export never overwrites one")
-    export_run(run_dir, folder)

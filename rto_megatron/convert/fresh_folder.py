@@ -16,12 +16,17 @@ def fresh_folder(target: Path) -> Iterator[Path]:
     What a killed conversion left is removed and made again; what a failed one leaves stays until then, to be looked at.
 
     Raises:
-        UserError: `target` exists.
+        UserError: `target` exists, or nothing can be written beside it.
     """
     require_absent(target)
     partial = target.with_name(f".partial_{target.name}")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make the folder {partial} ({error.strerror}); name another target"
+        ) from error
     yield partial
     for path in sorted(partial.rglob("*"), reverse=True):
         _sync(path)

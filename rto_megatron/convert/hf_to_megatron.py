@@ -4,12 +4,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from rto_megatron.convert.config_json import write_config
+from rto_megatron.convert.config_json import carry_tokenizer, write_config
 from rto_megatron.convert.digests import Digests
 from rto_megatron.convert.megatron_args import common_state
 from rto_megatron.convert.options import Advance, Options, write_dtype
 from rto_megatron.convert.report import Report, TensorRecord
-from rto_megatron.data.tokenizer_files import carry
 from rto_megatron.storage import torch_dist_writer
 from rto_megatron.storage.hf_model import HfModel
 from rto_megatron.storage.megatron_folder import HF_FILES, RELEASE, TRACKER
@@ -74,6 +73,6 @@ def import_weights(model: HfModel, report: Report, folder: Path, options: Option
     report.tensors = {n: replace(record, sha256=recorded[n]) for n, record in report.tensors.items()}
     (folder / HF_FILES).mkdir()
     write_config(model.config.values, report, model.head_bias(), folder / HF_FILES)
-    report.tokenizer_files = carry(Path(report.source), folder / HF_FILES)
+    carry_tokenizer(Path(report.source), folder / HF_FILES, report)
     (folder / TRACKER).write_text(RELEASE)
     report.seconds = time.monotonic() - start

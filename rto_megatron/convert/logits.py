@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rto_megatron.convert.report import LogitsProof
-from rto_megatron.data.tokenizer import _load as load_plain_tokenizer
+from rto_megatron.data.tokenizer import load_plain_tokenizer
 from rto_megatron.errors import UserError
 from rto_megatron.models.checks import check_layout
 from rto_megatron.models.families.blocks import SCALAR_HEAD
@@ -49,9 +49,14 @@ def prove_logits(
     with TemporaryDirectory(prefix="rto-logits-") as folder:
         tokens, outputs = Path(folder) / "tokens.json", Path(folder) / "outputs.safetensors"
         tokens.write_text(json.dumps([ids for group in sequences.values() for ids in group]))
-        layout = [f"--tensor={tensor}", f"--pipeline={pipeline}", f"--head={'scalar' if scalar else 'language'}"]
+        layout = [
+            f"--tensor={tensor}",
+            f"--pipeline={pipeline}",
+            f"--head={'scalar' if scalar else 'language'}",
+        ]
         run_ranks(
-            tensor * pipeline, ["convert", "outputs", str(megatron), str(hf_folder), str(tokens), str(outputs), *layout]
+            tensor * pipeline,
+            ["convert", "outputs", str(megatron), str(hf_folder), str(tokens), str(outputs), *layout],
         )
         found = load_file(outputs)
     reference = _reference_outputs(model, hf_folder)
@@ -98,4 +103,3 @@ def _reference_outputs(model: HfModel, folder: Path) -> Callable[[list[int]], Te
     decoder = AutoModel.from_pretrained(folder, **loading).eval()
     head = model.read(SCALAR_HEAD, (1, model.shape.hidden_size)).float()
     return lambda ids: (decoder(torch.tensor([ids])).last_hidden_state[0] @ head.T).detach()
-

@@ -27,6 +27,28 @@ _FIXED = {
     "multi_latent_attention": False,
     "mtp_num_layers": None,
 }
+# Parts that no family has and that weights do not betray; what they are when off.
+_OFF = {
+    "layernorm_zero_centered_gamma": False,  # apply_layernorm_1p of earlier versions
+    "quick_geglu": False,
+    "qk_l2_norm": False,
+    "no_rope_freq": None,
+    "rotary_seq_len_interpolation_factor": None,
+    "window_size": None,
+    "softmax_type": "vanilla",
+    "attention_output_gate": False,
+    "experimental_attention_variant": None,
+    "apply_residual_connection_post_layernorm": False,
+    "activation_func_clamp_value": None,
+    "glu_linear_offset": 0.0,
+    "use_mup": False,
+    "moe_router_score_function": "softmax",
+    "moe_router_enable_expert_bias": False,
+    "moe_router_topk_scaling_factor": None,
+    "moe_router_num_groups": None,
+    "moe_apply_probs_on_input": False,
+    "moe_latent_size": None,
+}
 _CHECKPOINT_VERSION = 3.0
 
 
@@ -70,7 +92,8 @@ def _sizes(shape: ModelShape) -> dict[str, Any]:
         "num_query_groups": shape.num_kv_heads,
         "kv_channels": shape.head_dim,
         "norm_epsilon": shape.norm_eps,
-        "rotary_base": int(shape.rope_theta),
+        "layernorm_epsilon": shape.norm_eps,  # the name of 0.19
+        "rotary_base": int(shape.rope_theta) if shape.rope_theta.is_integer() else shape.rope_theta,
         "use_rope_scaling": shape.rope_scaling_factor is not None,
         "rope_scaling_factor": shape.rope_scaling_factor or 8.0,
         "init_method_std": shape.init_std,
@@ -128,7 +151,9 @@ def shape_of_args(args: argparse.Namespace, where: Path) -> ModelShape:
     """
     values = vars(args)
     wrong = [
-        f"{k}={values[k]!r} instead of {want!r}" for k, want in _FIXED.items() if values.get(k, want) != want
+        f"{k}={values[k]!r} instead of {want!r}"
+        for k, want in (_FIXED | _OFF).items()
+        if values.get(k, want) != want
     ]
     needed = (
         "num_layers",
@@ -161,7 +186,7 @@ def shape_of_args(args: argparse.Namespace, where: Path) -> ModelShape:
         head_dim=values.get("kv_channels") or values["hidden_size"] // heads,
         vocab_size=values.get("vocab_size") or values["padded_vocab_size"],
         max_positions=values["max_position_embeddings"],
-        norm_eps=values.get("norm_epsilon", 1e-5),
+        norm_eps=values.get("layernorm_epsilon") or values.get("norm_epsilon", 1e-5),
         rope_theta=float(values.get("rotary_base", 10000)),
         rope_scaling_factor=values.get("rope_scaling_factor", 8.0)
         if values.get("use_rope_scaling")

@@ -4,12 +4,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from rto_megatron.convert.config_json import write_config
+from rto_megatron.convert.config_json import carry_tokenizer, write_config
 from rto_megatron.convert.digests import Digests
 from rto_megatron.convert.megatron_source import MegatronSource
 from rto_megatron.convert.options import Advance, Options, write_dtype
 from rto_megatron.convert.report import Report, TensorRecord
-from rto_megatron.data.tokenizer_files import carry
 from rto_megatron.storage.hf_writer import HfWriter
 from rto_megatron.storage.megatron_tensors import MegatronTensors
 
@@ -69,5 +68,5 @@ def export_weights(
     report.tensors = {n: replace(record, sha256=recorded[n]) for n, record in report.tensors.items()}
     write_config(source.config, report, 0.0, folder)
     if source.hf_files is not None:
-        report.tokenizer_files = carry(source.hf_files, folder)
+        carry_tokenizer(source.hf_files, folder, report)
     report.seconds = time.monotonic() - start

@@ -57,7 +57,8 @@ class Report:
     def size(self) -> int:
         """Bytes of the tensors as they are written."""
         return sum(
-            math.prod(record.shape) * getattr(torch, record.dtype).itemsize for record in self.tensors.values()
+            math.prod(record.shape) * getattr(torch, record.dtype).itemsize
+            for record in self.tensors.values()
         )
 
     def write(self, path: Path) -> None:
@@ -81,7 +82,10 @@ class Report:
             ("model", architecture(self.shape.family, self.has_scalar_head)),
             ("tensors", f"{len(self.tensors)}, every one mapped, none missing, none left over"),
             ("dtype", _name(self.dtype)),
-            ("bytes", f"{self.size():,}" + (f" in {self.seconds:.1f} s, {rate:.2f} GB/s" if self.seconds else "")),
+            (
+                "bytes",
+                f"{self.size():,}" + (f" in {self.seconds:.1f} s, {rate:.2f} GB/s" if self.seconds else ""),
+            ),
             *(("left aside", f"{name}: {reason}") for name, reason in list(self.left_aside.items())[:3]),
             *(("note", note) for note in self.notes),
             ("tokenizer", ", ".join(self.tokenizer_files) or "none"),

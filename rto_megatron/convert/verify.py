@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from rto_megatron.convert.digests import tensor_digest
+from rto_megatron.convert.digests import Digests, tensor_digest
 from rto_megatron.convert.options import Advance, write_dtype
 from rto_megatron.errors import UserError
 from rto_megatron.models.weight_map import MappedParameter, VocabRows
@@ -13,6 +13,7 @@ from rto_megatron.storage.hf_model import HfModel
 from rto_megatron.storage.megatron_tensors import MegatronTensors
 
 _SHOWN = 20
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def verify_digests(
@@ -38,38 +39,51 @@ def verify_digests(
     Raises:
         UserError: names every tensor that differs, and says what it holds instead where that can be seen.
     """
-    known: dict[str, str] = {}
     wrong: dict[str, Tensor] = {}
-    for parameter in megatron.parameters:
-        if parameter.is_copy:
-            continue
-        wanted = write_dtype(parameter.is_float32, dtype)
-        theirs = [hf.read(n, s).to(wanted) for n, s in zip(parameter.hf, parameter.hf_shapes, strict=True)]
-        whole = megatron.whole(parameter).to(wanted)
-        ours = parameter.layout.merge([whole])
-        for name, want, found in zip(parameter.hf, theirs, ours, strict=True):
-            known[name] = tensor_digest(want)
-            is_recorded = recorded.get(name) in (None, known[name])
-            if not is_recorded or tensor_digest(found) != known[name]:
-                wrong[name] = found.clone()
-            advance(want.nbytes)
-        if not wrong.keys() & set(parameter.hf) and not _makes_up(parameter, theirs, whole):
-            raise UserError(f"{parameter.megatron} is not what {', '.join(parameter.hf)} make up")
-    if wrong:
-        lines = [f"{name} {_difference(name, tensor, known)}" for name, tensor in wrong.items()]
+    with Digests() as digests:
+        for parameter in megatron.parameters:
+            if parameter.is_copy:
+                continue
+            wanted = write_dtype(parameter.is_float32, dtype)
+            theirs = [
+                hf.read(n, s).to(wanted) for n, s in zip(parameter.hf, parameter.hf_shapes, strict=True)
+            ]
+            whole = megatron.whole(parameter).to(wanted)
+            ours = parameter.layout.merge([whole])
+            for name, want, found in zip(parameter.hf, theirs, ours, strict=True):
+                digests.add(name, want)
+                if not _same_bits(want, found):
+                    wrong[name] = found.clone()
+                advance(want.nbytes)
+            if not wrong.keys() & set(parameter.hf) and not _makes_up(parameter, theirs, whole):
+                raise UserError(f"{parameter.megatron} is not what {', '.join(parameter.hf)} make up")
+        known = digests.by_name()
+    lines = [f"{name} {_difference(name, tensor, known)}" for name, tensor in wrong.items()]
+    lines += [
+        f"{name} changed on the disk since it was copied: sha256 {known[name][:12]}, then {noted[:12]}"
+        for name, noted in recorded.items()
+        if noted is not None and known[name] != noted and name not in wrong
+    ]
+    if lines:
         more = f"\n  and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
         raise UserError(
-            f"{len(wrong)} of {len(known)} tensors differ between {hf.folder.path} and {megatron.folder}:\n  "
+            f"{len(lines)} of {len(known)} tensors differ between {hf.folder.path} and {megatron.folder}:\n  "
             + "\n  ".join(lines[:_SHOWN])
             + more
         )
     return len(known)
 
 
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Equal as bytes: a NaN equals itself, and 0 differs from -0."""
+    kind = _INTEGERS[one.itemsize]
+    return torch.equal(one.contiguous().view(kind), other.contiguous().view(kind))
+
+
 def _makes_up(parameter: MappedParameter, tensors: list[Tensor], whole: Tensor) -> bool:
     if isinstance(parameter.layout, VocabRows):
-        return torch.equal(tensors[0], whole[: parameter.layout.vocab_size])
-    return torch.equal(parameter.layout.shard(tensors, 0, 1), whole)
+        return _same_bits(tensors[0], whole[: parameter.layout.vocab_size])
+    return _same_bits(parameter.layout.shard(tensors, 0, 1), whole)
 
 
 def _difference(name: str, found: Tensor, known: Mapping[str, str]) -> str:

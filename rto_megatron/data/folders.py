@@ -1,24 +1,29 @@
 """Files of a folder that came from elsewhere: what it names must lie in it."""
 
+import stat
 from pathlib import Path
 
 from rto_megatron.errors import UserError
 
 
 def regular_file(folder: Path, name: str) -> Path:
-    """The path of `folder`/`name`, a file of this folder.
+    """Where a file of the folder really lies: in the folder, or in the blobs of the cache whose snapshot it is.
 
-    Links inside the folder are followed, and those of Hugging Face's cache, where snapshots/<revision>/<file> points
-    to blobs/<hash> of the same model.
+    Hugging Face's cache holds <repository>/snapshots/<revision>/<name>, a link to <repository>/blobs/<hash>.
 
     Raises:
-        UserError: the name or the link leads elsewhere.
+        UserError: it is no regular file, or leads elsewhere.
     """
-    path = folder / name
-    if Path(name).name != name:
-        raise UserError(f"{folder}: {name} is not a plain file name; expected a file of the folder itself")
-    target, home = path.resolve(), folder.resolve()
-    homes = {home, home.parent.parent / "blobs"} if home.parent.name == "snapshots" else {home}
-    if target.parent not in homes:
-        raise UserError(f"{path} is a link to {target}, outside its folder; replace it by the file itself")
-    return path
+    root = folder.resolve()
+    try:
+        real = (root / name).resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{folder / name} leads nowhere ({error}); download the folder again") from error
+    is_blob = root.parent.name == "snapshots" and real.parent == root.parent.parent / "blobs"
+    if not (real.is_relative_to(root) or is_blob):
+        raise UserError(
+            f"{folder / name} is a link to {real}, outside the folder; put a copy of the file in its place"
+        )
+    if not stat.S_ISREG(real.stat().st_mode):
+        raise UserError(f"{folder / name} is not a regular file; put the file itself in its place")
+    return real

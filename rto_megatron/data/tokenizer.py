@@ -1,24 +1,31 @@
-"""Trains a SentencePiece tokenizer, writes it as a Hugging Face folder, and fingerprints folders.
+"""Trains a SentencePiece tokenizer, writes it as a Hugging Face folder, loads and fingerprints folders.
 
-The folder holds SentencePiece's own file and a tokenizer.json with the same pieces, and both give the
+The folder written here holds SentencePiece's own file and a tokenizer.json with the same pieces, and both give the
 same ids. That is possible because the model adds no dummy prefix and normalises nothing: a space is the
 meta symbol `▁`, and every other character stands for itself. A marker of the chat template is followed by
 a space, so the first word of a message is the same piece as anywhere else, and the space belongs to the
 answer: the prompt's ids are a prefix.
+
+A folder with SentencePiece's file alone is encoded by SentencePiece itself. The converters of transformers 5
+guess: they drop the dummy prefix or add one, skip the removal of extra spaces, take a unigram model for BPE, and
+tokenizers' normaliser works on graphemes where SentencePiece's takes the longest match.
 """
 
 import hashlib
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import sentencepiece
+from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, SentencePieceBackend
 
 from rto_megatron.errors import UserError
 
+SENTENCEPIECE_FILE = "tokenizer.model"
 SPACE = "▁"
 UNK, BOS, EOS, PAD = "<unk>", "<s>", "</s>", "<pad>"
 ASSISTANT_MARKER = "<|assistant|>"
@@ -81,7 +88,7 @@ def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int, byte_fa
             "a larger vocab_size or byte_fallback=True makes room for every character"
         ) from error
     folder.mkdir(parents=True, exist_ok=True)
-    model_file = folder / "tokenizer.model"
+    model_file = folder / SENTENCEPIECE_FILE
     model_file.write_bytes(written.getvalue())
     _hugging_face_twin(model_file, byte_fallback).save_pretrained(folder, save_jinja_files=False)
     config_file = folder / "tokenizer_config.json"
@@ -135,10 +142,13 @@ def _merges(pieces: sentencepiece.SentencePieceProcessor, vocab: dict[str, int])
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a Hugging Face folder; code inside the folder is never run.
 
+    Where SentencePiece's tokenizer.model is the only vocabulary, every stretch of text between special tokens gets
+    the ids that SentencePiece gives it; tokenizer_config.json's `legacy` and `add_prefix_space` are not applied.
+
     Raises:
         UserError: no such folder or no tokenizer in it, no chat template, or no end-of-sequence token.
     """
-    tokenizer = _load(folder)
+    tokenizer = load_plain_tokenizer(folder)
     if tokenizer.chat_template is None:
         raise UserError(
             f"the tokenizer in {folder} has no chat template; add chat_template to its tokenizer_config.json"
@@ -146,21 +156,85 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load(folder: Path) -> PreTrainedTokenizerBase:
+def load_plain_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """As `load_tokenizer`, of a model that may have no chat template, such as a base model or a reward model.
+
+    Raises:
+        UserError: no such folder or no tokenizer in it, or no end-of-sequence token.
+    """
     if not folder.is_dir():
         raise UserError(f"tokenizer folder {folder} does not exist; give a Hugging Face model folder")
+    is_sentencepiece = (folder / SENTENCEPIECE_FILE).is_file() and not any(
+        (folder / name).exists() for name in ("tokenizer.json", "vocab.json", "tekken.json")
+    )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if is_sentencepiece:
+            tokenizer = _load_sentencepiece(folder)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"no tokenizer could be loaded from {folder} ({error}); "
-            "the folder needs tokenizer.json and tokenizer_config.json"
+            f"the folder needs tokenizer.json and tokenizer_config.json, or SentencePiece's {SENTENCEPIECE_FILE}"
         ) from error
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer in {folder} has no end-of-sequence token; "
             "set eos_token in its tokenizer_config.json"
         )
+    return tokenizer
+
+
+class _SentencePieceTokenizer(SentencePieceBackend):
+    """transformers' wrapper of SentencePiece, with ids and text that are SentencePiece's own."""
+
+    def _tokenize(self, text: str, **kwargs: object) -> list[str]:
+        # The surface of an unknown stretch could spell a piece, so the way to the pieces leads over ids.
+        return [self.sp_model.id_to_piece(number) for number in self.sp_model.encode(text)]
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        added = self.added_tokens_encoder
+        stretches = groupby(tokens, key=lambda token: token in added)
+        return "".join(
+            "".join(part) if is_added else self.sp_model.decode(list(part)) for is_added, part in stretches
+        )
+
+
+def _load_sentencepiece(folder: Path) -> _SentencePieceTokenizer:
+    model_file = folder / SENTENCEPIECE_FILE
+    try:
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+    except RuntimeError as error:
+        raise UserError(
+            f"{model_file} is no SentencePiece model ({error}); Llama 3's is a tiktoken file: "
+            "use a folder that has tokenizer.json"
+        ) from error
+    # Given here so that tokenizer_config.json cannot set them: sp_model_kwargs may ask for sampled ids.
+    tokenizer = _SentencePieceTokenizer.from_pretrained(
+        folder, local_files_only=True, legacy=True, sp_model_kwargs={}, special_tokens_pattern="none"
+    )
+    control = [
+        pieces.id_to_piece(i) for i in range(len(pieces)) if pieces.is_control(i) or pieces.is_unknown(i)
+    ]
+    known = tokenizer.added_tokens_encoder
+    tokenizer.add_tokens(
+        [AddedToken(piece, normalized=False, special=True) for piece in control if piece not in known],
+        special_tokens=True,
+    )
+    own = {
+        "unk_token": pieces.unk_id(),
+        "bos_token": pieces.bos_id(),
+        "eos_token": pieces.eos_id(),
+        "pad_token": pieces.pad_id(),
+    }
+    missing = own.keys() - tokenizer.special_tokens_map.keys()
+    tokenizer.add_special_tokens({name: pieces.id_to_piece(own[name]) for name in missing if own[name] >= 0})
+    config_file = folder / "tokenizer_config.json"
+    config = json.loads(config_file.read_text()) if config_file.is_file() else {}
+    # Llama's class begins every text with <s> unless it is told not to.
+    is_llama = str(config.get("tokenizer_class")).removesuffix("Fast") == "LlamaTokenizer"
+    if config.get("add_bos_token", is_llama) and tokenizer.bos_token_id is not None:
+        tokenizer.special_tokens_pattern = "bos"
     return tokenizer
 
 
@@ -184,42 +258,74 @@ def tokens_with(tokenizer: PreTrainedTokenizerBase, strings: Iterable[str]) -> f
 def tokenizer_fingerprint(folder: Path) -> str:
     """sha256 over vocabulary, merges, special tokens and chat template: equal prints give equal ids.
 
+    Folders of one SentencePiece model with and without its tokenizer.json have different prints.
+
     Raises:
         UserError: as `load_tokenizer`.
     """
     tokenizer = load_tokenizer(folder)
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    identity = {
+    identity: dict[str, object] = {
         "vocab": tokenizer.get_vocab(),
+        "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "chat_template": tokenizer.chat_template,
+    }
+    if isinstance(tokenizer, _SentencePieceTokenizer):
+        model = tokenizer.sp_model.serialized_model_proto()
+        return _sha256({**identity, "sentencepiece": hashlib.sha256(model).hexdigest()})
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    identity |= {
         "merges": state["model"].get("merges", []),
         "added_tokens": state["added_tokens"],
         "normalizer": state["normalizer"],
         "pre_tokenizer": state["pre_tokenizer"],
-        "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-        "chat_template": tokenizer.chat_template,
     }
     return _sha256(identity)
 
 
 def encoding_fingerprint(folder: Path) -> str:
-    """sha256 over what two models must share to exchange ids: pieces, merges and the end-of-sequence id.
+    """sha256 over what two models must share to exchange ids: pieces, merges or scores, the end-of-sequence id.
 
     The chat template and the names of added tokens may differ, and there may be no template at all: only the
-    policy's tokenizer turns text into ids.
+    policy's tokenizer turns text into ids. A SentencePiece model has one print with and without a tokenizer.json
+    of the same pieces.
 
     Raises:
         UserError: no such folder or no tokenizer in it, or no end-of-sequence token.
     """
-    tokenizer = _load(folder)
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    added_ids = {token["id"] for token in state["added_tokens"]}
-    pieces = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+    tokenizer = load_plain_tokenizer(folder)
+    if isinstance(tokenizer, _SentencePieceTokenizer):
+        vocab, merges, scores, added = _sentencepiece_parts(tokenizer)
+    else:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        added = {token["id"] for token in state["added_tokens"]}
+        vocab = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+        merges = [(left, right) for left, right in state["model"].get("merges", [])]
+        scores = state["model"]["vocab"] if state["model"]["type"] == "Unigram" else []
+    pieces = {piece: number for piece, number in vocab.items() if number not in added}
+    joins = (pair for pair in merges if {*pair, "".join(pair)} <= pieces.keys())
     identity = {
-        "pieces": {piece: number for piece, number in pieces.items() if number not in added_ids},
-        "merges": state["model"].get("merges", []),
+        "pieces": pieces,
+        # Converters order the splits of one piece differently.
+        "merges": [sorted(splits) for _, splits in groupby(joins, key="".join)],
+        "scores": {piece: f"{score:.5g}" for piece, score in scores if piece in pieces},
         "eos_id": tokenizer.eos_token_id,
     }
     return _sha256(identity)
+
+
+def _sentencepiece_parts(
+    tokenizer: _SentencePieceTokenizer,
+) -> tuple[dict[str, int], Sequence[tuple[str, str]], Sequence[tuple[str, float]], set[int]]:
+    """Vocabulary, merges, scores and ids of added tokens, as the model's tokenizer.json would hold them."""
+    proto = ModelProto.FromString(tokenizer.sp_model.serialized_model_proto())
+    vocab = {piece.piece: number for number, piece in enumerate(proto.pieces)}
+    symbols = {
+        i for i, piece in enumerate(proto.pieces) if piece.type == ModelProto.SentencePiece.USER_DEFINED
+    }
+    added = {*tokenizer.added_tokens_encoder.values(), *symbols}
+    if proto.trainer_spec.model_type == TrainerSpec.BPE:
+        return vocab, _merges(tokenizer.sp_model, vocab), [], added
+    return vocab, [], [(piece.piece, piece.score) for piece in proto.pieces], added
 
 
 def _sha256(identity: dict[str, object]) -> str:

@@ -19,7 +19,6 @@ from rto_megatron.storage.megatron_tensors import MegatronTensors
 from rto_megatron.storage.torch_dist_reader import TorchDistReader
 
 
-
 def local_parameters(model: GPTModel) -> dict[str, torch.nn.Parameter]:
     """Parameters of this rank by the name they have in the whole model (layers numbered from the first stage)."""
     first_layer = model.decoder.layers[0].layer_number - 1

@@ -18,6 +18,8 @@ _REQUIRED = (
     "max_position_embeddings",
     "rms_norm_eps",
 )
+# auto_map names Python files of the source, which are neither copied nor run.
+_NOT_EXPORTED = ("torch_dtype", "quantization_config", "auto_map")
 
 
 def read_shape(folder: Path) -> ModelShape:
@@ -120,7 +122,7 @@ def config_of(shape: ModelShape, has_scalar_head: bool, dtype: str) -> dict[str,
 
 def as_exported(config: dict[str, Any], family: str, has_scalar_head: bool, dtype: str) -> dict[str, Any]:
     """A config.json that describes exported weights: architecture, dtype, and the one label of a scalar head."""
-    exported = {k: v for k, v in config.items() if k not in ("torch_dtype", "quantization_config")}
+    exported = {k: v for k, v in config.items() if k not in _NOT_EXPORTED}
     exported["architectures"] = [architecture(family, has_scalar_head)]
     exported["dtype"] = dtype
     if has_scalar_head:

@@ -68,7 +68,7 @@ def read_config(folder: Path) -> HfConfig:
         )
     try:
         config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # JSON, or UTF-8
         raise UserError(f"{path} is not valid JSON ({error}); fetch or write it again") from error
     if not isinstance(config, dict):
         raise UserError(f"{path} holds a JSON {type(config).__name__}, expected an object")

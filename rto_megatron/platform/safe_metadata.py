@@ -47,8 +47,10 @@ _ALLOWED_CLASSES = (
 _ALLOWED = {(each.__module__, each.__qualname__): each for each in _ALLOWED_CLASSES} | {
     ("torch", name): each for name, each in vars(torch).items() if isinstance(each, torch.dtype)
 }
+# What pickle raises besides UnpicklingError where its bytes are damaged.
+_DAMAGED = (EOFError, AttributeError, LookupError, TypeError, ValueError, OverflowError, MemoryError)
 # What torch raises where the bytes of a tensor are not those of a tensor.
-UNREADABLE = (pickle.UnpicklingError, EOFError, RuntimeError, AssertionError)
+UNREADABLE = (pickle.UnpicklingError, *_DAMAGED, RuntimeError, AssertionError, OSError)
 _applied: set[str] = set()
 
 
@@ -71,11 +73,34 @@ def read_metadata(stream: BinaryIO) -> metadata.Metadata:
     """
     try:
         content = _MetadataUnpickler(stream).load()
-    except (pickle.UnpicklingError, EOFError) as error:
+    except UserError:
+        raise
+    except (pickle.UnpicklingError, *_DAMAGED) as error:
         raise UserError(f"the checkpoint's .metadata is damaged ({error}); use another one") from error
     if not isinstance(content, metadata.Metadata):
         raise UserError(f"the checkpoint's .metadata holds {type(content).__name__} instead of Metadata")
     return content
+
+
+def saved_tensor(stream: BinaryIO) -> torch.Tensor:
+    """What torch.save wrote about a tensor, without its numbers: dtype, shape and strides, on the meta device.
+
+    Raises:
+        UNREADABLE: these bytes are no saved tensor, or name what must not be loaded.
+    """
+    content = torch.load(stream, map_location="meta", weights_only=True)
+    assert isinstance(content, torch.Tensor), f"a saved {type(content).__name__}"
+    return content
+
+
+def reason(error: Exception) -> str:
+    """Why torch.load refused something: its own text goes on to advise to load it without the check."""
+    named = re.search(r"GLOBAL (\S+)", str(error))
+    if named:
+        return f"it names {named[1]}, which may not be loaded; nothing of it was run"
+    return (
+        re.sub(r"(?s).*WeightsUnpickler error: ", "", str(error)).partition("\n")[0] or type(error).__name__
+    )
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """The tensors of a Hugging Face folder, mapped from its safetensors files and checked before one is used."""
 
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from rto_megatron.data.folders import regular_file
 from rto_megatron.errors import UserError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+_HEADER_LENGTH, _MAX_HEADER = 8, 100_000_000  # bytes, of the safetensors format
+_SHOWN = 5
 _UNSAFE = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DTYPES = {
     "F64": torch.float64,
@@ -50,17 +53,21 @@ class HfFolder:
         self._opened = ExitStack()
         listed = _index(path)
         files = sorted(set(listed.values())) if listed is not None else [_single(path)]
-        self._files = {file: self._open(file) for file in files}
+        self._files = {file: self._open(file, listed or {}) for file in files}
         self.tensors = {name: stored for file in files for name, stored in self._header(file).items()}
         if listed is not None:
             self._compare(listed)
 
-    def _open(self, file: str) -> safe_open:
-        path = regular_file(self.path, file)
+    def _open(self, file: str, listed: dict[str, str]) -> safe_open:
+        path = self.path / file
+        if not path.exists():
+            lost = [name for name, where in listed.items() if where == file]
+            raise unreadable(path, FileNotFoundError("no such file"), lost)
+        real = regular_file(self.path, file)
         try:
-            return self._opened.enter_context(safe_open(path, "pt"))
+            return self._opened.enter_context(safe_open(real, "pt"))
         except (SafetensorError, OSError) as error:
-            raise unreadable(path, error) from error
+            raise unreadable(path, error, _beyond_end(real)) from error
 
     def _header(self, file: str) -> dict[str, StoredTensor]:
         opened, tensors = self._files[file], {}
@@ -117,7 +124,7 @@ def _index(folder: Path) -> dict[str, str] | None:
     if not index.is_file():
         return None
     try:
-        files = json.loads(index.read_text())["weight_map"]
+        files = json.loads(regular_file(folder, INDEX).read_text())["weight_map"]
         names = {str(tensor): str(file) for tensor, file in files.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise unreadable(index, error) from error
@@ -140,8 +147,29 @@ def _single(folder: Path) -> str:
     raise UserError(f"{folder} has neither {SINGLE} nor {INDEX}{remedy}")
 
 
-def unreadable(path: Path, error: Exception) -> UserError:
-    """What to say about a file that cannot be read."""
+def _beyond_end(path: Path) -> list[str]:
+    """Tensors that a shortened file does not hold whole; none where its header cannot be read."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(_HEADER_LENGTH), "little")
+        if length > _MAX_HEADER:
+            return []
+        header = file.read(length)
+    end = path.stat().st_size - _HEADER_LENGTH - length
+    try:
+        ends = {
+            name: tensor["data_offsets"][1]
+            for name, tensor in json.loads(header).items()
+            if name != "__metadata__"
+        }
+        return [name for name, last in ends.items() if last > end]
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return []
+
+
+def unreadable(path: Path, error: Exception, lost: Sequence[str] = ()) -> UserError:
+    """What to say about a file that cannot be read, and about tensors that are lost with it."""
+    more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
+    tensors = f", which loses {', '.join(sorted(lost)[:_SHOWN])}{more}" if lost else ""
     return UserError(
-        f"{path} is missing or damaged ({type(error).__name__}: {error}); fetch or export the model again"
+        f"{path} is missing or damaged ({type(error).__name__}: {error}){tensors}; fetch or export the model again"
     )

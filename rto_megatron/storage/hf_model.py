@@ -123,12 +123,14 @@ class HfModel:
                 problems.append(f"{name} is FP8 and {name}{SCALE_SUFFIX} is missing")
         for name in sorted(stored.keys() - used):
             reason = self._reason_to_leave(name)
-            if reason is None:
+            if reason is not None:
+                self.left_aside[name] = reason
+            elif name == LM_HEAD and self.shape.is_tied:
+                problems.append(f"{name} differs from {EMBEDDING}, to which config.json ties it")
+            else:
                 problems.append(
                     f"{name} {stored[name].shape} is left over: config.json describes no such tensor"
                 )
-            else:
-                self.left_aside[name] = reason
         return problems
 
     def require_complete(self) -> None:
@@ -157,5 +159,6 @@ class HfModel:
         return next((reason for pattern, reason in patterns.items() if pattern.fullmatch(name)), None)
 
     def _is_tied_copy(self) -> bool:
-        names = (LM_HEAD, EMBEDDING)
-        return self.shape.is_tied and torch.equal(*(self.folder.tensor(name) for name in names))
+        if not self.shape.is_tied or EMBEDDING not in self.folder.tensors:
+            return False
+        return torch.equal(self.folder.tensor(LM_HEAD), self.folder.tensor(EMBEDDING))

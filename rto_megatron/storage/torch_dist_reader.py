@@ -1,61 +1,22 @@
 """Reads parts of a torch_dist checkpoint without a model: checked against its files, unpickling nothing unknown."""
 
-import io
 import json
 import math
+import mmap
+from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    STATE_DICT_TYPE,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
 from rto_megatron.errors import UserError
 from rto_megatron.platform import safe_metadata
+from rto_megatron.storage.mapped_tensor import mapped_tensor
 
 _REMEDY = "the checkpoint is damaged or incomplete; take another copy or an older one"
-
-
-class _Into(LoadPlanner):
-    """Fills one tensor."""
-
-    def __init__(self, target: Tensor) -> None:
-        self.target = target
-
-    def set_up_planner(
-        self, state_dict: STATE_DICT_TYPE, metadata: Metadata | None = None, is_coordinator: bool = False
-    ) -> None:
-        raise AssertionError("the plan is made by the reader")
-
-    def create_local_plan(self) -> LoadPlan:
-        raise AssertionError("the plan is made by the reader")
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        raise AssertionError("the plan is made by the reader")
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        raise AssertionError("the plan is made by the reader")
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        raise AssertionError("only tensors are read")
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        part = self.target
-        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            part = part.narrow(dim, start, length)
-        return part
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        return None
 
 
 class TorchDistReader:
@@ -85,8 +46,9 @@ class TorchDistReader:
         self._check_files(metadata.storage_data)
         for key, entry in self.entries.items():
             self._check_chunks(key, entry, metadata.storage_data)
-        self._reader = FileSystemReader(folder)
-        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+        self._places: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
+        self._mapped: dict[str, mmap.mmap] = {}
+        self._by_layer: dict[str, dict[int | None, list[ChunkStorageMetadata]]] = {}
 
     def _check_files(self, places: dict[MetadataIndex, _StorageInfo]) -> None:
         sizes: dict[str, int] = {}
@@ -114,7 +76,7 @@ class TorchDistReader:
         for chunk in entry.chunks:
             place = places.get(MetadataIndex(key, chunk.offsets))
             nbytes = math.prod(chunk.sizes) * entry.properties.dtype.itemsize
-            fits = all(
+            fits = len(chunk.offsets) == len(chunk.sizes) == len(entry.size) and all(
                 start >= 0 and start + size <= whole
                 for start, size, whole in zip(chunk.offsets, chunk.sizes, entry.size, strict=True)
             )
@@ -138,20 +100,96 @@ class TorchDistReader:
         return self.entries[key].properties.dtype
 
     def read(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
-        """Copies a box out of an entry, whatever chunks it was written in.
+        """A box out of an entry, whatever chunks it was written in; a single chunk is mapped, several are copied.
 
         Raises:
-            UserError: a chunk's bytes are not the tensor that the metadata announce.
+            UserError: chunks overlap, or a chunk's bytes are not the tensor that the metadata announce.
         """
         entry = self.entries[key]
-        target = torch.empty(sizes, dtype=entry.properties.dtype)
-        box = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
-        items = create_read_items_for_chunk_list(key, entry, [box])
+        pieces = [
+            (chunk, overlap)
+            for chunk in self._candidates(key, offsets, sizes)
+            if (overlap := _overlap(chunk, offsets, sizes)) is not None
+        ]
+        if not _fill([overlap for _, overlap in pieces], sizes):
+            raise UserError(
+                f"{self.folder}: the part {sizes} of {key} at {offsets} is recorded twice or has holes; {_REMEDY}"
+            )
+        if len(pieces) == 1:
+            chunk, overlap = pieces[0]
+            return _narrowed(self._chunk(key, chunk), chunk.offsets, overlap)
+        box = torch.empty(sizes, dtype=entry.properties.dtype)
+        for chunk, overlap in pieces:
+            _narrowed(box, offsets, overlap).copy_(_narrowed(self._chunk(key, chunk), chunk.offsets, overlap))
+        return box
+
+    def _candidates(
+        self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]
+    ) -> list[ChunkStorageMetadata]:
+        """Chunks that may overlap a box; found by layer where layers are stacked, for there are thousands."""
+        if key not in self._by_layer:
+            chunks = self.entries[key].chunks
+            is_stacked = all(len(c.sizes) > 2 and c.sizes[0] == 1 for c in chunks)
+            layers: dict[int | None, list[ChunkStorageMetadata]] = {}
+            for chunk in chunks:
+                layers.setdefault(chunk.offsets[0] if is_stacked else None, []).append(chunk)
+            self._by_layer[key] = layers
+        layers = self._by_layer[key]
+        if None in layers:
+            return layers[None]
+        return [c for layer in range(offsets[0], offsets[0] + sizes[0]) for c in layers.get(layer, [])]
+
+    def _chunk(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
+        place = self._places[MetadataIndex(key, chunk.offsets)]
         try:
-            self._reader.read_data(LoadPlan(items), _Into(target))
+            tensor = mapped_tensor(self._file(place.relative_path), place.offset, place.length)
         except safe_metadata.UNREADABLE as error:
-            raise UserError(f"{self.folder}: {key} cannot be read ({error}); {_REMEDY}") from error
-        return target
+            raise UserError(
+                f"{self.folder}: {key} cannot be read ({safe_metadata.reason(error)}); {_REMEDY}"
+            ) from error
+        if tensor.shape != chunk.sizes or tensor.dtype != self.dtype(key):
+            raise UserError(
+                f"{self.folder}: the chunk of {key} at {tuple(chunk.offsets)} is {tensor.dtype} "
+                f"{tuple(tensor.shape)}, .metadata says {self.dtype(key)} {tuple(chunk.sizes)}; {_REMEDY}"
+            )
+        return tensor
+
+    def _file(self, name: str) -> mmap.mmap:
+        if name not in self._mapped:
+            with (self.folder / name).open("rb") as file:
+                # A private mapping is writable, which torch wants of memory, and never reaches the file.
+                self._mapped[name] = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE)
+        return self._mapped[name]
+
+
+type _Box = list[tuple[int, int]]  # (start, length) in every dimension
+
+
+def _overlap(chunk: ChunkStorageMetadata, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> _Box | None:
+    box = []
+    for start, length, first, count in zip(chunk.offsets, chunk.sizes, offsets, sizes, strict=True):
+        low, high = max(start, first), min(start + length, first + count)
+        if low >= high:
+            return None
+        box.append((low, high - low))
+    return box
+
+
+def _fill(boxes: Sequence[_Box], sizes: tuple[int, ...]) -> bool:
+    """Whether boxes fill a box of these sizes, each number once."""
+    volume = sum(math.prod(length for _, length in box) for box in boxes)
+    return volume == math.prod(sizes) and not any(_meet(*pair) for pair in combinations(boxes, 2))
+
+
+def _meet(one: _Box, other: _Box) -> bool:
+    return all(a < b + m and b < a + n for (a, n), (b, m) in zip(one, other, strict=True))
+
+
+def _narrowed(tensor: Tensor, offsets: Sequence[int], box: _Box) -> Tensor:
+    """The part of a tensor that begins at `offsets` which lies in `box`."""
+    for dim, (start, length) in enumerate(box):
+        tensor = tensor.narrow(dim, start - offsets[dim], length)
+    return tensor
 
 
 def _require_torch_dist(folder: Path) -> None:
@@ -159,7 +197,7 @@ def _require_torch_dist(folder: Path) -> None:
     if path.is_file():
         try:
             backend = json.loads(path.read_text()).get("sharded_backend")
-        except (json.JSONDecodeError, AttributeError) as error:
+        except (ValueError, AttributeError) as error:
             raise UserError(f"{path} is damaged ({error}); {_REMEDY}") from error
         if backend != "torch_dist":
             raise UserError(f"{path}: the format is {backend!r}; expected torch_dist")

@@ -4,11 +4,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rto_megatron.config import schema
-from rto_megatron.config.load import load_recipe
 from rto_megatron.errors import UserError
 from rto_megatron.platform.device import Device, prepare
 
@@ -38,26 +36,6 @@ def run_stage(config: schema.Stage) -> None:
             from rto_megatron.trainer.offline import train_offline
 
             train_offline(config, topology)
-
-
-def export_run(run_dir: Path, folder: Path) -> None:
-    """Writes the last checkpoint of a run as a Hugging Face folder, on one rank.
-
-    Raises:
-        UserError: no checkpoint there.
-    """
-    config = load_recipe(run_dir / "config.yaml")
-    with ranks(prepare(), schema.ParallelConfig(), seed=0) as topology:
-        from rto_megatron.engine.export import export_hf
-        from rto_megatron.engine.roles import build_frozen
-        from rto_megatron.engine.source import find_source
-
-        is_scalar = isinstance(config, schema.RewardModelStage)
-        source = find_source(run_dir, is_scalar, is_random=False, key="RUN_DIR")
-        is_average = source.path.name == "policy_ema"
-        precision = schema.FrozenPrecisionConfig(dtype="fp32") if is_average else config.precision
-        model = build_frozen("export", source, is_scalar, precision, topology)
-        export_hf(model, source.hf_folder, folder)
 
 
 def _refuse_bare_srun() -> None:

@@ -12,7 +12,7 @@ from rto_megatron.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "launchers" / "recipes"
-COMMANDS = ("train", "launch", "export", "check", "synthesize", "tokenizer", "pool", "report")
+COMMANDS = ("train", "launch", "check", "synthesize", "tokenizer", "pool", "report")
 
 
 def rto(*arguments: str) -> subprocess.CompletedProcess[str]:

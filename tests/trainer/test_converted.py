@@ -1,0 +1,75 @@
+"""A stage that starts from a converted checkpoint, and a run that is converted, equal those without the converter."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from convert.commands import convert
+from engine.layouts import LAYOUTS
+from ranks import run_ranks
+from safetensors.torch import load_file
+from torch import Tensor
+from trainer.tiny_runs import configure, train, write_files
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("converted")
+    write_files(root)
+    for role in ("policy", "reward", "critic", "dpo"):
+        convert("hf-to-megatron", root / "models" / role, root / "megatron" / role)
+    return root
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    return {n: t for file in sorted(folder.glob("*.safetensors")) for n, t in load_file(file).items()}
+
+
+def _equal(one: Path, other: Path) -> bool:
+    a, b = _weights(one), _weights(other)
+    return a.keys() == b.keys() and all(torch.equal(b[n], t) for n, t in a.items())
+
+
+def _runs(root: Path, stage: str, layout: str, **models: Path) -> Path:
+    name = f"{stage}-{layout}-{'megatron' if models else 'hf'}"
+    changes = {f"models__{role}": folder for role, folder in models.items()}
+    config = configure(stage, root, root / "runs" / name, layout, **changes)
+    if not config.run.dir.exists():
+        assert set(run_ranks(LAYOUTS[layout][0], train, config)) == {None}
+    return config.run.dir
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2_pp2"])
+def test_rto_from_converted_models_is_bit_equal(root: Path, layout: str) -> None:
+    roles = ("policy", "reward", "critic", "dpo")
+    plain = _runs(root, "rto", layout)
+    converted = _runs(root, "rto", layout, **{role: root / "megatron" / role for role in roles})
+    assert _equal(plain / "hf", converted / "hf")
+
+
+def test_a_reward_model_trained_from_a_converted_language_model_draws_its_own_head(root: Path) -> None:
+    plain = _runs(root, "reward_model", "one")
+    converted = _runs(root, "reward_model", "one", policy=root / "megatron/policy")
+    assert _equal(plain / "hf", converted / "hf")
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2_pp2"])
+def test_a_run_is_converted_to_what_it_exported(root: Path, tmp_path: Path, layout: str) -> None:
+    run = _runs(root, "rto", layout)
+    convert("megatron-to-hf", run, tmp_path / "policy")
+    assert _equal(run / "hf", tmp_path / "policy")
+    convert("megatron-to-hf", run, tmp_path / "critic", "--head", "scalar")
+    assert "score.weight" in _weights(tmp_path / "critic")
+    checkpoint = sorted((run / "checkpoints").iterdir())[-1]
+    convert("megatron-to-hf", checkpoint / "critic", tmp_path / "again")
+    assert _equal(tmp_path / "critic", tmp_path / "again")
+
+
+def test_a_tokenizer_that_is_not_the_converted_one_stops_the_stage(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "megatron/policy", tmp_path / "policy")
+    path = tmp_path / "policy/hf/tokenizer.json"
+    path.write_text(path.read_text().replace("fox", "fax"))
+    config = configure("sft", root, tmp_path / "run", models__policy=tmp_path / "policy")
+    (error,) = run_ranks(1, train, config)
+    assert error is not None and "tokenizer.json changed: its sha256 is" in error
