@@ -70,8 +70,8 @@ def prove_logits(
     if not max(differences.values()) <= tolerance:
         raise UserError(
             f"the outputs of {megatron} at TP{tensor} x PP{pipeline} differ from transformers' of {hf_folder} by "
-            f"{differences}, of at most {largest:.3g}; expected less than {tolerance:.1e}. The tensors are those of the "
-            "source, so the model is read otherwise than transformers reads it: please report this with config.json"
+            f"{differences}, of at most {largest:.3g}; expected less than {tolerance:.1e}. If the digests agree, "
+            "Megatron computes this model otherwise than transformers: please report it with the config.json"
         )
     counts = {name: sum(len(ids) for ids in group) for name, group in sequences.items()}
     return LogitsProof(tensor, pipeline, counts, differences, largest, tolerance)

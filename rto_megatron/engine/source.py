@@ -1,4 +1,4 @@
-"""Where a role's weights come from: a Hugging Face folder, a checkpoint of an earlier stage or of Megatron-LM, a draw."""
+"""Where a role's weights come from: a Hugging Face folder, a checkpoint of a stage or of Megatron-LM, a seeded draw."""
 
 import json
 from dataclasses import dataclass
