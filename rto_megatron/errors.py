@@ -3,3 +3,17 @@
 
 class UserError(ValueError):
     """Says what was found, what was expected and what to do."""
+
+
+_SHOWN = 20
+
+
+def refuse_if(problems: list[str], heading: str) -> None:
+    """Does nothing without problems.
+
+    Raises:
+        UserError: the heading and the first twenty problems, one a line.
+    """
+    if problems:
+        more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+        raise UserError("\n  ".join([f"{heading}:", *problems[:_SHOWN], *more]))

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rto_megatron.convert.options import dtype_name
 from rto_megatron.convert.report import Report
 from rto_megatron.data.tokenizer import SENTENCEPIECE_FILE
 from rto_megatron.data.tokenizer_files import carry
@@ -32,7 +33,7 @@ def write_config(values: dict[str, Any], report: Report, head_bias: float, folde
     Args:
         head_bias: a constant b of the scalar head; (w h + b - mean) / std has it in the mean.
     """
-    dtype = str(report.dtype).removeprefix("torch.")
+    dtype = dtype_name(report.dtype)
     config = as_exported(values, report.shape.family, report.has_scalar_head, dtype)
     if head_bias:
         config.update(mean=(config.get("mean") or 0.0) - head_bias, std=config.get("std") or 1.0)

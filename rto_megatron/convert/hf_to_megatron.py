@@ -7,8 +7,8 @@ from pathlib import Path
 from rto_megatron.convert.config_json import carry_tokenizer, write_config
 from rto_megatron.convert.digests import Digests
 from rto_megatron.convert.megatron_args import common_state
-from rto_megatron.convert.options import Advance, Options, write_dtype
-from rto_megatron.convert.report import Report, TensorRecord
+from rto_megatron.convert.options import Advance, Options, dtype_name, write_dtype
+from rto_megatron.convert.report import Report, planned
 from rto_megatron.storage import torch_dist_writer
 from rto_megatron.storage.hf_model import HfModel
 from rto_megatron.storage.megatron_folder import HF_FILES, RELEASE, TRACKER
@@ -24,23 +24,15 @@ def plan_import(source: Path, target: Path, options: Options) -> tuple[HfModel, 
     model = HfModel(source, options.has_scalar_head)
     model.require_complete()
     dtype = options.dtype or model.dtype()
-    tensors = {
-        name: TensorRecord(size, str(write_dtype(p.is_float32, dtype)).removeprefix("torch."), None)
-        for p in model.parameters
-        if not p.is_copy
-        for name, size in zip(p.hf, p.hf_shapes, strict=True)
-    }
     notes = []
-    found = {str(stored.dtype).removeprefix("torch.") for stored in model.folder.tensors.values()}
-    if len(found) > 1 or found != {str(dtype).removeprefix("torch.")}:
-        notes.append(
-            f"the source has {', '.join(sorted(found))}, written as {str(dtype).removeprefix('torch.')}"
-        )
+    found = {dtype_name(stored.dtype) for stored in model.folder.tensors.values()}
+    if found != {dtype_name(dtype)}:
+        notes.append(f"the source has {', '.join(sorted(found))}, written as {dtype_name(dtype)}")
     if model.head_bias():
         notes.append(f"the head's bias {model.head_bias():g} is kept in `mean` of config.json")
     report = Report(
-        "Hugging Face -> Megatron", str(source), str(target), model.shape, model.has_scalar_head, dtype, tensors,
-        left_aside=model.left_aside, notes=notes,
+        "Hugging Face -> Megatron", str(source), str(target), model.shape, model.has_scalar_head, dtype,
+        planned(model.parameters, dtype), left_aside=model.left_aside, notes=notes,
     )  # fmt: skip
     return model, report
 
@@ -57,8 +49,6 @@ def import_weights(model: HfModel, report: Report, folder: Path, options: Option
     with Digests() as digests, torch_dist_writer.opened(weights, options.max_file_bytes) as files:
         writer = MegatronWriter(files, model.shape)
         for parameter in model.parameters:
-            if parameter.is_copy:
-                continue
             dtype = write_dtype(parameter.is_float32, report.dtype)
             tensors = [
                 model.read(name, size).to(dtype)

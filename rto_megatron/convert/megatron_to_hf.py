@@ -8,7 +8,7 @@ from rto_megatron.convert.config_json import carry_tokenizer, write_config
 from rto_megatron.convert.digests import Digests
 from rto_megatron.convert.megatron_source import MegatronSource
 from rto_megatron.convert.options import Advance, Options, write_dtype
-from rto_megatron.convert.report import Report, TensorRecord
+from rto_megatron.convert.report import Report, planned
 from rto_megatron.storage.hf_writer import HfWriter
 from rto_megatron.storage.megatron_tensors import MegatronTensors
 
@@ -21,15 +21,9 @@ def plan_export(source: MegatronSource, target: Path, options: Options) -> tuple
     """
     tensors = MegatronTensors(source.reader, source.shape, source.has_scalar_head)
     dtype = options.dtype or tensors.dtype()
-    records = {
-        name: TensorRecord(size, str(write_dtype(p.is_float32, dtype)).removeprefix("torch."), None)
-        for p in tensors.parameters
-        if not p.is_copy
-        for name, size in zip(p.hf, p.hf_shapes, strict=True)
-    }
     report = Report(
         "Megatron -> Hugging Face", str(source.folder), str(target), source.shape, source.has_scalar_head, dtype,
-        records, left_aside=tensors.left_aside(), notes=list(source.notes),
+        planned(tensors.parameters, dtype), left_aside=tensors.left_aside(), notes=list(source.notes),
     )  # fmt: skip
     return tensors, report
 
@@ -48,15 +42,14 @@ def export_weights(
         UserError: a file cannot be read.
     """
     start = time.monotonic()
-    parameters = [p for p in tensors.parameters if not p.is_copy]
     specs = {
         name: (write_dtype(p.is_float32, report.dtype), size)
-        for p in parameters
+        for p in tensors.parameters
         for name, size in zip(p.hf, p.hf_shapes, strict=True)
     }
     writer = HfWriter(folder, specs, options.max_file_bytes)
     with Digests() as digests:
-        for parameter in parameters:
+        for parameter in tensors.parameters:
             dtype = write_dtype(parameter.is_float32, report.dtype)
             for name, tensor in zip(parameter.hf, tensors.hf(parameter), strict=True):
                 written = tensor.to(dtype).contiguous()

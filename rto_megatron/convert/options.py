@@ -26,3 +26,8 @@ class Options:
 def write_dtype(is_float32: bool, dtype: torch.dtype) -> torch.dtype:
     """The dtype in which one tensor is written."""
     return torch.float32 if is_float32 else dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As config.json and reports write it."""
+    return str(dtype).removeprefix("torch.")

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
+from rto_megatron.convert.options import dtype_name, write_dtype
 from rto_megatron.models.config_files import architecture
 from rto_megatron.models.shape import ModelShape
+from rto_megatron.models.weight_map import MappedParameter
 
 _PACKAGES = ("megatron-core", "torch", "transformers", "safetensors", "rto-megatron")
 
@@ -22,6 +25,15 @@ class TensorRecord:
     shape: tuple[int, ...]
     dtype: str
     sha256: str | None  # of dtype, shape and bytes
+
+
+def planned(parameters: Sequence[MappedParameter], dtype: torch.dtype) -> dict[str, TensorRecord]:
+    """What will be written, in the order in which it will be."""
+    return {
+        name: TensorRecord(size, dtype_name(write_dtype(p.is_float32, dtype)), None)
+        for p in parameters
+        for name, size in zip(p.hf, p.hf_shapes, strict=True)
+    }
 
 
 @dataclass(frozen=True)
@@ -65,7 +77,7 @@ class Report:
         """As JSON."""
         values = asdict(self)
         values.update(
-            dtype=_name(self.dtype),
+            dtype=dtype_name(self.dtype),
             architecture=architecture(self.shape.family, self.has_scalar_head),
             coverage={"missing": [], "left_over": [], "left_aside": self.left_aside},
             verified=self.verified or ["nothing: --verify none"],
@@ -81,7 +93,7 @@ class Report:
         for row in (
             ("model", architecture(self.shape.family, self.has_scalar_head)),
             ("tensors", f"{len(self.tensors)}, every one mapped, none missing, none left over"),
-            ("dtype", _name(self.dtype)),
+            ("dtype", dtype_name(self.dtype)),
             (
                 "bytes",
                 f"{self.size():,}" + (f" in {self.seconds:.1f} s, {rate:.2f} GB/s" if self.seconds else ""),
@@ -93,7 +105,3 @@ class Report:
         ):
             table.add_row(*row)
         return table
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -1,18 +1,18 @@
 """Proof that a Hugging Face folder and a Megatron checkpoint hold the same model, tensor by tensor and bit by bit."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rto_megatron.convert.digests import Digests, tensor_digest
 from rto_megatron.convert.options import Advance, write_dtype
-from rto_megatron.errors import UserError
+from rto_megatron.errors import UserError, refuse_if
 from rto_megatron.models.weight_map import MappedParameter, VocabRows
 from rto_megatron.storage.hf_model import HfModel
 from rto_megatron.storage.megatron_tensors import MegatronTensors
 
-_SHOWN = 20
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -39,11 +39,9 @@ def verify_digests(
     Raises:
         UserError: names every tensor that differs, and says what it holds instead where that can be seen.
     """
-    wrong: dict[str, Tensor] = {}
+    wrong: dict[str, _Found] = {}
     with Digests() as digests:
         for parameter in megatron.parameters:
-            if parameter.is_copy:
-                continue
             wanted = write_dtype(parameter.is_float32, dtype)
             theirs = [
                 hf.read(n, s).to(wanted) for n, s in zip(parameter.hf, parameter.hf_shapes, strict=True)
@@ -53,25 +51,33 @@ def verify_digests(
             for name, want, found in zip(parameter.hf, theirs, ours, strict=True):
                 digests.add(name, want)
                 if not _same_bits(want, found):
-                    wrong[name] = found.clone()
+                    wrong[name] = _Found(tensor_digest(found), _turned(found))
                 advance(want.nbytes)
             if not wrong.keys() & set(parameter.hf) and not _makes_up(parameter, theirs, whole):
                 raise UserError(f"{parameter.megatron} is not what {', '.join(parameter.hf)} make up")
         known = digests.by_name()
-    lines = [f"{name} {_difference(name, tensor, known)}" for name, tensor in wrong.items()]
-    lines += [
+    problems = [f"{name} {_difference(name, found, known)}" for name, found in wrong.items()]
+    problems += [
         f"{name} changed on the disk since it was copied: sha256 {known[name][:12]}, then {noted[:12]}"
         for name, noted in recorded.items()
         if noted is not None and known[name] != noted and name not in wrong
     ]
-    if lines:
-        more = f"\n  and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
-        raise UserError(
-            f"{len(lines)} of {len(known)} tensors differ between {hf.folder.path} and {megatron.folder}:\n  "
-            + "\n  ".join(lines[:_SHOWN])
-            + more
-        )
+    places = f"{hf.folder.path} and {megatron.folder}"
+    refuse_if(problems, f"{len(problems)} of {len(known)} tensors differ between {places}")
     return len(known)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What stands in the place of a tensor."""
+
+    digest: str
+    turned: str | None  # digest of a square matrix's transpose
+
+
+def _turned(found: Tensor) -> str | None:
+    is_square = found.dim() == 2 and found.shape[0] == found.shape[1]
+    return tensor_digest(found.T) if is_square else None
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
@@ -86,12 +92,11 @@ def _makes_up(parameter: MappedParameter, tensors: list[Tensor], whole: Tensor) 
     return _same_bits(parameter.layout.shard(tensors, 0, 1), whole)
 
 
-def _difference(name: str, found: Tensor, known: Mapping[str, str]) -> str:
+def _difference(name: str, found: _Found, known: Mapping[str, str]) -> str:
     """What a wrong tensor is, if it is another one or the right one turned over."""
-    digest = tensor_digest(found)
-    other = next((other for other, theirs in known.items() if theirs == digest and other != name), None)
+    other = next((other for other, digest in known.items() if digest == found.digest and other != name), None)
     if other is not None:
         return f"holds the numbers of {other}"
-    if found.dim() == 2 and found.shape[0] == found.shape[1] and tensor_digest(found.T) == known[name]:
+    if found.turned == known[name]:
         return "is transposed"
-    return f"has other numbers: sha256 {digest[:12]} in Megatron, {known[name][:12]} in the folder"
+    return f"has other numbers: sha256 {found.digest[:12]} in Megatron, {known[name][:12]} in the folder"

@@ -17,6 +17,11 @@ def parameter_map(shape: ModelShape, has_scalar_head: bool) -> tuple[MappedParam
     return (*parameters, final, blocks.head(shape, has_scalar_head))
 
 
+def stored_parameters(shape: ModelShape, has_scalar_head: bool) -> tuple[MappedParameter, ...]:
+    """Those that a checkpoint holds: without the tied copy of the last stage."""
+    return tuple(p for p in parameter_map(shape, has_scalar_head) if not p.is_copy)
+
+
 def stage_of(parameter: MappedParameter, shape: ModelShape, pipeline_size: int) -> int:
     """The pipeline stage that owns a parameter."""
     if parameter.layer is not None:
@@ -26,7 +31,7 @@ def stage_of(parameter: MappedParameter, shape: ModelShape, pipeline_size: int) 
 
 def num_parameters(shape: ModelShape, has_scalar_head: bool) -> int:
     """Parameters of the model, each counted once."""
-    return sum(_size(p) for p in parameter_map(shape, has_scalar_head) if not p.is_copy)
+    return sum(_size(p) for p in stored_parameters(shape, has_scalar_head))
 
 
 def fullest_stage(shape: ModelShape, has_scalar_head: bool, pipeline_size: int) -> int:

@@ -7,18 +7,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import UserError, refuse_if
 from rto_megatron.models.config_files import shape_of
 from rto_megatron.models.families import FAMILIES
 from rto_megatron.models.families.blocks import EMBEDDING, LM_HEAD, SCALAR_HEAD
 from rto_megatron.models.hf_config import HfConfig, read_config
-from rto_megatron.models.parameters import parameter_map
+from rto_megatron.models.parameters import stored_parameters
 from rto_megatron.models.weight_map import MappedParameter
 from rto_megatron.storage.fp8_blocks import SCALE_SUFFIX, dequantize, require_known
 from rto_megatron.storage.hf_folder import HfFolder
 
 _TRL_HEAD = "v_head.summary.weight"
-_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class HfModel:
     @property
     def parameters(self) -> tuple[MappedParameter, ...]:
         """The family's map."""
-        return parameter_map(self.shape, self.has_scalar_head)
+        return stored_parameters(self.shape, self.has_scalar_head)
 
     def stored_name(self, name: str) -> str:
         """What the folder calls a tensor."""
@@ -135,15 +134,9 @@ class HfModel:
 
     def require_complete(self) -> None:
         """Raises UserError: all problems at once."""
-        problems = self.problems()
-        if problems:
-            more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-            kind = "reward model" if self.has_scalar_head else "language model"
-            raise UserError(
-                f"{self.folder.path} does not hold the {self.shape.family} {kind} of its config.json:\n  "
-                + "\n  ".join(problems[:_SHOWN])
-                + more
-            )
+        kind = "reward model" if self.has_scalar_head else "language model"
+        heading = f"{self.folder.path} does not hold the {self.shape.family} {kind} of its config.json"
+        refuse_if(self.problems(), heading)
 
     def _reason_to_leave(self, name: str) -> str | None:
         if self._head is not None:

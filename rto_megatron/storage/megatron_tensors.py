@@ -6,15 +6,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rto_megatron.errors import UserError
-from rto_megatron.models.parameters import parameter_map
+from rto_megatron.errors import refuse_if
+from rto_megatron.models.parameters import stored_parameters
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.models.weight_map import MappedParameter, VocabRows
 from rto_megatron.storage.megatron_names import NOT_WEIGHTS, Slot, slots, stored_shape
 from rto_megatron.storage.torch_dist_reader import TorchDistReader
 
 HEAD = "output_layer.weight"
-_SHOWN = 20
 
 
 class MegatronTensors:
@@ -27,24 +26,18 @@ class MegatronTensors:
             UserError: all entries that are missing, of another shape, or left over, by name.
         """
         self._reader = reader
-        self.parameters = parameter_map(shape, has_scalar_head)
+        self.parameters = stored_parameters(shape, has_scalar_head)
         self._slots: dict[str, Slot] = {}
-        self._of_name = {name: p for p in self.parameters if not p.is_copy for name in p.hf}
+        self._of_name = {name: p for p in self.parameters for name in p.hf}
         self._latest: tuple[str, tuple[Tensor, ...]] = ("", ())
-        problems = [problem for p in self.parameters if not p.is_copy for problem in self._find(p, shape)]
+        problems = [problem for p in self.parameters for problem in self._find(p, shape)]
         used = {slot.key for slot in self._slots.values()}
         problems += [
             f"{key} {reader.shape(key)} is left over: config.json describes no such parameter"
             for key in sorted(reader.entries.keys() - used)
             if not NOT_WEIGHTS.match(key)
         ]
-        if problems:
-            more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-            raise UserError(
-                f"{reader.folder} does not hold the {shape.family} model of config.json:\n  "
-                + "\n  ".join(problems[:_SHOWN])
-                + more
-            )
+        refuse_if(problems, f"{reader.folder} does not hold the {shape.family} model of config.json")
 
     def _find(self, parameter: MappedParameter, shape: ModelShape) -> list[str]:
         candidates = slots(parameter, shape)
@@ -84,7 +77,7 @@ class MegatronTensors:
 
     def dtype(self) -> torch.dtype:
         """The dtype that holds every tensor without loss."""
-        wanted = (p for p in self.parameters if not p.is_copy and not p.is_float32)
+        wanted = (p for p in self.parameters if not p.is_float32)
         found = {self._reader.dtype(self._slots[p.megatron].key) for p in wanted}
         return found.pop() if len(found) == 1 else torch.float32
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from rto_megatron.engine.megatron import TrainedModel
 from rto_megatron.engine.weights import stage_hf_tensors
-from rto_megatron.models.parameters import parameter_map, stage_of
+from rto_megatron.models.parameters import stage_of, stored_parameters
 from rto_megatron.models.weight_map import MappedParameter
 from rto_megatron.weight_sync.manifest import TensorSpec
 
@@ -19,8 +19,8 @@ class PolicySource:
 
     def _exported(self) -> Iterator[tuple[MappedParameter, int]]:
         shape, stages = self.policy.shape, self.policy.topology.pipeline_size
-        mapped = parameter_map(shape, self.policy.has_scalar_head)
-        return ((p, stage_of(p, shape, stages)) for p in mapped if not p.is_copy)
+        mapped = stored_parameters(shape, self.policy.has_scalar_head)
+        return ((p, stage_of(p, shape, stages)) for p in mapped)
 
     def specs(self) -> tuple[TensorSpec, ...]:
         """Name, dtype, shape and owning pipeline stage of every tensor; equal on all ranks."""
