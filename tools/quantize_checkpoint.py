@@ -19,7 +19,11 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def quantize(
     source: Annotated[
-        Path, typer.Argument(help="Hugging Face folder of a policy or reward model.", show_default=False)
+        Path,
+        typer.Argument(
+            help="Policy or reward model: a Hugging Face folder, a run folder, or a Megatron-LM checkpoint.",
+            show_default=False,
+        ),
     ],
     target: Annotated[Path, typer.Argument(help="Folder to write; never overwritten.", show_default=False)],
     form: Annotated[
@@ -71,9 +75,10 @@ def _table(report: "QuantizationReport") -> Table:
         ("prompts", report.prompts),
     ]
     for title, error in (
-        ("inputs and weights", report.before_export),
-        ("weights, read back", report.after_export),
-        ("lost by export", report.export),
+        ("inputs and weights", report.inputs_and_weights),
+        ("weights alone", report.weights_before),
+        ("weights, read back", report.weights_after),
+        ("the last two", report.before_to_after),
     ):
         text = f"mean |diff| {error.mean_abs:.3g}, max {error.max_abs:.3g}"
         if error.mean_kl_nats is not None and error.top1_agreement is not None:

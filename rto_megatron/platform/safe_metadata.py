@@ -89,7 +89,10 @@ def saved_tensor(stream: BinaryIO) -> torch.Tensor:
         UNREADABLE: these bytes are no saved tensor, or name what must not be loaded.
     """
     content = torch.load(stream, map_location="meta", weights_only=True)
-    assert isinstance(content, torch.Tensor), f"a saved {type(content).__name__}"
+    if not isinstance(content, torch.Tensor):
+        raise RuntimeError(f"a saved {type(content).__name__}")
+    if content.layout != torch.strided or content.is_neg():
+        raise RuntimeError(f"a tensor of layout {content.layout}, whose numbers do not lie as they are")
     return content
 
 
@@ -165,11 +168,9 @@ def s2_byte_objects() -> None:
         try:
             content = torch.load(value, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
-            found = re.search(r"GLOBAL (\S+)", str(error))
-            culprit = found.group(1) if found else "a class"
             raise UserError(
-                f"the checkpoint's object {read_item.storage_index.fqn} names {culprit}, which may not be "
-                "loaded; nothing of it was run. Use a checkpoint that you know to be unchanged"
+                f"the checkpoint's object {read_item.storage_index.fqn} cannot be read ({reason(error)}). Use a "
+                "checkpoint that you know to be unchanged"
             ) from error
         name = read_item.dest_index.fqn
         if self.flatten_state_dict:

@@ -50,6 +50,8 @@ def find_scalar_head(tensors: HfFolder, config: HfConfig) -> ScalarHead | None:
             f"one label, {one_row}"
         )
     bias = found[0].removesuffix(".weight") + ".bias"
+    if bias in tensors.tensors and tensors.tensors[bias].shape != (1,):
+        raise UserError(f"{tensors.path}: {bias} has shape {tensors.tensors[bias].shape}, expected (1,)")
     return ScalarHead(found[0], bias if bias in tensors.tensors else None)
 
 

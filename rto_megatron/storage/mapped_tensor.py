@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rto_megatron.platform.safe_metadata import saved_tensor
 
+_LITTLE = b"little"
 _LOCAL_HEADER, _NAME_LENGTH, _EXTRA_LENGTH = 30, 26, 28  # of the zip format
 
 
@@ -59,16 +60,23 @@ def mapped_tensor(pages: mmap.mmap, start: int, length: int) -> Tensor:
         return torch.empty(saved.shape, dtype=saved.dtype)
     try:
         with zipfile.ZipFile(stream) as archive:
-            record = next(r for r in archive.infolist() if r.filename.endswith("/data/0"))
-    except (zipfile.BadZipFile, StopIteration) as error:
+            records = {record.filename.partition("/")[2]: record for record in archive.infolist()}
+            numbers, order = records["data/0"], records.get("byteorder")
+    except (zipfile.BadZipFile, KeyError) as error:
         raise RuntimeError(f"the archive of the tensor is damaged: {error}") from error
+    if order is not None and pages.find(_LITTLE, at := _begin(pages, start, order), at + len(_LITTLE)) < 0:
+        raise RuntimeError("the numbers are in the byte order of another machine")
+    begin, count = _begin(pages, start, numbers), numbers.file_size // saved.dtype.itemsize
+    if numbers.compress_type != zipfile.ZIP_STORED or begin + numbers.file_size > start + length:
+        raise RuntimeError("the numbers of the tensor are not stored whole")
+    flat = torch.frombuffer(pages, dtype=saved.dtype, count=count, offset=begin)
+    return flat.as_strided(saved.shape, saved.stride(), saved.storage_offset())
+
+
+def _begin(pages: mmap.mmap, start: int, record: zipfile.ZipInfo) -> int:
+    """Where the bytes of a record of an archive at `start` begin; zipfile would copy them and check their sum."""
     header = start + record.header_offset
     lengths = (
         int.from_bytes(pages[header + at : header + at + 2], "little") for at in (_NAME_LENGTH, _EXTRA_LENGTH)
     )
-    begin = header + _LOCAL_HEADER + sum(lengths)
-    count = record.file_size // saved.dtype.itemsize
-    if record.compress_type != zipfile.ZIP_STORED or begin + record.file_size > start + length:
-        raise RuntimeError("the numbers of the tensor are not stored whole")
-    numbers = torch.frombuffer(pages, dtype=saved.dtype, count=count, offset=begin)
-    return numbers.as_strided(saved.shape, saved.stride(), saved.storage_offset())
+    return header + _LOCAL_HEADER + sum(lengths)

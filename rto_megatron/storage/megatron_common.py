@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rto_megatron.errors import UserError
 from rto_megatron.platform.device import prepare
-from rto_megatron.platform.safe_metadata import UNREADABLE, safe_reading
+from rto_megatron.platform.safe_metadata import UNREADABLE, reason, safe_reading
 
 
 def read_args(weights: Path) -> argparse.Namespace | None:
@@ -20,7 +20,7 @@ def read_args(weights: Path) -> argparse.Namespace | None:
     with safe_reading(weights):
         try:
             common = dist_checkpointing.load_common_state_dict(weights)
-        except (*UNREADABLE, KeyError) as error:
-            raise UserError(f"{weights}: the common state cannot be read ({error})") from error
-    args = common.get("args")
+        except UNREADABLE as error:
+            raise UserError(f"{weights}: the common state cannot be read ({reason(error)})") from error
+    args = common.get("args") if isinstance(common, dict) else None
     return args if isinstance(args, argparse.Namespace) else None

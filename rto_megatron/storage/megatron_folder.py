@@ -29,7 +29,7 @@ def find_megatron(path: Path) -> MegatronFolder | None:
     """
     weights = path
     if (path / TRACKER).is_file():
-        tracked = (path / TRACKER).read_text().strip()
+        tracked = (path / TRACKER).read_text(errors="replace").strip()
         if tracked != RELEASE and not tracked.isdecimal():
             raise UserError(f"{path / TRACKER} holds {tracked[:40]!r}; expected 'release' or an iteration")
         weights = path / (RELEASE if tracked == RELEASE else f"iter_{int(tracked):07d}")
@@ -55,7 +55,7 @@ def require_tokenizer_of_conversion(folder: MegatronFolder) -> None:
     if folder.hf_files is None or not report.is_file():
         return
     try:
-        recorded = json.loads(report.read_text())["tokenizer_files"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        recorded = dict(json.loads(report.read_text())["tokenizer_files"])
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{report} is damaged ({error}); convert the model again") from error
     require_unchanged(folder.hf_files, recorded)

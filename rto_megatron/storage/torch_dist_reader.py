@@ -10,7 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
 from rto_megatron.errors import UserError
 from rto_megatron.platform import safe_metadata
@@ -37,6 +42,16 @@ class TorchDistReader:
                 metadata = safe_metadata.read_metadata(stream)
         except UserError as error:
             raise UserError(f"{folder}: {error}") from error
+        try:
+            self._adopt(metadata)
+        except UserError:
+            raise
+        except (AttributeError, TypeError, ValueError, LookupError) as error:
+            raise UserError(f"{folder}/.metadata is damaged ({error}); {_REMEDY}") from error
+        self._mapped: dict[str, mmap.mmap] = {}
+        self._by_layer: dict[str, dict[int | None, list[ChunkStorageMetadata]]] = {}
+
+    def _adopt(self, metadata: Metadata) -> None:
         self.entries = {
             key: entry
             for key, entry in metadata.state_dict_metadata.items()
@@ -47,8 +62,6 @@ class TorchDistReader:
         for key, entry in self.entries.items():
             self._check_chunks(key, entry, metadata.storage_data)
         self._places: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
-        self._mapped: dict[str, mmap.mmap] = {}
-        self._by_layer: dict[str, dict[int | None, list[ChunkStorageMetadata]]] = {}
 
     def _check_files(self, places: dict[MetadataIndex, _StorageInfo]) -> None:
         sizes: dict[str, int] = {}

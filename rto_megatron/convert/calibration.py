@@ -1,0 +1,87 @@
+"""Token sequences that calibrate a quantisation, and others, held out, that measure it."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rto_megatron.data.chat import Message, encode_prompt, encode_text
+from rto_megatron.data.sources import Row, read_rows
+from rto_megatron.data.tokenizer import load_tokenizer
+from rto_megatron.errors import UserError
+
+NUM_HELD_OUT = 8
+_COLUMNS = ("prompt", "context_messages", "messages", "chosen", "text", "response")
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Ids [1, tokens] of each sequence, and where they came from."""
+
+    origin: str
+    calibration: tuple[Tensor, ...]
+    held_out: tuple[Tensor, ...]
+
+    def sha256(self) -> str:
+        """Of all ids and the lengths, calibration first."""
+        digest = hashlib.sha256()
+        for ids in (*self.calibration, *self.held_out):
+            digest.update(ids.shape[1].to_bytes(8, "little") + ids.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def random_prompts(vocab_size: int, num_prompts: int, max_length: int, seed: int) -> Prompts:
+    """Uniform random tokens: they need no tokenizer, and say little about the activations of real text."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(vocab_size, (num_prompts + NUM_HELD_OUT, 1, max_length), generator=generator)
+    origin = f"uniform random tokens of seed {seed}: input scales fit noise, not text; give --prompts for a real model"
+    return _split(origin, tuple(ids), num_prompts)
+
+
+def read_prompts(source: str, tokenizer_folder: Path, num_prompts: int, max_length: int) -> Prompts:
+    """The first `num_prompts` rows calibrate, the next NUM_HELD_OUT measure; each is cut to `max_length` tokens.
+
+    Raises:
+        UserError: the source cannot be read, has no column of text, or holds too few rows.
+    """
+    tokenizer = load_tokenizer(tokenizer_folder)
+    wanted = num_prompts + NUM_HELD_OUT
+
+    def encoded() -> Iterator[Tensor]:
+        for row in read_rows(source):
+            content = _content(row)
+            ids = (
+                encode_text(tokenizer, content)
+                if isinstance(content, str)
+                else encode_prompt(tokenizer, content, row.where)
+            )
+            yield torch.tensor([ids[:max_length]])
+
+    found = tuple(islice(encoded(), wanted))
+    if len(found) < wanted:
+        raise UserError(
+            f"{source} has {len(found)} rows; expected {wanted}: {num_prompts} for calibration and {NUM_HELD_OUT} held "
+            "out; lower --num-prompts or give more rows"
+        )
+    return _split(source, found, num_prompts)
+
+
+def _split(origin: str, found: tuple[Tensor, ...], num_prompts: int) -> Prompts:
+    return Prompts(origin, found[:num_prompts], found[num_prompts:])
+
+
+def _content(row: Row) -> str | list[Message]:
+    """The first column that holds text or a conversation."""
+    for column in _COLUMNS:
+        value = row.columns.get(column)
+        if isinstance(value, str) and value:
+            return value
+        if isinstance(value, list) and value and all(isinstance(t, dict) and "content" in t for t in value):
+            return [Message(str(turn.get("role", "user")), str(turn["content"])) for turn in value]
+    raise UserError(
+        f"{row.where}: found the columns {sorted(row.columns)}, expected text or messages in one of {list(_COLUMNS)}"
+    )
