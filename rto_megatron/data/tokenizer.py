@@ -170,6 +170,10 @@ def load_plain_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         if is_sentencepiece:
             tokenizer = _load_sentencepiece(folder)
+        elif (folder / "tokenizer.json").is_file():
+            # Not by the class that the folder names: transformers 5 builds some of them, such as LlamaTokenizer, anew
+            # from the pieces alone, and a normaliser of the file is lost without a word.
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         else:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:

@@ -95,6 +95,18 @@ def test_a_model_folder_loads_the_same_tokenizer(tokenizer_folder: Path, tmp_pat
     assert load_tokenizer(tmp_path / "model").encode(text) == pieces_of(tokenizer_folder).encode(text)
 
 
+def test_the_file_counts_whatever_class_the_folder_names(tokenizer_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tokenizer_folder, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": "LlamaTokenizer"}))
+    of_file = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path)
+    for text in SAMPLES:
+        want = of_file.encode(text, add_special_tokens=False).ids
+        assert loaded.encode(text, add_special_tokens=False) == want
+    assert loaded.eos_token == "</s>" and loaded.chat_template == CHAT_TEMPLATE
+
+
 @pytest.mark.parametrize("part", ["vocab", "merges", "chat_template", "eos_token"])
 def test_fingerprint_sees_every_part(tokenizer_folder: Path, tmp_path: Path, part: str) -> None:
     folder = tmp_path / "changed"
