@@ -171,8 +171,8 @@ def shape_of_args(args: argparse.Namespace, where: Path) -> ModelShape:
         )
     if wrong or family is None:
         raise UserError(
-            f"{where} was trained with {'; '.join(wrong)}: no model type of {sorted(FAMILIES)} can hold it. If its "
-            "config.json is known, give its folder as --hf-files"
+            f"{where} was trained with {'; '.join(wrong)}: no model type of {sorted(FAMILIES)} can hold "
+            "such a model; Megatron-LM's own tools are the way to convert it"
         )
     heads = values["num_attention_heads"]
     kv_heads = values.get("num_query_groups") if values.get("group_query_attention") else heads

@@ -59,7 +59,6 @@ def _experts(base: Slot, name: str, shape: ModelShape) -> Iterator[Slot]:
     before, expert, rest = match[1] or "", int(match[2]), match[3]
     index, sizes = (*base.index, expert), (*base.sizes, shape.experts.num)
     yield Slot(f"{base.key}.{before}experts.experts.{rest}", index, sizes)
-    yield Slot(f"{base.key}.{before}experts.experts.{expert}.{rest}", base.index, base.sizes)
 
 
 def _fused(name: str, shape: ModelShape, layer: int) -> str:
