@@ -190,4 +190,8 @@ def _bar(title: str, size: int) -> "Iterator[Advance]":
 def _show(report: "Report", target: Path, dry_run: bool) -> None:
     console = Console() if Console().is_terminal else Console(width=140)
     console.print(report.table())
-    console.print(f"{target}: {'nothing was written (--dry-run)' if dry_run else 'written'}", highlight=False)
+    console.print(
+        f"{target}: {'nothing was written (--dry-run)' if dry_run else 'written'}",
+        markup=False,
+        highlight=False,
+    )

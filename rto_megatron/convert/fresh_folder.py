@@ -24,21 +24,28 @@ def fresh_folder(target: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
     except OSError as error:
-        raise UserError(
-            f"cannot make the folder {partial} ({error.strerror}); name another target"
-        ) from error
+        raise _cannot_make(partial, error) from error
     yield partial
     for path in sorted(partial.rglob("*"), reverse=True):
         _sync(path)
     _sync(partial)
+    require_absent(target)
     partial.rename(target)
     _sync(target.parent)
 
 
 def require_absent(target: Path) -> None:
-    """Raises UserError: there is something already."""
-    if target.exists() or target.is_symlink():
+    """Raises UserError: there is something already, or there can be nothing."""
+    try:
+        is_there = target.exists() or target.is_symlink()
+    except OSError as error:
+        raise _cannot_make(target, error) from error
+    if is_there:
         raise UserError(f"{target} exists already, and a conversion never overwrites; name a new folder")
+
+
+def _cannot_make(folder: Path, error: OSError) -> UserError:
+    return UserError(f"cannot make the folder {folder} ({error.strerror}); name another target")
 
 
 def _sync(path: Path) -> None:

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 
 from rto_megatron.convert.options import dtype_name, write_dtype
@@ -103,5 +104,5 @@ class Report:
             ("tokenizer", ", ".join(self.tokenizer_files) or "none"),
             *(("proved", proof) for proof in self.verified or ["nothing"]),
         ):
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         return table

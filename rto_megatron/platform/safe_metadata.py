@@ -10,7 +10,9 @@ import contextlib
 import io
 import pathlib
 import pickle
+import pickletools
 import re
+import struct
 from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import BinaryIO
@@ -48,9 +50,19 @@ _ALLOWED = {(each.__module__, each.__qualname__): each for each in _ALLOWED_CLAS
     ("torch", name): each for name, each in vars(torch).items() if isinstance(each, torch.dtype)
 }
 # What pickle raises besides UnpicklingError where its bytes are damaged.
-_DAMAGED = (EOFError, AttributeError, LookupError, TypeError, ValueError, OverflowError, MemoryError)
+_DAMAGED = (
+    EOFError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    RuntimeError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+)
 # What torch raises where the bytes of a tensor are not those of a tensor.
-UNREADABLE = (pickle.UnpicklingError, *_DAMAGED, RuntimeError, AssertionError, OSError)
+UNREADABLE = (pickle.UnpicklingError, *_DAMAGED, AssertionError, OSError)
 _applied: set[str] = set()
 
 
@@ -65,6 +77,17 @@ class _MetadataUnpickler(pickle.Unpickler):
         return allowed
 
 
+def _require_bounded(pickled: bytes) -> None:
+    """Refuses what would take memory out of proportion: one damaged byte can ask for 64 GB of places to remember.
+
+    Raises:
+        ValueError, UnpicklingError: such a number, or no pickle.
+    """
+    for operation, argument, _ in pickletools.genops(pickled):
+        if operation.name.endswith("PUT") and int(argument) > len(pickled):
+            raise pickle.UnpicklingError(f"it remembers {argument} things in {len(pickled)} bytes")
+
+
 def read_metadata(stream: BinaryIO) -> metadata.Metadata:
     """Unpickle the contents of a `.metadata` file, building nothing but checkpoint metadata.
 
@@ -72,7 +95,9 @@ def read_metadata(stream: BinaryIO) -> metadata.Metadata:
         UserError: it names a class or function outside the allow-list, or does not hold checkpoint metadata.
     """
     try:
-        content = _MetadataUnpickler(stream).load()
+        pickled = stream.read()
+        _require_bounded(pickled)
+        content = _MetadataUnpickler(io.BytesIO(pickled)).load()
     except UserError:
         raise
     except (pickle.UnpicklingError, *_DAMAGED) as error:

@@ -55,17 +55,19 @@ def mapped_tensor(pages: mmap.mmap, start: int, length: int) -> Tensor:
         platform.safe_metadata.UNREADABLE: no saved tensor there, or one that does not lie as a plain array.
     """
     stream = io.BufferedReader(_Slice(pages, start, length))
-    saved = saved_tensor(stream)
-    if saved.numel() == 0:
-        return torch.empty(saved.shape, dtype=saved.dtype)
     try:
         with zipfile.ZipFile(stream) as archive:
             records = {record.filename.partition("/")[2]: record for record in archive.infolist()}
             numbers, order = records["data/0"], records.get("byteorder")
     except (zipfile.BadZipFile, KeyError) as error:
         raise RuntimeError(f"the archive of the tensor is damaged: {error}") from error
+    # torch would turn the bytes round, of which there are none on the meta device: it ends the process.
     if order is not None and pages.find(_LITTLE, at := _begin(pages, start, order), at + len(_LITTLE)) < 0:
         raise RuntimeError("the numbers are in the byte order of another machine")
+    stream.seek(0)
+    saved = saved_tensor(stream)
+    if saved.numel() == 0:
+        return torch.empty(saved.shape, dtype=saved.dtype)
     begin, count = _begin(pages, start, numbers), numbers.file_size // saved.dtype.itemsize
     if numbers.compress_type != zipfile.ZIP_STORED or begin + numbers.file_size > start + length:
         raise RuntimeError("the numbers of the tensor are not stored whole")
