@@ -3,9 +3,10 @@
 
 Usage: .venv/bin/python tools/benchmark_convert.py FOLDER [--gigabytes 1 2 4] [--rounds 3]
 
-FOLDER needs three times the largest size. Every measurement begins with the source in the page cache and ends when the
+FOLDER needs four times the largest size. Every measurement begins with the source in the page cache and ends when the
 written files are on the disk (fsync). Each conversion is a process of its own; its anonymous memory (RssAnon: pages of
-mapped files are not in it) is sampled while it converts.
+mapped files are not in it) is sampled while it converts. A virtual machine gives freed pages back to its host and waits
+for them when it needs them again; so right before each measurement a file of the same size is written and removed.
 """
 
 import argparse
@@ -64,6 +65,7 @@ def _convert(direction: str, source: Path, target: Path, digest: bool) -> None:
     """What the measured process does: prints when it begins and the seconds that it took."""
     options, proofs = Options(None, _FILE_BYTES, None), Proofs(digest, None)
     opened = open_megatron(source, None, None) if direction == "megatron-to-hf" else None
+    _prime(source)
     print("begin", flush=True)
     start = time.monotonic()
     if opened is None:
@@ -93,6 +95,7 @@ def _measured(direction: str, source: Path, target: Path, digest: bool) -> tuple
 
 
 def _copied(source: Path, target: Path) -> float:
+    _prime(source)
     start = time.monotonic()
     subprocess.run(["cp", "-r", str(source), str(target)], check=True)
     for path in target.rglob("*"):
@@ -100,6 +103,15 @@ def _copied(source: Path, target: Path) -> float:
         os.fsync(opened)
         os.close(opened)
     return time.monotonic() - start
+
+
+def _prime(source: Path) -> None:
+    """Has the kernel hold as many free pages as a copy of `source` takes."""
+    path = source.with_name("prime")
+    with path.open("wb") as file:
+        for _ in range(sum(p.stat().st_size for p in source.rglob("*")) >> 20):
+            file.write(bytes(1 << 20))
+    path.unlink()
 
 
 def _warm(folder: Path) -> None:

@@ -1,11 +1,9 @@
 """Hugging Face folder -> Megatron checkpoint, one parameter at a time."""
 
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from rto_megatron.convert.config_json import carry_tokenizer, write_config
-from rto_megatron.convert.digests import Digests
 from rto_megatron.convert.megatron_args import common_state
 from rto_megatron.convert.options import Advance, Options, dtype_name, write_dtype
 from rto_megatron.convert.report import Report, planned
@@ -46,7 +44,7 @@ def import_weights(model: HfModel, report: Report, folder: Path, options: Option
     start = time.monotonic()
     weights = folder / RELEASE
     weights.mkdir()
-    with Digests() as digests, torch_dist_writer.opened(weights, options.max_file_bytes) as files:
+    with torch_dist_writer.opened(weights, options.max_file_bytes) as files:
         writer = MegatronWriter(files, model.shape)
         for parameter in model.parameters:
             dtype = write_dtype(parameter.is_float32, report.dtype)
@@ -54,13 +52,9 @@ def import_weights(model: HfModel, report: Report, folder: Path, options: Option
                 model.read(name, size).to(dtype)
                 for name, size in zip(parameter.hf, parameter.hf_shapes, strict=True)
             ]
-            for name, tensor in zip(parameter.hf, tensors, strict=True):
-                digests.add(name, tensor)
             writer.write(parameter, tensors)
             advance(sum(tensor.nbytes for tensor in tensors))
         files.finish(common_state(model.shape, report.has_scalar_head, report.dtype))
-        recorded = digests.by_name()
-    report.tensors = {n: replace(record, sha256=recorded[n]) for n, record in report.tensors.items()}
     (folder / HF_FILES).mkdir()
     write_config(model.config.values, report, model.head_bias(), folder / HF_FILES)
     carry_tokenizer(Path(report.source), folder / HF_FILES, report)

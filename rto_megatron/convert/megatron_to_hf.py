@@ -1,11 +1,9 @@
 """Megatron checkpoint -> Hugging Face folder, one parameter at a time."""
 
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from rto_megatron.convert.config_json import carry_tokenizer, write_config
-from rto_megatron.convert.digests import Digests
 from rto_megatron.convert.megatron_source import MegatronSource
 from rto_megatron.convert.options import Advance, Options, write_dtype
 from rto_megatron.convert.report import Report, planned
@@ -48,17 +46,13 @@ def export_weights(
         for name, size in zip(p.hf, p.hf_shapes, strict=True)
     }
     writer = HfWriter(folder, specs, options.max_file_bytes)
-    with Digests() as digests:
-        for parameter in tensors.parameters:
-            dtype = write_dtype(parameter.is_float32, report.dtype)
-            for name, tensor in zip(parameter.hf, tensors.hf(parameter), strict=True):
-                written = tensor.to(dtype).contiguous()
-                digests.add(name, written)
-                writer.write(name, written)
-                advance(written.nbytes)
-        recorded = digests.by_name()
+    for parameter in tensors.parameters:
+        dtype = write_dtype(parameter.is_float32, report.dtype)
+        for name, tensor in zip(parameter.hf, tensors.hf(parameter), strict=True):
+            written = tensor.to(dtype)
+            writer.write(name, written)
+            advance(written.nbytes)
     writer.finish()
-    report.tensors = {n: replace(record, sha256=recorded[n]) for n, record in report.tensors.items()}
     write_config(source.config, report, 0.0, folder)
     if source.hf_files is not None:
         carry_tokenizer(source.hf_files, folder, report)

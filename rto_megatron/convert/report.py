@@ -12,9 +12,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from rto_megatron.convert.options import dtype_name, write_dtype
+from rto_megatron.errors import UserError
 from rto_megatron.models.config_files import architecture
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.models.weight_map import MappedParameter
+from rto_megatron.storage.megatron_folder import REPORT
 
 _PACKAGES = ("megatron-core", "torch", "transformers", "safetensors", "rto-megatron")
 
@@ -35,6 +37,24 @@ def planned(parameters: Sequence[MappedParameter], dtype: torch.dtype) -> dict[s
         for p in parameters
         for name, size in zip(p.hf, p.hf_shapes, strict=True)
     }
+
+
+def recorded_digests(folder: Path, dtype: torch.dtype) -> dict[str, str]:
+    """sha256 by name that the conversion which made `folder` noted; none without one, or of another dtype.
+
+    Raises:
+        UserError: the report is damaged.
+    """
+    path = folder / REPORT
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text())
+        tensors = {name: record["sha256"] for name, record in values["tensors"].items()}
+        is_same = values["dtype"] == dtype_name(dtype)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}); convert the model again, or remove it") from error
+    return {name: digest for name, digest in tensors.items() if digest is not None and is_same}
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """One conversion from beginning to end: plan, write aside, prove, report, rename."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rto_megatron.convert.fresh_folder import fresh_folder, require_absent
@@ -10,7 +10,7 @@ from rto_megatron.convert.hf_to_megatron import import_weights, plan_import
 from rto_megatron.convert.megatron_source import MegatronSource, open_megatron
 from rto_megatron.convert.megatron_to_hf import export_weights, plan_export
 from rto_megatron.convert.options import Advance, Options
-from rto_megatron.convert.report import LogitsProof, Report
+from rto_megatron.convert.report import LogitsProof, Report, recorded_digests
 from rto_megatron.convert.verify import verify_digests
 from rto_megatron.storage.hf_model import HfModel
 from rto_megatron.storage.megatron_folder import RELEASE, REPORT
@@ -45,7 +45,7 @@ def convert_to_megatron(
         with bar("convert", report.size()) as advance:
             import_weights(model, report, folder, options, advance)
         tensors = MegatronTensors(TorchDistReader(folder / RELEASE), model.shape, model.has_scalar_head)
-        _prove(model, tensors, report, proofs, bar)
+        _prove(model, tensors, report, recorded_digests(source, report.dtype), proofs, bar)
         if proofs.logits is not None:
             _record_logits(report, proofs.logits(source, folder, report.has_scalar_head))
         report.write(folder / REPORT)
@@ -69,7 +69,8 @@ def convert_to_hf(
             export_weights(source, tensors, report, folder, options, advance)
         model = HfModel(folder, source.has_scalar_head)
         model.require_complete()
-        _prove(model, tensors, report, proofs, bar)
+        beside = recorded_digests(source.reader.folder.parent, report.dtype)
+        _prove(model, tensors, report, beside, proofs, bar)
         model.folder.close()
         if proofs.logits is not None:
             _record_logits(report, proofs.logits(folder, source.folder, report.has_scalar_head))
@@ -90,19 +91,29 @@ def verify_pair(hf_folder: Path, megatron: Path, scalar: bool | None, proofs: Pr
     options = Options(model.dtype(), 0, model.has_scalar_head)
     _, report = plan_import(hf_folder, megatron, options)
     report.direction = "Hugging Face = Megatron"
-    _prove(model, tensors, report, proofs, bar)
+    _prove(model, tensors, report, {}, proofs, bar)
     if proofs.logits is not None:
         _record_logits(report, proofs.logits(hf_folder, megatron, report.has_scalar_head))
     return report
 
 
-def _prove(model: HfModel, tensors: MegatronTensors, report: Report, proofs: Proofs, bar: Bar) -> None:
+def _prove(
+    model: HfModel,
+    tensors: MegatronTensors,
+    report: Report,
+    recorded: Mapping[str, str],
+    proofs: Proofs,
+    bar: Bar,
+) -> None:
     if not proofs.digest:
         return
-    recorded = {name: record.sha256 for name, record in report.tensors.items()}
     with bar("verify", report.size()) as advance:
-        count = verify_digests(model, tensors, report.dtype, recorded, advance)
-    report.verified.append(f"digest: {count} tensors bit-equal there and back, read from both folders")
+        digests = verify_digests(model, tensors, report.dtype, recorded, advance)
+    report.tensors = {n: replace(record, sha256=digests[n]) for n, record in report.tensors.items()}
+    known = f", {len(recorded)} as the source's own report has them" if recorded else ""
+    report.verified.append(
+        f"digest: {len(digests)} tensors bit-equal there and back, read from both folders{known}"
+    )
 
 
 def _record_logits(report: Report, proof: LogitsProof) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from rto_megatron.convert.digests import Digests, tensor_digest
 from rto_megatron.convert.options import Advance, write_dtype
 from rto_megatron.errors import UserError, refuse_if
-from rto_megatron.models.weight_map import MappedParameter, VocabRows
+from rto_megatron.models.weight_map import QkvRows
 from rto_megatron.storage.hf_model import HfModel
 from rto_megatron.storage.megatron_tensors import MegatronTensors
 
@@ -20,21 +20,21 @@ def verify_digests(
     hf: HfModel,
     megatron: MegatronTensors,
     dtype: torch.dtype,
-    recorded: Mapping[str, str | None],
+    recorded: Mapping[str, str],
     advance: Advance,
-) -> int:
+) -> dict[str, str]:
     """Reads every parameter of both from the disk, and compares them there and back.
 
-    Backward: the Megatron parameter's Hugging Face tensors have the digests of those in the folder. Forward: the
-    folder's tensors make up the Megatron parameter.
+    Backward: the Megatron parameter's Hugging Face tensors are those of the folder. Forward: the folder's tensors
+    make up the Megatron parameter.
 
     Args:
         hf: complete by `HfModel.require_complete`, as `megatron` is by its constructor.
         dtype: in which they are compared.
-        recorded: digests that were noted when the tensors were copied, which must be these; may be empty.
+        recorded: sha256 by name that an earlier conversion noted about the source; may be empty.
 
     Returns:
-        how many tensors were compared.
+        sha256 by name of what both hold.
 
     Raises:
         UserError: names every tensor that differs, and says what it holds instead where that can be seen.
@@ -46,25 +46,29 @@ def verify_digests(
             theirs = [
                 hf.read(n, s).to(wanted) for n, s in zip(parameter.hf, parameter.hf_shapes, strict=True)
             ]
-            whole = megatron.whole(parameter).to(wanted)
-            ours = parameter.layout.merge([whole])
+            ours = [tensor.to(wanted) for tensor in megatron.hf(parameter)]
             for name, want, found in zip(parameter.hf, theirs, ours, strict=True):
                 digests.add(name, want)
                 if not _same_bits(want, found):
                     wrong[name] = _Found(tensor_digest(found), _turned(found))
                 advance(want.nbytes)
-            if not wrong.keys() & set(parameter.hf) and not _makes_up(parameter, theirs, whole):
-                raise UserError(f"{parameter.megatron} is not what {', '.join(parameter.hf)} make up")
+            is_right = not wrong.keys() & set(parameter.hf)
+            # Of all layouts this alone moves rows: the others' parameters are their tensors one below the other.
+            if isinstance(parameter.layout, QkvRows) and is_right:
+                whole = megatron.whole(parameter).to(wanted)
+                if not _same_bits(parameter.layout.shard(theirs, 0, 1), whole):
+                    raise UserError(f"{parameter.megatron} is not what {', '.join(parameter.hf)} make up")
         known = digests.by_name()
     problems = [f"{name} {_difference(name, found, known)}" for name, found in wrong.items()]
     problems += [
-        f"{name} changed on the disk since it was copied: sha256 {known[name][:12]}, then {noted[:12]}"
+        f"{name} is not what the conversion_report.json of the source recorded: sha256 {known[name][:12]}, then "
+        f"{noted[:12]}; it was damaged since, or changed on purpose: remove the report then"
         for name, noted in recorded.items()
-        if noted is not None and known[name] != noted and name not in wrong
+        if name in known and known[name] != noted and name not in wrong
     ]
     places = f"{hf.folder.path} and {megatron.folder}"
     refuse_if(problems, f"{len(problems)} of {len(known)} tensors differ between {places}")
-    return len(known)
+    return known
 
 
 @dataclass(frozen=True)
@@ -84,12 +88,6 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
     """Equal as bytes: a NaN equals itself, and 0 differs from -0."""
     kind = _INTEGERS[one.itemsize]
     return torch.equal(one.contiguous().view(kind), other.contiguous().view(kind))
-
-
-def _makes_up(parameter: MappedParameter, tensors: list[Tensor], whole: Tensor) -> bool:
-    if isinstance(parameter.layout, VocabRows):
-        return _same_bits(tensors[0], whole[: parameter.layout.vocab_size])
-    return _same_bits(parameter.layout.shard(tensors, 0, 1), whole)
 
 
 def _difference(name: str, found: _Found, known: Mapping[str, str]) -> str:

@@ -4,16 +4,15 @@ The file format is that of github.com/huggingface/safetensors: eight bytes of he
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from rto_megatron.storage.hf_folder import DTYPES, INDEX, SINGLE
+from rto_megatron.storage.sliced_file import SlicedFile
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT = 8
@@ -24,7 +23,7 @@ class _Shard:
     specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = field(default_factory=dict)
     nbytes: int = 0
     starts: dict[str, int] = field(default_factory=dict)  # from the beginning of the file
-    file: BinaryIO | None = None
+    file: SlicedFile | None = None
     num_left: int = 0
 
 
@@ -65,11 +64,9 @@ class HfWriter:
         shard.file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
         shard.num_left -= 1
         if shard.num_left == 0:
-            shard.file.flush()
-            os.fsync(shard.file.fileno())
-            shard.file.close()
+            shard.file.close_synced()
 
-    def _start(self, file: str, shard: _Shard) -> BinaryIO:
+    def _start(self, file: str, shard: _Shard) -> SlicedFile:
         # Wider types first keeps every tensor aligned to its own width, which mapping one demands.
         ordered = sorted(shard.specs, key=lambda name: -shard.specs[name][0].itemsize)
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -83,7 +80,7 @@ class HfWriter:
         text += b" " * (-len(text) % _ALIGNMENT)
         shard.starts = {name: 8 + len(text) + start for name, start in shard.starts.items()}
         shard.num_left = len(ordered)
-        opened = (self._folder / file).open("wb")
+        opened = SlicedFile(self._folder / file, "w")
         opened.write(len(text).to_bytes(8, "little") + text)
         return opened
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from rto_megatron.errors import refuse_if
 from rto_megatron.models.parameters import stored_parameters
 from rto_megatron.models.shape import ModelShape
-from rto_megatron.models.weight_map import MappedParameter, VocabRows
+from rto_megatron.models.weight_map import GateUpRows, MappedParameter, VocabRows
 from rto_megatron.storage.megatron_names import NOT_WEIGHTS, Slot, slots, stored_shape
 from rto_megatron.storage.torch_dist_reader import TorchDistReader
 
@@ -67,12 +67,20 @@ class MegatronTensors:
             UserError: the bytes cannot be read.
         """
         slot = self._slots[parameter.megatron]
-        size = self._reader.shape(slot.key)[len(slot.sizes) :]
-        offsets = (*slot.index, *(0 for _ in size))
-        return self._reader.read(slot.key, offsets, (*(1 for _ in slot.sizes), *size)).view(size)
+        return self._rows(parameter, 0, self._reader.shape(slot.key)[len(slot.sizes)])
+
+    def _rows(self, parameter: MappedParameter, first: int, count: int) -> Tensor:
+        slot = self._slots[parameter.megatron]
+        _, *others = self._reader.shape(slot.key)[len(slot.sizes) :]
+        offsets = (*slot.index, first, *(0 for _ in others))
+        box = self._reader.read(slot.key, offsets, (*(1 for _ in slot.sizes), count, *others))
+        return box.view(count, *others)
 
     def hf(self, parameter: MappedParameter) -> tuple[Tensor, ...]:
         """The Hugging Face tensors that a parameter holds, in the checkpoint's dtype."""
+        if isinstance(parameter.layout, GateUpRows):  # stored apart, and mapped where they are read apart
+            rows = parameter.hf_shapes[0][0]
+            return tuple(self._rows(parameter, first, rows) for first in (0, rows))
         return parameter.layout.merge([self.whole(parameter)])
 
     def dtype(self) -> torch.dtype:

@@ -4,11 +4,9 @@ Files are those of torch.distributed.checkpoint 2.13, the entries those of megat
 """
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -24,6 +22,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
+from rto_megatron.storage.sliced_file import SlicedFile
+
 
 class TorchDistWriter:
     """One checkpoint folder in the making; use `opened`."""
@@ -32,7 +32,7 @@ class TorchDistWriter:
         self._folder, self._max_file_bytes = folder, max_file_bytes
         self._entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         self._results: list[WriteResult] = []
-        self._file: BinaryIO | None = None
+        self._file: SlicedFile | None = None
         self._num_files = 0
 
     def tensor(self, key: str, size: tuple[int, ...], offsets: tuple[int, ...], chunk: Tensor) -> None:
@@ -62,18 +62,18 @@ class TorchDistWriter:
         if file is None or file.tell() > self._max_file_bytes:
             self.close()
             self._num_files += 1
-            file = self._file = (self._folder / f"__0_{self._num_files - 1}.distcp").open("wb")
+            file = self._file = SlicedFile(self._folder / f"__0_{self._num_files - 1}.distcp", "w")
         start = file.tell()
         torch.save(content, file)
         length = file.tell() - start
-        self._results.append(WriteResult(index, length, _StorageInfo(Path(file.name).name, start, length)))
+        self._results.append(
+            WriteResult(index, length, _StorageInfo(Path(str(file.name)).name, start, length))
+        )
 
     def close(self) -> None:
         """Puts the open file on the disk."""
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
+            self._file.close_synced()
             self._file = None
 
     def finish(self, common: dict[str, object]) -> None:
