@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -74,7 +75,6 @@ class HfModel:
         head = find_scalar_head(self.folder, self.config)
         self.has_scalar_head = head is not None if has_scalar_head is None else has_scalar_head
         self._head, self._unused_head = (head, None) if self.has_scalar_head else (None, head)
-        self.left_aside: dict[str, str] = {}
 
     @property
     def parameters(self) -> tuple[MappedParameter, ...]:
@@ -111,28 +111,38 @@ class HfModel:
         return found.pop() if len(found) == 1 else torch.float32
 
     def problems(self) -> list[str]:
-        """Everything that is missing, misshaped or left over; fills `left_aside` with what is neither."""
-        stored, problems, used = self.folder.tensors, [], set()
-        wanted = [(n, s) for p in self.parameters for n, s in zip(p.hf, p.hf_shapes, strict=True)]
-        for name, size in ((self.stored_name(n), s) for n, s in wanted):
-            used |= {name, name + SCALE_SUFFIX}
+        """Everything that is missing, misshaped or left over."""
+        stored, problems = self.folder.tensors, []
+        for name, size in self._wanted().items():
             if name not in stored:
                 problems.append(f"{name} {size} is missing")
             elif stored[name].shape != size:
                 problems.append(f"{name} has shape {stored[name].shape}, config.json says {size}")
             elif stored[name].dtype == torch.float8_e4m3fn and name + SCALE_SUFFIX not in stored:
                 problems.append(f"{name} is FP8 and {name}{SCALE_SUFFIX} is missing")
-        for name in sorted(stored.keys() - used):
-            reason = self._reason_to_leave(name)
-            if reason is not None:
-                self.left_aside[name] = reason
-            elif name == LM_HEAD and self.shape.is_tied:
+        for name in sorted(self._unused() - self.left_aside.keys()):
+            if name == LM_HEAD and self.shape.is_tied:
                 problems.append(f"{name} differs from {EMBEDDING}, to which config.json ties it")
             else:
                 problems.append(
                     f"{name} {stored[name].shape} is left over: config.json describes no such tensor"
                 )
         return problems
+
+    @cached_property
+    def left_aside(self) -> dict[str, str]:
+        """Tensors that are stored and no weights of this model, with the reason."""
+        reasons = {name: self._reason_to_leave(name) for name in sorted(self._unused())}
+        return {name: reason for name, reason in reasons.items() if reason is not None}
+
+    def _wanted(self) -> dict[str, tuple[int, ...]]:
+        """Stored name -> shape of every tensor of the map."""
+        sizes = (pair for p in self.parameters for pair in zip(p.hf, p.hf_shapes, strict=True))
+        return {self.stored_name(name): size for name, size in sizes}
+
+    def _unused(self) -> set[str]:
+        wanted = self._wanted().keys()
+        return self.folder.tensors.keys() - wanted - {name + SCALE_SUFFIX for name in wanted}
 
     def require_complete(self) -> None:
         """Raises UserError: all problems at once."""

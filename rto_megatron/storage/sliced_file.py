@@ -5,6 +5,7 @@ import os
 from collections.abc import Buffer
 
 _SLICE = 1 << 20
+_REGION = 1 << 25
 
 
 class SlicedFile(io.FileIO):
@@ -21,6 +22,9 @@ class SlicedFile(io.FileIO):
         while done < len(view):
             # Up to a boundary of the file, so that no page is written twice.
             done += super().write(view[done : done + _SLICE - (at + done) % _SLICE])
+            if (at + done) % _REGION == 0:
+                # Has the disk begin with these pages, which stay in memory: they are dirty.
+                os.posix_fadvise(self.fileno(), at + done - _REGION, _REGION, os.POSIX_FADV_DONTNEED)
         return done
 
     def close_synced(self) -> None:

@@ -57,7 +57,6 @@ class TorchDistReader:
             for key, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
-        self.objects = metadata.state_dict_metadata.keys() - self.entries.keys()
         self._check_files(metadata.storage_data)
         for key, entry in self.entries.items():
             self._check_chunks(key, entry, metadata.storage_data)

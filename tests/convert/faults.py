@@ -67,7 +67,7 @@ def rewrite(weights: Path, change: Callable[[Tensors], None]) -> None:
         key: reader.read(key, tuple(0 for _ in reader.shape(key)), reader.shape(key)).clone()
         for key in reader.entries
     }
-    objects = reader.objects
+    objects = read_metadata(weights).state_dict_metadata.keys() - reader.entries.keys()
     common = torch.load(weights / "common.pt", weights_only=True)
     change(tensors)
     for path in weights.iterdir():
