@@ -12,8 +12,10 @@ from rich.console import Console
 from rto_megatron.errors import UserError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from rto_megatron.convert.options import Advance, Options
-    from rto_megatron.convert.report import LogitsProof, Report
+    from rto_megatron.convert.report import LogitsProof
     from rto_megatron.convert.run import Proofs
 
 app = typer.Typer(
@@ -59,17 +61,16 @@ def hf_to_megatron(
     pipeline: Pipeline = 1,
     dry_run: DryRun = False,
 ) -> None:
-    """Write a Megatron-LM checkpoint: a recipe can name it, Megatron-LM can load it, at any TP x PP x EP.
+    """Write a Megatron-LM checkpoint: a recipe can name it, and Megatron-LM loads it at any TP x PP x EP.
 
-    Needs no GPU and no TransformerEngine, and holds one layer in memory. The folder appears when it is proved, with
-    conversion_report.json inside; after a kill, run the same command again.
+    Needs no GPU and no TransformerEngine, and holds one parameter in memory. The folder appears when it is proved,
+    with conversion_report.json inside; after a kill, run the same command again.
     """
     from rto_megatron.convert.run import convert_to_megatron
 
     options = _options(dtype, max_shard_size, head)
     proofs = _proofs(verify, tensor, pipeline)
-    report = convert_to_megatron(source, target, options, proofs, _bar, dry_run)
-    _show(report, target, dry_run)
+    _show(convert_to_megatron(source, target, options, proofs, _bar, dry_run), target, dry_run)
 
 
 @app.command("megatron-to-hf")
@@ -103,15 +104,15 @@ def megatron_to_hf(
 
     options = _options(dtype, max_shard_size, head)
     opened = open_megatron(source, hf_files, options.has_scalar_head)
-    report = convert_to_hf(opened, target, options, _proofs(verify, tensor, pipeline), _bar, dry_run)
-    _show(report, target, dry_run)
+    proofs = _proofs(verify, tensor, pipeline)
+    _show(convert_to_hf(opened, target, options, proofs, _bar, dry_run), target, dry_run)
 
 
 @app.command("verify")
 def verify_command(
     hf: Annotated[Path, typer.Argument(help="Hugging Face folder.", show_default=False)],
     megatron: Annotated[Path, typer.Argument(help="Megatron checkpoint.", show_default=False)],
-    verify: Verify = "digest",
+    verify: Annotated[Literal["digest", "logits"], Verify.__metadata__[0]] = "digest",
     head: Head = "auto",
     tensor: Tensor = 1,
     pipeline: Pipeline = 1,
@@ -119,8 +120,8 @@ def verify_command(
     """Prove that a Hugging Face folder and a Megatron checkpoint hold one model; names every tensor that differs."""
     from rto_megatron.convert.run import verify_pair
 
-    report = verify_pair(hf, megatron, _is_scalar(head), _proofs(verify, tensor, pipeline), _bar)
-    Console().print(report.table())
+    shown = verify_pair(hf, megatron, _is_scalar(head), _proofs(verify, tensor, pipeline), _bar)
+    _console().print(shown)
 
 
 @app.command("outputs", hidden=True)
@@ -159,6 +160,11 @@ def _proofs(verify: str, tensor: int, pipeline: int) -> "Proofs":
     from rto_megatron.convert.run import Proofs
 
     if verify != "logits":
+        if (tensor, pipeline) != (1, 1):
+            raise UserError(
+                f"--tensor {tensor} --pipeline {pipeline} are of --verify logits alone; what is written loads at "
+                "any layout"
+            )
         return Proofs(digest=verify == "digest", logits=None)
 
     def logits(hf_folder: Path, megatron: Path, scalar: bool) -> "LogitsProof":
@@ -167,7 +173,7 @@ def _proofs(verify: str, tensor: int, pipeline: int) -> "Proofs":
 
         return prove_logits(hf_folder, megatron, scalar, tensor, pipeline, run_ranks)
 
-    return Proofs(digest=True, logits=logits)
+    return Proofs(digest=True, logits=logits, layout=(tensor, pipeline))
 
 
 @contextmanager
@@ -187,9 +193,13 @@ def _bar(title: str, size: int) -> "Iterator[Advance]":
         yield lambda nbytes: progress.advance(task, nbytes)
 
 
-def _show(report: "Report", target: Path, dry_run: bool) -> None:
-    console = Console() if Console().is_terminal else Console(width=140)
-    console.print(report.table())
+def _console() -> Console:
+    return Console() if Console().is_terminal else Console(width=140)
+
+
+def _show(shown: "Table", target: Path, dry_run: bool) -> None:
+    console = _console()
+    console.print(shown)
     console.print(
         f"{target}: {'nothing was written (--dry-run)' if dry_run else 'written'}",
         markup=False,

@@ -1,4 +1,4 @@
-"""sha256 of tensors by name, in a thread beside the copying."""
+"""sha256 of tensors by name, in a thread beside the comparing."""
 
 import hashlib
 from concurrent.futures import Future, ThreadPoolExecutor

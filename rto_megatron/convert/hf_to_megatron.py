@@ -3,60 +3,55 @@
 import time
 from pathlib import Path
 
-from rto_megatron.convert.config_json import carry_tokenizer, write_config
-from rto_megatron.convert.megatron_args import common_state
-from rto_megatron.convert.options import Advance, Options, dtype_name, write_dtype
-from rto_megatron.convert.report import Report, planned
+from rto_megatron.convert.config_json import tokenizer_notes, write_config
+from rto_megatron.convert.options import Advance, Options, cast, dtype_name
+from rto_megatron.convert.report import Plan, Written
+from rto_megatron.data.tokenizer_files import carry
 from rto_megatron.storage import torch_dist_writer
 from rto_megatron.storage.hf_model import HfModel
+from rto_megatron.storage.megatron_args import common_state
 from rto_megatron.storage.megatron_folder import HF_FILES, RELEASE, TRACKER
 from rto_megatron.storage.megatron_writer import MegatronWriter
 
 
-def plan_import(source: Path, target: Path, options: Options) -> tuple[HfModel, Report]:
-    """Opens the model and says what a conversion would do.
+def plan_import(model: HfModel, source: Path, target: Path, options: Options) -> Plan:
+    """Says what a conversion would do.
 
     Raises:
-        UserError: the model is not supported, or its tensors are not those of its config.json; names all of them.
+        UserError: the model's tensors are not those of its config.json; names all of them.
     """
-    model = HfModel(source, options.has_scalar_head)
     model.require_complete()
-    dtype = options.dtype or model.dtype()
-    notes = []
+    dtype, notes = options.dtype or model.dtype(), []
     found = {dtype_name(stored.dtype) for stored in model.folder.tensors.values()}
     if found != {dtype_name(dtype)}:
         notes.append(f"the source has {', '.join(sorted(found))}, written as {dtype_name(dtype)}")
     if model.head_bias():
         notes.append(f"the head's bias {model.head_bias():g} is kept in `mean` of config.json")
-    report = Report(
-        "Hugging Face -> Megatron", str(source), str(target), model.shape, model.has_scalar_head, dtype,
-        planned(model.parameters, dtype), left_aside=model.left_aside, notes=notes,
+    return Plan(
+        "Hugging Face -> Megatron", source, target, model.shape, model.has_scalar_head, model.dtype(), dtype,
+        len(model.folder.tensors), model.left_aside, tuple(notes),
     )  # fmt: skip
-    return model, report
 
 
-def import_weights(model: HfModel, report: Report, folder: Path, options: Options, advance: Advance) -> None:
-    """Writes Megatron-LM's tree into an empty folder, with config.json and tokenizer beside it, and fills the report.
+def import_weights(model: HfModel, plan: Plan, folder: Path, options: Options, advance: Advance) -> Written:
+    """Writes Megatron-LM's tree into an empty folder, with config.json and tokenizer beside it.
 
     Raises:
-        UserError: a file cannot be read.
+        UserError: a file cannot be read, or a number does not fit the dtype.
     """
     start = time.monotonic()
-    weights = folder / RELEASE
+    weights, files = folder / RELEASE, folder / HF_FILES
     weights.mkdir()
-    with torch_dist_writer.opened(weights, options.max_file_bytes) as files:
-        writer = MegatronWriter(files, model.shape)
+    files.mkdir()
+    with torch_dist_writer.opened(weights, options.max_file_bytes) as entries:
+        writer = MegatronWriter(entries, model.shape)
         for parameter in model.parameters:
-            dtype = write_dtype(parameter.is_float32, report.dtype)
-            tensors = [
-                model.read(name, size).to(dtype)
-                for name, size in zip(parameter.hf, parameter.hf_shapes, strict=True)
-            ]
+            dtype = parameter.dtype(plan.dtype)
+            tensors = [cast(name, model.read(name, size), dtype) for name, size in parameter.sizes()]
             writer.write(parameter, tensors)
             advance(sum(tensor.nbytes for tensor in tensors))
-        files.finish(common_state(model.shape, report.has_scalar_head, report.dtype))
-    (folder / HF_FILES).mkdir()
-    write_config(model.config.values, report, model.head_bias(), folder / HF_FILES)
-    carry_tokenizer(Path(report.source), folder / HF_FILES, report)
+        entries.finish(common_state(model.shape, plan.has_scalar_head, plan.dtype))
+    write_config(model.config.values, plan, model.head_bias(), files)
+    carried = carry(plan.source, files)
     (folder / TRACKER).write_text(RELEASE)
-    report.seconds = time.monotonic() - start
+    return Written(carried, tokenizer_notes(files), time.monotonic() - start)

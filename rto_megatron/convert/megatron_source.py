@@ -1,15 +1,17 @@
 """What a user names as a Megatron checkpoint: a run of this program, a converted folder, or Megatron-LM's own."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rto_megatron.convert.megatron_args import shape_of_args
-from rto_megatron.engine.source import WEIGHTS, find_source, has_language_model
+from rto_megatron.convert.options import dtype_name
+from rto_megatron.engine.source import find_source, has_language_model
 from rto_megatron.errors import UserError
 from rto_megatron.models.config_files import config_of, shape_of
 from rto_megatron.models.hf_config import read_config
 from rto_megatron.models.shape import ModelShape
+from rto_megatron.storage.file_digests import WEIGHTS, first_problem
+from rto_megatron.storage.megatron_args import require_agreement, shape_of_args
 from rto_megatron.storage.megatron_common import read_args
 from rto_megatron.storage.megatron_folder import (
     MegatronFolder,
@@ -19,15 +21,13 @@ from rto_megatron.storage.megatron_folder import (
 from rto_megatron.storage.megatron_tensors import has_scalar_head
 from rto_megatron.storage.torch_dist_reader import TorchDistReader
 
-# Of no consequence for the weights, or not known to Megatron's arguments.
-_NOT_COMPARED = {"family", "vocab_size", "max_positions", "init_std", "latent"}
+_EMBEDDING = "embedding.word_embeddings.weight"
 
 
 @dataclass(frozen=True)
 class MegatronSource:
     """One model in Megatron's format, with everything that is needed to read it."""
 
-    folder: Path
     reader: TorchDistReader
     shape: ModelShape
     has_scalar_head: bool
@@ -62,21 +62,25 @@ def open_megatron(path: Path, hf_files: Path | None, scalar: bool | None) -> Meg
         return _from_args(path, reader, is_scalar)
     config = read_config(files)
     shape = shape_of(config)
-    _compare_with_args(reader, shape, is_scalar, files)
-    return MegatronSource(path, reader, shape, is_scalar, config.values, files, ())
+    require_agreement(config, shape, is_scalar, found.weights)
+    return MegatronSource(reader, shape, is_scalar, config.values, files, ())
 
 
 def _of_run(path: Path, scalar: bool | None) -> MegatronFolder:
-    if (path / WEIGHTS).is_dir():
-        found = find_megatron(path / WEIGHTS)
-        assert found is not None
-        return found
     if (path / "config.json").is_file():
         raise UserError(f"{path} is a Hugging Face folder; expected a Megatron checkpoint or a run folder")
-    # A run keeps both a policy and a critic: the policy is its result.
-    is_scalar = scalar if scalar is not None else not has_language_model(path)
-    source = find_source(path, is_scalar, is_random=False, key="SOURCE")
-    return MegatronFolder(source.path / WEIGHTS, source.hf_folder)
+    if (path / WEIGHTS).is_dir():
+        role = path
+    else:
+        # A run keeps both a policy and a critic: the policy is its result.
+        is_scalar = scalar if scalar is not None else not has_language_model(path)
+        role = find_source(path, is_scalar, is_random=False, key="SOURCE").path
+    problem = first_problem(role)
+    if problem is not None:
+        raise UserError(problem)
+    found = find_megatron(role / WEIGHTS)
+    assert found is not None
+    return found
 
 
 def _from_args(path: Path, reader: TorchDistReader, is_scalar: bool) -> MegatronSource:
@@ -87,31 +91,16 @@ def _from_args(path: Path, reader: TorchDistReader, is_scalar: bool) -> Megatron
             "config.json and tokenizer as --hf-files"
         )
     shape = shape_of_args(args, path)
-    rows = reader.shape("embedding.word_embeddings.weight")[0]
-    note = f"config.json made from Megatron-LM's arguments; {shape.vocab_size} of {rows} vocabulary rows kept"
+    if _EMBEDDING not in reader.entries:
+        raise UserError(f"{path} has no {_EMBEDDING}; expected the checkpoint of a language or reward model")
+    rows = reader.shape(_EMBEDDING)[0]
     if shape.vocab_size > rows:
-        shape = replace(shape, vocab_size=rows)
-    config = config_of(
-        shape, is_scalar, str(reader.dtype("embedding.word_embeddings.weight")).removeprefix("torch.")
-    )
-    return MegatronSource(
-        path, reader, shape, is_scalar, config, None, (note, "no tokenizer: add one by hand")
-    )
-
-
-def _compare_with_args(reader: TorchDistReader, shape: ModelShape, is_scalar: bool, files: Path) -> None:
-    """Refuses a config.json that says something else than the run's arguments."""
-    args = read_args(reader.folder)
-    if args is None or shape.latent is not None:
-        return
-    described, trained = asdict(shape), asdict(shape_of_args(args, reader.folder))
-    differing = [
-        f"{name}={value!r}, trained with {trained[name]!r}"
-        for name, value in described.items()
-        if name not in _NOT_COMPARED and value != trained[name] and not (is_scalar and name == "is_tied")
-    ]
-    if differing:
         raise UserError(
-            f"{files / 'config.json'} does not describe the model in {reader.folder}:\n  "
-            + "\n  ".join(differing)
+            f"{path}: the embedding has {rows} rows, its arguments say vocab_size={shape.vocab_size}"
         )
+    notes = (
+        f"config.json made from Megatron-LM's arguments; {shape.vocab_size} of {rows} vocabulary rows kept",
+        "no tokenizer: add one by hand",
+    )
+    config = config_of(shape, is_scalar, dtype_name(reader.dtype(_EMBEDDING)))
+    return MegatronSource(reader, shape, is_scalar, config, None, notes)

@@ -4,6 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
+from rto_megatron.errors import UserError
 
 Advance = Callable[[int], None]  # call with the bytes that were done
 
@@ -23,9 +26,25 @@ class Options:
     has_scalar_head: bool | None
 
 
-def write_dtype(is_float32: bool, dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which one tensor is written."""
-    return torch.float32 if is_float32 else dtype
+def is_narrower(dtype: torch.dtype, source: torch.dtype) -> bool:
+    """Whether numbers of `source` are rounded, or overflow, in `dtype`."""
+    ours, theirs = torch.finfo(dtype), torch.finfo(source)
+    return ours.eps > theirs.eps or ours.max < theirs.max
+
+
+def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor` in another dtype.
+
+    Raises:
+        UserError: a number does not fit.
+    """
+    written = tensor.to(dtype)
+    if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and not torch.isfinite(written).all():
+        largest = float(tensor.abs().max())
+        raise UserError(
+            f"{name} holds {largest:g}, which {dtype_name(dtype)} cannot; use --dtype bf16 or fp32"
+        )
+    return written
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -152,6 +152,7 @@ def _hugging_face_folder(source: Path, target: Path) -> Iterator[Path]:
         yield source
         return
     opened = open_megatron(source, None, None)
+    target.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}_hf_") as place:
         folder = Path(place) / "hf"
         options, proofs = Options(None, _MAX_FILE_BYTES, None), Proofs(digest=True, logits=None)

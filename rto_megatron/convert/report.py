@@ -1,9 +1,8 @@
-"""What a conversion did and what was proved about it: conversion_report.json and a short table."""
+"""What a conversion is to do, and what it did and how it was proved: conversion_report.json and a short table."""
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,32 +10,15 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
-from rto_megatron.convert.options import dtype_name, write_dtype
+from rto_megatron.convert.options import dtype_name
 from rto_megatron.errors import UserError
 from rto_megatron.models.config_files import architecture
+from rto_megatron.models.parameters import hf_shapes, stored_parameters
 from rto_megatron.models.shape import ModelShape
-from rto_megatron.models.weight_map import MappedParameter
 from rto_megatron.storage.megatron_folder import REPORT
 
 _PACKAGES = ("megatron-core", "torch", "transformers", "safetensors", "rto-megatron")
-
-
-@dataclass(frozen=True)
-class TensorRecord:
-    """One tensor by its Hugging Face name, as it was written."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    sha256: str | None  # of dtype, shape and bytes
-
-
-def planned(parameters: Sequence[MappedParameter], dtype: torch.dtype) -> dict[str, TensorRecord]:
-    """What will be written, in the order in which it will be."""
-    return {
-        name: TensorRecord(size, dtype_name(write_dtype(p.is_float32, dtype)), None)
-        for p in parameters
-        for name, size in zip(p.hf, p.hf_shapes, strict=True)
-    }
+_SHOWN = 3
 
 
 def recorded_digests(folder: Path, dtype: torch.dtype) -> dict[str, str]:
@@ -58,6 +40,56 @@ def recorded_digests(folder: Path, dtype: torch.dtype) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """A conversion whose source was checked: every tensor of the model is there, and nothing else but `left_aside`."""
+
+    direction: str
+    source: Path
+    target: Path
+    shape: ModelShape
+    has_scalar_head: bool
+    source_dtype: torch.dtype
+    dtype: torch.dtype
+    num_stored: int  # tensors or entries of the source
+    left_aside: dict[str, str]  # of them, no weights of the model -> reason
+    notes: tuple[str, ...]
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Hugging Face name -> dtype in which it is written, in the order of the forward pass."""
+        parameters = stored_parameters(self.shape, self.has_scalar_head)
+        return {name: p.dtype(self.dtype) for p in parameters for name in p.hf}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Hugging Face name -> shape."""
+        return hf_shapes(stored_parameters(self.shape, self.has_scalar_head))
+
+    def size(self) -> int:
+        """Bytes of the tensors as they are written."""
+        dtypes = self.dtypes()
+        return sum(math.prod(shape) * dtypes[name].itemsize for name, shape in self.shapes().items())
+
+    def rows(self) -> list[tuple[str, str]]:
+        """For a table on a terminal."""
+        return [
+            ("model", architecture(self.shape.family, self.has_scalar_head)),
+            ("tensors", f"{len(self.shapes())}, every one mapped, none missing, none left over"),
+            ("dtype", dtype_name(self.dtype)),
+            ("bytes", f"{self.size():,}"),
+            *(("left aside", f"{name}: {why}") for name, why in list(self.left_aside.items())[:_SHOWN]),
+            *(("note", note) for note in self.notes),
+        ]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What stands in the new folder beside weights."""
+
+    tokenizer_files: dict[str, str]  # name -> sha256
+    notes: tuple[str, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
 class LogitsProof:
     """The largest difference between Megatron's outputs and transformers', both in float32."""
 
@@ -68,61 +100,60 @@ class LogitsProof:
     largest_output: float
     tolerance: float
 
-
-@dataclass
-class Report:
-    """A conversion; `verified` says how it was proved."""
-
-    direction: str
-    source: str
-    target: str
-    shape: ModelShape
-    has_scalar_head: bool
-    dtype: torch.dtype
-    tensors: dict[str, TensorRecord]
-    left_aside: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    tokenizer_files: dict[str, str] = field(default_factory=dict)
-    seconds: float = 0.0
-    verified: list[str] = field(default_factory=list)
-    logits: LogitsProof | None = None
-
-    def size(self) -> int:
-        """Bytes of the tensors as they are written."""
-        return sum(
-            math.prod(record.shape) * getattr(torch, record.dtype).itemsize
-            for record in self.tensors.values()
+    def __str__(self) -> str:
+        return (
+            f"logits: at most {max(self.max_difference.values()):.1e} from transformers at TP{self.tensor_parallel} x "
+            f"PP{self.pipeline_parallel}, float32"
         )
 
-    def write(self, path: Path) -> None:
-        """As JSON."""
-        values = asdict(self)
-        values.update(
-            dtype=dtype_name(self.dtype),
-            architecture=architecture(self.shape.family, self.has_scalar_head),
-            coverage={"missing": [], "left_over": [], "left_aside": self.left_aside},
-            verified=self.verified or ["nothing: --verify none"],
-            versions={package: version(package) for package in _PACKAGES},
-        )
-        del values["left_aside"]
-        path.write_text(json.dumps(values, indent=1))
 
-    def table(self) -> Table:
-        """The short form for a terminal."""
-        rate = self.size() / 1e9 / self.seconds if self.seconds else 0.0
-        table = Table(title=self.direction, show_header=False)
-        for row in (
-            ("model", architecture(self.shape.family, self.has_scalar_head)),
-            ("tensors", f"{len(self.tensors)}, every one mapped, none missing, none left over"),
-            ("dtype", dtype_name(self.dtype)),
-            (
-                "bytes",
-                f"{self.size():,}" + (f" in {self.seconds:.1f} s, {rate:.2f} GB/s" if self.seconds else ""),
-            ),
-            *(("left aside", f"{name}: {reason}") for name, reason in list(self.left_aside.items())[:3]),
-            *(("note", note) for note in self.notes),
-            ("tokenizer", ", ".join(self.tokenizer_files) or "none"),
-            *(("proved", proof) for proof in self.verified or ["nothing"]),
-        ):
-            table.add_row(*map(escape, row))
-        return table
+@dataclass(frozen=True)
+class Proof:
+    """What was shown, in words, and the sha256 of every tensor by name where they were compared."""
+
+    digests: dict[str, str]
+    logits: LogitsProof | None
+    sentences: tuple[str, ...]
+
+
+def write_report(path: Path, plan: Plan, written: Written, proof: Proof) -> None:
+    """Writes conversion_report.json."""
+    dtypes = plan.dtypes()
+    tensors = {
+        name: {"shape": shape, "dtype": dtype_name(dtypes[name]), "sha256": proof.digests.get(name)}
+        for name, shape in plan.shapes().items()
+    }
+    values = {
+        "direction": plan.direction,
+        "source": str(plan.source),
+        "target": str(plan.target),
+        "model_type": plan.shape.family,
+        "architecture": architecture(plan.shape.family, plan.has_scalar_head),
+        "dtype": dtype_name(plan.dtype),
+        "source_dtype": dtype_name(plan.source_dtype),
+        "proved": proof.sentences,
+        "logits": vars(proof.logits) if proof.logits else None,
+        "coverage": {"stored": plan.num_stored, "written": len(tensors), "left_aside": plan.left_aside},
+        "notes": (*plan.notes, *written.notes),
+        "tokenizer_files": written.tokenizer_files,
+        "seconds": written.seconds,
+        "versions": {package: version(package) for package in _PACKAGES},
+        "tensors": tensors,
+    }
+    path.write_text(json.dumps(values, indent=1))
+
+
+def table(plan: Plan, written: Written | None, proof: Proof | None) -> Table:
+    """The short form; without `written` and `proof` of a dry run."""
+    shown = Table(title=plan.direction, show_header=False)
+    rows = plan.rows()
+    if written is not None:
+        rate = plan.size() / 1e9 / written.seconds
+        rows.append(("written", f"in {written.seconds:.1f} s, {rate:.2f} GB/s"))
+        rows += [("note", note) for note in written.notes]
+        rows.append(("tokenizer", ", ".join(written.tokenizer_files) or "none"))
+    if proof is not None:
+        rows += [("proved", sentence) for sentence in proof.sentences or ("nothing",)]
+    for row in rows:
+        shown.add_row(*map(escape, row))
+    return shown

@@ -2,16 +2,21 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from rto_megatron.convert.fresh_folder import fresh_folder, require_absent
+import torch
+from rich.table import Table
+
+from rto_megatron.convert.fresh_folder import fresh_folder, require_absent, require_space
 from rto_megatron.convert.hf_to_megatron import import_weights, plan_import
 from rto_megatron.convert.megatron_source import MegatronSource, open_megatron
 from rto_megatron.convert.megatron_to_hf import export_weights, plan_export
-from rto_megatron.convert.options import Advance, Options
-from rto_megatron.convert.report import LogitsProof, Report, recorded_digests
+from rto_megatron.convert.options import Advance, Options, dtype_name, is_narrower
+from rto_megatron.convert.report import LogitsProof, Plan, Proof, recorded_digests, table, write_report
 from rto_megatron.convert.verify import verify_digests
+from rto_megatron.errors import refuse_if
+from rto_megatron.models.checks import check_layout
 from rto_megatron.storage.hf_model import HfModel
 from rto_megatron.storage.megatron_folder import RELEASE, REPORT
 from rto_megatron.storage.megatron_tensors import MegatronTensors
@@ -23,106 +28,130 @@ Logits = Callable[[Path, Path, bool], LogitsProof]  # (Hugging Face folder, Mega
 
 @dataclass(frozen=True)
 class Proofs:
-    """How a conversion is to be proved before it takes its name."""
+    """How a conversion is to be proved before it takes its name.
+
+    Attributes:
+        logits: runs both models; null: not wanted.
+        layout: tensor x pipeline ranks of `logits`.
+    """
 
     digest: bool
     logits: Logits | None
+    layout: tuple[int, int] = (1, 1)
 
 
 def convert_to_megatron(
     source: Path, target: Path, options: Options, proofs: Proofs, bar: Bar, dry_run: bool
-) -> Report:
-    """Writes a Megatron-LM checkpoint tree.
+) -> Table:
+    """Writes a Megatron-LM checkpoint tree, and returns what to show of it.
 
     Raises:
         UserError: the source cannot be converted, or the result is not proved; `target` does not exist then.
     """
     require_absent(target)
-    model, report = plan_import(source, target, options)
+    model = HfModel(source, options.has_scalar_head)
+    plan = plan_import(model, source, target, options)
+    _require_possible(plan, proofs)
     if dry_run:
-        return report
+        return table(plan, None, None)
     with fresh_folder(target) as folder:
-        with bar("convert", report.size()) as advance:
-            import_weights(model, report, folder, options, advance)
+        with bar("convert", plan.size()) as advance:
+            written = import_weights(model, plan, folder, options, advance)
         tensors = MegatronTensors(TorchDistReader(folder / RELEASE), model.shape, model.has_scalar_head)
-        _prove(model, tensors, report, recorded_digests(source, report.dtype), proofs, bar)
-        if proofs.logits is not None:
-            _record_logits(report, proofs.logits(source, folder, report.has_scalar_head))
-        report.write(folder / REPORT)
-    return report
+        recorded = recorded_digests(source, plan.dtype)
+        proof = _prove(model, tensors, plan, recorded, proofs, bar, source, folder)
+        write_report(folder / REPORT, plan, written, proof)
+    return table(plan, written, proof)
 
 
 def convert_to_hf(
     source: MegatronSource, target: Path, options: Options, proofs: Proofs, bar: Bar, dry_run: bool
-) -> Report:
-    """Writes a Hugging Face folder that transformers and vLLM load.
+) -> Table:
+    """Writes a Hugging Face folder that transformers and vLLM load, and returns what to show of it.
 
     Raises:
         UserError: as `convert_to_megatron`.
     """
     require_absent(target)
-    tensors, report = plan_export(source, target, options)
+    weights = source.reader.folder
+    tensors = MegatronTensors(source.reader, source.shape, source.has_scalar_head)
+    plan = plan_export(source, tensors, target, options)
+    _require_possible(plan, proofs)
     if dry_run:
-        return report
+        return table(plan, None, None)
     with fresh_folder(target) as folder:
-        with bar("convert", report.size()) as advance:
-            export_weights(source, tensors, report, folder, options, advance)
+        with bar("convert", plan.size()) as advance:
+            written = export_weights(source, tensors, plan, folder, options, advance)
         model = HfModel(folder, source.has_scalar_head)
         model.require_complete()
-        beside = recorded_digests(source.reader.folder.parent, report.dtype)
-        _prove(model, tensors, report, beside, proofs, bar)
-        model.folder.close()
-        if proofs.logits is not None:
-            _record_logits(report, proofs.logits(folder, source.folder, report.has_scalar_head))
-        report.write(folder / REPORT)
-    return report
+        # Megatron-LM goes on training in the folder of a release, whose report says nothing about its iterations.
+        recorded = recorded_digests(weights.parent, plan.dtype) if weights.name == RELEASE else {}
+        proof = _prove(model, tensors, plan, recorded, proofs, bar, folder, weights)
+        write_report(folder / REPORT, plan, written, proof)
+    return table(plan, written, proof)
 
 
-def verify_pair(hf_folder: Path, megatron: Path, scalar: bool | None, proofs: Proofs, bar: Bar) -> Report:
-    """Proves that two folders hold one model, without writing anything.
+def verify_pair(hf_folder: Path, megatron: Path, scalar: bool | None, proofs: Proofs, bar: Bar) -> Table:
+    """Proves that two folders hold one model, without writing anything; compares in the narrower of their dtypes.
 
     Raises:
         UserError: they do not; names what differs.
     """
     model = HfModel(hf_folder, scalar)
-    model.require_complete()
     source = open_megatron(megatron, hf_folder, model.has_scalar_head)
     tensors = MegatronTensors(source.reader, source.shape, source.has_scalar_head)
-    options = Options(model.dtype(), 0, model.has_scalar_head)
-    _, report = plan_import(hf_folder, megatron, options)
-    report.direction = "Hugging Face = Megatron"
-    _prove(model, tensors, report, {}, proofs, bar)
-    if proofs.logits is not None:
-        _record_logits(report, proofs.logits(hf_folder, megatron, report.has_scalar_head))
-    return report
+    theirs = tensors.dtype()
+    dtype = theirs if is_narrower(theirs, model.dtype()) else model.dtype()
+    plan = plan_import(model, hf_folder, megatron, Options(dtype, 0, model.has_scalar_head))
+    proof = _prove(model, tensors, plan, {}, proofs, bar, hf_folder, source.reader.folder)
+    return table(plan, None, proof)
+
+
+def _require_possible(plan: Plan, proofs: Proofs) -> None:
+    """Refuses before anything is written what would fail when everything is.
+
+    Raises:
+        UserError: no room on the disk, or outputs that cannot be compared.
+    """
+    require_space(plan.target, plan.size())
+    if proofs.logits is None:
+        return
+    problems = check_layout(plan.shape, *proofs.layout, str(plan.source))
+    if is_narrower(plan.dtype, plan.source_dtype):
+        problems.append(
+            f"--dtype rounds {dtype_name(plan.source_dtype)} to {dtype_name(plan.dtype)}, which moves the outputs; "
+            "prove the conversion without --dtype"
+        )
+    refuse_if(problems, "--verify logits is not possible, --verify digest is")
 
 
 def _prove(
     model: HfModel,
     tensors: MegatronTensors,
-    report: Report,
+    plan: Plan,
     recorded: Mapping[str, str],
     proofs: Proofs,
     bar: Bar,
-) -> None:
-    if not proofs.digest:
-        return
-    with bar("verify", report.size()) as advance:
-        digests = verify_digests(model, tensors, report.dtype, recorded, advance)
-    report.tensors = {n: replace(record, sha256=digests[n]) for n, record in report.tensors.items()}
-    known = f", {len(recorded)} as the source's own report has them" if recorded else ""
-    report.verified.append(
-        f"digest: {len(digests)} tensors bit-equal there and back, read from both folders{known}"
-    )
+    hf_folder: Path,
+    megatron: Path,
+) -> Proof:
+    digests: dict[str, str] = {}
+    sentences = []
+    if proofs.digest:
+        with bar("verify", plan.size()) as advance:
+            digests = verify_digests(model, tensors, plan.dtype, recorded, advance)
+        rounded = f" as {dtype_name(plan.dtype)}" if _are_of_two_dtypes(model, tensors) else ""
+        known = f", {len(recorded)} as the source's own report has them" if recorded else ""
+        sentences.append(
+            f"digest: {len(digests)} tensors bit-equal{rounded} there and back, read from both folders{known}"
+        )
+    logits = None if proofs.logits is None else proofs.logits(hf_folder, megatron, plan.has_scalar_head)
+    return Proof(digests, logits, (*sentences, *([str(logits)] if logits else ())))
 
 
-def _record_logits(report: Report, proof: LogitsProof) -> None:
-    report.logits = proof
-    worst = max(proof.max_difference.values())
-    report.verified.append(
-        f"logits: at most {worst:.1e} from transformers at TP{proof.tensor_parallel} x PP{proof.pipeline_parallel}, "
-        "float32"
-    )
+def _are_of_two_dtypes(model: HfModel, tensors: MegatronTensors) -> bool:
+    one: torch.dtype = model.dtype()
+    return one != tensors.dtype()
 
 
 @contextmanager

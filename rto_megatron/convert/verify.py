@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rto_megatron.convert.digests import Digests, tensor_digest
-from rto_megatron.convert.options import Advance, write_dtype
+from rto_megatron.convert.options import Advance
 from rto_megatron.errors import UserError, refuse_if
 from rto_megatron.models.weight_map import QkvRows
 from rto_megatron.storage.hf_model import HfModel
@@ -42,10 +42,8 @@ def verify_digests(
     wrong: dict[str, _Found] = {}
     with Digests() as digests:
         for parameter in megatron.parameters:
-            wanted = write_dtype(parameter.is_float32, dtype)
-            theirs = [
-                hf.read(n, s).to(wanted) for n, s in zip(parameter.hf, parameter.hf_shapes, strict=True)
-            ]
+            wanted = parameter.dtype(dtype)
+            theirs = [hf.read(name, size).to(wanted) for name, size in parameter.sizes()]
             ours = [tensor.to(wanted) for tensor in megatron.hf(parameter)]
             for name, want, found in zip(parameter.hf, theirs, ours, strict=True):
                 digests.add(name, want)
@@ -59,7 +57,8 @@ def verify_digests(
                 if not _same_bits(parameter.layout.shard(theirs, 0, 1), whole):
                     raise UserError(f"{parameter.megatron} is not what {', '.join(parameter.hf)} make up")
         known = digests.by_name()
-    problems = [f"{name} {_difference(name, found, known)}" for name, found in wrong.items()]
+    holder = {digest: name for name, digest in known.items()}
+    problems = [f"{name} {_difference(name, found, known, holder)}" for name, found in wrong.items()]
     problems += [
         f"{name} is not what the conversion_report.json of the source recorded: sha256 {known[name][:12]}, then "
         f"{noted[:12]}; it was damaged since, or changed on purpose: remove the report then"
@@ -90,11 +89,10 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.contiguous().view(kind), other.contiguous().view(kind))
 
 
-def _difference(name: str, found: _Found, known: Mapping[str, str]) -> str:
+def _difference(name: str, found: _Found, known: Mapping[str, str], holder: Mapping[str, str]) -> str:
     """What a wrong tensor is, if it is another one or the right one turned over."""
-    other = next((other for other, digest in known.items() if digest == found.digest and other != name), None)
-    if other is not None:
-        return f"holds the numbers of {other}"
+    if found.digest in holder:
+        return f"holds the numbers of {holder[found.digest]}"
     if found.turned == known[name]:
         return "is transposed"
     return f"has other numbers: sha256 {found.digest[:12]} in Megatron, {known[name][:12]} in the folder"

@@ -27,6 +27,7 @@ from rto_megatron.errors import UserError
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 SPACE = "▁"
+_TWINS = ("tokenizer.json", "vocab.json", "tekken.json")
 UNK, BOS, EOS, PAD = "<unk>", "<s>", "</s>", "<pad>"
 ASSISTANT_MARKER = "<|assistant|>"
 ROLE_MARKERS = ("<|system|>", "<|user|>", ASSISTANT_MARKER)
@@ -156,6 +157,17 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether there is a vocabulary in the folder."""
+    return any((folder / name).exists() for name in (SENTENCEPIECE_FILE, *_TWINS))
+
+
+def has_sentencepiece_alone(folder: Path) -> bool:
+    """Whether SentencePiece's tokenizer.model is the only vocabulary of the folder."""
+    is_there = (folder / SENTENCEPIECE_FILE).is_file()
+    return is_there and not any((folder / name).exists() for name in _TWINS)
+
+
 def load_plain_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """As `load_tokenizer`, of a model that may have no chat template, such as a base model or a reward model.
 
@@ -164,11 +176,8 @@ def load_plain_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     if not folder.is_dir():
         raise UserError(f"tokenizer folder {folder} does not exist; give a Hugging Face model folder")
-    is_sentencepiece = (folder / SENTENCEPIECE_FILE).is_file() and not any(
-        (folder / name).exists() for name in ("tokenizer.json", "vocab.json", "tekken.json")
-    )
     try:
-        if is_sentencepiece:
+        if has_sentencepiece_alone(folder):
             tokenizer = _load_sentencepiece(folder)
         elif (folder / "tokenizer.json").is_file():
             # Not by the class that the folder names: transformers 5 builds some of them, such as LlamaTokenizer, anew

@@ -13,12 +13,14 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 
 from rto_megatron.engine.integrity import require_intact, write_digests
 from rto_megatron.engine.megatron import FrozenModel, Model, TrainedModel
-from rto_megatron.engine.source import CHECKPOINTS, HF_FILES, WEIGHTS, latest_checkpoint
+from rto_megatron.engine.source import CHECKPOINTS, latest_checkpoint
 from rto_megatron.engine.weights import random_reader
 from rto_megatron.errors import UserError
 from rto_megatron.parallel.collectives import Json
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.platform.safe_metadata import safe_reading
+from rto_megatron.storage.file_digests import WEIGHTS
+from rto_megatron.storage.megatron_folder import HF_FILES
 
 STATE = "state.json"
 # The optimizer state is keyed by parameter, so that it loads into any data-parallel size.

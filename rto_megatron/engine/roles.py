@@ -76,7 +76,7 @@ def _load(model: FrozenModel, source: WeightSource, seed: int, is_head_fresh: bo
         if source.kind == "random":
             read = random_reader(seed, model.shape.init_std)
         elif source.kind == "megatron":
-            read = megatron_reader(source.path, model.shape, model.has_scalar_head, fresh_head_seed)
+            read = megatron_reader(source, model.has_scalar_head, fresh_head_seed)
         else:
             read = hf_reader(source.path, model.has_scalar_head, fresh_head_seed)
         load_hf_tensors(model.module, model.shape, model.has_scalar_head, model.topology, read)

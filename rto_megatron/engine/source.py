@@ -8,12 +8,11 @@ from typing import Literal
 from rto_megatron.errors import UserError
 from rto_megatron.models.config_files import read_shape
 from rto_megatron.models.shape import ModelShape
-from rto_megatron.storage.megatron_folder import find_megatron, require_tokenizer_of_conversion
+from rto_megatron.storage.file_digests import WEIGHTS
+from rto_megatron.storage.megatron_folder import HF_FILES, find_megatron, require_tokenizer_of_conversion
 from rto_megatron.types import ValueScale
 
 CHECKPOINTS = "checkpoints"
-WEIGHTS = "weights"  # <checkpoint>/<role>/weights: torch_dist
-HF_FILES = "hf"  # <checkpoint>/<role>/hf: config.json and tokenizer, so that a checkpoint stands on its own
 LANGUAGE_ROLES = ("policy_ema", "policy")  # where a run keeps an average of the policy, that is its result
 SCALAR_ROLES = ("reward", "critic")
 

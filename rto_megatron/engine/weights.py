@@ -8,13 +8,16 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from rto_megatron.engine.source import WeightSource
 from rto_megatron.errors import UserError
 from rto_megatron.models.families.blocks import SCALAR_HEAD
+from rto_megatron.models.hf_config import read_config
 from rto_megatron.models.parameters import parameter_map, stage_of
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.models.weight_map import TensorReader
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.storage.hf_model import HfModel
+from rto_megatron.storage.megatron_args import require_agreement
 from rto_megatron.storage.megatron_tensors import MegatronTensors
 from rto_megatron.storage.torch_dist_reader import TorchDistReader
 
@@ -77,12 +80,15 @@ def hf_reader(folder: Path, has_scalar_head: bool, fresh_head_seed: int | None =
     return model.read if fresh_head_seed is None else with_fresh_head(model.read, fresh_head_seed)
 
 
-def megatron_reader(
-    weights: Path, shape: ModelShape, has_scalar_head: bool, fresh_head_seed: int | None
-) -> TensorReader:
-    """Reads single tensors of a checkpoint in Megatron-LM's format, written at any layout; see `hf_reader`."""
+def megatron_reader(source: WeightSource, has_scalar_head: bool, fresh_head_seed: int | None) -> TensorReader:
+    """Reads single tensors of a checkpoint in Megatron-LM's format, written at any layout; see `hf_reader`.
+
+    Raises:
+        UserError: also where config.json is not that of the model which Megatron-LM trained.
+    """
     is_scalar = has_scalar_head and fresh_head_seed is None
-    tensors = MegatronTensors(TorchDistReader(weights), shape, is_scalar)
+    tensors = MegatronTensors(TorchDistReader(source.path), source.shape(), is_scalar)
+    require_agreement(read_config(source.hf_folder), source.shape(), is_scalar, source.path)
     return tensors.read if fresh_head_seed is None else with_fresh_head(tensors.read, fresh_head_seed)
 
 

@@ -17,6 +17,7 @@ class Family:
     Attributes:
         architectures: has_scalar_head -> class name in config.json.
         layer: (shape, index) -> parameters of one decoder layer, in the order of the forward pass.
+        holds: whether a model with the parts of a shape can be of this type; the shape's own family does not count.
         required: the family's own keys of config.json that have no safe default.
         read: (config.json, sizes that all families share) -> the shape; refuses what Megatron cannot express.
         config: the family's own keys of config.json; `read` undoes it.
@@ -26,6 +27,7 @@ class Family:
 
     architectures: dict[bool, str]
     layer: Callable[[ModelShape, int], tuple[MappedParameter, ...]]
+    holds: Callable[[ModelShape], bool]
     required: tuple[str, ...] = ()
     read: Callable[[HfConfig, ModelShape], ModelShape] = lambda config, shape: shape
     config: Callable[[ModelShape], dict[str, Any]] = lambda shape: {}

@@ -1,6 +1,7 @@
 """The whole model's parameters, in the order of the forward pass, and where they live."""
 
 import math
+from collections.abc import Iterable
 
 from rto_megatron.models.families import FAMILIES, blocks
 from rto_megatron.models.shape import ModelShape
@@ -20,6 +21,11 @@ def parameter_map(shape: ModelShape, has_scalar_head: bool) -> tuple[MappedParam
 def stored_parameters(shape: ModelShape, has_scalar_head: bool) -> tuple[MappedParameter, ...]:
     """Those that a checkpoint holds: without the tied copy of the last stage."""
     return tuple(p for p in parameter_map(shape, has_scalar_head) if not p.is_copy)
+
+
+def hf_shapes(parameters: Iterable[MappedParameter]) -> dict[str, tuple[int, ...]]:
+    """Hugging Face name -> shape, in the order of the parameters."""
+    return {name: shape for p in parameters for name, shape in p.sizes()}
 
 
 def stage_of(parameter: MappedParameter, shape: ModelShape, pipeline_size: int) -> int:

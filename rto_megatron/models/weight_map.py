@@ -3,7 +3,7 @@
 The same map is played forward for import and backward for export and for weight sync, so the two cannot drift apart.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -113,6 +113,14 @@ class MappedParameter:
     is_output_side: bool = False  # lives on the last pipeline stage
     is_copy: bool = False  # a tied copy on the last stage: loaded, never exported
     is_float32: bool = False  # kept in float32 whatever the dtype of the model
+
+    def dtype(self, model: torch.dtype) -> torch.dtype:
+        """In which a model of dtype `model` keeps it."""
+        return torch.float32 if self.is_float32 else model
+
+    def sizes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """(name, shape) of its Hugging Face tensors."""
+        return zip(self.hf, self.hf_shapes, strict=True)
 
 
 def padded_vocab(vocab_size: int, tensor_size: int) -> int:

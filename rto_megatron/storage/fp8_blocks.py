@@ -23,6 +23,11 @@ def dequantize(weight: Tensor, scale: Tensor) -> Tensor:
     return (weight.float() * spread).to(torch.bfloat16)
 
 
+def scale_shape(size: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the scales of a matrix of this size."""
+    return tuple(-(-count // _BLOCK) for count in size)
+
+
 def require_known(config: HfConfig) -> None:
     """Refuses quantised weights other than these.
 

@@ -18,7 +18,6 @@ _HEADER_LENGTH, _MAX_HEADER = 8, 100_000_000  # bytes, of the safetensors format
 _SHOWN = 5
 _UNSAFE = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DTYPES = {
-    "F64": torch.float64,
     "F32": torch.float32,
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -33,11 +32,6 @@ class StoredTensor:
     file: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 class HfFolder:

@@ -13,9 +13,9 @@ from rto_megatron.models.config_files import shape_of
 from rto_megatron.models.families import FAMILIES
 from rto_megatron.models.families.blocks import EMBEDDING, LM_HEAD, SCALAR_HEAD
 from rto_megatron.models.hf_config import HfConfig, read_config
-from rto_megatron.models.parameters import stored_parameters
+from rto_megatron.models.parameters import hf_shapes, stored_parameters
 from rto_megatron.models.weight_map import MappedParameter
-from rto_megatron.storage.fp8_blocks import SCALE_SUFFIX, dequantize, require_known
+from rto_megatron.storage.fp8_blocks import SCALE_SUFFIX, dequantize, require_known, scale_shape
 from rto_megatron.storage.hf_folder import HfFolder
 
 _TRL_HEAD = "v_head.summary.weight"
@@ -66,15 +66,25 @@ class HfModel:
             has_scalar_head: read a reward model or critic, or a language model; null: what the folder is.
 
         Raises:
-            UserError: config.json or the files cannot be used.
+            UserError: config.json or the files cannot be used, or the folder is both and nobody said which.
         """
         self.config = read_config(folder)
         require_known(self.config)
         self.shape = shape_of(self.config)
         self.folder = HfFolder(folder)
         head = find_scalar_head(self.folder, self.config)
+        if has_scalar_head is None and head is not None and self._has_language_head(head):
+            raise UserError(
+                f"{folder} has a language head and the scalar head {head.weight}; say which model is meant "
+                "(--head language or --head scalar)"
+            )
         self.has_scalar_head = head is not None if has_scalar_head is None else has_scalar_head
         self._head, self._unused_head = (head, None) if self.has_scalar_head else (None, head)
+
+    def _has_language_head(self, head: ScalarHead) -> bool:
+        """Besides the scalar one: TRL keeps both, and of a tied model's language head nothing is stored."""
+        is_stored = LM_HEAD in self.folder.tensors and head.weight != LM_HEAD
+        return is_stored or (self.shape.is_tied and head.weight == _TRL_HEAD)
 
     @property
     def parameters(self) -> tuple[MappedParameter, ...]:
@@ -118,8 +128,8 @@ class HfModel:
                 problems.append(f"{name} {size} is missing")
             elif stored[name].shape != size:
                 problems.append(f"{name} has shape {stored[name].shape}, config.json says {size}")
-            elif stored[name].dtype == torch.float8_e4m3fn and name + SCALE_SUFFIX not in stored:
-                problems.append(f"{name} is FP8 and {name}{SCALE_SUFFIX} is missing")
+            elif stored[name].dtype == torch.float8_e4m3fn:
+                problems += self._scale_problems(name, size)
         for name in sorted(self._unused() - self.left_aside.keys()):
             if name == LM_HEAD and self.shape.is_tied:
                 problems.append(f"{name} differs from {EMBEDDING}, to which config.json ties it")
@@ -129,6 +139,14 @@ class HfModel:
                 )
         return problems
 
+    def _scale_problems(self, name: str, size: tuple[int, ...]) -> list[str]:
+        scale = self.folder.tensors.get(name + SCALE_SUFFIX)
+        if scale is None:
+            return [f"{name} is FP8 and {name}{SCALE_SUFFIX} is missing"]
+        want = scale_shape(size)
+        found = f"{name}{SCALE_SUFFIX} has shape {scale.shape}"
+        return [] if scale.shape == want else [f"{found}; a scale for every block of {name} is {want}"]
+
     @cached_property
     def left_aside(self) -> dict[str, str]:
         """Tensors that are stored and no weights of this model, with the reason."""
@@ -137,8 +155,7 @@ class HfModel:
 
     def _wanted(self) -> dict[str, tuple[int, ...]]:
         """Stored name -> shape of every tensor of the map."""
-        sizes = (pair for p in self.parameters for pair in zip(p.hf, p.hf_shapes, strict=True))
-        return {self.stored_name(name): size for name, size in sizes}
+        return {self.stored_name(name): size for name, size in hf_shapes(self.parameters).items()}
 
     def _unused(self) -> set[str]:
         wanted = self._wanted().keys()

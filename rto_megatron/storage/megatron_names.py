@@ -90,9 +90,9 @@ def stored_shape(parameter: MappedParameter) -> tuple[int, ...]:
 
 def extra_state(parameter: MappedParameter, shape: ModelShape) -> str | None:
     """The entry that Megatron's linear layers and TransformerEngine's norms have beside their weight, and miss."""
-    module, _, last = slots(parameter, shape)[0].key.rpartition(".")
+    slot = slots(parameter, shape)[0]
+    module, _, last = slot.key.rpartition(".")
     if last != "weight" or not re.fullmatch(r"linear_\w+|\w+_layernorm", module.rpartition(".")[2]):
         return None
-    slot = slots(parameter, shape)[0]
     index, sizes = slot.index or (0,), slot.sizes or (1,)
     return f"{module}._extra_state/shard_{'.'.join(map(str, index))}_{'.'.join(map(str, sizes))}"

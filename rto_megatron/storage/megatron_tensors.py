@@ -92,7 +92,10 @@ class MegatronTensors:
     def left_aside(self) -> dict[str, str]:
         """Entries of a run that are no weights, by their first word."""
         others = Counter(key.split(".")[0] for key in self._reader.entries if NOT_WEIGHTS.match(key))
-        return {f"{word} ({count} entries)": "state of a training run" for word, count in others.items()}
+        return {
+            f"{word} ({count} entries)": "no weights of the language model: state of a run, or a predictor of further tokens"
+            for word, count in others.items()
+        }
 
     def read(self, name: str, size: tuple[int, ...]) -> Tensor:
         """See `models.weight_map.TensorReader`; tensors of one parameter should be asked for one after the other."""

@@ -153,8 +153,9 @@ class TorchDistReader:
 
     def _chunk(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
         place = self._places[MetadataIndex(key, chunk.offsets)]
+        pages = self._file(place.relative_path)
         try:
-            tensor = mapped_tensor(self._file(place.relative_path), place.offset, place.length)
+            tensor = mapped_tensor(pages, place.offset, place.length)
         except safe_metadata.UNREADABLE as error:
             raise UserError(
                 f"{self.folder}: {key} cannot be read ({safe_metadata.reason(error)}); {_REMEDY}"

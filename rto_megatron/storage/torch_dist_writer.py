@@ -50,16 +50,16 @@ class TorchDistWriter:
         entry.chunks.append(ChunkStorageMetadata(torch.Size(offsets), chunk.size()))
         if chunk.untyped_storage().nbytes() != chunk.nbytes:
             chunk = chunk.clone()  # torch.save writes the whole storage that a view is of
-        self._append(MetadataIndex(key, torch.Size(offsets)), chunk)
+        self._append(MetadataIndex(key, torch.Size(offsets)), chunk, chunk.nbytes)
 
     def bytes_object(self, key: str, content: object) -> None:
         """Writes an entry that is not a tensor."""
         self._entries[key] = BytesStorageMetadata()
         self._append(MetadataIndex(key), content)
 
-    def _append(self, index: MetadataIndex, content: object) -> None:
+    def _append(self, index: MetadataIndex, content: object, nbytes: int = 0) -> None:
         file = self._file
-        if file is None or file.tell() > self._max_file_bytes:
+        if file is None or (file.tell() and file.tell() + nbytes > self._max_file_bytes):
             self.close()
             self._num_files += 1
             file = self._file = SlicedFile(self._folder / f"__0_{self._num_files - 1}.distcp", "w")
@@ -93,7 +93,7 @@ class TorchDistWriter:
 
 @contextmanager
 def opened(folder: Path, max_file_bytes: int) -> Iterator[TorchDistWriter]:
-    """A writer into an existing, empty folder; a new file is begun once one is over `max_file_bytes`."""
+    """A writer into an existing, empty folder; a file holds at most `max_file_bytes`, or one chunk."""
     writer = TorchDistWriter(folder, max_file_bytes)
     has_checksums = torch.serialization.get_crc32_options()
     # torch.load never reads the checksums, and making them is three quarters of the time of a save.

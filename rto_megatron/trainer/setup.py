@@ -19,6 +19,7 @@ from rto_megatron.engine.source import SCALAR_ROLES, WeightSource, find_source, 
 from rto_megatron.models.checks import check_experts, check_layout
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.parallel.topology import Topology
+from rto_megatron.storage.megatron_folder import REPORT
 from rto_megatron.trainer.report.progress import say
 
 # In the config.json of a model that was trained against a reference.
@@ -134,7 +135,7 @@ def _missing_scales(sources: dict[str, WeightSource]) -> list[str]:
         f"warning: models.{role}: {source.hf_folder}/config.json has no mean and std, so its scores and values are "
         f"not normalised (mean 0, std 1); add both if the model was released with them"
         for role, source in sources.items()
-        if role in SCALAR_ROLES and source.kind == "hugging_face" and not source.has_scale()
+        if role in SCALAR_ROLES and source.kind in ("hugging_face", "megatron") and not source.has_scale()
     ]
 
 
@@ -147,7 +148,9 @@ def stage_hf_files(source: WeightSource, run_dir: Path, role: str, topology: Top
     if topology.is_lead and not (folder.is_dir() and latest_checkpoint(run_dir)):
         partial = folder.with_name(f".partial_{role}")
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(source.hf_folder, partial, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin"))
+        # The report of a conversion names tensors that training will change.
+        others = shutil.ignore_patterns("*.safetensors*", "*.bin", REPORT)
+        shutil.copytree(source.hf_folder, partial, ignore=others)
         # What a starting point was compared with says nothing about the model that is trained from it.
         note_in_config(partial, **{REFERENCE_FINGERPRINT: None})
         shutil.rmtree(folder, ignore_errors=True)

@@ -88,7 +88,11 @@ def test_a_value_head_beside_a_language_model_is_told_apart(models: Path, tmp_pa
         tensors["v_head.summary.weight"], tensors["v_head.summary.bias"] = head, torch.tensor([0.75])
 
     source = _changed(models / "language", tmp_path / "trl", as_trl)
-    back = _through_megatron(source)
+    with pytest.raises(
+        UserError, match=r"has a language head and the scalar head v_head\.summary\.weight; say"
+    ):
+        convert("hf-to-megatron", source, tmp_path / "m")
+    back = _through_megatron(source, "--head", "scalar")
     assert torch.equal(load_file(back / "model.safetensors")["score.weight"], head)
     config = json.loads((back / "config.json").read_text())
     assert (config["mean"], config["std"]) == (-0.75, 1.0)  # (w h - mean) / std = w h + bias

@@ -186,8 +186,7 @@ def _check_conversion(
     tree: Path, hf_files: Path | None, expected: dict[str, Tensor], name: str, target: Path
 ) -> float:
     source = open_megatron(tree, hf_files, None)
-    report = convert_to_hf(source, target, OPTIONS, Proofs(digest=True, logits=None), silent, dry_run=False)
-    assert report.verified
+    convert_to_hf(source, target, OPTIONS, Proofs(digest=True, logits=None), silent, dry_run=False)
     model = AutoModelForCausalLM.from_pretrained(target, attn_implementation="eager", dtype=torch.float32)
     assert model.config.vocab_size == VOCAB_SIZE
     with torch.no_grad():

@@ -83,7 +83,7 @@ SOURCE_FAULTS: dict[str, tuple[Callable[[Tensors], object], str]] = {
     ),
     "cut by rows": (cut_rows, rf"{Q} has shape \(63, 64\), config.json says \(64, 64\)"),
     "transposed": (transpose_rectangle, rf"{DOWN.format(1)} has shape \(96, 64\), config.json says \(64, 96\)"),
-    "integer": (lambda t: t.update({Q: t[Q].to(torch.int64)}), f"{Q} is I64; expected one of F64, F32"),
+    "integer": (lambda t: t.update({Q: t[Q].to(torch.int64)}), f"{Q} is I64; expected one of F32"),
 }  # fmt: skip
 
 

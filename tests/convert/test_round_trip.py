@@ -16,6 +16,7 @@ from tiny_families import VARIANTS, write_family
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from rto_megatron.convert.fresh_folder import require_space
 from rto_megatron.convert.logits import prove_logits
 from rto_megatron.convert.options import Options
 from rto_megatron.convert.run import Proofs, convert_to_megatron, silent
@@ -57,7 +58,7 @@ def test_every_family_comes_back_bit_equal(models: Path, tmp_path: Path, name: s
     assert {k: v for k, v in before.items() if k != "torch_dtype"}.items() <= after.items()
     report = json.loads((tmp_path / "back/conversion_report.json").read_text())
     assert report["tensors"].keys() == want.keys()
-    assert "bit-equal" in report["verified"][0]
+    assert "bit-equal" in report["proved"][0]
 
 
 @pytest.mark.parametrize("suffix", ["", "_scalar"])
@@ -83,9 +84,62 @@ def test_outputs_of_another_model_are_refused(models: Path, tmp_path: Path) -> N
         prove_logits(tmp_path, models / "llama-megatron", False, 1, 1, _forked)
 
 
-def test_what_cannot_be_built_is_told_to_be_proved_by_digest(models: Path) -> None:
-    with pytest.raises(UserError, match=r"multi-head latent attention .* Use --verify digest"):
-        prove_logits(models / "deepseek_v3", models / "deepseek_v3-megatron", False, 1, 1, _forked)
+def test_what_cannot_be_built_is_told_to_be_proved_by_digest(models: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"(?s)--verify digest is:.*multi-head latent attention"):
+        convert("hf-to-megatron", models / "deepseek_v3", tmp_path / "m", "--verify", "logits", "--dry-run")
+
+
+def test_what_would_fail_at_the_end_is_refused_at_the_beginning(models: Path, tmp_path: Path) -> None:
+    logits = ("--verify", "logits", "--dry-run")
+    with pytest.raises(UserError, match=r"--dtype rounds float32 to bfloat16"):
+        convert("hf-to-megatron", models / "qwen2", tmp_path / "m", "--dtype", "bf16", *logits)
+    with pytest.raises(UserError, match=r"parallel\.tensor=3 does not divide"):
+        convert("hf-to-megatron", models / "qwen2", tmp_path / "m", "--tensor", "3", *logits)
+    with pytest.raises(UserError, match=r"--tensor 2 --pipeline 1 are of --verify logits alone"):
+        convert("hf-to-megatron", models / "qwen2", tmp_path / "m", "--tensor", "2")
+    with pytest.raises(UserError, match=r"GB free, and the weights take"):
+        require_space(tmp_path / "not" / "yet", 1 << 60)
+
+
+def test_a_number_that_does_not_fit_is_named(models: Path, tmp_path: Path) -> None:
+    source = tmp_path / "large"
+    source.mkdir()
+    (source / "config.json").write_text((models / "qwen2/config.json").read_text())
+    tensors = load_file(models / "qwen2/model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 4] = 70000.0
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"layers\.1\.mlp\.down_proj\.weight holds 70000, which float16 cannot"
+    ):
+        convert("hf-to-megatron", source, tmp_path / "m", "--dtype", "fp16")
+
+
+def test_a_nan_is_no_proof(models: Path, tmp_path: Path) -> None:
+    source = tmp_path / "nan"
+    source.mkdir()
+    (source / "config.json").write_text((models / "llama/config.json").read_text())
+    tensors = load_file(models / "llama/model.safetensors")
+    tensors["model.embed_tokens.weight"][92] = float("nan")  # a token of the last random sequence alone
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    convert("hf-to-megatron", source, tmp_path / "m")
+    with pytest.raises(UserError, match=r"differ from transformers' .*nan"):
+        prove_logits(source, tmp_path / "m", False, 1, 1, _forked)
+
+
+def test_files_are_compared_in_the_narrower_dtype(models: Path, tmp_path: Path) -> None:
+    convert("hf-to-megatron", models / "qwen2", tmp_path / "m", "--dtype", "bf16")
+    assert "bit-equal as bfloat16" in convert("verify", models / "qwen2", tmp_path / "m")
+    convert("megatron-to-hf", tmp_path / "m", tmp_path / "hf")
+    assert "bit-equal as bfloat16" in convert("verify", tmp_path / "hf", models / "qwen2-megatron")
+
+
+def test_files_of_a_megatron_checkpoint_have_the_size_that_was_asked_for(
+    models: Path, tmp_path: Path
+) -> None:
+    convert("hf-to-megatron", models / "mixtral", tmp_path / "m", "--max-shard-size", "0.2MB")
+    sizes = [file.stat().st_size for file in (tmp_path / "m/release").glob("*.distcp")]
+    assert len(sizes) > 3 and max(sizes) < 250_000  # small objects come after the last tensor that fits
+    convert("verify", models / "mixtral", tmp_path / "m")
 
 
 def test_dtype_is_torchs_cast_and_a_bias_of_experts_stays_float32(models: Path, tmp_path: Path) -> None:
@@ -164,7 +218,7 @@ def test_the_report_names_every_tensor_and_version(models: Path) -> None:
     assert len({r["sha256"] for r in report["tensors"].values()}) == len(stored)
     assert report["architecture"] == "Qwen3MoeForCausalLM"
     assert report["versions"].keys() >= {"megatron-core", "torch", "transformers"}
-    assert report["coverage"] == {"missing": [], "left_over": [], "left_aside": {}}
+    assert report["coverage"] == {"stored": len(stored), "written": len(stored), "left_aside": {}}
 
 
 def _anonymous() -> int:

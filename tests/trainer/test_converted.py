@@ -1,5 +1,6 @@
 """A stage that starts from a converted checkpoint, and a run that is converted, equal those without the converter."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 from trainer.tiny_runs import configure, train, write_files
+
+from rto_megatron.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +76,42 @@ def test_a_tokenizer_that_is_not_the_converted_one_stops_the_stage(root: Path, t
     config = configure("sft", root, tmp_path / "run", models__policy=tmp_path / "policy")
     (error,) = run_ranks(1, train, config)
     assert error is not None and "tokenizer.json changed: its sha256 is" in error
+
+
+def test_a_config_that_is_not_the_trained_models_stops_the_stage(root: Path, tmp_path: Path) -> None:
+    """No shape shows another epsilon; Megatron's arguments do."""
+    shutil.copytree(root / "megatron/policy", tmp_path / "policy")
+    path = tmp_path / "policy/hf/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rms_norm_eps": 1e-3}))
+    config = configure("sft", root, tmp_path / "run", models__policy=tmp_path / "policy")
+    (error,) = run_ranks(1, train, config)
+    assert error is not None and "norm_eps=0.001, trained with 1e-06" in error
+
+
+def test_a_damaged_checkpoint_of_a_run_is_not_converted(root: Path, tmp_path: Path) -> None:
+    checkpoint = sorted((_runs(root, "rto", "one") / "checkpoints").iterdir())[-1]
+    shutil.copytree(checkpoint / "policy", tmp_path / "policy")
+    (file,) = (tmp_path / "policy/weights").glob("__0_*.distcp")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"\.distcp is not the file that was saved"):
+        convert("megatron-to-hf", tmp_path / "policy", tmp_path / "hf")
+
+
+def test_the_report_of_a_conversion_does_not_outlive_training(root: Path, tmp_path: Path) -> None:
+    """hf -> Megatron -> hf -> a stage -> Megatron: what was recorded of the first is not asked of the trained one."""
+    convert("megatron-to-hf", root / "megatron/policy", tmp_path / "policy")
+    config = configure("sft", root, tmp_path / "run", models__policy=tmp_path / "policy")
+    assert run_ranks(1, train, config) == [None]
+    convert("hf-to-megatron", tmp_path / "run/hf", tmp_path / "trained")
+    assert not (tmp_path / "run/hf/conversion_report.json").exists()
+
+
+def test_a_release_that_megatron_lm_trained_on_is_converted(root: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "policy"
+    shutil.copytree(root / "megatron/policy", folder)
+    shutil.copytree(root / "megatron/dpo/release", folder / "iter_0000012")
+    (folder / "latest_checkpointed_iteration.txt").write_text("12")
+    convert("megatron-to-hf", folder, tmp_path / "hf")
+    assert _equal(root / "models/dpo", tmp_path / "hf")

@@ -135,6 +135,7 @@ def _left_aside(shape: ModelShape) -> dict[re.Pattern[str], str]:
 FAMILY = Family(
     architectures={False: "DeepseekV3ForCausalLM", True: "DeepseekV3ForSequenceClassification"},
     layer=_layer,
+    holds=lambda shape: shape.latent is not None,
     required=(*_EXPERT_KEYS, *_LATENT_KEYS),
     read=_read,
     config=_config,

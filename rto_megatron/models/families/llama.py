@@ -13,6 +13,11 @@ def layer(shape: ModelShape, index: int) -> tuple[MappedParameter, ...]:
     return *blocks.attention(shape, index), *blocks.dense(shape, index)
 
 
+def is_dense(shape: ModelShape) -> bool:
+    """Attention as everyone has it, and no layer with experts."""
+    return shape.experts is None and shape.latent is None
+
+
 def _left_aside(shape: ModelShape) -> dict[re.Pattern[str], str]:
     return {re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"): "computed from config.json"}
 
@@ -20,6 +25,7 @@ def _left_aside(shape: ModelShape) -> dict[re.Pattern[str], str]:
 FAMILY = Family(
     architectures={False: "LlamaForCausalLM", True: "LlamaForSequenceClassification"},
     layer=layer,
+    holds=lambda shape: is_dense(shape) and not (shape.has_qkv_bias or shape.has_qk_norm),
     config=lambda shape: {"attention_bias": False, "mlp_bias": False},
     left_aside=_left_aside,
 )

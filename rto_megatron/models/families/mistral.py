@@ -15,6 +15,7 @@ def _read(config: HfConfig, shape: ModelShape) -> ModelShape:
 FAMILY = Family(
     architectures={False: "MistralForCausalLM", True: "MistralForSequenceClassification"},
     layer=llama.layer,
+    holds=llama.FAMILY.holds,
     read=_read,
     config=lambda shape: {"sliding_window": None},
 )

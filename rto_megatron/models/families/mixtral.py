@@ -53,9 +53,17 @@ def _config(shape: ModelShape) -> dict[str, Any]:
     }
 
 
+def _holds(shape: ModelShape) -> bool:
+    experts, has_others = shape.experts, shape.latent or shape.has_qkv_bias or shape.has_qk_norm
+    if experts is None or has_others or experts.shared_ffn_hidden_size is not None:
+        return False
+    return experts.is_normalized and shape.is_uniform and experts.ffn_hidden_size == shape.ffn_hidden_size
+
+
 FAMILY = Family(
     architectures={False: "MixtralForCausalLM", True: "MixtralForSequenceClassification"},
     layer=_layer,
+    holds=_holds,
     required=("num_local_experts", "num_experts_per_tok"),
     read=_read,
     config=_config,

@@ -28,6 +28,7 @@ def _read(config: HfConfig, shape: ModelShape) -> ModelShape:
 FAMILY = Family(
     architectures={False: "Qwen2ForCausalLM", True: "Qwen2ForSequenceClassification"},
     layer=llama.layer,
+    holds=lambda shape: llama.is_dense(shape) and shape.has_qkv_bias and not shape.has_qk_norm,
     read=_read,
     config=lambda shape: {"use_sliding_window": False},
 )

@@ -36,9 +36,15 @@ def _config(shape: ModelShape) -> dict[str, Any]:
     return {**qwen3_moe.experts_config(shape), **shared}
 
 
+def _holds(shape: ModelShape) -> bool:
+    is_shared = shape.experts is not None and shape.experts.has_shared_gate
+    return is_shared and shape.latent is None and shape.has_qkv_bias and not shape.has_qk_norm
+
+
 FAMILY = Family(
     architectures={False: "Qwen2MoeForCausalLM", True: "Qwen2MoeForSequenceClassification"},
     layer=_layer,
+    holds=_holds,
     required=(*qwen3_moe.REQUIRED, "shared_expert_intermediate_size"),
     read=_read,
     config=_config,

@@ -69,9 +69,15 @@ def experts_config(shape: ModelShape) -> dict[str, Any]:
     }
 
 
+def _holds(shape: ModelShape) -> bool:
+    is_mixture = shape.experts is not None and shape.experts.shared_ffn_hidden_size is None
+    return is_mixture and shape.latent is None and shape.has_qk_norm and not shape.has_qkv_bias
+
+
 FAMILY = Family(
     architectures={False: "Qwen3MoeForCausalLM", True: "Qwen3MoeForSequenceClassification"},
     layer=_layer,
+    holds=_holds,
     required=("head_dim", *REQUIRED),
     read=_read,
     config=lambda shape: {**experts_config(shape), "attention_bias": False},

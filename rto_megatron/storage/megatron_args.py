@@ -4,15 +4,18 @@ Names are those of megatron-core 0.19.2, training/checkpointing.py:load_args_fro
 """
 
 import argparse
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import UserError, refuse_if
 from rto_megatron.models.families import FAMILIES
+from rto_megatron.models.hf_config import HfConfig
 from rto_megatron.models.shape import Experts, ModelShape
 from rto_megatron.models.weight_map import padded_vocab
+from rto_megatron.storage.megatron_common import read_args
 from rto_megatron.storage.megatron_names import VOCABULARY_MULTIPLE
 
 _FIXED = {
@@ -49,6 +52,12 @@ _OFF = {
     "moe_apply_probs_on_input": False,
     "moe_latent_size": None,
 }
+_NEEDED = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "max_position_embeddings"),
+    "padded_vocab_size",
+)
+# Of no consequence for the weights, or not known to Megatron's arguments.
+_NOT_COMPARED = {"family", "vocab_size", "max_positions", "init_std", "latent"}
 _CHECKPOINT_VERSION = 3.0
 
 
@@ -141,13 +150,13 @@ def _mixture(shape: ModelShape) -> dict[str, Any]:
 
 
 def shape_of_args(args: argparse.Namespace, where: Path) -> ModelShape:
-    """The shape that Megatron-LM trained, under the family of transformers that has its parts.
+    """The shape that Megatron-LM trained, under the first model type of transformers that has its parts.
 
     Args:
         where: the checkpoint, for errors.
 
     Raises:
-        UserError: the model is none of the families, or an argument is absent; names all of them.
+        UserError: the model is of no family, or an argument is absent; names all of them.
     """
     values = vars(args)
     wrong = [
@@ -155,29 +164,43 @@ def shape_of_args(args: argparse.Namespace, where: Path) -> ModelShape:
         for k, want in (_FIXED | _OFF).items()
         if values.get(k, want) != want
     ]
-    needed = (
-        "num_layers",
-        "hidden_size",
-        "ffn_hidden_size",
-        "num_attention_heads",
-        "max_position_embeddings",
-    )
-    wrong += [f"no {key}" for key in (*needed, "padded_vocab_size") if values.get(key) is None]
-    experts = _experts_of(values)
-    family = _family_of(values, experts)
+    wrong += [f"no {key}" for key in _NEEDED if values.get(key) is None]
+    refuse_if(wrong, f"{where} was trained as no model type of {sorted(FAMILIES)} can be")
+    shape = _shape(values)
+    family = next((name for name, family in FAMILIES.items() if family.holds(shape)), None)
     if family is None:
-        wrong.append(
-            "a bias on q, k, v and norms on q and k together, or a shared expert without Qwen2-MoE's gate"
-        )
-    if wrong or family is None:
         raise UserError(
-            f"{where} was trained with {'; '.join(wrong)}: no model type of {sorted(FAMILIES)} can hold "
-            "such a model; Megatron-LM's own tools are the way to convert it"
+            f"{where} was trained with parts that no model type of {sorted(FAMILIES)} has together: qkv bias "
+            f"{shape.has_qkv_bias}, norms on q and k {shape.has_qk_norm}, {shape.experts or 'no experts'}"
         )
+    return replace(shape, family=family)
+
+
+def require_agreement(config: HfConfig, shape: ModelShape, is_scalar: bool, weights: Path) -> None:
+    """Compares config.json with the arguments that Megatron keeps in the checkpoint, where it keeps any.
+
+    Raises:
+        UserError: they describe two models; names what differs. Most of it no shape of a tensor would show.
+    """
+    args = read_args(weights)
+    if args is None or shape.latent is not None:
+        return
+    described, trained = asdict(shape), asdict(shape_of_args(args, weights))
+    ignored = _NOT_COMPARED | {"is_tied"} if is_scalar else _NOT_COMPARED
+    differing = [
+        f"{name}={value!r}, trained with {trained[name]!r}"
+        for name, value in described.items()
+        if name not in ignored and value != trained[name]
+    ]
+    refuse_if(differing, f"{config.path} does not describe the model in {weights}")
+
+
+def _shape(values: dict[str, Any]) -> ModelShape:
     heads = values["num_attention_heads"]
     kv_heads = values.get("num_query_groups") if values.get("group_query_attention") else heads
+    scaling = values.get("rope_scaling_factor", 8.0) if values.get("use_rope_scaling") else None
     return ModelShape(
-        family=family,
+        family="",
         num_layers=values["num_layers"],
         hidden_size=values["hidden_size"],
         ffn_hidden_size=values["ffn_hidden_size"],
@@ -188,14 +211,12 @@ def shape_of_args(args: argparse.Namespace, where: Path) -> ModelShape:
         max_positions=values["max_position_embeddings"],
         norm_eps=values.get("layernorm_epsilon") or values.get("norm_epsilon", 1e-5),
         rope_theta=float(values.get("rotary_base", 10000)),
-        rope_scaling_factor=values.get("rope_scaling_factor", 8.0)
-        if values.get("use_rope_scaling")
-        else None,
+        rope_scaling_factor=scaling,
         is_tied=not values.get("untie_embeddings_and_output_weights", False),
         init_std=values.get("init_method_std", 0.02),
         has_qkv_bias=bool(values.get("add_qkv_bias")),
         has_qk_norm=bool(values.get("qk_layernorm")),
-        experts=experts,
+        experts=_experts_of(values),
     )
 
 
@@ -214,17 +235,3 @@ def _experts_of(values: dict[str, Any]) -> Experts | None:
         shared_ffn_hidden_size=values.get("moe_shared_expert_intermediate_size"),
         has_shared_gate=bool(values.get("moe_shared_expert_gate")),
     )
-
-
-def _family_of(values: dict[str, Any], experts: Experts | None) -> str | None:
-    has_bias, has_norm = bool(values.get("add_qkv_bias")), bool(values.get("qk_layernorm"))
-    if has_bias and has_norm:
-        return None
-    if experts is None:
-        return "qwen2" if has_bias else "qwen3" if has_norm else "llama"
-    is_shared = experts.shared_ffn_hidden_size is not None
-    if is_shared or has_bias:
-        return "qwen2_moe" if is_shared and experts.has_shared_gate and has_bias else None
-    if has_norm:
-        return "qwen3_moe"
-    return "mixtral" if experts.is_normalized and len(experts.layers) == values["num_layers"] else None
