@@ -62,8 +62,8 @@ def require_space(target: Path, nbytes: int) -> None:
     usage = shutil.disk_usage(parent)
     if usage.total and usage.free < nbytes:  # some file systems do not say how large they are
         raise UserError(
-            f"the disk of {parent} has {usage.free / 1e9:.1f} GB free, and the weights take {nbytes / 1e9:.1f} GB; free some "
-            "or name another target"
+            f"the disk of {parent} has {usage.free / 1e9:.1f} GB free, and the weights take "
+            f"{nbytes / 1e9:.1f} GB; free some or name another target"
         )
 
 

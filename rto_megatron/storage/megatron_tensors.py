@@ -93,7 +93,7 @@ class MegatronTensors:
         """Entries of a run that are no weights, by their first word."""
         others = Counter(key.split(".")[0] for key in self._reader.entries if NOT_WEIGHTS.match(key))
         return {
-            f"{word} ({count} entries)": "no weights of the language model: state of a run, or a predictor of further tokens"
+            f"{word} ({count} entries)": "state of a run, or a predictor of further tokens"
             for word, count in others.items()
         }
 
