@@ -5,7 +5,7 @@ Usage: .venv/bin/python tools/benchmark_convert.py FOLDER [--gigabytes 1 2 4] [-
 
 FOLDER needs four times the largest size. Every measurement begins with the source in the page cache and ends when the
 written files are on the disk (fsync). Each conversion is a process of its own, timed from its plan on; its anonymous
-memory (RssAnon: pages of mapped files are not in it; torch and the other packages take some 440 MB of it) is sampled
+memory (RssAnon: pages of mapped files are not in it; torch and the other packages take over 400 MB of it) is sampled
 while it converts. A virtual machine gives freed pages back to its host and waits for them when it needs them again; so
 right before each measurement a file of the same size is written and removed.
 """
