@@ -12,7 +12,8 @@ from rto_megatron.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "launchers" / "recipes"
-COMMANDS = ("train", "launch", "check", "synthesize", "tokenizer", "pool", "report")
+CONVERSIONS = ("convert hf-to-megatron", "convert megatron-to-hf", "convert verify")
+COMMANDS = ("train", "launch", "convert", "check", "synthesize", "tokenizer", "pool", "report")
 
 
 def rto(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -20,9 +21,9 @@ def rto(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, check=False)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, *CONVERSIONS])
 def test_every_command_and_option_explains_itself(command: str) -> None:
-    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
+    shown = CliRunner().invoke(app, [*command.split(), "--help"], env={"COLUMNS": "200"})
     assert shown.exit_code == 0
     described = [line.strip("│ ") for line in shown.output.splitlines() if "│" in line and "--" in line]
     assert all(len(line.split()) > 3 for line in described), shown.output

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from rto_megatron.convert.run import Proofs, convert_to_megatron, silent
 from rto_megatron.errors import UserError
 from rto_megatron.models.families import FAMILIES
 
+TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 RUNS = [name for name in VARIANTS if FAMILIES[str(VARIANTS[name]["model_type"])].not_run is None]
 
 
@@ -266,3 +269,18 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
     # The allocator moves by some MB; a conversion that kept its tensors would grow by all that the model grew.
     allowed = (size[32] - size[4]) / 3
     assert all(growth[direction, 32] < growth[direction, 4] + allowed for direction in ("import", "export"))
+
+
+def test_the_tool_proves_outputs_with_real_ranks_and_says_so(models: Path, tmp_path: Path) -> None:
+    """tools/convert_checkpoint.py as a user starts it: torchrun, two tensor ranks, transformers beside them."""
+    command = [sys.executable, str(TOOL), "hf-to-megatron", str(models / "qwen3"), str(tmp_path / "m")]
+    shown = subprocess.run(
+        [*command, "--verify", "logits", "--tensor", "2"],
+        capture_output=True, text=True, timeout=300, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert shown.returncode == 0, shown.stderr
+    assert "Traceback" not in shown.stderr
+    report = json.loads((tmp_path / "m/conversion_report.json").read_text())
+    assert (report["logits"]["tensor_parallel"], report["logits"]["pipeline_parallel"]) == (2, 1)
+    assert max(report["logits"]["max_difference"].values()) < 1e-4
+    assert "at TP2 x PP1, float32" in shown.stdout
