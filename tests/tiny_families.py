@@ -1,8 +1,10 @@
 """Tiny random folders of every model family in Hugging Face format: the oracle of the Megatron models."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 # Four layers for two pipeline stages; two key-value groups of two heads; every split dimension is even.
@@ -120,3 +122,19 @@ def write_family(
             tensor.add_(torch.randn_like(tensor) * 0.2)
     model.save_pretrained(folder)
     return model
+
+
+@torch.no_grad()
+def hugging_face_outputs(
+    model: torch.nn.Module, sequences: Sequence[tuple[list[int], int]], is_scalar: bool
+) -> list[Tensor]:
+    """Log-probs of the next tokens, or the scalar head's value of every token, of each sequence."""
+    outputs = []
+    for ids, _ in sequences:
+        tokens = torch.tensor([ids])
+        if is_scalar:
+            outputs.append(model.score(model.model(tokens).last_hidden_state)[0, :, 0])
+        else:
+            logp = model(tokens).logits[0, :-1].log_softmax(-1)
+            outputs.append(logp.gather(1, tokens[0, 1:, None])[:, 0])
+    return outputs

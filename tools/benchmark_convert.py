@@ -29,7 +29,7 @@ from rto_megatron.convert.megatron_source import open_megatron
 from rto_megatron.convert.options import Options
 from rto_megatron.convert.run import Proofs, convert_to_hf, convert_to_megatron, silent
 from rto_megatron.models.config_files import config_of
-from rto_megatron.models.parameters import num_parameters, parameter_map
+from rto_megatron.models.parameters import hf_shapes, num_parameters, stored_parameters
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.storage.hf_writer import HfWriter
 
@@ -53,7 +53,7 @@ def _write_model(folder: Path, shape: ModelShape) -> int:
     """A bfloat16 model of random numbers; returns its bytes."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config_of(shape, False, "bfloat16")))
-    named = {n: s for p in parameter_map(shape, False) for n, s in zip(p.hf, p.hf_shapes, strict=True)}
+    named = hf_shapes(stored_parameters(shape, False))
     writer = HfWriter(folder, {n: (torch.bfloat16, s) for n, s in named.items()}, _FILE_BYTES)
     generator = torch.Generator().manual_seed(0)
     for name, size in named.items():

@@ -48,6 +48,7 @@ def launch(
     gpus = torch.cuda.device_count()
     arguments = ["train", str(recipe), *(overrides or [])]
     num_pool_gpus = 0
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the pool's servers inherit it
     with ExitStack() as stack:
         if isinstance(config, ReinforcementStage | EvaluateStage) and not config.rollout.servers:
             num_pool_gpus = pool_gpus or gpus // 2

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rto_megatron.convert.options import dtype_name
 from rto_megatron.convert.report import Plan
 from rto_megatron.data.tokenizer import has_sentencepiece_alone
 from rto_megatron.models.config_files import as_exported
+from rto_megatron.models.weight_map import dtype_name
 
 
 def tokenizer_notes(folder: Path) -> tuple[str, ...]:

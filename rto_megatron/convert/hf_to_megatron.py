@@ -4,9 +4,10 @@ import time
 from pathlib import Path
 
 from rto_megatron.convert.config_json import tokenizer_notes, write_config
-from rto_megatron.convert.options import Advance, Options, cast, dtype_name
+from rto_megatron.convert.options import Advance, Options, cast
 from rto_megatron.convert.report import Plan, Written
 from rto_megatron.data.tokenizer_files import carry
+from rto_megatron.models.weight_map import dtype_name
 from rto_megatron.storage import torch_dist_writer
 from rto_megatron.storage.hf_model import HfModel
 from rto_megatron.storage.megatron_args import common_state

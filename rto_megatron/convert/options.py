@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rto_megatron.errors import UserError
+from rto_megatron.models.weight_map import dtype_name
 
 Advance = Callable[[int], None]  # call with the bytes that were done
 
@@ -45,8 +46,3 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
             f"{name} holds {largest:g}, which {dtype_name(dtype)} cannot; use --dtype bf16 or fp32"
         )
     return written
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """As config.json and reports write it."""
-    return str(dtype).removeprefix("torch.")

@@ -10,11 +10,11 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
-from rto_megatron.convert.options import dtype_name
 from rto_megatron.errors import UserError
 from rto_megatron.models.config_files import architecture
 from rto_megatron.models.parameters import hf_shapes, stored_parameters
 from rto_megatron.models.shape import ModelShape
+from rto_megatron.models.weight_map import dtype_name
 from rto_megatron.storage.megatron_folder import REPORT
 
 _PACKAGES = ("megatron-core", "torch", "transformers", "safetensors", "rto-megatron")

@@ -12,11 +12,12 @@ from rto_megatron.convert.fresh_folder import fresh_folder, require_absent, requ
 from rto_megatron.convert.hf_to_megatron import import_weights, plan_import
 from rto_megatron.convert.megatron_source import MegatronSource, open_megatron
 from rto_megatron.convert.megatron_to_hf import export_weights, plan_export
-from rto_megatron.convert.options import Advance, Options, dtype_name, is_narrower
+from rto_megatron.convert.options import Advance, Options, is_narrower
 from rto_megatron.convert.report import LogitsProof, Plan, Proof, recorded_digests, table, write_report
 from rto_megatron.convert.verify import verify_digests
 from rto_megatron.errors import refuse_if
 from rto_megatron.models.checks import check_layout
+from rto_megatron.models.weight_map import dtype_name
 from rto_megatron.storage.hf_model import HfModel
 from rto_megatron.storage.megatron_folder import RELEASE, REPORT
 from rto_megatron.storage.megatron_tensors import MegatronTensors

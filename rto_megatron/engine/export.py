@@ -12,6 +12,7 @@ from torch import Tensor
 from rto_megatron.engine.megatron import Model
 from rto_megatron.engine.weights import stage_hf_tensors
 from rto_megatron.models.config_files import as_exported
+from rto_megatron.models.weight_map import dtype_name
 
 _SHARD_BYTES = 4 << 30
 
@@ -66,6 +67,6 @@ def _groups(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]
 
 
 def _write_config(path: Path, model: Model) -> None:
-    dtype = str(model.module.config.params_dtype).removeprefix("torch.")
+    dtype = dtype_name(model.module.config.params_dtype)
     config = as_exported(json.loads(path.read_text()), model.shape.family, model.has_scalar_head, dtype)
     path.write_text(json.dumps(config, indent=2))

@@ -44,7 +44,7 @@ def load_hf_tensors(
         parameter = local.pop(mapped.megatron, None)
         if parameter is None:
             continue  # another stage's, or an output projection that is tied to the embedding of this rank
-        tensors = [read(name, size) for name, size in zip(mapped.hf, mapped.hf_shapes, strict=True)]
+        tensors = [read(name, size) for name, size in mapped.sizes()]
         parameter.copy_(mapped.layout.shard(tensors, topology.tensor_rank, topology.tensor_size))
     assert not local, f"parameters that the weight map does not know: {sorted(local)}"
 
@@ -86,9 +86,9 @@ def megatron_reader(source: WeightSource, has_scalar_head: bool, fresh_head_seed
     Raises:
         UserError: also where config.json is not that of the model which Megatron-LM trained.
     """
-    is_scalar = has_scalar_head and fresh_head_seed is None
-    tensors = MegatronTensors(TorchDistReader(source.path), source.shape(), is_scalar)
-    require_agreement(read_config(source.hf_folder), source.shape(), is_scalar, source.path)
+    is_scalar, shape = has_scalar_head and fresh_head_seed is None, source.shape()
+    tensors = MegatronTensors(TorchDistReader(source.path), shape, is_scalar)
+    require_agreement(read_config(source.hf_folder), shape, is_scalar, source.path)
     return tensors.read if fresh_head_seed is None else with_fresh_head(tensors.read, fresh_head_seed)
 
 

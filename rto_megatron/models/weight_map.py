@@ -126,3 +126,8 @@ class MappedParameter:
 def padded_vocab(vocab_size: int, tensor_size: int) -> int:
     """Smallest multiple of the tensor size that holds the vocabulary; more padding would only move memory."""
     return -(-vocab_size // tensor_size) * tensor_size
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As config.json, manifests and reports write it."""
+    return str(dtype).removeprefix("torch.")

@@ -86,7 +86,7 @@ class HfModel:
         is_stored = LM_HEAD in self.folder.tensors and head.weight != LM_HEAD
         return is_stored or (self.shape.is_tied and head.weight == _TRL_HEAD)
 
-    @property
+    @cached_property
     def parameters(self) -> tuple[MappedParameter, ...]:
         """The family's map."""
         return stored_parameters(self.shape, self.has_scalar_head)
@@ -123,7 +123,7 @@ class HfModel:
     def problems(self) -> list[str]:
         """Everything that is missing, misshaped or left over."""
         stored, problems = self.folder.tensors, []
-        for name, size in self._wanted().items():
+        for name, size in self._wanted.items():
             if name not in stored:
                 problems.append(f"{name} {size} is missing")
             elif stored[name].shape != size:
@@ -153,12 +153,13 @@ class HfModel:
         reasons = {name: self._reason_to_leave(name) for name in sorted(self._unused())}
         return {name: reason for name, reason in reasons.items() if reason is not None}
 
+    @cached_property
     def _wanted(self) -> dict[str, tuple[int, ...]]:
         """Stored name -> shape of every tensor of the map."""
         return {self.stored_name(name): size for name, size in hf_shapes(self.parameters).items()}
 
     def _unused(self) -> set[str]:
-        wanted = self._wanted().keys()
+        wanted = self._wanted.keys()
         return self.folder.tensors.keys() - wanted - {name + SCALE_SUFFIX for name in wanted}
 
     def require_complete(self) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from rto_megatron.models.weight_map import dtype_name
 from rto_megatron.weight_sync.digest import digest
 from rto_megatron.weight_sync.manifest import (
     DTYPES,
@@ -81,7 +82,7 @@ def _mismatch(spec: TensorSpec, name: str, tensor: Tensor | None) -> str | None:
         return f"the weight source ended before {spec}"
     if name == spec.name and tensor.dtype == DTYPES[spec.dtype] and tuple(tensor.shape) == spec.shape:
         return None
-    dtype = str(tensor.dtype).removeprefix("torch.")
+    dtype = dtype_name(tensor.dtype)
     return f"the weight source yielded {name} {dtype} {list(tensor.shape)}, its specs declare {spec}"
 
 

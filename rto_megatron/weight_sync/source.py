@@ -7,7 +7,7 @@ from torch import Tensor
 from rto_megatron.engine.megatron import TrainedModel
 from rto_megatron.engine.weights import stage_hf_tensors
 from rto_megatron.models.parameters import stage_of, stored_parameters
-from rto_megatron.models.weight_map import MappedParameter
+from rto_megatron.models.weight_map import MappedParameter, dtype_name
 from rto_megatron.weight_sync.manifest import TensorSpec
 
 
@@ -24,11 +24,9 @@ class PolicySource:
 
     def specs(self) -> tuple[TensorSpec, ...]:
         """Name, dtype, shape and owning pipeline stage of every tensor; equal on all ranks."""
-        dtype = str(self.policy.module.config.params_dtype).removeprefix("torch.")
+        dtype = dtype_name(self.policy.module.config.params_dtype)
         return tuple(
-            TensorSpec(name, dtype, size, stage)
-            for p, stage in self._exported()
-            for name, size in zip(p.hf, p.hf_shapes, strict=True)
+            TensorSpec(name, dtype, size, stage) for p, stage in self._exported() for name, size in p.sizes()
         )
 
     def tensors(self, sender: int) -> Iterator[tuple[str, Tensor]]:

@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from commands import convert
 from safetensors.torch import load_file, save_file
+from tiny_families import write_family
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
@@ -18,6 +20,13 @@ from rto_megatron.storage.hf_folder import INDEX, SINGLE
 from rto_megatron.storage.torch_dist_reader import TorchDistReader
 
 Tensors = dict[str, Tensor]
+
+
+def write_models(folder: Path) -> Path:
+    """llama of two layers and what it was converted to, llama_megatron."""
+    write_family(folder / "llama", "llama", num_hidden_layers=2)
+    convert("hf-to-megatron", folder / "llama", folder / "llama_megatron")
+    return folder
 
 
 def edit_hf(folder: Path, change: Callable[[Tensors], None]) -> None:

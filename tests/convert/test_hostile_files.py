@@ -27,6 +27,7 @@ from faults import (
     saved,
     split_hf,
     write_index,
+    write_models,
     write_safetensors,
 )
 from safetensors.torch import load_file
@@ -49,11 +50,7 @@ SIZE = (1, 64, 96)  # of a chunk of FC2
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """llama and llama_megatron."""
-    folder = tmp_path_factory.mktemp("models")
-    write_family(folder / "llama", "llama", num_hidden_layers=2)
-    convert("hf-to-megatron", folder / "llama", folder / "llama_megatron")
-    return folder
+    return write_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

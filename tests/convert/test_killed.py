@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from commands import convert
-from faults import edit_hf
+from faults import edit_hf, write_models
 from tiny_families import write_family
 
 from rto_megatron.convert.megatron_source import open_megatron
@@ -21,11 +21,7 @@ OPTIONS, PROOFS = Options(None, 100_000, None), Proofs(digest=True, logits=None)
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """llama and llama_megatron."""
-    folder = tmp_path_factory.mktemp("models")
-    write_family(folder / "llama", "llama", num_hidden_layers=2)
-    convert("hf-to-megatron", folder / "llama", folder / "llama_megatron")
-    return folder
+    return write_models(tmp_path_factory.mktemp("models"))
 
 
 def killing(stage: str, num_parameters: int) -> Bar:

@@ -11,7 +11,7 @@ from engine.layouts import LAYOUTS, frozen, topology, trained
 from ranks import run_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_families import VARIANTS, write_family
+from tiny_families import VARIANTS, hugging_face_outputs, write_family
 from tiny_models import SEQUENCES
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -44,21 +44,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @cache
-@torch.no_grad()
 def _hugging_face(folder: Path) -> list[Tensor]:
     """Log-probs of the next tokens, or the scalar head's value of every token, of each sequence."""
     is_scalar = folder.name == HEADS[True]
     kind = AutoModelForSequenceClassification if is_scalar else AutoModelForCausalLM
     model = kind.from_pretrained(folder, attn_implementation="eager").eval()
-    outputs = []
-    for ids, _ in SEQUENCES:
-        tokens = torch.tensor([ids])
-        if is_scalar:
-            outputs.append(model.score(model.model(tokens).last_hidden_state)[0, :, 0])
-        else:
-            logp = model(tokens).logits[0, :-1].log_softmax(-1)
-            outputs.append(logp.gather(1, tokens[0, 1:, None])[:, 0])
-    return outputs
+    return hugging_face_outputs(model, SEQUENCES, is_scalar)
 
 
 def _read_all(layout: str, root: Path) -> dict[str, tuple[list[Tensor], set[str]]]:

@@ -7,6 +7,7 @@ import torch
 from engine.layouts import LAYOUTS, frozen, topology
 from ranks import run_ranks
 from safetensors.torch import load_file
+from tiny_families import hugging_face_outputs
 from tiny_models import SEQUENCES
 from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM, MixtralForSequenceClassification
@@ -71,25 +72,12 @@ def _outputs(layout: str, model: Path, is_scalar: bool) -> list[Tensor]:
     ]
 
 
-@torch.no_grad()
-def _hugging_face(model: torch.nn.Module, is_scalar: bool) -> list[Tensor]:
-    outputs = []
-    for ids, _ in SEQUENCES:
-        tokens = torch.tensor([ids])
-        if is_scalar:
-            outputs.append(model.score(model.model(tokens).last_hidden_state)[0, :, 0])
-        else:
-            logp = model(tokens).logits[0, :-1].log_softmax(-1)
-            outputs.append(logp.gather(1, tokens[0, 1:, None])[:, 0])
-    return outputs
-
-
 @pytest.mark.parametrize("is_scalar", [False, True], ids=["language", "scalar"])
 @pytest.mark.parametrize("layout", ["one", "tp2_sp", "pp2", "tp2_pp2_sp"])
 def test_outputs_equal_hugging_face(layout: str, is_scalar: bool, folder: Path) -> None:
     name = "scalar" if is_scalar else "language"
     kind = MixtralForSequenceClassification if is_scalar else MixtralForCausalLM
-    want = _hugging_face(kind.from_pretrained(folder / name).eval(), is_scalar)
+    want = hugging_face_outputs(kind.from_pretrained(folder / name).eval(), SEQUENCES, is_scalar)
     ours = run_ranks(LAYOUTS[layout][0], _outputs, layout, folder / name, is_scalar)
     worst = max(float((g[: len(w)] - w).abs().max()) for got in ours for g, w in zip(got, want, strict=True))
     print(layout, name, f"{worst:.1e}")
@@ -168,7 +156,7 @@ def test_export_loads_in_transformers_with_the_same_log_probs(folder: Path, tmp_
     run_ranks(2, _step, "tp2_sp", folder / "language", 0.0, tmp_path / "hf")
     exported = MixtralForCausalLM.from_pretrained(tmp_path / "hf").eval()
     ours = run_ranks(1, _outputs, "one", tmp_path / "hf", False)[0]
-    for got, want in zip(ours, _hugging_face(exported, False), strict=True):
+    for got, want in zip(ours, hugging_face_outputs(exported, SEQUENCES, False), strict=True):
         assert (got[: len(want)] - want).abs().max() < 1e-4
 
 
