@@ -77,6 +77,8 @@ class ScoredRollouts:
 
     rollouts: tuple[Rollout, ...]
     mask_BR: Tensor  # 1 on response tokens that are actions, end-of-sequence included; 0 on padding
+    sampled_BR: Tensor  # 1 on actions that the pool sampled; 0 where the truncation policy wrote the token
+    logp_pool_BR: Tensor  # policy, by the pool when it sampled; means nothing where `sampled_BR` is 0
     logp_old_BR: Tensor  # policy, at rollout time
     logp_ref_BR: Tensor  # reference
     dpo_logratio_BR: Tensor  # log pi_dpo - log pi_dpo_reference; zeros where the algorithm has no DPO reward
@@ -107,6 +109,7 @@ class Experience:
     mask_BR: Tensor
     logp_old_BR: Tensor
     logp_ref_BR: Tensor
+    pool_importance_BR: Tensor  # weight of a token's policy loss, see `pool_importance`; 1 where it is off
     values_BR: Tensor
     advantages_BR: Tensor  # as the policy's loss takes them: whitened, or relative to a group
     returns_BR: Tensor
@@ -179,6 +182,7 @@ class Minibatch:
     weight_T: Tensor  # the weights of all micro-batches of all ranks sum to 1
     logp_old_T: Tensor
     logp_ref_T: Tensor
+    pool_importance_T: Tensor
     advantages_T: Tensor
     values_old_T: Tensor
     returns_T: Tensor

@@ -88,11 +88,11 @@ def sequence_sums(x_T: Tensor, mask_T: Tensor, batch: TokenBatch) -> Tensor:
 
 
 def clipped_policy_loss(logp_T: Tensor, minibatch: Minibatch, clip_eps: float) -> LossOutput:
-    """PPO's clipped surrogate: weighted sum of -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A).
+    """PPO's clipped surrogate: weighted sum of -w min(ratio A, clip(ratio, 1 - eps, 1 + eps) A).
 
     Args:
         logp_T: log-probs of the actions under the policy being trained, nats, shape [T].
-        minibatch: old log-probs, advantages and weights, shape [T] each.
+        minibatch: old log-probs, advantages, weights, and w, the importance of the pool's tokens, shape [T] each.
         clip_eps: epsilon of the clip.
 
     Source: OpenRLHF 0.4.4, models/loss.py:PolicyLoss. Metrics: TRL's names, means over action tokens.
@@ -103,7 +103,8 @@ def clipped_policy_loss(logp_T: Tensor, minibatch: Minibatch, clip_eps: float) -
     ratio_T = log_ratio_T.exp()
     plain_T = -ratio_T * minibatch.advantages_T
     clipped_T = -ratio_T.clamp(1 - clip_eps, 1 + clip_eps) * minibatch.advantages_T
-    loss = (weight_T * torch.maximum(plain_T, clipped_T)).sum()
+    # Exact where the importance is 1: a factor of 1 changes no bit of the loss or of its gradient.
+    loss = (weight_T * minibatch.pool_importance_T * torch.maximum(plain_T, clipped_T)).sum()
     num_tokens = active_T.sum()
     metrics = to_metrics(
         {

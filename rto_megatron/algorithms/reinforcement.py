@@ -9,13 +9,19 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
 from rto_megatron.algorithms.advantages import AllSum
-from rto_megatron.algorithms.credit_metrics import credit_metrics, dpo_metrics, value_metrics
+from rto_megatron.algorithms.credit_metrics import (
+    credit_metrics,
+    dpo_metrics,
+    importance_metrics,
+    value_metrics,
+)
 from rto_megatron.algorithms.kl_controller import KLController
 from rto_megatron.algorithms.losses import keep
+from rto_megatron.algorithms.pool_importance import pool_importance
 from rto_megatron.algorithms.token_rewards import Redistribution, response_score, rto_rewards, truncated_rows
 from rto_megatron.types import Experience, LossOutput, Metrics, Minibatch, ScoredRollouts, TokenRewards
 
@@ -61,6 +67,22 @@ class Config(BaseModel):
         description="keep and export an average of the policy, beta average + (1 - beta) policy after every "
         "optimizer step (OpenRLHF: 0.992); null: none",
     )
+    pool_importance_cap: float | None = Field(
+        default=None,
+        allow_inf_nan=False,
+        description="weigh a token's policy loss by min(pi_old / pi_pool, cap), which corrects for the gap between the "
+        "pool's log-probs and the trainer's (verl, OpenRLHF: 2); null: no weight",
+    )
+
+    @field_validator("pool_importance_cap")
+    @classmethod
+    def _refuse_cap_on_agreement(cls, cap: float | None) -> float | None:
+        if cap is not None and cap < 1:
+            raise ValueError(
+                f"a cap below 1 weighs every token on which pool and trainer agree by {cap:g} too, which is a smaller "
+                "learning rate; give at least 1, or null for no weight"
+            )
+        return cap
 
     @model_validator(mode="after")
     def _refuse_ignored_penalty(self) -> Self:
@@ -165,6 +187,7 @@ class PolicyOptimization:
             mask_BR=mask_BR,
             logp_old_BR=scored.logp_old_BR,
             logp_ref_BR=scored.logp_ref_BR,
+            pool_importance_BR=pool_importance(scored, config.pool_importance_cap),
             values_BR=scored.values_BR,
             advantages_BR=advantages_BR,
             returns_BR=returns_BR,
@@ -173,8 +196,10 @@ class PolicyOptimization:
 
     def credit_metrics(self, scored: ScoredRollouts, experience: Experience) -> Metrics:
         """Sums for the logs of this rank's rollouts."""
+        cap = self.config.pool_importance_cap
         return {
             **credit_metrics(scored, experience),
             **(value_metrics(experience) if self.value_loss is not None else {}),
             **(dpo_metrics(scored, experience) if self.needs_dpo else {}),
+            **(importance_metrics(scored, experience, cap) if cap is not None else {}),
         }

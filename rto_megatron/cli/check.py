@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from rto_megatron.config.schema import Stage
 
 
+GpuGib = Annotated[
+    float | None,
+    typer.Option(min=1, help="Memory of one GPU, to judge whether a colocated pool fits beside the trainer."),
+]
+PoolTensor = Annotated[int, typer.Option(min=1, help="Tensor-parallel size of a colocated pool's servers.")]
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands of this file to `app`."""
     app.command()(check)
@@ -40,6 +47,8 @@ def check(
             help="How many of them the inference pool gets; default: half if the stage samples.",
         ),
     ] = None,
+    gpu_gib: GpuGib = None,
+    pool_tensor: PoolTensor = 1,
     assume: Annotated[
         list[str] | None,
         typer.Option(
@@ -76,15 +85,21 @@ def check(
     console.print(dump(config), markup=False, highlight=False)
     console.print(_layout_table(config, world_size, pool_size))
     console.print(_models_table(config, roles, shapes, world_size))
+    if gpu_gib is not None:
+        _print_phases(console, config, roles, shapes, world_size, gpu_gib, pool_tensor)
     console.print(f"{recipe}: sound for {_machine(world_size, gpus)}.", highlight=False)
 
 
 def _split(config: "Stage", gpus: int, pool_gpus: int | None) -> tuple[int, int]:
     """Trainer ranks and pool GPUs."""
-    from rto_megatron.config.checks import samples_from_pool
+    from rto_megatron.config.checks import is_colocated, samples_from_pool
 
     if gpus == 0:
         return config.parallel.tensor * config.parallel.pipeline, 0
+    if is_colocated(config):
+        if pool_gpus is not None:
+            raise UserError("--pool-gpus has no effect with rollout.colocated=true; remove it")
+        return gpus, gpus
     pool = pool_gpus if pool_gpus is not None else (gpus // 2 if samples_from_pool(config) else 0)
     if pool >= gpus or (pool == 0 and samples_from_pool(config)):
         raise UserError(
@@ -116,7 +131,7 @@ def _role_and_shape(entry: str) -> tuple[str, str]:
 
 def _layout_table(config: "Stage", world_size: int, pool_gpus: int) -> Table:
     from rto_megatron.cli.plan import reads_pairs
-    from rto_megatron.config.checks import plan_batches, samples_from_pool
+    from rto_megatron.config.checks import is_colocated, plan_batches, samples_from_pool
     from rto_megatron.config.schema import ReinforcementStage, TrainStage
 
     plan = plan_batches(config, world_size)
@@ -127,7 +142,8 @@ def _layout_table(config: "Stage", world_size: int, pool_gpus: int) -> Table:
         f"{world_size} = tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {plan.data_parallel}",
     )
     if samples_from_pool(config):
-        where = f"{pool_gpus} GPUs of its own" if pool_gpus else "one server on the CPU"
+        own = "the trainer's GPUs, in turn" if is_colocated(config) else f"{pool_gpus} GPUs of its own"
+        where = own if pool_gpus else "one server on the CPU"
         table.add_row("inference pool", f"{where}; receives the policy's weights after every step")
     if isinstance(config, TrainStage):
         table.add_row("steps", str(config.run.steps or "one epoch of the data"))
@@ -179,6 +195,48 @@ def _models_table(
     complete = all(role.name in shapes for role in roles)
     table.add_row("sum", "", "", "" if complete else "without the unknown models", "", "", gib(total))
     return table
+
+
+def _print_phases(
+    console: Console,
+    config: "Stage",
+    roles: "Sequence[Role]",
+    shapes: "Mapping[str, FoundShape]",
+    world_size: int,
+    gpu_gib: float,
+    pool_tensor: int,
+) -> None:
+    """The memory of trainer and pool in each phase.
+
+    Raises:
+        UserError: they do not fit, or there is nothing to judge.
+    """
+    from rto_megatron.cli.colocated import SharedGpu, memory_problems, phase_memory
+    from rto_megatron.cli.plan import gib
+    from rto_megatron.config.checks import refuse
+    from rto_megatron.config.schema import EvaluateStage, ReinforcementStage
+
+    if (
+        not isinstance(config, ReinforcementStage | EvaluateStage)
+        or not config.rollout.colocated
+        or config.rollout.gpu_memory_fraction is None
+    ):
+        raise UserError("--gpu-gib judges a pool on the trainer's GPUs; it needs rollout.colocated=true")
+    if "policy" not in shapes:
+        raise UserError("--gpu-gib needs the policy's shape; name it with --assume policy=SHAPE")
+    gpu = SharedGpu(int(gpu_gib * 2**30), config.rollout.gpu_memory_fraction, pool_tensor)
+    data_parallel = world_size // (config.parallel.tensor * config.parallel.pipeline)
+    phases = phase_memory(config, roles, shapes, data_parallel, gpu)
+    table = Table("in a GPU's memory", title=f"phases of a step on a GPU of {gpu_gib:g} GiB")
+    for phase in phases:
+        table.add_column(phase.name, justify="right")
+    for part in dict.fromkeys(name for phase in phases for name in phase.parts):
+        sizes = [phase.parts.get(part) for phase in phases]
+        table.add_row(part, *("" if size is None else gib(size) for size in sizes))
+    table.add_section()
+    table.add_row("sum", *(gib(phase.total) for phase in phases))
+    console.print(table)
+    refuse(memory_problems(config, shapes["policy"].shape, phases, gpu))
 
 
 def _short(path: Path) -> str:

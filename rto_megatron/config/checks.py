@@ -68,6 +68,11 @@ def samples_from_pool(config: Stage) -> bool:
     return isinstance(config, ReinforcementStage | EvaluateStage)
 
 
+def is_colocated(config: Stage) -> bool:
+    """Whether the pool lives on the trainer's GPUs."""
+    return isinstance(config, ReinforcementStage | EvaluateStage) and config.rollout.colocated
+
+
 def _layout(config: Stage, world_size: int) -> list[str]:
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
     problems = []
@@ -222,11 +227,26 @@ def _appends_end(config: Stage) -> bool:
 def _pool_servers(config: Stage) -> list[str]:
     if not isinstance(config, ReinforcementStage | EvaluateStage):
         return []
-    return [
+    rollout = config.rollout
+    problems = [
         f"rollout.servers: found {server!r}; an address is written http://host:port"
-        for server in config.rollout.servers
+        for server in rollout.servers
         if not server.startswith(("http://", "https://"))
     ]
+    if len(set(rollout.servers)) < len(rollout.servers):
+        problems.append("rollout.servers names a server twice")
+    if rollout.colocated and rollout.gpu_memory_fraction is None:
+        problems.append(
+            "rollout.colocated=true needs rollout.gpu_memory_fraction, as vLLM's default leaves the trainer no memory; "
+            "set it, to 0.4 perhaps: `rto check --gpu-gib` says whether it fits"
+        )
+    if rollout.probe_interval_s <= rollout.probe_timeout_s:
+        problems.append(
+            f"rollout.probe_interval_s={rollout.probe_interval_s:g} is not above rollout.probe_timeout_s="
+            f"{rollout.probe_timeout_s:g}, so a silent server would be asked again before its time is up; raise the "
+            "first or lower the second"
+        )
+    return problems
 
 
 def require_pool(config: Stage) -> None:

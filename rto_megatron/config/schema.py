@@ -212,11 +212,44 @@ class RolloutConfig(Section):
     token_file: Path | None = Field(
         default=None, description="file with the pool's bearer token; the launcher fills it in"
     )
-    request_timeout_s: float = Field(default=600, gt=0)
+    request_timeout_s: float = Field(
+        default=600, gt=0, description="limit of one generation request, queueing in the server included"
+    )
+    retries: int = Field(
+        default=3, ge=0, description="how often a request is sent again that failed on a live server"
+    )
+    probe_interval_s: float = Field(
+        default=30, gt=0, description="a server that answered nothing for so long must generate a token"
+    )
+    probe_timeout_s: float = Field(
+        default=15, gt=0, description="limit of that token, after which the server is taken out"
+    )
+    colocated: bool = Field(
+        default=False,
+        description="the pool lives on the trainer's GPUs and sleeps while the trainer trains; false: on its own",
+    )
+    gpu_memory_fraction: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="share of a GPU's memory for a pool that the launcher starts, its activations included; null: "
+        "vLLM's default, which leaves room for nothing else",
+    )
     sync_timeout_s: float = Field(default=300, gt=0, description="limit of each phase of a weight push")
     bucket_mb: int = Field(default=256, ge=1, description="size of a weight-transfer bucket")
     logprob_tolerance: float = Field(
         default=0.5, gt=0, description="nats; largest canary difference between pool and trainer after a push"
+    )
+
+
+class TrainRolloutConfig(RolloutConfig):
+    """Of stages that train on what the pool samples."""
+
+    logprob_gap_alarm: float | None = Field(
+        default=0.05,
+        gt=0,
+        description="nats; a mean difference between the log-probs of pool and trainer above it is warned of at every "
+        "step. The default is for bf16, 5 times its usual gap; null: no alarm",
     )
 
 
@@ -276,7 +309,7 @@ class ReinforcementStage(TrainStage):
     data: PromptDataConfig
     batch: RolloutBatchConfig = RolloutBatchConfig()
     sampling: SamplingConfig = SamplingConfig()
-    rollout: RolloutConfig = RolloutConfig()
+    rollout: TrainRolloutConfig = TrainRolloutConfig()
     algorithm: reinforcement.Config
 
     @property

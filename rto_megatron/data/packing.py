@@ -311,6 +311,7 @@ def minibatches(
             weights_BR,
             experience.logp_old_BR,
             experience.logp_ref_BR,
+            experience.pool_importance_BR,
             experience.advantages_BR,
             experience.values_BR,
             experience.returns_BR,

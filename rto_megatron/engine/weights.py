@@ -12,9 +12,9 @@ from rto_megatron.engine.source import WeightSource
 from rto_megatron.errors import UserError
 from rto_megatron.models.families.blocks import SCALAR_HEAD
 from rto_megatron.models.hf_config import read_config
-from rto_megatron.models.parameters import parameter_map, stage_of
+from rto_megatron.models.parameters import parameter_map, stage_of, stored_parameters
 from rto_megatron.models.shape import ModelShape
-from rto_megatron.models.weight_map import TensorReader
+from rto_megatron.models.weight_map import MappedParameter, TensorReader, merge
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.storage.hf_model import HfModel
 from rto_megatron.storage.megatron_args import require_agreement
@@ -55,11 +55,35 @@ def stage_hf_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """The Hugging Face tensors that this pipeline stage owns, whole, in map order; all tensor ranks must iterate."""
     local = local_parameters(model)
-    for mapped in parameter_map(shape, has_scalar_head):
-        if mapped.is_copy or stage_of(mapped, shape, topology.pipeline_size) != topology.pipeline_rank:
-            continue
+    for mapped in stage_parameters(shape, has_scalar_head, topology):
         shards = topology.gather_tensor_shards(local[mapped.megatron].detach())
-        yield from zip(mapped.hf, mapped.layout.merge(shards), strict=True)
+        yield from zip(mapped.hf, merge(mapped.layout, shards), strict=True)
+
+
+@torch.no_grad()
+def stage_pieces(
+    model: GPTModel, shape: ModelShape, has_scalar_head: bool, topology: Topology
+) -> Iterator[tuple[str, Tensor]]:
+    """The runs of Hugging Face tensors that this tensor rank of this stage answers for, in map order; no collective.
+
+    Whole tensors that every tensor rank holds are tensor rank 0's; see `weight_map.Layout.pieces`.
+    """
+    local = local_parameters(model)
+    rank, size = topology.tensor_rank, topology.tensor_size
+    for mapped in stage_parameters(shape, has_scalar_head, topology):
+        if mapped.layout.dim is None and rank:
+            continue
+        pieces = mapped.layout.pieces(local[mapped.megatron].detach(), rank, size)
+        yield from ((name, piece) for name, piece in zip(mapped.hf, pieces, strict=True) if piece.numel())
+
+
+def stage_parameters(
+    shape: ModelShape, has_scalar_head: bool, topology: Topology
+) -> Iterator[MappedParameter]:
+    """The parameters that this rank's pipeline stage owns, in map order."""
+    for mapped in stored_parameters(shape, has_scalar_head):
+        if stage_of(mapped, shape, topology.pipeline_size) == topology.pipeline_rank:
+            yield mapped
 
 
 def hf_reader(folder: Path, has_scalar_head: bool, fresh_head_seed: int | None = None) -> TensorReader:

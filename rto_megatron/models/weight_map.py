@@ -16,22 +16,30 @@ TensorReader = Callable[[str, tuple[int, ...]], Tensor]  # (Hugging Face name, e
 class Layout(Protocol):
     """An invertible way from Hugging Face tensors to the shard of one tensor rank."""
 
+    @property
+    def dim(self) -> int | None:
+        """Along which every rank holds a run of each Hugging Face tensor (`cut`); None: all of it."""
+
     def shard(self, tensors: Sequence[Tensor], rank: int, size: int) -> Tensor:
         """The part of tensor rank `rank` of `size`."""
 
-    def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The Hugging Face tensors, from the shards of all tensor ranks; views where there is one shard."""
+    def pieces(self, shard: Tensor, rank: int, size: int) -> tuple[Tensor, ...]:
+        """The runs of the Hugging Face tensors that a shard holds, views where that is possible."""
 
 
 @dataclass(frozen=True)
 class Replicated:
     """Every rank holds the whole tensor."""
 
+    @property
+    def dim(self) -> None:
+        return None
+
     def shard(self, tensors: Sequence[Tensor], rank: int, size: int) -> Tensor:
         return tensors[0]
 
-    def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return (shards[0],)
+    def pieces(self, shard: Tensor, rank: int, size: int) -> tuple[Tensor, ...]:
+        return (shard,)
 
 
 @dataclass(frozen=True)
@@ -43,12 +51,18 @@ class Split:
     def shard(self, tensors: Sequence[Tensor], rank: int, size: int) -> Tensor:
         return tensors[0].chunk(size, self.dim)[rank]
 
-    def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return (_joined(shards, self.dim),)
+    def pieces(self, shard: Tensor, rank: int, size: int) -> tuple[Tensor, ...]:
+        return (shard,)
+
+
+class _Rows:
+    @property
+    def dim(self) -> int:
+        return 0
 
 
 @dataclass(frozen=True)
-class VocabRows:
+class VocabRows(_Rows):
     """Rows of the vocabulary, padded with zeros to a multiple of the tensor size and cut back on the way out."""
 
     vocab_size: int
@@ -62,12 +76,13 @@ class VocabRows:
             else own
         )
 
-    def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return (_joined(shards)[: self.vocab_size],)
+    def pieces(self, shard: Tensor, rank: int, size: int) -> tuple[Tensor, ...]:
+        _, length = cut(self.vocab_size, rank, size)
+        return (shard[:length],)
 
 
 @dataclass(frozen=True)
-class QkvRows:
+class QkvRows(_Rows):
     """q, k, v -> rows interleaved by key-value group: [q of the group's heads | k | v] for each group."""
 
     num_heads: int
@@ -78,27 +93,38 @@ class QkvRows:
         groups = [t.unflatten(0, (self.num_kv_heads, -1)) for t in tensors]
         return torch.cat(groups, 1).chunk(size)[rank].flatten(0, 1)
 
-    def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def pieces(self, shard: Tensor, rank: int, size: int) -> tuple[Tensor, ...]:
         q_rows = self.num_heads // self.num_kv_heads * self.head_dim
-        grouped = _joined(shards).unflatten(0, (self.num_kv_heads, -1))
-        pieces = grouped.split([q_rows, self.head_dim, self.head_dim], 1)
-        return tuple(piece.flatten(0, 1) for piece in pieces)
+        grouped = shard.unflatten(0, (self.num_kv_heads // size, -1))
+        return tuple(part.flatten(0, 1) for part in grouped.split([q_rows, self.head_dim, self.head_dim], 1))
 
 
 @dataclass(frozen=True)
-class GateUpRows:
+class GateUpRows(_Rows):
     """gate, up -> each rank holds [its rows of gate | its rows of up]."""
 
     def shard(self, tensors: Sequence[Tensor], rank: int, size: int) -> Tensor:
         return torch.cat([t.chunk(size)[rank] for t in tensors])
 
-    def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        halves = [shard.chunk(2) for shard in shards]
-        return _joined([h[0] for h in halves]), _joined([h[1] for h in halves])
+    def pieces(self, shard: Tensor, rank: int, size: int) -> tuple[Tensor, ...]:
+        gate, up = shard.chunk(2)
+        return gate, up
 
 
-def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+def cut(length: int, rank: int, size: int) -> tuple[int, int]:
+    """(start, length) of the run that rank `rank` of `size` holds; the last ones are shorter or empty."""
+    run = -(-length // size)
+    start = min(rank * run, length)
+    return start, min(run, length - start)
+
+
+def merge(layout: Layout, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The Hugging Face tensors, from the shards of all tensor ranks; views where there is one shard."""
+    parts = [layout.pieces(shard, rank, len(shards)) for rank, shard in enumerate(shards)]
+    dim = layout.dim
+    if dim is None or len(shards) == 1:
+        return parts[0]
+    return tuple(torch.cat(runs, dim) for runs in zip(*parts, strict=True))
 
 
 @dataclass(frozen=True)

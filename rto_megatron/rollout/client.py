@@ -17,6 +17,8 @@ _SHOWN_CHARACTERS = 1200
 
 Json = str | int | float | bool | None | list["Json"] | dict[str, "Json"]
 
+ONE_TOKEN: Mapping[str, Json] = {"token_ids": [0], "sampling_params": {"max_tokens": 1}}
+
 
 class UnreachableError(UserError):
     """No usable answer came back from the server; another server may still do."""
@@ -141,7 +143,7 @@ class ServerClient:
             UserError: the server does not generate.
         """
         if not self.is_paused():
-            self.request("POST", GENERATE_ROUTE, {"token_ids": [0], "sampling_params": {"max_tokens": 1}})
+            self.request("POST", GENERATE_ROUTE, ONE_TOKEN)
 
     def prompt_logprobs(self, token_ids: list[int]) -> list[float]:
         """Log-probs in nats of token_ids[1:], each given the tokens before it.

@@ -13,6 +13,10 @@ class StaleWeights(UserError):  # noqa: N818  (a state the loop handles, named f
     """The engine does not hold, or cannot prove that it holds, the requested policy version."""
 
 
+class NoServersLeft(UserError):  # noqa: N818  (a state the loop handles, named for what it is)
+    """Every server of the pool is out; the message gives each one's last reason."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How responses are drawn.

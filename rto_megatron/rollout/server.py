@@ -1,9 +1,5 @@
-"""Starts and stops vLLM servers on this machine; the pool of a run is one or more of them.
+"""Starts and stops one vLLM server on this machine; `supervisor.py` keeps several of them running."""
 
-python -m rto_megatron.rollout.server --model DIR --token-file FILE [--port N] [--address-file FILE]
-"""
-
-import argparse
 import ctypes
 import os
 import secrets
@@ -12,11 +8,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Literal, NoReturn
+from typing import Literal
 
 import torch
 
@@ -47,6 +42,8 @@ class ServerOptions:
         max_model_len: tokens of prompt and response together; None takes the model's limit.
         tensor_parallel: devices per server.
         gpu_memory_fraction: share of each GPU's memory; None leaves vLLM's default. Not used without a GPU.
+        can_sleep: gives its memory back when told to (`phases.py`). Without a GPU it only obeys.
+        visible_gpus: CUDA_VISIBLE_DEVICES of the server; None leaves this process's own.
     """
 
     model: Path
@@ -59,6 +56,8 @@ class ServerOptions:
     max_model_len: int | None = None
     tensor_parallel: int = 1
     gpu_memory_fraction: float | None = None
+    can_sleep: bool = False
+    visible_gpus: str | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,11 @@ class Server:
     process: subprocess.Popen[bytes]
     token_file: Path
     log_file: Path
+
+    def log_tail(self) -> str:
+        """The end of what it printed, for a message."""
+        lines = self.log_file.read_text(errors="replace").splitlines()[-_LOG_LINES_SHOWN:]
+        return f"the last lines of {self.log_file}:\n  " + "\n  ".join(lines or ["(empty)"])
 
 
 def ensure_token_file(token_file: Path) -> None:
@@ -120,13 +124,12 @@ def wait_until_ready(server: Server, timeout_s: float = 600, progress: Progress 
         while True:
             if server.process.poll() is not None:
                 raise UserError(
-                    f"inference server {server.address} ended while starting; {_log_tail(server.log_file)}"
+                    f"inference server {server.address} ended while starting; {server.log_tail()}"
                 )
             waited = time.monotonic() - started
             if waited > timeout_s:
                 raise UserError(
-                    f"inference server {server.address} not ready after {waited:.0f} s; "
-                    f"{_log_tail(server.log_file)}"
+                    f"inference server {server.address} not ready after {waited:.0f} s; {server.log_tail()}"
                 )
             try:
                 client.request("GET", "/health", timeout_s=2)
@@ -151,48 +154,6 @@ def stop_server(server: Server, grace_s: float = 15) -> None:
     # Worker processes can outlive the leader.
     _signal_group(server.process.pid, signal.SIGKILL)
     server.process.wait()
-
-
-def serve_pool(
-    options: Sequence[ServerOptions], address_file: Path | None = None, progress: Progress = print
-) -> NoReturn:
-    """Runs servers until SIGTERM or SIGINT, then stops them and exits with status 0.
-
-    Args:
-        options: one entry per server.
-        address_file: receives one address per line once all servers are ready; removed at the end.
-        progress: receives lines for the person who waits.
-
-    Raises:
-        UserError: a server did not start, or ended on its own.
-    """
-    signal.signal(signal.SIGTERM, _exit_on_signal)
-    signal.signal(signal.SIGINT, _exit_on_signal)
-    servers: list[Server] = []
-    try:
-        servers.extend(start_server(one) for one in options)
-        for server in servers:
-            wait_until_ready(server, progress=progress)
-            progress(f"inference server {server.address} is ready")
-        if address_file is not None:
-            _write_whole(address_file, "".join(f"{server.address}\n" for server in servers))
-        while True:
-            time.sleep(1)
-            for server in servers:
-                # vLLM exits with status 0 even after its engine was killed, so any end is a failure.
-                if server.process.poll() is not None:
-                    raise UserError(f"inference server {server.address} ended; {_log_tail(server.log_file)}")
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        for server in servers:
-            stop_server(server)
-        if address_file is not None:
-            address_file.unlink(missing_ok=True)
-
-
-def _exit_on_signal(signum: int, frame: FrameType | None) -> None:
-    raise SystemExit(0)
 
 
 def _claim_port(host: str, port: int | None) -> int:
@@ -223,6 +184,8 @@ def _command(options: ServerOptions, port: int) -> list[str]:
         command += ["--max-model-len", str(options.max_model_len)]
     if has_gpu and options.gpu_memory_fraction is not None:
         command += ["--gpu-memory-utilization", str(options.gpu_memory_fraction)]
+    if has_gpu and options.can_sleep:  # vLLM refuses the flag without one, and has the routes all the same
+        command += ["--enable-sleep-mode"]
     if not has_gpu:
         # A prefill cut in two discards the token sampled at the cut and rewinds the request's generator with
         # Generator.set_offset (vllm/v1/worker/gpu_model_runner.py), which CPU generators lack: one seeded
@@ -249,6 +212,8 @@ def _environment(options: ServerOptions) -> dict[str, str]:
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, [package_root, environment.get("PYTHONPATH", "")])
     )
+    if options.visible_gpus is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = options.visible_gpus
     environment[TOKEN_FILE_VARIABLE] = str(options.token_file.resolve())
     environment |= {
         "VLLM_SERVER_DEV_MODE": "1",  # the routes that pause and update weights exist only then
@@ -282,52 +247,3 @@ def _signal_group(group: int, which: signal.Signals) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-def _log_tail(log_file: Path) -> str:
-    lines = log_file.read_text(errors="replace").splitlines()[-_LOG_LINES_SHOWN:]
-    return f"the last lines of {log_file}:\n  " + "\n  ".join(lines or ["(empty)"])
-
-
-def _write_whole(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)  # a reader that polls must never see half of it
-
-
-def main() -> None:
-    """Command line of one local server."""
-    parser = argparse.ArgumentParser(description="Run one vLLM server for rollouts until SIGTERM.")
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--token-file", type=Path, required=True)
-    parser.add_argument("--port", type=int)
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--log-file", type=Path, default=Path("rollout-server.log"))
-    parser.add_argument("--address-file", type=Path)
-    parser.add_argument("--dtype", choices=sorted(_DTYPES), default="bf16")
-    parser.add_argument("--load-weights", action="store_true")
-    parser.add_argument("--max-model-len", type=int)
-    parser.add_argument("--tensor-parallel", type=int, default=1)
-    parser.add_argument("--gpu-memory-fraction", type=float)
-    given = parser.parse_args()
-    options = ServerOptions(
-        model=given.model,
-        token_file=given.token_file,
-        log_file=given.log_file,
-        host=given.host,
-        port=given.port,
-        dtype=given.dtype,
-        load_weights=given.load_weights,
-        max_model_len=given.max_model_len,
-        tensor_parallel=given.tensor_parallel,
-        gpu_memory_fraction=given.gpu_memory_fraction,
-    )
-    try:
-        serve_pool([options], given.address_file)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()

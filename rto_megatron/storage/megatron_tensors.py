@@ -9,7 +9,7 @@ from torch import Tensor
 from rto_megatron.errors import refuse_if
 from rto_megatron.models.parameters import stored_parameters
 from rto_megatron.models.shape import ModelShape
-from rto_megatron.models.weight_map import GateUpRows, MappedParameter, VocabRows
+from rto_megatron.models.weight_map import GateUpRows, MappedParameter, VocabRows, merge
 from rto_megatron.storage.megatron_names import NOT_WEIGHTS, Slot, slots, stored_shape
 from rto_megatron.storage.torch_dist_reader import TorchDistReader
 
@@ -81,7 +81,7 @@ class MegatronTensors:
         if isinstance(parameter.layout, GateUpRows):  # stored apart, and mapped where they are read apart
             rows = parameter.hf_shapes[0][0]
             return tuple(self._rows(parameter, first, rows) for first in (0, rows))
-        return parameter.layout.merge([self.whole(parameter)])
+        return merge(parameter.layout, [self.whole(parameter)])
 
     def dtype(self) -> torch.dtype:
         """The dtype that holds every tensor without loss."""

@@ -11,7 +11,7 @@ from rto_megatron.engine.roles import build_frozen
 from rto_megatron.errors import UserError
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.trainer.known_reward import known_reward
-from rto_megatron.trainer.pool import connect_pool, open_push
+from rto_megatron.trainer.pool import connect_pool
 from rto_megatron.trainer.report.evaluation import Estimate, Evaluation, estimate, save_evaluation
 from rto_megatron.trainer.report.progress import say
 from rto_megatron.trainer.rollouts import reward_scores, sample
@@ -41,14 +41,14 @@ def evaluate(config: schema.EvaluateStage, topology: Topology) -> None:
             f"{len(loaded.items)} prompts cannot be shared by {topology.data_size} replicas; raise "
             f"data.eval_samples, name more prompts, or start fewer ranks"
         )
-    engine = connect_pool(config.rollout, topology)
-    push = open_push(config.rollout, policy)
-    push(0)
+    sampler = connect_pool(config.rollout, policy)
+    sampler.push(0)
     own = loaded.items[topology.data_rank :: topology.data_size]
     count = config.evaluate.num_samples
     repeated = [prompt for prompt in own for _ in range(count)]
-    rollouts = sample(topology, engine, repeated, sampling(config, setup, 0), version=0)
-    push.close()
+    rollouts = sample(topology, sampler.engine, repeated, sampling(config, setup, 0), version=0)
+    sampler.rest()
+    sampler.push.close()
     batches = rollout_batches(rollouts, setup.layout)
     logp_BR, logp_ref_BR = (
         rollout_grid(m.token_outputs(batches), batches, rollouts) for m in (policy, reference)

@@ -3,6 +3,7 @@
 import os
 import socket
 from collections.abc import Sequence
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from rto_megatron.config import schema
@@ -10,43 +11,55 @@ from rto_megatron.data.packing import token_batch
 from rto_megatron.engine.megatron import Model
 from rto_megatron.errors import UserError
 from rto_megatron.parallel.topology import Topology
+from rto_megatron.rollout.engine import NoServersLeft, RolloutEngine
 from rto_megatron.rollout.gate import read_token
+from rto_megatron.rollout.liveness import Liveness
+from rto_megatron.rollout.phases import PoolPhases
 from rto_megatron.rollout.vllm_pool import VllmPool
+from rto_megatron.trainer.colocated import SharedGpus
+from rto_megatron.trainer.report.progress import say
 from rto_megatron.weight_sync.source import PolicySource
-from rto_megatron.weight_sync.sync import Synchronise, SyncPlace, WeightSync, canary_token_ids
+from rto_megatron.weight_sync.sync import Canary, Synchronise, SyncPlace, WeightSync, canary_token_ids
 from rto_megatron.weight_sync.transport import LOOPBACK
 
 
-def connect_pool(config: schema.RolloutConfig, topology: Topology) -> VllmPool | None:
-    """The pool on replica leads, None elsewhere; all ranks must call it.
+def raise_together(topology: Topology, failure: UserError | None) -> None:
+    """Raises on every rank when any rank passes a failure of the pool; all ranks must call it.
 
     Raises:
-        UserError: on every rank, when the pool does not answer.
+        NoServersLeft, UserError: the failure of the lowest rank that has one.
     """
-    pool, error = None, None
-    if topology.is_replica_lead:
-        try:
-            pool = VllmPool(config.servers, _token(config), config.request_timeout_s)
-            pool.check_alive()
-        except UserError as failure:
-            error = str(failure)
-    topology.raise_together(error)
-    return pool
-
-
-def _token(config: schema.RolloutConfig) -> str:
-    if config.token_file is None:
-        raise UserError("rollout.token_file is not set; name the file that `rto pool` wrote")
-    return read_token(config.token_file)
+    own = None if failure is None else [isinstance(failure, NoServersLeft), str(failure)]
+    for raised in topology.gather_all_json(own):
+        if isinstance(raised, list):
+            is_without_servers, text = raised
+            raise (NoServersLeft if is_without_servers else UserError)(str(text))
 
 
 class PolicyPush:
-    """Pushes a policy's weights and proves them with a canary; all ranks must call it together."""
+    """Pushes a policy's weights to every server that is alive, those that are out included, and proves them.
 
-    def __init__(self, policy: Model, sync: WeightSync, tolerance: float) -> None:
+    All ranks must call it together.
+
+    Args:
+        pool: on replica leads; None elsewhere. It samples from the servers that the last push proved.
+        tolerance: largest canary difference in nats.
+        shared: where trainer and pool have the same GPUs.
+    """
+
+    def __init__(
+        self,
+        policy: Model,
+        sync: WeightSync,
+        pool: VllmPool | None,
+        tolerance: float,
+        shared: SharedGpus | None = None,
+    ) -> None:
         self._policy = policy
         self._sync = sync
+        self._pool = pool
         self._tolerance = tolerance
+        self._shared = shared
         self._canary_ids = canary_token_ids(
             min(policy.shape.vocab_size, 512), min(48, policy.shape.max_positions - 1)
         )
@@ -55,19 +68,50 @@ class PolicyPush:
         """Makes the pool hold the present weights as `version`.
 
         Returns:
-            seconds and bytes of the push, for the logs.
+            servers, seconds and bytes of the push, for the logs.
 
         Raises:
+            NoServersLeft: on every rank; no server is alive, or none came through the push.
             UserError: on every rank; the pool is paused.
         """
-        times = self._sync.push(version)
-        self._sync.canary(version, self._canary_ids, self._canary_logprobs(), self._tolerance)
+        self._share_losses()
+        servers = self._alive()
+        canary = Canary(self._canary_ids, self._canary_logprobs(), self._tolerance)
+        if self._shared is not None:
+            self._shared.give_to_pool()
+        report = self._sync.push(version, servers, canary)
+        if self._pool is not None:
+            self._pool.members.settle(report.serving, report.lost)
+        times = report.times
         return {
+            "pool/servers": float(len(report.serving)),
             "sync/pause_s": times.pause_s,
             "sync/prepare_s": times.prepare_s,
             "sync/commit_s": times.commit_s,
+            "sync/canary_s": times.canary_s,
             "sync/bytes": float(times.num_bytes),
         }
+
+    def _share_losses(self) -> None:
+        """The lead tells of servers that only another replica saw fail."""
+        lost = {} if self._pool is None else dict(self._pool.members.out)
+        for seen in self._policy.topology.gather_json({**lost}):
+            if self._pool is not None and isinstance(seen, dict):
+                for address, reason in seen.items():
+                    if address in self._pool.members.serving:
+                        self._pool.members.take_out(address, UserError(str(reason)))
+
+    def _alive(self) -> tuple[str, ...]:
+        """What the lead finds alive among all configured servers."""
+        topology = self._policy.topology
+        servers: tuple[str, ...] = ()
+        failure = None
+        if topology.is_lead:
+            assert self._pool is not None
+            servers = self._pool.alive()
+            failure = None if servers else NoServersLeft(str(self._pool.members.none_left()))
+        raise_together(topology, failure)
+        return servers
 
     def _canary_logprobs(self) -> list[float]:
         place = self._policy.topology
@@ -78,6 +122,59 @@ class PolicyPush:
     def close(self) -> None:
         """Leaves the communicator."""
         self._sync.close()
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """The pool as the loop sees it."""
+
+    engine: RolloutEngine | None  # on replica leads
+    push: PolicyPush
+    shared: SharedGpus | None = None  # where trainer and pool have the same GPUs
+
+    def rest(self) -> None:
+        """Ends sampling until the next push; all ranks must call it."""
+        if self.shared is not None:
+            self.shared.take_from_pool()
+
+
+def connect_pool(config: schema.RolloutConfig, policy: Model) -> Sampler:
+    """The configured pool, for pushes of one policy; all ranks must call it. No server is asked yet.
+
+    Raises:
+        UserError: on every rank, when no server is named or there is no proper token.
+    """
+    topology = policy.topology
+    pool, token, failure = None, "", None
+    try:
+        token = _token(config)
+        if topology.is_replica_lead:
+            pool = _pool(config, token, topology.is_lead)
+    except UserError as raised:
+        failure = raised
+    raise_together(topology, failure)
+    if not config.colocated:
+        return Sampler(pool, open_push(config, policy, pool, token))
+    phases = PoolPhases()
+    shared = SharedGpus(topology, pool, phases, token, config.sync_timeout_s)
+    return Sampler(pool, open_push(config, policy, pool, token, phases, shared), shared)
+
+
+def _pool(config: schema.RolloutConfig, token: str, is_lead: bool) -> VllmPool:
+    return VllmPool(
+        config.servers,
+        token,
+        config.request_timeout_s,
+        config.retries,
+        Liveness(config.probe_interval_s, config.probe_timeout_s),
+        lambda line: say(line, is_lead),
+    )
+
+
+def _token(config: schema.RolloutConfig) -> str:
+    if config.token_file is None:
+        raise UserError("rollout.token_file is not set; name the file that `rto pool` wrote")
+    return read_token(config.token_file)
 
 
 def meeting_host(servers: Sequence[str]) -> str:
@@ -104,7 +201,14 @@ def _is_loopback(host: str) -> bool:
     return host == "localhost" or host.startswith("127.")
 
 
-def open_push(config: schema.RolloutConfig, policy: Model) -> PolicyPush:
+def open_push(
+    config: schema.RolloutConfig,
+    policy: Model,
+    pool: VllmPool | None,
+    token: str,
+    phases: PoolPhases | None = None,
+    shared: SharedGpus | None = None,
+) -> PolicyPush:
     """The pushes of one policy; all ranks must call it."""
     topology = policy.topology
 
@@ -113,8 +217,7 @@ def open_push(config: schema.RolloutConfig, policy: Model) -> PolicyPush:
 
     sync = WeightSync(
         source=PolicySource(policy),
-        servers=config.servers,
-        token=_token(config),
+        token=token,
         place=SyncPlace(
             is_controller=topology.is_lead,
             stage=topology.pipeline_rank if topology.data_rank == 0 else None,
@@ -126,5 +229,6 @@ def open_push(config: schema.RolloutConfig, policy: Model) -> PolicyPush:
         timeout_s=config.sync_timeout_s,
         together=Synchronise(all_raise=topology.raise_together, broadcast=broadcast),
         host=meeting_host(config.servers),
+        phases=phases,
     )
-    return PolicyPush(policy, sync, config.logprob_tolerance)
+    return PolicyPush(policy, sync, pool, config.logprob_tolerance, shared)

@@ -13,6 +13,7 @@ from rto_megatron.engine.megatron import FrozenModel, Model, TrainedModel
 from rto_megatron.errors import UserError
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.rollout.engine import RolloutEngine, Sampling
+from rto_megatron.trainer.pool import raise_together
 from rto_megatron.types import Prompt, Rollout, ScoredRollouts, TokenBatch
 
 
@@ -43,17 +44,18 @@ def sample(
         version: the policy version that must sample.
 
     Raises:
+        NoServersLeft: on every rank; the last server of the pool died.
         UserError: the engine failed or a rollout carries another version.
     """
     rollouts: list[Rollout] = []
-    error = None
+    failure = None
     if engine is not None:
         try:
             rollouts = engine.generate(prompts, sampling, version)
             require_version(rollouts, version)
-        except UserError as failure:
-            error = str(failure)
-    topology.raise_together(error)
+        except UserError as raised:
+            failure = raised
+    raise_together(topology, failure)
     shared = topology.replica_json([asdict(r) for r in rollouts])
     assert isinstance(shared, list)
     return tuple(_rollout_from_json(row) for row in shared)
@@ -88,13 +90,14 @@ def close_rollouts(rollouts: Sequence[Rollout], eos_id: int, policy: TruncationP
 
 
 def score(
-    rollouts: tuple[Rollout, ...], roles: Roles, layout: Layout, eos_id: int, policy: TruncationPolicy
+    sampled: Sequence[Rollout], roles: Roles, layout: Layout, eos_id: int, policy: TruncationPolicy
 ) -> ScoredRollouts:
-    """Every model's opinion of closed rollouts, without gradients; all ranks must call this.
+    """Closes what the pool sampled; every model's opinion of it, without gradients; all ranks must call this.
 
     Raises:
         UserError: on every rank, when a number is NaN or infinite; names the prompts.
     """
+    rollouts = close_rollouts(sampled, eos_id, policy)
     batches = rollout_batches(rollouts, layout)
 
     def grid(model: Model) -> Tensor:
@@ -110,6 +113,8 @@ def score(
     scored = ScoredRollouts(
         rollouts=rollouts,
         mask_BR=response_mask(rollouts, layout.device),
+        sampled_BR=_padded([_kept(*pair) for pair in zip(sampled, rollouts, strict=True)], logp_old_BR),
+        logp_pool_BR=_padded([rollout.sampled_logprobs for rollout in sampled], logp_old_BR),
         logp_old_BR=logp_old_BR,
         logp_ref_BR=logp_ref_BR,
         dpo_logratio_BR=dpo_logratio_BR,
@@ -119,6 +124,19 @@ def score(
     )
     roles.policy.topology.raise_together(_nonfinite(scored))
     return scored
+
+
+def _kept(sampled: Rollout, closed: Rollout) -> list[float]:
+    """1 on the tokens that the truncation policy left as they were sampled."""
+    return [
+        float(token == kept) for token, kept in zip(sampled.response_ids, closed.response_ids, strict=True)
+    ]
+
+
+def _padded(rows: Sequence[Sequence[float]], like_BR: Tensor) -> Tensor:
+    """Rows of one number per response token as a grid, 0 behind their ends."""
+    width = like_BR.shape[1]
+    return like_BR.new_tensor([[*row, *([0.0] * (width - len(row)))] for row in rows])
 
 
 def _values(
@@ -142,6 +160,7 @@ def _nonfinite(scored: ScoredRollouts) -> str | None:
     """Before credit assignment: whitening spreads one NaN over all samples, and clamping hides an infinite score."""
     for what, values in (
         ("score of the reward model", scored.score_B[:, None]),
+        ("log-prob of the pool", scored.logp_pool_BR),
         ("log-prob of the policy", scored.logp_old_BR),
         ("log-prob of the reference", scored.logp_ref_BR),
         ("log-ratio of the DPO model", scored.dpo_logratio_BR),
@@ -169,28 +188,3 @@ def reward_scores(
     batches = sequence_batches(sequences, layout)
     values = reward.token_outputs(batches)
     return torch.cat([v[list(b.last_positions)] for v, b in zip(values, batches, strict=True)])
-
-
-def pool_gap(
-    scored: ScoredRollouts, sampled: Sequence[Rollout], topology: Topology
-) -> dict[str, tuple[float, float]]:
-    """Difference between the pool's log-probs of what it sampled and ours, in nats; all ranks must call this.
-
-    The mean is this replica's (sum, count); the maximum is over all replicas.
-
-    Tokens that the truncation policy overwrote are left out: the pool never sampled them.
-    """
-    total, count, largest = 0.0, 0, 0.0
-    for row, (rollout, closed) in enumerate(zip(sampled, scored.rollouts, strict=True)):
-        ours = scored.logp_old_BR[row, : len(rollout.response_ids)].tolist()
-        for token, kept, theirs, mine in zip(
-            rollout.response_ids, closed.response_ids, rollout.sampled_logprobs, ours, strict=True
-        ):
-            if token == kept:
-                total, count, largest = (
-                    total + abs(theirs - mine),
-                    count + 1,
-                    max(largest, abs(theirs - mine)),
-                )
-    everywhere = [float(str(value)) for value in topology.gather_json(largest)]
-    return {"pool/logprob_gap_mean": (total, count), "pool/logprob_gap_max": (max(everywhere), 1)}

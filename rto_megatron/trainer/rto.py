@@ -1,6 +1,5 @@
 """PPO, RTO and every other method that learns from its own samples: the loop of the paper's Algorithm 2."""
 
-from dataclasses import dataclass
 from functools import partial
 
 from rto_megatron.algorithms import ALGORITHMS
@@ -15,26 +14,19 @@ from rto_megatron.engine.megatron import FrozenModel, Model, TrainedModel
 from rto_megatron.engine.roles import build_frozen, build_trained
 from rto_megatron.errors import UserError
 from rto_megatron.parallel.topology import Topology
-from rto_megatron.rollout.engine import RolloutEngine, Sampling
+from rto_megatron.rollout.engine import Sampling
+from rto_megatron.trainer.agreement import gap_alarm, pool_gap
 from rto_megatron.trainer.known_reward import known_reward, true_return
-from rto_megatron.trainer.pool import PolicyPush, connect_pool, open_push
+from rto_megatron.trainer.pool import Sampler, connect_pool
 from rto_megatron.trainer.pretraining import Pretraining, beside
 from rto_megatron.trainer.reference import require_trained_reference
 from rto_megatron.trainer.report.progress import say
 from rto_megatron.trainer.report.samples import completions_table, show
-from rto_megatron.trainer.rollouts import Roles, close_rollouts, pool_gap, sample, score
+from rto_megatron.trainer.rollouts import Roles, sample, score
 from rto_megatron.trainer.run import Run, learning_rate
 from rto_megatron.trainer.setup import Setup, prepare_stage, stage_hf_files
 from rto_megatron.trainer.update import optimizer_minibatches
 from rto_megatron.types import Experience, Prompt
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """The pool as the loop sees it."""
-
-    engine: RolloutEngine | None  # on replica leads
-    push: PolicyPush
 
 
 def train_rto(
@@ -63,31 +55,31 @@ def train_rto(
         prompts.restore(run.state["data"])
         pretraining.restore(run.state["pretraining"])
         kl = kl.restored(run.state["kl"])
-    sampler = sampler or Sampler(
-        connect_pool(config.rollout, topology), open_push(config.rollout, roles.policy)
-    )
+    sampler = sampler or connect_pool(config.rollout, roles.policy)
     truncated = config.algorithm.truncated
 
     for step in run.steps():
-        # 1. pi_old <- pi_theta, proved; the step before is saved by now, whatever becomes of the pool
-        with run.timed("push"):
+        # 1. pi_old <- pi_theta, proved
+        with run.saved_without_pool(), run.timed("push"):
             times = sampler.push(step)
         # 2. y ~ pi_old(. | x), from the pool that holds exactly this step's weights
-        with run.timed("sample"):
+        with run.saved_without_pool(), run.timed("sample"):
             batch = [p for p in prompts.next_batch() for _ in range(config.algorithm.samples_per_prompt)]
             sampled = sample(topology, sampler.engine, batch, sampling(config, setup, step), version=step)
-        rollouts = close_rollouts(sampled, setup.eos_id, truncated)
+            sampler.rest()
         # 3. every model's opinion, without gradients
         with run.timed("score"):
-            scored = score(rollouts, roles, setup.layout, setup.eos_id, truncated)
+            scored = score(sampled, roles, setup.layout, setup.eos_id, truncated)
+        gap = pool_gap(scored, topology)
+        gap |= gap_alarm(gap, config.rollout.logprob_gap_alarm, step + 1, topology.is_lead)
         # 4. token rewards, then advantages
         experience = algorithm.credit(scored, kl.coef, topology.dp_sum)
-        run.record({**algorithm.credit_metrics(scored, experience), **pool_gap(scored, sampled, topology)})
+        run.record(algorithm.credit_metrics(scored, experience))
         run.record(true_return(sampled, table))
         # 5. PPO epochs
         with run.timed("update"):
             lrs = update(config, run, roles, algorithm, experience, pretraining, setup)
-        means = run.log({**lrs, **times, "objective/kl_coef": kl.coef})
+        means = run.log({**lrs, **times, **gap, "objective/kl_coef": kl.coef})
         kl = kl.update(means["policy/kl_per_token"], config.responses_per_step)
         run.finish({"data": prompts.state(), "pretraining": pretraining.state(), "kl": kl.state()})
         show_samples(config, run, experience, setup, means)

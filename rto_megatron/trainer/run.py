@@ -16,6 +16,7 @@ from rto_megatron.errors import UserError
 from rto_megatron.parallel.collectives import Json
 from rto_megatron.parallel.seeds import seed_step
 from rto_megatron.parallel.topology import Topology
+from rto_megatron.rollout.engine import NoServersLeft
 from rto_megatron.trainer.metrics import MetricLog, add, reduce_metrics, with_margin
 from rto_megatron.trainer.report.progress import progress, say
 from rto_megatron.trainer.resume import fixed_keys, require_same
@@ -54,8 +55,9 @@ class Run:
         self._metrics: Metrics = {}
         self._note = ""
         self.step = 0
-        self.state: dict[str, Json] = {}
+        self.state: dict[str, Json] = {}  # of the last finished step; empty at the start of a run
         self._resume()
+        self._saved_step = self.step
         self._log: MetricLog | None = None
         if topology.is_lead:
             load.save(config, self.dir)
@@ -121,14 +123,33 @@ class Run:
             state: what the next step needs beside the models, in a resumed run as in this one.
         """
         self.step += 1
+        self.state = state
         if self.is_saved(self.step):
-            self._save(state)
+            self._save()
 
-    def _save(self, state: dict[str, Json]) -> None:
-        full: Json = {**state, "step": self.step, "config": dict(self._fixed_keys)}
+    def _save(self) -> None:
+        full: Json = {**self.state, "step": self.step, "config": dict(self._fixed_keys)}
         save_checkpoint(
             self.dir, self.step, self._models, self._hf_files, full, self._config.keep_checkpoints
         )
+        self._saved_step = self.step
+
+    @contextmanager
+    def saved_without_pool(self) -> Iterator[None]:
+        """Saves the last finished step when the pool is lost inside, before any weight changed; all ranks must call it.
+
+        Raises:
+            NoServersLeft: as inside, and how to go on.
+        """
+        try:
+            yield
+        except NoServersLeft as failure:
+            if self.step > self._saved_step:
+                self._save()
+            kept = f"step {self.step} is saved in {self.dir}" if self.step else "no step was finished yet"
+            raise NoServersLeft(
+                f"{failure}\n{kept}; start the pool again, and then the run as before: it goes on from there"
+            ) from None
 
     def is_due(self, every: int | None, step: int) -> bool:
         """True at every `every`-th step and at the last one."""

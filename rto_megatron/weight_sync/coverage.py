@@ -1,39 +1,58 @@
-"""Would a push set every parameter of a vLLM model? Asks vLLM's own loaders, with tensors without data."""
+"""What a push would do to a vLLM model: asks vLLM's own loaders, with tensors without data.
 
-from collections.abc import Callable, Sequence
+The rehearsal says whether every parameter would be set, and which part of each tensor this worker's shard takes.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from vllm.config import ModelConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-from vllm.model_executor.model_loader.reload.meta import CopyCounter, to_meta_tensor
+from vllm.model_executor.model_loader.reload.meta import to_meta_tensor
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
-from rto_megatron.weight_sync.manifest import DTYPES, TensorSpec
+from rto_megatron.weight_sync.landing import Copies
+from rto_megatron.weight_sync.manifest import DTYPES, PieceSpec
+from rto_megatron.weight_sync.region import Region, region_of_view
 
 Loader = Callable[..., object]  # vLLM's loaders share no signature
 
 
-def uncovered(model: nn.Module, model_config: ModelConfig, specs: Sequence[TensorSpec]) -> list[str]:
-    """Rehearses the load of `specs` and returns, in words, everything that would go wrong.
+@dataclass(frozen=True)
+class Coverage:
+    """What was rehearsed.
+
+    Args:
+        problems: everything that would go wrong, in words.
+        needs: tensor name -> the boxes that this worker's parameters take of it, each as often as it is taken.
+    """
+
+    problems: tuple[str, ...]
+    needs: dict[str, tuple[Region, ...]]
+
+
+def rehearse(model: nn.Module, model_config: ModelConfig, tensors: Iterable[PieceSpec]) -> Coverage:
+    """Rehearses the load of complete tensors under Hugging Face names.
 
     The model serves on unchanged: during the rehearsal its parameters are vLLM's meta-device stand-ins.
 
     Args:
         model: vLLM's model of this worker, a shard under tensor parallelism.
         model_config: its configuration.
-        specs: complete tensors under Hugging Face names.
+        tensors: one spec of each tensor; its name, dtype and whole shape are read.
     """
     tied = {name for name, _ in tied_parameters(model)}
     initialize_layerwise_reload(model)
     rehearsal = _Rehearsal(model)
     try:
-        rehearsal.run(specs)
+        rehearsal.run(tensors)
     finally:
         rehearsal.restore_loaders()
         finalize_layerwise_reload(model, model_config)
-    return rehearsal.problems(tied)
+    return rehearsal.coverage(tied)
 
 
 class _Rehearsal:
@@ -42,7 +61,9 @@ class _Rehearsal:
         self._originals: list[tuple[Tensor, Loader | None]] = []
         self._expected: dict[str, int] = {}
         self._counted: dict[str, int] = {}
+        self._needs: dict[str, tuple[Region, ...]] = {}
         self._problems: list[str] = []
+        self._tensor: PieceSpec | None = None
         for prefix, module in model.named_modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
@@ -64,17 +85,29 @@ class _Rehearsal:
         def count(_: Tensor, loaded: Tensor, *shard: object, **named: object) -> object:
             if loaded.dtype != parameter.dtype:
                 self._problems.append(f"{name} is {parameter.dtype} here and {loaded.dtype} in the push")
-            with CopyCounter() as counter:
+            with Copies() as copies:
                 returned = loader(stand_in, loaded, *shard, **named)
-            self._counted[name] += counter.copied_numel
+            self._counted[name] += sum(target.numel() for target, _ in copies.seen)
+            self._note_needs(source for _, source in copies.seen)
             return returned
 
         parameter.weight_loader = count  # type: ignore[attr-defined]
 
-    def run(self, specs: Sequence[TensorSpec]) -> None:
-        for spec in specs:
+    def _note_needs(self, sources: Iterable[Tensor]) -> None:
+        spec = self._tensor
+        assert spec is not None
+        for source in sources:
+            box = region_of_view(source, spec.shape)
+            if box is None:
+                self._problems.append(f"{spec.name} is rearranged by vLLM's loader, which cannot be proved")
+            else:
+                self._needs[spec.name] = (*self._needs.get(spec.name, ()), box)
+
+    def run(self, tensors: Iterable[PieceSpec]) -> None:
+        for spec in tensors:
+            self._tensor = spec
             empty = torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device="meta")
-            before = sum(self._counted.values())
+            before = len(self._problems)
             try:
                 self._model.load_weights([(spec.name, empty)])
             except (
@@ -85,16 +118,22 @@ class _Rehearsal:
                 TypeError,
                 ValueError,
             ) as error:
-                self._problems.append(f"{spec} cannot be loaded ({type(error).__name__}: {error})")
+                self._problems.append(
+                    f"{spec.name} {spec.dtype} {list(spec.shape)} cannot be loaded ({type(error).__name__}: {error})"
+                )
                 continue
-            if sum(self._counted.values()) == before:
-                self._problems.append(f"{spec} is no part of the model")
+            if spec.name not in self._needs and len(self._problems) == before and not self._is_remote(spec):
+                self._problems.append(f"{spec.name} is no part of the model")
 
-    def problems(self, tied: set[str]) -> list[str]:
+    def _is_remote(self, spec: PieceSpec) -> bool:
+        """An expert of another worker: vLLM's loader skips it by design under expert parallelism."""
+        return ".experts." in spec.name and any("experts" in name for name in self._expected)
+
+    def coverage(self, tied: set[str]) -> Coverage:
         for name, expected in self._expected.items():
             if name not in tied and self._counted[name] != expected:
                 self._problems.append(f"{name} would get {self._counted[name]} of its {expected} numbers")
-        return self._problems
+        return Coverage(tuple(self._problems), self._needs)
 
     def restore_loaders(self) -> None:
         for parameter, wrapped in self._originals:

@@ -1,84 +1,111 @@
-"""What a push consists of: an ordered list of tensors, how it is cut into buckets, and one hash of it all."""
+"""What a push consists of: the pieces of every tensor, how they are cut into buckets, and one hash of it all."""
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_ALIGNMENT = 16  # bytes; a view of any dtype needs an aligned offset, the digest reads whole 8-byte words
-_PROTOCOL = 1  # raised when the wire format changes, so that unlike releases refuse each other
+_ALIGNMENT = 16  # bytes; a view of any dtype needs an aligned offset
+_PROTOCOL = 2  # raised when the wire format changes, so that unlike releases refuse each other
 
 
 @dataclass(frozen=True)
-class TensorSpec:
-    """One tensor under its Hugging Face name; `dtype` is a key of DTYPES, `sender` its pipeline stage."""
+class PieceSpec:
+    """The run of one Hugging Face tensor that one sender holds.
+
+    Args:
+        name: of the whole tensor.
+        dtype: a key of DTYPES.
+        shape: of the whole tensor.
+        sender: rank in the communicator.
+        dim: along which the tensor is cut.
+        start: first index of the run along `dim`.
+        length: of the run along `dim`; the whole tensor is (0, 0, shape[0]).
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     sender: int
+    dim: int
+    start: int
+    length: int
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Shape of the run."""
+        return (*self.shape[: self.dim], self.length, *self.shape[self.dim + 1 :])
 
     @property
     def num_bytes(self) -> int:
-        """Size without padding."""
-        count = DTYPES[self.dtype].itemsize
-        for length in self.shape:
-            count *= length
-        return count
+        """Size of the run without padding."""
+        return DTYPES[self.dtype].itemsize * math.prod(self.size)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the run is the tensor."""
+        return self.size == self.shape
 
     def __str__(self) -> str:
-        return f"{self.name} {self.dtype} {list(self.shape)} from sender {self.sender}"
+        end = self.start + self.length
+        part = "" if self.is_whole else f" {self.start} to {end} of dimension {self.dim}"
+        return f"{self.name} {self.dtype} {list(self.shape)}{part} from sender {self.sender}"
 
 
 class WeightSource(Protocol):
-    """The trainer's weights under Hugging Face names, with tensor-parallel shards already gathered."""
+    """The trainer's weights under Hugging Face names, in the pieces that its ranks hold."""
 
-    def specs(self) -> tuple[TensorSpec, ...]:
-        """Every tensor of the model, identical on every rank, without moving data."""
+    def specs(self) -> tuple[PieceSpec, ...]:
+        """Every piece of the model, identical on every rank, without moving data."""
         ...
 
-    def tensors(self, sender: int) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of one pipeline stage in the order of `specs`, as a fresh pass.
-
-        A collective over the stage's tensor-parallel ranks: all of them must iterate it to the end.
-        """
+    def pieces(self, sender: int) -> Iterator[tuple[str, Tensor]]:
+        """This sender's pieces in the order of `specs`, as a fresh pass; no collective."""
         ...
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one tensor lies in a bucket, in bytes."""
+    """Where one piece lies in a bucket, in bytes."""
 
-    spec: TensorSpec
+    spec: PieceSpec
     offset: int
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Tensors of one sender that travel in one broadcast; `num_bytes` is a multiple of the alignment."""
+    """Pieces of one sender that travel in one broadcast; `num_bytes` is a multiple of the alignment."""
 
     sender: int
     slots: tuple[Slot, ...]
     num_bytes: int
 
+    @property
+    def buffer_bytes(self) -> int:
+        """The pieces and, behind them, the digest of each."""
+        return self.num_bytes + 8 * len(self.slots)
+
 
 @dataclass(frozen=True)
 class Manifest:
-    """One push: all its tensors in wire order."""
+    """All pushes of a communicator: the pieces, by sender in the order in which they are packed."""
 
-    version: int
     bucket_bytes: int
-    specs: tuple[TensorSpec, ...]
+    specs: tuple[PieceSpec, ...]
 
     def to_json(self) -> str:
         """Canonical text; `sha256` is its hash."""
-        rows = [[spec.name, spec.dtype, list(spec.shape), spec.sender] for spec in self.specs]
-        return json.dumps([_PROTOCOL, self.version, self.bucket_bytes, rows], separators=(",", ":"))
+        return json.dumps(
+            [_PROTOCOL, self.bucket_bytes, [list(vars(spec).values()) for spec in self.specs]],
+            separators=(",", ":"),
+        )
 
     @staticmethod
     def from_json(text: str) -> "Manifest":
@@ -87,83 +114,110 @@ class Manifest:
         Raises:
             ValueError: another protocol version.
         """
-        protocol, version, bucket_bytes, rows = json.loads(text)
+        protocol, bucket_bytes, rows = json.loads(text)
         if protocol != _PROTOCOL:
             raise ValueError(
                 f"weight manifest of protocol {protocol}, expected {_PROTOCOL}; use one rto-megatron release"
             )
-        specs = tuple(TensorSpec(name, dtype, tuple(shape), sender) for name, dtype, shape, sender in rows)
-        return Manifest(version, bucket_bytes, specs)
+        return Manifest(
+            bucket_bytes, tuple(PieceSpec(n, d, tuple(shape), *run) for n, d, shape, *run in rows)
+        )
 
     def sha256(self) -> str:
         """Hash that every sender and worker must share before a byte is sent."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all pieces."""
+        return sum(spec.num_bytes for spec in self.specs)
+
+    def tensors(self) -> dict[str, PieceSpec]:
+        """The first piece of every tensor, by name, in order."""
+        return {spec.name: spec for spec in reversed(self.specs)}
+
     def buckets(self) -> tuple[Bucket, ...]:
-        """Cuts the tensors, in order, into buckets of one sender; one over `bucket_bytes` travels alone.
+        """Cuts each sender's pieces, in order, into buckets; one over `bucket_bytes` travels alone.
+
+        Senders take turns, so that one packs while another sends.
 
         Raises:
-            ValueError: a name occurs twice or a dtype cannot be sent.
+            ValueError: a dtype cannot be sent, or the pieces of a tensor overlap or leave a gap.
         """
-        _check_specs(self.specs)
+        problems = uncut(self.specs)
+        if problems:
+            raise ValueError("; ".join(problems[:5]))
+        senders = sorted({spec.sender for spec in self.specs})
+        by_sender = [self._buckets_of(sender) for sender in senders]
+        return tuple(bucket for bucket in chain(*zip_longest(*by_sender)) if bucket is not None)
+
+    def _buckets_of(self, sender: int) -> list[Bucket]:
         buckets: list[Bucket] = []
         slots: list[Slot] = []
         filled = 0
         for spec in self.specs:
+            if spec.sender != sender:
+                continue
             padded = -(-spec.num_bytes // _ALIGNMENT) * _ALIGNMENT
-            if slots and (slots[-1].spec.sender != spec.sender or filled + padded > self.bucket_bytes):
-                buckets.append(Bucket(slots[-1].spec.sender, tuple(slots), filled))
+            if slots and filled + padded > self.bucket_bytes:
+                buckets.append(Bucket(sender, tuple(slots), filled))
                 slots, filled = [], 0
             slots.append(Slot(spec, filled))
             filled += padded
         if slots:
-            buckets.append(Bucket(slots[-1].spec.sender, tuple(slots), filled))
-        return tuple(buckets)
+            buckets.append(Bucket(sender, tuple(slots), filled))
+        return buckets
 
 
 def first_difference(ours: Manifest, theirs: Manifest) -> str:
     """Says in words where two manifests part; empty when they are equal."""
-    if (ours.version, ours.bucket_bytes) != (theirs.version, theirs.bucket_bytes):
-        return (
-            f"version {ours.version} in buckets of {ours.bucket_bytes} bytes against "
-            f"version {theirs.version} in buckets of {theirs.bucket_bytes} bytes"
-        )
-    for index in range(max(len(ours.specs), len(theirs.specs))):
-        one = str(ours.specs[index]) if index < len(ours.specs) else "the end"
-        other = str(theirs.specs[index]) if index < len(theirs.specs) else "the end"
+    if ours.bucket_bytes != theirs.bucket_bytes:
+        return f"buckets of {ours.bucket_bytes} bytes against buckets of {theirs.bucket_bytes} bytes"
+    for index, (one, other) in enumerate(zip_longest(ours.specs, theirs.specs)):
         if one != other:
-            return f"entry {index}: {one} against {other}"
+            return f"entry {index}: {one or 'the end'} against {other or 'the end'}"
     return ""
 
 
+def uncut(specs: Sequence[PieceSpec]) -> list[str]:
+    """What is wrong with the pieces, in words: each tensor must be tiled by them, once."""
+    problems = [
+        f"{spec.name} has dtype {spec.dtype}, weights are sent as one of {sorted(DTYPES)}"
+        for spec in specs
+        if spec.dtype not in DTYPES
+    ]
+    by_name: dict[str, list[PieceSpec]] = {}
+    for spec in specs:
+        by_name.setdefault(spec.name, []).append(spec)
+    return problems + [problem for pieces in by_name.values() for problem in _untiled(pieces)]
+
+
+def _untiled(pieces: list[PieceSpec]) -> Iterator[str]:
+    first = pieces[0]
+    if len({(piece.dtype, piece.shape, piece.dim) for piece in pieces}) > 1:
+        yield f"the pieces of {first.name} disagree: {', '.join(map(str, pieces))}"
+        return
+    end = 0
+    for piece in sorted(pieces, key=lambda piece: piece.start):
+        if piece.start != end:
+            yield f"{piece} does not begin at {end}, where the piece before it ends"
+            return
+        end += piece.length
+    if first.shape and end != first.shape[first.dim]:
+        yield f"the pieces of {first.name} {list(first.shape)} end at {end} of dimension {first.dim}"
+
+
 def bucket_buffer(bucket: Bucket, device: torch.device) -> Tensor:
-    """An uninitialised uint8 buffer for a bucket and, behind it, its digest."""
-    return torch.empty(bucket.num_bytes + _ALIGNMENT, dtype=torch.uint8, device=device)
+    """An uninitialised uint8 buffer for a bucket."""
+    return torch.empty(bucket.buffer_bytes, dtype=torch.uint8, device=device)
 
 
-def payload(buffer: Tensor) -> Tensor:
-    """The part of a bucket buffer that holds tensors, uint8."""
-    return buffer[:-_ALIGNMENT]
-
-
-def trailer(buffer: Tensor) -> Tensor:
-    """The digest's place in a bucket buffer, int64 [1]."""
-    return buffer[-_ALIGNMENT : -_ALIGNMENT + 8].view(torch.int64)
+def digests(bucket: Bucket, buffer: Tensor) -> Tensor:
+    """The place of the digests of its pieces, as their sender computed them, in a bucket's buffer, int64 [slots]."""
+    return buffer[bucket.num_bytes : bucket.buffer_bytes].view(torch.int64)
 
 
 def slot_view(buffer: Tensor, slot: Slot) -> Tensor:
-    """The tensor of a slot as a view of the bucket buffer."""
+    """The piece of a slot as a view of the bucket's buffer."""
     raw = buffer[slot.offset : slot.offset + slot.spec.num_bytes]
-    return raw.view(DTYPES[slot.spec.dtype]).view(slot.spec.shape)
-
-
-def _check_specs(specs: Sequence[TensorSpec]) -> None:
-    seen: set[str] = set()
-    for spec in specs:
-        if spec.dtype not in DTYPES:
-            raise ValueError(
-                f"{spec.name} has dtype {spec.dtype}, weights are sent as one of {sorted(DTYPES)}"
-            )
-        if spec.name in seen:
-            raise ValueError(f"{spec.name} occurs twice among the weights to send")
-        seen.add(spec.name)
+    return raw.view(DTYPES[slot.spec.dtype]).view(slot.spec.size)

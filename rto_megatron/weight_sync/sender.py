@@ -1,6 +1,7 @@
-"""What a trainer rank does during a push: pack the tensors it holds into buckets and broadcast them."""
+"""What a trainer rank does during a push: pack the pieces it holds into buckets and broadcast them."""
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,86 +12,131 @@ from rto_megatron.weight_sync.manifest import (
     DTYPES,
     Bucket,
     Manifest,
-    TensorSpec,
-    bucket_buffer,
+    PieceSpec,
+    digests,
     first_difference,
-    payload,
     slot_view,
-    trailer,
 )
-from rto_megatron.weight_sync.transport import Communicator
+from rto_megatron.weight_sync.transport import Broadcast, Communicator
 
 
-def send(manifest: Manifest, tensors: Iterator[tuple[str, Tensor]], communicator: Communicator) -> None:
-    """Sends one push. Called by all senders while the workers run the receiving side (vllm_plugin.py).
+class Sender:
+    """Sends the pushes of one communicator from two buckets in turn: one is packed while the other travels.
 
     Args:
         manifest: equal on all ranks.
-        tensors: this sender's tensors in manifest order, on any device.
-        communicator: this sender's rank in it is its sender index.
-
-    Raises:
-        DisagreementError: a rank refused; the workers hold what they held before.
-        TransportError: the communicator is lost.
+        communicator: joined; this sender's rank in it is its sender index.
     """
-    agree_on_manifest(manifest, communicator, None)
-    buffer: Tensor | None = None
-    fault: str | None = None
-    for bucket in manifest.buckets():
-        buffer = _buffer_for(bucket, buffer, communicator.device)
-        window = buffer[: _window_bytes(bucket)]
-        if bucket.sender == communicator.rank:
-            fault = _pack(bucket, tensors, window) or fault
-        communicator.broadcast(window, bucket.sender)
-    if fault is None and next(tensors, None) is not None:
-        fault = "the weight source yields more tensors than it declared"
-    communicator.agree(fault)
+
+    def __init__(self, manifest: Manifest, communicator: Communicator) -> None:
+        self._manifest = manifest
+        self._communicator = communicator
+        self._buckets = manifest.buckets()
+        largest = max((bucket.buffer_bytes for bucket in self._buckets), default=0)
+        self._buffers = communicator.send_buffers(largest)
+        self._token = ""
+
+    def send(self, version: int, pieces: Iterator[tuple[str, Tensor]]) -> None:
+        """Sends one push. Called by all senders while the workers receive (receiver.py).
+
+        Args:
+            version: of the weights.
+            pieces: this sender's, in manifest order, on any device.
+
+        Raises:
+            DisagreementError: a rank refused; the workers hold what they held before.
+            TransportError: the communicator is lost.
+        """
+        agree_on_manifest(self._manifest, version, self._communicator, None)
+        fault: str | None = None
+        declared: list[Tensor] = []
+        in_flight: Broadcast | None = None
+        for number, bucket in enumerate(self._buckets):
+            window = self._buffers[number % 2][: bucket.buffer_bytes]
+            if bucket.sender == self._communicator.rank:
+                fault = _pack(bucket, pieces, window) or fault
+            begun = self._communicator.start_broadcast(window, bucket.sender)
+            if in_flight is not None:
+                self._communicator.finish(in_flight)
+                declared.append(self._declared(number - 1))
+            in_flight = begun
+        if in_flight is not None:
+            self._communicator.finish(in_flight)
+            declared.append(self._declared(len(self._buckets) - 1))
+        if fault is None and next(pieces, None) is not None:
+            fault = "the weight source yields more pieces than it declared"
+        self._communicator.agree(fault)
+        self._token = declared_token(version, declared)
+
+    def _declared(self, number: int) -> Tensor:
+        bucket = self._buckets[number]
+        return digests(bucket, self._buffers[number % 2][: bucket.buffer_bytes]).cpu()
+
+    def confirm(self) -> None:
+        """Waits until every worker has loaded what was sent. Called by all senders while the workers commit.
+
+        Raises:
+            DisagreementError: a worker loaded something else.
+            TransportError: the communicator is lost.
+        """
+        self._communicator.agree(None, self._token)
 
 
-def agree_on_manifest(manifest: Manifest, communicator: Communicator, error: str | None) -> None:
-    """Makes sure that all ranks are about to move the same tensors. Called by all ranks.
+def declared_token(version: int, of_buckets: Sequence[Tensor]) -> str:
+    """Hash of a push's version and of the digests of all its pieces, in wire order."""
+    hashed = hashlib.sha256(str(version).encode())
+    for of_bucket in of_buckets:
+        hashed.update(of_bucket.numpy().tobytes())
+    return hashed.hexdigest()
+
+
+def agree_on_manifest(
+    manifest: Manifest, version: int, communicator: Communicator, error: str | None
+) -> None:
+    """Makes sure that all ranks are about to move the same pieces of the same version. Called by all ranks.
 
     Raises:
         DisagreementError: with the first entry that differs, or with the errors of the ranks that have one.
     """
+    explain = _explain(manifest, version, communicator)
+    communicator.agree(error, f"{version}/{manifest.sha256()}", explain)
 
+
+def _explain(manifest: Manifest, version: int, communicator: Communicator) -> Callable[[], str]:
     def explain() -> str:
-        texts = communicator.exchange(manifest.to_json())
+        texts = communicator.exchange(f"{version}/{manifest.to_json()}")
         parted = [rank for rank, text in enumerate(texts) if text != texts[0]]
-        difference = first_difference(Manifest.from_json(texts[0]), Manifest.from_json(texts[parted[0]]))
-        return f"ranks {parted} hold another weight manifest than rank 0: {difference}"
+        (version_0, first), (version_1, other) = (texts[rank].split("/", 1) for rank in (0, parted[0]))
+        difference = first_difference(Manifest.from_json(first), Manifest.from_json(other))
+        versions = f"version {version_0} against version {version_1}"
+        return f"ranks {parted} hold another weight manifest than rank 0: {difference or versions}"
 
-    communicator.agree(error, manifest.sha256(), explain)
+    return explain
 
 
-def _pack(bucket: Bucket, tensors: Iterator[tuple[str, Tensor]], window: Tensor) -> str | None:
-    """Fills a bucket. A fault is returned, not raised: the other ranks already wait for the broadcast."""
-    packed = payload(window)
-    packed.zero_()  # padding is part of the digest
+def _pack(bucket: Bucket, pieces: Iterator[tuple[str, Tensor]], window: Tensor) -> str | None:
+    """Fills a bucket. A fault is returned, not raised: the other ranks already wait for the broadcast.
+
+    The digests are those of the source, not of the bucket: a bucket that was filled wrongly will not match them.
+    """
     fault = None
+    of_pieces = []
     for slot in bucket.slots:
-        name, tensor = next(tensors, ("nothing", None))
-        fault = fault or _mismatch(slot.spec, name, tensor)
-        if fault is None and tensor is not None:
-            slot_view(window, slot).copy_(tensor.detach())
-    trailer(window).fill_(digest(packed))
+        name, piece = next(pieces, ("nothing", None))
+        fault = fault or _mismatch(slot.spec, name, piece)
+        if fault is not None or piece is None:
+            break
+        piece = piece.detach()
+        of_pieces.append(digest(piece))
+        slot_view(window, slot).copy_(piece)
+    if fault is None:
+        digests(bucket, window).copy_(torch.stack(of_pieces))
     return fault
 
 
-def _mismatch(spec: TensorSpec, name: str, tensor: Tensor | None) -> str | None:
-    if tensor is None:
+def _mismatch(spec: PieceSpec, name: str, piece: Tensor | None) -> str | None:
+    if piece is None:
         return f"the weight source ended before {spec}"
-    if name == spec.name and tensor.dtype == DTYPES[spec.dtype] and tuple(tensor.shape) == spec.shape:
+    if name == spec.name and piece.dtype == DTYPES[spec.dtype] and tuple(piece.shape) == spec.size:
         return None
-    dtype = dtype_name(tensor.dtype)
-    return f"the weight source yielded {name} {dtype} {list(tensor.shape)}, its specs declare {spec}"
-
-
-def _window_bytes(bucket: Bucket) -> int:
-    return bucket_buffer(bucket, torch.device("meta")).numel()
-
-
-def _buffer_for(bucket: Bucket, buffer: Tensor | None, device: torch.device) -> Tensor:
-    if buffer is None or buffer.numel() < _window_bytes(bucket):
-        return bucket_buffer(bucket, device)
-    return buffer
+    return f"the weight source yielded {name} {dtype_name(piece.dtype)} {list(piece.shape)}, its specs declare {spec}"

@@ -4,33 +4,45 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from rto_megatron.engine.megatron import TrainedModel
-from rto_megatron.engine.weights import stage_hf_tensors
+from rto_megatron.engine.megatron import Model
+from rto_megatron.engine.weights import stage_pieces
 from rto_megatron.models.parameters import stage_of, stored_parameters
-from rto_megatron.models.weight_map import MappedParameter, dtype_name
-from rto_megatron.weight_sync.manifest import TensorSpec
+from rto_megatron.models.weight_map import cut, dtype_name
+from rto_megatron.weight_sync.manifest import PieceSpec
 
 
 class PolicySource:
-    """Plays the family's weight map backward; see `weight_sync.manifest.WeightSource`."""
+    """Plays the family's weight map backward; see `weight_sync.manifest.WeightSource`.
 
-    def __init__(self, policy: TrainedModel) -> None:
+    Sender p x (tensor ranks) + t is tensor rank t of pipeline stage p; it sends what it holds, nothing is gathered.
+    """
+
+    def __init__(self, policy: Model) -> None:
         self.policy = policy
 
-    def _exported(self) -> Iterator[tuple[MappedParameter, int]]:
-        shape, stages = self.policy.shape, self.policy.topology.pipeline_size
-        mapped = stored_parameters(shape, self.policy.has_scalar_head)
-        return ((p, stage_of(p, shape, stages)) for p in mapped)
+    def specs(self) -> tuple[PieceSpec, ...]:
+        """The piece of every tensor on each rank of a replica; equal on all ranks."""
+        shape, place = self.policy.shape, self.policy.topology
+        dtype = self.policy.module.config.params_dtype
+        specs = []
+        for parameter in stored_parameters(shape, self.policy.has_scalar_head):
+            first_sender = stage_of(parameter, shape, place.pipeline_size) * place.tensor_size
+            dim = parameter.layout.dim
+            owners = range(1 if dim is None else place.tensor_size)
+            for rank in owners:
+                for name, size in parameter.sizes():
+                    start, length = cut(size[dim or 0], rank, len(owners))
+                    if length:
+                        named = dtype_name(parameter.dtype(dtype))
+                        specs.append(
+                            PieceSpec(name, named, size, first_sender + rank, dim or 0, start, length)
+                        )
+        return tuple(specs)
 
-    def specs(self) -> tuple[TensorSpec, ...]:
-        """Name, dtype, shape and owning pipeline stage of every tensor; equal on all ranks."""
-        dtype = dtype_name(self.policy.module.config.params_dtype)
-        return tuple(
-            TensorSpec(name, dtype, size, stage) for p, stage in self._exported() for name, size in p.sizes()
-        )
-
-    def tensors(self, sender: int) -> Iterator[tuple[str, Tensor]]:
-        """This rank's stage's tensors in the order of `specs`; all tensor ranks of the stage must iterate."""
+    def pieces(self, sender: int) -> Iterator[tuple[str, Tensor]]:
+        """This rank's pieces in the order of `specs`."""
         model = self.policy
-        assert sender == model.topology.pipeline_rank
-        return stage_hf_tensors(model.module, model.shape, model.has_scalar_head, model.topology)
+        assert (
+            sender == model.topology.pipeline_rank * model.topology.tensor_size + model.topology.tensor_rank
+        )
+        return stage_pieces(model.module, model.shape, model.has_scalar_head, model.topology)

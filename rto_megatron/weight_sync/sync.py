@@ -1,27 +1,42 @@
-"""The weight push: pause the pool, move the policy's weights, prove them, commit, resume; then a canary.
+"""The weight push: pause the pool, move the policy's weights, prove them, commit, prove again, resume.
 
 Every rank of the trainer calls `WeightSync.push`. The controller drives the servers over HTTP, the senders
-broadcast, the rest only learns how it ended. Whatever fails before the commit leaves the pool paused with
-the weights it had.
+broadcast, the rest only learns how it ended. A server that fails is dropped, paused, and the push goes on with the
+others. Whatever fails before the commit leaves a server with the weights it had.
 """
 
-import math
+import gc
+import json
 import secrets
-import socket
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from rto_megatron.errors import UserError
-from rto_megatron.rollout.client import Json, RefusedError, ServerClient
+from rto_megatron.rollout.client import ServerClient, UnreachableError
+from rto_megatron.rollout.engine import NoServersLeft
+from rto_megatron.rollout.phases import PoolPhases
+from rto_megatron.weight_sync.canary import Canary, check_canary
+from rto_megatron.weight_sync.communicators import open_communicator
 from rto_megatron.weight_sync.manifest import Manifest, WeightSource
-from rto_megatron.weight_sync.sender import send
-from rto_megatron.weight_sync.transport import LOOPBACK, Communicator, Rendezvous, listen
+from rto_megatron.weight_sync.sender import Sender
+from rto_megatron.weight_sync.servers import Servers, begin, require_version
+from rto_megatron.weight_sync.transport import (
+    LOOPBACK,
+    Communicator,
+    DisagreementError,
+    Rendezvous,
+    TransportError,
+    listen,
+)
 
-_ANSWER_MARGIN_S = 15  # a server reports a time-out of its own before the request that carries it is given up
+Share = Callable[
+    [str], list[str]
+]  # every trainer rank's text, by rank, on every rank; all ranks must call it
 
 
 @dataclass(frozen=True)
@@ -29,38 +44,47 @@ class SyncPlace:
     """What one trainer rank does in a push.
 
     Args:
-        is_controller: drives the servers; exactly one rank, and it is sender 0.
-        stage: pipeline stage whose tensors the rank gathers, which is its sender index; None outside
-            data-parallel replica 0.
-        sends: broadcasts the stage's tensors; its tensor-parallel rank 0 only.
+        is_controller: drives the servers; exactly one rank, trainer rank 0, and it is sender 0.
+        sender: the rank's index among the senders; None where it sends nothing.
+        num_senders: of all trainer ranks.
     """
 
     is_controller: bool
-    stage: int | None
-    sends: bool
-
-
-@dataclass(frozen=True)
-class Synchronise:
-    """Collectives over all trainer ranks, handed in so that this package needs no process group of theirs.
-
-    Args:
-        all_raise: raises on every rank if any rank passes an error text; None means fine.
-        broadcast: returns the controller's text on every rank.
-    """
-
-    all_raise: Callable[[str | None], None]
-    broadcast: Callable[[str], str]
+    sender: int | None
+    num_senders: int
 
 
 @dataclass(frozen=True)
 class PushTimes:
-    """Seconds of a push as seen by one rank."""
+    """Seconds of a push as seen by one rank, failed attempts included, and what was moved."""
 
     pause_s: float
     prepare_s: float
     commit_s: float
+    canary_s: float
     num_bytes: int
+
+
+@dataclass(frozen=True)
+class PushReport:
+    """How a push ended; equal on all ranks but for the times.
+
+    Args:
+        serving: addresses that hold the version, proved.
+        lost: address -> reason of those that were dropped.
+    """
+
+    serving: tuple[str, ...]
+    lost: Mapping[str, str]
+    times: PushTimes
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """What all ranks know after a phase."""
+
+    lost: dict[str, str]
+    has_failed: bool
 
 
 class WeightSync:
@@ -68,278 +92,292 @@ class WeightSync:
 
     Args:
         source: the policy's weights.
-        servers: addresses of the pool.
         token: the pool's bearer token.
         place: this rank's part.
-        num_senders: pipeline stages.
-        device: of the wire: a cuda device for NCCL, cpu for gloo. NCCL refuses two ranks on one GPU, so a
-            pool that shares the trainer's GPU takes cpu.
-        bucket_bytes: size of a broadcast; workers need it twice on `device`.
+        device: of the wire: a cuda device for NCCL, cpu for gloo. NCCL refuses two ranks on one GPU.
+        bucket_bytes: size of a broadcast; both ends need it twice on `device`.
         timeout_s: limit of each phase, and of each broadcast.
-        together: collectives over all trainer ranks.
+        share: collective over all trainer ranks.
         host: this machine's address as the servers reach it; loopback keeps all of it on this machine.
+        phases: of a pool on the trainer's GPUs; buckets then travel through shared memory, and every trainer rank
+            is a sender. None: the pool has its own.
     """
 
     def __init__(
         self,
         source: WeightSource,
-        servers: Sequence[str],
         token: str,
         place: SyncPlace,
-        num_senders: int,
         device: torch.device,
         bucket_bytes: int,
         timeout_s: float,
-        together: Synchronise,
+        share: Share,
         host: str = LOOPBACK,
+        phases: PoolPhases | None = None,
     ) -> None:
-        assert not place.is_controller or (place.stage == 0 and place.sends), "the controller is sender 0"
-        assert not place.sends or place.stage is not None, "a sender has a stage"
+        assert not place.is_controller or place.sender == 0, "the controller is sender 0"
         self._source = source
         self._place = place
-        self._num_senders = num_senders
         self._device = device
         self._bucket_bytes = bucket_bytes
         self._timeout_s = timeout_s
-        self._together = together
+        self._share = share
         self._host = host
+        self._phases = phases
+        self._servers = Servers(token, timeout_s)
         self._communicator: Communicator | None = None
-        addresses = servers if place.is_controller else ()
-        self._clients = [ServerClient(address, token, timeout_s + _ANSWER_MARGIN_S) for address in addresses]
-        self._threads = ThreadPoolExecutor(max(1, len(self._clients)), thread_name_prefix="weight-sync")
+        self._sender: Sender | None = None
+        self._members: dict[str, int] = {}  # on the controller: address -> workers, in rank order
+        self._lost: dict[str, str] = {}
+        self._seconds: dict[str, float] = {}
 
-    def push(self, version: int) -> PushTimes:
-        """Makes the pool hold the source's present weights as `version`. Called by all trainer ranks.
-
-        Raises:
-            UserError: (from `all_raise`) on every rank, with the phase and what differed. The pool is then
-                paused and refuses to generate until a later push succeeds.
-        """
-        manifest = Manifest(version, self._bucket_bytes, self._source.specs())
-        started = time.monotonic()
-        succeeded = False
-        try:
-            self._phase(manifest, "pausing the pool", self._pause)
-            self._open()
-            paused = time.monotonic()
-            self._phase(manifest, "sending", lambda: self._prepare(manifest))
-            prepared = time.monotonic()
-            self._phase(manifest, "loading", lambda: self._commit(version))
-            self._phase(manifest, "resuming", lambda: self._post_all("/resume"))
-            succeeded = True
-        finally:
-            if not succeeded:
-                self._communicator = None
-        committed = time.monotonic()
-        num_bytes = sum(spec.num_bytes for spec in manifest.specs)
-        return PushTimes(paused - started, prepared - paused, committed - prepared, num_bytes)
-
-    def canary(
-        self,
-        version: int,
-        token_ids: Sequence[int],
-        expected_logprobs: Sequence[float] | None,
-        tolerance: float,
-    ) -> None:
-        """Proves that every server computes what the trainer computes. Called by all trainer ranks.
+    def push(self, version: int, servers: Sequence[str], canary: Canary) -> PushReport:
+        """Makes servers hold the source's present weights as `version`. Called by all trainer ranks.
 
         Args:
-            version: the version just pushed.
-            token_ids: a fixed sequence.
-            expected_logprobs: the trainer's log-probs of token_ids[1:] in nats; used on the controller only.
-            tolerance: largest difference in nats.
+            servers: addresses; used on the controller.
+            canary: what every server must compute afterwards; used on the controller.
 
         Raises:
-            UserError: (from `all_raise`) with the numbers; the pool is paused.
+            NoServersLeft: on every rank; no server came through. All are paused and refuse to generate.
+            UserError: on every rank; the trainer's own side is at fault.
         """
-
-        def check() -> None:
-            if not self._place.is_controller:
-                return
-            assert expected_logprobs is not None and len(expected_logprobs) == len(token_ids) - 1
-            try:
-                self._on_all(
-                    lambda client: _check_canary(client, version, token_ids, expected_logprobs, tolerance)
+        remaining = tuple(json.loads(self._share(json.dumps(list(servers)))[0]))
+        self._lost, self._seconds = {}, {}
+        manifest = Manifest(self._bucket_bytes, self._source.specs())
+        num_fruitless = 0
+        while True:
+            known = len(self._lost)
+            is_done = self._attempt(version, remaining, manifest, canary)
+            remaining = tuple(address for address in remaining if address not in self._lost)
+            if not remaining:
+                reasons = "; ".join(self._lost.values())
+                raise NoServersLeft(
+                    f"push of weight version {version} failed, no inference server is left, all stay paused: {reasons}"
                 )
-            except UserError:
-                self._post_all("/pause?mode=abort")
-                raise
-
-        self._all_or_none(f"canary of weight version {version} failed, the pool is paused: ", check)
+            if is_done:
+                break
+            num_fruitless += len(self._lost) == known
+            if num_fruitless > 1:
+                raise UserError(
+                    f"push of weight version {version} failed twice with no server at fault; the pool is paused"
+                )
+        seconds = [self._seconds.get(phase, 0.0) for phase in ("pausing", "sending", "loading", "proving")]
+        return PushReport(remaining, dict(self._lost), PushTimes(*seconds, manifest.num_bytes))
 
     def close(self) -> None:
-        """Leaves the communicator and closes the connections."""
-        self._communicator = None
-        for client in self._clients:
-            client.close()
-        self._threads.shutdown(wait=False)
+        """Leaves the communicator."""
+        self._leave()
 
-    def _phase(self, manifest: Manifest, doing: str, action: Callable[[], None]) -> None:
-        failed = f"push of weight version {manifest.version} failed while {doing}"
-        self._all_or_none(f"{failed}; the pool is paused until a push succeeds: ", action)
+    def _attempt(self, version: int, servers: tuple[str, ...], manifest: Manifest, canary: Canary) -> bool:
+        """One try at a push to all servers that are left; False where it must be tried again without some."""
+        with self._timed("pausing"):
+            self._phase(version, "pausing the pool", lambda: self._pause(servers))
+            left = tuple(address for address in servers if address not in self._lost)
+            if not left or not self._open(version, left, manifest):
+                return False
+        with self._timed("sending"):
+            if self._phase(version, "sending", lambda: self._send(version)).has_failed:
+                return False
+        with self._timed("loading"):
+            if self._phase(version, "loading", lambda: self._commit(version)).has_failed:
+                return False
+        with self._timed("proving"):
+            self._phase(version, "proving", lambda: self._prove(version, left, canary))
+        return True
 
-    def _all_or_none(self, prefix: str, action: Callable[[], None]) -> None:
-        fault = None
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + time.monotonic() - started
+
+    def _phase(self, version: int, doing: str, action: Callable[[], dict[str, UserError]]) -> _Verdict:
+        """Runs `action` on every rank, and lets all know how it ended everywhere.
+
+        Args:
+            action: returns the servers that failed, which only the controller can see.
+        """
+        faults: dict[str, UserError] = {}
+        kind: Literal["fine", "own", "shared"] = "fine"
+        text = ""
+        blamed: tuple[int, ...] = ()
         try:
-            action()
+            faults = action()
+        except DisagreementError as error:
+            is_own = any(rank < self._place.num_senders for rank in error.ranks)
+            kind, text, blamed = "own" if is_own else "shared", str(error), error.ranks
+        except TransportError as error:
+            kind, text = "shared", str(error)
         except (ValueError, RuntimeError, OSError) as error:
-            fault = f"{prefix}{error}"
-        self._together.all_raise(fault)
+            kind, text = "own", str(error)
+        lost = self._blame(faults, kind == "shared", text, blamed) if self._place.is_controller else {}
+        lost = {address: f"{reason} (while {doing})" for address, reason in lost.items()}
+        said = [json.loads(one) for one in self._share(json.dumps([kind, text, bool(faults), lost]))]
+        verdict = _Verdict(said[0][3], any(one[0] != "fine" or one[2] for one in said))
+        self._lost |= verdict.lost
+        if verdict.has_failed:
+            self._leave()
+        own = [one[1] for one in said if one[0] == "own"]
+        if own:
+            raise UserError(
+                f"push of weight version {version} failed while {doing}; the pool is paused until a push succeeds: "
+                f"{own[0]}"
+            )
+        return verdict
 
-    def _pause(self) -> None:
+    def _blame(
+        self, faults: Mapping[str, UserError], is_shared: bool, text: str, ranks: Sequence[int]
+    ) -> dict[str, str]:
+        """The servers that must be dropped, each with its reason."""
+        if ranks:
+            owners = [a for a, size in self._members.items() for _ in range(size)]
+            guilty = {owners[rank - self._place.num_senders] for rank in ranks}
+            return {address: f"inference server {address}: {text}" for address in guilty}
+        unreachable = {a: str(fault) for a, fault in faults.items() if isinstance(fault, UnreachableError)}
+        if not is_shared:
+            return unreachable | {address: str(fault) for address, fault in faults.items()}
+        if unreachable:
+            return unreachable
+        # Everyone reports the lost communicator alike; who lost it does not answer any more.
+        return {address: str(fault) for address, fault in self._servers.silent(tuple(self._members)).items()}
+
+    def _pause(self, servers: Sequence[str]) -> dict[str, UserError]:
+        if not self._place.is_controller:
+            return {}
+
         def pause(client: ServerClient) -> None:
-            client.request("POST", "/pause?mode=abort")
-            try:
-                client.request("POST", "/start_weight_update")
-            except RefusedError:
-                # A trainer that died between start and commit left its session open; an abort, which always answers
-                # with an error, closes it.
-                _abort_session(client)
-                client.request("POST", "/start_weight_update")
+            if self._phases is not None:
+                self._phases.begin_push(client)
+            begin(client)
 
-        self._on_all(pause)
+        return self._servers.on_each(servers, pause)
 
-    def _open(self) -> None:
-        """Opens a communicator for the first push and after a failed one: all ranks have one or none has."""
-        needs_one = self._place.sends and self._communicator is None
+    def _open(self, version: int, servers: tuple[str, ...], manifest: Manifest) -> bool:
+        """Opens a communicator with these servers unless there is one: all ranks have one or none has."""
         listener = None
-        meeting_text = ""
-        sizes: list[int] = []
-        fault = None
-        if self._place.is_controller and needs_one:
-            try:
-                sizes = [client.num_workers() for client in self._clients]
+        meeting = ""
+        faults: dict[str, UserError] = {}
+        if self._place.is_controller and (self._communicator is None or tuple(self._members) != servers):
+            self._members, faults = self._servers.sizes(servers)
+            if not faults:
                 listener = listen(self._host)
-            except (UserError, OSError) as error:
-                fault = f"cannot open the weight transfer: {error}"
-        self._together.all_raise(fault)
-        if listener is not None:
-            meeting_text = Rendezvous(
-                host=self._host,
-                port=listener.getsockname()[1],
-                world_size=self._num_senders + sum(sizes),
-                name=secrets.token_hex(8),
-                timeout_s=self._timeout_s,
-                device_type=self._device.type,
-            ).to_json()
-        meeting_text = self._together.broadcast(meeting_text)
-        self._all_or_none(
-            "cannot open the weight transfer, the pool is paused: ",
-            lambda: self._join(meeting_text, sizes, listener),
+                meeting = Rendezvous(
+                    host=self._host,
+                    port=listener.getsockname()[1],
+                    num_senders=self._place.num_senders,
+                    world_size=self._place.num_senders + sum(self._members.values()),
+                    name=secrets.token_hex(8),
+                    timeout_s=self._timeout_s,
+                    device_type=self._device.type,
+                    wire="network" if self._phases is None else "shared",
+                ).to_json()
+        if self._phase(version, "counting workers", lambda: faults).has_failed:
+            return False
+        meeting = self._share(meeting)[0]
+        if not meeting:
+            return True
+        self._leave()
+
+        def join() -> dict[str, UserError]:
+            if self._place.sender is None:
+                return {}
+            communicator = open_communicator(
+                Rendezvous.from_json(meeting), self._place.sender, self._device, listener
+            )
+
+            def joined() -> None:
+                communicator.join()
+                self._communicator, self._sender = communicator, Sender(manifest, communicator)
+
+            return self._beside(
+                joined, "/init_weight_transfer_engine", self._inits(meeting, manifest), communicator
+            )
+
+        return not self._phase(version, "opening the weight transfer", join).has_failed
+
+    def _inits(self, meeting: str, manifest: Manifest) -> dict[str, dict[str, object]]:
+        bodies: dict[str, dict[str, object]] = {}
+        rank = self._place.num_senders
+        for address, size in self._members.items():
+            bodies[address] = {
+                "init_info": {"rendezvous": meeting, "first_rank": rank, "manifest": manifest.to_json()}
+            }
+            rank += size
+        return bodies
+
+    def _send(self, version: int) -> dict[str, UserError]:
+        sender, own = self._sender, self._place.sender
+        if sender is None or own is None:
+            return {}
+        has_pieces = any(spec.sender == own for spec in self._source.specs())
+        pieces = self._source.pieces(own) if has_pieces else iter(())
+        body: dict[str, object] = {"update_info": {"version": version}}
+        return self._beside(
+            lambda: sender.send(version, pieces), "/update_weights", dict.fromkeys(self._members, body)
         )
 
-    def _join(self, meeting_text: str, sizes: Sequence[int], listener: socket.socket | None) -> None:
-        if not self._place.sends or self._communicator is not None:
-            return
-        assert self._place.stage is not None
-        first_ranks = [self._num_senders + sum(sizes[:index]) for index in range(len(sizes))]
-        bodies: list[dict[str, Json]] = [
-            {"init_info": {"rendezvous": meeting_text, "first_rank": rank}} for rank in first_ranks
-        ]
-        # Concurrently: each worker waits inside for all others, and so does this rank.
-        answers = [
-            self._threads.submit(client.request, "POST", "/init_weight_transfer_engine", body)
-            for client, body in zip(self._clients, bodies, strict=True)
-        ]
-        meeting = Rendezvous.from_json(meeting_text)
-        _with_answers(
-            lambda: self._set_communicator(
-                Communicator(meeting, self._place.stage or 0, self._device, listener)
-            ),
-            answers,
+    def _commit(self, version: int) -> dict[str, UserError]:
+        sender = self._sender
+        if sender is None:
+            return {}
+        body: dict[str, object] = {"weight_version": str(version)}
+        faults = self._beside(sender.confirm, "/finish_weight_update", dict.fromkeys(self._members, body))
+        if not self._place.is_controller or faults:
+            return faults
+        return self._servers.on_each(tuple(self._members), lambda client: require_version(client, version))
+
+    def _beside(
+        self,
+        action: Callable[[], None],
+        route: str,
+        bodies: Mapping[str, dict[str, object]],
+        communicator: Communicator | None = None,
+    ) -> dict[str, UserError]:
+        communicator = communicator or self._communicator
+        assert communicator is not None
+        if not self._place.is_controller:
+            action()
+            return {}
+        faults: dict[str, UserError] = {}
+        shared: Exception | None = None
+
+        def act() -> None:
+            nonlocal shared
+            try:
+                action()
+            except (TransportError, DisagreementError) as error:
+                shared = error.with_traceback(None)  # a traceback would keep the communicator alive
+
+        faults = self._servers.beside(
+            act,
+            {address: (route, body) for address, body in bodies.items()},
+            communicator.abort,  # type: ignore[misc]
         )
+        if isinstance(shared, DisagreementError):
+            raise shared
+        if shared is not None and not any(isinstance(f, UnreachableError) for f in faults.values()):
+            raise shared
+        return {a: f for a, f in faults.items() if shared is None or isinstance(f, UnreachableError)}
 
-    def _set_communicator(self, communicator: Communicator) -> None:
-        self._communicator = communicator
+    def _prove(self, version: int, servers: Sequence[str], canary: Canary) -> dict[str, UserError]:
+        if not self._place.is_controller:
+            return {}
 
-    def _prepare(self, manifest: Manifest) -> None:
-        body: dict[str, Json] = {"update_info": {"manifest": manifest.to_json()}}
-        answers = [
-            self._threads.submit(client.request, "POST", "/update_weights", body) for client in self._clients
-        ]
-        _with_answers(lambda: self._gather_and_send(manifest), answers)
+        def prove(client: ServerClient) -> None:
+            if self._phases is not None:
+                self._phases.end_push(client, version)
+            else:
+                client.request("POST", "/resume")
+            try:
+                check_canary(client, canary)
+            except UserError:
+                client.request("POST", "/pause?mode=abort")
+                raise
 
-    def _gather_and_send(self, manifest: Manifest) -> None:
-        if self._place.stage is None:
-            return
-        tensors = self._source.tensors(self._place.stage)
-        try:
-            if self._place.sends:
-                assert self._communicator is not None
-                send(manifest, tensors, self._communicator)
-        finally:
-            # The stage's tensor-parallel ranks gather in step: one that stopped early would hang the others.
-            for _ in tensors:
-                pass
+        return self._servers.on_each(servers, prove)
 
-    def _commit(self, version: int) -> None:
-        self._on_all(
-            lambda client: client.request("POST", "/finish_weight_update", {"weight_version": str(version)})
-        )
-
-        def check(client: ServerClient) -> None:
-            held = client.weight_version()
-            if held != str(version):
-                raise UserError(
-                    f"inference server {client.address} reports version {held} after loading {version}"
-                )
-
-        self._on_all(check)
-
-    def _post_all(self, route: str) -> None:
-        self._on_all(lambda client: client.request("POST", route))
-
-    def _on_all(self, call: Callable[[ServerClient], object]) -> None:
-        _with_answers(lambda: None, [self._threads.submit(call, client) for client in self._clients])
-
-
-def canary_token_ids(vocab_size: int, length: int = 48) -> tuple[int, ...]:
-    """A fixed sequence that visits scattered rows of the embedding."""
-    return tuple((7 * position * position + 13 * position + 5) % vocab_size for position in range(length))
-
-
-def _with_answers(
-    action: Callable[[], None], answers: Sequence[Future[object]] | Sequence[Future[dict[str, Json]]]
-) -> None:
-    """Runs `action` while servers answer; raises one error with everything that went wrong on either side."""
-    faults = []
-    try:
-        action()
-    except (ValueError, RuntimeError, OSError) as error:
-        faults.append(str(error))
-    for answer in answers:
-        try:
-            answer.result()
-        except UserError as error:
-            faults.append(str(error))
-    if faults:
-        raise UserError("; ".join(faults))
-
-
-def _abort_session(client: ServerClient) -> None:
-    try:
-        client.request("POST", "/update_weights", {"update_info": {"abort": True}})
-    except RefusedError:
-        return
-
-
-def _check_canary(
-    client: ServerClient, version: int, token_ids: Sequence[int], expected: Sequence[float], tolerance: float
-) -> None:
-    held = client.weight_version()
-    if held != str(version):
-        raise UserError(f"inference server {client.address} holds weight version {held}, expected {version}")
-    got = client.prompt_logprobs(list(token_ids))
-    differences = [abs(ours - theirs) for ours, theirs in zip(expected, got, strict=True)]
-    # Written so that a NaN fails.
-    if not all(difference <= tolerance for difference in differences):
-        worst = max(
-            range(len(differences)),
-            key=lambda at: math.inf if math.isnan(differences[at]) else differences[at],
-        )
-        mean = sum(differences) / len(differences)
-        raise UserError(
-            f"inference server {client.address} computes other log-probs than the trainer: mean difference {mean:.4f}, "
-            f"largest {differences[worst]:.4f} nats (trainer {expected[worst]:.4f}, server {got[worst]:.4f}) at canary "
-            f"token {worst + 1}, tolerance {tolerance} (rollout.logprob_tolerance)"
-        )
+    def _leave(self) -> None:
+        # Gloo's sockets close, and the others hear of it, when the last reference goes.
+        self._communicator, self._sender = None, None
+        gc.collect()

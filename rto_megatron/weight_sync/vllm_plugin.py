@@ -1,24 +1,23 @@
 """What runs inside vLLM's workers: receive a push into host memory, prove it, and load it only when told to.
 
 vLLM's `update_weights` prepares and its `finish_weight_update` commits. Until the commit the old weights
-serve on, at the price of one copy of the model in host memory. Named on vLLM's command line as worker
-extension, which makes every worker import this module before its weight-transfer engine is made.
+serve on. Named on vLLM's command line as worker extension, which makes every worker import this module before
+its weight-transfer engine is made.
 """
 
 import gc
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from rto_megatron.weight_sync.coverage import tied_parameters, uncovered
-from rto_megatron.weight_sync.digest import digest
-from rto_megatron.weight_sync.manifest import Bucket, Manifest, bucket_buffer, payload, slot_view, trailer
+from rto_megatron.weight_sync.coverage import Coverage, rehearse, tied_parameters
+from rto_megatron.weight_sync.landing import Landing
+from rto_megatron.weight_sync.manifest import Manifest
+from rto_megatron.weight_sync.receiver import Receiver, Staged
 from rto_megatron.weight_sync.sender import agree_on_manifest
 from rto_megatron.weight_sync.transport import Communicator, DisagreementError, Rendezvous, TransportError
 
@@ -27,17 +26,18 @@ _BACKEND = "rto"
 
 @dataclass(kw_only=True)
 class InitInfo(WeightTransferInitInfo):
-    """Body of /init_weight_transfer_engine: the meeting point and the rank of this server's first worker."""
+    """Body of /init_weight_transfer_engine: the meeting point, this server's first rank and what will be pushed."""
 
     rendezvous: str
     first_rank: int
+    manifest: str
 
 
 @dataclass(kw_only=True)
 class UpdateInfo(WeightTransferUpdateInfo):
-    """Body of /update_weights: a manifest to prepare, or the wish to leave an unfinished session."""
+    """Body of /update_weights: a version to prepare, or the wish to leave an unfinished session."""
 
-    manifest: str = ""
+    version: int = -1
     abort: bool = False
 
 
@@ -50,26 +50,37 @@ class RtoWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._communicator: Communicator | None = None
-        self._staged: list[tuple[Bucket, Tensor]] = []
-        self._checked_sha256 = ""
+        self._manifest = Manifest(0, ())
+        self._staged: Staged | None = None
+        self._coverage: Coverage | None = None  # of the present manifest, once rehearsed
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
-        """Joins the communicator of the senders and all workers."""
+        """Joins the communicator of the senders and all workers.
+
+        Raises:
+            ValueError: a manifest of another release.
+            TransportError: the ranks did not meet.
+        """
         self.shutdown()
         meeting = Rendezvous.from_json(init_info.rendezvous)
+        manifest = Manifest.from_json(init_info.manifest)
+        if manifest != self._manifest:
+            self._manifest, self._coverage = manifest, None
         parallel = self.parallel_config
         rank = init_info.first_rank + parallel.data_parallel_index * parallel.world_size + parallel.rank
         device = self.device if meeting.device_type == "cuda" else torch.device("cpu")
-        self._communicator = Communicator(meeting, rank, device)
+        communicator = Communicator(meeting, rank, device)
+        communicator.join()
+        self._communicator = communicator
 
     def shutdown(self) -> None:
         """Leaves the communicator and forgets what was staged."""
         self._communicator = None
-        self._staged = []
+        self._staged = None
 
     def start_weight_update(self) -> None:
         """Forgets what an unfinished push left behind."""
-        self._staged = []
+        self._staged = None
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Prepares: receives all buckets and proves them; the model is not touched.
@@ -80,7 +91,7 @@ class RtoWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         """
         typed = self.parse_update_info(update_info)
         if typed.abort:
-            raise DisagreementError("weight update aborted on request")
+            raise DisagreementError("weight update aborted on request", ())
         if self._communicator is None:
             raise TransportError("this worker is in no communicator; the trainer must open one")
         failure = ""
@@ -89,49 +100,62 @@ class RtoWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         except TransportError as error:
             failure = str(error)
         if failure:
-            # Gloo tells only the neighbours of a lost rank. Its sockets close when the last reference to
-            # the group goes, and then the others hear at once; a traceback would keep that reference.
-            self.shutdown()
-            gc.collect()
-            raise TransportError(failure)
+            self._leave(failure)
+
+    def _leave(self, failure: str) -> None:
+        # Gloo tells only the neighbours of a lost rank. Its sockets close when the last reference to
+        # the group goes, and then the others hear at once; a traceback would keep that reference.
+        self.shutdown()
+        gc.collect()
+        raise TransportError(failure)
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         """Receives and proves every bucket of a push; see `update_weights`."""
         communicator = self._communicator
         assert communicator is not None
-        try:
-            manifest = Manifest.from_json(update_info.manifest)
-        except ValueError as error:
-            # The senders already wait for this rank: it must tell them.
-            communicator.agree(str(error))
-            raise
-        agree_on_manifest(manifest, communicator, self._refusal(manifest))
-        received = []
-        damaged = []
-        for number, bucket in enumerate(manifest.buckets()):
-            buffer = bucket_buffer(bucket, communicator.device)
-            communicator.broadcast(buffer, bucket.sender)
-            if digest(payload(buffer)) != int(trailer(buffer)):
-                names = [slot.spec.name for slot in bucket.slots]
-                damaged.append(f"bucket {number} ({names[0]} to {names[-1]})")
-            # A cuda buffer moves to host memory: staging must not compete with the cache for device memory.
-            received.append((bucket, buffer.cpu()))
-        communicator.agree(f"digest mismatch in {', '.join(damaged[:5])}" if damaged else None)
-        self._staged = received
+        if self._coverage is None:
+            self._coverage = rehearse(self.model, self.model_config, self._manifest.tensors().values())
+        problems = self._coverage.problems[:5]
+        refusal = f"the push does not fit the served model: {'; '.join(problems)}" if problems else None
+        agree_on_manifest(self._manifest, update_info.version, communicator, refusal)
+        receiver = Receiver(self._manifest, self._coverage.needs, communicator)
+        self._staged = receiver.receive(update_info.version)
 
     def finish_weight_update(self) -> None:
         """Commits: loads the prepared weights through vLLM's layerwise reload, which keeps device addresses.
 
+        Returns once every worker of every server has proved that its parameters hold what was sent.
+
         Raises:
-            RuntimeError: nothing was prepared, or vLLM's loader left parameters out.
+            RuntimeError: nothing was prepared.
+            DisagreementError: a worker, this one or another, loaded something else.
+            TransportError: the communicator is lost.
         """
-        if not self._staged:
+        staged, communicator = self._staged, self._communicator
+        if staged is None or communicator is None:
             raise RuntimeError("nothing was prepared, so there is nothing to commit")
-        staged, self._staged = self._staged, []
+        self._staged = None
+        fault = self._load(staged)
+        failure = ""
+        try:
+            communicator.agree(fault, staged.token)
+        except TransportError as error:
+            failure = str(error)
+        if failure:
+            del communicator
+            self._leave(failure)
+
+    def _load(self, staged: Staged) -> str | None:
+        assert self._coverage is not None
+        landing = Landing(staged.expected, self._coverage.needs)
         expected = {name for name, _ in self.model.named_parameters()}
         initialize_layerwise_reload(self.model)
         try:
-            loaded = set(self.model.load_weights(_tensors(staged)))
+            with landing.watch():
+                tensors = staged.tensors(self._manifest.tensors())
+                loaded = set(
+                    self.model.load_weights((name, landing.announce(name, full)) for name, full in tensors)
+                )
         finally:
             finalize_layerwise_reload(self.model, self.model_config)
         # The reload processes a tied parameter for its first owner only. The output layer of a CPU keeps a packed
@@ -139,28 +163,12 @@ class RtoWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         for _, module in tied_parameters(self.model):
             module.quant_method.process_weights_after_loading(module)
         if expected - loaded:
-            raise RuntimeError(f"parameters left out by vLLM's loader: {sorted(expected - loaded)[:5]}")
-
-    def _refusal(self, manifest: Manifest) -> str | None:
-        # Tensor names, dtypes and shapes do not change between the pushes of a run, its version does.
-        sha256 = Manifest(0, manifest.bucket_bytes, manifest.specs).sha256()
-        if sha256 == self._checked_sha256:
-            return None
-        problems = uncovered(self.model, self.model_config, manifest.specs)
-        if problems:
-            return f"the push does not fit the served model: {'; '.join(problems[:5])}"
-        self._checked_sha256 = sha256
-        return None
+            return f"parameters left out by vLLM's loader: {sorted(expected - loaded)[:5]}"
+        return landing.faults()
 
 
 class RtoWorkerExtension:
     """Mixed into vLLM's worker; being named is its whole use."""
-
-
-def _tensors(staged: list[tuple[Bucket, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    for bucket, buffer in staged:
-        for slot in bucket.slots:
-            yield slot.spec.name, slot_view(buffer, slot)
 
 
 if _BACKEND not in WeightTransferEngineFactory._registry:

@@ -80,6 +80,7 @@ def ppo_minibatch(weight_BR: Tensor, packed: bool, padding: float = GARBAGE) -> 
         weight_T=to_positions(weight_BR, batch, PROMPT_LENGTH, 0.0),
         logp_old_T=spread(policy["old_logp"]),
         logp_ref_T=spread(GOLDEN["rto_reward_inputs"]["logp_ref"]),
+        pool_importance_T=spread([[1.0] * 6] * 2),
         advantages_T=spread(GOLDEN["advantage_normalization"]["normalized"]),
         values_old_T=spread(value["old_values"]),
         returns_T=spread(GOLDEN["gae_gamma1_lambda0.95"]["returns"], sign=-0.5),
@@ -100,6 +101,8 @@ def golden_scored(finish_reasons: tuple[str, ...] = ("stop", "stop")) -> ScoredR
     return ScoredRollouts(
         rollouts=rollouts(finish_reasons),
         mask_BR=grid(inputs["action_mask"]),
+        sampled_BR=grid(inputs["action_mask"]),
+        logp_pool_BR=grid(inputs["logp_policy"]),
         logp_old_BR=grid(inputs["logp_policy"]),
         logp_ref_BR=grid(inputs["logp_ref"]),
         dpo_logratio_BR=grid(inputs["logp_dpo"]) - grid(inputs["logp_ref"]),

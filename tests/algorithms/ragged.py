@@ -17,10 +17,11 @@ CPU = torch.device("cpu")
 def scored_rollouts(
     count: int, seed: int = 0, padding: float = 1e30, cut: Sequence[int] = ()
 ) -> ScoredRollouts:
-    """Responses of 1 to 7 tokens; `cut` are the rows that the length limit ended.
+    """Responses of 1 to 7 tokens; `cut` are the rows that the length limit ended, and their last token is not sampled.
 
     Args:
-        padding: what every grid holds behind the ends of the responses.
+        padding: what every grid holds behind the ends of the responses, and half of it in place of a log-prob of the
+            pool where it sampled nothing.
     """
     generator = torch.Generator().manual_seed(seed)
     lengths = [1 + (3 * row + seed) % 7 for row in range(count)]
@@ -37,10 +38,20 @@ def scored_rollouts(
         drawn_BR = torch.randn(mask_BR.shape, generator=generator, dtype=torch.float64)
         return torch.where(mask_BR != 0, drawn_BR, torch.full_like(drawn_BR, sign * padding))
 
+    logp_old_BR = noise(-1)
+    gap_BR = torch.randn(
+        mask_BR.shape, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64
+    )
+    sampled_BR = mask_BR.clone()
+    sampled_BR[list(cut), [lengths[row] - 1 for row in cut]] = 0.0
     return ScoredRollouts(
         rollouts=tuple(rollouts),
         mask_BR=mask_BR,
-        logp_old_BR=noise(-1),
+        sampled_BR=sampled_BR,
+        logp_pool_BR=torch.where(
+            sampled_BR != 0, logp_old_BR + gap_BR, torch.full_like(gap_BR, -padding / 2)
+        ),
+        logp_old_BR=logp_old_BR,
         logp_ref_BR=noise(1),
         dpo_logratio_BR=noise(-1),
         values_BR=noise(1),

@@ -30,6 +30,7 @@ from rto_megatron.types import Demonstration, JudgedResponse, PreferencePair
 OFFLINE = [name for name, method in ALGORITHMS.items() if isinstance(method, OfflineMethod)]
 ONLINE = [name for name in ALGORITHMS if name not in OFFLINE]
 NUM_EXAMPLES = 7
+CAP = 1.2  # of the importance of the pool's tokens, whose log-probs lie about 1 nat from the trainer's
 ORDER = [4, 0, 6, 2, 5, 1, 3]
 # name -> (micro-batch size, packed, row lengths are a multiple of, order of the examples)
 ONE_BATCH = (NUM_EXAMPLES, True, 1, range(NUM_EXAMPLES))
@@ -188,9 +189,9 @@ def test_offline_losses_never_read_the_padding(name, packed):
         assert all(torch.equal(gradient, other[1][ids]) for ids, gradient in one[1].items())
 
 
-def online(name):
+def online(name, cap=None):
     method = ALGORITHMS[name]
-    return method.build(method.config(), lambda _: frozenset({DELIMITER}))
+    return method.build(method.config(pool_importance_cap=cap), lambda _: frozenset({DELIMITER}))
 
 
 def num_rollouts(algorithm):
@@ -211,9 +212,10 @@ def run_online(algorithm, loss, experience, micro, packed, multiple_of, rows, pa
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("cap", [None, CAP])
 @pytest.mark.parametrize("name", ONLINE)
-def test_online_losses_do_not_depend_on_layout_and_order(name, layout):
-    algorithm = online(name)
+def test_online_losses_do_not_depend_on_layout_and_order(name, cap, layout):
+    algorithm = online(name, cap)
     experience = experience_of(algorithm)
     rows = list(range(len(experience.rollouts)))
     micro, packed, multiple_of, order = LAYOUTS[layout]
@@ -231,9 +233,10 @@ def test_online_losses_do_not_depend_on_layout_and_order(name, layout):
 
 
 @pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("cap", [None, CAP])
 @pytest.mark.parametrize("name", ONLINE)
-def test_online_losses_never_read_the_padding(name, packed):
-    algorithm = online(name)
+def test_online_losses_never_read_the_padding(name, cap, packed):
+    algorithm = online(name, cap)
     experience = experience_of(algorithm)
     rows = range(len(experience.rollouts))
     losses = [loss for loss in (algorithm.policy_loss, algorithm.value_loss) if loss is not None]
@@ -247,7 +250,7 @@ def test_online_losses_never_read_the_padding(name, packed):
 
 @pytest.mark.parametrize("name", ONLINE)
 def test_credit_does_not_depend_on_what_stands_behind_the_responses(name):
-    algorithm = online(name)
+    algorithm = online(name, CAP)
     count = num_rollouts(algorithm)
     clean, *dirty = (
         algorithm.credit(scored_rollouts(count, padding=padding, cut=(1, 5)), 0.01, no_reduction)
@@ -263,18 +266,26 @@ def test_credit_does_not_depend_on_what_stands_behind_the_responses(name):
             assert not other_BR[other.mask_BR == 0].any()
             assert other_BR.any()
         assert clean.rewards.num_clipped == other.rewards.num_clipped
+        assert torch.equal(clean.pool_importance_BR, other.pool_importance_BR)
+        assert (other.pool_importance_BR == CAP).any()
 
 
 @pytest.mark.parametrize("name", ONLINE)
 def test_credit_on_a_wider_grid_is_the_same(name):
-    algorithm = online(name)
+    algorithm = online(name, CAP)
     scored = scored_rollouts(num_rollouts(algorithm), cut=(1, 5))
-    fields = ("mask_BR", "logp_old_BR", "logp_ref_BR", "dpo_logratio_BR", "values_BR")
-    grids = (scored.mask_BR, scored.logp_old_BR, scored.logp_ref_BR, scored.dpo_logratio_BR, scored.values_BR)
-    behind = [0.0, GARBAGE, -GARBAGE, GARBAGE, -GARBAGE]
+    behind = {
+        "mask_BR": 0.0,
+        "sampled_BR": 0.0,
+        "logp_pool_BR": -GARBAGE,
+        "logp_old_BR": GARBAGE,
+        "logp_ref_BR": -GARBAGE,
+        "dpo_logratio_BR": GARBAGE,
+        "values_BR": -GARBAGE,
+    }
     wider = {
-        field: torch.nn.functional.pad(grid_BR, (0, 3), value=value)
-        for field, grid_BR, value in zip(fields, grids, behind, strict=True)
+        field: torch.nn.functional.pad(vars(scored)[field], (0, 3), value=value)
+        for field, value in behind.items()
     }
     one = algorithm.credit(scored, 0.01, no_reduction)
     other = algorithm.credit(replace(scored, **wider), 0.01, no_reduction)
@@ -286,3 +297,4 @@ def test_credit_on_a_wider_grid_is_the_same(name):
     ):
         torch.testing.assert_close(other_BR[:, :width], one_BR, rtol=1e-9, atol=1e-12)
         assert not other_BR[:, width:].any()
+    assert torch.equal(other.pool_importance_BR[:, :width], one.pool_importance_BR)

@@ -49,6 +49,8 @@ def random_scored(seed, delimiters=0.3):
     return ScoredRollouts(
         rollouts,
         mask_BR,
+        mask_BR,
+        logp_old_BR,
         logp_old_BR,
         logp_ref_BR,
         logratio_BR,

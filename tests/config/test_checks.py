@@ -202,3 +202,14 @@ def test_sampling_stage_needs_servers_and_others_do_not() -> None:
     require_pool(rto("rollout.servers=[http://127.0.0.1:8000]"))
     with pytest.raises(UserError, match=r"launchers/local\.sh"):
         require_pool(rto())
+
+
+def test_a_silent_server_has_the_time_of_its_probe() -> None:
+    (problem,) = find_problems(rto("rollout.probe_interval_s=5", "rollout.probe_timeout_s=5"), 4, {})
+    assert problem.startswith("rollout.probe_interval_s=5 is not above rollout.probe_timeout_s=5")
+    assert find_problems(rto("rollout.probe_interval_s=5.5", "rollout.probe_timeout_s=5"), 4, {}) == []
+
+
+def test_a_server_is_named_once() -> None:
+    (problem,) = find_problems(rto("rollout.servers=[http://a:1,http://b:1,http://a:1]"), 4, {})
+    assert problem == "rollout.servers names a server twice"

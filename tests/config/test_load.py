@@ -152,6 +152,8 @@ CRITIC_FREE = ["reinforce_pp", "rto_reinforce_pp", "grpo"]
             )
         ),
         ("evaluate", "data.max_length", OFFLINE),
+        ("evaluate", "rollout.logprob_gap_alarm", ONLINE),
+        ("dpo", "algorithm.pool_importance_cap", ONLINE),
         *(
             (stage, key, WITH_CRITIC)
             for stage in CRITIC_FREE

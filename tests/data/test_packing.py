@@ -152,11 +152,19 @@ def test_pairs_stay_together_chosen_first(packed: bool, multiple_of: int) -> Non
 def test_minibatch_fields_follow_their_rollout(packed: bool, multiple_of: int, micro: int) -> None:
     rollouts = make_rollouts(6)
     mask_BR = response_mask(rollouts, CPU)
-    fields_BR = torch.rand(6, *mask_BR.shape, generator=torch.Generator().manual_seed(0)) + 0.1
+    fields_BR = torch.rand(7, *mask_BR.shape, generator=torch.Generator().manual_seed(0)) + 0.1
     rewards = TokenRewards(mask_BR, mask_BR, mask_BR, torch.tensor(0.0))
-    weights_BR, logp_BR, logp_ref_BR, values_BR, advantages_BR, returns_BR = fields_BR
+    weights_BR, logp_BR, logp_ref_BR, importance_BR, values_BR, advantages_BR, returns_BR = fields_BR
     experience = Experience(
-        tuple(rollouts), mask_BR, logp_BR, logp_ref_BR, values_BR, advantages_BR, returns_BR, rewards
+        tuple(rollouts),
+        mask_BR,
+        logp_BR,
+        logp_ref_BR,
+        importance_BR,
+        values_BR,
+        advantages_BR,
+        returns_BR,
+        rewards,
     )
     rows = [4, 1, 5]
     steps = minibatches(experience, weights_BR, rows, Layout(micro, packed, multiple_of, CPU))
@@ -167,6 +175,7 @@ def test_minibatch_fields_follow_their_rollout(packed: bool, multiple_of: int, m
         ("weight_T", weights_BR),
         ("logp_old_T", logp_BR),
         ("logp_ref_T", logp_ref_BR),
+        ("pool_importance_T", importance_BR),
         ("values_old_T", values_BR),
         ("advantages_T", advantages_BR),
         ("returns_T", returns_BR),

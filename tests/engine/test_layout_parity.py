@@ -57,11 +57,18 @@ class Case:
     stage: str
     layout: str = "one"
     packed: bool = True
+    cap: float | None = None  # of the importance of the pool's tokens
 
     @property
     def folder(self) -> str:
         """Of the run."""
-        return f"{self.stage}-{self.layout}-{'packed' if self.packed else 'padded'}"
+        capped = "" if self.cap is None else f"-cap_{self.cap}"
+        return f"{self.stage}-{self.layout}-{'packed' if self.packed else 'padded'}{capped}"
+
+    @property
+    def oracle(self) -> "Case":
+        """The same on one rank."""
+        return replace(self, layout="one", packed=True)
 
 
 # The reference's hidden states are gathered under sequence parallelism, and padded rows are longer than their answers.
@@ -70,7 +77,9 @@ TDPO = [
     Case("tdpo", "one", packed=False),
     Case("tdpo", "tp2_sp", packed=False),
 ]
-CASES = [*(Case(stage, layout) for layout in METHODS_AT for stage in ALGORITHMS), *TDPO]
+# The pool's log-probs are those of uniform draws: some weights are at the cap, others below 1.
+CAPPED = [Case("rto", layout, cap=1.2) for layout in METHODS_AT]
+CASES = [*(Case(stage, layout) for layout in METHODS_AT for stage in ALGORITHMS), *TDPO, *CAPPED]
 
 
 def _configuration(case: Case, root: Path) -> Stage:
@@ -78,6 +87,7 @@ def _configuration(case: Case, root: Path) -> Stage:
     sections = {"optimizer": LR.get(case.stage, OTHER_LR)}
     keys = {"batch__train": BATCH, "batch__micro": 4, "batch__packed": case.packed, "run__steps": 1}
     if isinstance(method, OnlineMethod):
+        keys["algorithm__pool_importance_cap"] = case.cap
         keys["batch__rollout"] = BATCH // method.config().samples_per_prompt
         if method.has_critic:
             sections["critic_optimizer"] = CRITIC_LR
@@ -123,7 +133,7 @@ def _weights(case: Case, root: Path) -> dict[str, Tensor]:
     if (case.layout, root) not in _TRAINED:
         of_layout = [one for one in CASES if one.layout == case.layout]
         if case.layout == "one":
-            of_layout += [Case(stage) for stage in ALGORITHMS]
+            of_layout += [*(Case(stage) for stage in ALGORITHMS), CAPPED[0].oracle]
         run_ranks(LAYOUTS[case.layout][0], _run, of_layout, root, timeout_seconds=300)
         _TRAINED.add((case.layout, root))
     return {
@@ -144,7 +154,7 @@ def _start(root: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.folder)
 def test_a_step_moves_the_weights_as_on_one_rank(case: Case, root: Path) -> None:
-    want, got, start = _weights(Case(case.stage), root), _weights(case, root), _start(root)
+    want, got, start = _weights(case.oracle, root), _weights(case, root), _start(root)
     assert got.keys() == want.keys()
     has_critic = any(name.startswith("critic/") for name in want)
     assert has_critic == issubclass(STAGES[case.stage], ActorCriticStage)
@@ -172,8 +182,10 @@ def _norm(tensors: Iterable[Tensor]) -> float:
 def test_the_steps_are_worth_comparing(root: Path) -> None:
     """Each method moves the policy its own way, and what could hide a missing reduction is not 0."""
     name = "policy/model.layers.0.mlp.down_proj.weight"
-    ends = {stage: _weights(Case(stage), root)[name] for stage in ALGORITHMS}
+    ends = {case.folder: _weights(case, root)[name] for case in (*map(Case, ALGORITHMS), CAPPED[0].oracle)}
     same = [(one, other) for one, other in combinations(ends, 2) if ends[one].equal(ends[other])]
     assert same == []
     kto, tdpo, grpo = (read_metrics(root / Case(stage).folder)[0] for stage in ("kto", "tdpo", "grpo"))
     assert min(kto["kl"], tdpo["kl/chosen"], tdpo["kl/rejected"], grpo["loss/kl_avg"]) > 0.01
+    (capped,) = read_metrics(root / CAPPED[0].oracle.folder)
+    assert 0.01 < capped["pool/importance_capped_fraction"] < 0.99

@@ -23,6 +23,7 @@ from rto_megatron.engine.megatron import TrainedModel
 from rto_megatron.engine.weights import local_parameters
 from rto_megatron.models.heads import ScalarHead
 from rto_megatron.models.parameters import parameter_map, stage_of
+from rto_megatron.models.weight_map import merge
 from rto_megatron.trainer.rollouts import Roles, close_rollouts, score
 from rto_megatron.trainer.update import optimizer_minibatches
 
@@ -74,7 +75,7 @@ def _whole(model: TrainedModel, value: Callable[[torch.nn.Parameter], Tensor]) -
         if mapped.is_copy or stage_of(mapped, model.shape, place.pipeline_size) != place.pipeline_rank:
             continue
         shards = place.gather_tensor_shards(value(local[mapped.megatron]).detach().float())
-        whole.update(zip(mapped.hf, mapped.layout.merge(shards), strict=True))
+        whole.update(zip(mapped.hf, merge(mapped.layout, shards), strict=True))
     return {name: tensor.clone() for name, tensor in whole.items()}
 
 

@@ -19,6 +19,7 @@ from rto_megatron.engine.roles import build_frozen, build_trained
 from rto_megatron.engine.source import find_source
 from rto_megatron.engine.weights import local_parameters
 from rto_megatron.models.parameters import parameter_map
+from rto_megatron.models.weight_map import merge
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.trainer.rollouts import Roles, close_rollouts, score
 from rto_megatron.trainer.update import optimizer_minibatches
@@ -94,7 +95,7 @@ def whole(model: TrainedModel, value: Callable[[torch.nn.Parameter], Tensor]) ->
     for mapped in parameter_map(model.shape, model.has_scalar_head):
         if not mapped.is_copy:
             shard = value(local[mapped.megatron]).detach().view(local[mapped.megatron].shape)
-            named.update(zip(mapped.hf, mapped.layout.merge([shard]), strict=True))
+            named.update(zip(mapped.hf, merge(mapped.layout, [shard]), strict=True))
     return {name: tensor.cpu().clone() for name, tensor in named.items()}
 
 

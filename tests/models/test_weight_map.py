@@ -16,6 +16,7 @@ from rto_megatron.models.weight_map import (
     Replicated,
     Split,
     VocabRows,
+    merge,
     padded_vocab,
 )
 
@@ -45,7 +46,7 @@ def test_merging_the_shards_gives_the_tensors_back(name: str, size: int) -> None
     tensors = _random(shapes)
     shards = [layout.shard(tensors, rank, size) for rank in range(size)]
     assert len({shard.shape for shard in shards}) == 1
-    merged = layout.merge(shards)
+    merged = merge(layout, shards)
     assert len(merged) == len(tensors)
     assert all(torch.equal(got, want) for got, want in zip(merged, tensors, strict=True))
 
@@ -84,7 +85,7 @@ def test_vocabulary_rows_are_padded_with_zeros(vocab_size: int, size: int) -> No
     rows = [whole[i] if i < vocab_size else torch.zeros(6) for i in range(padded)]
     shards = [VocabRows(vocab_size).shard([whole], rank, size) for rank in range(size)]
     assert torch.equal(torch.cat(shards), torch.stack(rows))
-    assert torch.equal(VocabRows(vocab_size).merge(shards)[0], whole)
+    assert torch.equal(merge(VocabRows(vocab_size), shards)[0], whole)
 
 
 @pytest.mark.parametrize("has_scalar_head", [False, True])
@@ -100,5 +101,5 @@ def test_a_family_maps_every_tensor_once(has_scalar_head: bool, is_tied: bool, s
     for parameter in mapped:
         tensors = _random(parameter.hf_shapes)
         shards = [parameter.layout.shard(tensors, rank, size) for rank in range(size)]
-        for got, want in zip(parameter.layout.merge(shards), tensors, strict=True):
+        for got, want in zip(merge(parameter.layout, shards), tensors, strict=True):
             assert torch.equal(got, want), parameter.megatron

@@ -1,80 +1,33 @@
-"""What the HTTP engine says about servers that are gone or answer nonsense: a small server of canned
-answers."""
+"""What the HTTP engine says about servers that are gone or answer nonsense."""
 
-import json
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from rollout.canned import Answer, canned_servers, choice
 
 from rto_megatron.errors import UserError
-from rto_megatron.rollout.client import GENERATE_ROUTE, Json
-from rto_megatron.rollout.engine import Sampling, StaleWeights
+from rto_megatron.rollout.engine import NoServersLeft, Sampling, StaleWeights
 from rto_megatron.rollout.server import ServerOptions, start_server, stop_server, wait_until_ready
 from rto_megatron.rollout.vllm_pool import VllmPool
 from rto_megatron.types import Prompt
 
 SAMPLING = Sampling(max_tokens=3, eos_ids=(2,))
 PROMPT = Prompt("prompt-0", (1, 5))
-Answer = dict[str, Json]
-
-
-def choice(token_ids: list[int], finish_reason: str = "length", version: str = "4") -> Answer:
-    content: list[Json] = [{"token_id": token_id, "logprob": -1.5} for token_id in token_ids]
-    return {
-        "token_ids": list(token_ids),
-        "logprobs": {"content": content},
-        "finish_reason": finish_reason,
-        "weight_versions": [{"version": version, "start": 0, "end": len(token_ids)}],
-    }
 
 
 @pytest.fixture
-def serve() -> Iterator[Callable[[Answer | None], str]]:
-    """Starts a server that generates the given choice (None: answers 500); returns its address."""
-    servers = []
-
-    def start(generated: Answer | None) -> str:
-        class Canned(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                self._reply({"weight_version": "4", "is_paused": False})
-
-            def do_POST(self) -> None:
-                assert self.path == GENERATE_ROUTE
-                self.rfile.read(int(self.headers["content-length"]))
-                if generated is None:
-                    self.send_error(500)
-                else:
-                    self._reply({"choices": [generated]})
-
-            def _reply(self, answer: Answer) -> None:
-                body = json.dumps(answer).encode()
-                self.send_response(200)
-                self.send_header("content-length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *arguments: object) -> None:
-                return
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Canned)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+def serve() -> Iterator[Callable[[Answer], str]]:
+    """Starts a server that generates the given choice; returns its address."""
+    with canned_servers() as start:
+        yield lambda generated: start(lambda seed: generated).address
 
 
-Serve = Callable[[Answer | None], str]
+Serve = Callable[[Answer], str]
 
 
 def test_a_complete_response_becomes_a_rollout(serve: Serve) -> None:
-    (rollout,) = VllmPool([serve(choice([7, 2], "stop"))], "t", 5).generate([PROMPT], SAMPLING, 4)
+    (rollout,) = VllmPool([serve(choice([7, 2], "stop"))], "t", 5, retries=0).generate([PROMPT], SAMPLING, 4)
     assert (rollout.response_ids, rollout.sampled_logprobs, rollout.finish_reason) == (
         (7, 2),
         (-1.5, -1.5),
@@ -89,13 +42,13 @@ def test_a_missing_part_of_a_response_is_an_error(serve: Serve, part: str) -> No
     del incomplete[part]
     address = serve(incomplete)
     with pytest.raises(UserError, match=rf"{address} sent a response without '{part}'"):
-        VllmPool([address], "t", 5).generate([PROMPT], SAMPLING, 4)
+        VllmPool([address], "t", 5, retries=0).generate([PROMPT], SAMPLING, 4)
 
 
 def test_fewer_logprobs_than_tokens_are_an_error(serve: Serve) -> None:
     short = choice([7, 8, 9]) | {"logprobs": {"content": [{"token_id": 7, "logprob": -1.0}]}}
     with pytest.raises(UserError, match=r"sent 3 tokens and log-probs of 1"):
-        VllmPool([serve(short)], "t", 5).generate([PROMPT], SAMPLING, 4)
+        VllmPool([serve(short)], "t", 5, retries=0).generate([PROMPT], SAMPLING, 4)
 
 
 def test_weights_that_changed_during_generation_are_refused(serve: Serve) -> None:
@@ -105,7 +58,7 @@ def test_weights_that_changed_during_generation_are_refused(serve: Serve) -> Non
         {"version": "5", "start": 1, "end": 3},
     ]
     with pytest.raises(StaleWeights, match=r"weight versions \['4', '5'\], expected 4 alone"):
-        VllmPool([serve(mixed)], "t", 5).generate([PROMPT], SAMPLING, 4)
+        VllmPool([serve(mixed)], "t", 5, retries=0).generate([PROMPT], SAMPLING, 4)
 
 
 def test_ends_that_contradict_the_request_are_errors(serve: Serve) -> None:
@@ -115,20 +68,12 @@ def test_ends_that_contradict_the_request_are_errors(serve: Serve) -> None:
         (choice([7, 8], "abort"), "ended prompt prompt-0 with reason 'abort'"),
     ):
         with pytest.raises(UserError, match=words):
-            VllmPool([serve(generated)], "t", 5).generate([PROMPT], SAMPLING, 4)
-
-
-def test_a_failing_server_is_tried_once_and_another_one_next(serve: Serve) -> None:
-    good, broken = serve(choice([7, 8, 9])), serve(None)
-    (rollout,) = VllmPool([broken, good], "t", 5).generate([PROMPT], SAMPLING, 4)
-    assert rollout.response_ids == (7, 8, 9)
-    with pytest.raises(UserError, match="answered 500"):
-        VllmPool([broken, serve(None), good], "t", 5).generate([PROMPT], SAMPLING, 4)
+            VllmPool([serve(generated)], "t", 5, retries=0).generate([PROMPT], SAMPLING, 4)
 
 
 def test_a_dead_port_is_named_with_what_to_do() -> None:
-    with pytest.raises(UserError, match=r"cannot reach inference server http://127.0.0.1:9 .*rto pool"):
-        VllmPool(["http://127.0.0.1:9"], "t", 5).generate([PROMPT], SAMPLING, 4)
+    with pytest.raises(NoServersLeft, match=r"cannot reach inference server http://127.0.0.1:9 .*rto pool"):
+        VllmPool(["http://127.0.0.1:9"], "t", 5, retries=0).generate([PROMPT], SAMPLING, 4)
 
 
 def test_a_pool_without_servers_is_refused() -> None:

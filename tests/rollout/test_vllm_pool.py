@@ -151,9 +151,10 @@ def test_a_request_moves_to_the_other_server_when_the_first_is_dead(
     dead = "http://127.0.0.1:9"
     both = VllmPool([dead, pool_server.address], pool_server.token, timeout_s=30)
     sampling = Sampling(max_tokens=6, eos_ids=(2,))
-    # The version check would name the dead server at once; one that dies later is met by the requests.
-    rollouts = asyncio.run(both._generate_all(PROMPTS[:8], sampling, VERSION))
-    assert rollouts == pool.generate(PROMPTS[:8], sampling, VERSION)
+    expected = pool.generate(PROMPTS[:8], sampling, VERSION)
+    # The version check would find the dead server; one that dies later is met by the requests.
+    assert asyncio.run(both._generate_all(PROMPTS[:8], sampling, VERSION)) == expected
+    assert both.members.serving == (pool_server.address,)
 
 
 def test_workers_are_counted(pool_server: PoolServer) -> None:

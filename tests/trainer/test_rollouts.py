@@ -17,7 +17,7 @@ from rto_megatron.config.schema import OptimizerConfig
 from rto_megatron.data.packing import Layout, response_mask
 from rto_megatron.errors import UserError
 from rto_megatron.rollout.engine import Sampling
-from rto_megatron.trainer.rollouts import Roles, close_rollouts, pool_gap, reward_scores, sample, score
+from rto_megatron.trainer.rollouts import Roles, close_rollouts, reward_scores, sample, score
 from rto_megatron.types import Prompt, Rollout, ScoredRollouts, ValueScale
 
 EOS = 2
@@ -131,28 +131,47 @@ def test_values_are_those_of_the_states_before_the_actions(models: Path) -> None
             assert float(scored.values_BR[row, column]) == pytest.approx(float(value), abs=1e-5)
 
 
-def _gap(layout: str) -> dict[str, tuple[float, float]]:
-    place = topology(layout)
-    sampled = (
-        Rollout("a", (5,), (7, 8, 2), (-1.0, -2.0, -3.0), "stop", 0),
-        Rollout("b", (5,), (7, 8), (-1.0, -9.0), "length", 0),
+def _kept(policy: TruncationPolicy, models: Path) -> ScoredRollouts:
+    place = topology("one")
+    layout = Layout(2, True, 1, place.device.torch_device)
+    sampled = [
+        replace(r, sampled_logprobs=tuple(-0.5 - row - column for column in range(len(r.response_ids))))
+        for row, r in enumerate(ROLLOUTS)
+    ]
+    return score(sampled, _roles(models, place, False, False), layout, EOS, policy)
+
+
+@pytest.mark.parametrize("policy", ["compat", "penalise"])
+def test_log_probs_of_the_pool_lie_beside_ours_but_for_overwritten_tokens(
+    policy: TruncationPolicy, models: Path
+) -> None:
+    (scored,) = run_ranks(1, _kept, policy, models)
+    for row, r in enumerate(ROLLOUTS):
+        length = len(r.response_ids)
+        assert scored.logp_pool_BR[row, :length].tolist() == [-0.5 - row - c for c in range(length)]
+        overwritten = policy == "compat" and row == 3
+        assert (
+            scored.sampled_BR[row, :length].tolist() == [1.0] * (length - overwritten) + [0.0] * overwritten
+        )
+        assert not scored.sampled_BR[row, length:].any() and not scored.logp_pool_BR[row, length:].any()
+    assert scored.rollouts == close_rollouts(scored.rollouts, EOS, policy)
+    assert scored.rollouts[3].response_ids[-1] == (
+        EOS if policy == "compat" else ROLLOUTS[3].response_ids[-1]
     )
-    closed = close_rollouts(sampled, EOS, "compat")
-    assert closed[1].response_ids == (7, EOS)
-    zeros = torch.zeros(2, 3)
-    ours = torch.tensor([[-1.5 - place.data_rank, -2.0, -2.75], [-1.0, -100.0, 0.0]])
-    scored = ScoredRollouts(closed, zeros, ours, zeros, zeros, zeros, torch.zeros(2), torch.zeros(2))
-    return pool_gap(scored, sampled, place)
 
 
-def test_the_gap_to_the_pool_leaves_overwritten_tokens_out() -> None:
-    gap, other = run_ranks(2, _gap, "dp2")
-    assert gap["pool/logprob_gap_mean"] == (pytest.approx(0.75), 4)
-    assert other["pool/logprob_gap_mean"] == (pytest.approx(1.75), 4)
+def _unreadable(models: Path) -> str:
+    place = topology("one")
+    layout = Layout(2, True, 1, place.device.torch_device)
+    sampled = [replace(ROLLOUTS[0], sampled_logprobs=(float("nan"),) * len(ROLLOUTS[0].response_ids))]
+    with pytest.raises(UserError) as caught:
+        score(sampled, _roles(models, place, False, False), layout, EOS, "penalise")
+    return str(caught.value)
 
 
-def test_the_largest_gap_is_that_of_all_replicas() -> None:
-    assert [gap["pool/logprob_gap_max"] for gap in run_ranks(2, _gap, "dp2")] == [(1.5, 1)] * 2
+def test_log_probs_of_the_pool_must_be_numbers(models: Path) -> None:
+    (error,) = run_ranks(1, _unreadable, models)
+    assert "a log-prob of the pool is NaN or infinite on 1 samples, ['p0']" in error
 
 
 class _Recorder:

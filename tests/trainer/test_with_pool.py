@@ -94,8 +94,10 @@ def test_every_sampling_method_trains_with_the_pool(
             rollout__servers=(pool_server.address,),
             rollout__token_file=pool_server.token_file,
             rollout__logprob_tolerance=TOLERANCE,
+            rollout__logprob_gap_alarm=TOLERANCE,
             rollout__sync_timeout_s=60.0,
             sampling__max_response_tokens=16,
+            algorithm__pool_importance_cap=2.0,
             **delimiters.get(name, {}),
         )
         for name in names
@@ -105,6 +107,8 @@ def test_every_sampling_method_trains_with_the_pool(
         (metrics,) = read_metrics(config.run.dir)
         print(config.stage, f"gap {metrics['pool/logprob_gap_max']:.1e}")
         assert metrics["pool/logprob_gap_max"] < TOLERANCE
+        assert metrics["pool/logprob_gap_alarm"] == metrics["pool/importance_capped_fraction"] == 0
+        assert metrics["pool/importance_mean"] == pytest.approx(1, abs=TOLERANCE)
         assert metrics["policy/grad_norm"] > 0
         assert metrics["rollout/response_tokens"] <= 16
 

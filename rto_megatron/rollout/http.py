@@ -1,0 +1,112 @@
+"""Concurrent HTTP requests to inference servers, for generation."""
+
+from collections.abc import Mapping
+from types import SimpleNamespace, TracebackType
+from typing import Self
+
+import aiohttp
+
+from rto_megatron.rollout.client import Json, not_in_time, open_headers, parse_answer, unreachable
+
+_IDLE_S = 3.0  # the server closes a connection that was idle for 5 s: ours must not be picked up just then
+
+
+class GenerationHttp:
+    """Posts of one event loop to any number of servers; an async context manager.
+
+    Connections are kept for the next request. One that the server closes just when a request takes it costs that
+    request a second try on a connection of its own, which is safe: a request's seed decides its tokens.
+
+    Args:
+        token: the pool's bearer token.
+        timeout_s: limit of one request, queueing in the server included.
+    """
+
+    def __init__(self, token: str, timeout_s: float) -> None:
+        self._token = token
+        self._timeout_s = timeout_s
+
+    async def __aenter__(self) -> Self:
+        kept = aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_S)
+        self._kept = self._open(kept)
+        self._single = self._open(aiohttp.TCPConnector(limit=0, force_close=True))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._kept.close()
+        await self._single.close()
+
+    async def post(
+        self, address: str, route: str, body: Mapping[str, Json], timeout_s: float | None = None
+    ) -> dict[str, Json]:
+        """Sends one request and returns the JSON object of its answer.
+
+        Args:
+            address: such as http://127.0.0.1:8000.
+            route: path and query.
+            body: JSON object.
+            timeout_s: None takes the client's limit.
+
+        Raises:
+            UnreachableError: no answer.
+            RefusedError: an answer with another status than 200; ServerFailedError from 500 on.
+        """
+        limit_s = self._timeout_s if timeout_s is None else timeout_s
+        reused: list[bool] = []
+        try:
+            try:
+                status, content = await _exchange(self._kept, address + route, body, limit_s, reused)
+            except _DroppedError:
+                if not reused:
+                    raise
+                status, content = await _exchange(self._single, address + route, body, limit_s, [])
+        except TimeoutError as error:
+            raise not_in_time(address, error) from error
+        except aiohttp.ClientError as error:
+            raise unreachable(address, error) from error
+        return parse_answer(address, route, status, content)
+
+    def _open(self, connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
+        trace = aiohttp.TraceConfig()
+        trace.on_connection_reuseconn.append(_note_reuse)
+        return aiohttp.ClientSession(
+            connector=connector,
+            headers=open_headers(self._token),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            trace_configs=[trace],
+        )
+
+
+class _DroppedError(aiohttp.ClientError):
+    """The connection ended before any byte of an answer."""
+
+
+async def _note_reuse(
+    session: aiohttp.ClientSession,
+    context: SimpleNamespace,
+    connection: aiohttp.TraceConnectionReuseconnParams,
+) -> None:
+    context.trace_request_ctx.append(True)
+
+
+async def _exchange(
+    session: aiohttp.ClientSession, url: str, body: Mapping[str, Json], limit_s: float, reused: list[bool]
+) -> tuple[int, bytes]:
+    """Status and content of an answer; puts an entry into `reused` when the connection was a kept one."""
+    request = session.post(
+        url,
+        json=body,
+        timeout=aiohttp.ClientTimeout(total=limit_s),
+        allow_redirects=False,  # another address must not receive the token
+        trace_request_ctx=reused,
+    )
+    try:
+        response = await request
+    except aiohttp.ClientConnectorError:
+        raise
+    except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
+        raise _DroppedError(f"{type(error).__name__}: {error}") from error
+    async with response:
+        return response.status, await response.read()

@@ -1,0 +1,191 @@
+"""The wire of a pool that shares the trainer's devices: each worker reads buckets from a trainer rank's window.
+
+A window is two slots of the largest bucket's size, however large. It is where the trainer rank packs and
+receives its buckets, so that sharing costs no copy on that side. Trainer ranks form a group of their own, over
+which every bucket reaches every window that is read; a worker reads the window of its partner, a trainer rank
+on the same device. The store says which bucket is ready and who has read it: a broadcast ends for a trainer
+rank when all readers of its window are done, and only then may the slot be filled again.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rto_megatron.weight_sync.transport import NetworkWire, Rendezvous
+from rto_megatron.weight_sync.windows import DeviceWindow, HostWindow, Window, open_window, place_of
+from rto_megatron.weight_sync.words import InFlight, TransportError, Words
+
+_NUM_SLOTS = 2
+_ALIGNMENT = 512  # bytes
+
+
+def shared(words: Words, meeting: Rendezvous, device: torch.device) -> "TrainerWire | WorkerWire":
+    """This rank's end of the wire between trainer and pool on the same devices."""
+    if words.rank < meeting.num_senders:
+        return TrainerWire(words, meeting, device)
+    return WorkerWire(words, meeting, device)
+
+
+def partners(places: Sequence[str], num_senders: int) -> dict[int, int]:
+    """Worker -> the trainer rank whose window it reads: one in the same place, evenly where there are several.
+
+    Args:
+        places: of all ranks, the trainer's first.
+
+    Raises:
+        TransportError: a worker has none.
+    """
+    num_readers = [0] * num_senders
+    found = {}
+    for worker in range(num_senders, len(places)):
+        candidates = [rank for rank in range(num_senders) if places[rank] == places[worker]]
+        if not candidates:
+            raise TransportError(
+                f"rollout.colocated: worker {worker - num_senders} of the pool is on {places[worker]}, where no "
+                f"trainer rank is; they are on {', '.join(dict.fromkeys(places[:num_senders]))}. Place every "
+                "server on the trainer's devices, or set rollout.colocated=false"
+            )
+        partner = min(candidates, key=lambda rank: num_readers[rank])
+        num_readers[partner] += 1
+        found[worker] = partner
+    return found
+
+
+class TrainerWire:
+    """A trainer rank's end; see `transport.Wire`."""
+
+    def __init__(self, words: Words, meeting: Rendezvous, device: torch.device) -> None:
+        self.place = place_of(device)
+        self._words = words
+        self._num_senders = meeting.num_senders
+        self._device = device
+        self._among_trainers: NetworkWire | None = None
+        if meeting.num_senders > 1:
+            self._among_trainers = NetworkWire(
+                words, replace(meeting, world_size=meeting.num_senders), meeting.num_senders, device
+            )
+        self._readers: tuple[int, ...] = ()
+        self._window: Window | None = None
+        self._num_started = 0
+
+    def join(self, places: list[str]) -> None:
+        """Finds the partners and makes the trainer ranks' group."""
+        found = partners(places, self._num_senders)
+        self._readers = tuple(worker for worker, partner in found.items() if partner == self._words.rank)
+        if self._among_trainers is not None:
+            self._among_trainers.join(places)
+
+    def send_buffers(self, num_bytes: int) -> tuple[Tensor, Tensor]:
+        """The window's slots; tells its readers where it is."""
+        assert self._window is None, "a sender asks for its buffers once"
+        slot_bytes = max(1, -(-num_bytes // _ALIGNMENT)) * _ALIGNMENT
+        on_gpu = self._device.type == "cuda"
+        size = _NUM_SLOTS * slot_bytes
+        self._window = DeviceWindow(size, self._device) if on_gpu else HostWindow(size)
+        for reader in self._readers:
+            self._words.say(_window_key(reader), json.dumps([slot_bytes, self._window.handle()]))
+        first, second = self._window.memory.split(slot_bytes)
+        return first[:num_bytes], second[:num_bytes]
+
+    def start(self, buffer: Tensor, source: int) -> InFlight:
+        """Fills the slot, from another trainer rank if need be, and tells the readers."""
+        assert self._window is not None
+        starts = [slot.data_ptr() for slot in self._window.memory.chunk(_NUM_SLOTS)]
+        assert buffer.data_ptr() in starts, "a sender broadcasts from its window"
+        if self._among_trainers is not None:
+            in_flight = self._among_trainers.start(buffer, source)
+            self._words.wait_for(in_flight, source, self._words.deadline())
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        number, self._num_started = self._num_started, self._num_started + 1
+        for reader in self._readers:
+            self._words.say(_ready_key(reader, number), str(starts.index(buffer.data_ptr())))
+        return _Offered(self._words, self._readers, number)
+
+
+@dataclass(frozen=True)
+class _Offered:
+    """A bucket in a trainer rank's window."""
+
+    words: Words
+    readers: tuple[int, ...]
+    number: int
+
+    def is_completed(self) -> bool:
+        return self.words.are_said([_done_key(reader, self.number) for reader in self.readers])
+
+    def wait(self) -> None:
+        # A run would pile them up in the store.
+        for reader in self.readers:
+            self.words.forget([_ready_key(reader, self.number), _done_key(reader, self.number)])
+
+
+class WorkerWire:
+    """A worker's end; see `transport.Wire`."""
+
+    def __init__(self, words: Words, meeting: Rendezvous, device: torch.device) -> None:
+        self.place = place_of(device)
+        self._words = words
+        self._num_senders = meeting.num_senders
+        self._device = device
+        self._slots: tuple[Tensor, ...] = ()
+        self._num_started = 0
+
+    def join(self, places: list[str]) -> None:
+        """Makes sure that there is a partner; its window comes with the first bucket, whose size nobody knows yet."""
+        partners(places, self._num_senders)
+
+    def send_buffers(self, num_bytes: int) -> tuple[Tensor, Tensor]:
+        """Workers send nothing."""
+        raise AssertionError("a worker has nothing to send")
+
+    def start(self, buffer: Tensor, source: int) -> InFlight:
+        """Awaits a bucket of the partner's."""
+        number, self._num_started = self._num_started, self._num_started + 1
+        return _Awaited(self, self._words, buffer, number)
+
+    def slot(self, number: int) -> Tensor:
+        """The slot of the partner's window that holds a bucket which is ready."""
+        if not self._slots:
+            # A window is made known before its first bucket is.
+            slot_bytes, handle = json.loads(self._words.hear(_window_key(self._words.rank)))
+            self._slots = open_window(handle, self._device).split(slot_bytes)
+        return self._slots[int(self._words.hear(_ready_key(self._words.rank, number)))]
+
+    def leave(self, number: int) -> None:
+        """Tells the partner that a bucket was read."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        self._words.say(_done_key(self._words.rank, number))
+
+
+@dataclass(frozen=True)
+class _Awaited:
+    """A bucket that a worker will read into its buffer."""
+
+    wire: WorkerWire
+    words: Words
+    buffer: Tensor
+    number: int
+
+    def is_completed(self) -> bool:
+        return self.words.are_said([_ready_key(self.words.rank, self.number)])
+
+    def wait(self) -> None:
+        self.buffer.copy_(self.wire.slot(self.number)[: self.buffer.numel()])
+        self.wire.leave(self.number)
+
+
+def _window_key(reader: int) -> str:
+    return f"window/{reader}"
+
+
+def _ready_key(reader: int, number: int) -> str:
+    return f"ready/{reader}/{number}"
+
+
+def _done_key(reader: int, number: int) -> str:
+    return f"done/{reader}/{number}"

@@ -1,0 +1,172 @@
+"""Truncated importance sampling on the gap to the pool, in the loss of every method that samples."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from algorithms.grids import close, no_reduction
+from algorithms.ragged import DELIMITER, scored_rollouts, step_minibatches
+
+from rto_megatron.algorithms import ALGORITHMS
+from rto_megatron.algorithms.method import OnlineMethod
+from rto_megatron.algorithms.pool_importance import pool_importance
+
+CAP = 1.5
+COUNT = 8
+ONLINE = [name for name, method in ALGORITHMS.items() if isinstance(method, OnlineMethod)]
+EVERY_METHOD = pytest.mark.parametrize("name", ONLINE)
+
+
+def build(name, cap):
+    method = ALGORITHMS[name]
+    return method.build(method.config(pool_importance_cap=cap), lambda _: frozenset({DELIMITER}))
+
+
+def agreeing(scored):
+    """The same rollouts from a pool that computes what the trainer does."""
+    return replace(scored, logp_pool_BR=scored.logp_old_BR)
+
+
+def gapped(gaps):
+    """One response whose log-probs under the trainer are these nats above the pool's."""
+    gap_1R = torch.tensor([gaps])
+    ones_1R, zeros_1R = torch.ones_like(gap_1R), torch.zeros_like(gap_1R)
+    return replace(
+        scored_rollouts(1), mask_BR=ones_1R, sampled_BR=ones_1R, logp_old_BR=zeros_1R, logp_pool_BR=-gap_1R
+    )
+
+
+def moved(minibatch):
+    """Log-probs of a policy that has moved far enough for some ratios to be clipped."""
+    noise_T = torch.randn(len(minibatch.logp_old_T), generator=torch.Generator().manual_seed(5))
+    return (minibatch.logp_old_T + 0.3 * noise_T.to(minibatch.logp_old_T)).requires_grad_()
+
+
+def step(algorithm, scored):
+    """Loss, its gradient, sums for the logs and the micro-batch of one optimizer step on everything."""
+    experience = algorithm.credit(scored, 0.01, no_reduction)
+    weighting = algorithm.config.loss_weights
+    (minibatch,) = step_minibatches(experience, weighting, range(COUNT), COUNT, packed=True)
+    logp_T = moved(minibatch)
+    output = algorithm.policy_loss(logp_T, minibatch)
+    (grad_T,) = torch.autograd.grad(output.loss, logp_T)
+    return output.loss, grad_T, algorithm.credit_metrics(scored, experience), minibatch
+
+
+def slow_importance(scored, cap):
+    """min(pi_old / pi_pool, cap) token by token, in Python floats; 1 where the pool did not sample the token."""
+    return [
+        [
+            min(math.exp(float(scored.logp_old_BR[row, t]) - float(scored.logp_pool_BR[row, t])), cap)
+            if scored.sampled_BR[row, t]
+            else 1.0
+            for t in range(len(rollout.response_ids))
+        ]
+        for row, rollout in enumerate(scored.rollouts)
+    ]
+
+
+@EVERY_METHOD
+def test_loss_and_gradient_equal_a_slow_loop(name):
+    scored = scored_rollouts(COUNT, seed=2, cut=(1, 5))
+    loss, grad_T, _, minibatch = step(build(name, CAP), scored)
+    experience = build(name, None).credit(scored, 0.01, no_reduction)
+    logp_T = moved(minibatch)
+    beta_kl = build(name, CAP).config.beta_kl if name == "grpo" else 0.0
+    expected = torch.zeros((), dtype=torch.float64)
+    for row, weights in enumerate(slow_importance(scored, CAP)):
+        first = minibatch.batch.cu_seqlens[row] + len(scored.rollouts[row].prompt_ids) - 1
+        for t, weight in enumerate(weights):
+            logp, advantage = logp_T[first + t], experience.advantages_BR[row, t]
+            ratio = torch.exp(logp - scored.logp_old_BR[row, t])
+            surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+            back = scored.logp_ref_BR[row, t] - logp
+            k3 = torch.exp(back) - back - 1
+            expected = expected + (beta_kl * k3 - weight * surrogate) / len(weights) / COUNT
+    (expected_T,) = torch.autograd.grad(expected, logp_T)
+    close(loss, expected.item())
+    close(grad_T, expected_T.tolist())
+    print(f"{name}: loss differs by {abs(loss.item() - expected.item()):.1e}")
+
+
+@EVERY_METHOD
+def test_without_a_cap_no_bit_depends_on_the_pool(name):
+    scored = scored_rollouts(COUNT, cut=(1, 5))
+    one_loss, one_grad_T, metrics, minibatch = step(build(name, None), scored)
+    other_loss, other_grad_T, _, _ = step(build(name, None), agreeing(scored))
+    assert torch.equal(one_loss, other_loss) and torch.equal(one_grad_T, other_grad_T)
+    assert torch.equal(minibatch.pool_importance_T[minibatch.weight_T > 0].unique(), torch.ones(1).double())
+    assert not any(metric.startswith("pool/") for metric in metrics)
+
+
+@EVERY_METHOD
+def test_where_pool_and_trainer_agree_the_cap_changes_no_bit(name):
+    for dtype in (torch.float64, torch.float32):
+        drawn = agreeing(scored_rollouts(COUNT, cut=(1, 5)))
+        scored = replace(drawn, **{k: v.to(dtype) for k, v in vars(drawn).items() if torch.is_tensor(v)})
+        off_loss, off_grad_T, _, _ = step(build(name, None), scored)
+        for cap in (1.0, 2.0):
+            on_loss, on_grad_T, metrics, minibatch = step(build(name, cap), scored)
+            assert torch.equal(off_loss, on_loss) and torch.equal(off_grad_T, on_grad_T)
+            assert bool((minibatch.pool_importance_T[minibatch.weight_T > 0] == 1).all())
+            num_tokens = float(scored.mask_BR.sum())
+            assert metrics["pool/importance_mean"] == (num_tokens, num_tokens)
+            assert metrics["pool/importance_capped_fraction"] == (0.0, num_tokens)
+
+
+@EVERY_METHOD
+def test_a_gap_changes_the_loss_of_every_method(name):
+    scored = scored_rollouts(COUNT, seed=3)
+    off, on = step(build(name, None), scored), step(build(name, CAP), scored)
+    assert abs(off[0] - on[0]) > 1e-3
+    assert not torch.equal(off[1], on[1])
+
+
+def test_a_planted_gap_is_cut_at_the_cap():
+    weights_BR = pool_importance(gapped([0.0, math.log(1.2), 1.0, -2.0, 200.0]), CAP)
+    torch.testing.assert_close(weights_BR, torch.tensor([[1.0, 1.2, CAP, math.exp(-2.0), CAP]]))
+    assert weights_BR[0, [2, 4]].tolist() == [CAP, CAP]
+
+
+def test_tokens_that_the_truncation_policy_wrote_weigh_1():
+    scored = gapped([1.0, -1.0, 1.0])
+    written = replace(scored, sampled_BR=torch.tensor([[1.0, 1.0, 0.0]]))
+    assert pool_importance(scored, CAP)[0, 2] == CAP
+    assert pool_importance(written, CAP)[0, 2] == 1.0
+
+
+def test_the_value_loss_knows_no_pool():
+    scored = scored_rollouts(COUNT)
+    losses = []
+    for cap in (None, CAP):
+        algorithm = build("ppo", cap)
+        experience = algorithm.credit(scored, 0.01, no_reduction)
+        (minibatch,) = step_minibatches(experience, "sequence_mean", range(COUNT), COUNT, packed=True)
+        losses.append(algorithm.value_loss(minibatch.values_old_T + 0.1, minibatch).loss)
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("truncated", ["penalise", "mask"])
+def test_metrics_are_over_the_trained_tokens(truncated):
+    scored = scored_rollouts(COUNT, seed=4, cut=(1, 5))
+    method = ALGORITHMS["ppo"]
+    config = method.config(pool_importance_cap=CAP, truncated=truncated)
+    algorithm = method.build(config, lambda _: frozenset())
+    metrics = algorithm.credit_metrics(scored, algorithm.credit(scored, 0.01, no_reduction))
+    rows = [row for row in range(COUNT) if truncated != "mask" or row not in (1, 5)]
+    slow = slow_importance(scored, CAP)
+    weights = [weight for row in rows for weight in slow[row]]
+    num_capped = sum(weight == CAP for weight in weights)
+    assert metrics["pool/importance_mean"] == pytest.approx((sum(weights), len(weights)), rel=1e-9)
+    assert metrics["pool/importance_capped_fraction"] == (num_capped, len(weights))
+    assert 0 < num_capped < len(weights)
+
+
+@EVERY_METHOD
+@pytest.mark.parametrize("cap", [0.999, 0.0, -1.0, math.inf, math.nan, "two"])
+def test_a_cap_that_makes_no_sense_is_refused(name, cap):
+    with pytest.raises(ValueError, match="pool_importance_cap"):
+        ALGORITHMS[name].config(pool_importance_cap=cap)
+    assert ALGORITHMS[name].config().pool_importance_cap is None
+    assert ALGORITHMS[name].config(pool_importance_cap=1).pool_importance_cap == 1.0

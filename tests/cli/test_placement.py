@@ -1,0 +1,61 @@
+"""How many servers a pool has, how large they are, and which GPUs they see."""
+
+import pytest
+
+from rto_megatron.cli.launch import _sizes
+from rto_megatron.cli.placement import place, tensor_sizes
+from rto_megatron.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("gpus", "pool_gpus", "servers", "tensor", "expected"),
+    [
+        (8, None, None, "1", [1, 1, 1, 1]),
+        (8, 2, None, "1", [1, 1]),
+        (8, None, None, "2", [2, 2]),
+        (8, None, None, "1,2", [1, 2]),
+        (8, None, 3, "2", [2, 2, 2]),
+        (8, 6, None, "2", [2, 2, 2]),
+        (2, None, None, "1", [1]),
+        (0, None, None, "1", [1]),
+        (0, None, 2, "1", [1, 1]),
+        (0, None, None, "1,2", [1, 2]),
+    ],
+)
+def test_servers_fill_what_the_pool_gets(
+    gpus: int, pool_gpus: int | None, servers: int | None, tensor: str, expected: list[int]
+) -> None:
+    assert _sizes(gpus, pool_gpus, servers, tensor) == expected
+
+
+@pytest.mark.parametrize(
+    ("gpus", "pool_gpus", "servers", "tensor", "words"),
+    [
+        (1, None, None, "1", "this machine has 1 GPUs, and the pool's servers would take 1"),
+        (4, None, 2, "2", "this machine has 4 GPUs, and the pool's servers would take 4"),
+        (8, 3, None, "2,2", "need 4 GPUs, and the pool has 3"),
+        (8, None, 3, "1,2", "3 servers have 2 tensor-parallel sizes, 1,2; name one each"),
+        (8, None, None, "two", "expected numbers from 1 on"),
+        (0, None, None, "0", "expected numbers from 1 on"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    gpus: int, pool_gpus: int | None, servers: int | None, tensor: str, words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        _sizes(gpus, pool_gpus, servers, tensor)
+
+
+def test_one_server_of_two_gpus_needs_both() -> None:
+    with pytest.raises(UserError, match="need 2 GPUs, and the pool has 1"):
+        tensor_sizes("2", 1, 1)
+
+
+def test_servers_see_consecutive_gpus_of_those_that_this_process_sees(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert place([1, 2], range(5, 8)) == ["5", "6,7"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "9,8,7,6")
+    assert place([2, 1], range(1, 4)) == ["8,7", "6"]
+    assert place([1, 2], range(0)) == [None, None]
