@@ -13,7 +13,7 @@ python=.venv/bin/python
 if [ ! -x "$python" ]; then
   if python3 - >/dev/null 2>&1 <<'PROGRAM'; then
 import importlib.util, sys
-needed = ("torch", "transformers", "megatron.core", "pydantic", "safetensors", "httpx", "pytest")
+needed = ("torch", "transformers", "megatron.core", "pydantic", "safetensors", "httpx", "aiohttp", "pytest")
 sys.exit(sys.version_info < (3, 12) or not all(map(importlib.util.find_spec, needed)))
 PROGRAM
     python=python3

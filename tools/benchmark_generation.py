@@ -59,7 +59,9 @@ class Work:
     def prompts(self, round_index: int) -> list[Prompt]:
         draw = random.Random(round_index)
         return [
-            Prompt(f"prompt-{index}", tuple(draw.randrange(3, _VOCABULARY) for _ in range(self.prompt_tokens)))
+            Prompt(
+                f"prompt-{index}", tuple(draw.randrange(3, _VOCABULARY) for _ in range(self.prompt_tokens))
+            )
             for index in range(self.num_prompts)
         ]
 
@@ -137,7 +139,16 @@ class InProcess:
             environment |= {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
             environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         sizes = [str(one) for one in (work.num_prompts, work.prompt_tokens, work.tokens)]
-        command = [sys.executable, __file__, "--prompts", sizes[0], "--prompt-tokens", sizes[1], "--tokens", sizes[2]]
+        command = [
+            sys.executable,
+            __file__,
+            "--prompts",
+            sizes[0],
+            "--prompt-tokens",
+            sizes[1],
+            "--tokens",
+            sizes[2],
+        ]
         self._log_file = log_file
         with log_file.open("wb") as log:
             self._process = subprocess.Popen(
@@ -268,7 +279,9 @@ def _benchmark(folder: Path, work: Work, rounds: int) -> None:
 
 def _report(work: Work, measured: dict[str, list[Measured]]) -> None:
     size = work.num_prompts * work.tokens
-    table = Table(title=f"{work.num_prompts} prompts of {work.prompt_tokens} tokens, {work.tokens} tokens each")
+    table = Table(
+        title=f"{work.num_prompts} prompts of {work.prompt_tokens} tokens, {work.tokens} tokens each"
+    )
     for name in ("", "tokens/s median", "best", "s median", "CPU s median"):
         table.add_column(name, justify="right")
     for kind, ones in measured.items():
@@ -282,9 +295,7 @@ def _report(work: Work, measured: dict[str, list[Measured]]) -> None:
     Console(width=140).print(table)
     pairs = list(zip(measured["in-process"], measured["HTTP"], strict=True))
     ratios = sorted(inside.seconds / http.seconds for inside, http in pairs)
-    equal = [
-        a == b for inside, http in pairs for a, b in zip(inside.responses, http.responses, strict=True)
-    ]
+    equal = [a == b for inside, http in pairs for a, b in zip(inside.responses, http.responses, strict=True)]
     print(
         f"HTTP reaches {statistics.median(ratios):.2f} of in-process (median of {len(ratios)} rounds, "
         f"{ratios[0]:.2f} to {ratios[-1]:.2f}); {sum(equal)} of {len(equal)} responses are equal"

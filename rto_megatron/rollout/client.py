@@ -4,6 +4,9 @@ A server is vLLM 0.32 with its tokens-in, tokens-out route and the routes of its
 (`server.py`).
 """
 
+import functools
+import json
+import ssl
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
@@ -37,43 +40,52 @@ def open_headers(token: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"}
 
 
-def unreachable(address: str, error: httpx.TransportError) -> UnreachableError:
+def not_in_time(address: str, error: Exception) -> UnreachableError:
+    """The error for a request that ran into its time limit."""
+    return UnreachableError(
+        f"inference server {address} did not answer in time ({type(error).__name__}); look at its log, "
+        "and raise rollout.request_timeout_s or rollout.sync_timeout_s if it is only slow"
+    )
+
+
+def unreachable(address: str, error: Exception) -> UnreachableError:
     """The error for a request that got no answer."""
-    if isinstance(error, httpx.TimeoutException):
-        return UnreachableError(
-            f"inference server {address} did not answer in time ({type(error).__name__}); look at its log, "
-            "and raise rollout.request_timeout_s or rollout.sync_timeout_s if it is only slow"
-        )
     return UnreachableError(
         f"cannot reach inference server {address} ({type(error).__name__}: {error}); "
         "check that the pool is running (rto pool) and that rollout.servers names it"
     )
 
 
-def parse_response(address: str, route: str, response: httpx.Response) -> dict[str, Json]:
-    """Returns the JSON object of a response with status 200.
+def parse_answer(address: str, route: str, status: int, content: bytes) -> dict[str, Json]:
+    """Returns the JSON object of an answer with status 200.
 
     Raises:
         RefusedError: another status, with the server's own words.
     """
-    if response.status_code == 401:
+    if status == 401:
         raise RefusedError(
             f"inference server {address} refused the token; rollout.token_file must be the file the pool "
             f"was started with"
         )
-    if response.status_code != 200:
-        said = response.text[:_SHOWN_CHARACTERS]
-        kind = ServerFailedError if response.status_code >= 500 else RefusedError
-        raise kind(f"inference server {address} answered {response.status_code} to {route}: {said}")
-    if not response.content:
+    if status != 200:
+        said = content.decode(errors="replace")[:_SHOWN_CHARACTERS]
+        kind = ServerFailedError if status >= 500 else RefusedError
+        raise kind(f"inference server {address} answered {status} to {route}: {said}")
+    if not content:
         return {}
     try:
-        parsed = response.json()
+        parsed = json.loads(content)
     except ValueError as error:
         raise RefusedError(
             f"inference server {address} answered {route} with something that is not JSON: {error}"
         ) from error
     return parsed if isinstance(parsed, dict) else {"value": parsed}
+
+
+@functools.cache
+def _certificates() -> ssl.SSLContext:
+    # Reading them takes 40 ms, which every client of its own would spend before each generation.
+    return httpx.create_ssl_context()
 
 
 class ServerClient:
@@ -85,7 +97,12 @@ class ServerClient:
         # request on it would fail.
         limits = httpx.Limits(max_keepalive_connections=0)
         self._http = httpx.Client(
-            base_url=address, headers=open_headers(token), timeout=timeout_s, limits=limits
+            base_url=address,
+            headers=open_headers(token),
+            timeout=timeout_s,
+            limits=limits,
+            verify=_certificates(),
+            trust_env=False,  # a proxy would receive the token
         )
 
     def __enter__(self) -> Self:
@@ -118,9 +135,11 @@ class ServerClient:
         timeout = httpx.USE_CLIENT_DEFAULT if timeout_s is None else httpx.Timeout(timeout_s)
         try:
             response = self._http.request(method, route, json=body, timeout=timeout)
+        except httpx.TimeoutException as error:
+            raise not_in_time(self.address, error) from error
         except httpx.TransportError as error:
             raise unreachable(self.address, error) from error
-        return parse_response(self.address, route, response)
+        return parse_answer(self.address, route, response.status_code, response.content)
 
     def weight_version(self) -> str:
         """The version label of the weights the server holds; "default" before the first push."""

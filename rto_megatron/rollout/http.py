@@ -1,5 +1,6 @@
 """Concurrent HTTP requests to inference servers, for generation."""
 
+import asyncio
 from collections.abc import Mapping
 from types import SimpleNamespace, TracebackType
 from typing import Self
@@ -9,6 +10,7 @@ import aiohttp
 from rto_megatron.rollout.client import Json, not_in_time, open_headers, parse_answer, unreachable
 
 _IDLE_S = 3.0  # the server closes a connection that was idle for 5 s: ours must not be picked up just then
+_NO_LIMIT = aiohttp.ClientTimeout()  # the one of `post` holds for both tries together
 
 
 class GenerationHttp:
@@ -54,19 +56,25 @@ class GenerationHttp:
             RefusedError: an answer with another status than 200; ServerFailedError from 500 on.
         """
         limit_s = self._timeout_s if timeout_s is None else timeout_s
-        reused: list[bool] = []
         try:
-            try:
-                status, content = await _exchange(self._kept, address + route, body, limit_s, reused)
-            except _DroppedError:
-                if not reused:
-                    raise
-                status, content = await _exchange(self._single, address + route, body, limit_s, [])
+            async with asyncio.timeout(limit_s), await self._response(address + route, body) as response:
+                status, content = response.status, await response.read()
         except TimeoutError as error:
             raise not_in_time(address, error) from error
+        except aiohttp.ClientConnectorError as error:
+            raise unreachable(address, error.os_error) from error
         except aiohttp.ClientError as error:
             raise unreachable(address, error) from error
         return parse_answer(address, route, status, content)
+
+    async def _response(self, url: str, body: Mapping[str, Json]) -> aiohttp.ClientResponse:
+        reused: list[bool] = []
+        try:
+            return await _send(self._kept, url, body, reused)
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+            if not reused:
+                raise
+            return await _send(self._single, url, body, [])
 
     def _open(self, connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
         trace = aiohttp.TraceConfig()
@@ -79,10 +87,6 @@ class GenerationHttp:
         )
 
 
-class _DroppedError(aiohttp.ClientError):
-    """The connection ended before any byte of an answer."""
-
-
 async def _note_reuse(
     session: aiohttp.ClientSession,
     context: SimpleNamespace,
@@ -91,22 +95,14 @@ async def _note_reuse(
     context.trace_request_ctx.append(True)
 
 
-async def _exchange(
-    session: aiohttp.ClientSession, url: str, body: Mapping[str, Json], limit_s: float, reused: list[bool]
-) -> tuple[int, bytes]:
-    """Status and content of an answer; puts an entry into `reused` when the connection was a kept one."""
-    request = session.post(
+async def _send(
+    session: aiohttp.ClientSession, url: str, body: Mapping[str, Json], reused: list[bool]
+) -> aiohttp.ClientResponse:
+    """Returns when the answer begins; puts an entry into `reused` when the request took a kept connection."""
+    return await session.post(
         url,
         json=body,
-        timeout=aiohttp.ClientTimeout(total=limit_s),
+        timeout=_NO_LIMIT,
         allow_redirects=False,  # another address must not receive the token
         trace_request_ctx=reused,
     )
-    try:
-        response = await request
-    except aiohttp.ClientConnectorError:
-        raise
-    except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
-        raise _DroppedError(f"{type(error).__name__}: {error}") from error
-    async with response:
-        return response.status, await response.read()

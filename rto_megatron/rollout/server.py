@@ -24,6 +24,7 @@ Progress = Callable[[str], None]
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 _PR_SET_PDEATHSIG = 1
+_UNBOUND = "nobind"
 _LOG_LINES_SHOWN = 15
 
 
@@ -191,7 +192,16 @@ def _command(options: ServerOptions, port: int) -> list[str]:
         # Generator.set_offset (vllm/v1/worker/gpu_model_runner.py), which CPU generators lack: one seeded
         # request too many in a batch would kill the engine. Whole prefills never rewind.
         command += ["--no-enable-chunked-prefill", "--enforce-eager"]
+    if not has_gpu and options.tensor_parallel == 1 and _cpu_binding() == _UNBOUND:
+        # The engine computes in its own process, as it does with one GPU. On a CPU vLLM would move the model to another
+        # one, for the sake of thread binding alone, and both would spin on the queue between them for as much
+        # CPU time as the model takes. Under its short name, "uni", vLLM overrides the choice.
+        command += ["--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"]
     return command
+
+
+def _cpu_binding() -> str:
+    return os.environ.get("VLLM_CPU_OMP_THREADS_BIND", _UNBOUND)
 
 
 def _environment(options: ServerOptions) -> dict[str, str]:
@@ -231,7 +241,7 @@ def _environment(options: ServerOptions) -> dict[str, str]:
         )
         environment.setdefault("OMP_NUM_THREADS", "1")
         environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = _cpu_binding()
     return environment
 
 

@@ -18,8 +18,9 @@ from rto_megatron.rollout.phases import PoolPhases
 from rto_megatron.rollout.vllm_pool import VllmPool
 from rto_megatron.trainer.colocated import SharedGpus
 from rto_megatron.trainer.report.progress import say
+from rto_megatron.weight_sync.canary import Canary, canary_token_ids
 from rto_megatron.weight_sync.source import PolicySource
-from rto_megatron.weight_sync.sync import Canary, Synchronise, SyncPlace, WeightSync, canary_token_ids
+from rto_megatron.weight_sync.sync import SyncPlace, WeightSync
 from rto_megatron.weight_sync.transport import LOOPBACK
 
 
@@ -212,22 +213,25 @@ def open_push(
     """The pushes of one policy; all ranks must call it."""
     topology = policy.topology
 
-    def broadcast(text: str) -> str:
-        return str(topology.lead_json(text))
+    def share(text: str) -> list[str]:
+        return [str(one) for one in topology.gather_all_json(text)]
 
+    stages, tensors = topology.pipeline_size, topology.tensor_size
+    replica = topology.data_rank if config.colocated else 0
+    sends = config.colocated or topology.data_rank == 0
+    sender = (replica * stages + topology.pipeline_rank) * tensors + topology.tensor_rank
     sync = WeightSync(
         source=PolicySource(policy),
         token=token,
         place=SyncPlace(
             is_controller=topology.is_lead,
-            stage=topology.pipeline_rank if topology.data_rank == 0 else None,
-            sends=topology.data_rank == 0 and topology.tensor_rank == 0,
+            sender=sender if sends else None,
+            num_senders=stages * tensors * (topology.data_size if config.colocated else 1),
         ),
-        num_senders=topology.pipeline_size,
         device=topology.device.torch_device,
         bucket_bytes=config.bucket_mb << 20,
         timeout_s=config.sync_timeout_s,
-        together=Synchronise(all_raise=topology.raise_together, broadcast=broadcast),
+        share=share,
         host=meeting_host(config.servers),
         phases=phases,
     )

@@ -1,4 +1,4 @@
-"""A fixed sequence whose log-probs trainer and servers must compute alike after a push: a proof against gross errors."""
+"""A fixed sequence whose log-probs trainer and servers must compute alike after a push: against gross errors."""
 
 import math
 from collections.abc import Sequence

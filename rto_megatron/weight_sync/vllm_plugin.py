@@ -14,6 +14,7 @@ from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransfe
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from rto_megatron.weight_sync.communicators import open_communicator
 from rto_megatron.weight_sync.coverage import Coverage, rehearse, tied_parameters
 from rto_megatron.weight_sync.landing import Landing
 from rto_megatron.weight_sync.manifest import Manifest
@@ -69,7 +70,7 @@ class RtoWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         parallel = self.parallel_config
         rank = init_info.first_rank + parallel.data_parallel_index * parallel.world_size + parallel.rank
         device = self.device if meeting.device_type == "cuda" else torch.device("cpu")
-        communicator = Communicator(meeting, rank, device)
+        communicator = open_communicator(meeting, rank, device)
         communicator.join()
         self._communicator = communicator
 
@@ -150,14 +151,15 @@ class RtoWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         landing = Landing(staged.expected, self._coverage.needs)
         expected = {name for name, _ in self.model.named_parameters()}
         initialize_layerwise_reload(self.model)
-        try:
-            with landing.watch():
+        # Layers with padded parameters are loaded when the reload is finalised.
+        with landing.watch():
+            try:
                 tensors = staged.tensors(self._manifest.tensors())
                 loaded = set(
                     self.model.load_weights((name, landing.announce(name, full)) for name, full in tensors)
                 )
-        finally:
-            finalize_layerwise_reload(self.model, self.model_config)
+            finally:
+                finalize_layerwise_reload(self.model, self.model_config)
         # The reload processes a tied parameter for its first owner only. The output layer of a CPU keeps a packed
         # copy and would go on with the old one.
         for _, module in tied_parameters(self.model):

@@ -136,7 +136,7 @@ def test_a_server_that_vanished_with_requests_in_flight_is_taken_out(start: Star
     gone, good, said = start(vanishes), start(by_seed), []
     assert_whole(pool_of(gone, good, said=said).generate(PROMPTS, SAMPLING, 4))
     assert gone.seeds
-    assert len(said) == 1 and "(ConnectError" in said[0] and gone.address in said[0]
+    assert len(said) == 1 and "(ConnectionRefusedError" in said[0] and gone.address in said[0]
 
 
 def test_a_busy_server_whose_probe_waits_behind_requests_stays(start: Start) -> None:

@@ -10,7 +10,7 @@ from ranks import run_ranks
 
 from rto_megatron.engine.export import export_hf
 from rto_megatron.rollout.client import ServerClient
-from rto_megatron.weight_sync.sync import canary_token_ids
+from rto_megatron.weight_sync.canary import canary_token_ids
 
 pytestmark = pytest.mark.pool
 

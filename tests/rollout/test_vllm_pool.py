@@ -1,12 +1,13 @@
 """The HTTP engine against a real vLLM server."""
 
 import asyncio
-from collections.abc import Iterator
 
 import httpx
 import pytest
 import torch
 from pool_server import PoolServer, tiny_llama
+from transformers import LlamaForCausalLM
+from weight_sync.trainer_ranks import ModelSource, TrainerRanks
 
 from rto_megatron.errors import UserError
 from rto_megatron.rollout.client import ServerClient
@@ -14,8 +15,6 @@ from rto_megatron.rollout.engine import Sampling
 from rto_megatron.rollout.server import ServerOptions, start_server
 from rto_megatron.rollout.vllm_pool import VllmPool
 from rto_megatron.types import Prompt
-from rto_megatron.weight_sync.manifest import TensorSpec
-from rto_megatron.weight_sync.sync import Synchronise, SyncPlace, WeightSync
 
 pytestmark = pytest.mark.pool
 
@@ -26,44 +25,19 @@ PROMPTS = [
 ]
 
 
-class FrequentStops:
+def frequent_stops() -> LlamaForCausalLM:
     """A model that puts a good part of its mass on token 2: responses end early and late."""
-
-    def __init__(self) -> None:
-        self.model = tiny_llama(11)
-        with torch.no_grad():
-            self.model.lm_head.weight[2] += (
-                0.25 * self.model.lm_head.weight.abs().max() * torch.ones(128).sign()
-            )
-
-    def specs(self) -> tuple[TensorSpec, ...]:
-        return tuple(
-            TensorSpec(name, "float32", tuple(value.shape), 0)
-            for name, value in self.model.named_parameters()
-        )
-
-    def tensors(self, sender: int) -> Iterator[tuple[str, torch.Tensor]]:
-        return iter(list(self.model.named_parameters()))
+    model = tiny_llama(11)
+    with torch.no_grad():
+        model.lm_head.weight[2] += 0.25 * model.lm_head.weight.abs().max() * torch.ones(128).sign()
+    return model
 
 
 @pytest.fixture
 def pool(pool_server: PoolServer) -> VllmPool:
-    def all_raise(error: str | None) -> None:
-        assert error is None, error
-
-    sync = WeightSync(
-        source=FrequentStops(),
-        servers=[pool_server.address],
-        token=pool_server.token,
-        place=SyncPlace(is_controller=True, stage=0, sends=True),
-        num_senders=1,
-        device=torch.device("cpu"),
-        bucket_bytes=1 << 20,
-        timeout_s=20,
-        together=Synchronise(all_raise, lambda text: text),
-    )
-    sync.push(VERSION)
-    sync.close()
+    ranks = TrainerRanks(pool_server, [ModelSource(frequent_stops())])
+    ranks.push(VERSION)
+    ranks.close()
     return VllmPool([pool_server.address], pool_server.token, timeout_s=60)
 
 
@@ -107,7 +81,7 @@ def test_no_end_before_the_minimum(pool: VllmPool) -> None:
 
 
 def test_greedy_takes_the_most_likely_token(pool: VllmPool) -> None:
-    model = FrequentStops().model
+    model = frequent_stops()
     for one in pool.generate(PROMPTS[:4], Sampling(max_tokens=5, eos_ids=(479,), temperature=0), VERSION):
         ids = torch.tensor([one.prompt_ids + one.response_ids])
         with torch.no_grad():

@@ -15,7 +15,7 @@ from rto_megatron.rollout.client import ServerClient
 from rto_megatron.rollout.phases import PoolPhases
 from rto_megatron.trainer.metrics import read_metrics
 from rto_megatron.trainer.rto import train_rto
-from rto_megatron.weight_sync.sync import canary_token_ids
+from rto_megatron.weight_sync.canary import canary_token_ids
 
 pytestmark = pytest.mark.pool
 TOLERANCE = 1e-4  # nats, fp32 on both sides

@@ -1,28 +1,28 @@
 """Weight pushes into a real vLLM server; the truth is a Hugging Face model in fp32."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from pool_server import VOCAB_SIZE, PoolServer, tiny_llama
 from torch import Tensor
-from trainer_ranks import ModelSource, TrainerRanks
+from trainer_ranks import TOLERANCE, ModelSource, TrainerRanks, canary_of
 from transformers import LlamaForCausalLM
 
 from rto_megatron.errors import UserError
 from rto_megatron.rollout.client import ServerClient
-from rto_megatron.rollout.engine import Sampling, StaleWeights
+from rto_megatron.rollout.engine import NoServersLeft, Sampling, StaleWeights
 from rto_megatron.rollout.vllm_pool import VllmPool
 from rto_megatron.types import Prompt, Rollout
-from rto_megatron.weight_sync.manifest import TensorSpec
-from rto_megatron.weight_sync.sync import canary_token_ids
-from rto_megatron.weight_sync.transport import Communicator
+from rto_megatron.weight_sync.canary import canary_token_ids
+from rto_megatron.weight_sync.manifest import PieceSpec
+from rto_megatron.weight_sync.transport import Broadcast, Communicator
 
 pytestmark = pytest.mark.pool
 
 PROMPTS = [Prompt(f"prompt-{index}", (1, *range(5 + index, 12 + 2 * index))) for index in range(8)]
 SAMPLING = Sampling(max_tokens=16, eos_ids=(2,), seed=3)
-TOLERANCE = 1e-4  # nats, fp32
 
 
 @pytest.fixture
@@ -100,18 +100,18 @@ def test_one_flipped_bit_on_the_wire_is_refused_and_named(
 ) -> None:
     old = tiny_llama(4)
     push_once(pool_server, ModelSource(old), 40)
-    send = Communicator.broadcast
+    start = Communicator.start_broadcast
     num_sent = 0
 
-    def send_damaged(communicator: Communicator, buffer: Tensor, source: int) -> None:
+    def start_damaged(communicator: Communicator, buffer: Tensor, source: int) -> Broadcast:
         nonlocal num_sent
         num_sent += 1
         if num_sent == 3:
             buffer[buffer.numel() // 2] ^= 4
-        send(communicator, buffer, source)
+        return start(communicator, buffer, source)
 
-    monkeypatch.setattr(Communicator, "broadcast", send_damaged)
-    with pytest.raises(UserError, match=r"rank 1: digest mismatch in bucket 2 \(model.layers.0"):
+    monkeypatch.setattr(Communicator, "start_broadcast", start_damaged)
+    with pytest.raises(UserError, match=r"rank 1: arrived with other numbers than were sent: model.layers.0"):
         push_once(pool_server, ModelSource(tiny_llama(5)), 41)
     monkeypatch.undo()
     assert_old_weights_survived(pool_server, pool, old, 40)
@@ -119,11 +119,11 @@ def test_one_flipped_bit_on_the_wire_is_refused_and_named(
 
 def test_a_push_without_one_tensor_is_refused_and_named(pool_server: PoolServer, pool: VllmPool) -> None:
     class WithoutOne(ModelSource):
-        def specs(self) -> tuple[TensorSpec, ...]:
+        def specs(self) -> tuple[PieceSpec, ...]:
             return tuple(spec for spec in super().specs() if "layers.1.self_attn.k_proj" not in spec.name)
 
-        def tensors(self, sender: int) -> Iterator[tuple[str, Tensor]]:
-            return (pair for pair in super().tensors(sender) if "layers.1.self_attn.k_proj" not in pair[0])
+        def pieces(self, sender: int) -> Iterator[tuple[str, Tensor]]:
+            return (pair for pair in super().pieces(sender) if "layers.1.self_attn.k_proj" not in pair[0])
 
     old = tiny_llama(4)
     push_once(pool_server, ModelSource(old), 50)
@@ -154,18 +154,10 @@ def test_a_push_in_another_dtype_or_shape_is_refused_and_named(
 def test_senders_with_different_manifests_are_refused_and_named(
     pool_server: PoolServer, pool: VllmPool
 ) -> None:
-    num_gathered = 0
-
     class Renamed(ModelSource):
-        def tensors(self, sender: int) -> Iterator[tuple[str, Tensor]]:
-            nonlocal num_gathered
-            for pair in super().tensors(sender):
-                num_gathered += 1
-                yield pair
-
-        def specs(self) -> tuple[TensorSpec, ...]:
+        def specs(self) -> tuple[PieceSpec, ...]:
             *others, last = super().specs()
-            return (*others, TensorSpec("lm_head.wait", last.dtype, last.shape, last.sender))
+            return (*others, replace(last, name="lm_head.wait"))
 
     old = tiny_llama(4)
     push_once(pool_server, ModelSource(old), 70)
@@ -174,8 +166,6 @@ def test_senders_with_different_manifests_are_refused_and_named(
     with pytest.raises(UserError, match=r"ranks \[1\] hold another weight manifest .* lm_head.wait"):
         ranks.push(71)
     ranks.close()
-    # Gathering is a collective: a refused push must not leave the stage's other ranks alone in it.
-    assert num_gathered == sum(spec.sender == 1 for spec in ModelSource(new, 2).specs())
     assert_old_weights_survived(pool_server, pool, old, 70)
 
 
@@ -185,8 +175,8 @@ def test_a_sender_that_fails_midway_leaves_a_pool_that_can_be_pushed_to_again(
     class Failing(ModelSource):
         is_broken = True
 
-        def tensors(self, sender: int) -> Iterator[tuple[str, Tensor]]:
-            for number, pair in enumerate(super().tensors(sender)):
+        def pieces(self, sender: int) -> Iterator[tuple[str, Tensor]]:
+            for number, pair in enumerate(super().pieces(sender)):
                 if sender == 1 and number == 3 and self.is_broken:
                     raise RuntimeError("out of memory while gathering")
                 yield pair
@@ -213,28 +203,22 @@ def test_a_session_left_open_by_a_dead_trainer_is_cleared(pool_server: PoolServe
     assert largest_difference(pool.generate(PROMPTS, SAMPLING, 90), model) < TOLERANCE
 
 
-def test_the_canary_passes_the_pushed_weights_and_stops_others(
-    pool_server: PoolServer, pool: VllmPool
-) -> None:
+def test_a_server_that_computes_something_else_stays_paused(pool_server: PoolServer, pool: VllmPool) -> None:
     model = tiny_llama(7)
-    token_ids = canary_token_ids(VOCAB_SIZE)
     ranks = TrainerRanks(pool_server, [ModelSource(model)], num_bystanders=1)
     ranks.push(100)
-    ranks.canary(100, token_ids, logprobs(model, token_ids).tolist(), TOLERANCE)
-    pool.check_version(100)
-    with pytest.raises(UserError, match="holds weight version 100, expected 101"):
-        ranks.canary(101, token_ids, logprobs(model, token_ids).tolist(), TOLERANCE)
-    ranks.push(102)
-    wrong = logprobs(tiny_llama(8), token_ids).tolist()
-    with pytest.raises(UserError, match=r"computes other log-probs than the trainer: mean difference \d"):
-        ranks.canary(102, token_ids, wrong, TOLERANCE)
+    wrong = canary_of(tiny_llama(8))
+    with pytest.raises(
+        NoServersLeft, match=r"computes other log-probs than the trainer: mean difference \d.*while proving"
+    ):
+        ranks.push(102, wrong)
     with pytest.raises(StaleWeights, match="is paused"):
         pool.generate(PROMPTS, SAMPLING, 102)
-    with pytest.raises(UserError, match="computes other log-probs"):
-        ranks.push(103)
-        ranks.canary(103, token_ids, [float("nan")] * (len(token_ids) - 1), TOLERANCE)
+    nan = replace(wrong, expected_logprobs=[float("nan")] * len(wrong.expected_logprobs))
+    with pytest.raises(NoServersLeft, match="computes other log-probs"):
+        ranks.push(103, nan)
     ranks.push(104)
-    pool.check_version(104)
+    assert largest_difference(pool.generate(PROMPTS, SAMPLING, 104), model) < TOLERANCE
     ranks.close()
 
 

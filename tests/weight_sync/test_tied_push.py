@@ -10,8 +10,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rto_megatron.errors import UserError
 from rto_megatron.rollout.client import ServerClient
-from rto_megatron.weight_sync.manifest import TensorSpec
-from rto_megatron.weight_sync.sync import canary_token_ids
+from rto_megatron.weight_sync.canary import canary_token_ids
+from rto_megatron.weight_sync.manifest import PieceSpec
 
 pytestmark = pytest.mark.pool
 
@@ -66,7 +66,7 @@ def test_both_ends_of_tied_embeddings_follow_every_push(tied_server: PoolServer)
 
 def test_a_push_without_one_bias_is_refused_and_named(tied_server: PoolServer) -> None:
     class WithoutOne(ModelSource):
-        def specs(self) -> tuple[TensorSpec, ...]:
+        def specs(self) -> tuple[PieceSpec, ...]:
             return tuple(
                 spec for spec in super().specs() if "layers.1.self_attn.q_proj.bias" not in spec.name
             )

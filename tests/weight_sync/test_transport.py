@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from rto_megatron.weight_sync.manifest import Manifest, TensorSpec
-from rto_megatron.weight_sync.sender import agree_on_manifest, send
+from rto_megatron.weight_sync.manifest import Manifest, PieceSpec
+from rto_megatron.weight_sync.sender import Sender, agree_on_manifest
 from rto_megatron.weight_sync.transport import (
     LOOPBACK,
     Communicator,
@@ -19,16 +19,22 @@ from rto_megatron.weight_sync.transport import (
 )
 
 
+def spec(name: str, length: int) -> PieceSpec:
+    return PieceSpec(name, "float32", (length,), 0, 0, 0, length)
+
+
 def run_ranks[T](
     world_size: int, work: Callable[[Communicator], T], timeout_s: float = 10
 ) -> list[T | Exception]:
     """Runs `work` on every rank of a communicator; returns what it returned or raised."""
     listener = listen(LOOPBACK)
-    meeting = Rendezvous(LOOPBACK, listener.getsockname()[1], world_size, "test", timeout_s, "cpu")
+    meeting = Rendezvous(LOOPBACK, listener.getsockname()[1], 1, world_size, "test", timeout_s, "cpu")
 
     def rank_main(rank: int) -> T | Exception:
         try:
-            return work(Communicator(meeting, rank, torch.device("cpu"), listener if rank == 0 else None))
+            end = Communicator(meeting, rank, torch.device("cpu"), listener if rank == 0 else None)
+            end.join()
+            return work(end)
         except (DisagreementError, TransportError) as error:
             return error
 
@@ -58,9 +64,7 @@ def test_an_error_of_one_rank_stops_all_with_its_words() -> None:
 def test_another_manifest_on_one_rank_is_named_on_all() -> None:
     def work(communicator: Communicator) -> None:
         length = 4 if communicator.rank < 2 else 5
-        agree_on_manifest(
-            Manifest(1, 100, (TensorSpec("norm", "float32", (length,), 0),)), communicator, None
-        )
+        agree_on_manifest(Manifest(100, (spec("norm", length),)), 1, communicator, None)
 
     errors = run_ranks(3, work)
     expected = "entry 0: norm float32 [4] from sender 0 against norm float32 [5] from sender 0"
@@ -70,7 +74,7 @@ def test_another_manifest_on_one_rank_is_named_on_all() -> None:
 
 
 def test_a_source_that_breaks_its_promise_is_named() -> None:
-    manifest = Manifest(1, 100, (TensorSpec("a", "float32", (2,), 0), TensorSpec("b", "float32", (2,), 0)))
+    manifest = Manifest(100, (spec("a", 2), spec("b", 2)))
     wrong_name = [("a", torch.zeros(2)), ("c", torch.zeros(2))]
     wrong_shape = [("a", torch.zeros(3)), ("b", torch.zeros(2))]
     wrong_dtype = [("a", torch.zeros(2)), ("b", torch.zeros(2).bfloat16())]
@@ -81,9 +85,11 @@ def test_a_source_that_breaks_its_promise_is_named() -> None:
         (wrong_shape, r"yielded a float32 \[3\]"),
         (wrong_dtype, r"yielded b bfloat16 \[2\]"),
         (too_few, r"ended before b float32 \[2\]"),
-        (too_many, "more tensors than it declared"),
+        (too_many, "more pieces than it declared"),
     ):
-        (error,) = run_ranks(1, lambda communicator, pairs=pairs: send(manifest, iter(pairs), communicator))
+        (error,) = run_ranks(
+            1, lambda communicator, pairs=pairs: Sender(manifest, communicator).send(1, iter(pairs))
+        )
         assert isinstance(error, DisagreementError)
         with pytest.raises(DisagreementError, match=words):
             raise error
@@ -112,3 +118,18 @@ def test_a_missing_broadcast_ends_after_the_time_limit() -> None:
 
     _, error = run_ranks(2, work, timeout_s=1)
     assert isinstance(error, TransportError) and "rank 0" in str(error)
+
+
+def test_an_abort_ends_every_wait_with_its_reason() -> None:
+    def work(communicator: Communicator) -> None:
+        if communicator.rank == 0:
+            communicator.abort("the server is gone")
+            time.sleep(1)  # its store must outlive the others' waits
+        elif communicator.rank == 1:
+            communicator.exchange("here")
+        else:
+            communicator.broadcast(torch.zeros(4), 0)
+
+    first, *others = run_ranks(3, work, timeout_s=60)
+    assert first is None
+    assert all(isinstance(one, TransportError) and "the server is gone" in str(one) for one in others)

@@ -1,17 +1,19 @@
 """Trainer ranks as threads of the test process: each has its own end of a weight push."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from pool_server import PoolServer
+from pool_server import VOCAB_SIZE, PoolServer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rto_megatron.errors import UserError
-from rto_megatron.weight_sync.manifest import TensorSpec
-from rto_megatron.weight_sync.sync import Synchronise, SyncPlace, WeightSync
+from rto_megatron.weight_sync.canary import Canary, canary_token_ids
+from rto_megatron.weight_sync.manifest import PieceSpec
+from rto_megatron.weight_sync.sync import PushReport, SyncPlace, WeightSync
+
+TOLERANCE = 1e-4  # nats, fp32
 
 
 class ModelSource:
@@ -21,13 +23,12 @@ class ModelSource:
         self.model = model
         self._num_stages = num_stages
 
-    def specs(self) -> tuple[TensorSpec, ...]:
+    def specs(self) -> tuple[PieceSpec, ...]:
         return tuple(
-            TensorSpec(name, str(value.dtype).removeprefix("torch."), tuple(value.shape), self._stage(name))
-            for name, value in self.model.named_parameters()
+            whole_piece(name, value, self._stage(name)) for name, value in self.model.named_parameters()
         )
 
-    def tensors(self, sender: int) -> Iterator[tuple[str, Tensor]]:
+    def pieces(self, sender: int) -> Iterator[tuple[str, Tensor]]:
         return iter(
             [(name, value) for name, value in self.model.named_parameters() if self._stage(name) == sender]
         )
@@ -36,80 +37,86 @@ class ModelSource:
         return 0 if "embed_tokens" in name or "layers.0." in name else self._num_stages - 1
 
 
+def whole_piece(name: str, value: Tensor, sender: int = 0) -> PieceSpec:
+    """The spec of a tensor that one sender holds."""
+    dtype = str(value.dtype).removeprefix("torch.")
+    return PieceSpec(name, dtype, tuple(value.shape), sender, 0, 0, value.shape[0])
+
+
+def canary_of(model: PreTrainedModel) -> Canary:
+    """What Hugging Face's model computes on the canary's sequence, in fp32."""
+    token_ids = canary_token_ids(VOCAB_SIZE)
+    with torch.no_grad():
+        logp = model(torch.tensor([token_ids])).logits[0, :-1].float().log_softmax(-1)
+    expected = logp.gather(1, torch.tensor(token_ids[1:])[:, None])[:, 0]
+    return Canary(token_ids, expected.tolist(), TOLERANCE)
+
+
 class Meeting:
-    """The collectives of `num_ranks` threads."""
+    """The collective of `num_ranks` threads."""
 
     def __init__(self, num_ranks: int) -> None:
-        self._barrier = threading.Barrier(num_ranks, timeout=60)
-        self._errors: list[str | None] = [None] * num_ranks
-        self._text = ""
+        self._barrier = threading.Barrier(num_ranks, timeout=120)
+        self._texts = [""] * num_ranks
 
-    def of_rank(self, rank: int) -> Synchronise:
-        return Synchronise(
-            lambda error: self._all_raise(rank, error), lambda text: self._broadcast(rank, text)
-        )
+    def of_rank(self, rank: int) -> Callable[[str], list[str]]:
+        def share(text: str) -> list[str]:
+            self._texts[rank] = text
+            self._barrier.wait()
+            texts = list(self._texts)
+            self._barrier.wait()
+            return texts
 
-    def _all_raise(self, rank: int, error: str | None) -> None:
-        self._errors[rank] = error
-        self._barrier.wait()
-        errors = [one for one in self._errors if one is not None]
-        self._barrier.wait()
-        if errors:
-            raise UserError(errors[0])
-
-    def _broadcast(self, rank: int, text: str) -> str:
-        if rank == 0:
-            self._text = text
-        self._barrier.wait()
-        heard = self._text
-        self._barrier.wait()
-        return heard
+        return share
 
 
 class TrainerRanks:
     """`WeightSync` on every rank; rank r < num_senders sends stage r, further ranks only take part."""
 
     def __init__(
-        self, server: PoolServer, sources: list[ModelSource], num_bystanders: int = 0, timeout_s: float = 20
+        self,
+        servers: PoolServer | Sequence[PoolServer],
+        sources: list[ModelSource],
+        num_bystanders: int = 0,
+        timeout_s: float = 20,
     ) -> None:
+        pool = [servers] if isinstance(servers, PoolServer) else list(servers)
+        self.addresses = tuple(server.address for server in pool)
+        self._sources = sources
         num_senders = len(sources)
         num_ranks = num_senders + num_bystanders
         meeting = Meeting(num_ranks)
-        self._syncs = [
+        self.syncs = [
             WeightSync(
                 source=sources[min(rank, num_senders - 1)],
-                servers=[server.address],
-                token=server.token,
+                token=pool[0].token,
                 place=SyncPlace(
                     is_controller=rank == 0,
-                    stage=rank if rank < num_senders else None,
-                    sends=rank < num_senders,
+                    sender=rank if rank < num_senders else None,
+                    num_senders=num_senders,
                 ),
-                num_senders=num_senders,
                 device=torch.device("cpu"),
                 bucket_bytes=64 << 10,
                 timeout_s=timeout_s,
-                together=meeting.of_rank(rank),
+                share=meeting.of_rank(rank),
             )
             for rank in range(num_ranks)
         ]
 
-    def push(self, version: int) -> None:
-        self._on_all(lambda sync: sync.push(version))
-
-    def canary(
-        self, version: int, token_ids: tuple[int, ...], expected: list[float], tolerance: float
-    ) -> None:
-        self._on_all(lambda sync: sync.canary(version, token_ids, expected, tolerance))
-
-    def close(self) -> None:
-        for sync in self._syncs:
-            sync.close()
-
-    def _on_all(self, call: Callable[[WeightSync], object]) -> None:
+    def push(self, version: int, canary: Canary | None = None) -> PushReport:
         """Every rank must end alike: all return or all raise the same words."""
-        with ThreadPoolExecutor(len(self._syncs)) as threads:
-            ends = [threads.submit(call, sync) for sync in self._syncs]
+        expected = canary or canary_of(self._sources[0].model)
+        with ThreadPoolExecutor(len(self.syncs)) as threads:
+            ends = [
+                threads.submit(sync.push, version, self.addresses if rank == 0 else (), expected)
+                for rank, sync in enumerate(self.syncs)
+            ]
         words = {str(end.exception()) for end in ends}
         assert len(words) == 1, words
-        ends[0].result()
+        reports = [end.result() for end in ends]
+        assert len({(report.serving, str(report.lost)) for report in reports}) == 1
+        return reports[0]
+
+    def close(self) -> None:
+        for sync in self.syncs:
+            sync.close()
