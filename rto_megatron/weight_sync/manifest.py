@@ -134,7 +134,10 @@ class Manifest:
 
     def tensors(self) -> dict[str, PieceSpec]:
         """The first piece of every tensor, by name, in order."""
-        return {spec.name: spec for spec in reversed(self.specs)}
+        firsts: dict[str, PieceSpec] = {}
+        for spec in self.specs:
+            firsts.setdefault(spec.name, spec)
+        return firsts
 
     def buckets(self) -> tuple[Bucket, ...]:
         """Cuts each sender's pieces, in order, into buckets; one over `bucket_bytes` travels alone.

@@ -70,7 +70,7 @@ class Sender:
 
     def _declared(self, number: int) -> Tensor:
         bucket = self._buckets[number]
-        return digests(bucket, self._buffers[number % 2][: bucket.buffer_bytes]).cpu()
+        return digests(bucket, self._buffers[number % 2][: bucket.buffer_bytes]).to("cpu", copy=True)
 
     def confirm(self) -> None:
         """Waits until every worker has loaded what was sent. Called by all senders while the workers commit.

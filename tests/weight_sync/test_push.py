@@ -25,9 +25,9 @@ PROMPTS = [Prompt(f"prompt-{index}", (1, *range(5 + index, 12 + 2 * index))) for
 SAMPLING = Sampling(max_tokens=16, eos_ids=(2,), seed=3)
 
 
-@pytest.fixture
-def pool(pool_server: PoolServer) -> VllmPool:
-    return VllmPool([pool_server.address], pool_server.token, timeout_s=60)
+def generate(server: PoolServer, version: int) -> list[Rollout]:
+    """Asks a pool that remembers nothing of earlier pushes."""
+    return VllmPool([server.address], server.token, timeout_s=60).generate(PROMPTS, SAMPLING, version)
 
 
 def logprobs(model: LlamaForCausalLM, token_ids: tuple[int, ...]) -> Tensor:
@@ -60,43 +60,41 @@ def push_once(server: PoolServer, source: ModelSource, version: int) -> None:
         ranks.close()
 
 
-def test_the_pool_samples_from_the_pushed_weights_and_not_from_older_ones(
-    pool_server: PoolServer, pool: VllmPool
-) -> None:
+def test_the_pool_samples_from_the_pushed_weights_and_not_from_older_ones(pool_server: PoolServer) -> None:
     first, second = tiny_llama(1), tiny_llama(2)
     source = ModelSource(first)
     ranks = TrainerRanks(pool_server, [source])
     ranks.push(10)
-    assert largest_difference(pool.generate(PROMPTS, SAMPLING, 10), first) < TOLERANCE
+    assert largest_difference(generate(pool_server, 10), first) < TOLERANCE
     source.model = second
     ranks.push(11)
-    rollouts = pool.generate(PROMPTS, SAMPLING, 11)
+    rollouts = generate(pool_server, 11)
     assert {one.weight_version for one in rollouts} == {11}
     assert largest_difference(rollouts, second) < TOLERANCE
     assert largest_difference(rollouts, first) > 1
     ranks.close()
 
 
-def test_another_version_than_the_pushed_one_is_refused(pool_server: PoolServer, pool: VllmPool) -> None:
+def test_another_version_than_the_pushed_one_is_refused(pool_server: PoolServer) -> None:
     push_once(pool_server, ModelSource(tiny_llama(1)), 20)
     for version in (19, 21):
         with pytest.raises(StaleWeights, match=f"holds weight version 20, expected {version}"):
-            pool.generate(PROMPTS, SAMPLING, version)
+            generate(pool_server, version)
 
 
-def test_two_senders_and_a_bystander_push_one_model(pool_server: PoolServer, pool: VllmPool) -> None:
+def test_two_senders_and_a_bystander_push_one_model(pool_server: PoolServer) -> None:
     model = tiny_llama(3)
     source = ModelSource(model, num_stages=2)
     assert {spec.sender for spec in source.specs()} == {0, 1}
     ranks = TrainerRanks(pool_server, [source, source], num_bystanders=1)
     ranks.push(30)
     ranks.push(31)
-    assert largest_difference(pool.generate(PROMPTS, SAMPLING, 31), model) < TOLERANCE
+    assert largest_difference(generate(pool_server, 31), model) < TOLERANCE
     ranks.close()
 
 
 def test_one_flipped_bit_on_the_wire_is_refused_and_named(
-    pool_server: PoolServer, pool: VllmPool, monkeypatch: pytest.MonkeyPatch
+    pool_server: PoolServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = tiny_llama(4)
     push_once(pool_server, ModelSource(old), 40)
@@ -114,10 +112,10 @@ def test_one_flipped_bit_on_the_wire_is_refused_and_named(
     with pytest.raises(UserError, match=r"rank 1: arrived with other numbers than were sent: model.layers.0"):
         push_once(pool_server, ModelSource(tiny_llama(5)), 41)
     monkeypatch.undo()
-    assert_old_weights_survived(pool_server, pool, old, 40)
+    assert_old_weights_survived(pool_server, old, 40)
 
 
-def test_a_push_without_one_tensor_is_refused_and_named(pool_server: PoolServer, pool: VllmPool) -> None:
+def test_a_push_without_one_tensor_is_refused_and_named(pool_server: PoolServer) -> None:
     class WithoutOne(ModelSource):
         def specs(self) -> tuple[PieceSpec, ...]:
             return tuple(spec for spec in super().specs() if "layers.1.self_attn.k_proj" not in spec.name)
@@ -130,12 +128,10 @@ def test_a_push_without_one_tensor_is_refused_and_named(pool_server: PoolServer,
     words = r"model.layers.1.self_attn.qkv_proj.weight would get 24576 of its 32768 numbers"
     with pytest.raises(UserError, match=words):
         push_once(pool_server, WithoutOne(tiny_llama(5)), 51)
-    assert_old_weights_survived(pool_server, pool, old, 50)
+    assert_old_weights_survived(pool_server, old, 50)
 
 
-def test_a_push_in_another_dtype_or_shape_is_refused_and_named(
-    pool_server: PoolServer, pool: VllmPool
-) -> None:
+def test_a_push_in_another_dtype_or_shape_is_refused_and_named(pool_server: PoolServer) -> None:
     old = tiny_llama(4)
     push_once(pool_server, ModelSource(old), 60)
     with pytest.raises(
@@ -148,12 +144,10 @@ def test_a_push_in_another_dtype_or_shape_is_refused_and_named(
         UserError, match=r"embed_tokens.weight float32 \[488, 128\] from sender 0 cannot be loaded"
     ):
         push_once(pool_server, ModelSource(other), 62)
-    assert_old_weights_survived(pool_server, pool, old, 60)
+    assert_old_weights_survived(pool_server, old, 60)
 
 
-def test_senders_with_different_manifests_are_refused_and_named(
-    pool_server: PoolServer, pool: VllmPool
-) -> None:
+def test_senders_with_different_manifests_are_refused_and_named(pool_server: PoolServer) -> None:
     class Renamed(ModelSource):
         def specs(self) -> tuple[PieceSpec, ...]:
             *others, last = super().specs()
@@ -166,11 +160,11 @@ def test_senders_with_different_manifests_are_refused_and_named(
     with pytest.raises(UserError, match=r"ranks \[1\] hold another weight manifest .* lm_head.wait"):
         ranks.push(71)
     ranks.close()
-    assert_old_weights_survived(pool_server, pool, old, 70)
+    assert_old_weights_survived(pool_server, old, 70)
 
 
 def test_a_sender_that_fails_midway_leaves_a_pool_that_can_be_pushed_to_again(
-    pool_server: PoolServer, pool: VllmPool
+    pool_server: PoolServer,
 ) -> None:
     class Failing(ModelSource):
         is_broken = True
@@ -188,22 +182,22 @@ def test_a_sender_that_fails_midway_leaves_a_pool_that_can_be_pushed_to_again(
     with pytest.raises(UserError, match="push of weight version 81 failed while sending"):
         ranks.push(81)
     with pytest.raises(StaleWeights, match="holds weight version 80"):
-        pool.generate(PROMPTS, SAMPLING, 81)
+        generate(pool_server, 81)
     source.is_broken = False
     ranks.push(82)
-    assert largest_difference(pool.generate(PROMPTS, SAMPLING, 82), new) < TOLERANCE
+    assert largest_difference(generate(pool_server, 82), new) < TOLERANCE
     ranks.close()
 
 
-def test_a_session_left_open_by_a_dead_trainer_is_cleared(pool_server: PoolServer, pool: VllmPool) -> None:
+def test_a_session_left_open_by_a_dead_trainer_is_cleared(pool_server: PoolServer) -> None:
     with ServerClient(pool_server.address, pool_server.token, 30) as client:
         client.request("POST", "/start_weight_update")
     model = tiny_llama(6)
     push_once(pool_server, ModelSource(model), 90)
-    assert largest_difference(pool.generate(PROMPTS, SAMPLING, 90), model) < TOLERANCE
+    assert largest_difference(generate(pool_server, 90), model) < TOLERANCE
 
 
-def test_a_server_that_computes_something_else_stays_paused(pool_server: PoolServer, pool: VllmPool) -> None:
+def test_a_server_that_computes_something_else_stays_paused(pool_server: PoolServer) -> None:
     model = tiny_llama(7)
     ranks = TrainerRanks(pool_server, [ModelSource(model)], num_bystanders=1)
     ranks.push(100)
@@ -213,19 +207,17 @@ def test_a_server_that_computes_something_else_stays_paused(pool_server: PoolSer
     ):
         ranks.push(102, wrong)
     with pytest.raises(StaleWeights, match="is paused"):
-        pool.generate(PROMPTS, SAMPLING, 102)
+        generate(pool_server, 102)
     nan = replace(wrong, expected_logprobs=[float("nan")] * len(wrong.expected_logprobs))
     with pytest.raises(NoServersLeft, match="computes other log-probs"):
         ranks.push(103, nan)
     ranks.push(104)
-    assert largest_difference(pool.generate(PROMPTS, SAMPLING, 104), model) < TOLERANCE
+    assert largest_difference(generate(pool_server, 104), model) < TOLERANCE
     ranks.close()
 
 
-def assert_old_weights_survived(
-    server: PoolServer, pool: VllmPool, old: LlamaForCausalLM, version: int
-) -> None:
+def assert_old_weights_survived(server: PoolServer, old: LlamaForCausalLM, version: int) -> None:
     with pytest.raises(StaleWeights, match="is paused"):
-        pool.generate(PROMPTS, SAMPLING, version)
+        generate(server, version)
     assert served_difference(server, old) < TOLERANCE
-    assert largest_difference(pool.generate(PROMPTS, SAMPLING, version), old) < TOLERANCE
+    assert largest_difference(generate(server, version), old) < TOLERANCE

@@ -1,0 +1,225 @@
+"""From the senders' pieces to a worker's shard: faults are planted with weights of the step before."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor
+
+from rto_megatron.models.weight_map import Split, VocabRows, cut
+from rto_megatron.weight_sync import sender as sender_module
+from rto_megatron.weight_sync.landing import Landing
+from rto_megatron.weight_sync.manifest import Bucket, Manifest, PieceSpec, slot_view
+from rto_megatron.weight_sync.receiver import Receiver, Staged
+from rto_megatron.weight_sync.region import Region, whole
+from rto_megatron.weight_sync.sender import Sender
+from rto_megatron.weight_sync.transport import (
+    LOOPBACK,
+    Broadcast,
+    Communicator,
+    DisagreementError,
+    Rendezvous,
+    listen,
+)
+
+SHAPES = {"embed": (13, 8), "q": (8, 8), "k": (8, 8), "down": (8, 24)}
+LAYOUTS = {"embed": VocabRows(13), "q": Split(0), "k": Split(0), "down": Split(1)}
+NEEDS_WHOLE = {name: (whole(shape),) for name, shape in SHAPES.items()}
+SHARD = {
+    "embed": (Region((7, 0), (6, 8)),),
+    "q": (Region((4, 0), (4, 8)),),
+    "k": (Region((4, 0), (4, 8)),),
+    "down": (Region((0, 12), (8, 12)),),
+}
+
+
+def weights(step: int) -> dict[str, Tensor]:
+    """Two steps differ as two optimizer steps do."""
+    generator = torch.Generator().manual_seed(1)
+    return {
+        name: torch.randn(shape, generator=generator) * (1 + 1e-4 * step) for name, shape in SHAPES.items()
+    }
+
+
+def manifest(num_senders: int) -> Manifest:
+    specs = []
+    for name, shape in SHAPES.items():
+        dim = LAYOUTS[name].dim
+        for rank in range(num_senders):
+            start, length = cut(shape[dim], rank, num_senders)
+            specs.append(PieceSpec(name, "float32", shape, rank, dim, start, length))
+    return Manifest(512, tuple(specs))
+
+
+def pieces(of: dict[str, Tensor], rank: int, num_senders: int) -> Iterator[tuple[str, Tensor]]:
+    for name, layout in LAYOUTS.items():
+        shard = layout.shard([of[name]], rank, num_senders)
+        yield from zip([name], layout.pieces(shard, rank, num_senders), strict=True)
+
+
+Change = Callable[[Bucket, Tensor], None]
+
+
+class DamagedEnd(Communicator):
+    """A worker's end that changes what arrives, between the wire and the worker's checks."""
+
+    change: Change
+    order: Iterator[Bucket]
+    buffers: list[Tensor]
+
+    def start_broadcast(self, buffer: Tensor, source: int) -> Broadcast:
+        begun = super().start_broadcast(buffer, source)
+        self.buffers.append(buffer)
+        return begun
+
+    def finish(self, broadcast: Broadcast) -> None:
+        super().finish(broadcast)
+        self.change(next(self.order), self.buffers.pop(0))
+
+
+def push(num_senders: int, needs: dict[str, tuple[Region, ...]], change: Change | None = None) -> Staged:
+    """Pushes step 0 and step 1 to one worker; returns what it staged of the last, or raises its error."""
+    listener = listen(LOOPBACK)
+    world_size = num_senders + 1
+    meeting = Rendezvous(LOOPBACK, listener.getsockname()[1], num_senders, world_size, "test", 10, "cpu")
+    plan = manifest(num_senders)
+
+    def joined(rank: int, kind: type[Communicator] = Communicator) -> Communicator:
+        end = kind(meeting, rank, torch.device("cpu"), listener if rank == 0 else None)
+        end.join()
+        return end
+
+    def send(rank: int) -> None:
+        end = joined(rank)
+        sender = Sender(plan, end)
+        for version in (0, 1):
+            sender.send(version, pieces(weights(version), rank, num_senders))
+            sender.confirm()
+        end.exchange("done")
+
+    def receive() -> Staged:
+        end = joined(num_senders, Communicator if change is None else DamagedEnd)
+        if isinstance(end, DamagedEnd):
+            assert change is not None
+            end.change, end.order, end.buffers = change, iter(plan.buckets() * 2), []
+        receiver = Receiver(plan, needs, end)
+        for version in (0, 1):
+            sender_module.agree_on_manifest(plan, version, end, None)
+            staged = receiver.receive(version)
+            end.agree(None, staged.token)
+        end.exchange("done")
+        return staged
+
+    with ThreadPoolExecutor(world_size) as threads:
+        for rank in range(num_senders):
+            threads.submit(send, rank)
+        worker = threads.submit(receive)
+    return worker.result()
+
+
+@pytest.mark.parametrize("num_senders", [1, 2, 4])
+@pytest.mark.parametrize("needs", [NEEDS_WHOLE, SHARD], ids=["whole", "shard"])
+def test_any_cut_of_the_trainer_becomes_any_shard_of_the_worker(
+    num_senders: int, needs: dict[str, tuple[Region, ...]]
+) -> None:
+    staged = push(num_senders, needs)
+    new = weights(1)
+    for name, full in staged.tensors(manifest(1).tensors()):
+        for box in needs[name]:
+            assert torch.equal(box.of(full), box.of(new[name])), name
+    needed = sum(box.of(new[name]).numel() * 4 for name, boxes in needs.items() for box in boxes)
+    assert staged.num_bytes == needed
+
+
+def change_slot(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Bucket, Tensor], None]:
+    def planted(bucket: Bucket, buffer: Tensor) -> None:
+        for slot in bucket.slots:
+            if slot.spec.name == name:
+                view = slot_view(buffer, slot)
+                view.copy_(change(view.clone()))
+
+    return planted
+
+
+def of_second_push(change: Change) -> Change:
+    seen: list[Bucket] = []
+
+    def planted(bucket: Bucket, buffer: Tensor) -> None:
+        if bucket in seen:
+            change(bucket, buffer)
+        seen.append(bucket)
+
+    return planted
+
+
+def test_a_flipped_byte_a_stale_and_a_transposed_tensor_are_named() -> None:
+    def flip(value: Tensor) -> Tensor:
+        value.view(torch.uint8).view(-1)[17] ^= 1
+        return value
+
+    for change in (flip, lambda value: weights(0)["q"], lambda value: value.T):
+        with pytest.raises(DisagreementError, match=r"arrived with other numbers than were sent: q float32"):
+            push(1, NEEDS_WHOLE, of_second_push(change_slot("q", change)))
+
+
+def test_two_exchanged_tensors_are_both_named() -> None:
+    new = weights(1)
+
+    def exchange(bucket: Bucket, buffer: Tensor) -> None:
+        change_slot("q", lambda value: new["k"])(bucket, buffer)
+        change_slot("k", lambda value: new["q"])(bucket, buffer)
+
+    with pytest.raises(DisagreementError, match=r"q float32.*k float32"):
+        push(1, NEEDS_WHOLE, of_second_push(exchange))
+
+
+def test_a_bucket_that_was_not_packed_again_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The digests are those of the weights, so a sender that forgets to copy them into the bucket is caught."""
+    original = sender_module.slot_view
+
+    def forgetful(window: Tensor, slot: object) -> Tensor:
+        view = original(window, slot)
+        return view.clone() if slot.spec.name == "k" and (view != 0).any() else view
+
+    monkeypatch.setattr(sender_module, "slot_view", forgetful)
+    with pytest.raises(DisagreementError, match=r"than were sent: k float32"):
+        push(1, NEEDS_WHOLE)
+
+
+def land(copy: Callable[[str, Tensor, Tensor], None]) -> str | None:
+    """What `Landing` says when a loader copies the shard of each announced tensor into a parameter with `copy`."""
+    staged = push(1, SHARD)
+    landing = Landing(staged.expected, SHARD)
+    parameters = {name: torch.zeros(SHARD[name][0].sizes) for name in SHAPES}
+    with landing.watch():
+        for name, full in staged.tensors(manifest(1).tensors()):
+            copy(name, parameters[name], SHARD[name][0].of(landing.announce(name, full)))
+    return landing.faults()
+
+
+def test_a_load_is_watched_as_it_happens() -> None:
+    old = weights(0)
+
+    def rightly(name: str, parameter: Tensor, loaded: Tensor) -> None:
+        parameter.copy_(loaded)
+
+    assert land(rightly) is None
+
+    def skipping(name: str, parameter: Tensor, loaded: Tensor) -> None:
+        if name != "down":
+            parameter.copy_(loaded)
+
+    assert land(skipping) == "not loaded: down"
+
+    def other_half(name: str, parameter: Tensor, loaded: Tensor) -> None:
+        parameter.copy_(loaded._base[:4] if name == "q" and loaded._base is not None else loaded)
+
+    assert land(other_half) == "not loaded: q"
+
+    def stale(name: str, parameter: Tensor, loaded: Tensor) -> None:
+        if name == "k":
+            loaded.copy_(SHARD["k"][0].of(old["k"]))
+        parameter.copy_(loaded)
+
+    assert land(stale) == "loaded with other numbers than were sent: k"
