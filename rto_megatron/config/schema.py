@@ -237,8 +237,10 @@ class RolloutConfig(Section):
     )
     sync_timeout_s: float = Field(default=300, gt=0, description="limit of each phase of a weight push")
     bucket_mb: int = Field(default=256, ge=1, description="size of a weight-transfer bucket")
-    logprob_tolerance: float = Field(
-        default=0.5, gt=0, description="nats; largest canary difference between pool and trainer after a push"
+    logprob_tolerance: float | None = Field(
+        default=None,
+        gt=0,
+        description="nats; largest canary difference after a push; null: 1e-3 in fp32, 0.5 in bf16",
     )
 
 
