@@ -30,6 +30,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from rto_megatron.errors import UserError
 from rto_megatron.rollout.client import ServerClient
@@ -83,6 +84,7 @@ class Measured:
 
 
 def _write_model(folder: Path, max_positions: int) -> None:
+    transformers_logging.disable_progress_bar()
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=_VOCABULARY, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
@@ -241,13 +243,13 @@ def _both(folder: Path, work: Work, say: Console) -> Iterator[tuple[InProcess, O
             over_http.label_weights()
             yield inside, over_http
         finally:
-            over_http_running(server)
+            _continue(server)
             stop_server(server)
     finally:
         inside.kill()
 
 
-def over_http_running(server: Server) -> None:
+def _continue(server: Server) -> None:
     """A stopped process does not see SIGTERM."""
     if server.process.poll() is None:
         os.killpg(server.process.pid, signal.SIGCONT)
