@@ -140,9 +140,7 @@ def test_a_push_in_another_dtype_or_shape_is_refused_and_named(pool_server: Pool
         push_once(pool_server, ModelSource(tiny_llama(5).bfloat16()), 61)
     other = tiny_llama(5)
     other.resize_token_embeddings(VOCAB_SIZE + 8)
-    with pytest.raises(
-        UserError, match=r"embed_tokens.weight float32 \[488, 128\] cannot be loaded"
-    ):
+    with pytest.raises(UserError, match=r"embed_tokens.weight float32 \[488, 128\] cannot be loaded"):
         push_once(pool_server, ModelSource(other), 62)
     assert_old_weights_survived(pool_server, old, 60)
 
