@@ -83,8 +83,8 @@ def parse_answer(address: str, route: str, status: int, content: bytes) -> dict[
 
 
 @functools.cache
-def _certificates() -> ssl.SSLContext:
-    # Reading them takes 40 ms, which every client of its own would spend before each generation.
+def certificates() -> ssl.SSLContext:
+    """The system's, read once: it takes 40 ms, which each client would spend before each generation."""
     return httpx.create_ssl_context()
 
 
@@ -101,7 +101,7 @@ class ServerClient:
             headers=open_headers(token),
             timeout=timeout_s,
             limits=limits,
-            verify=_certificates(),
+            verify=certificates(),
             trust_env=False,  # a proxy would receive the token
         )
 

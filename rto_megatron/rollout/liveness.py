@@ -14,6 +14,7 @@ from rto_megatron.rollout.client import (
     RefusedError,
     ServerClient,
     UnreachableError,
+    certificates,
     open_headers,
 )
 from rto_megatron.rollout.http import GenerationHttp
@@ -79,7 +80,11 @@ async def _one_token(http: GenerationHttp, address: str, timeout_s: float) -> No
 async def _generated_tokens(address: str, token: str, timeout_s: float) -> float | None:
     """Tokens the server's engine has generated since it started, or None without an answer."""
     try:
-        async with asyncio.timeout(timeout_s), httpx.AsyncClient(headers=open_headers(token)) as http:
+        async with (
+            asyncio.timeout(timeout_s),
+            # Without the environment: a proxy would receive the token.
+            httpx.AsyncClient(headers=open_headers(token), verify=certificates(), trust_env=False) as http,
+        ):
             response = await http.get(f"{address}/metrics", timeout=timeout_s)
     except (TimeoutError, httpx.TransportError):
         return None
