@@ -24,17 +24,13 @@ class Dispatch:
     Args:
         http: carries the requests.
         members: whom to ask; servers that fail are taken out of it.
-        token: the pool's bearer token.
         retries: how often a request that failed on a live server is sent again.
         liveness: when a silent server has to prove itself.
     """
 
-    def __init__(
-        self, http: GenerationHttp, members: Members, token: str, retries: int, liveness: Liveness
-    ) -> None:
+    def __init__(self, http: GenerationHttp, members: Members, retries: int, liveness: Liveness) -> None:
         self._http = http
         self._members = members
-        self._token = token
         self._retries = retries
         self._liveness = liveness
         self._in_flight: dict[str, set[asyncio.Timeout]] = {address: set() for address in members.serving}
@@ -135,7 +131,7 @@ class Dispatch:
 
     async def _require_alive(self, address: str) -> None:
         try:
-            await prove_alive(self._http, address, self._token, self._liveness.timeout_s)
+            await prove_alive(self._http, address, self._liveness.timeout_s)
             self._heard[address] = asyncio.get_running_loop().time()
         except UserError as failure:
             self._take_out(address, failure)

@@ -1,7 +1,8 @@
 """Concurrent HTTP requests to inference servers, for generation."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import SimpleNamespace, TracebackType
 from typing import Self
 
@@ -56,16 +57,24 @@ class GenerationHttp:
             RefusedError: an answer with another status than 200; ServerFailedError from 500 on.
         """
         limit_s = self._timeout_s if timeout_s is None else timeout_s
-        try:
+        with _named(address):
             async with asyncio.timeout(limit_s), await self._response(address + route, body) as response:
                 status, content = response.status, await response.read()
-        except TimeoutError as error:
-            raise not_in_time(address, error) from error
-        except aiohttp.ClientConnectorError as error:
-            raise unreachable(address, error.os_error) from error
-        except aiohttp.ClientError as error:
-            raise unreachable(address, error) from error
         return parse_answer(address, route, status, content)
+
+    async def text(self, address: str, route: str, timeout_s: float) -> str:
+        """Gets what is not JSON, whatever its status.
+
+        Raises:
+            UnreachableError: no answer.
+        """
+        url = address + route
+        with _named(address):
+            async with (
+                asyncio.timeout(timeout_s),
+                self._single.get(url, timeout=_NO_LIMIT, allow_redirects=False) as response,
+            ):
+                return await response.text()
 
     async def _response(self, url: str, body: Mapping[str, Json]) -> aiohttp.ClientResponse:
         reused: list[bool] = []
@@ -85,6 +94,19 @@ class GenerationHttp:
             cookie_jar=aiohttp.DummyCookieJar(),
             trace_configs=[trace],
         )
+
+
+@contextmanager
+def _named(address: str) -> Iterator[None]:
+    """Turns the client's errors into UnreachableError, which names the server."""
+    try:
+        yield
+    except TimeoutError as error:
+        raise not_in_time(address, error) from error
+    except aiohttp.ClientConnectorError as error:
+        raise unreachable(address, error.os_error) from error
+    except aiohttp.ClientError as error:
+        raise unreachable(address, error) from error
 
 
 async def _note_reuse(

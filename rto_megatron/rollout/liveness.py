@@ -5,8 +5,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import httpx
-
 from rto_megatron.errors import UserError
 from rto_megatron.rollout.client import (
     GENERATE_ROUTE,
@@ -14,8 +12,6 @@ from rto_megatron.rollout.client import (
     RefusedError,
     ServerClient,
     UnreachableError,
-    certificates,
-    open_headers,
 )
 from rto_megatron.rollout.http import GenerationHttp
 
@@ -36,7 +32,7 @@ class Liveness:
     timeout_s: float = 15.0
 
 
-async def prove_alive(http: GenerationHttp, address: str, token: str, timeout_s: float) -> None:
+async def prove_alive(http: GenerationHttp, address: str, timeout_s: float) -> None:
     """Returns when the server generated a token, for us or for someone else.
 
     Raises:
@@ -44,7 +40,7 @@ async def prove_alive(http: GenerationHttp, address: str, token: str, timeout_s:
     """
     loop = asyncio.get_running_loop()
     started = loop.time()
-    counting = asyncio.create_task(_generated_tokens(address, token, timeout_s))
+    counting = asyncio.create_task(_generated_tokens(http, address, timeout_s))
     try:
         await _one_token(http, address, timeout_s)
         return
@@ -59,7 +55,7 @@ async def prove_alive(http: GenerationHttp, address: str, token: str, timeout_s:
         await _one_token(http, address, timeout_s)
         return
     # A probe can wait behind other requests for longer than its limit while the server works on them.
-    after = await _generated_tokens(address, token, timeout_s)
+    after = await _generated_tokens(http, address, timeout_s)
     if before is None or isinstance(before, BaseException) or after is None or after <= before:
         raise first
 
@@ -77,23 +73,18 @@ async def _one_token(http: GenerationHttp, address: str, timeout_s: float) -> No
         raise RefusedError(f"inference server {address} generated nothing when asked for one token")
 
 
-async def _generated_tokens(address: str, token: str, timeout_s: float) -> float | None:
+async def _generated_tokens(http: GenerationHttp, address: str, timeout_s: float) -> float | None:
     """Tokens the server's engine has generated since it started, or None without an answer."""
     try:
-        async with (
-            asyncio.timeout(timeout_s),
-            # Without the environment: a proxy would receive the token.
-            httpx.AsyncClient(headers=open_headers(token), verify=certificates(), trust_env=False) as http,
-        ):
-            response = await http.get(f"{address}/metrics", timeout=timeout_s)
-    except (TimeoutError, httpx.TransportError):
+        metrics = await http.text(address, "/metrics", timeout_s)
+    except UnreachableError:
         return None
-    lines = [line for line in response.text.splitlines() if line.startswith(_TOKEN_COUNTER)]
+    lines = [line for line in metrics.splitlines() if line.startswith(_TOKEN_COUNTER)]
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines) if lines else None
 
 
 def failures_of(
-    timeouts: Mapping[str, float], token: str, check: Callable[[ServerClient], None]
+    timeouts: Mapping[str, float], token: str, check: Callable[[ServerClient], object]
 ) -> dict[str, UserError]:
     """Checks servers side by side; address -> error of those that did not pass.
 

@@ -120,7 +120,7 @@ class VllmPool:
     ) -> list[Rollout]:
         room = asyncio.Semaphore(_REQUESTS_PER_SERVER * len(self.members.serving))
         http = GenerationHttp(self._token, self._timeout_s)
-        dispatch = Dispatch(http, self.members, self._token, self._retries, self._liveness)
+        dispatch = Dispatch(http, self.members, self._retries, self._liveness)
 
         async def one(index: int, prompt: Prompt) -> Rollout:
             def read(address: str, answer: Answer) -> Rollout:

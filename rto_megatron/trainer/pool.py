@@ -222,17 +222,18 @@ def open_push(
     def share(text: str) -> list[str]:
         return [str(one) for one in topology.gather_all_json(text)]
 
-    stages, tensors = topology.pipeline_size, topology.tensor_size
-    replica = topology.data_rank if config.colocated else 0
-    sends = config.colocated or topology.data_rank == 0
-    sender = (replica * stages + topology.pipeline_rank) * tensors + topology.tensor_rank
+    source = PolicySource(policy)
+    replica_ranks = topology.pipeline_size * topology.tensor_size
+    replicas = range(topology.data_size if config.colocated else 1)
     sync = WeightSync(
-        source=PolicySource(policy),
+        source=source,
         token=token,
         place=SyncPlace(
             is_controller=topology.is_lead,
-            sender=sender if sends else None,
-            num_senders=stages * tensors * (topology.data_size if config.colocated else 1),
+            sender=topology.data_rank * replica_ranks + source.sender
+            if topology.data_rank in replicas
+            else None,
+            num_senders=len(replicas) * replica_ranks,
         ),
         device=topology.device.torch_device,
         bucket_bytes=config.bucket_mb << 20,

@@ -122,12 +122,8 @@ class _Rehearsal:
                     f"{spec.name} {spec.dtype} {list(spec.shape)} cannot be loaded ({type(error).__name__}: {error})"
                 )
                 continue
-            if spec.name not in self._needs and len(self._problems) == before and not self._is_remote(spec):
+            if spec.name not in self._needs and len(self._problems) == before:
                 self._problems.append(f"{spec.name} is no part of the model")
-
-    def _is_remote(self, spec: PieceSpec) -> bool:
-        """An expert of another worker: vLLM's loader skips it by design under expert parallelism."""
-        return ".experts." in spec.name and any("experts" in name for name in self._expected)
 
     def coverage(self, tied: set[str]) -> Coverage:
         for name, expected in self._expected.items():

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, zip_longest
 from typing import Protocol
 
@@ -125,7 +126,7 @@ class Manifest:
 
     def sha256(self) -> str:
         """Hash that every sender and worker must share before a byte is sent."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
+        return self._sha256
 
     @property
     def num_bytes(self) -> int:
@@ -147,6 +148,15 @@ class Manifest:
         Raises:
             ValueError: a dtype cannot be sent, or the pieces of a tensor overlap or leave a gap.
         """
+        return self._buckets
+
+    # Every push of a run asks for both.
+    @cached_property
+    def _sha256(self) -> str:
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    @cached_property
+    def _buckets(self) -> tuple[Bucket, ...]:
         problems = uncut(self.specs)
         if problems:
             raise ValueError("; ".join(problems[:5]))

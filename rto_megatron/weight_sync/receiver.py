@@ -21,9 +21,10 @@ from rto_megatron.weight_sync.manifest import (
     digests,
     slot_view,
 )
+from rto_megatron.weight_sync.pipeline import broadcast_each
 from rto_megatron.weight_sync.region import Region, piece_region, whole
 from rto_megatron.weight_sync.sender import declared_token
-from rto_megatron.weight_sync.transport import Broadcast, Communicator
+from rto_megatron.weight_sync.transport import Communicator
 
 _SHOWN = 5
 
@@ -33,13 +34,11 @@ class Staged:
     """A push that arrived whole and was checked.
 
     Args:
-        version: of the weights.
         token: hash of the version and of every piece's digest; equal on all ranks.
         boxes: tensor name -> box that this worker needs -> its numbers, in host memory.
         expected: tensor name -> box -> digest of the numbers.
     """
 
-    version: int
     token: str
     boxes: Mapping[str, Mapping[Region, Tensor]]
     expected: Mapping[str, Mapping[Region, Tensor]]
@@ -64,7 +63,7 @@ class Staged:
 
 
 class Receiver:
-    """Receives the pushes of one communicator.
+    """Receives a push; its buffers on a device are freed with it.
 
     Args:
         manifest: equal on all ranks.
@@ -88,26 +87,13 @@ class Receiver:
             TransportError: the communicator is lost.
         """
         staging = _Staging(self._needs, self._communicator.device)
-        in_flight: tuple[Broadcast, Bucket, Tensor] | None = None
-        for number, bucket in enumerate(self._manifest.buckets()):
-            buffer = self._buffer(number, bucket)
-            begun = (self._communicator.start_broadcast(buffer, bucket.sender), bucket, buffer)
-            if in_flight is not None:
-                self._take(*in_flight, staging)
-            in_flight = begun
-        if in_flight is not None:
-            self._take(*in_flight, staging)
+        for bucket, buffer in broadcast_each(self._communicator, self._manifest.buckets(), self._buffer):
+            staging.take(bucket, buffer)
         damaged = staging.damaged
         self._communicator.agree(
             f"arrived with other numbers than were sent: {', '.join(damaged[:_SHOWN])}" if damaged else None
         )
-        return Staged(
-            version, declared_token(version, staging.digests), staging.boxes, staging.expected_digests()
-        )
-
-    def _take(self, broadcast: Broadcast, bucket: Bucket, buffer: Tensor, staging: "_Staging") -> None:
-        self._communicator.finish(broadcast)
-        staging.take(bucket, buffer)
+        return Staged(declared_token(version, staging.digests), staging.boxes, staging.expected_digests())
 
     def _buffer(self, number: int, bucket: Bucket) -> Tensor:
         """A fresh buffer on a CPU, where pieces stay in it until the commit; one of two on a device."""

@@ -1,7 +1,8 @@
 """Boxes within a tensor: the run that a sender holds, the part that a worker's shard needs, and where they meet."""
 
+import math
 from dataclasses import dataclass
-from itertools import starmap
+from operator import add
 
 from torch import Tensor
 
@@ -29,7 +30,7 @@ class Region:
         return Region(starts, sizes) if all(size > 0 for size in sizes) else None
 
     def _ends(self) -> tuple[int, ...]:
-        return tuple(starmap(int.__add__, zip(self.starts, self.sizes, strict=True)))
+        return tuple(map(add, self.starts, self.sizes))
 
 
 def whole(shape: tuple[int, ...]) -> Region:
@@ -62,7 +63,7 @@ def region_of_view(view: Tensor, shape: tuple[int, ...], first: int = 0) -> Regi
     box = Region(tuple(starts), tuple(view.shape))
     if len(shape) != view.dim():
         # A loader may flatten a whole tensor, never a part of one.
-        is_all = view.is_contiguous() and view.numel() == _numel(shape) and not any(starts)
+        is_all = view.is_contiguous() and view.numel() == math.prod(shape) and not any(starts)
         return whole(shape) if is_all else None
     steps = zip(view.shape, view.stride(), strides, strict=True)
     return box if all(size == 1 or step == stride for size, step, stride in steps) else None
@@ -74,10 +75,3 @@ def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
         strides.append(stride)
         stride *= max(1, length)
     return tuple(reversed(strides))
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    numel = 1
-    for length in shape:
-        numel *= length
-    return numel

@@ -17,7 +17,8 @@ from rto_megatron.weight_sync.manifest import (
     first_difference,
     slot_view,
 )
-from rto_megatron.weight_sync.transport import Broadcast, Communicator
+from rto_megatron.weight_sync.pipeline import broadcast_each
+from rto_megatron.weight_sync.transport import Communicator
 
 
 class Sender:
@@ -31,8 +32,7 @@ class Sender:
     def __init__(self, manifest: Manifest, communicator: Communicator) -> None:
         self._manifest = manifest
         self._communicator = communicator
-        self._buckets = manifest.buckets()
-        largest = max((bucket.buffer_bytes for bucket in self._buckets), default=0)
+        largest = max((bucket.buffer_bytes for bucket in manifest.buckets()), default=0)
         self._buffers = communicator.send_buffers(largest)
         self._token = ""
 
@@ -49,28 +49,22 @@ class Sender:
         """
         agree_on_manifest(self._manifest, version, self._communicator, None)
         fault: str | None = None
-        declared: list[Tensor] = []
-        in_flight: Broadcast | None = None
-        for number, bucket in enumerate(self._buckets):
+
+        def window_of(number: int, bucket: Bucket) -> Tensor:
+            nonlocal fault
             window = self._buffers[number % 2][: bucket.buffer_bytes]
             if bucket.sender == self._communicator.rank:
                 fault = _pack(bucket, pieces, window) or fault
-            begun = self._communicator.start_broadcast(window, bucket.sender)
-            if in_flight is not None:
-                self._communicator.finish(in_flight)
-                declared.append(self._declared(number - 1))
-            in_flight = begun
-        if in_flight is not None:
-            self._communicator.finish(in_flight)
-            declared.append(self._declared(len(self._buckets) - 1))
+            return window
+
+        declared = [
+            digests(bucket, window).to("cpu", copy=True)
+            for bucket, window in broadcast_each(self._communicator, self._manifest.buckets(), window_of)
+        ]
         if fault is None and next(pieces, None) is not None:
             fault = "the weight source yields more pieces than it declared"
         self._communicator.agree(fault)
         self._token = declared_token(version, declared)
-
-    def _declared(self, number: int) -> Tensor:
-        bucket = self._buckets[number]
-        return digests(bucket, self._buffers[number % 2][: bucket.buffer_bytes]).to("cpu", copy=True)
 
     def confirm(self) -> None:
         """Waits until every worker has loaded what was sent. Called by all senders while the workers commit.

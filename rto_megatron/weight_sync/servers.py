@@ -1,15 +1,14 @@
 """The controller's hand on the servers of a push: the same request to all of them, side by side, and who failed it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 
 from rto_megatron.errors import UserError
 from rto_megatron.rollout.client import Json, RefusedError, ServerClient
+from rto_megatron.rollout.liveness import failures_of
 
 _ANSWER_MARGIN_S = 15  # a server reports a time-out of its own before the request that carries it is given up
 _PING_TIMEOUT_S = 10
-
-Answers = dict[str, Future[object]]
 
 
 class Servers:
@@ -28,52 +27,51 @@ class Servers:
         self, addresses: Sequence[str], call: Callable[[ServerClient], object]
     ) -> dict[str, UserError]:
         """Does `call` for every server at the same time; address -> error of those that failed."""
-        with ThreadPoolExecutor(max(1, len(addresses)), thread_name_prefix="weight-sync") as threads:
-            return faults_of({a: threads.submit(self._one, a, call) for a in addresses})
+        return failures_of(dict.fromkeys(addresses, self._timeout_s), self._token, call)
 
     def beside(
         self,
         action: Callable[[], None],
-        bodies: Mapping[str, tuple[str, dict[str, Json]]],
+        route: str,
+        bodies: Mapping[str, Mapping[str, Json]],
         on_fault: Callable[[str], None],
     ) -> dict[str, UserError]:
         """Posts to every server and runs `action` while they answer, as both sides wait for each other.
 
         Args:
-            bodies: address -> (route, body).
+            bodies: address -> what is posted to it.
             on_fault: told of each failure at once, from another thread, so that nobody waits for that server.
 
         Returns:
             address -> error of the servers that failed; what `action` raises passes through after all have answered.
         """
-        with ThreadPoolExecutor(max(1, len(bodies)), thread_name_prefix="weight-sync") as threads:
-            answers: Answers = {
-                address: threads.submit(self._one, address, _post(*body)) for address, body in bodies.items()
-            }
-            for answer in answers.values():
-                answer.add_done_callback(lambda done: _tell(done, on_fault))
+
+        def post(client: ServerClient) -> None:
             try:
-                action()
-            finally:
-                wait(answers.values())
-            return faults_of(answers)
+                client.request("POST", route, bodies[client.address])
+            except UserError as error:
+                on_fault(str(error))
+                raise
+
+        with ThreadPoolExecutor(1, thread_name_prefix="weight-sync") as thread:
+            faults = thread.submit(self.on_each, tuple(bodies), post)
+            action()  # an error leaves once the thread has ended, and with it all answers
+        return faults.result()
 
     def sizes(self, addresses: Sequence[str]) -> tuple[dict[str, int], dict[str, UserError]]:
         """Workers of each server, and the servers that did not say."""
         found: dict[str, int] = {}
-        faults = self.on_each(
-            addresses, lambda client: found.__setitem__(client.address, client.num_workers())
-        )
+
+        def count(client: ServerClient) -> None:
+            found[client.address] = client.num_workers()
+
+        faults = self.on_each(addresses, count)
         return {address: found[address] for address in addresses if address in found}, faults
 
     def silent(self, addresses: Sequence[str]) -> dict[str, UserError]:
         """Those whose engine does not answer."""
         patience = min(_PING_TIMEOUT_S, self._timeout_s)
-        return self.on_each(addresses, lambda client: client.request("GET", "/is_paused", timeout_s=patience))
-
-    def _one(self, address: str, call: Callable[[ServerClient], object]) -> object:
-        with ServerClient(address, self._token, self._timeout_s) as client:
-            return call(client)
+        return failures_of(dict.fromkeys(addresses, patience), self._token, ServerClient.is_paused)
 
 
 def begin(client: ServerClient) -> None:
@@ -97,28 +95,6 @@ def require_version(client: ServerClient, version: int) -> None:
     held = client.weight_version()
     if held != str(version):
         raise UserError(f"inference server {client.address} holds weight version {held}, expected {version}")
-
-
-def faults_of(answers: Answers) -> dict[str, UserError]:
-    """Address -> error; waits for all."""
-    faults = {}
-    for address, answer in answers.items():
-        error = answer.exception()
-        if isinstance(error, UserError):
-            faults[address] = error
-        elif error is not None:
-            raise error
-    return faults
-
-
-def _post(route: str, body: dict[str, Json]) -> Callable[[ServerClient], object]:
-    return lambda client: client.request("POST", route, body)
-
-
-def _tell(done: Future[object], on_fault: Callable[[str], None]) -> None:
-    error = done.exception()
-    if error is not None:
-        on_fault(str(error))
 
 
 def _abort_session(client: ServerClient) -> None:

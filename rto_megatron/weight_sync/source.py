@@ -20,6 +20,12 @@ class PolicySource:
     def __init__(self, policy: Model) -> None:
         self.policy = policy
 
+    @property
+    def sender(self) -> int:
+        """This rank's index among the senders of its replica."""
+        place = self.policy.topology
+        return place.pipeline_rank * place.tensor_size + place.tensor_rank
+
     def specs(self) -> tuple[PieceSpec, ...]:
         """The piece of every tensor on each rank of a replica; equal on all ranks."""
         shape, place = self.policy.shape, self.policy.topology
@@ -42,7 +48,5 @@ class PolicySource:
     def pieces(self, sender: int) -> Iterator[tuple[str, Tensor]]:
         """This rank's pieces in the order of `specs`."""
         model = self.policy
-        assert (
-            sender == model.topology.pipeline_rank * model.topology.tensor_size + model.topology.tensor_rank
-        )
+        assert sender == self.sender
         return stage_pieces(model.module, model.shape, model.has_scalar_head, model.topology)

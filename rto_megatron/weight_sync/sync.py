@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 from rto_megatron.errors import UserError
-from rto_megatron.rollout.client import ServerClient, UnreachableError
+from rto_megatron.rollout.client import Json, ServerClient, UnreachableError
 from rto_megatron.rollout.engine import NoServersLeft
 from rto_megatron.rollout.phases import PoolPhases
 from rto_megatron.weight_sync.canary import Canary, check_canary
@@ -79,14 +79,6 @@ class PushReport:
     times: PushTimes
 
 
-@dataclass(frozen=True)
-class _Verdict:
-    """What all ranks know after a phase."""
-
-    lost: dict[str, str]
-    has_failed: bool
-
-
 class WeightSync:
     """The trainer's end of weight pushes to a pool.
 
@@ -117,9 +109,9 @@ class WeightSync:
     ) -> None:
         assert not place.is_controller or place.sender == 0, "the controller is sender 0"
         self._source = source
+        self._manifest = Manifest(bucket_bytes, source.specs())
         self._place = place
         self._device = device
-        self._bucket_bytes = bucket_bytes
         self._timeout_s = timeout_s
         self._share = share
         self._host = host
@@ -144,11 +136,10 @@ class WeightSync:
         """
         remaining = tuple(json.loads(self._share(json.dumps(list(servers)))[0]))
         self._lost, self._seconds = {}, {}
-        manifest = Manifest(self._bucket_bytes, self._source.specs())
         num_fruitless = 0
         while True:
             known = len(self._lost)
-            is_done = self._attempt(version, remaining, manifest, canary)
+            is_done = self._attempt(version, remaining, canary)
             remaining = tuple(address for address in remaining if address not in self._lost)
             if not remaining:
                 reasons = "; ".join(self._lost.values())
@@ -163,24 +154,24 @@ class WeightSync:
                     f"push of weight version {version} failed twice with no server at fault; the pool is paused"
                 )
         seconds = [self._seconds.get(phase, 0.0) for phase in ("pausing", "sending", "loading", "proving")]
-        return PushReport(remaining, dict(self._lost), PushTimes(*seconds, manifest.num_bytes))
+        return PushReport(remaining, dict(self._lost), PushTimes(*seconds, self._manifest.num_bytes))
 
     def close(self) -> None:
         """Leaves the communicator."""
         self._leave()
 
-    def _attempt(self, version: int, servers: tuple[str, ...], manifest: Manifest, canary: Canary) -> bool:
+    def _attempt(self, version: int, servers: tuple[str, ...], canary: Canary) -> bool:
         """One try at a push to all servers that are left; False where it must be tried again without some."""
         with self._timed("pausing"):
             self._phase(version, "pausing the pool", lambda: self._pause(servers))
             left = tuple(address for address in servers if address not in self._lost)
-            if not left or not self._open(version, left, manifest):
+            if not left or not self._open(version, left):
                 return False
         with self._timed("sending"):
-            if self._phase(version, "sending", lambda: self._send(version)).has_failed:
+            if not self._phase(version, "sending", lambda: self._send(version)):
                 return False
         with self._timed("loading"):
-            if self._phase(version, "loading", lambda: self._commit(version)).has_failed:
+            if not self._phase(version, "loading", lambda: self._commit(version)):
                 return False
         with self._timed("proving"):
             self._phase(version, "proving", lambda: self._prove(version, left, canary))
@@ -192,8 +183,8 @@ class WeightSync:
         yield
         self._seconds[phase] = self._seconds.get(phase, 0.0) + time.monotonic() - started
 
-    def _phase(self, version: int, doing: str, action: Callable[[], dict[str, UserError]]) -> _Verdict:
-        """Runs `action` on every rank, and lets all know how it ended everywhere.
+    def _phase(self, version: int, doing: str, action: Callable[[], dict[str, UserError]]) -> bool:
+        """Runs `action` on every rank; True on all where it succeeded everywhere. Notes the servers that are lost.
 
         Args:
             action: returns the servers that failed, which only the controller can see.
@@ -211,12 +202,16 @@ class WeightSync:
             kind, text = "shared", str(error)
         except (ValueError, RuntimeError, OSError) as error:
             kind, text = "own", str(error)
-        lost = self._blame(faults, kind == "shared", text, blamed) if self._place.is_controller else {}
+        lost: dict[str, str] = {}
+        if self._place.is_controller and kind == "shared":
+            lost = self._guilty(text, blamed)
+        elif self._place.is_controller:
+            lost = {address: str(fault) for address, fault in faults.items()}
         lost = {address: f"{reason} (while {doing})" for address, reason in lost.items()}
         said = [json.loads(one) for one in self._share(json.dumps([kind, text, bool(faults), lost]))]
-        verdict = _Verdict(said[0][3], any(one[0] != "fine" or one[2] for one in said))
-        self._lost |= verdict.lost
-        if verdict.has_failed:
+        self._lost |= said[0][3]
+        has_failed = any(one[0] != "fine" or one[2] for one in said)
+        if has_failed:
             self._leave()
         own = [one[1] for one in said if one[0] == "own"]
         if own:
@@ -224,22 +219,19 @@ class WeightSync:
                 f"push of weight version {version} failed while {doing}; the pool is paused until a push succeeds: "
                 f"{own[0]}"
             )
-        return verdict
+        return not has_failed
 
-    def _blame(
-        self, faults: Mapping[str, UserError], is_shared: bool, text: str, ranks: Sequence[int]
-    ) -> dict[str, str]:
-        """The servers that must be dropped, each with its reason."""
+    def _guilty(self, text: str, ranks: Sequence[int]) -> dict[str, str]:
+        """The servers to drop after an error that all ranks report, each with its reason.
+
+        Args:
+            ranks: of the workers that differ; none where the communicator was lost.
+        """
         if ranks:
-            owners = [a for a, size in self._members.items() for _ in range(size)]
+            owners = [address for address, size in self._members.items() for _ in range(size)]
             guilty = {owners[rank - self._place.num_senders] for rank in ranks}
             return {address: f"inference server {address}: {text}" for address in guilty}
-        unreachable = {a: str(fault) for a, fault in faults.items() if isinstance(fault, UnreachableError)}
-        if not is_shared:
-            return unreachable | {address: str(fault) for address, fault in faults.items()}
-        if unreachable:
-            return unreachable
-        # Everyone reports the lost communicator alike; who lost it does not answer any more.
+        # Who lost the communicator does not answer any more.
         return {address: str(fault) for address, fault in self._servers.silent(tuple(self._members)).items()}
 
     def _pause(self, servers: Sequence[str]) -> dict[str, UserError]:
@@ -253,7 +245,7 @@ class WeightSync:
 
         return self._servers.on_each(servers, pause)
 
-    def _open(self, version: int, servers: tuple[str, ...], manifest: Manifest) -> bool:
+    def _open(self, version: int, servers: tuple[str, ...]) -> bool:
         """Opens a communicator with these servers unless there is one: all ranks have one or none has."""
         listener = None
         meeting = ""
@@ -272,7 +264,7 @@ class WeightSync:
                     device_type=self._device.type,
                     wire="network" if self._phases is None else "shared",
                 ).to_json()
-        if self._phase(version, "counting workers", lambda: faults).has_failed:
+        if not self._phase(version, "counting workers", lambda: faults):
             return False
         meeting = self._share(meeting)[0]
         if not meeting:
@@ -288,21 +280,17 @@ class WeightSync:
 
             def joined() -> None:
                 communicator.join()
-                self._communicator, self._sender = communicator, Sender(manifest, communicator)
+                self._communicator, self._sender = communicator, Sender(self._manifest, communicator)
 
-            return self._beside(
-                joined, "/init_weight_transfer_engine", self._inits(meeting, manifest), communicator
-            )
+            return self._beside(joined, "/init_weight_transfer_engine", self._inits(meeting), communicator)
 
-        return not self._phase(version, "opening the weight transfer", join).has_failed
+        return self._phase(version, "opening the weight transfer", join)
 
-    def _inits(self, meeting: str, manifest: Manifest) -> dict[str, dict[str, object]]:
-        bodies: dict[str, dict[str, object]] = {}
-        rank = self._place.num_senders
+    def _inits(self, meeting: str) -> dict[str, dict[str, Json]]:
+        bodies: dict[str, dict[str, Json]] = {}
+        rank, manifest = self._place.num_senders, self._manifest.to_json()
         for address, size in self._members.items():
-            bodies[address] = {
-                "init_info": {"rendezvous": meeting, "first_rank": rank, "manifest": manifest.to_json()}
-            }
+            bodies[address] = {"init_info": {"rendezvous": meeting, "first_rank": rank, "manifest": manifest}}
             rank += size
         return bodies
 
@@ -310,9 +298,9 @@ class WeightSync:
         sender, own = self._sender, self._place.sender
         if sender is None or own is None:
             return {}
-        has_pieces = any(spec.sender == own for spec in self._source.specs())
+        has_pieces = any(spec.sender == own for spec in self._manifest.specs)
         pieces = self._source.pieces(own) if has_pieces else iter(())
-        body: dict[str, object] = {"update_info": {"version": version}}
+        body: dict[str, Json] = {"update_info": {"version": version}}
         return self._beside(
             lambda: sender.send(version, pieces), "/update_weights", dict.fromkeys(self._members, body)
         )
@@ -321,7 +309,7 @@ class WeightSync:
         sender = self._sender
         if sender is None:
             return {}
-        body: dict[str, object] = {"weight_version": str(version)}
+        body: dict[str, Json] = {"weight_version": str(version)}
         faults = self._beside(sender.confirm, "/finish_weight_update", dict.fromkeys(self._members, body))
         if not self._place.is_controller or faults:
             return faults
@@ -331,7 +319,7 @@ class WeightSync:
         self,
         action: Callable[[], None],
         route: str,
-        bodies: Mapping[str, dict[str, object]],
+        bodies: Mapping[str, dict[str, Json]],
         communicator: Communicator | None = None,
     ) -> dict[str, UserError]:
         communicator = communicator or self._communicator
@@ -339,8 +327,7 @@ class WeightSync:
         if not self._place.is_controller:
             action()
             return {}
-        faults: dict[str, UserError] = {}
-        shared: Exception | None = None
+        shared: TransportError | DisagreementError | None = None
 
         def act() -> None:
             nonlocal shared
@@ -349,16 +336,14 @@ class WeightSync:
             except (TransportError, DisagreementError) as error:
                 shared = error.with_traceback(None)  # a traceback would keep the communicator alive
 
-        faults = self._servers.beside(
-            act,
-            {address: (route, body) for address, body in bodies.items()},
-            communicator.abort,  # type: ignore[misc]
-        )
-        if isinstance(shared, DisagreementError):
+        faults = self._servers.beside(act, route, bodies, communicator.abort)
+        if shared is None:
+            return faults
+        # The servers that are up only report the loss of the others.
+        gone = {a: fault for a, fault in faults.items() if isinstance(fault, UnreachableError)}
+        if isinstance(shared, DisagreementError) or not gone:
             raise shared
-        if shared is not None and not any(isinstance(f, UnreachableError) for f in faults.values()):
-            raise shared
-        return {a: f for a, f in faults.items() if shared is None or isinstance(f, UnreachableError)}
+        return gone
 
     def _prove(self, version: int, servers: Sequence[str], canary: Canary) -> dict[str, UserError]:
         if not self._place.is_controller:
