@@ -69,23 +69,25 @@ def test_a_server_that_answers_nothing_but_errors_is_taken_out_with_one_line(sta
     assert len(broken.seeds) == asked
 
 
-def stops_after(count: int, awake: Callable[[int | None], Answer]) -> Callable[[int | None], Answer]:
-    """Answers `count` requests and then stops the server that it belongs to (`respond.server`)."""
-    answered = threading.Semaphore(count)
+class StopsAfter:
+    """Answers `count` requests and then stops the server that it belongs to."""
 
-    def respond(seed: int | None) -> Answer:
-        if seed is not None and not answered.acquire(blocking=False):
-            respond.server.stop()  # type: ignore[attr-defined]
-        return awake(seed)
+    server: CannedServer
 
-    return respond
+    def __init__(self, count: int, awake: Callable[[int | None], Answer]) -> None:
+        self._answered = threading.Semaphore(count)
+        self._awake = awake
+
+    def __call__(self, seed: int | None) -> Answer:
+        if seed is not None and not self._answered.acquire(blocking=False):
+            self.server.stop()
+        return self._awake(seed)
 
 
 def start_stopping(start: Start, count: int, awake: Callable[[int | None], Answer]) -> CannedServer:
-    respond = stops_after(count, awake)
-    server = start(respond)
-    respond.server = server  # type: ignore[attr-defined]
-    return server
+    respond = StopsAfter(count, awake)
+    respond.server = start(respond)
+    return respond.server
 
 
 def test_a_stopped_server_loses_its_requests_to_the_others_and_its_late_answers_are_not_read(

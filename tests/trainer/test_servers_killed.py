@@ -15,7 +15,7 @@ import psutil
 import pytest
 from pool_server import PoolServer
 from ranks import run_ranks
-from trainer.test_with_pool import TOLERANCE, pool_files  # noqa: F401  (a fixture)
+from trainer.pool_runs import TOLERANCE
 from trainer.tiny_runs import configure, join
 
 from rto_megatron.config.schema import ReinforcementStage
@@ -152,7 +152,7 @@ def sampled_with_every_step(run_dir: Path) -> list[float]:
 
 
 def test_a_stopped_engine_is_left_out_and_takes_part_again_after_a_push(
-    pool_files: Path,  # noqa: F811
+    pool_files: Path,
     pool_server: PoolServer,
     own_pool: OwnPool,
     tmp_path: Path,
@@ -169,22 +169,16 @@ def test_a_stopped_engine_is_left_out_and_takes_part_again_after_a_push(
         Strike(2, own_pool.address, token, stop),
         Strike(1, pool_server.address, token, lambda: engine.send_signal(signal.SIGCONT)),
     )
-    config = settings(
-        tmp_path / "run",
-        pool_files,
-        pool_server.token_file,
-        pool_server.address,
-        own_pool.address,
-        steps=5,
-    )
+    servers = (pool_server.address, own_pool.address)
+    config = settings(tmp_path / "run", pool_files, pool_server.token_file, *servers, steps=5)
     try:
         assert run_ranks(1, train, config, *strikes, timeout_seconds=200) == [None]
     finally:
         engine.send_signal(signal.SIGCONT)
     shown = capfd.readouterr().out
     print(shown)
-    servers = sampled_with_every_step(tmp_path / "run")
-    assert (servers[0], min(servers), servers[-1]) == (2, 1, 2)
+    served = sampled_with_every_step(tmp_path / "run")
+    assert (served[0], min(served), served[-1]) == (2, 1, 2)
     (line,) = (line for line in shown.splitlines() if "it is out until" in line)
     assert line.startswith(
         f"warning: inference server {own_pool.address} did not generate one token within 3 s"
@@ -193,7 +187,7 @@ def test_a_stopped_engine_is_left_out_and_takes_part_again_after_a_push(
 
 
 def test_a_run_whose_only_server_was_killed_goes_on_with_the_restarted_one(
-    pool_files: Path,  # noqa: F811
+    pool_files: Path,
     pool_server: PoolServer,
     own_pool: OwnPool,
     tmp_path: Path,
@@ -233,7 +227,7 @@ def test_a_run_whose_only_server_was_killed_goes_on_with_the_restarted_one(
 
 
 def test_a_killed_api_server_leaves_its_requests_to_the_other(
-    pool_files: Path,  # noqa: F811
+    pool_files: Path,
     pool_server: PoolServer,
     own_pool: OwnPool,
     tmp_path: Path,
@@ -241,19 +235,13 @@ def test_a_killed_api_server_leaves_its_requests_to_the_other(
 ) -> None:
     server, orphan = own_pool.server(), own_pool.engine()
     strike = Strike(2, own_pool.address, pool_server.token, lambda: os.kill(server.pid, signal.SIGKILL))
-    config = settings(
-        tmp_path / "run",
-        pool_files,
-        pool_server.token_file,
-        pool_server.address,
-        own_pool.address,
-        steps=4,
-    )
+    servers = (pool_server.address, own_pool.address)
+    config = settings(tmp_path / "run", pool_files, pool_server.token_file, *servers, steps=4)
     assert run_ranks(1, train, config, strike, timeout_seconds=200) == [None]
     shown = capfd.readouterr().out
     print(shown)
-    servers = sampled_with_every_step(tmp_path / "run")
-    assert (servers[0], servers[-1]) == (2, 1)
+    served = sampled_with_every_step(tmp_path / "run")
+    assert (served[0], served[-1]) == (2, 1)
     (line,) = (line for line in shown.splitlines() if "it is out until" in line)
     assert line.startswith("warning: ") and own_pool.address in line
     psutil.wait_procs([orphan], timeout=30)
