@@ -101,6 +101,12 @@ def test_megatron_state_and_schedules_have_one_user_each() -> None:
             assert room(name(path).split("/")[0]) == "engine", name(path)
 
 
+def test_no_two_test_files_share_a_name() -> None:
+    # pytest imports test files by their bare name, and only a run of the whole suite meets both.
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted({file for file in names if names.count(file) > 1}) == []
+
+
 def test_pickle_has_one_user() -> None:
     users = {name(path) for path in FILES if PICKLES & {module.split(".")[0] for module in imports(path)}}
     users |= {name(path) for path in FILES if "torch.load(" in path.read_text()}
