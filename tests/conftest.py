@@ -8,6 +8,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 pytest_plugins = ["pool_server"]
 
-from rto_megatron.platform.device import prepare  # noqa: E402 -- after the settings above
+import pytest  # noqa: E402 -- after the settings above
+
+from rto_megatron.platform.device import prepare  # noqa: E402
 
 prepare()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever uses the session's vLLM server carries the mark `pool`, so that one process runs all of it."""
+    for item in items:
+        if isinstance(item, pytest.Function) and "pool_server" in item.fixturenames:
+            item.add_marker("pool")

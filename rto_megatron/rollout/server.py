@@ -29,8 +29,23 @@ _LOG_LINES_SHOWN = 15
 
 
 @dataclass(frozen=True)
+class NodeGroup:
+    """This machine's part of a server that is larger than one; vLLM's own multi-node mode.
+
+    Args:
+        num_nodes: machines of the server, which share its tensor parallelism evenly.
+        rank: this machine's; 0 has the HTTP server, the others only workers.
+        leader: host:port, on the machine of rank 0, where all workers meet.
+    """
+
+    num_nodes: int
+    rank: int
+    leader: str
+
+
+@dataclass(frozen=True)
 class ServerOptions:
-    """One vLLM server.
+    """One vLLM server, or one machine's part of it.
 
     Args:
         model: Hugging Face folder; config.json is enough unless `load_weights`.
@@ -45,6 +60,8 @@ class ServerOptions:
         gpu_memory_fraction: share of each GPU's memory; None leaves vLLM's default. Not used without a GPU.
         can_sleep: gives its memory back when told to (`phases.py`). Without a GPU it only obeys.
         visible_gpus: CUDA_VISIBLE_DEVICES of the server; None leaves this process's own.
+        group: None where the whole server is on this machine.
+        worker_extension: class that vLLM mixes into its workers; another one must derive from this one.
     """
 
     model: Path
@@ -59,6 +76,8 @@ class ServerOptions:
     gpu_memory_fraction: float | None = None
     can_sleep: bool = False
     visible_gpus: str | None = None
+    group: NodeGroup | None = None
+    worker_extension: str = "rto_megatron.weight_sync.vllm_plugin.RtoWorkerExtension"
 
 
 @dataclass(frozen=True)
@@ -172,13 +191,21 @@ def _claim_port(host: str, port: int | None) -> int:
 
 def _command(options: ServerOptions, port: int) -> list[str]:
     has_gpu = torch.cuda.is_available()
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", str(options.model), "--served-model-name", "policy", "--tokens-only"]
+    group = options.group
+    if group is None or group.rank == 0:
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(options.model)]
+    else:
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(options.model), "--headless"]
+    if group is not None:
+        host, _, meeting_port = group.leader.rpartition(":")
+        command += ["--nnodes", str(group.num_nodes), "--node-rank", str(group.rank)]
+        command += ["--master-addr", host, "--master-port", meeting_port]
+    command += ["--served-model-name", "policy", "--tokens-only"]
     command += ["--host", options.host, "--port", str(port), "--disable-uvicorn-access-log"]
     command += ["--dtype", _DTYPES[options.dtype], "--tensor-parallel-size", str(options.tensor_parallel)]
     command += ["--middleware", "rto_megatron.rollout.gate.BearerGate"]
     command += ["--weight-transfer-config", '{"backend": "rto"}']
-    command += ["--worker-extension-cls", "rto_megatron.weight_sync.vllm_plugin.RtoWorkerExtension"]
+    command += ["--worker-extension-cls", options.worker_extension]
     if not options.load_weights:
         command += ["--load-format", "dummy"]
     if options.max_model_len is not None:
@@ -235,6 +262,8 @@ def _environment(options: ServerOptions) -> dict[str, str]:
     if options.host == "127.0.0.1":
         environment |= {"VLLM_HOST_IP": "127.0.0.1", "VLLM_LOOPBACK_IP": "127.0.0.1"}
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    else:
+        environment["VLLM_HOST_IP"] = options.host
     if not torch.cuda.is_available():
         environment["TORCHDYNAMO_DISABLE"] = (
             "1"  # inductor would compile at the first request, even with eager mode
