@@ -2,7 +2,12 @@
 
 
 class UserError(ValueError):
-    """Says what was found, what was expected and what to do."""
+    """Says what was found, what was expected and what to do.
+
+    `reason` is how a run that ends with it is classed (`trainer/status.py`); subclasses name their own.
+    """
+
+    reason: str = "CONFIG"
 
 
 _SHOWN = 20

@@ -37,12 +37,15 @@ BANS = {
     r"except Exception": "catch what you handle, by name",
     r"except\s*:": "catch what you handle, by name",
     r"except ImportError": "a dependency is required, or its user is another file",
-    r"\byaml\.load\(|(?<![\w.])(eval|exec)\(": "runs code of whoever wrote the file",
-    r"shell=True|trust_remote_code=True": "runs code of others",
+    r"\byaml\.(load|load_all|full_load|unsafe_load)\(|(Full|Unsafe)Loader|(?<![\w.])(eval|exec)\(": "runs code of "
+    "whoever wrote the file",
+    r"allow_pickle=True|recv_pyobj|weights_only=False\s*[,)]": "unpickles what others wrote",
+    r"shell=True|os\.system\(|trust_remote_code=True|--trust-remote-code": "runs code of others",
+    r"(bind|host|listen)\b[^\n]{0,30}0\.0\.0\.0|INADDR_ANY": "listens to everybody; name an address",
     r"getattr\((cfg|config|args)\b|hasattr\((cfg|config|args)\b": "configuration has a type",
     r"pypi\.org|pythonhosted|//download\.pytorch": "installation is the launcher's affair, through the usual clients",
 }
-PICKLES = {"pickle", "cloudpickle", "dill"}
+PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 PICKLE_USERS = {"platform/safe_metadata.py"}  # the allow-list unpickler that checkpoint metadata needs
 TEST_BANS = {r"unittest\.mock|\bmonkeypatch\.setattr\(\s*rto_megatron": "no mocks of our own code"}
 
@@ -107,15 +110,35 @@ def test_no_two_test_files_share_a_name() -> None:
     assert sorted({file for file in names if names.count(file) > 1}) == []
 
 
+def test_no_duration_is_taken_from_the_wall_clock() -> None:
+    # It jumps when a machine sets its clock; time.monotonic does not.
+    found = [
+        f"{name(path)}:{node.lineno}"
+        for path, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub) and "time.time()" in ast.unparse(node)
+    ]
+    assert found == []
+
+
 def test_pickle_has_one_user() -> None:
     users = {name(path) for path in FILES if PICKLES & {module.split(".")[0] for module in imports(path)}}
     users |= {name(path) for path in FILES if "torch.load(" in path.read_text()}
     assert users <= PICKLE_USERS
+    imported = rf"^\s*(import|from) ({'|'.join(PICKLES)})\b|\btorch\.load\("
+    scripts = [*(ROOT / "tools").rglob("*.py"), *(ROOT / "launchers").rglob("*.py")]
+    assert [path.name for path in scripts if re.search(imported, path.read_text(), re.MULTILINE)] == []
 
 
 def test_banned_code_is_absent() -> None:
     launchers = sorted(
-        [*(ROOT / "launchers").rglob("*.sh"), *ROOT.glob("requirements*"), *ROOT.glob("requirements/*")]
+        [
+            *(path for kind in ("*.sh", "*.sbatch", "*.py") for path in (ROOT / "launchers").rglob(kind)),
+            *(ROOT / "tools").rglob("*.py"),
+            *ROOT.glob("requirements*"),
+            *ROOT.glob("requirements/*"),
+            *ROOT.glob("Dockerfile*"),
+        ]
     )
     found = [
         f"{path.relative_to(ROOT)}: {match[0]!r}: {reason}"

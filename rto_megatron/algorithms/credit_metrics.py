@@ -45,6 +45,13 @@ def credit_metrics(scored: ScoredRollouts, experience: Experience) -> Metrics:
     )
 
 
+def clip_metrics(scored: ScoredRollouts, score_clip: float) -> Metrics:
+    """The fraction of responses whose score the clip changed."""
+    is_clipped_B = scored.score_B.abs() > score_clip
+    num_sequences = scored.mask_BR.new_tensor(len(scored.rollouts))
+    return to_metrics({"reward/score_clip_fraction": (is_clipped_B.sum(), num_sequences)})
+
+
 def value_metrics(experience: Experience) -> Metrics:
     """What the critic knew, over trained tokens; advantages before whitening, i.e. returns less values."""
     trained_BR = experience.mask_BR

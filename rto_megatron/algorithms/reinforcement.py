@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rto_megatron.algorithms.advantages import AllSum
 from rto_megatron.algorithms.credit_metrics import (
+    clip_metrics,
     credit_metrics,
     dpo_metrics,
     importance_metrics,
@@ -45,6 +46,12 @@ class Config(BaseModel):
     )
     score_clip: float | None = Field(
         default=10.0, gt=0, description="bound of the normalised reward-model score; null: no bound"
+    )
+    score_limit: float | None = Field(
+        default=1000.0,
+        gt=0,
+        description="a normalised score beyond it is no score: nothing is trained on its rollout step, and the sample "
+        "is named; null: any finite score is one",
     )
     epochs: int = Field(default=1, ge=1, description="passes over the responses of one rollout step")
     truncated: Literal["compat", "penalise", "mask"] = Field(
@@ -83,6 +90,16 @@ class Config(BaseModel):
                 "learning rate; give at least 1, or null for no weight"
             )
         return cap
+
+    @model_validator(mode="after")
+    def _refuse_ignored_clip(self) -> Self:
+        limit, clip = self.score_limit, self.score_clip
+        if limit is not None and clip is not None and limit <= clip:
+            raise ValueError(
+                f"score_clip={clip:g} has no effect with score_limit={limit:g}: scores beyond the limit are not "
+                "trained on; raise score_limit, or set score_clip to null"
+            )
+        return self
 
     @model_validator(mode="after")
     def _refuse_ignored_penalty(self) -> Self:
@@ -199,6 +216,7 @@ class PolicyOptimization:
         cap = self.config.pool_importance_cap
         return {
             **credit_metrics(scored, experience),
+            **(clip_metrics(scored, self.config.score_clip) if self.config.score_clip is not None else {}),
             **(value_metrics(experience) if self.value_loss is not None else {}),
             **(dpo_metrics(scored, experience) if self.needs_dpo else {}),
             **(importance_metrics(scored, experience, cap) if cap is not None else {}),

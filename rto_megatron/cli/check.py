@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from rto_megatron.cli.options import Overrides, Recipe
+from rto_megatron.cli.options import Assume, Overrides, Recipe
 from rto_megatron.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,26 +49,40 @@ def check(
     ] = None,
     gpu_gib: GpuGib = None,
     pool_tensor: PoolTensor = 1,
-    assume: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="ROLE=SHAPE",
-            help="Shape of a model that is not here, as in policy=llama-3-8b; else its name is believed.",
-        ),
-    ] = None,
+    assume: Assume = None,
 ) -> None:
     """Check a recipe; show its configuration, layout, batch arithmetic and memory. Needs no GPU and no model."""
-    from rto_megatron.config.checks import find_problems, refuse
     from rto_megatron.config.load import dump, load_recipe
-    from rto_megatron.config.roles import roles_of
-    from rto_megatron.models.checks import check_experts, check_layout
 
     config = load_recipe(recipe, overrides or [])
     world_size, pool_size = _split(config, gpus, pool_gpus)
+    roles, shapes = judged(config, world_size, assume or [])
+    console = Console() if Console().is_terminal else Console(width=140)
+    console.rule("resolved configuration")
+    console.print(dump(config), markup=False, highlight=False)
+    console.print(_layout_table(config, world_size, pool_size))
+    console.print(_models_table(config, roles, shapes, world_size))
+    if gpu_gib is not None:
+        _print_phases(console, config, roles, shapes, world_size, gpu_gib, pool_tensor)
+    console.print(f"{recipe}: sound for {_machine(world_size, gpus)}.", highlight=False)
+
+
+def judged(
+    config: "Stage", world_size: int, assume: list[str]
+) -> "tuple[Sequence[Role], dict[str, FoundShape]]":
+    """The roles of a stage and the shapes of those that are known, once nothing speaks against them on so many ranks.
+
+    Raises:
+        UserError: lists everything that does.
+    """
+    from rto_megatron.config.checks import find_problems, refuse
+    from rto_megatron.config.roles import roles_of
+    from rto_megatron.models.checks import check_experts, check_layout
+
     problems = find_problems(config, world_size, {})
     refuse(problems)  # the plan below needs a configuration whose parts fit together
     roles = roles_of(config)
-    shapes = _shapes(roles, assume or [])
+    shapes = _shapes(roles, assume)
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
     problems = find_problems(
         config, world_size, {name: found.shape.max_positions for name, found in shapes.items()}
@@ -80,14 +94,7 @@ def check(
         coef = config.models.moe_aux_loss_coef
         problems += check_experts(trained, tensor, config.parallel.sequence, coef)
     refuse(problems)
-    console = Console() if Console().is_terminal else Console(width=140)
-    console.rule("resolved configuration")
-    console.print(dump(config), markup=False, highlight=False)
-    console.print(_layout_table(config, world_size, pool_size))
-    console.print(_models_table(config, roles, shapes, world_size))
-    if gpu_gib is not None:
-        _print_phases(console, config, roles, shapes, world_size, gpu_gib, pool_tensor)
-    console.print(f"{recipe}: sound for {_machine(world_size, gpus)}.", highlight=False)
+    return roles, shapes
 
 
 def _split(config: "Stage", gpus: int, pool_gpus: int | None) -> tuple[int, int]:

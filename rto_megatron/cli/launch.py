@@ -2,18 +2,18 @@
 
 import os
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rto_megatron.cli.options import Overrides, Recipe
-from rto_megatron.cli.placement import place, tensor_sizes
 from rto_megatron.errors import UserError
 
 if TYPE_CHECKING:
-    from rto_megatron.config.schema import EvaluateStage, ReinforcementStage
-    from rto_megatron.rollout.server import ServerOptions
+    from rto_megatron.cli.attempts import Stopping
+    from rto_megatron.cli.launched_pool import PoolChoice
+    from rto_megatron.config.schema import Stage
+    from rto_megatron.trainer.status import Status
 
 
 Ranks = Annotated[
@@ -45,81 +45,81 @@ def launch(
         str,
         typer.Option(help="Tensor-parallel size of the pool's servers; one for all, or one each, as in 1,2."),
     ] = "1",
+    restarts: Annotated[
+        int,
+        typer.Option(min=0, help="Fresh starts after a crash, in a row without a new checkpoint."),
+    ] = 3,
 ) -> None:
     """Run one stage on this machine: start a pool if it samples and names none, start its ranks, stop all.
 
     The ranks start as by `torchrun --standalone --nproc-per-node N -m rto_megatron.cli.main train RECIPE`. A server
     of the pool that ends is started again, up to five times in a row, and serves from the next weight push on. With
     rollout.colocated=true the pool lives on the ranks' own GPUs.
-    """
-    import torch
 
-    from rto_megatron.cli.colocated import put_to_sleep, shared_sizes
-    from rto_megatron.cli.torchrun import run_ranks
+    SIGTERM, SIGUSR1 or a file named STOP in the run folder: the step is finished and saved, then the run ends (status
+    85). Ctrl-C ends it at once (130). run_status.json in the run folder says why a run ended.
+    """
+    from rto_megatron.cli.attempts import listening
+    from rto_megatron.cli.launched_pool import PoolChoice
     from rto_megatron.config.load import load_recipe
-    from rto_megatron.config.schema import EvaluateStage, ReinforcementStage
-    from rto_megatron.rollout.supervisor import supervised
+    from rto_megatron.config.run_folder import make_run_folder
+    from rto_megatron.trainer.ending import finished_steps
+    from rto_megatron.trainer.status import ExitReason, Status, write_status
 
     config = load_recipe(recipe, overrides or [])
-    gpus = torch.cuda.device_count()
+    run_dir = config.run.dir
+    make_run_folder(run_dir)
+    choice = PoolChoice(pool_gpus, pool_servers, pool_tensor)
     arguments = ["train", str(recipe), *(overrides or [])]
-    num_pool_gpus = 0
+    try:
+        with listening(run_dir) as stopping, ExitStack() as stack:
+            status = _run(config, arguments, ranks, choice, restarts, stopping, stack)
+    except UserError as error:
+        write_status(run_dir, Status(ExitReason(error.reason), finished_steps(run_dir), str(error)))
+        raise
+    except KeyboardInterrupt:
+        status = Status(ExitReason.INTERRUPTED, finished_steps(run_dir), "stopped at once by a signal")
+        write_status(run_dir, status)
+    if status.reason is not ExitReason.DONE:
+        typer.echo(f"{status.reason} after step {status.step}: {status.message}", err=True)
+    raise typer.Exit(status.reason.exit_code)
+
+
+def _run(
+    config: "Stage",
+    arguments: list[str],
+    ranks: int | None,
+    choice: "PoolChoice",
+    restarts: int,
+    stopping: "Stopping",
+    stack: ExitStack,
+) -> "Status":
+    """Starts the pool on `stack` if one is needed, then the ranks, as often as it takes."""
+    import torch
+
+    from rto_megatron.cli.attempts import run_attempts
+    from rto_megatron.cli.launched_pool import launched_pool, plan_pool
+    from rto_megatron.cli.torchrun import start_ranks
+    from rto_megatron.config.schema import EvaluateStage, ReinforcementStage
+
+    gpus = torch.cuda.device_count()
+    free_gpus, prepare = gpus, _without_pool
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the pool's servers inherit it
-    with ExitStack() as stack:
-        if isinstance(config, ReinforcementStage | EvaluateStage) and not config.rollout.servers:
-            token_file = config.rollout.token_file or config.run.dir / "pool" / "token"
-            if config.rollout.colocated:
-                sizes = shared_sizes(config, gpus, ranks, pool_gpus, pool_servers, pool_tensor)
-                first_gpu = 0
-            else:
-                sizes = _sizes(gpus, pool_gpus, pool_servers, pool_tensor)
-                num_pool_gpus = sum(sizes) if gpus else 0
-                first_gpu = gpus - num_pool_gpus
-            devices = range(first_gpu, first_gpu + sum(sizes)) if gpus else range(0)
-            options = _pool_options(config, token_file, sizes, devices)
-            pool = stack.enter_context(supervised(options, typer.echo))
-            if config.rollout.colocated:
-                put_to_sleep(pool.addresses, token_file)
-            arguments += [
-                f"rollout.servers=[{','.join(pool.addresses)}]",
-                f"rollout.token_file={token_file}",
-            ]
-        model_ranks = config.parallel.tensor * config.parallel.pipeline
-        num_ranks = ranks or max(1, (gpus - num_pool_gpus) // model_ranks) * model_ranks
-        run_ranks(num_ranks, arguments)
+    if isinstance(config, ReinforcementStage | EvaluateStage) and not config.rollout.servers:
+        sizes, devices = plan_pool(config, gpus, ranks, choice)
+        pool = stack.enter_context(launched_pool(config, sizes, devices))
+        arguments = [*arguments, *pool.arguments]
+        prepare = pool.prepare
+        if not config.rollout.colocated:
+            free_gpus -= len(devices)
+        if not prepare(1):
+            raise UserError("the pool's servers ended before a rank was started; their logs say why")
+    model_ranks = config.parallel.tensor * config.parallel.pipeline
+    num_ranks = ranks or max(1, free_gpus // model_ranks) * model_ranks
+    return run_attempts(
+        config.run.dir, restarts, stopping, prepare, lambda: start_ranks(num_ranks, arguments)
+    )
 
 
-def _sizes(gpus: int, pool_gpus: int | None, pool_servers: int | None, pool_tensor: str) -> list[int]:
-    """Tensor-parallel size of each server of the pool."""
-    if not gpus:
-        return tensor_sizes(pool_tensor, pool_servers, None)
-    is_counted = pool_servers is not None or "," in pool_tensor
-    sizes = tensor_sizes(pool_tensor, pool_servers, pool_gpus or (None if is_counted else max(1, gpus // 2)))
-    if not 0 < sum(sizes) < gpus:
-        raise UserError(
-            f"this machine has {gpus} GPUs, and the pool's servers would take {sum(sizes)}; the trainer and the pool "
-            "need at least one each"
-        )
-    return sizes
-
-
-def _pool_options(
-    config: "ReinforcementStage | EvaluateStage", token_file: Path, sizes: list[int], devices: range
-) -> "list[ServerOptions]":
-    from rto_megatron.cli.shapes import hugging_face_folder
-    from rto_megatron.rollout.server import ServerOptions
-
-    return [
-        ServerOptions(
-            model=hugging_face_folder(config.models.policy),
-            token_file=token_file,
-            log_file=config.run.dir / "pool" / f"server-{index}.log",
-            dtype=config.precision.dtype,
-            max_model_len=max(64, config.data.max_prompt_tokens + config.sampling.max_response_tokens),
-            tensor_parallel=size,
-            gpu_memory_fraction=config.rollout.gpu_memory_fraction,
-            can_sleep=config.rollout.colocated,
-            visible_gpus=visible,
-        )
-        for index, (size, visible) in enumerate(zip(sizes, place(sizes, devices), strict=True))
-    ]
+def _without_pool(attempt: int) -> bool:
+    return True

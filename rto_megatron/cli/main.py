@@ -7,10 +7,23 @@ import time
 import typer
 from rich.console import Console
 
-from rto_megatron.cli import check, convert, data, experiment, launch, pool, report, train
+from rto_megatron.cli import (
+    check,
+    convert,
+    data,
+    doctor,
+    experiment,
+    launch,
+    node,
+    pool,
+    report,
+    resume_check,
+    slurm,
+    train,
+)
 from rto_megatron.errors import UserError
+from rto_megatron.trainer.report.plain import plain
 
-_STATUS_USER_ERROR = 2
 _LEAD_RANK_SPEAKS_FIRST_S = 10.0
 
 app = typer.Typer(
@@ -20,18 +33,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for group in (launch, train, check, data, pool, report, experiment):
+for group in (launch, slurm, node, train, check, doctor, data, pool, report, resume_check, experiment):
     group.register(app)
 app.add_typer(convert.app)
 
 
 def main() -> None:
-    """Run one command; a UserError becomes a message and status 2, anything else is a bug and shown whole."""
+    """Run one command; a UserError becomes a message and its reason's status, a bug is shown whole."""
+    from rto_megatron.trainer.status import ExitReason
+
     try:
         app()
     except UserError as error:
         _report(error)
-        sys.exit(_STATUS_USER_ERROR)
+        sys.exit(ExitReason(error.reason).exit_code)
 
 
 def _report(error: UserError) -> None:
@@ -44,7 +59,7 @@ def _report(error: UserError) -> None:
         where = f" on rank {rank}"
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     console.print(f"[bold red]error{where}:[/] ", end="")
-    console.print(str(error), markup=False)
+    console.print(plain(str(error)), markup=False)
 
 
 if __name__ == "__main__":

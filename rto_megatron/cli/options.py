@@ -19,3 +19,16 @@ Overrides = Annotated[
         show_default=False,
     ),
 ]
+Interface = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME", help="Network interface on which to listen, as in ib0; see `ip -br address`."
+    ),
+]
+Assume = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="ROLE=SHAPE",
+        help="Shape of a model that is not here, as in policy=llama-3-8b; else its name is believed.",
+    ),
+]

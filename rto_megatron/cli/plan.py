@@ -27,6 +27,7 @@ from rto_megatron.models.parameters import fullest_stage, num_parameters
 from rto_megatron.models.shape import ModelShape
 
 _GIB = 1024**3
+_GRADIENT_BYTES = 4  # float32
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,20 @@ def role_cost(role: Role, shape: ModelShape, config: Stage, data_parallel: int) 
     return RoleCost(total, per_rank, int(per_rank * _bytes_per_parameter(role, config, data_parallel)))
 
 
+def checkpoint_bytes(config: TrainStage, shapes: Mapping[str, FoundShape]) -> int:
+    """Size of one checkpoint of a stage: weights and optimizer state of every trained model, in bytes.
+
+    Args:
+        shapes: of the trained roles.
+    """
+    size = 0.0
+    for role in roles_of(config):
+        if role.is_trained:
+            parameters = num_parameters(shapes[role.name].shape, role.has_value_head)
+            size += parameters * (_bytes_per_parameter(role, config, data_parallel=1) - _GRADIENT_BYTES)
+    return int(size)
+
+
 def _bytes_per_parameter(role: Role, config: Stage, data_parallel: int) -> float:
     is_bf16 = config.precision.dtype == "bf16"
     optimizer = _optimizer(role, config)
@@ -57,7 +72,7 @@ def _bytes_per_parameter(role: Role, config: Stage, data_parallel: int) -> float
     state = (4 if is_bf16 else 0) + (8 if optimizer.kind == "adam" else 0)
     assert isinstance(config, TrainStage)
     shards = data_parallel if config.parallel.distributed_optimizer else 1
-    return (2 if is_bf16 else 4) + 4 + average + state / shards
+    return (2 if is_bf16 else 4) + _GRADIENT_BYTES + average + state / shards
 
 
 def _is_averaged(role: Role, config: Stage) -> bool:

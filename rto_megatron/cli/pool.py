@@ -6,8 +6,28 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from rto_megatron.errors import UserError
+
 if TYPE_CHECKING:
-    from rto_megatron.rollout.server import ServerOptions
+    from rto_megatron.rollout.server import NodeGroup, ServerOptions
+
+_Port = Annotated[
+    int | None, typer.Option(help="Of the first server, the others follow; default: free ones.")
+]
+_Interface = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Listen on this network interface, in place of --host.")
+]
+_Nodes = Annotated[int, typer.Option(min=1, help="Machines of one server that is larger than a machine.")]
+_NodeRank = Annotated[
+    int, typer.Option(min=0, help="This machine's place among --nodes; 0 answers requests.")
+]
+_Leader = Annotated[
+    str | None,
+    typer.Option(metavar="HOST:PORT", help="On the machine of rank 0, where the workers of --nodes meet."),
+]
+_CanSleep = Annotated[
+    bool, typer.Option(help="For rollout.colocated=true: give the GPUs' memory back when told to.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -28,9 +48,7 @@ def pool(
         Path, typer.Option(help="Receives what vLLM prints; numbered where there are several servers.")
     ] = Path("pool.log"),
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[
-        int | None, typer.Option(help="Of the first server, the others follow; default: free ones.")
-    ] = None,
+    port: _Port = None,
     dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="The trainer's precision.dtype.")] = "bf16",
     load_weights: Annotated[
         bool,
@@ -46,9 +64,11 @@ def pool(
     gpu_memory_fraction: Annotated[
         float | None, typer.Option(min=0.05, max=1.0, help="Share of each GPU's memory; default: vLLM's.")
     ] = None,
-    can_sleep: Annotated[
-        bool, typer.Option(help="For rollout.colocated=true: give the GPUs' memory back when told to.")
-    ] = False,
+    can_sleep: _CanSleep = False,
+    interface: _Interface = None,
+    nodes: _Nodes = 1,
+    node_rank: _NodeRank = 0,
+    leader: _Leader = None,
 ) -> None:
     """Run inference servers until Ctrl-C or SIGTERM; one that ends is started again, up to five times in a row.
 
@@ -56,27 +76,56 @@ def pool(
     on several machines work as one if all have the same token file.
     """
     from rto_megatron.rollout.server import ServerOptions
-    from rto_megatron.rollout.supervisor import serve_pool
+    from rto_megatron.rollout.supervisor import serve_part, serve_pool
 
     one = ServerOptions(
         model=model,
         token_file=token_file,
         log_file=log_file,
-        host=host,
+        host=_address(interface) or host,
         port=port,
         dtype=dtype,
         load_weights=load_weights,
         max_model_len=max_model_len,
         gpu_memory_fraction=gpu_memory_fraction,
         can_sleep=can_sleep,
+        group=_group(nodes, node_rank, leader),
     )
+    if node_rank > 0:
+        serve_part(_several(one, servers, tensor_parallel)[0])
     serve_pool(_several(one, servers, tensor_parallel), address_file)
+
+
+def _address(interface: str | None) -> str | None:
+    from rto_megatron.platform.network import interface_address
+
+    return None if interface is None else interface_address(interface)
+
+
+def _group(nodes: int, node_rank: int, leader: str | None) -> "NodeGroup | None":
+    from rto_megatron.rollout.server import NodeGroup
+
+    if nodes == 1 and (leader is not None or node_rank > 0):
+        raise UserError(
+            "--leader and --node-rank belong to a server on several machines; name their number in --nodes"
+        )
+    if nodes == 1:
+        return None
+    if leader is None or node_rank >= nodes:
+        raise UserError(
+            f"--nodes {nodes} --node-rank {node_rank} --leader {leader}: a server on several machines needs --leader "
+            "HOST:PORT and ranks below --nodes"
+        )
+    return NodeGroup(nodes, node_rank, leader)
 
 
 def _several(one: "ServerOptions", servers: int | None, tensor_parallel: str) -> "list[ServerOptions]":
     import torch
 
     from rto_megatron.cli.placement import place, tensor_sizes
+
+    if one.group is not None:
+        return [replace(one, tensor_parallel=tensor_sizes(tensor_parallel, 1, None)[0])]
 
     gpus = torch.cuda.device_count()
     num_servers = servers or (None if "," in tensor_parallel else 1)

@@ -1,5 +1,7 @@
 """`rto train`: one rank of a stage."""
 
+import os
+
 import typer
 
 from rto_megatron.cli.options import Overrides, Recipe
@@ -13,14 +15,26 @@ def register(app: typer.Typer) -> None:
 def train(recipe: Recipe, overrides: Overrides = None) -> None:
     """Run one stage (sft, reward_model, dpo, ppo, rto, evaluate) as one rank; `rto launch` starts all ranks.
 
-    Start it under torchrun or SLURM for more than one rank. A run folder that holds checkpoints is resumed.
+    Start it under torchrun or SLURM for more than one rank. A run folder that holds checkpoints is resumed. SIGTERM,
+    SIGUSR1 or a file named STOP in it make the run save after its step and end.
     """
+    from rto_megatron.trainer.stopping import Preempted, die_with_parent
+
+    die_with_parent()
     from rto_megatron.config.checks import require_pool
     from rto_megatron.config.load import load_recipe
 
     config = load_recipe(recipe, overrides or [])
     require_pool(config)
     # Loads Megatron, which takes seconds; a mistake in the recipe has been reported before.
+    from rto_megatron.trainer.ending import RankEnding
     from rto_megatron.trainer.stages import run_stage
 
-    run_stage(config)
+    try:
+        with RankEnding(config.run.dir):
+            run_stage(config)
+    except Preempted:
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            raise
+        # torchrun takes any other status for a crash; run_status.json tells the two ends apart.
+        raise typer.Exit(0) from None

@@ -231,8 +231,13 @@ def _pool_servers(config: Stage) -> list[str]:
     problems = [
         f"rollout.servers: found {server!r}; an address is written http://host:port"
         for server in rollout.servers
-        if not server.startswith(("http://", "https://"))
+        if not server.startswith(("http://", "https://")) and "@" not in server
     ]
+    if any("@" in server for server in rollout.servers):
+        problems.append(
+            "rollout.servers: an address holds a name or password before an @, which logs and the saved configuration "
+            "would show; the pool's only secret is its token: name its file as rollout.token_file"
+        )
     if len(set(rollout.servers)) < len(rollout.servers):
         problems.append("rollout.servers names a server twice")
     if rollout.colocated and rollout.gpu_memory_fraction is None:

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from rto_megatron.config.problems import Origin, all_keys, describe, suggestion
+from rto_megatron.config.run_folder import make_run_folder
 from rto_megatron.config.schema import STAGES, Stage
 from rto_megatron.errors import UserError
 
@@ -24,6 +25,7 @@ Tree = dict[str, object]
 # are made absolute only if they exist.
 _LOCAL_PATHS = ("run.dir", "rollout.token_file", "evaluate.true_reward", "data.true_reward")
 _PATHS_OR_HUB_NAMES = ("data.train", "data.eval", "data.pretrain")
+_DEEPEST = 20
 _MODELS = ("policy", "reference", "critic", "reward", "dpo", "dpo_reference")
 
 
@@ -57,7 +59,7 @@ def dump(config: BaseModel) -> str:
 
 def save(config: BaseModel, run_dir: Path) -> Path:
     """Write the resolved configuration to `run_dir`/config.yaml and return its path."""
-    run_dir.mkdir(parents=True, exist_ok=True)
+    make_run_folder(run_dir)
     path = run_dir / "config.yaml"
     path.write_text(dump(config), encoding="utf-8")
     return path
@@ -80,6 +82,7 @@ def _read(recipe: Path, overrides: Sequence[str]) -> tuple[Tree, Origin]:
         raise UserError(f"{recipe}: no such recipe; give the path of a YAML file{near}")
     try:
         text = recipe.read_text(encoding="utf-8")
+        _refuse_bombs(recipe, text)
         lines = dict(_lines(yaml.compose(text, Loader=yaml.SafeLoader)))
         from_file = OmegaConf.create(text)
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
@@ -100,6 +103,20 @@ def _read(recipe: Path, overrides: Sequence[str]) -> tuple[Tree, Origin]:
     assert isinstance(resolved, dict)
     tree: Tree = {str(key): value for key, value in resolved.items() if key != "vars"}
     return tree, origin
+
+
+def _refuse_bombs(recipe: Path, text: str) -> None:
+    """Aliases of aliases grow without bound when they are resolved, and nesting does in the parser."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        line = event.start_mark.line + 1
+        if isinstance(event, yaml.AliasEvent):
+            raise UserError(
+                f"{recipe}:{line}: found the alias *{event.anchor}; recipes have none, write ${{vars.name}} instead"
+            )
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise UserError(f"{recipe}:{line}: is nested deeper than {_DEEPEST} levels, recipes have three")
 
 
 def _override_key(override: str) -> str:

@@ -26,6 +26,12 @@ class RunConfig(Section):
 
     dir: Path = Field(description="run folder: configuration, checkpoints, metrics and exports go here")
     seed: int = 42
+    collective_timeout_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="how long a rank waits for another before the run counts as hung; null: half an hour, or twice "
+        "rollout.request_timeout_s if that is longer",
+    )
 
 
 class TrainRunConfig(RunConfig):
@@ -40,6 +46,19 @@ class TrainRunConfig(RunConfig):
         default=None, ge=1, description="steps between checkpoints; null: only at the end"
     )
     keep_checkpoints: int = Field(default=2, ge=1)
+    max_skipped_updates: int = Field(
+        default=3,
+        ge=1,
+        description="optimizer updates in a row refused for poisoned numbers that end the run",
+    )
+    async_save: bool = Field(
+        default=False,
+        description="write checkpoints beside the next step, from a copy in host memory; false: wait for the disk",
+    )
+    resume_from_older: bool = Field(
+        default=False,
+        description="where the newest checkpoint is damaged or gone, go on from the last valid one; false: stop",
+    )
 
 
 class OfflineRunConfig(TrainRunConfig):

@@ -1,27 +1,86 @@
-"""The proof of `storage.file_digests`, written and checked by all ranks, each its share of the files."""
+"""Whether a checkpoint is whole, and what goes wrong with the disk under it: told on all ranks together."""
 
-import json
+import errno
+import os
 from pathlib import Path
 
+from rto_megatron.errors import UserError
 from rto_megatron.parallel.topology import Topology
-from rto_megatron.storage.file_digests import DIGESTS, WEIGHTS, file_digests, first_problem
+from rto_megatron.storage.file_digests import first_problem
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_MAKE_ROOM = "Make room (or lower run.keep_checkpoints), and start the run again"
 
 
-def write_digests(folder: Path, topology: Topology) -> None:
-    """Writes `folder`/digests.json over `folder`/weights; all ranks must call it, when all files are written."""
-    topology.barrier()
-    names = sorted(path.name for path in (folder / WEIGHTS).iterdir())
-    own = file_digests(folder, names[topology.rank :: topology.world_size])
-    parts = topology.gather_all_json(dict(own))
-    if topology.is_lead:
-        whole = {name: digest for part in parts if isinstance(part, dict) for name, digest in part.items()}
-        (folder / DIGESTS).write_text(json.dumps(whole, indent=1))
+class CheckpointError(UserError):
+    """A checkpoint cannot be written, or is not what was written."""
+
+    reason = "CHECKPOINT"
 
 
-def require_intact(folder: Path, topology: Topology) -> None:
-    """Reads every file of `folder`/weights once, shared out over the ranks; all ranks must call it.
+class DiskFull(CheckpointError):  # noqa: N818  (a state, named for what it is)
+    """No room for a checkpoint."""
+
+    reason = "DISK"
+
+
+def raise_together(topology: Topology, error: CheckpointError | None) -> None:
+    """Raises on every rank when any rank passes an error; all ranks must call it.
 
     Raises:
-        UserError: on every rank, when a file is missing, cut short or changed; names it.
+        DiskFull, CheckpointError: the error of the lowest rank that has one.
     """
-    topology.raise_together(first_problem(folder, topology.rank, topology.world_size))
+    own = None if error is None else [isinstance(error, DiskFull), str(error)]
+    for raised in topology.gather_all_json(own):
+        if isinstance(raised, list):
+            is_full, text = raised
+            raise (DiskFull if is_full else CheckpointError)(str(text))
+
+
+def write_error(error: OSError, partial: Path, num_bytes: int) -> CheckpointError:
+    """What a failed write says to the user.
+
+    Args:
+        partial: where the checkpoint was being written.
+        num_bytes: of the whole checkpoint.
+    """
+    kept = "older checkpoints are as they were"
+    where = error.filename or partial
+    if error.errno not in _FULL:
+        return CheckpointError(
+            f"the checkpoint cannot be written: {where}: {error.strerror}; {kept}. Make {partial.parent} writable and "
+            "start the run again"
+        )
+    return DiskFull(
+        f"the disk is full: {where}: {error.strerror}; the checkpoint needs {num_bytes} bytes, and "
+        f"{_free_bytes(partial.parent)} are free in {partial.parent}; {kept}. {_MAKE_ROOM}"
+    )
+
+
+def room_error(folder: Path, num_bytes: int) -> DiskFull | None:
+    """Whether `folder` has no room for so many bytes."""
+    free = _free_bytes(folder)
+    if free >= num_bytes:
+        return None
+    return DiskFull(
+        f"{folder} has no room for a checkpoint: it needs {num_bytes} bytes, and {free} are free; no weight was "
+        f"written. {_MAKE_ROOM}"
+    )
+
+
+def _free_bytes(folder: Path) -> int:
+    try:
+        disk = os.statvfs(folder)
+    except OSError:  # it vanished, which is the error that is being reported
+        return 0
+    return disk.f_bavail * disk.f_frsize
+
+
+def require_intact(role: Path, topology: Topology) -> None:
+    """Reads every file of <checkpoint>/<role> once, shared out over the ranks; all ranks must call it.
+
+    Raises:
+        CheckpointError: on every rank, when a file is missing, cut short or changed; names it.
+    """
+    problem = first_problem(role, topology.rank, topology.world_size)
+    raise_together(topology, None if problem is None else CheckpointError(problem))

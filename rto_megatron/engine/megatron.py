@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from torch import Tensor
 
+from rto_megatron.engine.finite import refuse_together
 from rto_megatron.engine.optimizer import set_learning_rate
 from rto_megatron.models.build import forward
 from rto_megatron.models.shape import ModelShape
@@ -155,7 +156,7 @@ class TrainedModel:
             this replica's sums and counts, on every rank of the replica.
 
         Raises:
-            UserError: on every rank, when a loss or gradient of any rank is NaN or infinite; nothing was stepped.
+            PoisonedError: on every rank, when a loss or gradient of any rank is NaN or infinite; nothing was stepped.
         """
         get_moe_metrics_tracker().clear()
         self.wrapped.zero_grad_buffer()
@@ -183,13 +184,18 @@ class TrainedModel:
         lr: float,
         reading: "Reading[M] | None" = None,
     ) -> Metrics:
-        """One optimizer step; see `gradients`. Adds the gradient norm before clipping to the metrics."""
-        metrics = self.gradients(microbatches, loss, names, reading)
+        """One optimizer step: `gradients`, then `apply`."""
+        return {**self.gradients(microbatches, loss, names, reading), **self.apply(lr)}
+
+    def apply(self, lr: float) -> Metrics:
+        """Steps the optimizer with the gradients of the last `gradients`; all ranks must call it.
+
+        Returns:
+            the gradient norm before clipping, where the optimizer takes it.
+        """
         set_learning_rate(self.optimizer, lr)
         _, gradient_norm, _ = self.optimizer.step()
-        if gradient_norm is None:
-            return metrics
-        return {**metrics, f"{self.name}/grad_norm": (float(gradient_norm), 1.0)}
+        return {} if gradient_norm is None else {f"{self.name}/grad_norm": (float(gradient_norm), 1.0)}
 
     def _collect(self, outputs: list[tuple[dict[str, tuple[float, float]], bool]]) -> Metrics:
         totals: dict[str, tuple[float, float]] = {}
@@ -219,14 +225,13 @@ class TrainedModel:
             if not is_finite
             for name in group
         ]
-        error = f"the loss of {self.name} is NaN or infinite on samples {bad[:8]}; no weight was changed"
         # A NaN loss makes gradients NaN on ranks that did not see it: ask for losses first, they name the sample.
-        self.topology.raise_together(error if bad else None)
+        refuse_together({f"the loss of {self.name} is NaN or infinite": bad} if bad else {}, self.topology)
         gradients = [p.main_grad for p in self.module.parameters()]
         is_finite = bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all())
-        samples = [name for group in names for name in group][:8]
-        error = f"a gradient of {self.name} is NaN or infinite on samples {samples}; no weight was changed"
-        self.topology.raise_together(None if is_finite else error)
+        samples = [name for group in names for name in group]
+        found = {} if is_finite else {f"a gradient of {self.name} is NaN or infinite": samples}
+        refuse_together(found, self.topology)
 
 
 type Model = FrozenModel | TrainedModel

@@ -1,6 +1,7 @@
 """Where a role's weights come from: a Hugging Face folder, a checkpoint of a stage or of Megatron-LM, a seeded draw."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,6 +14,7 @@ from rto_megatron.storage.megatron_folder import HF_FILES, find_megatron, requir
 from rto_megatron.types import ValueScale
 
 CHECKPOINTS = "checkpoints"
+POINTER = "latest"  # <run>/checkpoints/latest: the name of the newest finished checkpoint
 LANGUAGE_ROLES = ("policy_ema", "policy")  # where a run keeps an average of the policy, that is its result
 SCALAR_ROLES = ("reward", "critic")
 
@@ -71,6 +73,8 @@ def find_source(path: Path, has_scalar_head: bool, is_random: bool, key: str) ->
             )
         require_tokenizer_of_conversion(megatron)
         return WeightSource("random" if is_random else "megatron", megatron.weights, megatron.hf_files)
+    if (problem := pointer_problem(path)) is not None:
+        raise UserError(f"{key}: {problem}; put it back, or name one of the checkpoints that are left")
     checkpoint = latest_checkpoint(path) if (path / CHECKPOINTS).is_dir() else path
     roles = SCALAR_ROLES if has_scalar_head else LANGUAGE_ROLES
     for role in roles:
@@ -89,7 +93,47 @@ def has_language_model(path: Path) -> bool:
     return checkpoint is not None and any((checkpoint / role / WEIGHTS).is_dir() for role in LANGUAGE_ROLES)
 
 
+def checkpoint_name(step: int) -> str:
+    """The folder of a step, below `checkpoints`."""
+    return f"step_{step:06d}"
+
+
+def finished_checkpoints(run_dir: Path) -> list[Path]:
+    """Oldest first; unfinished ones are never under a final name."""
+    folders = (run_dir / CHECKPOINTS).glob("step_*")
+    return sorted((f for f in folders if is_step_name(f.name)), key=_step_of)
+
+
 def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest finished checkpoint of a run; unfinished ones are never under a final name."""
-    folders = sorted((run_dir / CHECKPOINTS).glob("step_*"))
+    """The newest finished checkpoint of a run."""
+    folders = finished_checkpoints(run_dir)
     return folders[-1] if folders else None
+
+
+def pointer_problem(run_dir: Path) -> str | None:
+    """Whether the pointer names a checkpoint that is newer than all there are: one that stood and is gone."""
+    pointer, name, newest = run_dir / CHECKPOINTS / POINTER, pointed_name(run_dir), latest_checkpoint(run_dir)
+    if name is None:
+        return None
+    if newest is None:
+        return f"{pointer} holds {name!r}, and no checkpoint is beside it; one stood there before"
+    if is_step_name(name) and _step_of(newest) < _step_of(Path(name)):
+        return f"{pointer} names {name}, which is missing; the newest there is {newest.name}"
+    return None
+
+
+def pointed_name(run_dir: Path) -> str | None:
+    """What the pointer holds; None where there is none, as before the end of the first save."""
+    try:
+        return (run_dir / CHECKPOINTS / POINTER).read_text().strip()
+    except FileNotFoundError:
+        return None
+
+
+def is_step_name(name: str) -> bool:
+    """Whether a checkpoint can have this name."""
+    return re.fullmatch(r"step_\d{6,}", name) is not None
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))

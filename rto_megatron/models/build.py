@@ -123,15 +123,23 @@ def _block_spec(shape: ModelShape, config: TransformerConfig, stage: int) -> Tra
 
 
 def build_model(
-    shape: ModelShape, config: TransformerConfig, topology: Topology, has_scalar_head: bool
+    shape: ModelShape,
+    config: TransformerConfig,
+    topology: Topology,
+    has_scalar_head: bool,
+    layers: TransformerBlockSubmodules | None = None,
 ) -> GPTModel:
-    """This rank's part of the model, parameters uninitialised; load them before use."""
+    """This rank's part of the model, parameters uninitialised; load them before use.
+
+    Args:
+        layers: another implementation of them, to compare with; None: this package's.
+    """
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(
         logging.ERROR
     )  # GPTModel's notice of 0.19
     model = GPTModel(
         config=config,
-        transformer_layer_spec=_block_spec(shape, config, topology.pipeline_rank),
+        transformer_layer_spec=layers or _block_spec(shape, config, topology.pipeline_rank),
         vocab_size=padded_vocab(shape.vocab_size, topology.tensor_size),
         max_sequence_length=shape.max_positions,
         pre_process=topology.is_first_stage,

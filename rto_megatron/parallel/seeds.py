@@ -1,10 +1,35 @@
 """Seeds: a step's random numbers depend on (seed, step) alone, so a resumed run draws what an undisturbed one would."""
 
+import hashlib
+import random
+
+import numpy
 import torch
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Seeds torch and Megatron's tensor-parallel generators for one step."""
-    torch.manual_seed(seed + 100_003 * step)
-    model_parallel_cuda_manual_seed(seed + 100_003 * step, force_reset_rng=True)
+    """Seeds the generators of Python, numpy and torch, and Megatron's tensor-parallel ones, for one step."""
+    own = seed + 100_003 * step
+    random.seed(own)
+    numpy.random.seed(own % 2**32)
+    torch.manual_seed(own)
+    model_parallel_cuda_manual_seed(own, force_reset_rng=True)
+
+
+def generator_states() -> dict[str, str]:
+    """Generator -> sha256 of its state on this rank: equal where the next draw is."""
+    name, keys, *rest = numpy.random.get_state()
+    states = {
+        "python": repr(random.getstate()).encode(),
+        "numpy": repr((name, rest)).encode() + bytes(keys.tobytes()),
+        "torch": _bytes(torch.get_rng_state()),
+        **{f"megatron/{key}": _bytes(state) for key, state in get_cuda_rng_tracker().get_states().items()},
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = _bytes(torch.cuda.get_rng_state())
+    return {key: hashlib.sha256(state).hexdigest() for key, state in states.items()}
+
+
+def _bytes(state: torch.Tensor) -> bytes:
+    return bytes(state.cpu().numpy().tobytes())

@@ -59,7 +59,9 @@ class Topology:
             )
         if mpu.model_parallel_is_initialized():
             mpu.destroy_model_parallel()
-        mpu.initialize_model_parallel(tensor, pipeline)
+        # Megatron's groups do not inherit the time limit; its own is half an hour.
+        minutes = timeout.total_seconds() / 60
+        mpu.initialize_model_parallel(tensor, pipeline, distributed_timeout_minutes=minutes)
         model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
         return cls(
             device=device,
@@ -124,6 +126,10 @@ class Topology:
         total = tensor.clone()
         dist.all_reduce(total)
         return total
+
+    def any(self, is_true: bool) -> bool:
+        """True on every rank when it is on one; all ranks must call it."""
+        return bool(self.all_sum(torch.tensor(float(is_true), device=self.device.torch_device)))
 
     def from_last_stage(self, tensors: list[Tensor] | None, lengths: list[int]) -> list[Tensor]:
         """Float32 vectors computed on the last pipeline stage, on every rank; every rank of a replica must call it.

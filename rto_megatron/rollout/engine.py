@@ -16,6 +16,8 @@ class StaleWeights(UserError):  # noqa: N818  (a state the loop handles, named f
 class NoServersLeft(UserError):  # noqa: N818  (a state the loop handles, named for what it is)
     """Every server of the pool is out; the message gives each one's last reason."""
 
+    reason = "INFRA_NO_GENERATOR"
+
 
 @dataclass(frozen=True)
 class Sampling:

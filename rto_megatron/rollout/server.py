@@ -16,9 +16,10 @@ from typing import Literal
 import torch
 
 import rto_megatron
-from rto_megatron.errors import UserError
+from rto_megatron.errors import UserError, refuse_if
 from rto_megatron.rollout.client import ServerClient
 from rto_megatron.rollout.gate import TOKEN_FILE_VARIABLE, read_token
+from rto_megatron.rollout.model_folder import code_problems
 
 Progress = Callable[[str], None]
 
@@ -116,6 +117,7 @@ def start_server(options: ServerOptions) -> Server:
         raise UserError(
             f"{options.model} has no config.json; rollout servers need a Hugging Face model folder"
         )
+    refuse_if(code_problems(options.model), "the pool does not start")
     ensure_token_file(options.token_file)
     port = _claim_port(options.host, options.port)
     options.log_file.parent.mkdir(parents=True, exist_ok=True)
@@ -195,7 +197,14 @@ def _command(options: ServerOptions, port: int) -> list[str]:
     if group is None or group.rank == 0:
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(options.model)]
     else:
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(options.model), "--headless"]
+        command = [
+            sys.executable,
+            "-m",
+            "vllm.entrypoints.cli.main",
+            "serve",
+            str(options.model),
+            "--headless",
+        ]
     if group is not None:
         host, _, meeting_port = group.leader.rpartition(":")
         command += ["--nnodes", str(group.num_nodes), "--node-rank", str(group.rank)]

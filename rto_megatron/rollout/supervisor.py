@@ -157,7 +157,9 @@ def serve_pool(
     """
     signal.signal(signal.SIGTERM, _exit_on_signal)
     signal.signal(signal.SIGINT, _exit_on_signal)
-    with supervised(options, progress) as pool:
+    # The parts of a server on other machines would wait for a leader that ended; all start again together.
+    max_restarts = 5 if all(one.group is None for one in options) else 0
+    with supervised(options, progress, max_restarts) as pool:
         try:
             if address_file is not None:
                 _write_whole(address_file, "".join(f"{address}\n" for address in pool.addresses))
@@ -169,6 +171,23 @@ def serve_pool(
             if address_file is not None:
                 address_file.unlink(missing_ok=True)
     raise UserError("every inference server of this pool ended too often; the reason of each is above")
+
+
+def serve_part(options: ServerOptions, progress: Progress = print) -> NoReturn:
+    """Runs one machine's part of a larger server, one without HTTP, until SIGTERM or SIGINT.
+
+    Raises:
+        UserError: it ended by itself, as when its leader ends.
+    """
+    signal.signal(signal.SIGTERM, _exit_on_signal)
+    signal.signal(signal.SIGINT, _exit_on_signal)
+    server = start_server(options)
+    try:
+        progress(f"part {options.group} of an inference server is starting")
+        server.process.wait()
+    finally:
+        stop_server(server)
+    raise UserError(f"this machine's part of an inference server ended; {server.log_tail()}")
 
 
 def _exit_on_signal(signum: int, frame: FrameType | None) -> None:

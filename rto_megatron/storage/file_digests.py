@@ -2,33 +2,100 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
 
 WEIGHTS = "weights"  # <checkpoint>/<role>/weights: torch_dist
-DIGESTS = "digests.json"  # <checkpoint>/<role>/digests.json: file of weights/ -> sha256
+MANIFEST = "manifest.json"  # <checkpoint>/manifest.json: the step, and size and sha256 of every other file
 _REMEDY = "it is damaged; name an older checkpoint, or remove this one and start again"
 
 
-def file_digests(folder: Path, names: Sequence[str]) -> dict[str, str]:
-    """sha256 of files of `folder`/weights."""
+@dataclass(frozen=True)
+class FileDigest:
+    """What a file must be."""
+
+    size: int  # bytes
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint must be."""
+
+    step: int
+    files: dict[str, FileDigest]  # by path below the checkpoint
+
+    def to_json(self) -> str:
+        """The text of the manifest file."""
+        return json.dumps(asdict(self), indent=1, sort_keys=True)
+
+
+def file_digests(checkpoint: Path, names: Iterable[str]) -> dict[str, FileDigest]:
+    """Size and sha256 of files, by path below `checkpoint`."""
     digests = {}
     for name in names:
-        with (folder / WEIGHTS / name).open("rb") as file:
-            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        with (checkpoint / name).open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            digests[name] = FileDigest(file.tell(), sha256)
     return digests
 
 
-def first_problem(folder: Path, rank: int = 0, world_size: int = 1) -> str | None:
-    """Compares this rank's share of the files with digests.json; what is missing, cut short or changed, if anything."""
-    path = folder / DIGESTS
+def file_names(checkpoint: Path) -> list[str]:
+    """Every file below `checkpoint` but the manifest."""
+    paths = (path for path in checkpoint.rglob("*") if path.is_file())
+    return sorted(name for path in paths if (name := path.relative_to(checkpoint).as_posix()) != MANIFEST)
+
+
+def first_problem(role: Path, rank: int = 0, world_size: int = 1) -> str | None:
+    """Compares this rank's share of the files of <checkpoint>/<role> with the checkpoint's manifest.
+
+    Returns:
+        what is missing, cut short or changed, if anything.
+    """
+    return _first_problem(role.parent, f"{role.name}/", rank, world_size)
+
+
+def checkpoint_problem(checkpoint: Path, rank: int = 0, world_size: int = 1) -> str | None:
+    """As `first_problem`, of all files; and the step must be that of the folder's name."""
+    return _first_problem(checkpoint, "", rank, world_size)
+
+
+def _first_problem(checkpoint: Path, prefix: str, rank: int, world_size: int) -> str | None:
+    path = checkpoint / MANIFEST
     try:
-        expected = json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError) as error:
-        return f"{path} is missing or damaged ({error}); {_REMEDY}"
+        manifest = _read(path)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"{path} is missing or damaged ({type(error).__name__}: {error}); {_REMEDY}"
+    if checkpoint.name.startswith("step_") and checkpoint.name != f"step_{manifest.step:06d}":
+        return f"{path} is of step {manifest.step}; {_REMEDY}"
+    expected = {name: digest for name, digest in manifest.files.items() if name.startswith(prefix)}
+    if not expected:
+        return f"{path} names no file of {checkpoint / prefix}; {_REMEDY}"
     try:
-        found = file_digests(folder, sorted(expected)[rank::world_size])
-    except FileNotFoundError as error:
-        return f"{error.filename} is missing; {_REMEDY}"
-    changed = [name for name, digest in found.items() if digest != expected[name]]
-    return f"{folder / WEIGHTS / changed[0]} is not the file that was saved; {_REMEDY}" if changed else None
+        return _first_difference(checkpoint, expected, sorted(expected)[rank::world_size])
+    except OSError as error:
+        return f"{error.filename} is missing or cannot be read ({error.strerror}); {_REMEDY}"
+
+
+def _first_difference(checkpoint: Path, expected: dict[str, FileDigest], names: list[str]) -> str | None:
+    for name in names:  # all sizes before the first byte: most damage is found at once
+        size = (checkpoint / name).stat().st_size
+        if size != expected[name].size:
+            return f"{checkpoint / name} has {size} bytes, {expected[name].size} were saved; {_REMEDY}"
+    for name in names:
+        if file_digests(checkpoint, [name])[name] != expected[name]:
+            return f"{checkpoint / name} is not the file that was saved; {_REMEDY}"
+    return None
+
+
+def _read(path: Path) -> Manifest:
+    content = json.loads(path.read_text())
+    files = {
+        str(name): FileDigest(int(entry["size"]), str(entry["sha256"]))
+        for name, entry in content["files"].items()
+    }
+    for name in files:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise ValueError(f"it names {name}, outside of the checkpoint")
+    return Manifest(int(content["step"]), files)

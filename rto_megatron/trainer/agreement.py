@@ -8,6 +8,14 @@ from rto_megatron.trainer.report.progress import say
 from rto_megatron.types import ScoredRollouts
 
 
+def watched_gap(
+    scored: ScoredRollouts, topology: Topology, threshold: float | None, step: int
+) -> dict[str, float]:
+    """`pool_gap` and `gap_alarm` together; all ranks must call this."""
+    gap = pool_gap(scored, topology)
+    return gap | gap_alarm(gap, threshold, step, topology.is_lead)
+
+
 def pool_gap(scored: ScoredRollouts, topology: Topology) -> dict[str, float]:
     """Mean and largest difference between the pool's log-probs and ours over all replicas; all ranks must call this.
 

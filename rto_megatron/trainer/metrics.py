@@ -12,6 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from rto_megatron.config.run_folder import make_run_folder
 from rto_megatron.types import Metrics
 
 AllSum = Callable[[Tensor], Tensor]  # sums a tensor over all ranks
@@ -69,7 +70,7 @@ class MetricLog:
         # Loads TensorBoard, seconds that ranks without a log need not spend.
         from torch.utils.tensorboard import SummaryWriter
 
-        run_dir.mkdir(parents=True, exist_ok=True)
+        make_run_folder(run_dir)
         path = run_dir / "metrics.jsonl"
         _keep_steps_up_to(path, resumed_step)
         self._file = path.open("a", encoding="utf-8")

@@ -1,5 +1,6 @@
 """The offline stages on one loop: SFT, reward model and preference methods differ in their data, loss and head."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +37,8 @@ from rto_megatron.engine.megatron import (
 from rto_megatron.engine.roles import build_frozen, build_trained
 from rto_megatron.errors import UserError
 from rto_megatron.parallel.topology import Topology
+from rto_megatron.platform import faults
+from rto_megatron.trainer.guard import Guard, NotFiniteError, planted
 from rto_megatron.trainer.metrics import add, with_margin
 from rto_megatron.trainer.reference import note_reference
 from rto_megatron.trainer.report.progress import say
@@ -90,6 +93,7 @@ def train_offline(config: schema.OfflineStage, topology: Topology) -> None:
     run = Run(
         config, topology, {role: model}, {role: hf_files}, config.run.steps or batches.batches_per_epoch
     )
+    guard = Guard(run, config.run.max_skipped_updates, topology)
     if run.state:
         batches.restore(run.state["data"])
     for step in run.steps():
@@ -98,7 +102,12 @@ def train_offline(config: schema.OfflineStage, topology: Topology) -> None:
         names = [[e.id for e in group] for group in batched(examples, config.batch.micro)]
         own = torch.tensor(float(task.size(examples)), device=topology.device.torch_device)
         microbatches = task.microbatches(examples, int(topology.dp_sum(own)))
-        run.record(model.step(microbatches, task.loss, names, lr, task.reading))
+        with guard.skipping():
+            loss = run.pace.timing(planted(task.loss, step + 1))
+            gradients = model.gradients(microbatches, loss, names, task.reading)
+            faults.at("opt_step", step + 1)
+            run.record({**gradients, **model.apply(lr)})
+            guard.stepped()
         evaluation: dict[str, float] = {}
         if held_out and (
             run.is_due(config.run.eval_every, step + 1) or (is_reward and run.is_saved(step + 1))
@@ -135,6 +144,11 @@ def evaluate(
 def _store_scale(means: dict[str, float], num_pairs: int, hf_files: Path, topology: Topology) -> None:
     count = 2.0 * num_pairs
     mean, std = reward_statistics(count, count * means["mean_reward"], count * means["mean_squared_reward"])
+    if not (math.isfinite(mean) and math.isfinite(std)):
+        raise NotFiniteError(
+            f"the reward model scores the held-out pairs with mean {mean} and std {std}, expected finite numbers; no "
+            "checkpoint of this step is kept: lower the learning rate, or look at data.eval"
+        )
     if topology.is_lead:
         note_in_config(hf_files, mean=mean, std=std)
     topology.barrier()

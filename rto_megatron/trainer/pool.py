@@ -4,6 +4,7 @@ import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 from urllib.parse import urlsplit
 
 import torch
@@ -131,12 +132,24 @@ class PolicyPush:
         self._sync.close()
 
 
+class Push(Protocol):
+    """Makes whatever samples hold the present weights as a version."""
+
+    def __call__(self, version: int) -> dict[str, float]:
+        """See `PolicyPush.__call__`."""
+        ...
+
+    def close(self) -> None:
+        """See `PolicyPush.close`."""
+        ...
+
+
 @dataclass(frozen=True)
 class Sampler:
     """The pool as the loop sees it."""
 
     engine: RolloutEngine | None  # on replica leads
-    push: PolicyPush
+    push: Push
     shared: SharedGpus | None = None  # where trainer and pool have the same GPUs
 
     def rest(self) -> None:

@@ -11,8 +11,12 @@ from rto_megatron.parallel.collectives import Json
 _FREE = (
     "run.dir",
     "run.steps",
+    "run.collective_timeout_s",
     "run.save_every",
     "run.keep_checkpoints",
+    "run.max_skipped_updates",
+    "run.async_save",
+    "run.resume_from_older",
     "run.eval_every",
     "run.samples_every",
     "parallel",

@@ -92,11 +92,7 @@ def close_rollouts(rollouts: Sequence[Rollout], eos_id: int, policy: TruncationP
 def score(
     sampled: Sequence[Rollout], roles: Roles, layout: Layout, eos_id: int, policy: TruncationPolicy
 ) -> ScoredRollouts:
-    """Closes what the pool sampled; every model's opinion of it, without gradients; all ranks must call this.
-
-    Raises:
-        UserError: on every rank, when a number is NaN or infinite; names the prompts.
-    """
+    """Closes what the pool sampled; every model's opinion of it, without gradients; all ranks must call this."""
     rollouts = close_rollouts(sampled, eos_id, policy)
     batches = rollout_batches(rollouts, layout)
 
@@ -110,7 +106,7 @@ def score(
         dpo_reference_BR = logp_ref_BR if roles.dpo_reference is None else grid(roles.dpo_reference)
         dpo_logratio_BR = grid(roles.dpo) - dpo_reference_BR
     values_BR, bootstrap_B = _values(rollouts, roles.critic, batches, logp_ref_BR, policy == "bootstrap")
-    scored = ScoredRollouts(
+    return ScoredRollouts(
         rollouts=rollouts,
         mask_BR=response_mask(rollouts, layout.device),
         sampled_BR=_padded([_kept(*pair) for pair in zip(sampled, rollouts, strict=True)], logp_old_BR),
@@ -122,8 +118,6 @@ def score(
         bootstrap_B=bootstrap_B,
         score_B=reward_scores(rollouts, roles.reward, layout, eos_id, policy),
     )
-    roles.policy.topology.raise_together(_nonfinite(scored))
-    return scored
 
 
 def _kept(sampled: Rollout, closed: Rollout) -> list[float]:
@@ -154,26 +148,6 @@ def _values(
     is_cut = [is_bootstrapped and rollout.finish_reason == "length" for rollout in rollouts]
     bootstrap_B = keep(behind_B, torch.tensor(is_cut, device=behind_B.device))
     return rollout_grid(values, batches, rollouts), bootstrap_B
-
-
-def _nonfinite(scored: ScoredRollouts) -> str | None:
-    """Before credit assignment: whitening spreads one NaN over all samples, and clamping hides an infinite score."""
-    for what, values in (
-        ("score of the reward model", scored.score_B[:, None]),
-        ("log-prob of the pool", scored.logp_pool_BR),
-        ("log-prob of the policy", scored.logp_old_BR),
-        ("log-prob of the reference", scored.logp_ref_BR),
-        ("log-ratio of the DPO model", scored.dpo_logratio_BR),
-        ("value of the critic", scored.values_BR),
-        ("value of the critic behind a cut response", scored.bootstrap_B[:, None]),
-    ):
-        bad_B = ~torch.isfinite(values).all(1)
-        ids = [rollout.prompt_id for rollout, bad in zip(scored.rollouts, bad_B.tolist(), strict=True) if bad]
-        if ids:
-            return (
-                f"a {what} is NaN or infinite on {len(ids)} samples, {ids[:8]}; nothing was trained on them"
-            )
-    return None
 
 
 def reward_scores(

@@ -1,5 +1,6 @@
 """PPO, RTO and every other method that learns from its own samples: the loop of the paper's Algorithm 2."""
 
+from collections.abc import Sequence
 from functools import partial
 
 from rto_megatron.algorithms import ALGORITHMS
@@ -14,19 +15,22 @@ from rto_megatron.engine.megatron import FrozenModel, Model, TrainedModel
 from rto_megatron.engine.roles import build_frozen, build_trained
 from rto_megatron.errors import UserError
 from rto_megatron.parallel.topology import Topology
+from rto_megatron.platform import faults
 from rto_megatron.rollout.engine import Sampling
-from rto_megatron.trainer.agreement import gap_alarm, pool_gap
+from rto_megatron.trainer.agreement import watched_gap
+from rto_megatron.trainer.guard import Guard, planted
 from rto_megatron.trainer.known_reward import known_reward, true_return
+from rto_megatron.trainer.poison import score_sound
 from rto_megatron.trainer.pool import Sampler, connect_pool
 from rto_megatron.trainer.pretraining import Pretraining, beside
 from rto_megatron.trainer.reference import require_trained_reference
 from rto_megatron.trainer.report.progress import say
 from rto_megatron.trainer.report.samples import completions_table, show
-from rto_megatron.trainer.rollouts import Roles, sample, score
+from rto_megatron.trainer.rollouts import Roles, sample
 from rto_megatron.trainer.run import Run, learning_rate
 from rto_megatron.trainer.setup import Setup, prepare_stage, stage_hf_files
-from rto_megatron.trainer.update import optimizer_minibatches
-from rto_megatron.types import Experience, Prompt
+from rto_megatron.trainer.update import optimizer_minibatches, require_tokens
+from rto_megatron.types import Experience, Metrics, Prompt, Rollout
 
 
 def train_rto(
@@ -56,7 +60,7 @@ def train_rto(
         pretraining.restore(run.state["pretraining"])
         kl = kl.restored(run.state["kl"])
     sampler = sampler or connect_pool(config.rollout, roles.policy)
-    truncated = config.algorithm.truncated
+    guard = Guard(run, config.run.max_skipped_updates, topology)
 
     for step in run.steps():
         # 1. pi_old <- pi_theta, proved
@@ -64,29 +68,43 @@ def train_rto(
             times = sampler.push(step)
         # 2. y ~ pi_old(. | x), from the pool that holds exactly this step's weights
         with run.saved_without_pool(), run.timed("sample"):
-            batch = [p for p in prompts.next_batch() for _ in range(config.algorithm.samples_per_prompt)]
-            sampled = sample(topology, sampler.engine, batch, sampling(config, setup, step), version=step)
-            sampler.rest()
-        # 3. every model's opinion, without gradients
-        with run.timed("score"):
-            scored = score(sampled, roles, setup.layout, setup.eos_id, truncated)
-        gap = pool_gap(scored, topology)
-        gap |= gap_alarm(gap, config.rollout.logprob_gap_alarm, step + 1, topology.is_lead)
-        # 4. token rewards, then advantages
-        experience = algorithm.credit(scored, kl.coef, topology.dp_sum)
-        run.record(algorithm.credit_metrics(scored, experience))
-        run.record(true_return(sampled, table))
+            sampled = draw(config, setup, sampler, prompts.next_batch(), step)
+        experience, gap, lrs = None, {}, {}
+        with guard.skipping():
+            # 3. every model's opinion, without gradients
+            with run.timed("score"):
+                scored = score_sound(sampled, roles, setup, config.algorithm, step + 1)
+            gap = watched_gap(scored, topology, config.rollout.logprob_gap_alarm, step + 1)
+            # 4. token rewards, then advantages
+            experience = algorithm.credit(scored, kl.coef, topology.dp_sum)
+            run.record(algorithm.credit_metrics(scored, experience))
+            run.record(true_return(sampled, table))
         # 5. PPO epochs
-        with run.timed("update"):
-            lrs = update(config, run, roles, algorithm, experience, pretraining, setup)
+        if experience is not None:
+            with run.timed("update"):
+                lrs = update(config, run, roles, algorithm, experience, pretraining, setup, guard)
         means = run.log({**lrs, **times, **gap, "objective/kl_coef": kl.coef})
-        kl = kl.update(means["policy/kl_per_token"], config.responses_per_step)
+        if experience is not None:
+            kl = kl.update(means["policy/kl_per_token"], config.responses_per_step)
         run.finish({"data": prompts.state(), "pretraining": pretraining.state(), "kl": kl.state()})
-        show_samples(config, run, experience, setup, means)
+        if experience is not None:
+            show_samples(config, run, experience, setup, means)
     run.close("policy" if roles.average is None else "policy_ema")
     # The pool is left with the trained policy; should it fail, the run is complete all the same.
     sampler.push(run.step)
     sampler.push.close()
+
+
+def draw(
+    config: schema.ReinforcementStage, setup: Setup, sampler: Sampler, prompts: Sequence[Prompt], step: int
+) -> tuple[Rollout, ...]:
+    """This replica's responses to its prompts, on every rank of it; all ranks must call it."""
+    batch = [prompt for prompt in prompts for _ in range(config.algorithm.samples_per_prompt)]
+    faults.at("before_gen", step + 1)
+    sampled = sample(setup.topology, sampler.engine, batch, sampling(config, setup, step), version=step)
+    sampler.rest()
+    faults.at("after_gen", step + 1)
+    return sampled
 
 
 def refuse_idle_policy(algorithm: PolicyOptimization, num_steps: int) -> None:
@@ -106,30 +124,44 @@ def update(
     experience: Experience,
     pretraining: Pretraining,
     setup: Setup,
+    guard: Guard,
 ) -> dict[str, float]:
     """The optimizer steps of one rollout step; returns the last learning rates."""
     per_pass = config.responses_per_step // config.batch.train
     per_step = per_pass * config.algorithm.epochs
     total = run.num_steps * per_step
     policy_loss = beside(algorithm.policy_loss)
+    is_policy_due = run.step >= algorithm.critic_warmup_steps
     lrs = {}
     steps = optimizer_minibatches(
         experience, config.algorithm, per_pass, setup.topology, setup.layout, config.run.seed + run.step
     )
-    for number, (batches, names) in enumerate(steps, start=run.step * per_step):
-        if roles.critic is not None:
-            assert isinstance(config, schema.ActorCriticStage) and algorithm.value_loss is not None
-            lrs["lr/critic"] = learning_rate(config.critic_optimizer, number, total)
-            run.record(roles.critic.step(batches, algorithm.value_loss, names, lrs["lr/critic"]))
-        if run.step < algorithm.critic_warmup_steps:
-            continue
-        lrs["lr/policy"] = learning_rate(config.optimizer, number, total)
-        texts, text_names = pretraining.microbatches()
-        run.record(
-            roles.policy.step([*batches, *texts], policy_loss, [*names, *text_names], lrs["lr/policy"])
-        )
-        if roles.average is not None and config.algorithm.ema_beta is not None:
-            update_average(roles.average, roles.policy, config.algorithm.ema_beta)
+    for number, one in enumerate(steps, start=run.step * per_step):
+        texts, text_names = pretraining.microbatches() if is_policy_due else ([], [])
+        with guard.skipping():
+            require_tokens(one, setup.topology)
+            metrics: list[Metrics] = []
+            # Both gradients first: where one of them is refused, neither model is stepped.
+            if roles.critic is not None:
+                assert algorithm.value_loss is not None
+                metrics.append(roles.critic.gradients(one.microbatches, algorithm.value_loss, one.names))
+            if is_policy_due:
+                loss = run.pace.timing(planted(policy_loss, run.step + 1))
+                names = [*one.names, *text_names]
+                metrics.append(roles.policy.gradients([*one.microbatches, *texts], loss, names))
+            faults.at("opt_step", run.step + 1)
+            if roles.critic is not None:
+                assert isinstance(config, schema.ActorCriticStage)
+                lrs["lr/critic"] = learning_rate(config.critic_optimizer, number, total)
+                metrics.append(roles.critic.apply(lrs["lr/critic"]))
+            if is_policy_due:
+                lrs["lr/policy"] = learning_rate(config.optimizer, number, total)
+                metrics.append(roles.policy.apply(lrs["lr/policy"]))
+                if roles.average is not None and config.algorithm.ema_beta is not None:
+                    update_average(roles.average, roles.policy, config.algorithm.ema_beta)
+            for part in metrics:
+                run.record(part)
+            guard.stepped()
     return lrs
 
 

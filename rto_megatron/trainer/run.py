@@ -9,17 +9,21 @@ from torch import Tensor
 
 from rto_megatron.algorithms.schedule import lr_factor, warmup_steps
 from rto_megatron.config import load, schema
-from rto_megatron.engine.checkpoint import load_state, read_state, save_checkpoint
+from rto_megatron.engine.checkpoint import begin_save, restore
 from rto_megatron.engine.export import export_hf
 from rto_megatron.engine.megatron import Model
+from rto_megatron.engine.recovery import find_valid
+from rto_megatron.engine.saving import Saving
 from rto_megatron.errors import UserError
 from rto_megatron.parallel.collectives import Json
 from rto_megatron.parallel.seeds import seed_step
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.rollout.engine import NoServersLeft
 from rto_megatron.trainer.metrics import MetricLog, add, reduce_metrics, with_margin
+from rto_megatron.trainer.pace import RATIO, Pace, slow_rank, slowest
 from rto_megatron.trainer.report.progress import progress, say
 from rto_megatron.trainer.resume import fixed_keys, require_same
+from rto_megatron.trainer.stopping import Preempted, is_asked_to_stop
 from rto_megatron.types import Metrics
 
 
@@ -33,7 +37,8 @@ class Run:
         num_steps: of the whole run.
 
     Raises:
-        UserError: the run folder holds a damaged checkpoint, or one of a longer or differently configured run.
+        CheckpointError: the newest checkpoint of the run folder is damaged.
+        UserError: it is of a longer or differently configured run.
     """
 
     def __init__(
@@ -53,9 +58,11 @@ class Run:
         self._hf_files = hf_files
         self.num_steps = num_steps
         self._metrics: Metrics = {}
+        self.pace = Pace()
         self._note = ""
         self.step = 0
         self.state: dict[str, Json] = {}  # of the last finished step; empty at the start of a run
+        self._saving: Saving | None = None  # the checkpoint that is being written beside the training
         self._resume()
         self._saved_step = self.step
         self._log: MetricLog | None = None
@@ -65,10 +72,10 @@ class Run:
         topology.barrier()
 
     def _resume(self) -> None:
-        found = read_state(self.dir)
+        found = find_valid(self.dir, self._topology, self._config.resume_from_older)
         if found is None:
             return
-        checkpoint, self.state = found
+        self.state = found.state
         self.step = int(str(self.state["step"]))
         if self.step > self.num_steps:
             raise UserError(
@@ -77,8 +84,10 @@ class Run:
             )
         require_same(self.state.get("config"), self._fixed_keys, self.dir)
         for role, model in self._models.items():
-            load_state(checkpoint / role, model)
-        say(f"resumed {self._title} from {checkpoint}", self._topology.is_lead)
+            restore(found.path / role, model)
+        for warning in found.warnings:
+            say(f"warning: {warning}", self._topology.is_lead)
+        say(f"resumed {self._title} from {found.path}", self._topology.is_lead)
 
     def steps(self) -> Iterator[int]:
         """The steps still to do, with a progress bar; each is seeded by its number, so a resume draws the same."""
@@ -109,30 +118,61 @@ class Run:
         Returns:
             name -> mean over all replicas.
         """
-        means = {**with_margin(reduce_over_replicas(self._metrics, self._topology)), **values}
+        means = {
+            **with_margin(reduce_over_replicas(self._metrics, self._topology)),
+            **values,
+            **self._compare_ranks(),
+        }
         self._metrics = {}
         if self._log is not None:
             self._log.write(self.step + 1, means)
         self._note = _note(means)
         return means
 
+    def _compare_ranks(self) -> dict[str, float]:
+        """How much slower the slowest rank is than the median; a warning where it is much."""
+        seconds = [float(str(own)) for own in self._topology.gather_all_json(self.pace.take())]
+        if (text := slow_rank(seconds, self.step + 1)) is not None:
+            say(text, self._topology.is_lead)
+        found = slowest(seconds)
+        return {} if found is None else {RATIO: found[1]}
+
     def finish(self, state: dict[str, Json]) -> None:
-        """Ends a step and saves when due; all ranks must call it.
+        """Ends a step and saves when due, or when the run is to stop; all ranks must call it.
 
         Args:
             state: what the next step needs beside the models, in a resumed run as in this one.
+
+        Raises:
+            Preempted: on every rank; the run was told to stop, and this step is saved.
         """
+        self._finish_saving()
         self.step += 1
         self.state = state
-        if self.is_saved(self.step):
+        is_stopping = self._topology.any(is_asked_to_stop(self.dir)) and self.step < self.num_steps
+        if is_stopping or self.is_saved(self.step):
             self._save()
+        if is_stopping:
+            self._finish_saving()
+            raise Preempted(f"told to stop; step {self.step} of {self.num_steps} is saved in {self.dir}")
 
     def _save(self) -> None:
+        """Saves the last finished step; under run.async_save it stands at the end of the next one."""
+        self._finish_saving()
         full: Json = {**self.state, "step": self.step, "config": dict(self._fixed_keys)}
-        save_checkpoint(
+        self._saving = begin_save(
             self.dir, self.step, self._models, self._hf_files, full, self._config.keep_checkpoints
         )
         self._saved_step = self.step
+        if self._config.async_save and self.step < self.num_steps:
+            self._saving.start()
+        else:
+            self._finish_saving()
+
+    def _finish_saving(self) -> None:
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            saving.finish()
 
     @contextmanager
     def saved_without_pool(self) -> Iterator[None]:
@@ -146,6 +186,7 @@ class Run:
         except NoServersLeft as failure:
             if self.step > self._saved_step:
                 self._save()
+            self._finish_saving()
             kept = f"step {self.step} is saved in {self.dir}" if self.step else "no step was finished yet"
             raise NoServersLeft(
                 f"{failure}\n{kept}; start the pool again, and then the run as before: it goes on from there"

@@ -12,13 +12,16 @@ from rto_megatron.algorithms import ALGORITHMS
 from rto_megatron.algorithms.method import OfflineMethod
 from rto_megatron.config import checks, schema
 from rto_megatron.config.roles import roles_of
+from rto_megatron.config.run_folder import make_run_folder, open_folder_warning
 from rto_megatron.data.loader import Limits
 from rto_megatron.data.packing import Layout
 from rto_megatron.data.tokenizer import encoding_fingerprint, load_tokenizer
 from rto_megatron.engine.source import SCALAR_ROLES, WeightSource, find_source, latest_checkpoint
+from rto_megatron.errors import UserError
 from rto_megatron.models.checks import check_experts, check_layout
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.parallel.topology import Topology
+from rto_megatron.rollout.model_folder import code_problems
 from rto_megatron.storage.megatron_folder import REPORT
 from rto_megatron.trainer.report.progress import say
 
@@ -50,34 +53,50 @@ def prepare_stage(config: schema.Stage, topology: Topology) -> Setup:
     """
     checks.refuse(checks.model_problems(config))
     sources = find_sources(config)
-    shapes = {role: source.shape() for role, source in sources.items()}
-    parallel = config.parallel
-    max_positions = {role: shape.max_positions for role, shape in shapes.items()}
     checks.refuse(
-        [
-            *(
-                problem
-                for role, shape in shapes.items()
-                for problem in check_layout(shape, parallel.tensor, parallel.pipeline, f"models.{role}")
-            ),
-            *check_experts(
-                {f"models.{role.name}": shapes[role.name] for role in roles_of(config) if role.is_trained},
-                parallel.tensor,
-                parallel.sequence,
-                config.models.moe_aux_loss_coef,
-            ),
-            *_unlike_vocabularies(config, shapes),
-            *_unlike_tokenizers(sources),
-            *checks.find_problems(config, topology.world_size, max_positions),
-        ]
+        f"models.{role}: {problem}"
+        for role, source in sources.items()
+        for problem in code_problems(source.hf_folder)
     )
-    for warning in _missing_scales(sources):
+    checks.refuse(setup_problems(config, sources, topology.world_size))
+    is_open = open_folder_warning(config.run.dir)
+    for warning in [*_missing_scales(sources), *([is_open] if is_open else [])]:
         say(warning, topology.is_lead)
+    if topology.is_lead:
+        make_run_folder(config.run.dir)
     tokenizer = load_tokenizer(sources["policy"].hf_folder)
     batch, device = config.batch, topology.device.torch_device
     layout = Layout(batch.micro, batch.packed, topology.row_multiple, device)
     limits = Limits(config.data.max_prompt_tokens, _max_length(config), config.data.overlong)
     return Setup(topology, sources, tokenizer, layout, limits)
+
+
+def setup_problems(config: schema.Stage, sources: Mapping[str, WeightSource], world_size: int) -> list[str]:
+    """In what the models do not fit the layout, the batches or each other, one sentence each.
+
+    Args:
+        sources: role -> source, of every model that the stage loads.
+        world_size: all ranks.
+    """
+    shapes = {role: source.shape() for role, source in sources.items()}
+    parallel = config.parallel
+    max_positions = {role: shape.max_positions for role, shape in shapes.items()}
+    return [
+        *(
+            problem
+            for role, shape in shapes.items()
+            for problem in check_layout(shape, parallel.tensor, parallel.pipeline, f"models.{role}")
+        ),
+        *check_experts(
+            {f"models.{role.name}": shapes[role.name] for role in roles_of(config) if role.is_trained},
+            parallel.tensor,
+            parallel.sequence,
+            config.models.moe_aux_loss_coef,
+        ),
+        *_unlike_vocabularies(config, shapes),
+        *_unlike_tokenizers(sources),
+        *checks.find_problems(config, world_size, max_positions),
+    ]
 
 
 def _unlike_vocabularies(config: schema.Stage, shapes: Mapping[str, ModelShape]) -> list[str]:
@@ -102,21 +121,31 @@ def _max_length(config: schema.Stage) -> int:
 
 
 def find_sources(config: schema.Stage) -> dict[str, WeightSource]:
-    """Role -> source of every model that the stage loads."""
-    return {
-        role.name: find_source(
-            role.path,
-            # A reward model is trained from a language model.
-            has_scalar_head=role.has_value_head and not isinstance(config, schema.RewardModelStage),
-            is_random=config.models.random_init,
-            key=f"models.{role.name}",
-        )
-        for role in roles_of(config)
-        if role.shares is None
-    }
+    """Role -> source of every model that the stage loads.
+
+    Raises:
+        UserError: names every model that is not there.
+    """
+    sources: dict[str, WeightSource] = {}
+    problems: list[UserError] = []
+    for role in roles_of(config):
+        if role.shares is not None:
+            continue
+        # A reward model is trained from a language model.
+        is_scalar = role.has_value_head and not isinstance(config, schema.RewardModelStage)
+        try:
+            sources[role.name] = find_source(
+                role.path, is_scalar, config.models.random_init, key=f"models.{role.name}"
+            )
+        except UserError as error:
+            problems.append(error)
+    if len(problems) == 1:
+        raise problems[0]
+    checks.refuse(map(str, problems))
+    return sources
 
 
-def _unlike_tokenizers(sources: dict[str, WeightSource]) -> list[str]:
+def _unlike_tokenizers(sources: Mapping[str, WeightSource]) -> list[str]:
     first_role, first = next(iter(sources.items()))
     # Roles often share a folder, and a large tokenizer takes a second to load.
     fingerprints = {

@@ -49,7 +49,9 @@ def _refuse_bare_srun() -> None:
 
 
 def _collective_timeout(config: schema.Stage) -> timedelta:
-    """Twice what a request may take, and not less than half an hour: replica leads let the others wait for rollouts."""
+    """Replica leads let the others wait for rollouts: if not set, twice what a request may take or half an hour."""
+    if config.run.collective_timeout_s is not None:
+        return timedelta(seconds=config.run.collective_timeout_s)
     if not isinstance(config, schema.ReinforcementStage | schema.EvaluateStage):
         return _SHORTEST_TIMEOUT
     return max(_SHORTEST_TIMEOUT, timedelta(seconds=2 * config.rollout.request_timeout_s))

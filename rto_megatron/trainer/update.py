@@ -2,13 +2,24 @@
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import batched
 
 from rto_megatron.algorithms import reinforcement
 from rto_megatron.algorithms.losses import WEIGHTINGS
 from rto_megatron.data.packing import Layout, minibatches
+from rto_megatron.engine.finite import refuse_together
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.types import Experience, Minibatch
+
+
+@dataclass(frozen=True)
+class OptimizerStep:
+    """This replica's share of one optimizer step."""
+
+    microbatches: list[Minibatch]
+    names: list[list[str]]  # ids of the samples of each micro-batch
+    is_empty: bool  # the truncation policy left no replica a token to train on
 
 
 def optimizer_minibatches(
@@ -18,8 +29,8 @@ def optimizer_minibatches(
     topology: Topology,
     layout: Layout,
     seed: int,
-) -> Iterator[tuple[list[Minibatch], list[list[str]]]]:
-    """The micro-batches of each optimizer step, with the ids of their samples; equal steps on every replica.
+) -> Iterator[OptimizerStep]:
+    """The micro-batches of each optimizer step; equally many steps on every replica.
 
     The first pass takes rollouts in the order of the prompts, which the loader has shuffled; later passes shuffle.
     Every replica shuffles its own rollouts by the same permutation, so from the second pass on the global
@@ -42,7 +53,19 @@ def optimizer_minibatches(
             total = float(topology.dp_sum(weighting.count(mask_BR)))
             weights_BR = experience.mask_BR.new_zeros(experience.mask_BR.shape)
             weights_BR[rows] = weighting.weights(mask_BR, total)
-            yield minibatches(experience, weights_BR, rows, layout), _names(experience, rows, layout.micro)
+            microbatches = minibatches(experience, weights_BR, rows, layout)
+            yield OptimizerStep(microbatches, _names(experience, rows, layout.micro), is_empty=total == 0)
+
+
+def require_tokens(step: OptimizerStep, topology: Topology) -> None:
+    """Refuses a step without tokens, in which momentum alone would move the weights; all ranks must call it.
+
+    Raises:
+        PoisonedError: on every rank.
+    """
+    if step.is_empty:
+        ids = [name for group in step.names for name in group]
+        refuse_together({"every response is cut and algorithm.truncated=mask trains on none": ids}, topology)
 
 
 def _names(experience: Experience, rows: Sequence[int], micro: int) -> list[list[str]]:

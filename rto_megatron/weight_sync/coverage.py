@@ -3,6 +3,7 @@
 The rehearsal says whether every parameter would be set, and which part of each tensor this worker's shard takes.
 """
 
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from rto_megatron.weight_sync.landing import Copies
 from rto_megatron.weight_sync.manifest import DTYPES, PieceSpec
+from rto_megatron.weight_sync.places import Place, owned_parameters
 from rto_megatron.weight_sync.region import Region, region_of_view
 
 Loader = Callable[..., object]  # vLLM's loaders share no signature
@@ -27,11 +29,16 @@ class Coverage:
 
     Args:
         problems: everything that would go wrong, in words.
-        needs: tensor name -> the boxes that this worker's parameters take of it, each as often as it is taken.
+        places: tensor name -> every box that this worker's parameters take of it, and where it goes.
     """
 
     problems: tuple[str, ...]
-    needs: dict[str, tuple[Region, ...]]
+    places: dict[str, tuple[tuple[Region, Place], ...]]
+
+    @property
+    def needs(self) -> dict[str, tuple[Region, ...]]:
+        """The boxes alone."""
+        return {name: tuple(box for box, _ in places) for name, places in self.places.items()}
 
 
 def rehearse(model: nn.Module, model_config: ModelConfig, tensors: Iterable[PieceSpec]) -> Coverage:
@@ -61,13 +68,11 @@ class _Rehearsal:
         self._originals: list[tuple[Tensor, Loader | None]] = []
         self._expected: dict[str, int] = {}
         self._counted: dict[str, int] = {}
-        self._needs: dict[str, tuple[Region, ...]] = {}
+        self._places: dict[str, tuple[tuple[Region, Place], ...]] = {}
         self._problems: list[str] = []
         self._tensor: PieceSpec | None = None
-        for prefix, module in model.named_modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    self._replace_loader(f"{prefix}.{name}", module, parameter)
+        for name, module, _, parameter in owned_parameters(model):
+            self._replace_loader(name, module, parameter)
 
     def _replace_loader(self, name: str, module: nn.Module, parameter: Tensor) -> None:
         # A parameter may keep its loader behind a property; the reload reads it the same way.
@@ -82,26 +87,33 @@ class _Rehearsal:
         self._expected[name] = _loadable_numel(module, parameter)
         self._counted[name] = 0
 
-        def count(_: Tensor, loaded: Tensor, *shard: object, **named: object) -> object:
+        signature = inspect.signature(loader)
+
+        def count(*given: object, **named: object) -> object:
+            # Experts are loaded with all arguments by name, everything else by position.
+            bound = signature.bind(*given, **named)
+            of_parameter, of_loaded, *_ = bound.arguments
+            loaded = bound.arguments[of_loaded]
+            bound.arguments[of_parameter] = stand_in
             if loaded.dtype != parameter.dtype:
                 self._problems.append(f"{name} is {parameter.dtype} here and {loaded.dtype} in the push")
             with Copies() as copies:
-                returned = loader(stand_in, loaded, *shard, **named)
+                returned = loader(*bound.args, **bound.kwargs)
             self._counted[name] += sum(target.numel() for target, _ in copies.seen)
-            self._note_needs(source for _, source in copies.seen)
+            self._note((source, Place.of(target, name, stand_in)) for target, source in copies.seen)
             return returned
 
         parameter.weight_loader = count  # type: ignore[attr-defined]
 
-    def _note_needs(self, sources: Iterable[Tensor]) -> None:
+    def _note(self, copies: Iterable[tuple[Tensor, Place]]) -> None:
         spec = self._tensor
         assert spec is not None
-        for source in sources:
+        for source, place in copies:
             box = region_of_view(source, spec.shape)
             if box is None:
                 self._problems.append(f"{spec.name} is rearranged by vLLM's loader, which cannot be proved")
             else:
-                self._needs[spec.name] = (*self._needs.get(spec.name, ()), box)
+                self._places[spec.name] = (*self._places.get(spec.name, ()), (box, place))
 
     def run(self, tensors: Iterable[PieceSpec]) -> None:
         for spec in tensors:
@@ -122,14 +134,14 @@ class _Rehearsal:
                     f"{spec.name} {spec.dtype} {list(spec.shape)} cannot be loaded ({type(error).__name__}: {error})"
                 )
                 continue
-            if spec.name not in self._needs and len(self._problems) == before:
+            if spec.name not in self._places and len(self._problems) == before:
                 self._problems.append(f"{spec.name} is no part of the model")
 
     def coverage(self, tied: set[str]) -> Coverage:
         for name, expected in self._expected.items():
             if name not in tied and self._counted[name] != expected:
                 self._problems.append(f"{name} would get {self._counted[name]} of its {expected} numbers")
-        return Coverage(tuple(self._problems), self._needs)
+        return Coverage(tuple(self._problems), self._places)
 
     def restore_loaders(self) -> None:
         for parameter, wrapped in self._originals:
@@ -143,13 +155,10 @@ def tied_parameters(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Full name and owner of each parameter that an earlier module owns as well: tied embeddings."""
     seen: set[int] = set()
     tied = []
-    for prefix, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            if id(parameter) in seen:
-                tied.append((f"{prefix}.{name}", module))
-            seen.add(id(parameter))
+    for name, module, _, parameter in owned_parameters(model):
+        if id(parameter) in seen:
+            tied.append((name, module))
+        seen.add(id(parameter))
     return tied
 
 

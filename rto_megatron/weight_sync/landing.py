@@ -1,16 +1,16 @@
 """Watches vLLM's loaders write: what was copied into the parameters must be what arrived, all of it, under its name."""
 
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rto_megatron.weight_sync.digest import digest
+from rto_megatron.weight_sync.places import Place, Written, WrittenParameters
 from rto_megatron.weight_sync.region import Region, region_of_view
 
 _SHOWN = 5
@@ -51,22 +51,34 @@ class _Loaded:
 
 
 class Landing:
-    """Compares what vLLM's loaders write with what must be written, at the moment they write it.
+    """Compares what vLLM's loaders write with what must be written, when they write it and once more at the end.
+
+    The second look sees the parameters that keep their layout. A kernel's repacked copy of a parameter is beyond it;
+    that parameter is watched until it is repacked.
 
     Args:
+        model: about to be loaded.
         expected: tensor name -> box -> digest of what arrived for it, int64 [].
-        needs: tensor name -> the boxes that must be written, each as often as listed.
+        places: tensor name -> every box that must be written, and where.
     """
 
     def __init__(
-        self, expected: Mapping[str, Mapping[Region, Tensor]], needs: Mapping[str, tuple[Region, ...]]
+        self,
+        model: nn.Module,
+        expected: Mapping[str, Mapping[Region, Tensor]],
+        places: Mapping[str, tuple[tuple[Region, Place], ...]],
     ) -> None:
+        self._model = model
         self._expected = expected
-        self._needs = needs
+        self._required = {(name, box, place) for name, pairs in places.items() for box, place in pairs}
         self._loaded: list[_Loaded] = []
-        self._landed: Counter[tuple[str, Region]] = Counter()
-        self._names: list[str] = []
-        self._differences: list[Tensor] = []
+        self._parameters = WrittenParameters(model)
+        self._landed: set[tuple[str, Region, Place]] = set()
+        self._kept: dict[
+            str, Written
+        ] = {}  # parameters that reached their last memory as the loader filled them
+        self._overwritten: set[str] = set()
+        self._landings = _Comparisons()
 
     def watch(self) -> Copies:
         """A context in which loaders are watched."""
@@ -79,16 +91,26 @@ class Landing:
         return tensor
 
     def _compare(self, target: Tensor, source: Tensor) -> None:
-        loaded = None if target.is_meta else self._owner(source)
+        if target.is_meta:
+            return  # the reload counts numbers
+        loaded = self._owner(source)
         if loaded is None:
-            return  # the reload counts numbers, or moves processed ones among its own tensors
+            self._note_other(target, source)
+            return
         box = region_of_view(source, loaded.shape, loaded.first)
         of_name = self._expected.get(loaded.name, {})
-        if box is None or box not in of_name:
+        place = self._parameters.place(target)
+        if box is None or box not in of_name or place is None:
             return  # missing in the end
-        self._landed[loaded.name, box] += 1
-        self._names.append(loaded.name)
-        self._differences.append((digest(target) != of_name[box].to(target.device)).view(1))
+        self._landed.add((loaded.name, box, place))
+        self._landings.add(loaded.name, target, of_name[box])
+
+    def _note_other(self, target: Tensor, source: Tensor) -> None:
+        moved, hit = self._parameters.known(source), self._parameters.known(target)
+        if moved is not None and moved.has_layout_of(source) and moved.has_layout_of(target):
+            self._kept[moved.name] = moved
+        elif hit is not None:
+            self._overwritten.add(hit.name)
 
     def _owner(self, source: Tensor) -> _Loaded | None:
         position = bisect_right(self._loaded, source.data_ptr(), key=lambda one: one.start) - 1
@@ -100,19 +122,44 @@ class Landing:
         return self._loaded[position]
 
     def faults(self) -> str | None:
-        """What is wrong with what was loaded, in words, once the load is over."""
-        required = Counter((name, box) for name, boxes in self._needs.items() for box in boxes)
-        missing = sorted({name for name, _ in required - self._landed})
-        wrong = []
-        if self._differences:
-            is_wrong = torch.cat(self._differences).tolist()
-            wrong = sorted({name for name, bad in zip(self._names, is_wrong, strict=True) if bad})
-        words = []
-        if missing:
-            words.append(f"not loaded: {_some(missing)}")
-        if wrong:
-            words.append(f"loaded with other numbers than were sent: {_some(wrong)}")
-        return "; ".join(words) or None
+        """What is wrong with the model, in words, once the load is over."""
+        missing = self._required - self._landed
+        strayed = {name for name, _, _ in self._landed - self._required}
+        words = {
+            "not loaded": {name for name, _, _ in missing} - strayed,
+            "loaded into the place of another": strayed,
+            "loaded with other numbers than were sent": self._landings.differing(),
+            "changed after it was loaded": self._overwritten | self._changed(),
+        }
+        return "; ".join(f"{what}: {_some(sorted(names))}" for what, names in words.items() if names) or None
+
+    def _changed(self) -> set[str]:
+        parameters = dict(self._model.named_parameters(remove_duplicate=False))
+        replaced = {name for name, kept in self._kept.items() if not kept.has_layout_of(parameters[name])}
+        final = _Comparisons()
+        for name, box, place in self._landed:
+            if place.parameter in self._kept.keys() - replaced:
+                final.add(name, place.view(parameters[place.parameter].detach()), self._expected[name][box])
+        return replaced | final.differing()
+
+
+class _Comparisons:
+    """Digests that should be equal, read back together: one synchronisation with a device."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._differences: list[Tensor] = []
+
+    def add(self, name: str, found: Tensor, expected: Tensor) -> None:
+        self._names.append(name)
+        self._differences.append((digest(found) != expected.to(found.device)).view(1))
+
+    def differing(self) -> set[str]:
+        """Names that differ."""
+        if not self._differences:
+            return set()
+        is_wrong = torch.cat(self._differences).tolist()
+        return {name for name, bad in zip(self._names, is_wrong, strict=True) if bad}
 
 
 def _some(names: list[str]) -> str:

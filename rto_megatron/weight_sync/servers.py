@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from rto_megatron.errors import UserError
-from rto_megatron.rollout.client import Json, RefusedError, ServerClient
+from rto_megatron.rollout.client import Json, ServerClient
 from rto_megatron.rollout.liveness import failures_of
 
 _ANSWER_MARGIN_S = 15  # a server reports a time-out of its own before the request that carries it is given up
@@ -81,13 +81,8 @@ def begin(client: ServerClient) -> None:
         UserError: it did not.
     """
     client.request("POST", "/pause?mode=abort")
-    try:
-        client.request("POST", "/start_weight_update")
-    except RefusedError:
-        # A trainer that died between start and commit left its session open; an abort, which always answers
-        # with an error, closes it.
-        _abort_session(client)
-        client.request("POST", "/start_weight_update")
+    client.request("POST", "/collective_rpc", {"method": "leave_weight_update"})
+    client.request("POST", "/start_weight_update")
 
 
 def require_version(client: ServerClient, version: int) -> None:
@@ -95,10 +90,3 @@ def require_version(client: ServerClient, version: int) -> None:
     held = client.weight_version()
     if held != str(version):
         raise UserError(f"inference server {client.address} holds weight version {held}, expected {version}")
-
-
-def _abort_session(client: ServerClient) -> None:
-    try:
-        client.request("POST", "/update_weights", {"update_info": {"abort": True}})
-    except RefusedError:
-        return

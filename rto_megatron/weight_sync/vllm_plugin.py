@@ -5,13 +5,18 @@ serve on. Named on vLLM's command line as worker extension, which makes every wo
 its weight-transfer engine is made.
 """
 
+import ctypes
 import gc
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.logger import init_logger
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from rto_megatron.weight_sync.communicators import open_communicator
@@ -20,9 +25,11 @@ from rto_megatron.weight_sync.landing import Landing
 from rto_megatron.weight_sync.manifest import Manifest
 from rto_megatron.weight_sync.receiver import Receiver, Staged
 from rto_megatron.weight_sync.sender import agree_on_manifest
-from rto_megatron.weight_sync.transport import Communicator, DisagreementError, Rendezvous, TransportError
+from rto_megatron.weight_sync.transport import Communicator, Rendezvous, TransportError
 
 _BACKEND = "rto"
+_PR_SET_PDEATHSIG = 1
+_log = init_logger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -36,10 +43,9 @@ class InitInfo(WeightTransferInitInfo):
 
 @dataclass(kw_only=True)
 class UpdateInfo(WeightTransferUpdateInfo):
-    """Body of /update_weights: a version to prepare, or the wish to leave an unfinished session."""
+    """Body of /update_weights: the version to prepare."""
 
     version: int = -1
-    abort: bool = False
 
 
 class RtoWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
@@ -50,6 +56,8 @@ class RtoWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
+        if self.parallel_config.world_size > 1:
+            _die_with_engine()
         self._communicator: Communicator | None = None
         self._manifest = Manifest(0, ())
         self._staged: Staged | None = None
@@ -63,16 +71,31 @@ class RtoWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             TransportError: the ranks did not meet.
         """
         self.shutdown()
-        meeting = Rendezvous.from_json(init_info.rendezvous)
-        manifest = Manifest.from_json(init_info.manifest)
-        if manifest != self._manifest:
-            self._manifest, self._coverage = manifest, None
-        parallel = self.parallel_config
-        rank = init_info.first_rank + parallel.data_parallel_index * parallel.world_size + parallel.rank
-        device = self.device if meeting.device_type == "cuda" else torch.device("cpu")
-        communicator = open_communicator(meeting, rank, device)
-        communicator.join()
-        self._communicator = communicator
+        with self._one_voice():
+            meeting = Rendezvous.from_json(init_info.rendezvous)
+            manifest = Manifest.from_json(init_info.manifest)
+            if manifest != self._manifest:
+                self._manifest, self._coverage = manifest, None
+            parallel = self.parallel_config
+            rank = init_info.first_rank + parallel.data_parallel_index * parallel.world_size + parallel.rank
+            device = self.device if meeting.device_type == "cuda" else torch.device("cpu")
+            communicator = open_communicator(meeting, rank, device)
+            communicator.join()
+            self._communicator = communicator
+
+    @contextmanager
+    def _one_voice(self) -> Iterator[None]:
+        """Leaves it to the server's last worker to fail; all fail together, as every phase ends with an agreement.
+
+        vLLM's executor stops reading its workers' answers at the first error. What it left unread would pass for the
+        answer to the next request, and a server with several workers could never be pushed to again.
+        """
+        try:
+            yield
+        except (RuntimeError, ValueError, OSError) as error:
+            if self.parallel_config.rank == self.parallel_config.world_size - 1:
+                raise
+            _log.warning("weight push failed on worker %d: %s", self.parallel_config.rank, error)
 
     def shutdown(self) -> None:
         """Leaves the communicator and forgets what was staged."""
@@ -90,18 +113,16 @@ class RtoWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             DisagreementError: some rank refused; the communicator stays usable.
             TransportError: the communicator is lost.
         """
-        typed = self.parse_update_info(update_info)
-        if typed.abort:
-            raise DisagreementError("weight update aborted on request", ())
-        if self._communicator is None:
-            raise TransportError("this worker is in no communicator; the trainer must open one")
-        failure = ""
-        try:
-            self.receive_weights(typed)
-        except TransportError as error:
-            failure = str(error)
-        if failure:
-            self._leave(failure)
+        with self._one_voice():
+            if self._communicator is None:
+                raise TransportError("this worker is in no communicator; the trainer must open one")
+            failure = ""
+            try:
+                self.receive_weights(self.parse_update_info(update_info))
+            except TransportError as error:
+                failure = str(error)
+            if failure:
+                self._leave(failure)
 
     def _leave(self, failure: str) -> None:
         # Gloo tells only the neighbours of a lost rank. Its sockets close when the last reference to
@@ -132,23 +153,24 @@ class RtoWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             DisagreementError: a worker, this one or another, loaded something else.
             TransportError: the communicator is lost.
         """
-        staged, communicator = self._staged, self._communicator
-        if staged is None or communicator is None:
-            raise RuntimeError("nothing was prepared, so there is nothing to commit")
-        self._staged = None
-        fault = self._load(staged)
-        failure = ""
-        try:
-            communicator.agree(fault, staged.token)
-        except TransportError as error:
-            failure = str(error)
-        if failure:
-            del communicator
-            self._leave(failure)
+        with self._one_voice():
+            staged, communicator = self._staged, self._communicator
+            if staged is None or communicator is None:
+                raise RuntimeError("nothing was prepared, so there is nothing to commit")
+            self._staged = None
+            fault = self._load(staged)
+            failure = ""
+            try:
+                communicator.agree(fault, staged.token)
+            except TransportError as error:
+                failure = str(error)
+            if failure:
+                del communicator
+                self._leave(failure)
 
     def _load(self, staged: Staged) -> str | None:
         assert self._coverage is not None
-        landing = Landing(staged.expected, self._coverage.needs)
+        landing = Landing(self.model, staged.expected, self._coverage.places)
         expected = {name for name, _ in self.model.named_parameters()}
         initialize_layerwise_reload(self.model)
         # Layers with padded parameters are loaded when the reload is finalised.
@@ -170,7 +192,22 @@ class RtoWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
 
 class RtoWorkerExtension:
-    """Mixed into vLLM's worker; being named is its whole use."""
+    """Mixed into vLLM's worker, which offers its methods under /collective_rpc."""
+
+    _weight_update_active: bool  # the worker's own
+
+    def leave_weight_update(self) -> None:
+        """Closes a session that a trainer left open; vLLM would refuse the next on every worker (`_one_voice`)."""
+        self._weight_update_active = False
+
+
+def _die_with_engine() -> None:
+    """Has the kernel kill this worker when the engine that started it ends.
+
+    Workers of a killed engine would live on and hold what tells the API server of its end, so that it would never
+    exit, and no supervisor start it again.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
 
 if _BACKEND not in WeightTransferEngineFactory._registry:

@@ -27,6 +27,12 @@ def test_rewards_are_logged_before_and_after_clamp_and_penalty():
     assert metrics["objective/rlhf_reward"] == pytest.approx((1.3 - 1.0 - 10.0 - 0.01 * K1, 2))
 
 
+def test_clipped_scores_are_counted():
+    assert _metrics(Config())["reward/score_clip_fraction"] == (1, 2)
+    assert _metrics(Config(score_clip=30.0))["reward/score_clip_fraction"] == (0, 2)
+    assert "reward/score_clip_fraction" not in _metrics(Config(score_clip=None))
+
+
 def test_kl_is_logged_per_response_and_per_token():
     metrics = _metrics(Config())
     assert metrics["objective/kl"] == pytest.approx((K1, 2))

@@ -248,6 +248,13 @@ def test_bootstrap_needs_a_critic(stage: str, tmp_path: Path) -> None:
     load_recipe(write(tmp_path, minimal("ppo")), ["algorithm.truncated=bootstrap"])
 
 
+def test_a_clip_that_no_score_reaches_is_refused(tmp_path: Path) -> None:
+    recipe = write(tmp_path, minimal("ppo"))
+    with pytest.raises(UserError, match="score_clip=10 has no effect with score_limit=5"):
+        load_recipe(recipe, ["algorithm.score_limit=5"])
+    load_recipe(recipe, ["algorithm.score_limit=5", "algorithm.score_clip=null"])
+
+
 def test_a_group_has_at_least_two_responses(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"samples_per_prompt: found 1; must be greater than or equal to 2"):
         load_recipe(write(tmp_path, minimal("grpo")), ["algorithm.samples_per_prompt=1"])

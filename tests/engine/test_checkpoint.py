@@ -1,5 +1,6 @@
 """Checkpoints load at any layout, are never overwritten, and damage is named without deleting anything."""
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,8 +17,9 @@ from torch import Tensor
 from rto_megatron.algorithms.sft import SFT, Config
 from rto_megatron.config.schema import OptimizerConfig, PrecisionConfig
 from rto_megatron.data.packing import Layout, supervised_microbatches
-from rto_megatron.engine.checkpoint import load_state, load_weights, read_state, save_checkpoint
+from rto_megatron.engine.checkpoint import load_state, load_weights, save_checkpoint
 from rto_megatron.engine.megatron import Model, TrainedModel
+from rto_megatron.engine.recovery import Found, find_valid
 from rto_megatron.engine.roles import build_trained
 from rto_megatron.engine.source import find_source
 from rto_megatron.engine.weights import stage_hf_tensors
@@ -160,12 +162,16 @@ def test_training_continues_at_another_layout(
     assert apart < 1e-3 * moved
 
 
+def _find(run_dir: Path) -> Found | None:
+    return find_valid(run_dir, topology("one"), takes_older=False)
+
+
 def test_old_checkpoints_are_removed_and_none_is_overwritten(folders: Path, tmp_path: Path) -> None:
     run_ranks(1, _save, "one", folders, ("policy",), tmp_path, (1, 2, 10))
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert kept == ["step_000002", "step_000010"]
-    found = read_state(tmp_path)
-    assert found == (tmp_path / "checkpoints/step_000010", {"step": 10, "note": [1, "x"]})
+    assert kept == ["latest", "step_000002", "step_000010"]
+    (found,) = run_ranks(1, _find, tmp_path)
+    assert found == Found(tmp_path / "checkpoints/step_000010", {"step": 10, "note": [1, "x"]}, ())
     before = _contents(tmp_path)
 
     def again() -> str:
@@ -182,30 +188,16 @@ def _contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_an_interrupted_save_is_no_checkpoint(folders: Path, tmp_path: Path) -> None:
-    def interrupted() -> None:
-        place = topology("one")
-        model = trained(place, folders / "policy", False, ADAM)
-        # The state is written last: everything else is on disk when JSON refuses a set.
-        with pytest.raises(TypeError):
-            save_checkpoint(tmp_path, 1, {"policy": model}, {"policy": folders / "policy"}, {1, 2}, keep=2)
-
-    run_ranks(1, interrupted)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [".partial_step_000001"]
-    assert list((tmp_path / "checkpoints").glob("*/policy/weights/*.distcp"))
-    assert read_state(tmp_path) is None
-    with pytest.raises(UserError, match=r"models\.policy: .* no|neither"):
-        find_source(tmp_path, has_scalar_head=False, is_random=False, key="models.policy")
-    run_ranks(1, _save, "one", folders, ("policy",), tmp_path)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
-
-
 def _largest(folder: Path) -> Path:
     return max(folder.glob("*.distcp"), key=lambda path: path.stat().st_size)
 
 
 def _truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def _cut_last_byte(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
 
 
 def _flip_bit(file: Path) -> None:
@@ -231,6 +223,7 @@ def _exchange(weights: Path) -> None:
 DAMAGE: dict[str, Callable[[Path], None]] = {
     "missing shard": lambda weights: _largest(weights).unlink(),
     "truncated shard": lambda weights: _truncate(_largest(weights)),
+    "last byte of a shard": lambda weights: _cut_last_byte(_largest(weights)),
     "corrupt shard": lambda weights: _flip(_largest(weights)),
     "one bit of a shard": lambda weights: _flip_bit(_largest(weights)),
     "exchanged shards": _exchange,
@@ -239,8 +232,9 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "truncated .metadata": lambda weights: _truncate(weights / ".metadata"),
     "no metadata.json": lambda weights: (weights / "metadata.json").unlink(),
     "truncated metadata.json": lambda weights: _truncate(weights / "metadata.json"),
-    "no digests": lambda weights: (weights.parent / "digests.json").unlink(),
-    "truncated digests": lambda weights: _truncate(weights.parent / "digests.json"),
+    "one bit of config.json": lambda weights: _flip_bit(weights.parent / "hf/config.json"),
+    "no manifest": lambda weights: (weights.parent.parent / "manifest.json").unlink(),
+    "truncated manifest": lambda weights: _truncate(weights.parent.parent / "manifest.json"),
 }
 
 
@@ -263,7 +257,11 @@ def test_a_damaged_checkpoint_is_named_and_kept(
         return "loaded"
 
     for message in (*run_ranks(2, load, True), *run_ranks(2, load, False)):
-        assert str(checkpoint / "policy") in message
+        assert str(checkpoint / ("" if "manifest" in damage else "policy")) in message
+        # By the manifest, before a byte of `.metadata` is unpickled.
+        assert re.search(
+            "were saved|is not the file that was saved|manifest.json is missing|is missing or", message
+        )
     print(damage, "->", message)
     assert _contents(tmp_path) == before
 
@@ -279,17 +277,3 @@ def test_a_checkpoint_of_another_model_is_refused(folders: Path, run_dir: Path) 
         return str(caught.value)
 
     assert "of another model" in run_ranks(1, load)[0]
-
-
-@pytest.mark.parametrize("text", [None, "", '{"step": 1, "no'])
-def test_a_missing_or_cut_state_is_named_and_kept(text: str | None, run_dir: Path, tmp_path: Path) -> None:
-    shutil.copytree(run_dir, tmp_path / "run")
-    state = tmp_path / "run/checkpoints/step_000001/state.json"
-    if text is None:
-        state.unlink()
-    else:
-        state.write_text(text)
-    before = _contents(tmp_path)
-    with pytest.raises(UserError, match=rf"{state} is missing or damaged"):
-        read_state(tmp_path / "run")
-    assert _contents(tmp_path) == before

@@ -118,12 +118,12 @@ def _update(case: Case, root: Path) -> dict[str, dict[str, Tensor]]:
     scored = score(own, roles, layout, EOS, "penalise")
     experience = algorithm.credit(scored, 0.01, place.dp_sum)
     seen: dict[str, dict[str, Tensor]] = {}
-    for batches, names in optimizer_minibatches(experience, algorithm.config, 1, place, layout, seed=1):
+    for one in optimizer_minibatches(experience, algorithm.config, 1, place, layout, seed=1):
         for model, loss in ((critic, algorithm.value_loss), (policy, algorithm.policy_loss)):
             if not seen.get(f"{model.name}/gradient") and not case.is_distributed_optimizer:
-                model.gradients(batches, loss, names)
+                model.gradients(one.microbatches, loss, one.names)
                 seen[f"{model.name}/gradient"] = _whole(model, lambda p: p.main_grad)
-            model.step(batches, loss, names, case.optimizer.lr)
+            model.step(one.microbatches, loss, one.names, case.optimizer.lr)
     for model in (critic, policy):
         seen[f"{model.name}/weights"] = _whole(model, lambda p: p)
     is_reporter = place.tensor_rank == 0 and place.data_rank == 0

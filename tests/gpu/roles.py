@@ -160,12 +160,10 @@ def task(name: str, prepared: Prepared, place: Topology, layout: Layout) -> Task
     """One step of a stage: sft, dpo, reward_model, rto_policy or rto_value."""
     if name in ("rto_policy", "rto_value"):
         algorithm = prepared.algorithm
-        ((batches, names),) = optimizer_minibatches(
-            prepared.experience, algorithm.config, 1, place, layout, seed=1
-        )
+        (one,) = optimizer_minibatches(prepared.experience, algorithm.config, 1, place, layout, seed=1)
         if name == "rto_policy":
-            return Task("policy", batches, algorithm.policy_loss, names)
-        return Task("critic", batches, algorithm.value_loss, names)
+            return Task("policy", one.microbatches, algorithm.policy_loss, one.names)
+        return Task("critic", one.microbatches, algorithm.value_loss, one.names)
     if name == "sft":
         data = [Demonstration(str(i), tuple(ids[:p]), tuple(ids[p:])) for i, (ids, p) in enumerate(TEXTS)]
         tokens = sum(len(one.response_ids) for one in data)

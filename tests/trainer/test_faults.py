@@ -31,11 +31,11 @@ def place_of(tensor: int, pipeline: int, data: int = 1) -> Topology:
     return Topology(prepare(), 0, 0, tensor, 0, pipeline, 0, data, False)
 
 
-def poison(source: Path, folder: Path, token: int, value: float = float("nan")) -> Path:
+def poison(source: Path, folder: Path, token: int) -> Path:
     """A copy of a model that is not finite on every sequence that holds `token`."""
     shutil.copytree(source, folder)
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.embed_tokens.weight"][token] = value
+    tensors["model.embed_tokens.weight"][token] = float("nan")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -55,23 +55,17 @@ def rare_prompt(files: Path, root: Path) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize(
-    ("role", "value", "layout"),
-    [
-        ("reward", float("nan"), "dp2"),
-        ("reward", float("nan"), "pp2"),
-        ("critic", float("nan"), "one"),
-        ("dpo", float("nan"), "one"),
-        ("policy", float("nan"), "tp2"),
-    ],
+    ("role", "layout"),
+    [("reward", "dp2"), ("reward", "pp2"), ("critic", "one"), ("dpo", "one"), ("policy", "tp2")],
 )
 def test_a_number_that_is_not_finite_stops_before_the_update(
-    role: str, value: float, layout: str, files: Path, tmp_path: Path
+    role: str, layout: str, files: Path, tmp_path: Path
 ) -> None:
     token, prompts = rare_prompt(files, tmp_path)
-    bad = poison(files / "models" / role, tmp_path / role, token, value)
+    bad = poison(files / "models" / role, tmp_path / role, token)
     config = configure(
         "rto", files, tmp_path / "run", layout, data__train=prompts, batch__rollout=16,
-        **{f"models__{role}": bad},
+        run__max_skipped_updates=1, **{f"models__{role}": bad},
     )  # fmt: skip
     for error in run_ranks(LAYOUTS[layout][0], train, config):
         assert error is not None
@@ -114,7 +108,7 @@ def test_a_loss_or_gradient_that_is_not_finite_changes_no_weight(
 ) -> None:
     write_llama(tmp_path)
     for message, moved in run_ranks(LAYOUTS[layout][0], _poisoned_step, layout, tmp_path, kind):
-        assert f"{kind} of policy is NaN or infinite on samples" in message
+        assert f"{kind} of policy is NaN or infinite on " in message
         assert not moved
         if kind == "loss":
             assert "['s2']" in message

@@ -14,6 +14,8 @@ from ranks import run_ranks
 from torch import Tensor
 from trainer.tiny_runs import configure, train
 
+from rto_megatron.engine.saving import point_to
+from rto_megatron.engine.source import finished_checkpoints
 from rto_megatron.platform.safe_metadata import safe_reading
 from rto_megatron.trainer.metrics import read_metrics
 
@@ -56,6 +58,7 @@ def cut_back(run_dir: Path, copy: Path) -> Path:
     """What a run leaves that was killed after step 3: the checkpoint of step 2 and the metrics of three steps."""
     shutil.copytree(run_dir, copy)
     shutil.rmtree(copy / "checkpoints/step_000004")
+    point_to(copy / "checkpoints/step_000002")
     shutil.rmtree(copy / "hf")
     log = copy / "metrics.jsonl"
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:3]))
@@ -86,6 +89,7 @@ CASES = {
     "pp2": ("pp2", {}),
     "dp2-sharded": ("dp2", {"parallel__distributed_optimizer": True}),
     "bf16": ("one", {"precision__dtype": "bf16"}),
+    "dp2-written-beside": ("dp2", {"parallel__distributed_optimizer": True, "run__async_save": True}),
     "bf16-dp2-sharded": ("dp2", {"parallel__distributed_optimizer": True, "precision__dtype": "bf16"}),
 }
 
@@ -124,7 +128,7 @@ def test_a_run_whose_pool_died_resumes(files: Path, tmp_path: Path) -> None:
     whole, died = (configure("rto", files, tmp_path / name) for name in ("whole", "died"))
     assert run_ranks(1, train, whole) == [None]
     assert run_ranks(1, train, died, dies_at=3) == ["the pool died at version 3"]
-    assert [path.name for path in (tmp_path / "died/checkpoints").iterdir()] == ["step_000002"]
+    assert [path.name for path in finished_checkpoints(tmp_path / "died")] == ["step_000002"]
     assert run_ranks(1, train, died) == [None]
     assert_equal_runs(tmp_path / "whole", tmp_path / "died")
 
@@ -133,7 +137,7 @@ def test_a_pool_that_dies_in_a_push_loses_no_checkpoint(files: Path, tmp_path: P
     whole, died = (configure("rto", files, tmp_path / name) for name in ("whole", "died"))
     assert run_ranks(1, train, whole) == [None]
     assert run_ranks(1, train, died, push_dies_at=2) == ["the pool died in the push of version 2"]
-    assert [path.name for path in (tmp_path / "died/checkpoints").iterdir()] == ["step_000002"]
+    assert [path.name for path in finished_checkpoints(tmp_path / "died")] == ["step_000002"]
     assert run_ranks(1, train, died) == [None]
     assert_equal_runs(tmp_path / "whole", tmp_path / "died")
 

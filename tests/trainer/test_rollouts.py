@@ -160,20 +160,6 @@ def test_log_probs_of_the_pool_lie_beside_ours_but_for_overwritten_tokens(
     )
 
 
-def _unreadable(models: Path) -> str:
-    place = topology("one")
-    layout = Layout(2, True, 1, place.device.torch_device)
-    sampled = [replace(ROLLOUTS[0], sampled_logprobs=(float("nan"),) * len(ROLLOUTS[0].response_ids))]
-    with pytest.raises(UserError) as caught:
-        score(sampled, _roles(models, place, False, False), layout, EOS, "penalise")
-    return str(caught.value)
-
-
-def test_log_probs_of_the_pool_must_be_numbers(models: Path) -> None:
-    (error,) = run_ranks(1, _unreadable, models)
-    assert "a log-prob of the pool is NaN or infinite on 1 samples, ['p0']" in error
-
-
 class _Recorder:
     """Answers with one fixed token and the data rank; fails on the replicas it is told to."""
 

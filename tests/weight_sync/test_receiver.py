@@ -11,6 +11,7 @@ from rto_megatron.models.weight_map import Split, VocabRows, cut
 from rto_megatron.weight_sync import sender as sender_module
 from rto_megatron.weight_sync.landing import Landing
 from rto_megatron.weight_sync.manifest import Bucket, Manifest, PieceSpec, slot_view
+from rto_megatron.weight_sync.places import Place
 from rto_megatron.weight_sync.receiver import Receiver, Staged
 from rto_megatron.weight_sync.region import Region, whole
 from rto_megatron.weight_sync.sender import Sender
@@ -187,39 +188,102 @@ def test_a_bucket_that_was_not_packed_again_is_named(monkeypatch: pytest.MonkeyP
         push(1, NEEDS_WHOLE)
 
 
-def land(copy: Callable[[str, Tensor, Tensor], None]) -> str | None:
-    """What `Landing` says when a loader copies the shard of each announced tensor into a parameter with `copy`."""
+class Loaded(torch.nn.Module):
+    """A worker's parameters; `q` and `k` lie in one, as vLLM has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, rows in {"embed": 6, "qk": 8, "down": 8}.items():
+            width = SHARD.get(name, SHARD["q"])[0].sizes[1]
+            self.register_parameter(name, torch.nn.Parameter(torch.zeros(rows, width), requires_grad=False))
+
+    def part(self, name: str) -> Tensor:
+        if name in ("q", "k"):
+            return self.qk.data.narrow(0, 4 * (name == "k"), 4)
+        return self.get_parameter(name).data
+
+
+Copy = Callable[[str, Loaded, Tensor], None]
+
+
+def rightly(name: str, model: Loaded, loaded: Tensor) -> None:
+    model.part(name).copy_(loaded)
+
+
+def land(copy: Copy = rightly, afterwards: Callable[[Loaded], None] | None = None) -> str | None:
+    """What `Landing` says when a loader copies the shard of each announced tensor into a model with `copy`."""
     staged = push(1, SHARD)
-    landing = Landing(staged.expected, SHARD)
-    parameters = {name: torch.zeros(SHARD[name][0].sizes) for name in SHAPES}
+    model = Loaded()
+    places = {}
+    for name, (box,) in SHARD.items():
+        parameter = "qk" if name in ("q", "k") else name
+        places[name] = ((box, Place.of(model.part(name), parameter, model.get_parameter(parameter))),)
+    landing = Landing(model, staged.expected, places)
     with landing.watch():
         for name, full in staged.tensors(manifest(1).tensors()):
-            copy(name, parameters[name], SHARD[name][0].of(landing.announce(name, full)))
+            copy(name, model, SHARD[name][0].of(landing.announce(name, full)))
+        if afterwards is not None:
+            afterwards(model)
     return landing.faults()
 
 
 def test_a_load_is_watched_as_it_happens() -> None:
     old = weights(0)
+    assert land() is None
 
-    def rightly(name: str, parameter: Tensor, loaded: Tensor) -> None:
-        parameter.copy_(loaded)
-
-    assert land(rightly) is None
-
-    def skipping(name: str, parameter: Tensor, loaded: Tensor) -> None:
+    def skipping(name: str, model: Loaded, loaded: Tensor) -> None:
         if name != "down":
-            parameter.copy_(loaded)
+            rightly(name, model, loaded)
 
     assert land(skipping) == "not loaded: down"
 
-    def other_half(name: str, parameter: Tensor, loaded: Tensor) -> None:
-        parameter.copy_(loaded._base[:4] if name == "q" and loaded._base is not None else loaded)
+    def other_half(name: str, model: Loaded, loaded: Tensor) -> None:
+        rightly(name, model, loaded._base[:4] if name == "q" and loaded._base is not None else loaded)
 
     assert land(other_half) == "not loaded: q"
 
-    def stale(name: str, parameter: Tensor, loaded: Tensor) -> None:
+    def stale(name: str, model: Loaded, loaded: Tensor) -> None:
         if name == "k":
             loaded.copy_(SHARD["k"][0].of(old["k"]))
-        parameter.copy_(loaded)
+        rightly(name, model, loaded)
 
     assert land(stale) == "loaded with other numbers than were sent: k"
+
+    def exchanging(name: str, model: Loaded, loaded: Tensor) -> None:
+        rightly({"q": "k", "k": "q"}.get(name, name), model, loaded)
+
+    assert land(exchanging) == "loaded into the place of another: k, q"
+
+
+def test_what_happens_to_a_parameter_after_its_load_is_noticed() -> None:
+    old = SHARD["down"][0].of(weights(0)["down"])
+
+    def reload(model: Loaded, name: str) -> Tensor:
+        """Moves a parameter to its last memory, as vLLM does, and returns that."""
+        last = torch.zeros_like(model.get_parameter(name))
+        last.copy_(model.get_parameter(name))
+        model.register_parameter(name, torch.nn.Parameter(last, requires_grad=False))
+        return last
+
+    def move(model: Loaded) -> None:
+        for name in ("embed", "qk", "down"):
+            reload(model, name)
+
+    assert land(afterwards=move) is None
+
+    def put_back(model: Loaded) -> None:
+        # numpy's write is none of torch's
+        reload(model, "down").numpy()[:] = old.numpy()
+
+    assert land(afterwards=put_back) == "changed after it was loaded: down"
+
+    def put_back_before(model: Loaded) -> None:
+        model.part("down").copy_(old)
+
+    assert land(afterwards=put_back_before) == "changed after it was loaded: down"
+
+    def replace(model: Loaded) -> None:
+        reload(model, "down")
+        model.register_parameter("down", torch.nn.Parameter(old.t().clone(), requires_grad=False))
+
+    assert land(afterwards=replace) == "changed after it was loaded: down"

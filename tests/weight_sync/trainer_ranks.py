@@ -9,6 +9,7 @@ from pool_server import VOCAB_SIZE, PoolServer
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rto_megatron.rollout.client import ServerClient
 from rto_megatron.weight_sync.canary import Canary, canary_token_ids
 from rto_megatron.weight_sync.manifest import PieceSpec
 from rto_megatron.weight_sync.sync import PushReport, SyncPlace, WeightSync
@@ -50,6 +51,14 @@ def canary_of(model: PreTrainedModel) -> Canary:
         logp = model(torch.tensor([token_ids])).logits[0, :-1].float().log_softmax(-1)
     expected = logp.gather(1, torch.tensor(token_ids[1:])[:, None])[:, 0]
     return Canary(token_ids, expected.tolist(), TOLERANCE)
+
+
+def served_distance(server: PoolServer, model: PreTrainedModel) -> float:
+    """Mean absolute difference, in nats, between a serving server and Hugging Face's model on the canary's sequence."""
+    canary = canary_of(model)
+    with ServerClient(server.address, server.token, 60) as client:
+        got = client.prompt_logprobs(list(canary.token_ids))
+    return (torch.tensor(canary.expected_logprobs) - torch.tensor(got)).abs().mean().item()
 
 
 class Meeting:

@@ -7,8 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.table import Table
+from rich.text import Text
 
+from rto_megatron.config.run_folder import make_run_folder
 from rto_megatron.errors import UserError
+from rto_megatron.trainer.report.plain import plain
 
 FILE_NAME = "evaluation.json"
 
@@ -47,7 +50,7 @@ class Evaluation:
 
 def save_evaluation(evaluation: Evaluation, run_dir: Path) -> Path:
     """Write `run_dir`/evaluation.json and return its path."""
-    run_dir.mkdir(parents=True, exist_ok=True)
+    make_run_folder(run_dir)
     path = run_dir / FILE_NAME
     path.write_text(json.dumps(asdict(evaluation), indent=2) + "\n", encoding="utf-8")
     return path
@@ -83,13 +86,13 @@ def read_evaluation(run_dir: Path) -> Evaluation:
 
 def final_table(evaluations: Sequence[Evaluation], title: str) -> Table:
     """One row per evaluated policy."""
-    table = Table(title=title)
+    table = Table(title=Text(plain(title)))
     table.add_column("system")
     for name in ("true return", "reward model", "KL to reference", "response tokens", "prompts", "responses"):
         table.add_column(name, justify="right")
     for row in evaluations:
         table.add_row(
-            row.name,
+            Text(plain(row.name)),
             str(row.true_return or "-"),
             str(row.score or "-"),
             str(row.kl),

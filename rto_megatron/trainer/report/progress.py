@@ -15,6 +15,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from rto_megatron.trainer.report.plain import plain
+
 Advance = Callable[[str], None]  # call once per finished step, with a short note such as the loss
 
 
@@ -38,7 +40,7 @@ def progress(title: str, total: int, is_lead: bool, done: int = 0) -> Iterator[A
 def say(message: str, is_lead: bool) -> None:
     """Print one line for people, on the lead rank only."""
     if is_lead:
-        Console().print(message, markup=False, highlight=False, soft_wrap=True)
+        Console().print(plain(message), markup=False, highlight=False, soft_wrap=True)
 
 
 def _bar() -> Progress:

@@ -1,12 +1,12 @@
 """A table of sample completions with their rewards, for people who watch a run."""
 
-import re
 from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rto_megatron.trainer.report.plain import plain
 from rto_megatron.types import Experience
 
 Decode = Callable[[Sequence[int]], str]
@@ -42,11 +42,6 @@ def completions_table(experience: Experience, decode: Decode, num_samples: int, 
             *(f"{sums_B[row]:+.3f}" for sums_B in sums_4B),
         )
     return table
-
-
-def plain(text: str) -> str:
-    """`text` without terminal control characters: prompts and responses are not to be trusted."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
 
 
 def show(table: Table) -> None:

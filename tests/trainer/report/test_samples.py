@@ -3,7 +3,7 @@
 import torch
 from rich.console import Console
 
-from rto_megatron.trainer.report.samples import completions_table, plain
+from rto_megatron.trainer.report.samples import completions_table
 from rto_megatron.types import Experience, Rollout, TokenRewards
 
 
@@ -25,7 +25,3 @@ def test_rewards_are_summed_over_tokens_by_term() -> None:
     shown = captured.get()
     for part in ("[red][1, 2]", "[red][3, 4]", "2 (cut)", "+2.000", "+0.750", "-0.500", "+2.250"):
         assert part in shown, shown
-
-
-def test_control_characters_are_removed() -> None:
-    assert plain("a\x1b[31mb\x07\nc\td\x9b") == "a[31mb\nc\td"

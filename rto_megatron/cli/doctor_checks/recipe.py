@@ -1,0 +1,25 @@
+"""The recipe's models: all are here, fit the layout and each other, and read the same tokens."""
+
+from rto_megatron.cli.doctor_checks.finding import Finding
+from rto_megatron.config.checks import model_problems, refuse
+from rto_megatron.config.schema import Stage
+from rto_megatron.platform.device import prepare
+
+
+def check_models(config: Stage, world_size: int) -> list[Finding]:
+    """What a stage checks before its first step, without building a model.
+
+    Raises:
+        UserError: names every model that is missing.
+    """
+    prepare()  # megatron.core, imported below, must find its patches in place
+    from rto_megatron.trainer.setup import find_sources, setup_problems
+
+    refuse(model_problems(config))
+    sources = find_sources(config)
+    why, fix = "the stage would end with this message", "do as it says"
+    problems = [
+        Finding("models", "problem", text, why, fix) for text in setup_problems(config, sources, world_size)
+    ]
+    fits = f"{', '.join(sources)}: here, with equal tokenizers; layout, batches and lengths fit {world_size} ranks"
+    return problems or [Finding("models", "ok", fits)]

@@ -1,0 +1,91 @@
+"""Variables of the environment that libraries read: what opens a door, and what differs between ranks."""
+
+import os
+from collections import defaultdict
+from collections.abc import Mapping
+
+from rto_megatron.cli.doctor_checks.finding import Finding
+
+_PREFIXES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "NVTE_", "UCX_")
+_NAMES = (
+    "CUDA_DEVICE_MAX_CONNECTIONS",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "OMP_NUM_THREADS",
+    "HF_HUB_OFFLINE",
+)
+# Devices and cores of one machine: another machine may have others.
+_OF_ONE_MACHINE = (
+    "NCCL_SOCKET_IFNAME",
+    "GLOO_SOCKET_IFNAME",
+    "NCCL_IB_HCA",
+    "NCCL_TOPO_FILE",
+    "UCX_NET_DEVICES",
+    "OMP_NUM_THREADS",
+)
+_DOORS = {
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "vLLM unpickles what it receives, which runs code of whoever sent it",
+    "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "torch.load runs code out of checkpoints",
+    "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE": "TransformerEngine runs code out of checkpoints",
+}
+_OFF = ("", "0", "false", "no")
+
+
+def relevant() -> dict[str, str]:
+    """Variables that collectives, kernels and loaders read, as this rank has them."""
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(_PREFIXES) or name in _NAMES
+    }
+
+
+def check_doors() -> list[Finding]:
+    """Variables that let data run code."""
+    opened = [name for name in _DOORS if os.environ.get(name, "").lower() not in _OFF]
+    problems = [
+        Finding("variables", "problem", f"{name}={os.environ[name]}", _DOORS[name], f"unset {name}")
+        for name in opened
+    ]
+    names = ", ".join(relevant()) or "none"
+    return problems or [Finding("variables", "ok", f"set, of those that libraries read: {names}")]
+
+
+def compare(name: str, by_rank: Mapping[int, Mapping[str, str]], hosts: Mapping[int, str]) -> list[Finding]:
+    """Entries that are not the same on all ranks.
+
+    Args:
+        name: of the check.
+        by_rank: rank -> entry -> value; an absent entry differs from any value.
+        hosts: rank -> machine.
+    """
+    findings = []
+    for entry in sorted({key for values in by_rank.values() for key in values}):
+        ranks_of = defaultdict(list)
+        for rank, values in by_rank.items():
+            ranks_of[values.get(entry)].append(rank)
+        if len(ranks_of) == 1:
+            continue
+        shown = "; ".join(
+            f"{'unset' if value is None else value} on {ranks_text(ranks, hosts)}"
+            for value, ranks in ranks_of.items()
+        )
+        level = "warning" if entry in _OF_ONE_MACHINE else "problem"
+        why = "ranks that disagree hang in a collective, or compute differently"
+        fix = f"give every rank the same {entry}: one environment, exported before torchrun or srun"
+        findings.append(Finding(name, level, f"{entry} differs: {shown}", why, fix))
+    return findings or [Finding(name, "ok", f"equal on all {len(by_rank)} ranks")]
+
+
+def ranks_text(ranks: list[int], hosts: Mapping[int, str]) -> str:
+    """Ranks with their machines, for people."""
+    by_host = defaultdict(list)
+    for rank in ranks:
+        by_host[hosts[rank]].append(rank)
+    return ", ".join(
+        f"{'ranks' if len(own) > 1 else 'rank'} {' '.join(map(str, own))} ({host})"
+        for host, own in by_host.items()
+    )

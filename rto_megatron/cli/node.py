@@ -1,0 +1,79 @@
+"""`rto node`: the trainer ranks of one machine, in a job on several machines."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rto_megatron.cli.options import Interface, Overrides, Recipe
+
+if TYPE_CHECKING:
+    from rto_megatron.cli.torchrun import RankFailure
+
+Meeting = Annotated[
+    str,
+    typer.Option(metavar="ADDRESS:PORT", help="Where the machines meet: on one of them, on its interface."),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file to `app`."""
+    app.command()(node)
+    app.command()(address)
+
+
+def node(
+    recipe: Recipe,
+    meeting: Meeting,
+    meeting_id: Annotated[
+        str, typer.Option(help="Of this attempt; the same on all machines, never used again.")
+    ],
+    interface: Interface,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines with trainer ranks.")],
+    ranks: Annotated[int, typer.Option(min=1, help="Trainer ranks of this machine.")],
+    overrides: Overrides = None,
+) -> None:
+    """Run this machine's ranks of a stage through torchrun, and wait; the jobs that `rto slurm` writes call it.
+
+    The pool is not started here: name it with rollout.servers and rollout.token_file. A failed rank ends the attempt
+    on all machines; the next one needs another --meeting-id. SIGTERM is passed on as `rto train` takes it.
+    """
+    from torch.distributed.elastic.rendezvous import RendezvousConnectionError
+
+    from rto_megatron.cli.torchrun import start_ranks
+    from rto_megatron.config.load import load_recipe
+    from rto_megatron.platform.network import MEETING, interface_address
+    from rto_megatron.trainer.stopping import signals_ask_to_stop
+
+    run_dir = load_recipe(recipe, overrides or []).run.dir
+    here = [f"--nnodes={nodes}", f"--local-addr={interface_address(interface)}"]
+    there = [f"--rdzv-backend={MEETING}", f"--rdzv-endpoint={meeting}", f"--rdzv-id={meeting_id}"]
+    try:
+        with signals_ask_to_stop(run_dir):
+            failure = start_ranks(ranks, ["train", str(recipe), *(overrides or [])], [*here, *there])
+    except RendezvousConnectionError:
+        typer.echo(f"error: the machine of the meeting point {meeting} has ended its part", err=True)
+        raise typer.Exit(1) from None
+    if failure is not None:
+        _tell(run_dir, failure)
+        raise typer.Exit(1)
+
+
+def _tell(run_dir: Path, failure: "RankFailure") -> None:
+    """Notes the end of a rank that could not note it itself; on the other machines it is only lost."""
+    from rto_megatron.trainer.ending import finished_steps
+    from rto_megatron.trainer.status import ExitReason, Status, attempt_number, note_status
+
+    if failure.signal_name is not None:
+        step = finished_steps(run_dir)
+        message = f"rank {failure.rank} was ended by {failure.signal_name} after step {step}"
+        typer.echo(f"error: {message}", err=True)
+        status = Status(ExitReason.INFRA_LOST_RANK, step, message, attempt_number(), message)
+        note_status(run_dir, status)
+
+
+def address(interface: Interface) -> None:
+    """Print this machine's IPv4 address on a network interface."""
+    from rto_megatron.platform.network import interface_address
+
+    typer.echo(interface_address(interface))

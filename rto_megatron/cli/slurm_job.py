@@ -1,0 +1,279 @@
+"""A SLURM job of one stage: how its nodes are used, whether that works, and the sbatch script that says so."""
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+import rto_megatron
+from rto_megatron.cli.check import judged
+from rto_megatron.cli.colocated import pool_weight_bytes
+from rto_megatron.cli.plan import activation_bytes, gib, role_cost
+from rto_megatron.cli.shapes import FoundShape, hugging_face_folder
+from rto_megatron.config.checks import is_colocated, refuse, samples_from_pool
+from rto_megatron.config.load import dump
+from rto_megatron.config.roles import roles_of
+from rto_megatron.config.run_folder import make_run_folder
+from rto_megatron.config.schema import EvaluateStage, ReinforcementStage, Stage
+from rto_megatron.errors import UserError
+
+ROOT = Path(rto_megatron.__file__).parents[1]
+_BODY = ROOT / "launchers" / "slurm" / "job.sh"
+_POOL_WAIT_S = 1800
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What is asked of SLURM.
+
+    Args:
+        nodes: all of the job; the last `pool_nodes` serve, the others train.
+        gpus_per_node: 0: none.
+        interface: of every node; empty: that of the default route.
+        notice_s: how long before the time limit the trainer is told to save.
+        mounts: folders that the container shows beside the checkout and the run folder.
+    """
+
+    nodes: int
+    pool_nodes: int = 0
+    gpus_per_node: int = 0
+    interface: str = ""
+    time: str | None = None
+    notice_s: int = 300
+    partition: str | None = None
+    account: str | None = None
+    container: str | None = None
+    mounts: tuple[str, ...] = ()
+
+    @property
+    def trainer_nodes(self) -> int:
+        """Nodes with trainer ranks."""
+        return self.nodes - self.pool_nodes
+
+
+@dataclass(frozen=True)
+class Job:
+    """A stage on an allocation, checked.
+
+    Args:
+        server_nodes: nodes of each server; more than 1 where a server is larger than a node.
+        num_servers: of the whole pool; 0: the stage needs none, or the configuration names its servers.
+        pool_options: of `rto pool`, equal on all pool nodes.
+        restarts: in a row without a new checkpoint.
+    """
+
+    config: Stage
+    allocation: Allocation
+    ranks_per_node: int
+    server_nodes: int
+    num_servers: int
+    pool_options: tuple[str, ...]
+    restarts: int
+
+    @property
+    def folder(self) -> Path:
+        """Of the script, its recipe and its logs."""
+        return self.config.run.dir / "slurm"
+
+    def log(self, number: str) -> Path:
+        """Of a submitted job."""
+        return self.folder / f"log-{number}.txt"
+
+    def write(self) -> Path:
+        """Writes the script and the recipe that it reads; returns the script's path."""
+        make_run_folder(self.config.run.dir)
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / "recipe.yaml").write_text(dump(self.config))
+        script = self.folder / "job.sbatch"
+        script.write_text("\n".join([*self._header(), *self._settings(), "", _BODY.read_text()]))
+        return script
+
+    def _header(self) -> list[str]:
+        asked = self.allocation
+        options = {
+            "job-name": self.config.stage,
+            "nodes": asked.nodes,
+            "ntasks-per-node": 1,
+            "gpus-per-node": asked.gpus_per_node or None,
+            "time": asked.time,
+            "partition": asked.partition,
+            "account": asked.account,
+            "signal": f"B:USR1@{asked.notice_s}",
+            "open-mode": "append",
+            "output": self.log("%j"),
+            "chdir": Path.cwd(),
+            "mem": 0,
+        }
+        given = [f"#SBATCH --{name}={value}" for name, value in options.items() if value is not None]
+        return [
+            "#!/bin/bash",
+            "# Written by `rto slurm`.",
+            *given,
+            "#SBATCH --exclusive",
+            "#SBATCH --requeue",
+        ]
+
+    def _settings(self) -> list[str]:
+        asked = self.allocation
+        settings: dict[str, str | int | Path | tuple[str, ...]] = {
+            "root": ROOT,
+            "recipe": self.folder / "recipe.yaml",
+            "overrides": (),
+            "run_dir": self.config.run.dir,
+            "interface": asked.interface,
+            "ranks_per_node": self.ranks_per_node,
+            "pool_nodes": asked.pool_nodes,
+            "server_nodes": self.server_nodes,
+            "num_servers": self.num_servers,
+            "pool_options": self.pool_options,
+            "pool_wait_s": _POOL_WAIT_S,
+            "restarts": self.restarts,
+            "step_options": self._step_options(),
+        }
+        return [f"{name}={_quoted(value)}" for name, value in settings.items()]
+
+    def _step_options(self) -> tuple[str, ...]:
+        asked = self.allocation
+        gpus = (f"--gpus-per-node={asked.gpus_per_node}",) if asked.gpus_per_node else ()
+        if asked.container is None:
+            return gpus
+        folders = dict.fromkeys([str(ROOT), str(self.config.run.dir), *asked.mounts])
+        mounts = ",".join(f"{folder}:{folder}" for folder in folders)
+        image = (f"--container-image={asked.container}", f"--container-mounts={mounts}")
+        return (*gpus, *image, "--no-container-mount-home")
+
+
+def _quoted(value: str | int | Path | tuple[str, ...]) -> str:
+    return f"({shlex.join(value)})" if isinstance(value, tuple) else shlex.quote(str(value))
+
+
+def plan_job(
+    config: Stage,
+    allocation: Allocation,
+    pool_tensor: int,
+    restarts: int,
+    assume: list[str],
+    gpu_gib: float | None,
+) -> Job:
+    """How the stage uses the allocation.
+
+    Args:
+        pool_tensor: tensor-parallel size of a server.
+        assume: shapes of models that are not here, as ROLE=SHAPE.
+        gpu_gib: memory of a GPU; None: not judged.
+
+    Raises:
+        UserError: it cannot work.
+    """
+    _refuse_other_place(config, allocation)
+    model_ranks = config.parallel.tensor * config.parallel.pipeline
+    ranks_per_node = allocation.gpus_per_node or max(1, model_ranks // allocation.trainer_nodes)
+    _, shapes = judged(config, ranks_per_node * allocation.trainer_nodes, assume)
+    server_nodes, servers_per_group = _servers(allocation, pool_tensor)
+    has_pool = allocation.pool_nodes > 0
+    job = Job(
+        config=config,
+        allocation=allocation,
+        ranks_per_node=ranks_per_node,
+        server_nodes=server_nodes,
+        num_servers=allocation.pool_nodes // server_nodes * servers_per_group,
+        pool_options=_pool_options(config, servers_per_group, pool_tensor) if has_pool else (),
+        restarts=restarts,
+    )
+    refuse(_pool_problems(shapes, pool_tensor) if has_pool else [])
+    refuse(_memory_problems(job, shapes, pool_tensor, int(gpu_gib * 2**30)) if gpu_gib else [])
+    return job
+
+
+def _refuse_other_place(config: Stage, allocation: Allocation) -> None:
+    if not _BODY.is_file():
+        raise UserError(
+            f"{_BODY} is missing; `rto slurm` needs a checkout of the repository, not the package alone"
+        )
+    if is_colocated(config):
+        raise UserError(
+            "rollout.colocated=true: a job on several nodes gives the pool nodes of its own; set it to false, or run "
+            "`rto launch` as a job on one node"
+        )
+    if allocation.trainer_nodes < 1:
+        raise UserError(
+            f"--nodes {allocation.nodes} --pool-nodes {allocation.pool_nodes}: leaves no node for the trainer; --nodes "
+            "counts those of the pool too"
+        )
+    has_servers = isinstance(config, ReinforcementStage | EvaluateStage) and bool(config.rollout.servers)
+    if samples_from_pool(config) and not has_servers and allocation.pool_nodes == 0:
+        raise UserError(
+            f"stage {config.stage} samples from an inference pool; give it nodes with --pool-nodes"
+        )
+    if allocation.pool_nodes and not samples_from_pool(config):
+        raise UserError(
+            f"--pool-nodes {allocation.pool_nodes}: stage {config.stage} needs no pool; remove it"
+        )
+    if allocation.pool_nodes and has_servers:
+        raise UserError("rollout.servers names a pool that runs already; remove it or --pool-nodes")
+
+
+def _servers(allocation: Allocation, pool_tensor: int) -> tuple[int, int]:
+    """Nodes of a server, and servers on each such group of nodes.
+
+    Raises:
+        UserError: servers do not fill nodes, or nodes servers.
+    """
+    gpus, nodes = allocation.gpus_per_node, allocation.pool_nodes
+    if gpus == 0 or nodes == 0:
+        return 1, 1
+    if gpus % pool_tensor and pool_tensor % gpus:
+        raise UserError(
+            f"--pool-tensor {pool_tensor} does not fit nodes of {gpus} GPUs: it must divide them, or be a multiple"
+        )
+    server_nodes = max(1, pool_tensor // gpus)
+    if nodes % server_nodes:
+        raise UserError(
+            f"--pool-tensor {pool_tensor} takes {server_nodes} nodes of {gpus} GPUs for each server, and --pool-nodes "
+            f"{nodes} is no multiple of that"
+        )
+    return server_nodes, max(1, gpus // pool_tensor)
+
+
+def _pool_options(config: Stage, servers: int, pool_tensor: int) -> tuple[str, ...]:
+    assert isinstance(config, ReinforcementStage | EvaluateStage)
+    length = max(64, config.data.max_prompt_tokens + config.sampling.max_response_tokens)
+    options = [str(hugging_face_folder(config.models.policy).absolute())]
+    options += ["--dtype", config.precision.dtype, "--max-model-len", str(length)]
+    options += ["--servers", str(servers), "--tensor-parallel", str(pool_tensor)]
+    if config.rollout.gpu_memory_fraction is not None:
+        options += ["--gpu-memory-fraction", str(config.rollout.gpu_memory_fraction)]
+    return tuple(options)
+
+
+def _pool_problems(shapes: dict[str, FoundShape], pool_tensor: int) -> list[str]:
+    policy = shapes.get("policy")
+    if policy is None or policy.shape.num_heads % pool_tensor == 0:
+        return []
+    return [
+        f"--pool-tensor {pool_tensor} does not divide the policy's {policy.shape.num_heads} attention heads"
+    ]
+
+
+def _memory_problems(job: Job, shapes: dict[str, FoundShape], pool_tensor: int, gpu_bytes: int) -> list[str]:
+    config = job.config
+    world_size = job.ranks_per_node * job.allocation.trainer_nodes
+    data_parallel = world_size // (config.parallel.tensor * config.parallel.pipeline)
+    known = [role for role in roles_of(config) if role.name in shapes]
+    models = sum(
+        role_cost(role, shapes[role.name].shape, config, data_parallel).bytes_per_rank for role in known
+    )
+    trainer = models + activation_bytes(config, shapes)
+    problems = []
+    if trainer > gpu_bytes:
+        problems.append(
+            f"the trainer takes {gib(trainer)} of a GPU's {gib(gpu_bytes)}; raise parallel.tensor or parallel.pipeline "
+            "or set precision.recompute or parallel.distributed_optimizer to true"
+        )
+    if job.num_servers and "policy" in shapes:
+        width = 2 if config.precision.dtype == "bf16" else 4
+        weights = pool_weight_bytes(shapes["policy"].shape, width, pool_tensor)
+        if weights > gpu_bytes:
+            problems.append(
+                f"the pool's weights take {gib(weights)} of a GPU's {gib(gpu_bytes)}; raise --pool-tensor"
+            )
+    return problems

@@ -1,0 +1,93 @@
+"""Which checkpoint a run goes on from: the newest, proved whole, or an error that says what was lost."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from rto_megatron.engine.integrity import CheckpointError, raise_together, write_error
+from rto_megatron.engine.saving import STATE, point_to
+from rto_megatron.engine.source import (
+    CHECKPOINTS,
+    POINTER,
+    finished_checkpoints,
+    is_step_name,
+    pointed_name,
+    pointer_problem,
+)
+from rto_megatron.parallel.collectives import Json
+from rto_megatron.parallel.topology import Topology
+from rto_megatron.storage.file_digests import checkpoint_problem
+
+DAMAGED = "damaged_"  # <run>/checkpoints/damaged_step_<step>: what a resume from an older one set aside
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint all of whose files are those that were saved."""
+
+    path: Path
+    state: dict[str, Json]
+    warnings: tuple[str, ...]  # what was wrong beside it, for the user
+
+
+def find_valid(run_dir: Path, topology: Topology, takes_older: bool) -> Found | None:
+    """The newest checkpoint, read through once; None for a fresh run. All ranks must call it.
+
+    Args:
+        takes_older: where the newest is damaged or gone, set it aside and take the last valid one.
+
+    Raises:
+        CheckpointError: on every rank; it is damaged or gone (and nothing older may be taken), or none is valid.
+    """
+    listed = topology.lead_json(
+        [
+            pointer_problem(run_dir),
+            pointed_name(run_dir),
+            *(path.name for path in reversed(finished_checkpoints(run_dir))),
+        ]
+    )
+    assert isinstance(listed, list)
+    lost, pointed, *names = listed
+    problems = [] if lost is None else [str(lost)]
+    if not names and not problems:
+        return None
+    checkpoints = [run_dir / CHECKPOINTS / str(name) for name in names]
+    for path in checkpoints:
+        own = checkpoint_problem(path, topology.rank, topology.world_size)
+        found = [str(problem) for problem in topology.gather_all_json(own) if problem is not None]
+        if not found:
+            break
+        problems.append(found[0])
+    else:
+        told = "\n".join(problems)
+        raise CheckpointError(
+            f"{told}\nno checkpoint in {run_dir} is whole; name another run.dir to start again"
+        )
+    if problems and not takes_older:
+        raise CheckpointError(
+            f"{problems[0]}\nThe newest whole checkpoint of {run_dir} is {path.name}. Put back what is damaged, "
+            "or set run.resume_from_older=true to go on from that one: later steps are trained again, and damaged "
+            "folders are kept under another name"
+        )
+    if problems:
+        problems.append(f"the run goes on from {path.name}: later steps are trained again")
+        _set_aside(checkpoints[: checkpoints.index(path)], path, topology)
+    elif pointed is not None and not is_step_name(str(pointed)):
+        # It is written whole, so this is damage; but the newest checkpoint was found without it.
+        problems.append(
+            f"{run_dir / CHECKPOINTS / POINTER} is damaged, it holds {pointed!r}; {path.name} is the newest"
+        )
+    return Found(path, json.loads((path / STATE).read_text()), tuple(problems))
+
+
+def _set_aside(damaged: list[Path], valid: Path, topology: Topology) -> None:
+    error = None
+    if topology.is_lead:
+        try:
+            for path in damaged:
+                number = sum(1 for _ in path.parent.glob(f"{DAMAGED}{path.name}*"))
+                path.rename(path.with_name(f"{DAMAGED}{path.name}" + (f"_{number}" if number else "")))
+            point_to(valid)
+        except OSError as failure:
+            error = write_error(failure, valid, 0)
+    raise_together(topology, error)

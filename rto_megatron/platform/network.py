@@ -1,0 +1,104 @@
+"""This machine's address on one of its networks, and a meeting point of torchrun that listens there alone."""
+
+import socket
+from datetime import timedelta
+
+import psutil
+import torch.distributed as dist
+from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
+    DynamicRendezvousHandler,
+    RendezvousTimeout,
+)
+
+from rto_megatron.errors import UserError
+
+MEETING = "rto"  # the name of `meet` as a rendezvous backend
+_STORE_TIMEOUT = timedelta(seconds=60)
+_JOIN_TIMEOUT = timedelta(seconds=600)  # nodes of one job start their processes minutes apart
+
+
+def interface_address(name: str) -> str:
+    """The IPv4 address of a network interface of this machine.
+
+    Raises:
+        UserError: there is no such interface, or it has no such address.
+    """
+    addresses = {
+        one: entry.address
+        for one, entries in psutil.net_if_addrs().items()
+        for entry in entries
+        if entry.family is socket.AF_INET
+    }
+    if name not in addresses:
+        known = ", ".join(f"{one} ({address})" for one, address in addresses.items())
+        raise UserError(
+            f"network interface {name!r} of {socket.gethostname()} has no IPv4 address; found {known}"
+        )
+    return addresses[name]
+
+
+def listening_store(address: str, port: int) -> dist.TCPStore:
+    """A store that listens on `address` alone; without a listener of ours TCPStore listens on every interface.
+
+    Args:
+        port: 0 picks a free one.
+
+    Raises:
+        OSError: the address is not this machine's, or the port is taken.
+    """
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((address, port))
+        listener.listen(1024)
+        # The store takes over the descriptor, so Python must not close it.
+        return dist.TCPStore(
+            address,
+            listener.getsockname()[1],
+            is_master=True,
+            timeout=_STORE_TIMEOUT,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
+    finally:
+        listener.close()
+
+
+class _MeetingHandler(DynamicRendezvousHandler):
+    """torch's own, but for where the ranks' store listens (torch 2.13: a method that is not public)."""
+
+    def get_backend(self) -> str:
+        return MEETING
+
+    def _create_tcp_store_server(self, master_addr: str, master_port: int) -> dist.TCPStore:
+        return listening_store(master_addr, master_port)
+
+
+def meet(params: RendezvousParameters) -> RendezvousHandler:
+    """The meeting of all torchruns of a job, as torch's `c10d` backend makes it, on one interface.
+
+    The machine whose `local_addr` is the endpoint's address has the store.
+    """
+    host, _, port = params.endpoint.rpartition(":")
+    assert params.local_addr is not None, "torchrun was started without --local-addr"
+    store = _meeting_store(host, int(port), is_here=params.local_addr == host)
+    return _MeetingHandler.from_backend(
+        params.run_id,
+        store,
+        C10dRendezvousBackend(store, params.run_id),
+        params.min_nodes,
+        params.max_nodes,
+        params.local_addr,
+        RendezvousTimeout(join=_JOIN_TIMEOUT),
+    )
+
+
+def _meeting_store(host: str, port: int, is_here: bool) -> dist.TCPStore:
+    if is_here:
+        try:
+            return listening_store(host, port)
+        except OSError:
+            pass  # several nodes can be one machine, and then another one has it
+    return dist.TCPStore(host, port, is_master=False, timeout=_JOIN_TIMEOUT, wait_for_workers=False)

@@ -1,0 +1,93 @@
+"""Why a run ended: `<run>/run_status.json`, from a fixed list of reasons, for people and for the next attempt."""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from rto_megatron.config.run_folder import make_run_folder
+
+STATUS_FILE = "run_status.json"
+_EXIT_CODES = {"DONE": 0, "CONFIG": 2, "PREEMPTED": 85, "INTERRUPTED": 130}
+
+
+class ExitReason(StrEnum):
+    """The fixed list."""
+
+    DONE = "DONE"
+    PREEMPTED = "PREEMPTED"  # told to stop; the step was finished and saved
+    INTERRUPTED = "INTERRUPTED"  # Ctrl-C: stopped at once, in order
+    CONFIG = "CONFIG"
+    INFRA_NO_GENERATOR = "INFRA_NO_GENERATOR"
+    INFRA_LOST_RANK = "INFRA_LOST_RANK"
+    HANG = "HANG"
+    NAN = "NAN"
+    OOM = "OOM"
+    DISK = "DISK"
+    CHECKPOINT = "CHECKPOINT"
+    REPEATED_CRASH = "REPEATED_CRASH"
+    BUG = "BUG"
+
+    @property
+    def exit_code(self) -> int:
+        """Status of `rto launch` and of the launchers' scripts; 85 asks a scheduler for another turn."""
+        return _EXIT_CODES.get(self, 1)
+
+
+@dataclass(frozen=True)
+class Status:
+    """How the last attempt ended.
+
+    Args:
+        step: finished steps, those after the last checkpoint included.
+        message: for people.
+        attempt: 1 is the first of a launch.
+        fingerprint: of a crash; two alike at the same step are the same crash.
+    """
+
+    reason: ExitReason
+    step: int
+    message: str
+    attempt: int = 1
+    fingerprint: str = ""
+
+
+def attempt_number() -> int:
+    """Of this process; whoever starts the next attempt says so in RTO_ATTEMPT."""
+    return int(os.environ.get("RTO_ATTEMPT", "1"))
+
+
+def write_status(run_dir: Path, status: Status) -> None:
+    """Replaces the run's status as a whole: a reader never sees half of one."""
+    make_run_folder(run_dir)
+    partial = run_dir / f"{STATUS_FILE}.{os.getpid()}.partial"
+    partial.write_text(json.dumps({**asdict(status), "exit_code": status.reason.exit_code}, indent=2) + "\n")
+    partial.replace(run_dir / STATUS_FILE)
+
+
+def note_status(run_dir: Path, status: Status) -> None:
+    """As `write_status`, unless another rank has told its own end: a lost rank is what the others see of it."""
+    before = read_status(run_dir)
+    if before is None or before.reason is ExitReason.INFRA_LOST_RANK:
+        write_status(run_dir, status)
+
+
+def clear_status(run_dir: Path) -> None:
+    """At the start of an attempt: one that leaves no status was killed as a whole."""
+    (run_dir / STATUS_FILE).unlink(missing_ok=True)
+
+
+def read_status(run_dir: Path) -> Status | None:
+    """The run's status; None before its first end."""
+    path = run_dir / STATUS_FILE
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text())
+    return Status(
+        ExitReason(found["reason"]),
+        int(found["step"]),
+        str(found["message"]),
+        int(found["attempt"]),
+        str(found["fingerprint"]),
+    )

@@ -1,0 +1,14 @@
+"""Tiny model folders and data, written once per session."""
+
+from pathlib import Path
+
+import pytest
+from trainer.tiny_runs import write_files
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tokenizer, models and data; do not write into it."""
+    root = tmp_path_factory.mktemp("files")
+    write_files(root)
+    return root

@@ -1,0 +1,129 @@
+"""Pushes models of several families into vLLM's own classes, as one worker in this process, and prints what came of it.
+
+    loaded_families.py FOLDER VARIANT...
+
+A program, as vLLM must not be imported into the process of other tests. The last line is JSON: variant -> what
+`test_family_pushes.py` reads. The oracle is vLLM's own load of the pushed weights from their file.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from ranks import free_port
+from safetensors.torch import load_file
+from tiny_families import write_family
+from torch import Tensor, nn
+from trainer_ranks import whole_piece
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed.parallel_state import (
+    destroy_model_parallel,
+    ensure_model_parallel_initialized,
+    init_distributed_environment,
+)
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.model_loader import get_model
+
+from rto_megatron.weight_sync.manifest import Manifest
+from rto_megatron.weight_sync.sender import Sender
+from rto_megatron.weight_sync.transport import LOOPBACK, Communicator, Rendezvous, listen
+from rto_megatron.weight_sync.vllm_plugin import InitInfo, RtoWeightTransferEngine
+
+CPU = torch.device("cpu")
+
+
+def configuration(folder: Path) -> VllmConfig:
+    arguments = EngineArgs(
+        model=str(folder), skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=64
+    )
+    return arguments.create_engine_config()
+
+
+def load(config: VllmConfig) -> nn.Module:
+    destroy_model_parallel()  # models with experts have one group more
+    with set_current_vllm_config(config):
+        ensure_model_parallel_initialized(1, 1)
+        return get_model(vllm_config=config)
+
+
+def push(weights: dict[str, Tensor], model: nn.Module, config: VllmConfig) -> None:
+    """One sender, one worker."""
+    manifest = Manifest(16 << 10, tuple(whole_piece(name, value) for name, value in weights.items()))
+    listener = listen(LOOPBACK)
+    meeting = Rendezvous(LOOPBACK, listener.getsockname()[1], 1, 2, "families", 60, "cpu")
+
+    def send() -> None:
+        communicator = Communicator(meeting, 0, CPU, listener)
+        communicator.join()
+        sender = Sender(manifest, communicator)
+        sender.send(1, iter(weights.items()))
+        sender.confirm()
+
+    with ThreadPoolExecutor(1) as threads, set_current_vllm_config(config):
+        sent = threads.submit(send)
+        engine = RtoWeightTransferEngine(None, config, CPU, model)
+        engine.init_transfer_engine(
+            InitInfo(rendezvous=meeting.to_json(), first_rank=1, manifest=manifest.to_json())
+        )
+        engine.start_weight_update()
+        engine.update_weights({"version": 1})
+        engine.finish_weight_update()
+        sent.result()
+        engine.shutdown()
+
+
+def numbers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All that a model computes with: its parameters, and what packed ones give for an input."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.numel():
+            yield name, parameter.detach()
+    for name, module in model.named_modules():
+        if "cpu_linear" in vars(module):
+            sizes = vars(module)
+            width = next(
+                sizes[name]
+                for name in ("input_size_per_partition", "input_size", "embedding_dim")
+                if name in sizes
+            )
+            inputs = torch.randn(3, width, generator=generator)
+            yield f"{name} applied", module.cpu_linear(inputs, module.weight, None)
+
+
+def differing(ours: nn.Module, theirs: nn.Module) -> list[str]:
+    pairs = zip(numbers(ours), numbers(theirs), strict=True)
+    return [name for (name, one), (_, other) in pairs if not torch.equal(one, other)]
+
+
+def outcome(folder: Path, variant: str) -> dict[str, object]:
+    for seed in (5, 6):
+        # A head size that vLLM's attention has on a CPU.
+        sizes = {} if variant.startswith("deepseek") else {"head_dim": 32}
+        write_family(folder / variant / str(seed), variant, seed=seed, **sizes)
+    config = configuration(folder / variant / "5")
+    model, oracle = load(config), load(configuration(folder / variant / "6"))
+    before = differing(model, oracle)
+    push(load_file(folder / variant / "6" / "model.safetensors"), model, config)
+    return {
+        "compared": sum(1 for _ in numbers(oracle)),
+        "differed": len(before),
+        "differ": differing(model, oracle),
+    }
+
+
+def main(folder: Path, variants: list[str]) -> None:
+    init_distributed_environment(1, 0, f"tcp://127.0.0.1:{free_port()}", 0, "gloo")
+    outcomes: dict[str, object] = {}
+    for variant in variants:
+        try:
+            outcomes[variant] = outcome(folder, variant)
+        except (RuntimeError, ValueError, LookupError, AssertionError, NotImplementedError) as error:
+            outcomes[variant] = f"{type(error).__name__}: {error}"
+    print(json.dumps(outcomes))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,37 @@
+"""A worker extension for tests: plants one of `plants.PLANTS` in every load while a file asks for it.
+
+Named to a server by `ServerOptions.worker_extension`; the file is written by `own_servers.OwnServer.planted`.
+"""
+
+import json
+import os
+from pathlib import Path
+
+from plants import PLANT_FILE_VARIABLE, PLANTS, SQUARE
+from safetensors.torch import load_file
+
+from rto_megatron.weight_sync.receiver import Staged
+from rto_megatron.weight_sync.vllm_plugin import RtoWeightTransferEngine, RtoWorkerExtension
+
+_load = RtoWeightTransferEngine._load
+
+
+class PlantedExtension(RtoWorkerExtension):
+    """Being named makes the worker import this module."""
+
+
+def _load_with_plant(engine: RtoWeightTransferEngine, staged: Staged) -> str | None:
+    asked_for = Path(os.environ[PLANT_FILE_VARIABLE])
+    if not asked_for.exists():
+        return _load(engine, staged)
+    plant = json.loads(asked_for.read_text())
+    parallel = engine.parallel_config
+    if plant["rank"] not in (None, parallel.rank):
+        return _load(engine, staged)
+    old = load_file(plant["old"])
+    old[SQUARE] = old[SQUARE].tensor_split(parallel.tensor_parallel_size, dim=1)[parallel.rank]
+    with PLANTS[plant["kind"]](engine.model, old):
+        return _load(engine, staged)
+
+
+RtoWeightTransferEngine._load = _load_with_plant

@@ -1,0 +1,134 @@
+"""Servers and trainers killed in the middle of a push. The last file of this folder: it ends the sharded server."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from own_servers import OwnServer
+from pool_server import PoolServer, tiny_llama
+from ranks import RankError, run_ranks
+from torch import Tensor
+from trainer_ranks import TOLERANCE, ModelSource, TrainerRanks, served_distance
+
+from rto_megatron.rollout.client import ServerClient
+from rto_megatron.rollout.engine import Sampling, StaleWeights
+from rto_megatron.rollout.vllm_pool import VllmPool
+from rto_megatron.types import Prompt
+from rto_megatron.weight_sync.sender import Sender
+from rto_megatron.weight_sync.sync import WeightSync
+
+pytestmark = pytest.mark.pool
+
+TIMEOUT_S = 20.0
+MOMENTS = ("sending", "between prepare and commit", "committing")
+
+
+class Striking(ModelSource):
+    """Does something once, when the last stage has sent some buckets."""
+
+    act: Callable[[], None] | None = None
+
+    def pieces(self, sender: int) -> Iterator[tuple[str, Tensor]]:
+        for number, pair in enumerate(super().pieces(sender)):
+            if sender == 1 and number == 5 and self.act is not None:
+                act, self.act = self.act, None
+                act()
+            yield pair
+
+
+def end_this_process() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def push_and_die(pool: list[PoolServer], moment: str, version: int) -> None:
+    """A whole trainer, in a process of its own, that pushes and is killed at that moment."""
+    source = Striking(tiny_llama(33), num_stages=2)
+    if moment == "sending":
+        source.act = end_this_process
+    elif moment == "between prepare and commit":
+        WeightSync._commit = lambda sync, version: end_this_process()
+    else:
+        # Long enough for the request to arrive, and for the workers to load and wait for the senders' word.
+        Sender.confirm = lambda sender: (time.sleep(2), end_this_process())
+    TrainerRanks(pool, [source, source], timeout_s=TIMEOUT_S).push(version)
+
+
+def assert_refuses(server: PoolServer, version: int) -> None:
+    prompt, sampling = Prompt("one", (1, 5, 6)), Sampling(max_tokens=2, eos_ids=(2,))
+    with pytest.raises(StaleWeights):
+        VllmPool([server.address], server.token, timeout_s=60).generate([prompt], sampling, version)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_trainer_leaves_servers_that_wait_for_the_next(
+    pool_server: PoolServer, sharded_server: OwnServer, moment: str
+) -> None:
+    pool = [pool_server, sharded_server.pool]
+    version = 2000 + 10 * MOMENTS.index(moment)
+    source = ModelSource(tiny_llama(31), num_stages=2)
+    ranks = TrainerRanks(pool, [source, source], timeout_s=TIMEOUT_S)
+    assert ranks.push(version).lost == {}
+    ranks.close()
+    seen = len(sharded_server.log_file.read_text())
+    with pytest.raises(RankError, match="died, wait status 9"):
+        run_ranks(1, push_and_die, pool, moment, version + 1)
+    died = time.monotonic()
+    for server in pool:
+        # An engine that hangs in a push answers nothing.
+        with ServerClient(server.address, server.token, timeout_s=3 * TIMEOUT_S) as client:
+            assert client.is_paused()
+            assert client.weight_version() == str(version)
+        print(f"{moment}: {server.address} answers {time.monotonic() - died:.2f} s after the trainer's death")
+        for one in (version, version + 1):
+            assert_refuses(server, one)
+    said = sharded_server.log_file.read_text()[seen:]
+    if moment != "between prepare and commit":  # then no request is under way that could fail
+        assert "weight transfer" in said, said
+    source.model = tiny_llama(32)
+    ranks = TrainerRanks(pool, [source, source], timeout_s=TIMEOUT_S)
+    started = time.monotonic()
+    assert ranks.push(version + 2).lost == {}
+    print(f"{moment}: the next trainer's push took {time.monotonic() - started:.2f} s")
+    ranks.close()
+    for server in pool:
+        assert served_distance(server, source.model) < TOLERANCE
+
+
+def strike_during_push(well: PoolServer, struck: OwnServer, version: int, strike: Callable[[], None]) -> None:
+    """Pushes to two servers of which one is struck midway."""
+    source = Striking(tiny_llama(41), num_stages=2)
+    ranks = TrainerRanks([well, struck.pool], [source, source], timeout_s=TIMEOUT_S)
+    assert ranks.push(version).lost == {}
+    source.model = tiny_llama(42)
+    moments: list[float] = []
+
+    def act() -> None:
+        moments.append(time.monotonic())
+        strike()
+
+    source.act = act
+    report = ranks.push(version + 1)
+    print(f"over {time.monotonic() - moments[0]:.2f} s after the strike: {report.lost}, {report.times}")
+    assert report.serving == (well.address,)
+    assert list(report.lost) == [struck.pool.address]
+    assert f"inference server {struck.pool.address}" in report.lost[struck.pool.address]
+    assert served_distance(well, source.model) < TOLERANCE
+    assert ranks.push(version + 2).serving == (well.address,)
+    ranks.close()
+
+
+def test_a_push_goes_on_without_a_server_whose_engine_is_killed(
+    pool_server: PoolServer, sharded_server: OwnServer
+) -> None:
+    strike_during_push(pool_server, sharded_server, 2100, sharded_server.engine().kill)
+    # Only then can a supervisor start it again.
+    sharded_server.process.wait(60)
+
+
+def test_a_push_goes_on_without_a_server_that_is_killed(
+    pool_server: PoolServer, single_server: OwnServer
+) -> None:
+    group = single_server.process.pid
+    strike_during_push(pool_server, single_server, 2200, lambda: os.killpg(group, signal.SIGKILL))
