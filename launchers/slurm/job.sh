@@ -10,6 +10,7 @@ rto=$root/.venv/bin/rto token=$run_dir/pool/token status=$run_dir/run_status.jso
 port=$((20000 + SLURM_JOB_ID % 6000 * 2)) # below the ports that systems give out by themselves
 : "${interface:=$(awk '$2 == "00000000" {print $1; exit}' /proc/net/route)}"
 export run_dir NCCL_SOCKET_IFNAME=$interface GLOO_SOCKET_IFNAME=$interface OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # a lost rank is told in one line, not with torch's C++ stacks
 
 say() { echo "[$(date +%T) job $SLURM_JOB_ID, start $start, attempt $attempt] $*"; }
 join() { local IFS=,; echo "$*"; }

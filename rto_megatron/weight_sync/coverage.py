@@ -3,7 +3,6 @@
 The rehearsal says whether every parameter would be set, and which part of each tensor this worker's shard takes.
 """
 
-import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -71,8 +70,13 @@ class _Rehearsal:
         self._places: dict[str, tuple[tuple[Region, Place], ...]] = {}
         self._problems: list[str] = []
         self._tensor: PieceSpec | None = None
+        replaced: set[int] = set()
         for name, module, _, parameter in owned_parameters(model):
-            self._replace_loader(name, module, parameter)
+            if (
+                id(parameter) not in replaced
+            ):  # one that never moves to the meta device can have several owners
+                replaced.add(id(parameter))
+                self._replace_loader(name, module, parameter)
 
     def _replace_loader(self, name: str, module: nn.Module, parameter: Tensor) -> None:
         # A parameter may keep its loader behind a property; the reload reads it the same way.
@@ -87,18 +91,17 @@ class _Rehearsal:
         self._expected[name] = _loadable_numel(module, parameter)
         self._counted[name] = 0
 
-        signature = inspect.signature(loader)
-
-        def count(*given: object, **named: object) -> object:
-            # Experts are loaded with all arguments by name, everything else by position.
-            bound = signature.bind(*given, **named)
-            of_parameter, of_loaded, *_ = bound.arguments
-            loaded = bound.arguments[of_loaded]
-            bound.arguments[of_parameter] = stand_in
+        def count(*given: Tensor, **named: Tensor) -> object:
+            # Experts are loaded with all arguments by name, everything else with the first two by position.
+            loaded = named["loaded_weight"] if "loaded_weight" in named else given[1]
+            given, named = (
+                (stand_in, *given[1:]) if given else given,
+                named | {"param": stand_in} if "param" in named else named,
+            )
             if loaded.dtype != parameter.dtype:
                 self._problems.append(f"{name} is {parameter.dtype} here and {loaded.dtype} in the push")
             with Copies() as copies:
-                returned = loader(*bound.args, **bound.kwargs)
+                returned = loader(*given, **named)
             self._counted[name] += sum(target.numel() for target, _ in copies.seen)
             self._note((source, Place.of(target, name, stand_in)) for target, source in copies.seen)
             return returned

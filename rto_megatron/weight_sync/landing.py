@@ -10,7 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rto_megatron.weight_sync.digest import digest
-from rto_megatron.weight_sync.places import Place, Written, WrittenParameters
+from rto_megatron.weight_sync.places import Place, WrittenParameters
 from rto_megatron.weight_sync.region import Region, region_of_view
 
 _SHOWN = 5
@@ -53,8 +53,7 @@ class _Loaded:
 class Landing:
     """Compares what vLLM's loaders write with what must be written, when they write it and once more at the end.
 
-    The second look sees the parameters that keep their layout. A kernel's repacked copy of a parameter is beyond it;
-    that parameter is watched until it is repacked.
+    The second look sees the parameters that keep their layout; what a kernel has repacked is beyond it.
 
     Args:
         model: about to be loaded.
@@ -74,10 +73,8 @@ class Landing:
         self._loaded: list[_Loaded] = []
         self._parameters = WrittenParameters(model)
         self._landed: set[tuple[str, Region, Place]] = set()
-        self._kept: dict[
-            str, Written
-        ] = {}  # parameters that reached their last memory as the loader filled them
-        self._overwritten: set[str] = set()
+        self._kept: dict[str, int] = {}  # parameter -> address that it was moved to as the loader filled it
+        self._repacked: set[str] = set()
         self._landings = _Comparisons()
 
     def watch(self) -> Copies:
@@ -108,9 +105,9 @@ class Landing:
     def _note_other(self, target: Tensor, source: Tensor) -> None:
         moved, hit = self._parameters.known(source), self._parameters.known(target)
         if moved is not None and moved.has_layout_of(source) and moved.has_layout_of(target):
-            self._kept[moved.name] = moved
+            self._kept[moved.name] = target.untyped_storage().data_ptr()
         elif hit is not None:
-            self._overwritten.add(hit.name)
+            self._repacked.add(hit.name)  # in place, as kernels for experts are fed
 
     def _owner(self, source: Tensor) -> _Loaded | None:
         position = bisect_right(self._loaded, source.data_ptr(), key=lambda one: one.start) - 1
@@ -129,18 +126,21 @@ class Landing:
             "not loaded": {name for name, _, _ in missing} - strayed,
             "loaded into the place of another": strayed,
             "loaded with other numbers than were sent": self._landings.differing(),
-            "changed after it was loaded": self._overwritten | self._changed(),
+            "changed after it was loaded": self._changed(),
         }
         return "; ".join(f"{what}: {_some(sorted(names))}" for what, names in words.items() if names) or None
 
     def _changed(self) -> set[str]:
-        parameters = dict(self._model.named_parameters(remove_duplicate=False))
-        replaced = {name for name, kept in self._kept.items() if not kept.has_layout_of(parameters[name])}
-        final = _Comparisons()
+        final = {
+            name: parameter.detach()
+            for name, parameter in self._model.named_parameters(remove_duplicate=False)
+            if name not in self._repacked and self._kept.get(name) == parameter.untyped_storage().data_ptr()
+        }
+        comparisons = _Comparisons()
         for name, box, place in self._landed:
-            if place.parameter in self._kept.keys() - replaced:
-                final.add(name, place.view(parameters[place.parameter].detach()), self._expected[name][box])
-        return replaced | final.differing()
+            if place.parameter in final:
+                comparisons.add(name, place.view(final[place.parameter]), self._expected[name][box])
+        return comparisons.differing()
 
 
 class _Comparisons:

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from rto_megatron.weight_sync.communicators import open_communicator
@@ -173,6 +175,8 @@ class RtoWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         landing = Landing(self.model, staged.expected, self._coverage.places)
         expected = {name for name, _ in self.model.named_parameters()}
         initialize_layerwise_reload(self.model)
+        if self.device.type == "cpu":
+            _forget_expert_kernels(self.model)
         # Layers with padded parameters are loaded when the reload is finalised.
         with landing.watch():
             try:
@@ -199,6 +203,13 @@ class RtoWorkerExtension:
     def leave_weight_update(self) -> None:
         """Closes a session that a trainer left open; vLLM would refuse the next on every worker (`_one_voice`)."""
         self._weight_update_active = False
+
+
+def _forget_expert_kernels(model: nn.Module) -> None:
+    """Has experts packed for a CPU's kernels again, which vLLM does with the first load only."""
+    for module in model.modules():
+        if isinstance(module, RoutedExperts):
+            module.quant_method.moe_kernel = None
 
 
 def _die_with_engine() -> None:

@@ -13,7 +13,19 @@ from rto_megatron.errors import UserError
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "launchers" / "recipes"
 CONVERSIONS = ("convert hf-to-megatron", "convert megatron-to-hf", "convert verify")
-COMMANDS = ("train", "launch", "convert", "check", "synthesize", "tokenizer", "pool", "report")
+COMMANDS = (
+    "train",
+    "launch",
+    "convert",
+    "check",
+    "synthesize",
+    "tokenizer",
+    "pool",
+    "slurm",
+    "node",
+    "address",
+    "report",
+)
 
 
 def rto(*arguments: str) -> subprocess.CompletedProcess[str]:

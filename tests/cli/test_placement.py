@@ -2,7 +2,7 @@
 
 import pytest
 
-from rto_megatron.cli.launch import _sizes
+from rto_megatron.cli.launched_pool import PoolChoice, _sizes
 from rto_megatron.cli.placement import place, tensor_sizes
 from rto_megatron.errors import UserError
 
@@ -25,7 +25,7 @@ from rto_megatron.errors import UserError
 def test_servers_fill_what_the_pool_gets(
     gpus: int, pool_gpus: int | None, servers: int | None, tensor: str, expected: list[int]
 ) -> None:
-    assert _sizes(gpus, pool_gpus, servers, tensor) == expected
+    assert _sizes(gpus, PoolChoice(pool_gpus, servers, tensor)) == expected
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_what_does_not_fit_is_refused(
     gpus: int, pool_gpus: int | None, servers: int | None, tensor: str, words: str
 ) -> None:
     with pytest.raises(UserError, match=words):
-        _sizes(gpus, pool_gpus, servers, tensor)
+        _sizes(gpus, PoolChoice(pool_gpus, servers, tensor))
 
 
 def test_one_server_of_two_gpus_needs_both() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import convert
-from faults import (
+from convert_faults import (
     Touch,
     edit_hf,
     edit_index,

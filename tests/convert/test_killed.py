@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from commands import convert
-from faults import edit_hf, write_models
+from convert_faults import edit_hf, write_models
 from tiny_families import write_family
 
 from rto_megatron.convert.megatron_source import open_megatron

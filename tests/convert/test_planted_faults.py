@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import convert
-from faults import (
+from convert_faults import (
     Tensors,
     edit_hf,
     edit_index,

@@ -21,7 +21,7 @@ def test_killed_ranks_and_a_stopped_one_cost_an_attempt_each(files: Path, tmp_pa
     assert run_ranks(2, train, configure("sft", files, whole, "dp2", run__save_every=1)) == [None] * 2
     faults = [*kills(NUM_KILLS), "opt_step:4:1:stop"]
     launch = start(files, run_dir, faults=",".join(faults), run__collective_timeout_s=20)
-    said = launch.end()
+    said = launch.end(timeout_s=400 + 60 * NUM_KILLS)
     assert launch.process.returncode == 0, said
     assert fired(run_dir) == faults
     assert "attempt 1 ended after step 0 with INFRA_LOST_RANK: rank 1 was ended by SIGKILL" in said

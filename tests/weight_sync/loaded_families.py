@@ -27,17 +27,30 @@ from vllm.distributed.parallel_state import (
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model
 
-from rto_megatron.weight_sync.manifest import Manifest
+from rto_megatron.weight_sync.manifest import DTYPES, Manifest
 from rto_megatron.weight_sync.sender import Sender
 from rto_megatron.weight_sync.transport import LOOPBACK, Communicator, Rendezvous, listen
 from rto_megatron.weight_sync.vllm_plugin import InitInfo, RtoWeightTransferEngine
 
 CPU = torch.device("cpu")
+WIDTHS = ("input_size_per_partition", "input_size", "embedding_dim")
+HEADS: dict[str, object] = {"head_dim": 32}  # a size that vLLM's attention has on a CPU
+CHANGES: dict[str, dict[str, object]] = {
+    # Sizes that vLLM packs for a CPU, and the choice of experts that it would not take for granted.
+    "deepseek_v3": {
+        "topk_method": "noaux_tc",
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 32,
+    }
+}
 
 
-def configuration(folder: Path) -> VllmConfig:
+def configuration(folder: Path, dtype: str) -> VllmConfig:
     arguments = EngineArgs(
-        model=str(folder), skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=64
+        model=str(folder), skip_tokenizer_init=True, dtype=dtype, enforce_eager=True, max_model_len=64
     )
     return arguments.create_engine_config()
 
@@ -82,15 +95,15 @@ def numbers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if parameter.numel():
             yield name, parameter.detach()
     for name, module in model.named_modules():
-        if "cpu_linear" in vars(module):
-            sizes = vars(module)
-            width = next(
-                sizes[name]
-                for name in ("input_size_per_partition", "input_size", "embedding_dim")
-                if name in sizes
-            )
-            inputs = torch.randn(3, width, generator=generator)
+        attributes = vars(module)
+        if "cpu_linear" in attributes and module.cpu_linear is not nn.functional.linear:
+            width = next(attributes[size] for size in WIDTHS if size in attributes)
+            inputs = torch.randn(3, width, generator=generator).to(dtype_of(model))
             yield f"{name} applied", module.cpu_linear(inputs, module.weight, None)
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    return model.get_parameter("model.norm.weight").dtype
 
 
 def differing(ours: nn.Module, theirs: nn.Module) -> list[str]:
@@ -100,13 +113,18 @@ def differing(ours: nn.Module, theirs: nn.Module) -> list[str]:
 
 def outcome(folder: Path, variant: str) -> dict[str, object]:
     for seed in (5, 6):
-        # A head size that vLLM's attention has on a CPU.
-        sizes = {} if variant.startswith("deepseek") else {"head_dim": 32}
-        write_family(folder / variant / str(seed), variant, seed=seed, **sizes)
-    config = configuration(folder / variant / "5")
-    model, oracle = load(config), load(configuration(folder / variant / "6"))
+        write_family(folder / variant / str(seed), variant, seed=seed, **CHANGES.get(variant, HEADS))
+    # vLLM packs the experts of this family in bf16 only; what corrects their scores stays in fp32.
+    dtype = "bfloat16" if variant == "deepseek_v3" else "float32"
+    config = configuration(folder / variant / "5", dtype)
+    model, oracle = load(config), load(configuration(folder / variant / "6", dtype))
     before = differing(model, oracle)
-    push(load_file(folder / variant / "6" / "model.safetensors"), model, config)
+    weights = load_file(folder / variant / "6" / "model.safetensors")
+    of_dtype = {
+        name: value if name.endswith("e_score_correction_bias") else value.to(DTYPES[dtype])
+        for name, value in weights.items()
+    }
+    push(of_dtype, model, config)
     return {
         "compared": sum(1 for _ in numbers(oracle)),
         "differed": len(before),

@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from plants import PLANT_FILE_VARIABLE, PLANTS, SQUARE
+from plants import PLANT_FILE_VARIABLE, PLANTS
 from safetensors.torch import load_file
 
 from rto_megatron.weight_sync.receiver import Staged
@@ -25,12 +25,9 @@ def _load_with_plant(engine: RtoWeightTransferEngine, staged: Staged) -> str | N
     if not asked_for.exists():
         return _load(engine, staged)
     plant = json.loads(asked_for.read_text())
-    parallel = engine.parallel_config
-    if plant["rank"] not in (None, parallel.rank):
+    if plant["rank"] not in (None, engine.parallel_config.rank):
         return _load(engine, staged)
-    old = load_file(plant["old"])
-    old[SQUARE] = old[SQUARE].tensor_split(parallel.tensor_parallel_size, dim=1)[parallel.rank]
-    with PLANTS[plant["kind"]](engine.model, old):
+    with PLANTS[plant["kind"]](engine.model, load_file(plant["old"])):
         return _load(engine, staged)
 
 

@@ -12,8 +12,8 @@ PLANT_FILE_VARIABLE = "RTO_TEST_PLANT_FILE"
 
 KEYS_AND_VALUES = ("model.layers.0.self_attn.k_proj.weight", "model.layers.0.self_attn.v_proj.weight")
 NORMS = ("model.layers.0.input_layernorm.weight", "model.layers.1.input_layernorm.weight")
-SQUARE = "model.layers.0.self_attn.o_proj.weight"  # packed for a CPU's kernels, and cut by tensor parallelism
-PLAIN = "model.norm.weight"  # stays as it was loaded
+SQUARE = "model.layers.0.self_attn.o_proj.weight"  # cut by tensor parallelism
+PLAIN = "model.norm.weight"  # not packed for a CPU's kernels
 
 Weights = Iterable[tuple[str, Tensor]]
 Load = Callable[[Weights], set[str]]
@@ -57,28 +57,9 @@ def _put_back(model: nn.Module, load: Load, weights: Weights, old: Old) -> set[s
     return loaded
 
 
-@contextmanager
-def _put_back_before_packing(model: nn.Module, old: Old) -> Iterator[None]:
-    layer = model.get_submodule(SQUARE.removesuffix(".weight"))
-    method = layer.quant_method
-    pack = method.process_weights_after_loading
-
-    def put_back_and_pack(processed: nn.Module) -> None:
-        if processed is layer:
-            layer.weight.data.copy_(old[SQUARE])
-        pack(processed)
-
-    method.process_weights_after_loading = put_back_and_pack
-    try:
-        yield
-    finally:
-        del method.process_weights_after_loading
-
-
 PLANTS: dict[str, Plant] = {
     "skip": _around_loader(_skip),
     "put back": _around_loader(_put_back),
-    "put back before packing": _put_back_before_packing,
     "exchange keys and values": _exchange(KEYS_AND_VALUES),
     "exchange norms": _exchange(NORMS),
     "transpose": _around_loader(_transpose),

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from itertools import permutations
 from pathlib import Path
 
-from rto_megatron.cli.doctor_checks.finding import Finding
+from rto_megatron.cli.doctor_checks.finding import Finding, Level
 
 _MIB = 1024**2
 _SMALLEST_SHARED_MEMORY = 1024 * _MIB
@@ -26,7 +26,7 @@ def check_compiler() -> list[Finding]:
     """Compiles a file against Python's headers, as Triton does for every GPU kernel."""
     import torch
 
-    level = "problem" if torch.cuda.is_available() else "warning"
+    level: Level = "problem" if torch.cuda.is_available() else "warning"
     why = "Triton compiles with it: nothing runs on a GPU without, and torch.compile needs it everywhere"
     compiler = os.environ.get("CC") or next(
         (name for name in ("cc", "gcc", "clang") if shutil.which(name)), None
@@ -71,7 +71,7 @@ def check_gpus() -> list[Finding]:
     count = torch.cuda.device_count()
     names = sorted({torch.cuda.get_device_name(index) for index in range(count)})
     memory = min(torch.cuda.mem_get_info(index)[1] for index in range(count)) / 1024**3
-    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
     found = (
         f"{count} x {' and '.join(names)}, {memory:.0f} GiB; driver {present[0] if present else 'unknown'}, "
         f"CUDA {torch.version.cuda}, NCCL {nccl}"

@@ -4,7 +4,7 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping
 
-from rto_megatron.cli.doctor_checks.finding import Finding
+from rto_megatron.cli.doctor_checks.finding import Finding, Level
 
 _PREFIXES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "NVTE_", "UCX_")
 _NAMES = (
@@ -73,7 +73,7 @@ def compare(name: str, by_rank: Mapping[int, Mapping[str, str]], hosts: Mapping[
             f"{'unset' if value is None else value} on {ranks_text(ranks, hosts)}"
             for value, ranks in ranks_of.items()
         )
-        level = "warning" if entry in _OF_ONE_MACHINE else "problem"
+        level: Level = "warning" if entry in _OF_ONE_MACHINE else "problem"
         why = "ranks that disagree hang in a collective, or compute differently"
         fix = f"give every rank the same {entry}: one environment, exported before torchrun or srun"
         findings.append(Finding(name, level, f"{entry} differs: {shown}", why, fix))
