@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Kills, stops and fails real launches, ten kills in one run among them, and checks what is left: about 5 minutes on 2 cores.
+# Kills, stops and fails real launches, ten kills in one run among them, and checks what is left: about 10 minutes.
 # launchers/test.sh has the same with one kill. Usage: bash launchers/fault_suite.sh [pytest arguments]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

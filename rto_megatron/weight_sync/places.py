@@ -52,7 +52,7 @@ class WrittenParameters:
     """The parameters of a model that are being written, by their memory."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._slots = [(name, module, own) for name, module, own, _ in owned_parameters(model)]
+        self._slots = {name: (module, own) for name, module, own, _ in owned_parameters(model)}
         self._known: dict[int, Written] = {}
 
     def known(self, tensor: Tensor) -> Written | None:
@@ -67,19 +67,16 @@ class WrittenParameters:
     def place(self, target: Tensor) -> Place | None:
         """The part that a loader writes, None where it is no parameter's."""
         address = target.untyped_storage().data_ptr()
-        for name, parameter in self._candidates(target):
+        known = self.known(target)
+        for name in self._slots if known is None else (known.name,):
+            module, own = self._slots[name]
+            parameter = module._parameters.get(own)
             if parameter is not None and parameter.untyped_storage().data_ptr() == address:
-                if self.known(target) is None:
+                if known is None:
                     storage = StorageWeakRef(parameter.untyped_storage())
                     self._known[address] = Written(name, tuple(parameter.shape), parameter.stride(), storage)
                 return Place.of(target, name, parameter)
         return None
-
-    def _candidates(self, target: Tensor) -> Iterator[tuple[str, Tensor | None]]:
-        known = self.known(target)
-        for name, module, own in self._slots:
-            if known is None or known.name == name:
-                yield name, module._parameters.get(own)
 
 
 def owned_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:

@@ -5,9 +5,7 @@ serve on. Named on vLLM's command line as worker extension, which makes every wo
 its weight-transfer engine is made.
 """
 
-import ctypes
 import gc
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +28,6 @@ from rto_megatron.weight_sync.sender import agree_on_manifest
 from rto_megatron.weight_sync.transport import Communicator, Rendezvous, TransportError
 
 _BACKEND = "rto"
-_PR_SET_PDEATHSIG = 1
 _log = init_logger(__name__)
 
 
@@ -58,8 +55,6 @@ class RtoWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        if self.parallel_config.world_size > 1:
-            _die_with_engine()
         self._communicator: Communicator | None = None
         self._manifest = Manifest(0, ())
         self._staged: Staged | None = None
@@ -210,15 +205,6 @@ def _forget_expert_kernels(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, RoutedExperts):
             module.quant_method.moe_kernel = None
-
-
-def _die_with_engine() -> None:
-    """Has the kernel kill this worker when the engine that started it ends.
-
-    Workers of a killed engine would live on and hold what tells the API server of its end, so that it would never
-    exit, and no supervisor start it again.
-    """
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
 
 if _BACKEND not in WeightTransferEngineFactory._registry:

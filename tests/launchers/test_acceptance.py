@@ -40,7 +40,7 @@ def test_a_check_that_hangs_fails_in_the_table(tmp_path: Path) -> None:
     shown = acceptance(tmp_path, "collectives", LIMIT_S="0.2")
     assert shown.returncode == 1
     line = row(shown, "collectives")
-    assert line.startswith("FAIL") and f"see {tmp_path}/logs/collectives.log" in line
+    assert line.startswith("FAIL") and f"see {tmp_path}/acceptance/logs/collectives.log" in line
     assert "1 failed" in shown.stdout
 
 

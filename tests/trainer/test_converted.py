@@ -90,13 +90,14 @@ def test_a_config_that_is_not_the_trained_models_stops_the_stage(root: Path, tmp
 
 def test_a_damaged_checkpoint_of_a_run_is_not_converted(root: Path, tmp_path: Path) -> None:
     checkpoint = sorted((_runs(root, "rto", "one") / "checkpoints").iterdir())[-1]
-    shutil.copytree(checkpoint / "policy", tmp_path / "policy")
-    (file,) = (tmp_path / "policy/weights").glob("__0_*.distcp")
+    copy = tmp_path / checkpoint.name
+    shutil.copytree(checkpoint, copy)
+    (file,) = (copy / "policy/weights").glob("__0_*.distcp")
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     with pytest.raises(UserError, match=r"\.distcp is not the file that was saved"):
-        convert("megatron-to-hf", tmp_path / "policy", tmp_path / "hf")
+        convert("megatron-to-hf", copy / "policy", tmp_path / "hf")
 
 
 def test_the_report_of_a_conversion_does_not_outlive_training(root: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.pool
 
 # Biases, tied embeddings with a vocabulary that vLLM pads, norms of heads, a sliding window, experts of every kind.
 VARIANTS = [
+    "llama3_tied",
     "qwen2_tied",
     "qwen3",
     "mistral",

@@ -99,7 +99,8 @@ def test_a_killed_trainer_leaves_servers_that_wait_for_the_next(
 def strike_during_push(well: PoolServer, struck: OwnServer, version: int, strike: Callable[[], None]) -> None:
     """Pushes to two servers of which one is struck midway."""
     source = Striking(tiny_llama(41), num_stages=2)
-    ranks = TrainerRanks([well, struck.pool], [source, source], timeout_s=TIMEOUT_S)
+    # vLLM never answers a request whose engine was killed under it: the push waits that long, and 15 s.
+    ranks = TrainerRanks([well, struck.pool], [source, source], timeout_s=TIMEOUT_S / 2)
     assert ranks.push(version).lost == {}
     source.model = tiny_llama(42)
     moments: list[float] = []
@@ -123,8 +124,6 @@ def test_a_push_goes_on_without_a_server_whose_engine_is_killed(
     pool_server: PoolServer, sharded_server: OwnServer
 ) -> None:
     strike_during_push(pool_server, sharded_server, 2100, sharded_server.engine().kill)
-    # Only then can a supervisor start it again.
-    sharded_server.process.wait(60)
 
 
 def test_a_push_goes_on_without_a_server_that_is_killed(

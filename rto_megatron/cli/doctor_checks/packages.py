@@ -71,7 +71,7 @@ def _requirements(path: Path) -> Iterator[Requirement]:
 
 def _compare(wanted: Requirement) -> Finding | None:
     found = _version(wanted.name)
-    if found is not None:
+    if found is not None and wanted.specifier.contains(found, prereleases=True):
         return None
     return Finding(
         "pins",
