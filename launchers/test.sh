@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets the environment up if needed, then lint, type check and all tests that need no GPU: under 20 minutes on 2 cores.
+# Sets the environment up if needed, then lint, type check and all tests that need no GPU: about half an hour on 2 cores.
 # Usage: bash launchers/test.sh [pytest arguments]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -13,5 +13,5 @@ echo "[2/4] ruff format --check"
 .venv/bin/ruff format --check .
 echo "[3/4] mypy (about a minute the first time)"
 .venv/bin/mypy
-echo "[4/4] pytest (up to 20 minutes)"
+echo "[4/4] pytest (about half an hour)"
 .venv/bin/python -m pytest -m "not gpu" -q "$@"
