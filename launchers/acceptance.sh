@@ -64,10 +64,10 @@ kernels() {
 }
 
 pool() { # one GPU for the pool; two ranks train, or one where there are two GPUs
-  local layout=()
-  [ "$gpus" -ne 2 ] || layout=(parallel.tensor=1)
-  limited "$rto" launch --ranks $((gpus == 2 ? 1 : 2)) ${gpus:+$([ "$gpus" -eq 0 ] || echo --pool-gpus 1)} "$recipe" \
-    "${overrides[@]}" "${layout[@]}" "run.dir=$root/rto" run.steps=1 &&
+  local split=(--ranks 2) layout=()
+  [ "$gpus" -ne 2 ] || { split=(--ranks 1) && layout=(parallel.tensor=1); }
+  [ "$gpus" -eq 0 ] || split+=(--pool-gpus 1)
+  limited "$rto" launch "${split[@]}" "$recipe" "${overrides[@]}" "${layout[@]}" "run.dir=$root/rto" run.steps=1 &&
     "$python" tools/acceptance.py figures "$root/rto"
 }
 

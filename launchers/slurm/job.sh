@@ -26,7 +26,7 @@ fail() { # MESSAGE...
   finish 1
 }
 
-step() { # NAME FIRST COUNT COMMAND...: a task on each of COUNT nodes from FIRST on; always in a subshell, as step() { # NAME FIRST COUNT COMMAND...: a task on each of COUNT nodes from FIRST on or $(...) give
+step() { # NAME FIRST COUNT COMMAND...: a task on each of COUNT nodes from FIRST on; always in a subshell, as & or $(...) give
   # --overlap: a step must not wait until an earlier one, whose attempt is still ending, has given its node back.
   exec srun --overlap --job-name="$1" --nodelist="$(join "${nodes[@]:$2:$3}")" --nodes="$3" --ntasks="$3" --ntasks-per-node=1 \
     --cpus-per-task="$SLURM_CPUS_ON_NODE" --kill-on-bad-exit=1 "${step_options[@]}" "${@:4}"

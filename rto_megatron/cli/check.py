@@ -63,7 +63,7 @@ def check(
     console.print(_layout_table(config, world_size, pool_size))
     console.print(_models_table(config, roles, shapes, world_size))
     if gpu_gib is not None:
-        _print_phases(console, config, roles, shapes, world_size, gpu_gib, pool_tensor)
+        _print_phases(console, config, shapes, world_size, gpu_gib, pool_tensor)
     console.print(f"{recipe}: sound for {_machine(world_size, gpus)}.", highlight=False)
 
 
@@ -207,7 +207,6 @@ def _models_table(
 def _print_phases(
     console: Console,
     config: "Stage",
-    roles: "Sequence[Role]",
     shapes: "Mapping[str, FoundShape]",
     world_size: int,
     gpu_gib: float,
@@ -233,7 +232,7 @@ def _print_phases(
         raise UserError("--gpu-gib needs the policy's shape; name it with --assume policy=SHAPE")
     gpu = SharedGpu(int(gpu_gib * 2**30), config.rollout.gpu_memory_fraction, pool_tensor)
     data_parallel = world_size // (config.parallel.tensor * config.parallel.pipeline)
-    phases = phase_memory(config, roles, shapes, data_parallel, gpu)
+    phases = phase_memory(config, shapes, data_parallel, gpu)
     table = Table("in a GPU's memory", title=f"phases of a step on a GPU of {gpu_gib:g} GiB")
     for phase in phases:
         table.add_column(phase.name, justify="right")

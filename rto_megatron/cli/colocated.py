@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rto_megatron.cli.placement import tensor_sizes
-from rto_megatron.cli.plan import activation_bytes, gib, role_cost
+from rto_megatron.cli.plan import activation_bytes, gib, model_bytes, weight_bytes
 from rto_megatron.cli.shapes import FoundShape, find_shape
 from rto_megatron.config.checks import find_problems, refuse
-from rto_megatron.config.roles import Role, roles_of
+from rto_megatron.config.roles import roles_of
 from rto_megatron.config.schema import EvaluateStage, ReinforcementStage
 from rto_megatron.errors import UserError
 from rto_megatron.models.parameters import num_parameters, stored_parameters
@@ -61,22 +61,13 @@ class PhaseMemory:
 
 
 def phase_memory(
-    config: SamplingStage,
-    roles: Sequence[Role],
-    shapes: Mapping[str, FoundShape],
-    data_parallel: int,
-    gpu: SharedGpu,
+    config: SamplingStage, shapes: Mapping[str, FoundShape], data_parallel: int, gpu: SharedGpu
 ) -> tuple[PhaseMemory, ...]:
     """The three phases of a step on the fullest GPU; models of unknown shape count nothing, the policy's is needed."""
-    policy, width = shapes["policy"].shape, _width(config)
-    models = sum(
-        role_cost(role, shapes[role.name].shape, config, data_parallel).bytes_per_rank
-        for role in roles
-        if role.name in shapes
-    )
+    policy, width = shapes["policy"].shape, weight_bytes(config)
     bucket = largest_bucket_bytes(policy, width, config.parallel.tensor, config.rollout.bucket_mb << 20)
     always = {
-        "trainer's models and optimizers": models,
+        "trainer's models and optimizers": model_bytes(config, shapes, data_parallel),
         "window of 2 buckets": 2 * bucket,
         "2 processes (assumed)": 2 * _PROCESS_BYTES,
     }
@@ -109,9 +100,9 @@ def memory_problems(
         for phase in phases
         if phase.total > gpu.num_bytes
     ]
-    weights = pool_weight_bytes(policy, _width(config), gpu.pool_tensor)
+    weights = pool_weight_bytes(policy, weight_bytes(config), gpu.pool_tensor)
     longest = config.data.max_prompt_tokens + config.sampling.max_response_tokens
-    least = weights + longest * cache_bytes_per_token(policy, _width(config), gpu.pool_tensor)
+    least = weights + longest * cache_bytes_per_token(policy, weight_bytes(config), gpu.pool_tensor)
     if least > gpu.pool_bytes:
         problems.append(
             f"rollout.gpu_memory_fraction={gpu.pool_fraction:g} gives the pool {gib(gpu.pool_bytes)} of a GPU, and its "
@@ -159,10 +150,6 @@ def _largest_layer(policy: ModelShape) -> int:
     return max(sizes.values())
 
 
-def _width(config: SamplingStage) -> int:
-    return 2 if config.precision.dtype == "bf16" else 4
-
-
 def shared_sizes(
     config: SamplingStage,
     gpus: int,
@@ -194,14 +181,13 @@ def shared_sizes(
 def _refuse_overfull(config: SamplingStage, num_ranks: int, pool_tensor: int) -> None:
     import torch
 
-    roles = roles_of(config)
-    found = {role.name: find_shape(role.path, None, role.name) for role in roles}
+    found = {role.name: find_shape(role.path, None, role.name) for role in roles_of(config)}
     shapes = {name: shape for name, shape in found.items() if shape is not None}
     assert config.rollout.gpu_memory_fraction is not None
     memory = torch.cuda.get_device_properties(0).total_memory
     gpu = SharedGpu(memory, config.rollout.gpu_memory_fraction, pool_tensor)
     data_parallel = max(1, num_ranks // (config.parallel.tensor * config.parallel.pipeline))
-    phases = phase_memory(config, roles, shapes, data_parallel, gpu)
+    phases = phase_memory(config, shapes, data_parallel, gpu)
     refuse(memory_problems(config, shapes["policy"].shape, phases, gpu))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import typer
 
 from rto_megatron.cli.colocated import put_to_sleep, shared_sizes
-from rto_megatron.cli.placement import place, tensor_sizes
+from rto_megatron.cli.placement import max_model_len, place, tensor_sizes
 from rto_megatron.cli.shapes import hugging_face_folder
 from rto_megatron.config.schema import EvaluateStage, ReinforcementStage
 from rto_megatron.errors import UserError
@@ -84,7 +84,7 @@ def launched_pool(
             token_file=token_file,
             log_file=config.run.dir / "pool" / f"server-{index}.log",
             dtype=config.precision.dtype,
-            max_model_len=max(64, config.data.max_prompt_tokens + config.sampling.max_response_tokens),
+            max_model_len=max_model_len(config),
             tensor_parallel=size,
             gpu_memory_fraction=config.rollout.gpu_memory_fraction,
             can_sleep=config.rollout.colocated,

@@ -1,10 +1,16 @@
-"""Which GPUs each server of a pool gets."""
+"""Which GPUs each server of a pool gets, and how long its sequences are."""
 
 import os
 from collections.abc import Sequence
 from itertools import accumulate
 
+from rto_megatron.config.schema import EvaluateStage, ReinforcementStage
 from rto_megatron.errors import UserError
+
+
+def max_model_len(config: ReinforcementStage | EvaluateStage) -> int:
+    """Tokens of prompt and response that a stage's servers must take."""
+    return max(64, config.data.max_prompt_tokens + config.sampling.max_response_tokens)
 
 
 def tensor_sizes(given: str, num_servers: int | None, num_gpus: int | None) -> list[int]:

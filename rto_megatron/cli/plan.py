@@ -49,6 +49,20 @@ def role_cost(role: Role, shape: ModelShape, config: Stage, data_parallel: int) 
     return RoleCost(total, per_rank, int(per_rank * _bytes_per_parameter(role, config, data_parallel)))
 
 
+def model_bytes(config: Stage, shapes: Mapping[str, FoundShape], data_parallel: int) -> int:
+    """Memory of all models of a stage on the fullest rank; those of unknown shape count nothing."""
+    return sum(
+        role_cost(role, shapes[role.name].shape, config, data_parallel).bytes_per_rank
+        for role in roles_of(config)
+        if role.name in shapes
+    )
+
+
+def weight_bytes(config: Stage) -> int:
+    """Of one number in the stage's dtype."""
+    return 2 if config.precision.dtype == "bf16" else 4
+
+
 def checkpoint_bytes(config: TrainStage, shapes: Mapping[str, FoundShape]) -> int:
     """Size of one checkpoint of a stage: weights and optimizer state of every trained model, in bytes.
 
@@ -67,12 +81,12 @@ def _bytes_per_parameter(role: Role, config: Stage, data_parallel: int) -> float
     is_bf16 = config.precision.dtype == "bf16"
     optimizer = _optimizer(role, config)
     if optimizer is None:
-        return 2 if is_bf16 else 4
+        return weight_bytes(config)
     average = 4 if _is_averaged(role, config) else 0
     state = (4 if is_bf16 else 0) + (8 if optimizer.kind == "adam" else 0)
     assert isinstance(config, TrainStage)
     shards = data_parallel if config.parallel.distributed_optimizer else 1
-    return (2 if is_bf16 else 4) + _GRADIENT_BYTES + average + state / shards
+    return weight_bytes(config) + _GRADIENT_BYTES + average + state / shards
 
 
 def _is_averaged(role: Role, config: Stage) -> bool:

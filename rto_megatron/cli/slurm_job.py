@@ -7,11 +7,11 @@ from pathlib import Path
 import rto_megatron
 from rto_megatron.cli.check import judged
 from rto_megatron.cli.colocated import pool_weight_bytes
-from rto_megatron.cli.plan import activation_bytes, gib, role_cost
+from rto_megatron.cli.placement import max_model_len
+from rto_megatron.cli.plan import activation_bytes, gib, model_bytes, weight_bytes
 from rto_megatron.cli.shapes import FoundShape, hugging_face_folder
 from rto_megatron.config.checks import is_colocated, refuse, samples_from_pool
 from rto_megatron.config.load import dump
-from rto_megatron.config.roles import roles_of
 from rto_megatron.config.run_folder import make_run_folder
 from rto_megatron.config.schema import EvaluateStage, ReinforcementStage, Stage
 from rto_megatron.errors import UserError
@@ -236,9 +236,8 @@ def _servers(allocation: Allocation, pool_tensor: int) -> tuple[int, int]:
 
 def _pool_options(config: Stage, servers: int, pool_tensor: int) -> tuple[str, ...]:
     assert isinstance(config, ReinforcementStage | EvaluateStage)
-    length = max(64, config.data.max_prompt_tokens + config.sampling.max_response_tokens)
     options = [str(hugging_face_folder(config.models.policy).absolute())]
-    options += ["--dtype", config.precision.dtype, "--max-model-len", str(length)]
+    options += ["--dtype", config.precision.dtype, "--max-model-len", str(max_model_len(config))]
     options += ["--servers", str(servers), "--tensor-parallel", str(pool_tensor)]
     if config.rollout.gpu_memory_fraction is not None:
         options += ["--gpu-memory-fraction", str(config.rollout.gpu_memory_fraction)]
@@ -258,11 +257,7 @@ def _memory_problems(job: Job, shapes: dict[str, FoundShape], pool_tensor: int, 
     config = job.config
     world_size = job.ranks_per_node * job.allocation.trainer_nodes
     data_parallel = world_size // (config.parallel.tensor * config.parallel.pipeline)
-    known = [role for role in roles_of(config) if role.name in shapes]
-    models = sum(
-        role_cost(role, shapes[role.name].shape, config, data_parallel).bytes_per_rank for role in known
-    )
-    trainer = models + activation_bytes(config, shapes)
+    trainer = model_bytes(config, shapes, data_parallel) + activation_bytes(config, shapes)
     problems = []
     if trainer > gpu_bytes:
         problems.append(
@@ -270,8 +265,7 @@ def _memory_problems(job: Job, shapes: dict[str, FoundShape], pool_tensor: int, 
             "or set precision.recompute or parallel.distributed_optimizer to true"
         )
     if job.num_servers and "policy" in shapes:
-        width = 2 if config.precision.dtype == "bf16" else 4
-        weights = pool_weight_bytes(shapes["policy"].shape, width, pool_tensor)
+        weights = pool_weight_bytes(shapes["policy"].shape, weight_bytes(config), pool_tensor)
         if weights > gpu_bytes:
             problems.append(
                 f"the pool's weights take {gib(weights)} of a GPU's {gib(gpu_bytes)}; raise --pool-tensor"

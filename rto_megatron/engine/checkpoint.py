@@ -65,18 +65,6 @@ def begin_save(
     return saving
 
 
-def save_checkpoint(
-    run_dir: Path,
-    step: int,
-    models: Mapping[str, Model],
-    hf_folders: dict[str, Path],
-    state: Json,
-    keep: int,
-) -> Path:
-    """`begin_save`, and waits until the checkpoint stands."""
-    return begin_save(run_dir, step, models, hf_folders, state, keep).finish()
-
-
 def load_weights(path: Path, model: Model, fresh_head_seed: int | None = None) -> None:
     """Fills a model's parameters from <checkpoint>/<role>, written at any layout; all ranks must call it.
 

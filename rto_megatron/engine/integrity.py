@@ -30,11 +30,7 @@ def raise_together(topology: Topology, error: CheckpointError | None) -> None:
     Raises:
         DiskFull, CheckpointError: the error of the lowest rank that has one.
     """
-    own = None if error is None else [isinstance(error, DiskFull), str(error)]
-    for raised in topology.gather_all_json(own):
-        if isinstance(raised, list):
-            is_full, text = raised
-            raise (DiskFull if is_full else CheckpointError)(str(text))
+    topology.raise_kind_together(error, (DiskFull, CheckpointError))
 
 
 def write_error(error: OSError, partial: Path, num_bytes: int) -> CheckpointError:

@@ -15,7 +15,7 @@ from pathlib import Path
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 
 from rto_megatron.engine.integrity import CheckpointError, raise_together, room_error, write_error
-from rto_megatron.engine.source import CHECKPOINTS, POINTER, checkpoint_name, finished_checkpoints
+from rto_megatron.engine.source import CHECKPOINTS, POINTER, finished_checkpoints
 from rto_megatron.parallel.collectives import Json
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.platform import faults
@@ -25,6 +25,7 @@ from rto_megatron.storage.file_digests import (
     WEIGHTS,
     FileDigest,
     Manifest,
+    checkpoint_name,
     file_digests,
     file_names,
 )

@@ -93,11 +93,6 @@ def has_language_model(path: Path) -> bool:
     return checkpoint is not None and any((checkpoint / role / WEIGHTS).is_dir() for role in LANGUAGE_ROLES)
 
 
-def checkpoint_name(step: int) -> str:
-    """The folder of a step, below `checkpoints`."""
-    return f"step_{step:06d}"
-
-
 def finished_checkpoints(run_dir: Path) -> list[Path]:
     """Oldest first; unfinished ones are never under a final name."""
     folders = (run_dir / CHECKPOINTS).glob("step_*")

@@ -1,5 +1,6 @@
 """Who this rank is: the only place that knows Megatron's parallel state."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -180,9 +181,21 @@ class Topology:
         Raises:
             UserError: the error of the lowest rank that has one.
         """
-        errors = [e for e in collectives.gather_json(error, dist.group.WORLD, self.device.torch_device) if e]
-        if errors:
-            raise UserError(str(errors[0]))
+        self.raise_kind_together(UserError(error) if error else None, (UserError,))
+
+    def raise_kind_together(self, error: UserError | None, kinds: Sequence[type[UserError]]) -> None:
+        """As `raise_together`, of an error whose kind matters; all ranks must call it.
+
+        Args:
+            kinds: what it can be, special ones before general ones; equal on all ranks.
+        """
+        own: collectives.Json = None
+        if error is not None:
+            own = [next(number for number, kind in enumerate(kinds) if isinstance(error, kind)), str(error)]
+        for raised in self.gather_all_json(own):
+            if isinstance(raised, list):
+                number, text = raised
+                raise kinds[int(str(number))](str(text))
 
     def gather_tensor_shards(self, shard: Tensor) -> list[Tensor]:
         """The shards of all tensor ranks, in order; every rank of the tensor group must call it."""

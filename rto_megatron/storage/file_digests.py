@@ -11,6 +11,11 @@ MANIFEST = "manifest.json"  # <checkpoint>/manifest.json: the step, and size and
 _REMEDY = "it is damaged; name an older checkpoint, or remove this one and start again"
 
 
+def checkpoint_name(step: int) -> str:
+    """The folder of a step, below a run's `checkpoints`."""
+    return f"step_{step:06d}"
+
+
 @dataclass(frozen=True)
 class FileDigest:
     """What a file must be."""
@@ -67,7 +72,7 @@ def _first_problem(checkpoint: Path, prefix: str, rank: int, world_size: int) ->
         manifest = _read(path)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"{path} is missing or damaged ({type(error).__name__}: {error}); {_REMEDY}"
-    if checkpoint.name.startswith("step_") and checkpoint.name != f"step_{manifest.step:06d}":
+    if checkpoint.name.startswith("step_") and checkpoint.name != checkpoint_name(manifest.step):
         return f"{path} is of step {manifest.step}; {_REMEDY}"
     expected = {name: digest for name, digest in manifest.files.items() if name.startswith(prefix)}
     if not expected:

@@ -37,11 +37,7 @@ def raise_together(topology: Topology, failure: UserError | None) -> None:
     Raises:
         NoServersLeft, UserError: the failure of the lowest rank that has one.
     """
-    own = None if failure is None else [isinstance(failure, NoServersLeft), str(failure)]
-    for raised in topology.gather_all_json(own):
-        if isinstance(raised, list):
-            is_without_servers, text = raised
-            raise (NoServersLeft if is_without_servers else UserError)(str(text))
+    topology.raise_kind_together(failure, (NoServersLeft, UserError))
 
 
 class PolicyPush:

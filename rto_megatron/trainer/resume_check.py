@@ -13,11 +13,12 @@ from pathlib import Path
 
 from rto_megatron.config import load, schema
 from rto_megatron.engine.saving import point_to
-from rto_megatron.engine.source import CHECKPOINTS, checkpoint_name
+from rto_megatron.engine.source import CHECKPOINTS
 from rto_megatron.errors import UserError
 from rto_megatron.parallel.collectives import Json
 from rto_megatron.rollout.engine import Sampling
 from rto_megatron.rollout.scripted import ScriptedEngine
+from rto_megatron.storage.file_digests import checkpoint_name
 from rto_megatron.storage.megatron_folder import HF_FILES
 from rto_megatron.types import Prompt, Rollout
 

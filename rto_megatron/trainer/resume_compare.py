@@ -11,10 +11,10 @@ from megatron.core import dist_checkpointing
 from torch import Tensor
 
 from rto_megatron.engine.saving import STATE
-from rto_megatron.engine.source import CHECKPOINTS, checkpoint_name
+from rto_megatron.engine.source import CHECKPOINTS
 from rto_megatron.parallel.collectives import Json
 from rto_megatron.platform.safe_metadata import safe_reading
-from rto_megatron.storage.file_digests import WEIGHTS, file_digests, file_names
+from rto_megatron.storage.file_digests import WEIGHTS, checkpoint_name, file_digests, file_names
 from rto_megatron.trainer.metrics import read_metrics
 from rto_megatron.trainer.resume_check import OBSERVED
 

@@ -72,9 +72,8 @@ class _Rehearsal:
         self._tensor: PieceSpec | None = None
         replaced: set[int] = set()
         for name, module, _, parameter in owned_parameters(model):
-            if (
-                id(parameter) not in replaced
-            ):  # one that never moves to the meta device can have several owners
+            # One that never moves to the meta device can have several owners.
+            if id(parameter) not in replaced:
                 replaced.add(id(parameter))
                 self._replace_loader(name, module, parameter)
 

@@ -18,7 +18,6 @@ from rto_megatron.cli.main import app
 from rto_megatron.cli.plan import activation_bytes
 from rto_megatron.cli.shapes import KNOWN_SHAPES, FoundShape
 from rto_megatron.config.load import load_recipe
-from rto_megatron.config.roles import roles_of
 from rto_megatron.config.schema import ReinforcementStage
 from rto_megatron.errors import UserError
 
@@ -53,7 +52,7 @@ def test_every_phase_is_the_sum_of_what_lies_in_memory_in_it() -> None:
     recipe = config("rollout.bucket_mb=512", "parallel.distributed_optimizer=false")
     shapes = {name: FoundShape(EIGHT_B, "test") for name in ("policy", "reference")}
     gpu = SharedGpu(80 * GIB, 0.4, pool_tensor=2)
-    phases = phase_memory(recipe, roles_of(recipe), shapes, 2, gpu)
+    phases = phase_memory(recipe, shapes, 2, gpu)
     # 2,007.6 M parameters on a rank: 18 bytes each of the policy, 2 of the reference (critic and reward unknown).
     per_rank = -(-8_030_261_248 // 4)
     window = 2 * (512 << 20)
@@ -71,9 +70,7 @@ def problems(fraction: float, gib: int, *overrides: str) -> str:
     recipe = config(*overrides)
     shapes = {name: FoundShape(EIGHT_B, "test") for name in ("policy", "reference")}
     gpu = SharedGpu(gib * GIB, fraction)
-    return "\n".join(
-        memory_problems(recipe, EIGHT_B, phase_memory(recipe, roles_of(recipe), shapes, 1, gpu), gpu)
-    )
+    return "\n".join(memory_problems(recipe, EIGHT_B, phase_memory(recipe, shapes, 1, gpu), gpu))
 
 
 def test_what_does_not_fit_is_refused_with_the_fraction_that_does() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from rto_megatron.algorithms.sft import SFT, Config
 from rto_megatron.config.schema import OptimizerConfig, PrecisionConfig
 from rto_megatron.data.packing import Layout, supervised_microbatches
-from rto_megatron.engine.checkpoint import load_state, load_weights, save_checkpoint
+from rto_megatron.engine.checkpoint import begin_save, load_state, load_weights
 from rto_megatron.engine.megatron import Model, TrainedModel
 from rto_megatron.engine.recovery import Found, find_valid
 from rto_megatron.engine.roles import build_trained
@@ -64,7 +64,7 @@ def _save(layout: str, folders: Path, names: tuple[str, ...], run_dir: Path, ste
     models = {name: trained(place, folders / name, name == "critic", ADAM) for name in names}
     for step in steps:
         files = {name: folders / name for name in names}
-        save_checkpoint(run_dir, step, models, files, {"step": step, "note": [1, "x"]}, keep=2)
+        begin_save(run_dir, step, models, files, {"step": step, "note": [1, "x"]}, keep=2).finish()
 
 
 def _load(layout: str, folders: Path, name: str, checkpoint: Path) -> dict[str, Tensor]:
@@ -136,7 +136,7 @@ def _train(
     else:
         _step(model)
         _step(model)
-        save_checkpoint(run_dir, 2, {"policy": model}, {"policy": start}, {}, keep=1)
+        begin_save(run_dir, 2, {"policy": model}, {"policy": start}, {}, keep=1).finish()
     _step(model)
     return _whole(model)
 

@@ -16,7 +16,7 @@ from ranks import RankError, run_ranks
 from tiny_models import write_llama
 
 from rto_megatron.config.schema import OptimizerConfig
-from rto_megatron.engine.checkpoint import begin_save, load_weights, save_checkpoint
+from rto_megatron.engine.checkpoint import begin_save, load_weights
 from rto_megatron.engine.integrity import CheckpointError, DiskFull
 from rto_megatron.engine.recovery import find_valid
 from rto_megatron.engine.source import find_source
@@ -41,7 +41,7 @@ def _save(place: Topology, model_folder: Path, run_dir: Path, steps: tuple[int, 
         with torch.no_grad():
             for parameter in model.module.parameters():
                 parameter.fill_(float(step))
-        save_checkpoint(run_dir, step, {"policy": model}, {"policy": model_folder}, {"step": step}, keep)
+        begin_save(run_dir, step, {"policy": model}, {"policy": model_folder}, {"step": step}, keep).finish()
 
 
 def _saved(layout: str, model_folder: Path, run_dir: Path, steps: tuple[int, ...]) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rto_megatron.data.packing import Layout, token_batch
-from rto_megatron.engine.checkpoint import load_state, save_checkpoint
+from rto_megatron.engine.checkpoint import begin_save, load_state
 from rto_megatron.engine.export import export_hf
 from rto_megatron.engine.megatron import TrainedModel
 from rto_megatron.parallel.topology import Topology
@@ -74,7 +74,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(
     stopped = _pair(place, models, dtype, is_distributed)
     _train(stopped, tasks, NUM_STEPS)
     folders = {role: models[role].folder for role in stopped}
-    path = save_checkpoint(tmp_path, NUM_STEPS, stopped, folders, {}, keep=1)
+    path = begin_save(tmp_path, NUM_STEPS, stopped, folders, {}, keep=1).finish()
     saved = _state(stopped)
 
     # Other weights, and an Adam that has already taken a step: nothing of them may survive the load.

@@ -13,9 +13,14 @@ from rto_megatron.engine.source import finished_checkpoints, pointer_problem
 from rto_megatron.storage.file_digests import checkpoint_problem
 
 
+def _nearest(run_dir: Path) -> Path:
+    """The folder, or the first one above it that exists."""
+    return next(path for path in (run_dir, *run_dir.parents) if path.exists())
+
+
 def check_writable(run_dir: Path) -> list[Finding]:
     """Writes a file that goes away at once, into the folder or the nearest one above it that exists."""
-    folder = next(path for path in (run_dir, *run_dir.parents) if path.exists())
+    folder = _nearest(run_dir)
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"rto doctor")
@@ -33,7 +38,7 @@ def check_space(config: Stage) -> list[Finding]:
     """Free space against what the stage will keep, and one more: the oldest goes when the next stands."""
     if not isinstance(config, TrainStage):
         return []
-    folder = next(path for path in (config.run.dir, *config.run.dir.parents) if path.exists())
+    folder = _nearest(config.run.dir)
     free = shutil.disk_usage(folder).free
     found = {
         role.name: find_shape(role.path, None, role.name) for role in roles_of(config) if role.is_trained
