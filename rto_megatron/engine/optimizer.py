@@ -3,7 +3,12 @@
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+)
 
 from rto_megatron.config import schema
 from rto_megatron.platform.torch_adam import prime_adam_state
@@ -42,7 +47,15 @@ def build_optimizer(
     )
     if config.kind == "adam":
         prime_adam_state(optimizer)
+    else:
+        _keep_no_state(optimizer)
     return optimizer
+
+
+def _keep_no_state(optimizer: MegatronOptimizer) -> None:
+    # megatron-core 0.19.2 has no initialiser for SGD's state, of which there is none, and calls it in every load.
+    for one in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
+        one.init_state_fn = lambda sgd, config: None
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:

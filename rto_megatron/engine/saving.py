@@ -19,6 +19,7 @@ from rto_megatron.engine.source import CHECKPOINTS, POINTER, finished_checkpoint
 from rto_megatron.parallel.collectives import Json
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.platform import faults
+from rto_megatron.platform.patience import patiently
 from rto_megatron.platform.sync_save import ShardWriter, plan_shards
 from rto_megatron.storage.file_digests import (
     MANIFEST,
@@ -30,6 +31,7 @@ from rto_megatron.storage.file_digests import (
     file_names,
 )
 from rto_megatron.storage.megatron_folder import HF_FILES
+from rto_megatron.storage.ownership import close_to_others
 
 STATE = "state.json"
 _HEADERS = 1.01  # of torch.save, `.metadata` and the manifest, over the numbers alone
@@ -56,7 +58,7 @@ class Saving:
         error = None
         if self._topology.is_lead:
             try:
-                error = self._make_folder(hf_folders, json.dumps(state))
+                error = patiently(lambda: self._make_folder(hf_folders, json.dumps(state)))
             except OSError as failure:
                 error = self._failed(failure)
         raise_together(self._topology, error)
@@ -106,10 +108,13 @@ class Saving:
     def _write(self) -> dict[str, FileDigest]:
         digests: dict[str, FileDigest] = {}
         for role, writer in self._writers.items():
-            writer.write()
-            digests |= file_digests(self._partial, [f"{role}/{WEIGHTS}/{name}" for name in writer.files])
-            faults.at("ckpt_shard", self._step)
+            digests |= patiently(lambda role=role, writer=writer: self._write_role(role, writer))
         return digests
+
+    def _write_role(self, role: str, writer: ShardWriter) -> dict[str, FileDigest]:
+        writer.write()
+        faults.at("ckpt_shard", self._step)
+        return file_digests(self._partial, [f"{role}/{WEIGHTS}/{name}" for name in writer.files])
 
     def finish(self) -> Path:
         """Waits for every rank's part and makes the checkpoint stand.
@@ -152,12 +157,13 @@ class Saving:
         manifest = Manifest(self._step, digests | file_digests(self._partial, others))
         (self._partial / MANIFEST).write_text(manifest.to_json())
         for path in [*self._partial.rglob("*"), self._partial]:
+            close_to_others(path)
             _sync(path)
         faults.at("ckpt_rename", self._step)
         self._partial.rename(self.final)
         _sync(self.final.parent)
         faults.at("ckpt_pointer", self._step)
-        point_to(self.final)
+        patiently(lambda: point_to(self.final))
         for old in finished_checkpoints(self._run_dir)[: -self._keep]:
             # Under another name first: a folder that is half removed must not look like a checkpoint.
             shutil.rmtree(old.rename(old.with_name(f".removed_{old.name}")))

@@ -24,7 +24,7 @@ SITES = (
     "ckpt_rename",
     "ckpt_pointer",
 )
-KINDS = ("kill", "stop", "exit17", "raise", "oom", "nan", "disk", "segfault")
+KINDS = ("kill", "stop", "exit17", "raise", "oom", "nan", "disk", "stale", "segfault")
 _EXIT_STATUS = 17
 
 
@@ -42,7 +42,7 @@ def at(site: str, step: int) -> bool:
         True where the caller must poison its own value with a NaN.
 
     Raises:
-        InjectedFault, MemoryError, OSError: the kinds raise, oom and disk.
+        InjectedFault, MemoryError, OSError: the kinds raise, oom, disk and stale.
         UserError: the plan cannot be read.
     """
     plan = os.environ.get("RTO_FAULT")
@@ -101,4 +101,6 @@ def _fire(kind: str, fault: str) -> bool:
             raise MemoryError(f"injected fault {fault}")
         case "disk":
             raise OSError(errno.ENOSPC, f"injected fault {fault}")
+        case "stale":
+            raise OSError(errno.ESTALE, f"injected fault {fault}")
     return kind == "nan"

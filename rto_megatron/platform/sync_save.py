@@ -33,6 +33,7 @@ class ShardWriter:
             request.async_fn_args[1] if request.async_fn else []
         )
         self._copied: list[filesystem_async.WriteBucket] | None = None
+        self._is_written = False
 
     @property
     def num_bytes(self) -> int:
@@ -57,12 +58,12 @@ class ShardWriter:
         ]
 
     def write(self) -> None:
-        """Writes and syncs the files; no other rank takes part.
+        """Writes and syncs the files, once; after an error they can be written again. No other rank takes part.
 
         Raises:
             OSError: what the disk said, which megatron's own writer turns into an AssertionError without it.
         """
-        if not self._planned:
+        if not self._planned or self._is_written:
             return
         results = {}
         for number, bucket in enumerate(self._on_host() if self._copied is None else self._copied):
@@ -72,7 +73,7 @@ class ShardWriter:
             if isinstance(results[number], Exception):
                 raise _of_the_disk(results[number])
         self._request.async_fn_args[2].put(results)
-        self._copied = None
+        self._copied, self._is_written = None, True
 
     def finish(self) -> None:
         """Writes `.metadata` and metadata.json when all ranks have written; all ranks must call it."""

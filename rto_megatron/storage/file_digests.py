@@ -6,6 +6,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
+from rto_megatron.platform.patience import patiently
+from rto_megatron.storage.ownership import ownership_problem
+
 WEIGHTS = "weights"  # <checkpoint>/<role>/weights: torch_dist
 MANIFEST = "manifest.json"  # <checkpoint>/manifest.json: the step, and size and sha256 of every other file
 _REMEDY = "it is damaged; name an older checkpoint, or remove this one and start again"
@@ -69,7 +72,9 @@ def checkpoint_problem(checkpoint: Path, rank: int = 0, world_size: int = 1) -> 
 def _first_problem(checkpoint: Path, prefix: str, rank: int, world_size: int) -> str | None:
     path = checkpoint / MANIFEST
     try:
-        manifest = _read(path)
+        if (problem := ownership_problem(checkpoint)) is not None:
+            return problem
+        manifest = patiently(lambda: _read(path))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"{path} is missing or damaged ({type(error).__name__}: {error}); {_REMEDY}"
     if checkpoint.name.startswith("step_") and checkpoint.name != checkpoint_name(manifest.step):
@@ -78,7 +83,7 @@ def _first_problem(checkpoint: Path, prefix: str, rank: int, world_size: int) ->
     if not expected:
         return f"{path} names no file of {checkpoint / prefix}; {_REMEDY}"
     try:
-        return _first_difference(checkpoint, expected, sorted(expected)[rank::world_size])
+        return patiently(lambda: _first_difference(checkpoint, expected, sorted(expected)[rank::world_size]))
     except OSError as error:
         return f"{error.filename} is missing or cannot be read ({error.strerror}); {_REMEDY}"
 

@@ -39,7 +39,6 @@ class Guard:
         self._run = run
         self._max_skipped = max_skipped
         self._is_lead = topology.is_lead
-        self._in_a_row = 0
 
     @contextmanager
     def skipping(self) -> Iterator[None]:
@@ -55,20 +54,20 @@ class Guard:
 
     def stepped(self) -> None:
         """Counts an update that was made."""
-        self._in_a_row = 0
+        self._run.refused_in_a_row = 0
         self._run.record({SKIPPED: (0.0, 1.0)})
 
     def _refuse(self, refusal: PoisonedError) -> None:
-        self._in_a_row += 1
+        in_a_row = self._run.refused_in_a_row = self._run.refused_in_a_row + 1
         self._run.record({SKIPPED: (1.0, 1.0)})
         step, path = self._run.step + 1, self._run.dir / POISONED_FILE
         if self._is_lead:
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, "found": refusal.found}) + "\n")
         say(f"warning: step {step}: {refusal}; the update is skipped", self._is_lead)
-        if self._in_a_row >= self._max_skipped:
+        if in_a_row >= self._max_skipped:
             raise NotFiniteError(
-                f"step {step}: {self._in_a_row} updates in a row were refused, the last because {refusal}; {path} "
+                f"step {step}: {in_a_row} updates in a row were refused, the last because {refusal}; {path} "
                 f"names all samples. The last checkpoint in {self._run.dir} is sound: look at these samples and at the "
                 "model that is named, lower the learning rate, or raise run.max_skipped_updates"
             )

@@ -61,6 +61,7 @@ class Run:
         self.pace = Pace()
         self._note = ""
         self.step = 0
+        self.refused_in_a_row = 0  # updates, counted by the run's Guard
         self.state: dict[str, Json] = {}  # of the last finished step; empty at the start of a run
         self._saving: Saving | None = None  # the checkpoint that is being written beside the training
         self._resume()
@@ -77,6 +78,7 @@ class Run:
             return
         self.state = found.state
         self.step = int(str(self.state["step"]))
+        self.refused_in_a_row = int(str(self.state.get("refused_in_a_row", 0)))
         if self.step > self.num_steps:
             raise UserError(
                 f"{self.dir} already holds step {self.step}, more than the {self.num_steps} steps asked for; "
@@ -159,7 +161,12 @@ class Run:
     def _save(self) -> None:
         """Saves the last finished step; under run.async_save it stands at the end of the next one."""
         self._finish_saving()
-        full: Json = {**self.state, "step": self.step, "config": dict(self._fixed_keys)}
+        full: Json = {
+            **self.state,
+            "step": self.step,
+            "refused_in_a_row": self.refused_in_a_row,
+            "config": dict(self._fixed_keys),
+        }
         self._saving = begin_save(
             self.dir, self.step, self._models, self._hf_files, full, self._config.keep_checkpoints
         )

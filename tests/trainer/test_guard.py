@@ -244,3 +244,14 @@ def test_dpo_with_a_reference_that_gives_nan_names_the_pairs_and_stops(files: Pa
     (refusal,) = _refusals(tmp_path / "run")
     (ids,) = refusal["found"].values()
     assert 0 < len(ids) < 20
+
+
+def test_refusals_in_a_row_count_on_in_a_resumed_run(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _plan(monkeypatch, tmp_path, ",".join(f"fwd_bwd:{step}:0:nan" for step in (2, 3, 4)))
+    shorter, whole = (configure("sft", files, tmp_path / "run", run__steps=steps) for steps in (3, 4))
+    ((_, error),) = run_ranks(1, _watched, shorter, None)
+    assert error == ""
+    ((_, error),) = run_ranks(1, _watched, whole, None)
+    assert error.startswith("step 4: 3 updates in a row were refused")

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from engine.layouts import LAYOUTS
 from megatron.core import dist_checkpointing
-from ranks import run_ranks
+from ranks import RankError, run_ranks
 from torch import Tensor
 from trainer.tiny_runs import configure, train
 
@@ -154,6 +154,46 @@ def test_resumed_offline_stage_equals_uninterrupted(
     assert_equal_runs(tmp_path / "whole", tmp_path / "resumed")
     configs = [json.loads((tmp_path / name / "hf/config.json").read_text()) for name in ("whole", "resumed")]
     assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_resumed_sgd_equals_uninterrupted(dtype: str, files: Path, tmp_path: Path) -> None:
+    plain = {"optimizer__kind": "sgd", "optimizer__lr": 0.5, "precision__dtype": dtype}
+    whole, resumed = (configure("sft", files, tmp_path / name, **plain) for name in ("whole", "resumed"))
+    assert run_ranks(1, train, whole) == [None]
+    cut_back(tmp_path / "whole", tmp_path / "resumed")
+    assert run_ranks(1, train, resumed) == [None]
+    saved = assert_equal_runs(tmp_path / "whole", tmp_path / "resumed")
+    middle = read_checkpoint(tmp_path / "whole", 2)
+    assert [key for key, tensor in saved.tensors.items() if torch.equal(tensor, middle.tensors[key])] == []
+
+
+@pytest.fixture(scope="module")
+def undisturbed(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four steps on two replicas."""
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert run_ranks(2, train, configure("sft", files, run_dir, "dp2")) == [None] * 2
+    return run_dir
+
+
+@pytest.mark.parametrize("step", [2, 4])
+@pytest.mark.parametrize(
+    "site", ["ckpt_shard:{}:1", "ckpt_manifest:{}:0", "ckpt_rename:{}:0", "ckpt_pointer:{}:0"]
+)
+def test_a_run_killed_in_a_save_resumes_bit_for_bit(
+    site: str, step: int, undisturbed: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault = f"{site.format(step)}:kill"
+    monkeypatch.setenv("RTO_FAULT", fault)
+    monkeypatch.setenv("RTO_FAULT_LOG", str(tmp_path / "fired"))
+    config = configure("sft", files, tmp_path / "run", "dp2")
+    with pytest.raises(RankError, match=r"died, wait status 9|closed by peer|reset by peer"):
+        run_ranks(2, train, config)
+    stood = [path.name for path in finished_checkpoints(tmp_path / "run")]
+    assert stood == [f"step_{one:06d}" for one in (2, 4) if one < step or (one == step and "pointer" in site)]
+    assert run_ranks(2, train, config) == [None] * 2
+    assert (tmp_path / "fired").read_text() == f"{fault}\n"
+    assert_equal_runs(undisturbed, tmp_path / "run")
 
 
 def test_a_finished_run_of_more_steps_is_refused(files: Path, tmp_path: Path) -> None:
