@@ -14,4 +14,4 @@ echo "[2/4] ruff format --check"
 echo "[3/4] mypy (about a minute the first time)"
 .venv/bin/mypy
 echo "[4/4] pytest (about half an hour)"
-.venv/bin/python -m pytest -m "not gpu" -q "$@"
+.venv/bin/python -m pytest -m "not gpu" -q -n "${TEST_PROCESSES:-2}" --dist loadgroup --no-loadscope-reorder "$@"

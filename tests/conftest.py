@@ -17,7 +17,13 @@ prepare()
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever uses the session's vLLM server carries the mark `pool`, so that one process runs all of it."""
+    """Shares the tests out over processes by file, but for those with vLLM servers, which one process runs.
+
+    It begins with them, as they take the longest and leave a core to the others for much of it.
+    """
     for item in items:
         if isinstance(item, pytest.Function) and "pool_server" in item.fixturenames:
             item.add_marker("pool")
+        group = "pool" if item.get_closest_marker("pool") else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: item.get_closest_marker("pool") is None)

@@ -8,6 +8,7 @@ import contextlib
 import faulthandler
 import os
 import pickle
+import secrets
 import signal
 import socket
 import sys
@@ -34,10 +35,15 @@ class _Rank:
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """A TCP port of the loopback interface that nobody listens on.
+
+    Below those that the system gives to connections by itself: one of them could be taken before a rank listens on it.
+    """
+    while True:
+        port = secrets.choice(range(10_000, 20_000))
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def run_ranks[**P, R](

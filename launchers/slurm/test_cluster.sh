@@ -7,6 +7,7 @@ set -euo pipefail
 [ $# -ge 2 ] || { sed -n '2,5s/^# //p' "${BASH_SOURCE[0]}" && exit 2; }
 mkdir -p "$2"
 dir=$(cd "$2" && pwd -P) num_nodes=${3:-3} host=$(hostname -s)
+[ ${#dir} -le 60 ] || { echo "error: $dir is ${#dir} characters long; its sockets need at most 60" >&2 && exit 2; }
 mark="# test cluster $dir"
 PATH=$PATH:/usr/sbin:/sbin
 export SLURM_CONF=$dir/slurm.conf

@@ -106,7 +106,7 @@ def run_attempts(run_dir: Path, restarts: int, stopping: Stopping, prepare: Prep
 def _attempt(run_dir: Path, attempt: int, stopping: Stopping, start: Start) -> Status:
     os.environ["RTO_ATTEMPT"] = str(attempt)
     clear_status(run_dir)
-    kills = out_of_memory_kills(_MEMORY_EVENTS)
+    kills = out_of_memory_kills()
     stopping.has_ranks = True
     failure = start()
     stopping.has_ranks = False
@@ -119,16 +119,20 @@ def _attempt(run_dir: Path, attempt: int, stopping: Stopping, start: Start) -> S
     # Status 1 is that of a rank that has told why: one of the others, where the one that is gone ran elsewhere.
     if told is not None and (told.reason is not ExitReason.INFRA_LOST_RANK or failure.status == 1):
         return told
-    return _violent_end(run_dir, failure, attempt, out_of_memory_kills(_MEMORY_EVENTS) > kills)
+    return silent_end(run_dir, failure, attempt, kills)
 
 
-def _violent_end(run_dir: Path, failure: RankFailure, attempt: int, is_out_of_memory: bool) -> Status:
-    """Of a rank that could not say why; the others saw only that it was gone."""
+def silent_end(run_dir: Path, failure: RankFailure, attempt: int, kills_before: int) -> Status:
+    """Of a rank that could not say why; the others saw only that it was gone.
+
+    Args:
+        kills_before: what `out_of_memory_kills` was when it started.
+    """
     step, name = finished_steps(run_dir), failure.signal_name
     how = f"was ended by {name}" if name else f"ended with status {failure.status} and said nothing"
     message = f"rank {failure.rank} {how} after step {step}"
     reason = ExitReason.INFRA_LOST_RANK if name == "SIGKILL" else ExitReason.BUG
-    if name == "SIGKILL" and is_out_of_memory:
+    if name == "SIGKILL" and out_of_memory_kills() > kills_before:
         reason = ExitReason.OOM
         message += f"; the kernel ended a process for want of memory in that time: {MEMORY_KNOBS}"
     elif name is not None and name != "SIGKILL":
@@ -136,7 +140,7 @@ def _violent_end(run_dir: Path, failure: RankFailure, attempt: int, is_out_of_me
     return Status(reason, step, message, attempt, message)
 
 
-def out_of_memory_kills(events: Path) -> int:
+def out_of_memory_kills(events: Path = _MEMORY_EVENTS) -> int:
     """How often the kernel has ended a process of this control group for want of memory; 0 where it does not say."""
     if not events.exists():
         return 0

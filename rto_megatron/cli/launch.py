@@ -105,6 +105,7 @@ def _run(
     gpus = torch.cuda.device_count()
     free_gpus, prepare = gpus, _without_pool
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the pool's servers inherit it
+    _stay_on_loopback(config)
     if isinstance(config, ReinforcementStage | EvaluateStage) and not config.rollout.servers:
         sizes, devices = plan_pool(config, gpus, ranks, choice)
         pool = stack.enter_context(launched_pool(config, sizes, devices))
@@ -119,6 +120,17 @@ def _run(
     return run_attempts(
         config.run.dir, restarts, stopping, prepare, lambda: start_ranks(num_ranks, arguments)
     )
+
+
+def _stay_on_loopback(config: "Stage") -> None:
+    """Keeps gloo and NCCL from listening on the machine's networks, unless a server is elsewhere."""
+    from rto_megatron.config.schema import EvaluateStage, ReinforcementStage
+    from rto_megatron.platform.network import host_of, is_loopback
+
+    servers = config.rollout.servers if isinstance(config, ReinforcementStage | EvaluateStage) else ()
+    if all(is_loopback(host_of(server)) for server in servers):
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(variable, "lo")
 
 
 def _without_pool(attempt: int) -> bool:

@@ -1,14 +1,10 @@
 """`rto node`: the trainer ranks of one machine, in a job on several machines."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from rto_megatron.cli.options import Interface, Overrides, Recipe
-
-if TYPE_CHECKING:
-    from rto_megatron.cli.torchrun import RankFailure
 
 Meeting = Annotated[
     str,
@@ -40,14 +36,17 @@ def node(
     """
     from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
+    from rto_megatron.cli.attempts import out_of_memory_kills, silent_end
     from rto_megatron.cli.torchrun import start_ranks
     from rto_megatron.config.load import load_recipe
     from rto_megatron.platform.network import MEETING, interface_address
+    from rto_megatron.trainer.status import attempt_number, note_status
     from rto_megatron.trainer.stopping import signals_ask_to_stop
 
     run_dir = load_recipe(recipe, overrides or []).run.dir
     here = [f"--nnodes={nodes}", f"--local-addr={interface_address(interface)}"]
     there = [f"--rdzv-backend={MEETING}", f"--rdzv-endpoint={meeting}", f"--rdzv-id={meeting_id}"]
+    kills = out_of_memory_kills()
     try:
         with signals_ask_to_stop(run_dir):
             failure = start_ranks(ranks, ["train", str(recipe), *(overrides or [])], [*here, *there])
@@ -55,21 +54,11 @@ def node(
         typer.echo(f"error: the machine of the meeting point {meeting} has ended its part", err=True)
         raise typer.Exit(1) from None
     if failure is not None:
-        _tell(run_dir, failure)
+        if failure.status != 1:  # the status of a rank that has told why
+            status = silent_end(run_dir, failure, attempt_number(), kills)
+            typer.echo(f"error: {status.message}", err=True)
+            note_status(run_dir, status)
         raise typer.Exit(1)
-
-
-def _tell(run_dir: Path, failure: "RankFailure") -> None:
-    """Notes the end of a rank that could not note it itself; on the other machines it is only lost."""
-    from rto_megatron.trainer.ending import finished_steps
-    from rto_megatron.trainer.status import ExitReason, Status, attempt_number, note_status
-
-    if failure.signal_name is not None:
-        step = finished_steps(run_dir)
-        message = f"rank {failure.rank} was ended by {failure.signal_name} after step {step}"
-        typer.echo(f"error: {message}", err=True)
-        status = Status(ExitReason.INFRA_LOST_RANK, step, message, attempt_number(), message)
-        note_status(run_dir, status)
 
 
 def address(interface: Interface) -> None:

@@ -2,6 +2,7 @@
 
 import socket
 from datetime import timedelta
+from urllib.parse import urlsplit
 
 import psutil
 import torch.distributed as dist
@@ -37,6 +38,16 @@ def interface_address(name: str) -> str:
             f"network interface {name!r} of {socket.gethostname()} has no IPv4 address; found {known}"
         )
     return addresses[name]
+
+
+def host_of(server: str) -> str:
+    """The host of an inference server's address, as in http://HOST:PORT."""
+    return urlsplit(server).hostname or server
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine, reached over its loopback interface."""
+    return host == "localhost" or host.startswith("127.")
 
 
 def listening_store(address: str, port: int) -> dist.TCPStore:

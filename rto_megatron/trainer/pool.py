@@ -5,7 +5,6 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
-from urllib.parse import urlsplit
 
 import torch
 
@@ -14,6 +13,7 @@ from rto_megatron.data.packing import token_batch
 from rto_megatron.engine.megatron import Model
 from rto_megatron.errors import UserError
 from rto_megatron.parallel.topology import Topology
+from rto_megatron.platform.network import host_of, is_loopback
 from rto_megatron.rollout.engine import NoServersLeft, RolloutEngine
 from rto_megatron.rollout.gate import read_token
 from rto_megatron.rollout.liveness import Liveness
@@ -199,7 +199,7 @@ def meeting_host(servers: Sequence[str]) -> str:
     Otherwise it is this machine's address on the way to the first server, or to the first trainer machine, that
     is elsewhere.
     """
-    elsewhere = [host for host in map(_host, servers) if not _is_loopback(host)]
+    elsewhere = [host for host in map(host_of, servers) if not is_loopback(host)]
     if os.environ.get("LOCAL_WORLD_SIZE", "1") != os.environ.get("WORLD_SIZE", "1"):
         elsewhere.append(os.environ["MASTER_ADDR"])
     if not elsewhere:
@@ -207,14 +207,6 @@ def meeting_host(servers: Sequence[str]) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((elsewhere[0], 9))  # picks the route, sends nothing
         return str(probe.getsockname()[0])
-
-
-def _host(server: str) -> str:
-    return urlsplit(server).hostname or server
-
-
-def _is_loopback(host: str) -> bool:
-    return host == "localhost" or host.startswith("127.")
 
 
 def open_push(

@@ -53,9 +53,14 @@ def start(
     faults: str = "",
     ranks: int = 2,
     options: Sequence[str] = (),
+    torchrun: Sequence[str] | None = None,
     **changes: object,
 ) -> Launch:
-    """Launches a tiny stage of four steps on `ranks` replicas, saved at every step, with a plan of faults."""
+    """Launches a tiny stage of four steps on `ranks` replicas, saved at every step, with a plan of faults.
+
+    Args:
+        torchrun: options of a plain torchrun in place of `rto launch`.
+    """
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     config = configure(stage, files, run_dir, **{"run__save_every": 1, "run__keep_checkpoints": 9, **changes})
     recipe = run_dir.parent / f"{run_dir.name}.yaml"
@@ -67,18 +72,20 @@ def start(
         "RTO_FAULT_LOG": str(fault_log(run_dir)),
         "COLUMNS": "200",
     }
-    command = [
-        sys.executable,
-        "-m",
-        "rto_megatron.cli.main",
-        "launch",
-        str(recipe),
-        f"--ranks={ranks}",
-        *options,
-    ]
+    rto = ["-m", "rto_megatron.cli.main"]
+    if torchrun is None:
+        arguments = [*rto, "launch", str(recipe), f"--ranks={ranks}", *options]
+    else:
+        plain = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *torchrun]
+        arguments = [*plain, *rto, "train", str(recipe)]
     shared_memory = frozenset(os.listdir("/dev/shm"))
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     return Launch(process, run_dir, shared_memory)
 

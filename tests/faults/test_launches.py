@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -38,15 +39,17 @@ def test_killed_ranks_and_a_stopped_one_cost_an_attempt_each(files: Path, tmp_pa
     assert_equal_runs(whole, run_dir)
 
 
-def endless(files: Path, run_dir: Path) -> Launch:
+def endless(files: Path, run_dir: Path, torchrun: Sequence[str] | None = None) -> Launch:
     """A run of more steps than any test waits for, saved when it is told to stop."""
-    return start(files, run_dir, run__steps=10_000, run__save_every=10_000)
+    return start(files, run_dir, run__steps=10_000, run__save_every=10_000, torchrun=torchrun)
 
 
 def test_a_run_that_is_told_to_stop_saves_and_ends(files: Path, tmp_path: Path) -> None:
     launch = endless(files, tmp_path / "run")
     wait_until(lambda: bool(read_metrics(launch.run_dir)), launch)
     assert listeners(launch) == {"127.0.0.1"}
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        assert {rank.environ()[variable] for rank in launch.ranks()} == {"lo"}
     assert launch.run_dir.stat().st_mode & 0o777 == 0o700
     send(launch, signal.SIGUSR1)
     said = launch.end()
@@ -55,6 +58,28 @@ def test_a_run_that_is_told_to_stop_saves_and_ends(files: Path, tmp_path: Path) 
     assert (launch.status()["reason"], launch.status()["step"]) == ("PREEMPTED", step)
     assert [path.name for path in (launch.run_dir / "checkpoints").glob("step_*")] == [f"step_{step:06d}"]
     assert "Traceback" not in said
+
+
+def test_a_signal_that_plain_torchrun_hands_on_saves_and_ends_the_run(files: Path, tmp_path: Path) -> None:
+    launch = endless(files, tmp_path / "run", ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"])
+    wait_until(lambda: bool(read_metrics(launch.run_dir)), launch)
+    send(launch, signal.SIGUSR1)
+    said = launch.end()
+    step = read_metrics(launch.run_dir)[-1]["step"]
+    assert (launch.status()["reason"], launch.status()["step"]) == ("PREEMPTED", step), said
+    assert (launch.run_dir / f"checkpoints/step_{step:06d}").is_dir()
+
+
+def test_a_signal_that_ends_plain_torchrun_leaves_no_rank(files: Path, tmp_path: Path) -> None:
+    """Its default for SIGUSR1: ranks of others live on without an agent."""
+    launch = endless(files, tmp_path / "run", [])
+    ranks = launch.ranks()
+    wait_until(lambda: bool(read_metrics(launch.run_dir)), launch)
+    send(launch, signal.SIGUSR1)
+    assert launch.process.wait(60) == -signal.SIGUSR1
+    _, alive = psutil.wait_procs(ranks, timeout=60)
+    assert alive == []
+    launch.end()
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,11 +33,11 @@ while :; do sleep 0.2; done
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Path]:
+def cluster() -> Iterator[Path]:
     """Three nodes; SLURM is installed if it can be."""
     if os.geteuid() != 0:
         pytest.skip("a cluster of this test's own needs root")
-    folder = tmp_path / "cluster"
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))  # short, as the paths of its sockets must be
     started = subprocess.run(["bash", CLUSTER, "start", folder], capture_output=True, text=True, check=False)
     try:
         if started.returncode:
@@ -44,6 +45,7 @@ def cluster(tmp_path: Path) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["bash", CLUSTER, "stop", folder], check=False)
+        shutil.rmtree(folder)
 
 
 def run(cluster: Path, *command: str | Path, **environment: str) -> str:
