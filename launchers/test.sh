@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets the environment up if needed, then lint, type check and all tests that need no GPU: about half an hour on 2 cores.
-# Usage: bash launchers/test.sh [pytest arguments]
+# Sets the environment up if needed, then lint, type check and all tests that need no GPU: under 20 minutes on 2 cores.
+# Usage: bash launchers/test.sh [pytest arguments]        TEST_PROCESSES=N shares the tests out over N processes (2).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export CUDA_VISIBLE_DEVICES="" # these tests fork ranks, which CUDA forbids; launchers/test_gpu.sh has those for a GPU
@@ -13,5 +13,5 @@ echo "[2/4] ruff format --check"
 .venv/bin/ruff format --check .
 echo "[3/4] mypy (about a minute the first time)"
 .venv/bin/mypy
-echo "[4/4] pytest (about half an hour)"
+echo "[4/4] pytest in two processes (under 20 minutes)"
 .venv/bin/python -m pytest -m "not gpu" -q -n "${TEST_PROCESSES:-2}" --dist loadgroup --no-loadscope-reorder "$@"

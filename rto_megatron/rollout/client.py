@@ -24,7 +24,7 @@ ONE_TOKEN: Mapping[str, Json] = {"token_ids": [0], "sampling_params": {"max_toke
 
 
 class UnreachableError(UserError):
-    """No usable answer came back from the server; another server may still do."""
+    """No usable answer came back from the server, or 503: its engine is dead; another server may still do."""
 
 
 class RefusedError(UserError):
@@ -32,7 +32,7 @@ class RefusedError(UserError):
 
 
 class ServerFailedError(RefusedError):
-    """An error of the server's own (5xx): its engine may be dead, another server may still answer."""
+    """Another error of the server's own (5xx): its engine may be dead, another server may still answer."""
 
 
 def open_headers(token: str) -> dict[str, str]:
@@ -60,6 +60,7 @@ def parse_answer(address: str, route: str, status: int, content: bytes) -> dict[
     """Returns the JSON object of an answer with status 200.
 
     Raises:
+        UnreachableError: status 503, with the server's own words.
         RefusedError: another status, with the server's own words.
     """
     if status == 401:
@@ -69,8 +70,10 @@ def parse_answer(address: str, route: str, status: int, content: bytes) -> dict[
         )
     if status != 200:
         said = content.decode(errors="replace")[:_SHOWN_CHARACTERS]
-        kind = ServerFailedError if status >= 500 else RefusedError
-        raise kind(f"inference server {address} answered {status} to {route}: {said}")
+        message = f"inference server {address} answered {status} to {route}: {said}"
+        if status == 503:
+            raise UnreachableError(message)
+        raise (ServerFailedError if status >= 500 else RefusedError)(message)
     if not content:
         return {}
     try:
@@ -129,7 +132,7 @@ class ServerClient:
             timeout_s: None takes the client's limit.
 
         Raises:
-            UnreachableError: no answer.
+            UnreachableError: no answer, or 503.
             RefusedError: an answer with another status than 200.
         """
         timeout = httpx.USE_CLIENT_DEFAULT if timeout_s is None else httpx.Timeout(timeout_s)

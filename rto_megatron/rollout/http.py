@@ -53,7 +53,7 @@ class GenerationHttp:
             timeout_s: None takes the client's limit.
 
         Raises:
-            UnreachableError: no answer.
+            UnreachableError: no answer, or 503.
             RefusedError: an answer with another status than 200; ServerFailedError from 500 on.
         """
         limit_s = self._timeout_s if timeout_s is None else timeout_s

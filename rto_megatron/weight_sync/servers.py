@@ -34,7 +34,7 @@ class Servers:
         action: Callable[[], None],
         route: str,
         bodies: Mapping[str, Mapping[str, Json]],
-        on_fault: Callable[[str], None],
+        on_fault: Callable[[str], object],
     ) -> dict[str, UserError]:
         """Posts to every server and runs `action` while they answer, as both sides wait for each other.
 

@@ -78,6 +78,11 @@ class TrainerWire:
         if self._among_trainers is not None:
             self._among_trainers.join(places)
 
+    def give_up(self) -> None:
+        """Ends what the trainer ranks send each other."""
+        if self._among_trainers is not None:
+            self._among_trainers.give_up()
+
     def send_buffers(self, num_bytes: int) -> tuple[Tensor, Tensor]:
         """The window's slots; tells its readers where it is."""
         assert self._window is None, "a sender asks for its buffers once"
@@ -137,6 +142,9 @@ class WorkerWire:
     def join(self, places: list[str]) -> None:
         """Makes sure that there is a partner; its window comes with the first bucket, whose size nobody knows yet."""
         partners(places, self._num_senders)
+
+    def give_up(self) -> None:
+        """Nobody waits for a worker but through the store."""
 
     def send_buffers(self, num_bytes: int) -> tuple[Tensor, Tensor]:
         """Workers send nothing."""

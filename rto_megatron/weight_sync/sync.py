@@ -213,6 +213,7 @@ class WeightSync:
         has_failed = any(one[0] != "fine" or one[2] for one in said)
         if has_failed:
             self._leave()
+            gc.collect()  # an error and the frames of its traceback keep each other, and the communicator
         own = [one[1] for one in said if one[0] == "own"]
         if own:
             raise UserError(
@@ -325,14 +326,14 @@ class WeightSync:
         communicator = communicator or self._communicator
         assert communicator is not None
         if not self._place.is_controller:
-            action()
+            _or_abort(action, communicator)
             return {}
         shared: TransportError | DisagreementError | None = None
 
         def act() -> None:
             nonlocal shared
             try:
-                action()
+                _or_abort(action, communicator)
             except (TransportError, DisagreementError) as error:
                 shared = error.with_traceback(None)  # a traceback would keep the communicator alive
 
@@ -363,6 +364,16 @@ class WeightSync:
         return self._servers.on_each(servers, prove)
 
     def _leave(self) -> None:
-        # Gloo's sockets close, and the others hear of it, when the last reference goes.
+        # The group goes with the last reference.
         self._communicator, self._sender = None, None
-        gc.collect()
+
+
+def _or_abort(action: Callable[[], None], communicator: Communicator) -> None:
+    """Runs `action`; where it fails on this rank alone, no other rank waits for this one."""
+    try:
+        action()
+    except (TransportError, DisagreementError):
+        raise
+    except (ValueError, RuntimeError, OSError) as error:
+        communicator.give_up(f"a trainer rank failed: {error}")
+        raise

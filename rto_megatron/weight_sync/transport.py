@@ -9,7 +9,9 @@ than the time limit, or for a peer known to be lost.
 import json
 import os
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal, Protocol
@@ -19,9 +21,12 @@ from torch import Tensor
 from torch.distributed import BroadcastOptions, PrefixStore, TCPStore
 from torch.distributed.distributed_c10d import Backend, ProcessGroupGloo
 
-from rto_megatron.weight_sync.words import InFlight, SilenceError, TransportError, Words
+from rto_megatron.weight_sync.sockets import Address, listening, shut_down
+from rto_megatron.weight_sync.words import InFlight, TransportError, Words
 
 LOOPBACK = "127.0.0.1"
+_DEVICE_TRIES = 10
+_making_device = threading.Lock()
 
 
 class DisagreementError(RuntimeError):
@@ -87,6 +92,10 @@ class Wire(Protocol):
         """See `Communicator.start_broadcast`."""
         ...
 
+    def give_up(self) -> None:
+        """Ends what is under way, here and for the ranks at its other end; nothing can be started afterwards."""
+        ...
+
 
 class NetworkWire:
     """Broadcasts among the first `world_size` ranks."""
@@ -98,11 +107,20 @@ class NetworkWire:
         self._meeting = meeting
         self._world_size = world_size
         self._device = device
+        self._group: Backend | None = None
+        self._listeners: list[Address] = []  # gloo's, of all ranks
 
     def join(self, places: list[str]) -> None:
         """Makes the group."""
         store = PrefixStore("group", self._words.store)
-        self._group = _group(self._meeting, store, self._words.rank, self._world_size, self._device)
+        if self._device.type == "cuda":
+            self._group = _nccl(self._meeting, store, self._words.rank, self._world_size, self._device)
+            return
+        device, address = _gloo_device(self._meeting.host)
+        self._words.say(f"listener/{self._words.rank}", json.dumps(address))
+        said = [self._words.hear(f"listener/{rank}") for rank in range(self._world_size)]
+        self._listeners = [(host, port) for host, port in map(json.loads, said)]
+        self._group = _gloo(self._meeting, store, self._words.rank, self._world_size, device)
 
     def send_buffers(self, num_bytes: int) -> tuple[Tensor, Tensor]:
         """See `Communicator.send_buffers`."""
@@ -114,8 +132,15 @@ class NetworkWire:
         options = BroadcastOptions()
         options.rootRank = source
         options.rootTensor = 0
+        assert self._group is not None
         in_flight: InFlight = self._group.broadcast([buffer], options)
         return in_flight
+
+    def give_up(self) -> None:
+        """Ends gloo's broadcasts; NCCL's group goes with the last reference to it."""
+        # Torch cannot abort them, and the group's destructor waits for all in flight: two ranks that have both
+        # given up would wait until the time limit for what neither will send.
+        shut_down(self._listeners)
 
 
 MakeWire = Callable[[Words, Rendezvous, torch.device], Wire]
@@ -165,19 +190,35 @@ class Communicator:
         """
         # All meet in the store first: a rank that waits in a half-built group blocks its peers.
         places = self.exchange(self._wire.place)
-        try:
+        with self._lost_if(f"{self} could not join"):
             self._wire.join(places)
-        except TransportError:
-            raise
-        except RuntimeError as error:
-            raise TransportError(f"{self} could not join: {error}") from None
 
-    def abort(self, reason: str) -> None:
-        """Makes every rank that waits, or ever will, give up; from any thread."""
+    @contextmanager
+    def _lost_if(self, failure: str) -> Iterator[None]:
+        """Has all ranks give up where the body fails: others may wait for this one."""
         try:
-            self._words.abort(reason)
+            yield
+        except RuntimeError as error:
+            own = str(error) if isinstance(error, TransportError) else f"{failure}: {error}"
+            first = self.give_up(own)
+            raise TransportError(own if own == first else f"weight transfer given up: {first}") from None
+
+    def give_up(self, reason: str) -> str:
+        """Ends what is under way on this rank, and makes every other one give up.
+
+        Returns:
+            The reason of the first rank that gave up.
+        """
+        first = self.abort(reason)  # before the others lose a connection, so that they hear it
+        self._wire.give_up()
+        return first
+
+    def abort(self, reason: str) -> str:
+        """Makes every rank that waits, or ever will, give up; from any thread. Returns the first reason."""
+        try:
+            return self._words.abort(reason)
         except RuntimeError:
-            return  # the store died with rank 0, which every rank notices by itself
+            return reason  # the store died with rank 0, which every rank notices by itself
 
     def send_buffers(self, num_bytes: int) -> tuple[Tensor, Tensor]:
         """Two uint8 buffers, the only ones that a sender may broadcast from and receive into; ask once.
@@ -185,10 +226,8 @@ class Communicator:
         Raises:
             TransportError: the store is lost.
         """
-        try:
+        with self._lost_if(f"{self} has no buffers"):
             return self._wire.send_buffers(num_bytes)
-        except RuntimeError as error:
-            raise TransportError(f"{self} has no buffers: {error}") from None
 
     def start_broadcast(self, buffer: Tensor, source: int) -> "Broadcast":
         """Begins to send `buffer` from rank `source` into the others' buffers.
@@ -199,12 +238,8 @@ class Communicator:
             TransportError: a peer is gone.
         """
         deadline = self._words.deadline()
-        try:
+        with self._lost_if(f"weight transfer: broadcast from rank {source} failed"):
             return Broadcast(self._wire.start(buffer, source), source, deadline)
-        except TransportError:
-            raise
-        except RuntimeError as error:
-            raise TransportError(f"weight transfer: broadcast from rank {source} failed: {error}") from None
 
     def finish(self, broadcast: "Broadcast") -> None:
         """Waits for a broadcast.
@@ -212,14 +247,8 @@ class Communicator:
         Raises:
             TransportError: not done within the time limit, or a peer is gone.
         """
-        try:
+        with self._lost_if(f"weight transfer: broadcast from rank {broadcast.source} failed"):
             self._words.wait_for(broadcast.in_flight, broadcast.source, broadcast.deadline)
-        except TransportError:
-            raise
-        except RuntimeError as error:
-            raise TransportError(
-                f"weight transfer: broadcast from rank {broadcast.source} failed: {error}"
-            ) from None
 
     def broadcast(self, buffer: Tensor, source: int) -> None:
         """`start_broadcast` and `finish`."""
@@ -234,16 +263,11 @@ class Communicator:
         self._num_statements += 1
         heard: list[str] = []
         deadline = self._words.deadline()
-        try:
+        with self._lost_if(f"{self} cannot be heard"):
             self._words.say(f"{self._num_statements}/{self.rank}", statement)
-            for rank in range(self.world_size):
+        for rank in range(self.world_size):
+            with self._lost_if(f"weight transfer: nothing heard from rank {rank}"):
                 heard.append(self._words.hear(f"{self._num_statements}/{rank}", deadline))
-        except SilenceError as error:
-            raise TransportError(f"weight transfer: nothing heard from rank {len(heard)}: {error}") from None
-        except TransportError:
-            raise
-        except RuntimeError as error:
-            raise TransportError(f"weight transfer: nothing heard from rank {len(heard)}: {error}") from None
         return heard
 
     def agree(self, error: str | None, token: str = "", explain: Callable[[], str] | None = None) -> None:
@@ -296,25 +320,40 @@ def _store(meeting: Rendezvous, listener: socket.socket | None) -> PrefixStore:
     return PrefixStore(meeting.name, store)
 
 
-def _group(
+def _nccl(
     meeting: Rendezvous, store: PrefixStore, rank: int, world_size: int, device: torch.device
 ) -> Backend:
-    limit = timedelta(seconds=meeting.timeout_s)
-    if device.type == "cuda":
-        from torch.distributed.distributed_c10d import (
-            ProcessGroupNCCL,
-        )  # torch builds without CUDA have no such name
+    from torch.distributed.distributed_c10d import (
+        ProcessGroupNCCL,
+    )  # torch builds without CUDA have no such name
 
-        nccl = ProcessGroupNCCL.Options()
-        nccl._timeout = limit
-        with torch.cuda.device(device):
-            return ProcessGroupNCCL(store, rank, world_size, nccl)
-    gloo = ProcessGroupGloo._Options()
-    gloo._timeout = limit
-    if meeting.host == LOOPBACK:
-        gloo._devices = [ProcessGroupGloo.create_device(hostname=LOOPBACK)]
-    elif "GLOO_SOCKET_IFNAME" in os.environ:
-        gloo._devices = [ProcessGroupGloo.create_device(interface=os.environ["GLOO_SOCKET_IFNAME"])]
-    else:
-        gloo._devices = [ProcessGroupGloo.create_default_device()]
-    return ProcessGroupGloo(store, rank, world_size, gloo)
+    options = ProcessGroupNCCL.Options()
+    options._timeout = timedelta(seconds=meeting.timeout_s)
+    with torch.cuda.device(device):
+        return ProcessGroupNCCL(store, rank, world_size, options)
+
+
+def _gloo(
+    meeting: Rendezvous, store: PrefixStore, rank: int, world_size: int, device: ProcessGroupGloo.Device
+) -> Backend:
+    options = ProcessGroupGloo._Options()
+    options._timeout = timedelta(seconds=meeting.timeout_s)
+    options._devices = [device]
+    return ProcessGroupGloo(store, rank, world_size, options)
+
+
+def _gloo_device(host: str) -> tuple[ProcessGroupGloo.Device, Address]:
+    """A device of gloo's and the address that it listens on, which gloo does not tell."""
+    with _making_device:
+        for _ in range(_DEVICE_TRIES):
+            before = listening()
+            if host == LOOPBACK:
+                device = ProcessGroupGloo.create_device(hostname=LOOPBACK)
+            elif "GLOO_SOCKET_IFNAME" in os.environ:
+                device = ProcessGroupGloo.create_device(interface=os.environ["GLOO_SOCKET_IFNAME"])
+            else:
+                device = ProcessGroupGloo.create_default_device()
+            found = listening() - before
+            if len(found) == 1:  # else another thread began to listen meanwhile
+                return device, found.pop()
+    raise RuntimeError(f"expected gloo to listen on one address, found {sorted(found)}")

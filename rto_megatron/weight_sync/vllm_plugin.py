@@ -122,8 +122,7 @@ class RtoWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
                 self._leave(failure)
 
     def _leave(self, failure: str) -> None:
-        # Gloo tells only the neighbours of a lost rank. Its sockets close when the last reference to
-        # the group goes, and then the others hear at once; a traceback would keep that reference.
+        # The group goes with the last reference to it, and a traceback would keep one.
         self.shutdown()
         gc.collect()
         raise TransportError(failure)

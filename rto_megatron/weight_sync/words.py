@@ -15,7 +15,7 @@ class TransportError(RuntimeError):
     """The communicator is lost: a peer is gone or too slow. A new one is needed."""
 
 
-class SilenceError(TransportError):
+class SilenceError(RuntimeError):
     """A rank said nothing within the time limit."""
 
 
@@ -60,7 +60,8 @@ class Words:
         """Waits for a key, until the time limit unless another deadline is given.
 
         Raises:
-            TransportError: a rank has given up, or nothing was said in time.
+            TransportError: a rank has given up.
+            SilenceError: nothing was said in time.
         """
         deadline = self.deadline() if deadline is None else deadline
         pause_s = _POLL_S
@@ -92,9 +93,9 @@ class Words:
             time.sleep(_POLL_S)
         in_flight.wait()
 
-    def abort(self, reason: str) -> None:
-        """Makes every rank that waits, or ever will, give up."""
-        self.store.set(_ABORTED, reason)
+    def abort(self, reason: str) -> str:
+        """Makes every rank that waits, or ever will, give up. Returns the first reason, which stays."""
+        return self.store.compare_set(_ABORTED, "", reason).decode()
 
     def refuse_aborted(self) -> None:
         """Raises TransportError where a rank has given up."""

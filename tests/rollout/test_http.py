@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from rto_megatron.errors import UserError
 from rto_megatron.rollout.client import (
     Json,
     RefusedError,
@@ -160,12 +161,13 @@ def test_a_limit_of_the_request_overrides_the_clients() -> None:
         ("401 Unauthorized", RefusedError, r"refused the token; rollout\.token_file"),
         ("400 Bad Request", RefusedError, f"answered 400 to {ROUTE}: too long"),
         ("500 Internal Server Error", ServerFailedError, f"answered 500 to {ROUTE}: too long"),
-        ("503 Service Unavailable", ServerFailedError, "answered 503"),
+        ("502 Bad Gateway", ServerFailedError, "answered 502"),
+        ("503 Service Unavailable", UnreachableError, f"answered 503 to {ROUTE}: too long"),
     ],
 )
-def test_an_error_of_the_server_keeps_its_words(status: str, kind: type[RefusedError], words: str) -> None:
+def test_an_error_of_the_server_keeps_its_words(status: str, kind: type[UserError], words: str) -> None:
     with serving(always(b"too long", status)) as server:
-        with pytest.raises(RefusedError, match=words) as caught:
+        with pytest.raises(kind, match=words) as caught:
             post(server.address)
         assert type(caught.value) is kind
         assert len(server.requests) == 1

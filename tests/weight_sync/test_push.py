@@ -176,8 +176,11 @@ def test_a_sender_that_fails_midway_leaves_a_pool_that_can_be_pushed_to_again(
     old, new = tiny_llama(4), tiny_llama(5)
     push_once(pool_server, ModelSource(old), 80)
     source = Failing(new, 2)
-    ranks = TrainerRanks(pool_server, [source, source], timeout_s=3)
-    with pytest.raises(UserError, match="push of weight version 81 failed while sending"):
+    # A push that waits for this limit fails: its ranks wait 120 s for each other.
+    ranks = TrainerRanks(pool_server, [source, source], timeout_s=200)
+    with pytest.raises(
+        UserError, match=r"push of weight version 81 failed while sending.*: out of memory while gathering"
+    ):
         ranks.push(81)
     with pytest.raises(StaleWeights, match="holds weight version 80"):
         generate(pool_server, 81)

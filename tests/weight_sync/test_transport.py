@@ -1,7 +1,9 @@
 """The communicator between threads of one process, each with its own end."""
 
+import gc
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -17,6 +19,13 @@ from rto_megatron.weight_sync.transport import (
     TransportError,
     listen,
 )
+
+
+@pytest.fixture(autouse=True)
+def no_group_left() -> Iterator[None]:
+    """Errors keep groups alive, and a rank that a later test forks would destroy them without their threads."""
+    yield
+    gc.collect()
 
 
 def spec(name: str, length: int) -> PieceSpec:
@@ -133,3 +142,32 @@ def test_an_abort_ends_every_wait_with_its_reason() -> None:
     first, *others = run_ranks(3, work, timeout_s=60)
     assert first is None
     assert all(isinstance(one, TransportError) and "the server is gone" in str(one) for one in others)
+
+
+def test_a_rank_that_gives_up_ends_its_broadcasts_in_flight() -> None:
+    has_ended = threading.Event()
+
+    def work(communicator: Communicator) -> bool:
+        if communicator.rank == 0:
+            return has_ended.wait(50)  # in the group, and sends nothing
+        broadcast = communicator.start_broadcast(torch.zeros(4), 0)
+        communicator.give_up("the server is gone")
+        with pytest.raises(RuntimeError, match="closed by peer"):  # not "Timed out"
+            broadcast.in_flight.wait()
+        has_ended.set()
+        return True
+
+    assert run_ranks(2, work, timeout_s=60) == [True, True]
+
+
+def test_a_rank_that_loses_a_peer_tells_the_others() -> None:
+    def work(communicator: Communicator) -> None:
+        if communicator.rank == 0:
+            communicator.exchange("here")
+        elif communicator.rank == 1:
+            communicator.broadcast(torch.zeros(4), 2)
+
+    first, second, _ = run_ranks(3, work, timeout_s=60)  # rank 2 leaves at once
+    assert isinstance(first, TransportError) and isinstance(second, TransportError)
+    assert str(second).startswith("weight transfer: broadcast from rank 2 failed")
+    assert str(first) == f"weight transfer given up: {second}"
