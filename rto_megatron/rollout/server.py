@@ -26,6 +26,7 @@ Progress = Callable[[str], None]
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 _PR_SET_PDEATHSIG = 1
 _UNBOUND = "nobind"
+_CPU_KV_CACHE = "256M"  # bytes: a hundred thousand tokens of models of the size that is trained without a GPU
 _LOG_LINES_SHOWN = 15
 
 
@@ -228,6 +229,8 @@ def _command(options: ServerOptions, port: int) -> list[str]:
         # Generator.set_offset (vllm/v1/worker/gpu_model_runner.py), which CPU generators lack: one seeded
         # request too many in a batch would kill the engine. Whole prefills never rewind.
         command += ["--no-enable-chunked-prefill", "--enforce-eager"]
+        if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:  # whole GiB, all of which vLLM takes at once
+            command += ["--kv-cache-memory-bytes", _CPU_KV_CACHE]
     if not has_gpu and options.tensor_parallel == 1 and _cpu_binding() == _UNBOUND:
         # The engine computes in its own process, as it does with one GPU. On a CPU vLLM would move the model to another
         # one, for the sake of thread binding alone, and both would spin on the queue between them for as much
@@ -278,7 +281,6 @@ def _environment(options: ServerOptions) -> dict[str, str]:
             "1"  # inductor would compile at the first request, even with eager mode
         )
         environment.setdefault("OMP_NUM_THREADS", "1")
-        environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         environment["VLLM_CPU_OMP_THREADS_BIND"] = _cpu_binding()
     return environment
 

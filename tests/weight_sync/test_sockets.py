@@ -43,6 +43,7 @@ def test_connections_to_our_listener_end_and_it_still_listens(
         assert listening() - before == {address}
         caller = stack.enter_context(python(CALLER, *address))
         connection = stack.enter_context(listener.accept()[0])
+        connection.settimeout(10)
         shut_down({address})
         assert connection.recv(1) == b""
         assert caller.wait(60) == 0
