@@ -6,6 +6,7 @@ group, DataLoader worker or thread in the test process itself.
 
 import contextlib
 import faulthandler
+import gc
 import os
 import pickle
 import secrets
@@ -76,8 +77,11 @@ def run_ranks[**P, R](
 def _start(number: int, world_size: int, port: int, call: Callable[[], object]) -> _Rank:
     receiver, sender = Pipe(duplex=False)
     stacks = tempfile.TemporaryFile()  # noqa: SIM115 -- lives as long as the rank
+    # What is garbage here stays as it is in a rank: the destructor of a process group waits for threads it has not.
+    gc.freeze()
     pid = os.fork()
     if pid:
+        gc.unfreeze()
         sender.close()
         return _Rank(number, pid, receiver, stacks)
     os.setsid()

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -201,9 +202,13 @@ def token_file(path: Path, token: str) -> Path:
 def gated_server(token: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of a small server behind the pool's gate."""
     monkeypatch.setenv(TOKEN_FILE_VARIABLE, str(token))
-    server = uvicorn.Server(
-        uvicorn.Config(BearerGate(say_version), port=0, lifespan="off", log_level="error")
-    )
+    gate = BearerGate(say_version)
+    state = SimpleNamespace(engine_client=SimpleNamespace(errored=False))
+
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        await gate(scope | {"app": SimpleNamespace(state=state)}, receive, send)
+
+    server = uvicorn.Server(uvicorn.Config(serve, port=0, lifespan="off", log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

@@ -30,6 +30,7 @@ folder, prompts = sys.argv[1], [{"prompt_token_ids": ids} for ids in json.loads(
 llm = LLM(
     folder, runner="pooling", convert="classify", dtype="float32", max_model_len=64,
     enforce_eager=True, pooler_config=json.loads(sys.argv[3]), disable_log_stats=True,
+    kv_cache_memory_bytes=1 << 28,
 )
 scores = {}
 for name, params in (("served", PoolingParams()), ("activated", PoolingParams(use_activation=True))):

@@ -42,7 +42,8 @@ def wait_for(lines: list[str], words: str) -> None:
 def test_an_ended_server_is_started_again_and_its_log_is_kept(options: ServerOptions) -> None:
     said: list[str] = []
     supervisor = Supervisor([(options, server_of(options, PARENT))], said.append, 5)
-    (leader,) = (one for one in psutil.Process().children() if one.cmdline()[-1:] == [PARENT])
+    children = [one for one in psutil.Process().children() if one.status() != psutil.STATUS_ZOMBIE]
+    (leader,) = (one for one in children if one.cmdline()[-1:] == [PARENT])
     while not (orphans := leader.children()):
         time.sleep(0.05)
     leader.kill()

@@ -1,9 +1,8 @@
 """The communicator between threads of one process, each with its own end."""
 
-import gc
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -19,13 +18,6 @@ from rto_megatron.weight_sync.transport import (
     TransportError,
     listen,
 )
-
-
-@pytest.fixture(autouse=True)
-def no_group_left() -> Iterator[None]:
-    """Errors keep groups alive, and a rank that a later test forks would destroy them without their threads."""
-    yield
-    gc.collect()
 
 
 def spec(name: str, length: int) -> PieceSpec:
