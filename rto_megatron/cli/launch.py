@@ -105,8 +105,9 @@ def _run(
     gpus = torch.cuda.device_count()
     free_gpus, prepare = gpus, _without_pool
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the pool's servers inherit it
-    _stay_on_loopback(config)
-    if isinstance(config, ReinforcementStage | EvaluateStage) and not config.rollout.servers:
+    samples = isinstance(config, ReinforcementStage | EvaluateStage)
+    _stay_on_loopback(config.rollout.servers if samples else ())
+    if samples and not config.rollout.servers:
         sizes, devices = plan_pool(config, gpus, ranks, choice)
         pool = stack.enter_context(launched_pool(config, sizes, devices))
         arguments = [*arguments, *pool.arguments]
@@ -122,12 +123,10 @@ def _run(
     )
 
 
-def _stay_on_loopback(config: "Stage") -> None:
+def _stay_on_loopback(servers: tuple[str, ...]) -> None:
     """Keeps gloo and NCCL from listening on the machine's networks, unless a server is elsewhere."""
-    from rto_megatron.config.schema import EvaluateStage, ReinforcementStage
     from rto_megatron.platform.network import host_of, is_loopback
 
-    servers = config.rollout.servers if isinstance(config, ReinforcementStage | EvaluateStage) else ()
     if all(is_loopback(host_of(server)) for server in servers):
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(variable, "lo")

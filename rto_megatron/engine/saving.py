@@ -58,7 +58,7 @@ class Saving:
         error = None
         if self._topology.is_lead:
             try:
-                error = patiently(lambda: self._make_folder(hf_folders, json.dumps(state)))
+                error = patiently(self._make_folder, hf_folders, json.dumps(state))
             except OSError as failure:
                 error = self._failed(failure)
         raise_together(self._topology, error)
@@ -108,7 +108,7 @@ class Saving:
     def _write(self) -> dict[str, FileDigest]:
         digests: dict[str, FileDigest] = {}
         for role, writer in self._writers.items():
-            digests |= patiently(lambda role=role, writer=writer: self._write_role(role, writer))
+            digests |= patiently(self._write_role, role, writer)
         return digests
 
     def _write_role(self, role: str, writer: ShardWriter) -> dict[str, FileDigest]:
@@ -163,7 +163,7 @@ class Saving:
         self._partial.rename(self.final)
         _sync(self.final.parent)
         faults.at("ckpt_pointer", self._step)
-        patiently(lambda: point_to(self.final))
+        patiently(point_to, self.final)
         for old in finished_checkpoints(self._run_dir)[: -self._keep]:
             # Under another name first: a folder that is half removed must not look like a checkpoint.
             shutil.rmtree(old.rename(old.with_name(f".removed_{old.name}")))

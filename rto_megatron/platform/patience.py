@@ -10,8 +10,8 @@ _PASSING = (errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENO
 _PAUSES_S = (1.0, 4.0, 16.0)
 
 
-def patiently[T](action: Callable[[], T]) -> T:
-    """Does `action`, again after 1, 4 and 16 seconds where the disk's error may pass; warns each time.
+def patiently[**P, R](action: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Does `action(*args, **kwargs)`, again after 1, 4 and 16 seconds where the disk's error may pass; warns each time.
 
     Args:
         action: may be done again after it failed half-way.
@@ -21,7 +21,7 @@ def patiently[T](action: Callable[[], T]) -> T:
     """
     for pause_s in _PAUSES_S:
         try:
-            return action()
+            return action(*args, **kwargs)
         except OSError as error:
             if error.errno not in _PASSING:
                 raise
@@ -30,4 +30,4 @@ def patiently[T](action: Callable[[], T]) -> T:
                 f"the disk failed, trying again in {pause_s:.0f} s: {where}{error.strerror}", stacklevel=2
             )
             time.sleep(pause_s)
-    return action()
+    return action(*args, **kwargs)

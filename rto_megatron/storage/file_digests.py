@@ -72,9 +72,10 @@ def checkpoint_problem(checkpoint: Path, rank: int = 0, world_size: int = 1) -> 
 def _first_problem(checkpoint: Path, prefix: str, rank: int, world_size: int) -> str | None:
     path = checkpoint / MANIFEST
     try:
-        if (problem := ownership_problem(checkpoint)) is not None:
+        # One rank looks for all, who hear of it before anything is loaded: there may be thousands of files.
+        if rank == 0 and (problem := ownership_problem(checkpoint)) is not None:
             return problem
-        manifest = patiently(lambda: _read(path))
+        manifest = patiently(_read, path)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"{path} is missing or damaged ({type(error).__name__}: {error}); {_REMEDY}"
     if checkpoint.name.startswith("step_") and checkpoint.name != checkpoint_name(manifest.step):
@@ -83,7 +84,7 @@ def _first_problem(checkpoint: Path, prefix: str, rank: int, world_size: int) ->
     if not expected:
         return f"{path} names no file of {checkpoint / prefix}; {_REMEDY}"
     try:
-        return patiently(lambda: _first_difference(checkpoint, expected, sorted(expected)[rank::world_size]))
+        return patiently(_first_difference, checkpoint, expected, sorted(expected)[rank::world_size])
     except OSError as error:
         return f"{error.filename} is missing or cannot be read ({error.strerror}); {_REMEDY}"
 
