@@ -130,6 +130,32 @@ def test_a_stale_handle_in_a_save_is_waited_for(
     assert shards and [name for name in shards if one[name] != other[name]] == []
 
 
+def test_a_save_beside_the_training_keeps_its_numbers_when_it_is_tried_again(
+    run_dir: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patience, "_PAUSES_S", (1.0,))
+
+    def saved() -> set[float]:
+        os.environ.update(RTO_FAULT="ckpt_shard:2:0:stale", RTO_FAULT_LOG=str(run_dir / "fired"))
+        place = topology("one")
+        model = trained(place, model_folder, False, OptimizerConfig(lr=1e-3))
+
+        def fill(value: float) -> None:
+            for parameter in model.module.parameters():
+                parameter.data.fill_(value)
+
+        fill(1.0)
+        saving = begin_save(run_dir, 2, {"policy": model}, {"policy": model_folder}, {"step": 2}, 2)
+        saving.start()
+        fill(2.0)  # long before the second try
+        saving.finish()
+        load_weights(run_dir / "checkpoints/step_000002/policy", model)
+        return {float(one) for parameter in model.module.parameters() for one in parameter.unique()}
+
+    assert run_ranks(1, saved) == [{1.0}]
+    assert (run_dir / "fired").read_text() == "ckpt_shard:2:0:stale\n"
+
+
 def test_a_handle_that_stays_stale_is_an_error_and_loses_nothing(
     run_dir: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
