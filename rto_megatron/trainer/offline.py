@@ -15,7 +15,8 @@ from rto_megatron.algorithms.method import OfflineMethod
 from rto_megatron.algorithms.reward_model import reward_statistics
 from rto_megatron.config import schema
 from rto_megatron.data.batches import Batches
-from rto_megatron.data.loader import Loaded, load_demonstrations, load_judged, load_pairs
+from rto_megatron.data.encoder import Loaded
+from rto_megatron.data.loader import load_demonstrations, load_judged, load_pairs
 from rto_megatron.data.packing import (
     Layout,
     judged_microbatches,

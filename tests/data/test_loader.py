@@ -9,8 +9,8 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
+from rto_megatron.data.encoder import Limits
 from rto_megatron.data.loader import (
-    Limits,
     load_demonstrations,
     load_judged,
     load_pairs,

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from rto_megatron.data.loader import Limits, load_demonstrations, load_pairs, load_prompts
+from rto_megatron.data.encoder import Limits
+from rto_megatron.data.loader import load_demonstrations, load_pairs, load_prompts
 from rto_megatron.data.tokenizer import load_tokenizer, train_tokenizer
 
 LIMITS = Limits(1024, 2048, "drop")

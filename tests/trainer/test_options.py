@@ -22,7 +22,8 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from rto_megatron.algorithms import ppo
 from rto_megatron.config.schema import OptimizerConfig, ReinforcementStage
-from rto_megatron.data.loader import Limits, load_texts
+from rto_megatron.data.encoder import Limits
+from rto_megatron.data.loader import load_texts
 from rto_megatron.data.packing import Layout
 from rto_megatron.data.tokenizer import load_tokenizer
 from rto_megatron.engine.average import update_average
