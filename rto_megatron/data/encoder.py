@@ -2,14 +2,18 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from rto_megatron.data.chat import Exchange, Message, encode_exchange
+from rto_megatron.data.chat import Exchange, encode_exchange, encode_prompt
+from rto_megatron.data.messages import Message
 from rto_megatron.data.sources import Row, read_rows
+from rto_megatron.data.template import ChatTemplate, TemplateOptions
+from rto_megatron.data.turns import conversation_of
 from rto_megatron.errors import UserError
 
 MIN_ANSWER_TOKENS = 2  # an answer of one token would be nothing but the end of the sequence
@@ -17,11 +21,12 @@ MIN_ANSWER_TOKENS = 2  # an answer of one token would be nothing but the end of 
 
 @dataclass(frozen=True)
 class Limits:
-    """Length limits in tokens, and what happens to a prompt over its limit."""
+    """Length limits in tokens, what happens to a prompt over its limit, and how conversations are rendered."""
 
     max_prompt_tokens: int
     max_length: int  # prompt and answer together; prompts without answers ignore it
     overlong: Literal["error", "drop", "truncate_left"]
+    template: TemplateOptions = field(default_factory=TemplateOptions)
 
     def __post_init__(self) -> None:
         if self.max_length <= MIN_ANSWER_TOKENS:
@@ -43,6 +48,9 @@ class LoadReport:
     truncated_answers: int
     answers_cut_at_eos: int  # answers whose text spelt the end-of-sequence token before its end
     identical_pairs: int  # pairs whose two answers are the same ids: kept, but they teach nothing
+    earlier_thoughts_left_out: int  # reasoning of turns before an answer that the template does not render
+    answers_joined_apart: int  # answers whose rendered prompt is not how the rendered conversation begins
+    thoughts_left_open: int  # answers that do not close the thought that the prompt opens
 
     def summary(self) -> str:
         """One line: rows read and kept, and every other count that is not zero."""
@@ -65,6 +73,16 @@ class Encoder:
     limits: Limits
     counts: Counter[str] = field(default_factory=Counter)
 
+    @cached_property
+    def template(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer, self.limits.template)
+
+    def prompt(self, row: Row, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Ids of a conversation that waits for an answer, of any length."""
+        prompt = encode_prompt(self.template, conversation_of(row, messages), row.where)
+        self.counts["earlier_thoughts_left_out"] += prompt.num_thoughts_left_out
+        return prompt.ids
+
     def limited_prompt(self, row: Row, ids: tuple[int, ...], limit: int) -> tuple[int, ...] | None:
         if len(ids) <= limit:
             return ids
@@ -80,15 +98,18 @@ class Encoder:
         return (ids[0], *ids[len(ids) - limit + 1 :]) if has_bos else ids[-limit:]
 
     def example(self, row: Row, messages: Sequence[Message]) -> Exchange | None:
-        exchange = encode_exchange(self.tokenizer, messages[:-1], messages[-1].content, row.where)
+        exchange = encode_exchange(self.template, conversation_of(row, messages), row.where)
         limit = min(self.limits.max_prompt_tokens, self.limits.max_length - MIN_ANSWER_TOKENS)
         prompt_ids = self.limited_prompt(row, exchange.prompt_ids, limit)
         if prompt_ids is None:
             return None
         self.counts["answers_cut_at_eos"] += exchange.num_cut_tokens > 0
+        self.counts["earlier_thoughts_left_out"] += exchange.num_thoughts_left_out
+        self.counts["answers_joined_apart"] += exchange.is_apart
+        self.counts["thoughts_left_open"] += exchange.is_open
         room = self.limits.max_length - len(prompt_ids)
         self.counts["truncated_answers"] += len(exchange.answer_ids) > room
-        return Exchange(prompt_ids, fitted(exchange.answer_ids, room), exchange.num_cut_tokens)
+        return replace(exchange, prompt_ids=prompt_ids, answer_ids=fitted(exchange.answer_ids, room))
 
 
 def fitted(answer_ids: tuple[int, ...], room: int) -> tuple[int, ...]:
@@ -119,6 +140,9 @@ def load_rows[T](
         truncated_answers=counts["truncated_answers"],
         answers_cut_at_eos=counts["answers_cut_at_eos"],
         identical_pairs=counts["identical_pairs"],
+        earlier_thoughts_left_out=counts["earlier_thoughts_left_out"],
+        answers_joined_apart=counts["answers_joined_apart"],
+        thoughts_left_open=counts["thoughts_left_open"],
     )
     if not items:
         limit = encoder.limits.max_prompt_tokens

@@ -9,6 +9,9 @@ Layouts, by column names:
     verdicts        prompt, completion (strings or messages) and label (true or false); or pairs, as above
     texts           text, a string
 
+A message may have `tool_calls`, `reasoning_content` and whatever else its template reads; a row `tools`, a `system` text
+and `chat_template_kwargs` (see `turns`).
+
 An answer that does not fit in `max_length` is cut, and the last token that is kept becomes the
 end-of-sequence token, because the reward model reads its score there. Whatever was dropped or cut is counted
 in the `LoadReport`.
@@ -18,8 +21,9 @@ from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
-from rto_megatron.data.chat import Message, encode_prompt, encode_text
+from rto_megatron.data.chat import encode_text
 from rto_megatron.data.encoder import Encoder, Limits, Loaded, fitted, load_rows
+from rto_megatron.data.messages import Message
 from rto_megatron.data.rows import (
     completed,
     conversation,
@@ -53,8 +57,7 @@ def load_prompts(
 
     def convert(row: Row) -> Prompt | None:
         column = first_column(row, ("context_messages", "prompt"), "prompts")
-        messages = prompt_messages(row, column)
-        ids = encode_prompt(tokenizer, messages, row.where)
+        ids = encoder.prompt(row, prompt_messages(row, column))
         kept = encoder.limited_prompt(row, ids, limits.max_prompt_tokens)
         return None if kept is None else Prompt(row_id(row), kept)
 

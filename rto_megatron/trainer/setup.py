@@ -24,6 +24,7 @@ from rto_megatron.parallel.topology import Topology
 from rto_megatron.rollout.model_folder import code_problems
 from rto_megatron.storage.megatron_folder import REPORT
 from rto_megatron.trainer.report.progress import say
+from rto_megatron.trainer.template import template_options
 
 # In the config.json of a model that was trained against a reference.
 REFERENCE_FINGERPRINT = "reference_fingerprint"
@@ -65,9 +66,12 @@ def prepare_stage(config: schema.Stage, topology: Topology) -> Setup:
     if topology.is_lead:
         make_run_folder(config.run.dir)
     tokenizer = load_tokenizer(sources["policy"].hf_folder)
+    template = template_options(config, tokenizer, topology)
     batch, device = config.batch, topology.device.torch_device
     layout = Layout(batch.micro, batch.packed, topology.row_multiple, device)
-    limits = Limits(config.data.max_prompt_tokens, _max_length(config), config.data.overlong)
+    limits = Limits(
+        config.data.max_prompt_tokens, _max_length(config), config.data.overlong, template=template
+    )
     return Setup(topology, sources, tokenizer, layout, limits)
 
 

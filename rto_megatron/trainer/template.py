@@ -1,0 +1,63 @@
+"""What a stage gives to the chat template: the recipe's arguments, and one date for the whole run.
+
+Templates of Llama 3 print the day. A run keeps the moment of its first start in its folder, so that prompts do not
+change when it is resumed on another day.
+"""
+
+from datetime import datetime
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from rto_megatron.config import schema
+from rto_megatron.data.template import ChatTemplate, TemplateOptions
+from rto_megatron.engine.source import latest_checkpoint
+from rto_megatron.errors import UserError
+from rto_megatron.parallel.topology import Topology
+from rto_megatron.trainer.report.progress import say
+
+MOMENT_FILE = "template_date"
+
+
+def template_options(
+    config: schema.Stage, tokenizer: PreTrainedTokenizerBase, topology: Topology
+) -> TemplateOptions:
+    """The same on all ranks, which must all call it, after the run folder was made.
+
+    Raises:
+        UserError: the template does not read an argument of the recipe, or the run's date cannot be read.
+    """
+    arguments = config.data.template
+    # Before the lead writes anything, and on every rank alike.
+    prints_date = ChatTemplate(tokenizer, TemplateOptions(arguments)).prints_date
+    path = config.run.dir / MOMENT_FILE
+    kept = topology.lead_json(_kept_moment(path, prints_date) if topology.is_lead else None)
+    moment = _read(path, str(kept))
+    if prints_date:
+        say(f"the chat template prints the date of this run's start, {moment:%Y-%m-%d}", topology.is_lead)
+    if not isinstance(config, schema.OfflineStage):
+        return TemplateOptions(arguments, moment)
+    return TemplateOptions(arguments, moment, config.data.open_thought, config.data.allow_non_prefix)
+
+
+def _kept_moment(path: Path, prints_date: bool) -> str:
+    """The run's moment; a run without one gets the clock's, to the second."""
+    if path.is_file():
+        return path.read_text().strip()
+    if prints_date and latest_checkpoint(path.parent):
+        say(f"warning: {path} is missing, so the prompts of this run print another date from here on", True)
+    moment = datetime.now().isoformat(timespec="seconds")
+    partial = path.with_name(f".partial_{path.name}")
+    partial.write_text(f"{moment}\n")
+    partial.replace(path)
+    return moment
+
+
+def _read(path: Path, text: str) -> datetime:
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError as error:
+        raise UserError(
+            f"{path} holds {text!r:.40}, expected the moment of the run's start, such as 2026-01-31T09:30:00; write "
+            "that, or remove the file to take the clock's"
+        ) from error
