@@ -3,7 +3,8 @@
 The answer's ids are what follows the prompt's ids in the whole conversation. A template for which the
 prompt (with its generation header) is no prefix of the conversation, as text or as ids, gets prompt and
 answer tokenized apart and joined. Prompts carry the tokenizer's beginning-of-sequence token exactly once,
-and an answer ends at its first end-of-sequence token, as a sampled response would.
+and an answer ends at the first token that would end a sampled response; where the template writes none, the tokenizer's
+end-of-sequence token is appended.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,9 @@ from dataclasses import dataclass
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from rto_megatron.data.eos import own_eos
 from rto_megatron.errors import UserError
+from rto_megatron.types import EndOfSequence
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,8 @@ class Message:
 
 @dataclass(frozen=True)
 class Exchange:
-    """A prompt and one answer to it; the answer ends with the end-of-sequence token and holds no
-    other."""
+    """A prompt and one answer to it; the answer holds no end-of-sequence token but its last one, which is one unless a
+    length limit cut the answer."""
 
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
@@ -45,9 +48,16 @@ def encode_prompt(
 
 
 def encode_exchange(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], answer: str, where: str
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    answer: str,
+    where: str,
+    eos: EndOfSequence | None = None,
 ) -> Exchange:
     """Ids of a prompt and of the assistant's answer to it.
+
+    Args:
+        eos: what ends an answer; None: the tokenizer's alone.
 
     Raises:
         UserError: the template refuses the messages.
@@ -62,16 +72,18 @@ def encode_exchange(
         is_prefix = whole_text.startswith(prompt_text)
         answer_text = whole_text[len(prompt_text) :] if is_prefix else answer
         answer_ids = tuple(tokenizer.encode(answer_text, add_special_tokens=False))
-    return _ended(tokenizer, prompt_ids, answer_ids)
+    return _ended(tokenizer, eos or own_eos(tokenizer), prompt_ids, answer_ids)
 
 
 def _ended(
-    tokenizer: PreTrainedTokenizerBase, prompt_ids: tuple[int, ...], answer_ids: tuple[int, ...]
+    tokenizer: PreTrainedTokenizerBase,
+    eos: EndOfSequence,
+    prompt_ids: tuple[int, ...],
+    answer_ids: tuple[int, ...],
 ) -> Exchange:
-    eos = tokenizer.eos_token_id
-    if eos not in answer_ids:
-        return Exchange(prompt_ids, (*answer_ids, eos), 0)
-    end = answer_ids.index(eos)
+    end = next((place for place, token in enumerate(answer_ids) if token in eos.ids), None)
+    if end is None:
+        return Exchange(prompt_ids, (*answer_ids, eos.written), 0)
     # Some templates write a line break after the end-of-sequence token: that is no part of the answer.
     rest = str(tokenizer.decode(list(answer_ids[end:]), skip_special_tokens=True)).strip()
     return Exchange(prompt_ids, answer_ids[: end + 1], len(answer_ids) - end - 1 if rest else 0)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import Literal
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from rto_megatron.data.chat import Exchange, Message, encode_exchange
 from rto_megatron.data.sources import Row, read_rows
 from rto_megatron.errors import UserError
+from rto_megatron.types import EndOfSequence
 
 MIN_ANSWER_TOKENS = 2  # an answer of one token would be nothing but the end of the sequence
 
@@ -41,6 +42,7 @@ class LoadReport:
     dropped: int  # rows whose prompt was over the limit, and texts of one token
     truncated_prompts: int
     truncated_answers: int
+    truncated_answers_closed: int  # of these, those whose last kept token became end-of-sequence
     answers_cut_at_eos: int  # answers whose text spelt the end-of-sequence token before its end
     identical_pairs: int  # pairs whose two answers are the same ids: kept, but they teach nothing
 
@@ -63,6 +65,8 @@ class Loaded[T]:
 class Encoder:
     tokenizer: PreTrainedTokenizerBase
     limits: Limits
+    eos: EndOfSequence | None = None  # what ends an answer; None: the tokenizer's alone
+    closes_cut_answers: bool = True  # else nothing says that a cut answer is over
     counts: Counter[str] = field(default_factory=Counter)
 
     def limited_prompt(self, row: Row, ids: tuple[int, ...], limit: int) -> tuple[int, ...] | None:
@@ -80,19 +84,26 @@ class Encoder:
         return (ids[0], *ids[len(ids) - limit + 1 :]) if has_bos else ids[-limit:]
 
     def example(self, row: Row, messages: Sequence[Message]) -> Exchange | None:
-        exchange = encode_exchange(self.tokenizer, messages[:-1], messages[-1].content, row.where)
+        exchange = encode_exchange(self.tokenizer, messages[:-1], messages[-1].content, row.where, self.eos)
         limit = min(self.limits.max_prompt_tokens, self.limits.max_length - MIN_ANSWER_TOKENS)
         prompt_ids = self.limited_prompt(row, exchange.prompt_ids, limit)
         if prompt_ids is None:
             return None
         self.counts["answers_cut_at_eos"] += exchange.num_cut_tokens > 0
         room = self.limits.max_length - len(prompt_ids)
-        self.counts["truncated_answers"] += len(exchange.answer_ids) > room
-        return Exchange(prompt_ids, fitted(exchange.answer_ids, room), exchange.num_cut_tokens)
+        is_cut = len(exchange.answer_ids) > room
+        self.counts["truncated_answers"] += is_cut
+        self.counts["truncated_answers_closed"] += is_cut and self.closes_cut_answers
+        return replace(exchange, prompt_ids=prompt_ids, answer_ids=self.fitted(exchange.answer_ids, room))
 
-
-def fitted(answer_ids: tuple[int, ...], room: int) -> tuple[int, ...]:
-    return answer_ids if len(answer_ids) <= room else (*answer_ids[: room - 1], answer_ids[-1])
+    def fitted(self, answer_ids: tuple[int, ...], room: int) -> tuple[int, ...]:
+        """The answer, cut to `room` tokens where it is longer; then the last one is the tokenizer's end-of-sequence,
+        or whatever stood there."""
+        if len(answer_ids) <= room:
+            return answer_ids
+        if not self.closes_cut_answers:
+            return answer_ids[:room]
+        return (*answer_ids[: room - 1], self.tokenizer.eos_token_id)
 
 
 def load_rows[T](
@@ -117,6 +128,7 @@ def load_rows[T](
         dropped=num_rows - len(items),
         truncated_prompts=counts["truncated_prompts"],
         truncated_answers=counts["truncated_answers"],
+        truncated_answers_closed=counts["truncated_answers_closed"],
         answers_cut_at_eos=counts["answers_cut_at_eos"],
         identical_pairs=counts["identical_pairs"],
     )

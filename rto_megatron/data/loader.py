@@ -9,9 +9,10 @@ Layouts, by column names:
     verdicts        prompt, completion (strings or messages) and label (true or false); or pairs, as above
     texts           text, a string
 
-An answer that does not fit in `max_length` is cut, and the last token that is kept becomes the
-end-of-sequence token, because the reward model reads its score there. Whatever was dropped or cut is counted
-in the `LoadReport`.
+An answer that does not fit in `max_length` is cut. In pairs and verdicts the last token that is kept becomes the
+end-of-sequence token, as in the released code: the reward model reads its score there. Demonstrations and texts, on
+whose every token a model is trained to continue like them, get none: it would learn to stop in mid-sentence. Whatever
+was dropped or cut is counted in the `LoadReport`.
 """
 
 from dataclasses import replace
@@ -19,7 +20,7 @@ from dataclasses import replace
 from transformers import PreTrainedTokenizerBase
 
 from rto_megatron.data.chat import Message, encode_prompt, encode_text
-from rto_megatron.data.encoder import Encoder, Limits, Loaded, fitted, load_rows
+from rto_megatron.data.encoder import Encoder, Limits, Loaded, load_rows
 from rto_megatron.data.rows import (
     completed,
     conversation,
@@ -32,7 +33,7 @@ from rto_megatron.data.rows import (
 )
 from rto_megatron.data.sources import Row
 from rto_megatron.errors import UserError
-from rto_megatron.types import Demonstration, JudgedResponse, PreferencePair, Prompt
+from rto_megatron.types import Demonstration, EndOfSequence, JudgedResponse, PreferencePair, Prompt
 
 
 def load_prompts(
@@ -62,10 +63,18 @@ def load_prompts(
 
 
 def load_pairs(
-    source: str, tokenizer: PreTrainedTokenizerBase, limits: Limits, max_rows: int | None = None
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    max_rows: int | None = None,
+    eos: EndOfSequence | None = None,
 ) -> Loaded[PreferencePair]:
-    """Load preference pairs; arguments and errors as `load_prompts`."""
-    encoder = Encoder(tokenizer, limits)
+    """Load preference pairs; arguments and errors as `load_prompts`.
+
+    Args:
+        eos: what ends an answer; None: the tokenizer's token alone.
+    """
+    encoder = Encoder(tokenizer, limits, eos)
 
     def convert(row: Row) -> PreferencePair | None:
         chosen = conversation(row, "chosen")
@@ -92,10 +101,14 @@ def load_pairs(
 
 
 def load_demonstrations(
-    source: str, tokenizer: PreTrainedTokenizerBase, limits: Limits, max_rows: int | None = None
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    max_rows: int | None = None,
+    eos: EndOfSequence | None = None,
 ) -> Loaded[Demonstration]:
-    """Load supervised examples; arguments and errors as `load_prompts`."""
-    encoder = Encoder(tokenizer, limits)
+    """Load supervised examples; arguments and errors as `load_pairs`."""
+    encoder = Encoder(tokenizer, limits, eos, closes_cut_answers=False)
 
     def convert(row: Row) -> Demonstration | None:
         column = first_column(row, ("messages", "chosen", "response"), "demonstrations")
@@ -112,14 +125,18 @@ def load_demonstrations(
 
 
 def load_judged(
-    source: str, tokenizer: PreTrainedTokenizerBase, limits: Limits, max_rows: int | None = None
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    max_rows: int | None = None,
+    eos: EndOfSequence | None = None,
 ) -> Loaded[JudgedResponse]:
     """Load answers with verdicts: rows of prompt, completion and label, or preference pairs, two answers each.
 
     The unrelated answer of each is the first one of the nearest row before it that has another prompt.
-    Arguments and errors as `load_prompts`.
+    Arguments and errors as `load_pairs`.
     """
-    encoder = Encoder(tokenizer, limits)
+    encoder = Encoder(tokenizer, limits, eos)
 
     def convert(row: Row) -> tuple[JudgedResponse, ...] | None:
         if "label" in row.columns:
@@ -147,7 +164,7 @@ def load_judged(
             raise UserError(f"{source}: all rows answer one prompt; the KL baseline of KTO needs another one")
         for answer in row:
             room = limits.max_length - len(answer.prompt_ids)
-            answers.append(replace(answer, unrelated_ids=fitted(other.response_ids, room)))
+            answers.append(replace(answer, unrelated_ids=encoder.fitted(other.response_ids, room)))
     return Loaded(tuple(answers), loaded.report)
 
 

@@ -14,6 +14,7 @@ from rto_megatron.algorithms import ALGORITHMS, kto
 from rto_megatron.algorithms.method import OfflineMethod
 from rto_megatron.algorithms.reward_model import reward_statistics
 from rto_megatron.config import schema
+from rto_megatron.config.learning_rate import learning_rate
 from rto_megatron.data.batches import Batches
 from rto_megatron.data.encoder import Loaded
 from rto_megatron.data.loader import load_demonstrations, load_judged, load_pairs
@@ -43,7 +44,7 @@ from rto_megatron.trainer.guard import Guard, NotFiniteError, planted
 from rto_megatron.trainer.metrics import add, with_margin
 from rto_megatron.trainer.reference import note_reference
 from rto_megatron.trainer.report.progress import say
-from rto_megatron.trainer.run import Run, learning_rate, reduce_over_replicas
+from rto_megatron.trainer.run import Run, reduce_over_replicas
 from rto_megatron.trainer.setup import Setup, note_in_config, prepare_stage, stage_hf_files
 from rto_megatron.types import Demonstration, JudgedResponse, LossOutput, Metrics, PreferencePair
 
@@ -88,7 +89,7 @@ def train_offline(config: schema.OfflineStage, topology: Topology) -> None:
             "data.eval is not set; a reward model keeps the mean and std of its scores on held-out pairs"
         )
     batches = Batches(data, config.batch.train, config.run.seed, topology.data_rank, topology.data_size)
-    hf_files = stage_hf_files(source, config.run.dir, role, topology)
+    hf_files = stage_hf_files(source, config.run.dir, role, topology, setup.eos)
     if reference is not None:
         note_reference(hf_files, reference)
     run = Run(
@@ -156,7 +157,7 @@ def _store_scale(means: dict[str, float], num_pairs: int, hf_files: Path, topolo
 
 
 def _load(task: Task, name: str, max_rows: int | None, setup: Setup) -> list[Example]:
-    loaded = task.load(name, setup.tokenizer, setup.limits, max_rows)
+    loaded = task.load(name, setup.tokenizer, setup.limits, max_rows, setup.eos)
     say(loaded.report.summary(), setup.topology.is_lead)
     return list(loaded.items)
 

@@ -14,16 +14,25 @@ from rto_megatron.config import checks, schema
 from rto_megatron.config.roles import roles_of
 from rto_megatron.config.run_folder import make_run_folder, open_folder_warning
 from rto_megatron.data.encoder import Limits
+from rto_megatron.data.eos import read_eos
 from rto_megatron.data.packing import Layout
 from rto_megatron.data.tokenizer import encoding_fingerprint, load_tokenizer
-from rto_megatron.engine.source import SCALAR_ROLES, WeightSource, find_source, latest_checkpoint
+from rto_megatron.engine.source import (
+    LANGUAGE_ROLES,
+    SCALAR_ROLES,
+    WeightSource,
+    find_source,
+    latest_checkpoint,
+)
 from rto_megatron.errors import UserError
 from rto_megatron.models.checks import check_experts, check_layout
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.rollout.model_folder import code_problems
 from rto_megatron.storage.megatron_folder import REPORT
+from rto_megatron.trainer.generation_config import note_eos
 from rto_megatron.trainer.report.progress import say
+from rto_megatron.types import EndOfSequence
 
 # In the config.json of a model that was trained against a reference.
 REFERENCE_FINGERPRINT = "reference_fingerprint"
@@ -36,13 +45,9 @@ class Setup:
     topology: Topology
     sources: dict[str, WeightSource]  # role -> where its weights are
     tokenizer: PreTrainedTokenizerBase
+    eos: EndOfSequence  # of the policy
     layout: Layout
     limits: Limits
-
-    @property
-    def eos_id(self) -> int:
-        """The token that ends a response."""
-        return int(self.tokenizer.eos_token_id)
 
 
 def prepare_stage(config: schema.Stage, topology: Topology) -> Setup:
@@ -59,16 +64,18 @@ def prepare_stage(config: schema.Stage, topology: Topology) -> Setup:
         for problem in code_problems(source.hf_folder)
     )
     checks.refuse(setup_problems(config, sources, topology.world_size))
+    policy = sources["policy"]
+    tokenizer = load_tokenizer(policy.hf_folder)
+    eos, odd_ids = read_eos(policy.hf_folder, tokenizer, policy.shape().vocab_size)
     is_open = open_folder_warning(config.run.dir)
-    for warning in [*_missing_scales(sources), *([is_open] if is_open else [])]:
+    for warning in [*_missing_scales(sources), *odd_ids, *([is_open] if is_open else [])]:
         say(warning, topology.is_lead)
     if topology.is_lead:
         make_run_folder(config.run.dir)
-    tokenizer = load_tokenizer(sources["policy"].hf_folder)
     batch, device = config.batch, topology.device.torch_device
     layout = Layout(batch.micro, batch.packed, topology.row_multiple, device)
     limits = Limits(config.data.max_prompt_tokens, _max_length(config), config.data.overlong)
-    return Setup(topology, sources, tokenizer, layout, limits)
+    return Setup(topology, sources, tokenizer, eos, layout, limits)
 
 
 def setup_problems(config: schema.Stage, sources: Mapping[str, WeightSource], world_size: int) -> list[str]:
@@ -168,10 +175,15 @@ def _missing_scales(sources: dict[str, WeightSource]) -> list[str]:
     ]
 
 
-def stage_hf_files(source: WeightSource, run_dir: Path, role: str, topology: Topology) -> Path:
+def stage_hf_files(
+    source: WeightSource, run_dir: Path, role: str, topology: Topology, eos: EndOfSequence
+) -> Path:
     """Copies config.json and tokenizer of a role into the run folder; all ranks must call it.
 
     A run that has a checkpoint keeps its copy; files of an attempt that left none are replaced.
+
+    Args:
+        eos: of the policy, which the copy of a language model names.
     """
     folder = run_dir / "model_files" / role
     if topology.is_lead and not (folder.is_dir() and latest_checkpoint(run_dir)):
@@ -184,6 +196,8 @@ def stage_hf_files(source: WeightSource, run_dir: Path, role: str, topology: Top
         note_in_config(partial, **{REFERENCE_FINGERPRINT: None})
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
+    if topology.is_lead and role in LANGUAGE_ROLES:
+        note_eos(folder, eos)
     topology.barrier()
     return folder
 
