@@ -227,7 +227,7 @@ def _kl_horizon(config: Stage) -> list[str]:
     if config.algorithm.kl_target is None or horizon >= smallest_horizon(responses):
         return []
     return [
-        f"algorithm.kl_horizon={horizon} is not above 0.2 x {responses}, the responses of a rollout step: one step could "
+        f"algorithm.kl_horizon={horizon} is not above 0.2 x {responses}, the responses of a rollout step: one could "
         "take beta_kl to 0 or below, and a negative one pays for divergence; the smallest that works is "
         f"algorithm.kl_horizon={smallest_horizon(responses)}"
     ]
