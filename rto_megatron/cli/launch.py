@@ -61,12 +61,15 @@ def launch(
     """
     from rto_megatron.cli.attempts import listening
     from rto_megatron.cli.launched_pool import PoolChoice
+    from rto_megatron.cli.torchrun import refuse_several_machines
     from rto_megatron.config.load import load_recipe
     from rto_megatron.config.run_folder import make_run_folder
     from rto_megatron.trainer.ending import finished_steps
     from rto_megatron.trainer.status import ExitReason, Status, write_status
 
     config = load_recipe(recipe, overrides or [])
+    if unused := refuse_several_machines(str(recipe)):
+        typer.echo(f"{', '.join(unused)}: not used, as the options of `rto launch` say how it calls torchrun")
     run_dir = config.run.dir
     make_run_folder(run_dir)
     choice = PoolChoice(pool_gpus, pool_servers, pool_tensor)

@@ -1,6 +1,8 @@
 """This machine's address on one of its networks, and a meeting point of torchrun that listens there alone."""
 
+import contextlib
 import socket
+import time
 from datetime import timedelta
 from urllib.parse import urlsplit
 
@@ -18,6 +20,8 @@ from rto_megatron.errors import UserError
 MEETING = "rto"  # the name of `meet` as a rendezvous backend
 _STORE_TIMEOUT = timedelta(seconds=60)
 _JOIN_TIMEOUT = timedelta(seconds=600)  # nodes of one job start their processes minutes apart
+_ONE_TRY_S = 2.0
+_PAUSE_S = 0.5
 
 
 def interface_address(name: str) -> str:
@@ -91,6 +95,9 @@ def meet(params: RendezvousParameters) -> RendezvousHandler:
     """The meeting of all torchruns of a job, as torch's `c10d` backend makes it, on one interface.
 
     The machine whose `local_addr` is the endpoint's address has the store.
+
+    Raises:
+        UserError: nobody listens at the endpoint within ten minutes.
     """
     host, _, port = params.endpoint.rpartition(":")
     assert params.local_addr is not None, "torchrun was started without --local-addr"
@@ -112,4 +119,25 @@ def _meeting_store(host: str, port: int, is_here: bool) -> dist.TCPStore:
             return listening_store(host, port)
         except OSError:
             pass  # several nodes can be one machine, and then another one has it
+    wait_for_listener(host, port, _JOIN_TIMEOUT.total_seconds())
     return dist.TCPStore(host, port, is_master=False, timeout=_JOIN_TIMEOUT, wait_for_workers=False)
+
+
+def wait_for_listener(host: str, port: int, limit_s: float) -> None:
+    """Returns once somebody listens there. Unlike TCPStore's own wait, a signal of this process ends it.
+
+    Raises:
+        UserError: nobody does within the limit; with the last error.
+    """
+    deadline = time.monotonic() + limit_s
+    while True:
+        try:
+            with contextlib.closing(socket.create_connection((host, port), _ONE_TRY_S)):
+                return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"nobody listens at the meeting point {host}:{port} after {limit_s:.0f} s ({error}); check that the "
+                    "machine of that address has started its part, and that this one reaches it"
+                ) from error
+        time.sleep(_PAUSE_S)

@@ -17,6 +17,7 @@ from rto_megatron.platform.network import host_of, is_loopback
 from rto_megatron.rollout.engine import NoServersLeft, RolloutEngine
 from rto_megatron.rollout.gate import read_token
 from rto_megatron.rollout.liveness import Liveness
+from rto_megatron.rollout.open_files import TooManyOpenFiles
 from rto_megatron.rollout.phases import PoolPhases
 from rto_megatron.rollout.vllm_pool import VllmPool
 from rto_megatron.trainer.colocated import SharedGpus
@@ -76,7 +77,7 @@ class PolicyPush:
 
         Raises:
             NoServersLeft: on every rank; no server is alive, or none came through the push.
-            UserError: on every rank; the pool is paused.
+            UserError: on every rank; the pool is paused, or this process may open no more files.
         """
         self._share_losses()
         servers = self._alive()
@@ -109,11 +110,14 @@ class PolicyPush:
         """What the lead finds alive among all configured servers."""
         topology = self._policy.topology
         servers: tuple[str, ...] = ()
-        failure = None
+        failure: UserError | None = None
         if topology.is_lead:
             assert self._pool is not None
-            servers = self._pool.alive()
-            failure = None if servers else NoServersLeft(str(self._pool.members.none_left()))
+            try:
+                servers = self._pool.alive()
+                failure = None if servers else NoServersLeft(str(self._pool.members.none_left()))
+            except TooManyOpenFiles as raised:
+                failure = raised
         raise_together(topology, failure)
         return servers
 
