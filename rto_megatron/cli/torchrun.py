@@ -85,10 +85,10 @@ def refuse_several_machines(recipe: str) -> list[str]:
     nodes = found.get("PET_NNODES", "1")
     if nodes not in ("1", "1:1"):
         raise UserError(
-            f"PET_NNODES={nodes} says that this is one of several machines of a job, as Kubeflow does, and `rto launch` "
-            f"runs on one alone. Run on each of them: torchrun -m rto_megatron.cli.main train {recipe} (a stage that "
-            "samples also needs rollout.servers and rollout.token_file of an `rto pool`); or, to use this machine alone: "
-            "unset PET_NNODES"
+            f"PET_NNODES={nodes} says that this is one of several machines of a job, as Kubeflow does, and `rto "
+            f"launch` runs on one alone. Run on each: torchrun -m rto_megatron.cli.main train {recipe} (a stage "
+            "that samples also needs rollout.servers and rollout.token_file of an `rto pool`); or, to use this machine "
+            "alone: unset PET_NNODES"
         )
     return list(found)
 

@@ -57,9 +57,9 @@ def _store(rank: int, limit_s: float) -> dist.TCPStore:
     except dist.DistError as error:
         # A torch error names its place in C++ after the first line.
         raise AbsentRanks(
-            f"rank {rank} on {socket.gethostname()} found no meeting point at {_place()} within {limit_s:.0f} s "
-            f"({str(error).splitlines()[0]}); start all ranks with one MASTER_ADDR and MASTER_PORT, which every machine "
-            "reaches (rto doctor, under the same launcher, tells why one does not)"
+            f"rank {rank} on {socket.gethostname()} has no meeting point at {_place()} ({str(error).splitlines()[0]}); "
+            "start all ranks with one MASTER_ADDR and MASTER_PORT that every machine reaches (rto doctor, under the "
+            "same launcher, tells why one does not)"
         ) from error
 
 

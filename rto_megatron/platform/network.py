@@ -137,7 +137,7 @@ def wait_for_listener(host: str, port: int, limit_s: float) -> None:
         except OSError as error:
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"nobody listens at the meeting point {host}:{port} after {limit_s:.0f} s ({error}); check that the "
-                    "machine of that address has started its part, and that this one reaches it"
+                    f"nobody listens at the meeting point {host}:{port} after {limit_s:.0f} s ({error}); check that "
+                    "the machine of that address has started its part, and that this one reaches it"
                 ) from error
         time.sleep(_PAUSE_S)

@@ -100,7 +100,7 @@ class GenerationHttp:
 
 @contextmanager
 def _named(address: str) -> Iterator[None]:
-    """Turns the client's errors into UnreachableError, which names the server, where they are not this process's own."""
+    """Turns the client's errors into UnreachableError, which names the server, unless they are this process's own."""
     try:
         yield
     except TimeoutError as error:

@@ -10,6 +10,7 @@ from rto_megatron.errors import UserError
 _MOST = 1 << 20  # Linux's own ceiling; a hard limit can be unlimited, which it would refuse as a soft one
 _KEPT_BACK = 64  # for checkpoints, logs and the sockets of a weight push
 _OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
+_ADVICE = "raise the hard limit (ulimit -Hn; LimitNOFILE= of a service, --ulimit nofile= of a container) and start again"
 
 
 class TooManyOpenFiles(UserError):  # noqa: N818  (a state of this machine, told like a user's error)
@@ -40,8 +41,8 @@ def connections_left(num_servers: int) -> int:
     left = (soft - is_open - _KEPT_BACK - 2 * num_servers) // 2
     if left < 1:
         raise TooManyOpenFiles(
-            f"{is_open} files are open and the limit is {soft}, which leaves none for requests to {num_servers} inference "
-            f"servers; {_ADVICE}"
+            f"{is_open} files are open and the limit is {soft}, which leaves none for requests to {num_servers} "
+            f"inference servers; {_ADVICE}"
         )
     return left
 
@@ -58,9 +59,6 @@ def refuse_if_out_of_files(error: BaseException) -> None:
             f"this process may open no more files ({error}); the limit of ulimit -n is "
             f"{resource.getrlimit(resource.RLIMIT_NOFILE)[0]}; {_ADVICE}"
         ) from error
-
-
-_ADVICE = "raise its hard limit (ulimit -Hn; LimitNOFILE= of a service, --ulimit nofile= of a container), then start again"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -26,8 +26,8 @@ def mended(environment: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
     if not port.isdigit():
         del changed[PORT]
         said.append(
-            f"{PORT}={port} is not given to the servers: Kubernetes sets it for a service named vllm, and vLLM would take "
-            "it for a port number"
+            f"{PORT}={port} is not given to the servers: Kubernetes sets it for a service named vllm, and vLLM would "
+            "take it for a port number"
         )
     folder = tempfile.gettempdir()
     if SOCKETS not in environment and is_too_long(folder):
@@ -52,14 +52,14 @@ def place_problems(
     sockets = environment.get(SOCKETS)
     if sockets is not None and is_too_long(sockets):
         problems.append(
-            f"{SOCKETS}={sockets} is too long: a server's sockets in it would have paths of more than {_LONGEST_SOCKET} "
-            f"bytes; name a folder of at most {_LONGEST_SOCKET - _SOCKET_NAME}, or unset it"
+            f"{SOCKETS}={sockets} is too long: a server's sockets in it would have paths of more than "
+            f"{_LONGEST_SOCKET} bytes; name a folder of at most {_LONGEST_SOCKET - _SOCKET_NAME}, or unset it"
         )
     free = shutil.disk_usage(shared_memory).free
     if max(tensor_sizes) > 1 and free < _QUEUE_BYTES:
         problems.append(
-            f"{shared_memory} has {free // _MIB} MiB free, and the workers of a server with tensor parallelism take "
-            f"{_QUEUE_BYTES // _MIB} MiB each for their messages; docker run --ipc=host or --shm-size=16g, an emptyDir of "
-            "medium Memory in Kubernetes, or mount -o remount,size=16g /dev/shm"
+            f"{shared_memory} has {free // _MIB} MiB free, and a server with tensor parallelism does not start with "
+            f"less than {_QUEUE_BYTES // _MIB}; docker run --ipc=host or --shm-size=16g, an emptyDir of medium Memory "
+            "in Kubernetes, or mount -o remount,size=16g /dev/shm"
         )
     return problems
