@@ -15,7 +15,9 @@ export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # a lost rank is told i
 say() { echo "[$(date +%T) job $SLURM_JOB_ID, start $start, attempt $attempt] $*"; }
 join() { local IFS=,; echo "$*"; }
 pause() { sleep 1 & wait $!; } # not a plain sleep, so that a signal is acted upon at once
-field() { sed -n "s/^ *\"$1\": \"\{0,1\}\([^\"]*[^\",]\).*/\1/p" "$status" 2>/dev/null; }
+field() { # NAME: of the status, which has one a line; quotes within a text are \"
+  sed -n "s/^ *\"$1\": //; T; s/,\$//; s/^\"\(.*\)\"\$/\1/; s/\\\\\"/\"/g; p" "$status" 2>/dev/null
+}
 saved() { cat "$run_dir/checkpoints/latest" 2>/dev/null; }
 finish() { # STATUS
   stop_pool
