@@ -81,10 +81,17 @@ def hugging_face_folder(model: Path) -> Path:
     folder = _folder_with_config(model, _LANGUAGE_ROLES)
     if folder is None:
         raise UserError(
-            f"models.policy={model}: no config.json and no checkpoint of a policy there; run the stage that makes "
-            f"it first, or fetch a hub model with `hf download {model} --local-dir DIR` and name DIR"
+            f"models.policy={model}: no config.json and no checkpoint of a policy there; {_way_to(model)}"
         )
     return folder
+
+
+def _way_to(model: Path) -> str:
+    """A hub's names have two parts, and so have some paths, whose first part is here."""
+    is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) and not model.parent.exists()
+    if is_hub_name:
+        return f"if it is a name on the hub, `hf download {model} --local-dir DIR` and name DIR"
+    return "run the stage that makes it first, or correct the path"
 
 
 def _folder_with_config(model: Path, roles: tuple[str, ...]) -> Path | None:
