@@ -94,8 +94,8 @@ def spare_tokens(tokenizer: PreTrainedTokenizerBase, embedding: Embedding) -> st
         return None
     padding = " (the padding token)" if tokenizer.pad_token_id in spare else ""
     return (
-        f"{embedding.where}: {_listed(tokenizer, spare)}{padding} of the tokenizer have no row in the embedding "
-        f"(vocab_size={embedding.num_rows}); no plain conversation holds them, and data that do are refused"
+        f"{embedding.where}: the embedding (vocab_size={embedding.num_rows}) has no row for {_listed(tokenizer, spare)}"
+        f"{padding} of the tokenizer; no plain conversation holds that, and data that do are refused"
     )
 
 
