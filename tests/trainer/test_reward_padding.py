@@ -1,4 +1,4 @@
-"""A reward model whose tokenizer pads with the end-of-sequence token: its export scores in transformers as in training."""
+"""A reward model whose tokenizer pads with the end-of-sequence token: exports score in transformers as in training."""
 
 import json
 import shutil
@@ -62,7 +62,7 @@ def test_transformers_scores_batches_of_an_export_as_the_run_did(
 ) -> None:
     config = configure("reward_model", padded_with_end, tmp_path / "run", layout, optimizer__lr=1e-2)
     assert set(run_ranks(LAYOUTS[layout][0], train, config)) == {None}
-    assert f"padding is '{RESERVED}' (id {RESERVED_ID}), which nothing else writes" in capfd.readouterr().out
+    said = capfd.readouterr().out
     convert("megatron-to-hf", tmp_path / "run", tmp_path / "converted")
     # What the run measured on the pairs held out, at its last step.
     entry = read_metrics(tmp_path / "run")[-1]
@@ -78,6 +78,7 @@ def test_transformers_scores_batches_of_an_export_as_the_run_did(
             assert accuracy == pytest.approx(entry["eval/accuracy"], abs=1e-6)
         assert kept["pad_token_id"] == RESERVED_ID
         assert json.loads((folder / "generation_config.json").read_text())["pad_token_id"] == RESERVED_ID
+        assert f"padding is '{RESERVED}' (id {RESERVED_ID}), which nothing else writes" in said
         # The role goes on exchanging ids with the others.
         assert encoding_fingerprint(folder) == encoding_fingerprint(padded_with_end / "models/policy")
 
