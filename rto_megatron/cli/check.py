@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rto_megatron.cli.options import Assume, Overrides, Recipe
+from rto_megatron.cli.token_ids import token_warnings
 from rto_megatron.errors import UserError
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def check(
     world_size, pool_size = _split(config, gpus, pool_gpus)
     origin = f"of {gpus} GPUs the pool has {pool_size}" if 0 < world_size < gpus else ""
     roles, shapes = judged(config, world_size, assume or [], origin)
+    spare = token_warnings(config, shapes)
     console = Console() if Console().is_terminal else Console(width=140)
     console.rule("resolved configuration")
     console.print(dump(config), markup=False, highlight=False)
@@ -65,6 +67,8 @@ def check(
     console.print(_models_table(config, roles, shapes, world_size))
     if gpu_gib is not None:
         _print_phases(console, config, shapes, world_size, gpu_gib, pool_tensor)
+    for warning in spare:
+        console.print(f"warning: {warning}", markup=False, highlight=False)
     console.print(f"{recipe}: sound for {_machine(world_size, gpus)}.", highlight=False)
 
 

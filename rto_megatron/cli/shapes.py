@@ -46,6 +46,7 @@ class FoundShape:
 
     shape: ModelShape
     source: str
+    folder: Path | None = None  # with the config.json, if it is on this machine
 
 
 def find_shape(model: Path, assumed: str | None, role: str = "policy") -> FoundShape | None:
@@ -60,7 +61,7 @@ def find_shape(model: Path, assumed: str | None, role: str = "policy") -> FoundS
     """
     folder = _folder_with_config(model, _SCALAR_ROLES if role in _SCALAR_ROLES else _LANGUAGE_ROLES)
     if folder is not None:
-        return FoundShape(read_shape(folder), "config.json")
+        return FoundShape(read_shape(folder), "config.json", folder)
     if assumed is not None:
         if assumed not in KNOWN_SHAPES:
             raise UserError(

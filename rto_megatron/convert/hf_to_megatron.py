@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from rto_megatron.convert.config_json import tokenizer_notes, write_config
+from rto_megatron.convert.config_json import tokenizer_notes, vocabulary_notes, write_config
 from rto_megatron.convert.options import Advance, Options, cast
 from rto_megatron.convert.report import Plan, Written
 from rto_megatron.data.tokenizer_files import carry
@@ -28,6 +28,7 @@ def plan_import(model: HfModel, source: Path, target: Path, options: Options) ->
         notes.append(f"the source has {', '.join(sorted(found))}, written as {dtype_name(dtype)}")
     if model.head_bias():
         notes.append(f"the head's bias {model.head_bias():g} is kept in `mean` of config.json")
+    notes += vocabulary_notes(source, model.shape.vocab_size, model.has_scalar_head)
     return Plan(
         "Hugging Face -> Megatron", source, target, model.shape, model.has_scalar_head, model.dtype(), dtype,
         len(model.folder.tensors), model.left_aside, tuple(notes),

@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from rto_megatron.convert.config_json import tokenizer_notes, write_config
+from rto_megatron.convert.config_json import tokenizer_notes, vocabulary_notes, write_config
 from rto_megatron.convert.megatron_source import MegatronSource
 from rto_megatron.convert.options import Advance, Options, cast
 from rto_megatron.convert.report import Plan, Written
@@ -14,10 +14,11 @@ from rto_megatron.storage.megatron_tensors import MegatronTensors
 
 def plan_export(source: MegatronSource, tensors: MegatronTensors, target: Path, options: Options) -> Plan:
     """Says what a conversion would do."""
+    notes = vocabulary_notes(source.hf_files, source.shape.vocab_size, source.has_scalar_head)
     return Plan(
         "Megatron -> Hugging Face", source.reader.folder, target, source.shape, source.has_scalar_head,
         tensors.dtype(), options.dtype or tensors.dtype(), len(source.reader.entries), tensors.left_aside(),
-        source.notes,
+        (*source.notes, *notes),
     )  # fmt: skip
 
 
