@@ -11,6 +11,7 @@ from rto_megatron.engine.weights import hf_reader, load_hf_tensors, megatron_rea
 from rto_megatron.errors import UserError
 from rto_megatron.models.build import build_model, transformer_config
 from rto_megatron.parallel.topology import Topology
+from rto_megatron.storage.not_finite import described
 from rto_megatron.types import ValueScale
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -79,7 +80,12 @@ def _load(model: FrozenModel, source: WeightSource, seed: int, is_head_fresh: bo
             read = megatron_reader(source, model.has_scalar_head, fresh_head_seed)
         else:
             read = hf_reader(source.path, model.has_scalar_head, fresh_head_seed)
-        load_hf_tensors(model.module, model.shape, model.has_scalar_head, model.topology, read)
+        not_finite = load_hf_tensors(model.module, model.shape, model.has_scalar_head, model.topology, read)
+        if not_finite:
+            error = (
+                f"{source.path} holds {described(not_finite)}; a model cannot be trained or sampled from with them. It "
+                "diverged, or was damaged while it was saved or merged: fetch it again, or take an earlier checkpoint"
+            )
     except UserError as failure:  # one rank's share of the tensors may lie in the only damaged file
         error = str(failure)
     model.topology.raise_together(error)

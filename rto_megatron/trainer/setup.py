@@ -23,6 +23,7 @@ from rto_megatron.models.shape import ModelShape
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.rollout.model_folder import code_problems
 from rto_megatron.storage.megatron_folder import REPORT
+from rto_megatron.storage.weight_files import find_weights
 from rto_megatron.trainer.report.progress import say
 
 # In the config.json of a model that was trained against a reference.
@@ -60,7 +61,7 @@ def prepare_stage(config: schema.Stage, topology: Topology) -> Setup:
     )
     checks.refuse(setup_problems(config, sources, topology.world_size))
     is_open = open_folder_warning(config.run.dir)
-    for warning in [*_missing_scales(sources), *([is_open] if is_open else [])]:
+    for warning in [*_unread_weights(sources), *_missing_scales(sources), *([is_open] if is_open else [])]:
         say(warning, topology.is_lead)
     if topology.is_lead:
         make_run_folder(config.run.dir)
@@ -156,6 +157,17 @@ def _unlike_tokenizers(sources: Mapping[str, WeightSource]) -> list[str]:
         f"{first.hf_folder}; the roles exchange token ids, so both need the same pieces, merges and end-of-sequence id"
         for role, source in sources.items()
         if fingerprints[source.hf_folder] != fingerprints[first.hf_folder]
+    ]
+
+
+def _unread_weights(sources: dict[str, WeightSource]) -> list[str]:
+    notes = {
+        role: find_weights(source.path).note()
+        for role, source in sources.items()
+        if source.kind == "hugging_face"
+    }
+    return [
+        f"models.{role}: {sources[role].path}: {note}" for role, note in notes.items() if note is not None
     ]
 
 

@@ -129,7 +129,7 @@ def test_checkpoints_and_unfinished_runs_are_models_too(tmp_path: Path) -> None:
         assert language is not None
         assert scalar is not None
         assert (language.shape.num_layers, scalar.shape.num_layers) == (layers, layers + 4)
-    with pytest.raises(UserError, match="no checkpoint of a policy there"):
+    with pytest.raises(UserError, match="no checkpoint of a policy; run the stage"):
         hugging_face_folder(tmp_path / "checkpoints")
 
 
