@@ -155,9 +155,7 @@ def table(plan: Plan, written: Written | None, proof: Proof | None) -> Table:
         rows.append(("written", f"in {written.seconds:.1f} s, {rate:.2f} GB/s"))
         rows += [("note", note) for note in written.notes]
         if written.not_finite:
-            rows.append(
-                ("warning", f"{described(written.not_finite)}; no stage can train or sample with them")
-            )
+            rows.append(("warning", f"{described(written.not_finite)}; outputs that meet them are NaN"))
         rows.append(("tokenizer", ", ".join(written.tokenizer_files) or "none"))
     if proof is not None:
         rows += [("proved", sentence) for sentence in proof.sentences or ("nothing",)]
