@@ -7,6 +7,7 @@ from pathlib import Path
 from rto_megatron.errors import UserError
 from rto_megatron.models.config_files import read_shape
 from rto_megatron.models.shape import ModelShape
+from rto_megatron.rollout.model_path import misnamed, misnamed_folder
 
 
 def _llama(layers: int, hidden: int, ffn: int, heads: int, head_dim: int, version: str) -> ModelShape:
@@ -81,18 +82,12 @@ def hugging_face_folder(model: Path) -> Path:
     """
     folder = _folder_with_config(model, _LANGUAGE_ROLES)
     if folder is None:
-        raise UserError(
-            f"models.policy={model}: no config.json and no checkpoint of a policy there; {_way_to(model)}"
+        known = misnamed_folder(model) if model.is_dir() else misnamed(model)
+        unknown = (
+            f"{model} has no config.json and no checkpoint of a policy; run the stage that makes it first"
         )
+        raise UserError(f"models.policy: {known or unknown}")
     return folder
-
-
-def _way_to(model: Path) -> str:
-    """A hub's names have two parts, and so have some paths, whose first part is here."""
-    is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) and not model.parent.exists()
-    if is_hub_name:
-        return f"if it is a name on the hub, `hf download {model} --local-dir DIR` and name DIR"
-    return "run the stage that makes it first, or correct the path"
 
 
 def _folder_with_config(model: Path, roles: tuple[str, ...]) -> Path | None:

@@ -10,6 +10,7 @@ from rto_megatron.convert.report import Plan, Written
 from rto_megatron.data.tokenizer_files import carry
 from rto_megatron.storage.hf_writer import HfWriter
 from rto_megatron.storage.megatron_tensors import MegatronTensors
+from rto_megatron.storage.not_finite import num_not_finite
 
 
 def plan_export(source: MegatronSource, tensors: MegatronTensors, target: Path, options: Options) -> Plan:
@@ -39,12 +40,15 @@ def export_weights(
     dtypes = plan.dtypes()
     specs = {name: (dtypes[name], shape) for name, shape in plan.shapes().items()}
     writer = HfWriter(folder, specs, options.max_file_bytes)
+    not_finite: dict[str, int] = {}
     for parameter in tensors.parameters:
         for name, tensor in zip(parameter.hf, tensors.hf(parameter), strict=True):
             written = cast(name, tensor, dtypes[name])
             writer.write(name, written)
+            if (count := num_not_finite(written)) > 0:
+                not_finite[name] = count
             advance(written.nbytes)
     writer.finish()
     write_config(source.config, plan, 0.0, folder)
     carried = {} if source.hf_files is None else carry(source.hf_files, folder)
-    return Written(carried, tokenizer_notes(folder), time.monotonic() - start)
+    return Written(carried, tokenizer_notes(folder), not_finite, time.monotonic() - start)

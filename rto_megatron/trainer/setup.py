@@ -24,6 +24,7 @@ from rto_megatron.models.shape import ModelShape
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.rollout.model_folder import code_problems
 from rto_megatron.storage.megatron_folder import REPORT
+from rto_megatron.storage.weight_files import find_weights
 from rto_megatron.trainer.embeddings import embedding_problems, require_embedded, spare_token_warnings
 from rto_megatron.trainer.report.progress import say
 
@@ -73,7 +74,8 @@ def prepare_stage(config: schema.Stage, topology: Topology) -> Setup:
     tokenizer = load_tokenizer(sources["policy"].hf_folder)
     is_open = open_folder_warning(config.run.dir)
     spare = [f"warning: {text}" for text in spare_token_warnings(tokenizer, sources)]
-    for warning in [*_missing_scales(sources), *spare, *([is_open] if is_open else [])]:
+    left_open = [is_open] if is_open else []
+    for warning in [*_unread_weights(sources), *_missing_scales(sources), *spare, *left_open]:
         say(warning, topology.is_lead)
     if topology.is_lead:
         make_run_folder(config.run.dir)
@@ -169,6 +171,17 @@ def _unlike_tokenizers(sources: Mapping[str, WeightSource]) -> list[str]:
         f"{first.hf_folder}; the roles exchange token ids, so both need the same pieces, merges and end-of-sequence id"
         for role, source in sources.items()
         if fingerprints[source.hf_folder] != fingerprints[first.hf_folder]
+    ]
+
+
+def _unread_weights(sources: dict[str, WeightSource]) -> list[str]:
+    notes = {
+        role: find_weights(source.path).note()
+        for role, source in sources.items()
+        if source.kind == "hugging_face"
+    }
+    return [
+        f"models.{role}: {sources[role].path}: {note}" for role, note in notes.items() if note is not None
     ]
 
 

@@ -129,7 +129,7 @@ def test_checkpoints_and_unfinished_runs_are_models_too(tmp_path: Path) -> None:
         assert language is not None
         assert scalar is not None
         assert (language.shape.num_layers, scalar.shape.num_layers) == (layers, layers + 4)
-    with pytest.raises(UserError, match="no checkpoint of a policy there"):
+    with pytest.raises(UserError, match="no checkpoint of a policy; run the stage"):
         hugging_face_folder(tmp_path / "checkpoints")
 
 
@@ -170,7 +170,7 @@ def test_options_that_make_no_sense_are_refused(arguments: list[str], part: str)
 
 @pytest.mark.parametrize(
     ("model", "words"),
-    [("runs/quickstart/sft", "run the stage that makes it first"), ("acme/llama", "`hf download acme/llama")],
+    [("runs/quickstart/sft", "run the stage that makes it first"), ("acme/llama", "hf download acme/llama")],
 )
 def test_only_a_name_that_the_hub_could_have_is_offered_for_download(model: str, words: str) -> None:
     with pytest.raises(UserError, match=words) as caught:
