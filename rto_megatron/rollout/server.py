@@ -20,8 +20,9 @@ from rto_megatron.errors import UserError, refuse_if
 from rto_megatron.rollout.client import ServerClient
 from rto_megatron.rollout.gate import TOKEN_FILE_VARIABLE, read_token
 from rto_megatron.rollout.model_folder import code_problems
-from rto_megatron.rollout.server_log import first_error
-from rto_megatron.rollout.server_place import mended, place_problems
+        raise UserError(f"{misnamed(options.model)}; rollout servers need a Hugging Face model folder")
+    problems = [*code_problems(options.model), *place_problems([options.tensor_parallel], os.environ)]
+    refuse_if(problems, "the pool does not start")
 
 Progress = Callable[[str], None]
 
@@ -120,9 +121,7 @@ def start_server(options: ServerOptions) -> Server:
         UserError: no model there, the port is taken, the token file is not private, or vLLM cannot run here.
     """
     if not (options.model / "config.json").is_file():
-        raise UserError(
-            f"{options.model} has no config.json; rollout servers need a Hugging Face model folder"
-        )
+        raise UserError(f"{misnamed(options.model)}; rollout servers need a Hugging Face model folder")
     problems = [*code_problems(options.model), *place_problems([options.tensor_parallel], os.environ)]
     refuse_if(problems, "the pool does not start")
     ensure_token_file(options.token_file)
