@@ -20,9 +20,9 @@ from rto_megatron.errors import UserError, refuse_if
 from rto_megatron.rollout.client import ServerClient
 from rto_megatron.rollout.gate import TOKEN_FILE_VARIABLE, read_token
 from rto_megatron.rollout.model_folder import code_problems
-        raise UserError(f"{misnamed(options.model)}; rollout servers need a Hugging Face model folder")
-    problems = [*code_problems(options.model), *place_problems([options.tensor_parallel], os.environ)]
-    refuse_if(problems, "the pool does not start")
+from rto_megatron.rollout.model_path import misnamed
+from rto_megatron.rollout.server_log import first_error
+from rto_megatron.rollout.server_place import mended, place_problems
 
 Progress = Callable[[str], None]
 
