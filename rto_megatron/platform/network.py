@@ -16,6 +16,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
 )
 
 from rto_megatron.errors import UserError
+from rto_megatron.rollout.addresses import without_localhost
 
 MEETING = "rto"  # the name of `meet` as a rendezvous backend
 _STORE_TIMEOUT = timedelta(seconds=60)
@@ -51,7 +52,7 @@ def host_of(server: str) -> str:
 
 def is_loopback(host: str) -> bool:
     """Whether a host is this machine, reached over its loopback interface."""
-    return host == "localhost" or host.startswith("127.")
+    return without_localhost(host).startswith("127.")
 
 
 def listening_store(address: str, port: int) -> dist.TCPStore:
@@ -99,7 +100,7 @@ def meet(params: RendezvousParameters) -> RendezvousHandler:
     Raises:
         UserError: nobody listens at the endpoint within ten minutes.
     """
-    host, _, port = params.endpoint.rpartition(":")
+    host, _, port = without_localhost(params.endpoint).rpartition(":")
     assert params.local_addr is not None, "torchrun was started without --local-addr"
     store = _meeting_store(host, int(port), is_here=params.local_addr == host)
     return _MeetingHandler.from_backend(
