@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import batched
+from itertools import batched, chain
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from rto_megatron.data.packing import (
     sequence_batches,
     supervised_microbatches,
 )
+from rto_megatron.data.vocabulary import token_ids
 from rto_megatron.engine.divergence import divergence_from, divergence_microbatches
 from rto_megatron.engine.megatron import (
     TOKENS,
@@ -41,6 +42,7 @@ from rto_megatron.parallel.topology import Topology
 from rto_megatron.platform import faults
 from rto_megatron.trainer.guard import Guard, NotFiniteError, planted
 from rto_megatron.trainer.metrics import add, with_margin
+from rto_megatron.trainer.padding import give_own_padding
 from rto_megatron.trainer.reference import note_reference
 from rto_megatron.trainer.report.progress import say
 from rto_megatron.trainer.run import Run, learning_rate, reduce_over_replicas
@@ -89,6 +91,8 @@ def train_offline(config: schema.OfflineStage, topology: Topology) -> None:
         )
     batches = Batches(data, config.batch.train, config.run.seed, topology.data_rank, topology.data_size)
     hf_files = stage_hf_files(source, config.run.dir, role, topology)
+    if is_reward:
+        give_own_padding(hf_files, frozenset(chain.from_iterable(map(token_ids, data + held_out))), topology)
     if reference is not None:
         note_reference(hf_files, reference)
     run = Run(
@@ -157,7 +161,7 @@ def _store_scale(means: dict[str, float], num_pairs: int, hf_files: Path, topolo
 
 def _load(task: Task, name: str, max_rows: int | None, setup: Setup) -> list[Example]:
     loaded = task.load(name, setup.tokenizer, setup.limits, max_rows)
-    say(loaded.report.summary(), setup.topology.is_lead)
+    setup.admit(loaded)
     return list(loaded.items)
 
 

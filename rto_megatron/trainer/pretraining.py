@@ -12,7 +12,6 @@ from rto_megatron.data.batches import Batches
 from rto_megatron.data.loader import load_texts
 from rto_megatron.data.packing import supervised_microbatches
 from rto_megatron.errors import UserError
-from rto_megatron.trainer.report.progress import say
 from rto_megatron.trainer.setup import Setup
 from rto_megatron.types import Demonstration, LossOutput, Minibatch, SupervisedMicrobatch
 
@@ -32,7 +31,7 @@ class Pretraining:
         if config.data.pretrain is not None:
             place = setup.topology
             loaded = load_texts(config.data.pretrain, setup.tokenizer, setup.limits)
-            say(loaded.report.summary(), place.is_lead)
+            setup.admit(loaded)
             if len(loaded.items) < config.batch.train:
                 raise UserError(
                     f"data.pretrain: {config.data.pretrain} has {len(loaded.items)} texts, and an optimizer step takes "

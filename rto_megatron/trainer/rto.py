@@ -20,11 +20,11 @@ from rto_megatron.rollout.engine import Sampling
 from rto_megatron.trainer.agreement import watched_gap
 from rto_megatron.trainer.guard import Guard, planted
 from rto_megatron.trainer.known_reward import known_reward, true_return
+from rto_megatron.trainer.padding import give_own_padding
 from rto_megatron.trainer.poison import score_sound
 from rto_megatron.trainer.pool import Sampler, connect_pool
 from rto_megatron.trainer.pretraining import Pretraining, beside
 from rto_megatron.trainer.reference import require_trained_reference
-from rto_megatron.trainer.report.progress import say
 from rto_megatron.trainer.report.samples import completions_table, show
 from rto_megatron.trainer.rollouts import Roles, sample
 from rto_megatron.trainer.run import Run, learning_rate
@@ -205,13 +205,15 @@ def open_run(config: schema.ReinforcementStage, setup: Setup, roles: Roles, num_
         role: stage_hf_files(setup.sources[role.removesuffix("_ema")], config.run.dir, role, setup.topology)
         for role in saved
     }
+    if "critic" in hf_files:  # what it will read is sampled, and no id of it is known yet
+        give_own_padding(hf_files["critic"], (), setup.topology)
     return Run(config, setup.topology, saved, hf_files, num_steps)
 
 
 def load_batches(config: schema.ReinforcementStage, setup: Setup) -> Batches[Prompt]:
     """This replica's share of every rollout step's prompts."""
     loaded = load_prompts(config.data.train, setup.tokenizer, setup.limits)
-    say(loaded.report.summary(), setup.topology.is_lead)
+    setup.admit(loaded)
     place = setup.topology
     return Batches(loaded.items, config.batch.rollout, config.run.seed, place.data_rank, place.data_size)
 

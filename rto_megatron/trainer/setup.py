@@ -13,14 +13,17 @@ from rto_megatron.algorithms.method import OfflineMethod
 from rto_megatron.config import checks, schema
 from rto_megatron.config.roles import roles_of
 from rto_megatron.config.run_folder import make_run_folder, open_folder_warning
-from rto_megatron.data.encoder import Limits
+from rto_megatron.data.encoder import Limits, Loaded
 from rto_megatron.data.packing import Layout
 from rto_megatron.data.tokenizer import encoding_fingerprint, load_tokenizer
+from rto_megatron.data.vocabulary import Example
 from rto_megatron.engine.source import SCALAR_ROLES, WeightSource, find_sources, latest_checkpoint
 from rto_megatron.models.checks import check_experts, check_layout
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.storage.megatron_folder import REPORT
+from rto_megatron.storage.weight_files import find_weights
+from rto_megatron.trainer.embeddings import embedding_problems, require_embedded, spare_token_warnings
 from rto_megatron.trainer.report.progress import say
 
 # In the config.json of a model that was trained against a reference.
@@ -42,6 +45,15 @@ class Setup:
         """The token that ends a response."""
         return int(self.tokenizer.eos_token_id)
 
+    def admit(self, loaded: Loaded[Example]) -> None:
+        """Says what was loaded, and refuses ids that no row of an embedding stands for.
+
+        Raises:
+            UserError: on every rank; names the tokens and where they come from.
+        """
+        say(loaded.report.summary(), self.topology.is_lead)
+        require_embedded(loaded, self.tokenizer, self.sources)
+
 
 def prepare_stage(config: schema.Stage, topology: Topology) -> Setup:
     """Finds every role's weights and checks them against the layout and against each other.
@@ -51,12 +63,14 @@ def prepare_stage(config: schema.Stage, topology: Topology) -> Setup:
     """
     sources = find_sources(config)
     checks.refuse(setup_problems(config, sources, topology.world_size))
+    tokenizer = load_tokenizer(sources["policy"].hf_folder)
     is_open = open_folder_warning(config.run.dir)
-    for warning in [*_missing_scales(sources), *([is_open] if is_open else [])]:
+    spare = [f"warning: {text}" for text in spare_token_warnings(tokenizer, sources)]
+    left_open = [is_open] if is_open else []
+    for warning in [*_unread_weights(sources), *_missing_scales(sources), *spare, *left_open]:
         say(warning, topology.is_lead)
     if topology.is_lead:
         make_run_folder(config.run.dir)
-    tokenizer = load_tokenizer(sources["policy"].hf_folder)
     batch, device = config.batch, topology.device.torch_device
     layout = Layout(batch.micro, batch.packed, topology.row_multiple, device)
     limits = Limits(config.data.max_prompt_tokens, _max_length(config), config.data.overlong)
@@ -87,6 +101,7 @@ def setup_problems(config: schema.Stage, sources: Mapping[str, WeightSource], wo
         ),
         *_unlike_vocabularies(config, shapes),
         *_unlike_tokenizers(sources),
+        *embedding_problems(config, sources),
         *checks.find_problems(config, world_size, max_positions),
     ]
 
@@ -123,6 +138,17 @@ def _unlike_tokenizers(sources: Mapping[str, WeightSource]) -> list[str]:
         f"{first.hf_folder}; the roles exchange token ids, so both need the same pieces, merges and end-of-sequence id"
         for role, source in sources.items()
         if fingerprints[source.hf_folder] != fingerprints[first.hf_folder]
+    ]
+
+
+def _unread_weights(sources: dict[str, WeightSource]) -> list[str]:
+    notes = {
+        role: find_weights(source.path).note()
+        for role, source in sources.items()
+        if source.kind == "hugging_face"
+    }
+    return [
+        f"models.{role}: {sources[role].path}: {note}" for role, note in notes.items() if note is not None
     ]
 
 

@@ -4,6 +4,11 @@ from rto_megatron.cli.doctor_checks.finding import Finding
 from rto_megatron.config.schema import Stage
 from rto_megatron.platform.device import prepare
 
+_SPARE = (
+    "a text that spells such a token ends the stage before its first step",
+    "resize the embedding, or leave it where no text spells them",
+)
+
 
 def check_models(config: Stage, world_size: int) -> list[Finding]:
     """What a stage checks before its first step, without building a model.
@@ -12,7 +17,9 @@ def check_models(config: Stage, world_size: int) -> list[Finding]:
         UserError: names every model that is missing.
     """
     prepare()  # megatron.core, imported below, must find its patches in place
+    from rto_megatron.data.tokenizer import load_tokenizer
     from rto_megatron.engine.source import find_sources
+    from rto_megatron.trainer.embeddings import spare_token_warnings
     from rto_megatron.trainer.setup import setup_problems
 
     sources = find_sources(config)
@@ -21,4 +28,7 @@ def check_models(config: Stage, world_size: int) -> list[Finding]:
         Finding("models", "problem", text, why, fix) for text in setup_problems(config, sources, world_size)
     ]
     fits = f"{', '.join(sources)}: here, with equal tokenizers; layout, batches and lengths fit {world_size} ranks"
-    return problems or [Finding("models", "ok", fits)]
+    if problems:
+        return problems
+    spare = spare_token_warnings(load_tokenizer(sources["policy"].hf_folder), sources)
+    return [Finding("models", "ok", fits), *(Finding("models", "warning", text, *_SPARE) for text in spare)]
