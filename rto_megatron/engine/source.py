@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from rto_megatron.config import checks, schema
+from rto_megatron.config.roles import roles_of
 from rto_megatron.errors import UserError
 from rto_megatron.models.config_files import read_shape
 from rto_megatron.models.shape import ModelShape
+from rto_megatron.rollout.model_folder import code_problems
 from rto_megatron.rollout.model_path import misnamed, misnamed_folder
 from rto_megatron.storage.file_digests import WEIGHTS
 from rto_megatron.storage.megatron_folder import HF_FILES, find_megatron, require_tokenizer_of_conversion
@@ -89,6 +92,37 @@ def find_source(path: Path, has_scalar_head: bool, is_random: bool, key: str) ->
         f"{key}: {checkpoint or path} holds neither config.json nor a finished checkpoint of "
         f"{' or '.join(roles)}; found {found}"
     )
+
+
+def find_sources(config: schema.Stage) -> dict[str, WeightSource]:
+    """Role -> source of every model that the stage loads.
+
+    Raises:
+        UserError: names every model that is not there, or that would run code of its own.
+    """
+    checks.refuse(checks.model_problems(config))
+    sources: dict[str, WeightSource] = {}
+    problems: list[UserError] = []
+    for role in roles_of(config):
+        if role.shares is not None:
+            continue
+        # A reward model is trained from a language model.
+        is_scalar = role.has_value_head and not isinstance(config, schema.RewardModelStage)
+        try:
+            sources[role.name] = find_source(
+                role.path, is_scalar, config.models.random_init, key=f"models.{role.name}"
+            )
+        except UserError as error:
+            problems.append(error)
+    if len(problems) == 1:
+        raise problems[0]
+    checks.refuse(map(str, problems))
+    checks.refuse(
+        f"models.{role}: {problem}"
+        for role, source in sources.items()
+        for problem in code_problems(source.hf_folder)
+    )
+    return sources
 
 
 def has_language_model(path: Path) -> bool:

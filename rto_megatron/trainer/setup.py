@@ -17,12 +17,10 @@ from rto_megatron.data.encoder import Limits, Loaded
 from rto_megatron.data.packing import Layout
 from rto_megatron.data.tokenizer import encoding_fingerprint, load_tokenizer
 from rto_megatron.data.vocabulary import Example
-from rto_megatron.engine.source import SCALAR_ROLES, WeightSource, find_source, latest_checkpoint
-from rto_megatron.errors import UserError
+from rto_megatron.engine.source import SCALAR_ROLES, WeightSource, find_sources, latest_checkpoint
 from rto_megatron.models.checks import check_experts, check_layout
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.parallel.topology import Topology
-from rto_megatron.rollout.model_folder import code_problems
 from rto_megatron.storage.megatron_folder import REPORT
 from rto_megatron.storage.weight_files import find_weights
 from rto_megatron.trainer.embeddings import embedding_problems, require_embedded, spare_token_warnings
@@ -63,13 +61,7 @@ def prepare_stage(config: schema.Stage, topology: Topology) -> Setup:
     Raises:
         UserError: all problems at once.
     """
-    checks.refuse(checks.model_problems(config))
     sources = find_sources(config)
-    checks.refuse(
-        f"models.{role}: {problem}"
-        for role, source in sources.items()
-        for problem in code_problems(source.hf_folder)
-    )
     checks.refuse(setup_problems(config, sources, topology.world_size))
     tokenizer = load_tokenizer(sources["policy"].hf_folder)
     is_open = open_folder_warning(config.run.dir)
@@ -133,31 +125,6 @@ def _max_length(config: schema.Stage) -> int:
         return config.data.max_length
     assert isinstance(config, schema.ReinforcementStage | schema.EvaluateStage)
     return config.data.max_prompt_tokens + config.sampling.max_response_tokens
-
-
-def find_sources(config: schema.Stage) -> dict[str, WeightSource]:
-    """Role -> source of every model that the stage loads.
-
-    Raises:
-        UserError: names every model that is not there.
-    """
-    sources: dict[str, WeightSource] = {}
-    problems: list[UserError] = []
-    for role in roles_of(config):
-        if role.shares is not None:
-            continue
-        # A reward model is trained from a language model.
-        is_scalar = role.has_value_head and not isinstance(config, schema.RewardModelStage)
-        try:
-            sources[role.name] = find_source(
-                role.path, is_scalar, config.models.random_init, key=f"models.{role.name}"
-            )
-        except UserError as error:
-            problems.append(error)
-    if len(problems) == 1:
-        raise problems[0]
-    checks.refuse(map(str, problems))
-    return sources
 
 
 def _unlike_tokenizers(sources: Mapping[str, WeightSource]) -> list[str]:

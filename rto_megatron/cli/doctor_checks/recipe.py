@@ -1,7 +1,6 @@
 """The recipe's models: all are here, fit the layout and each other, and read the same tokens."""
 
 from rto_megatron.cli.doctor_checks.finding import Finding
-from rto_megatron.config.checks import model_problems, refuse
 from rto_megatron.config.schema import Stage
 from rto_megatron.platform.device import prepare
 
@@ -19,10 +18,10 @@ def check_models(config: Stage, world_size: int) -> list[Finding]:
     """
     prepare()  # megatron.core, imported below, must find its patches in place
     from rto_megatron.data.tokenizer import load_tokenizer
+    from rto_megatron.engine.source import find_sources
     from rto_megatron.trainer.embeddings import spare_token_warnings
-    from rto_megatron.trainer.setup import find_sources, setup_problems
+    from rto_megatron.trainer.setup import setup_problems
 
-    refuse(model_problems(config))
     sources = find_sources(config)
     why, fix = "the stage would end with this message", "do as it says"
     problems = [
