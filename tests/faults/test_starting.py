@@ -1,9 +1,12 @@
 """Before the first step: ranks that do not come are named in time, and a run that is told to stop then ends at once."""
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -54,8 +57,10 @@ def test_a_rank_that_waits_for_another_ends_with_a_signal(files: Path, tmp_path:
         stderr=subprocess.STDOUT,
         text=True,
     )
-    while not (tmp_path / "run" / "run.lock").exists():
-        assert process.poll() is None
+    with contextlib.closing(socket.socket()) as caller:
+        while caller.connect_ex(("127.0.0.1", int(alone["MASTER_PORT"]))):  # until it keeps the meeting point
+            assert process.poll() is None
+            time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 85, said
