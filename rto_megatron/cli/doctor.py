@@ -75,6 +75,7 @@ def _of_this_machine() -> "list[Finding]":
         "shared memory": machine.check_shared_memory,
         "clock": machine.check_clock,
         "variables": variables.check_doors,
+        "starts": variables.check_starts,
         "rendezvous": network.check_rendezvous,
         "listeners": network.check_listeners,
     }

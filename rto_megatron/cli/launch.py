@@ -61,11 +61,14 @@ def launch(
     85). Ctrl-C ends it at once (130). run_status.json in the run folder says why a run ended.
     """
     from rto_megatron.cli.launched_pool import PoolChoice
+    from rto_megatron.cli.torchrun import refuse_several_machines
     from rto_megatron.config.load import load_recipe
     from rto_megatron.trainer.run_lock import LAUNCH_VARIABLE, held
     from rto_megatron.trainer.status import ExitReason
 
     config = load_recipe(recipe, overrides or [])
+    if unused := refuse_several_machines(str(recipe)):
+        typer.echo(f"{', '.join(unused)}: not used, as the options of `rto launch` say how it calls torchrun")
     choice = PoolChoice(pool_gpus, pool_servers, pool_tensor)
     arguments = ["train", str(recipe), *(overrides or [])]
     with held(config.run.dir) as owner:

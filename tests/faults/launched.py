@@ -75,6 +75,8 @@ def start(
         "RTO_FAULT": faults,
         "RTO_FAULT_LOG": str(fault_log(run_dir)),
         "COLUMNS": "200",
+        "PET_MASTER_PORT": "1",  # of an operator; `rto launch` makes its own meeting point
+        "PET_RDZV_BACKEND": "static",
     }
     rto = ["-m", "rto_megatron.cli.main"]
     if torchrun is None:
@@ -82,6 +84,7 @@ def start(
     else:
         plain = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *torchrun]
         arguments = [*plain, *rto, "train", str(recipe)]
+        environment = {name: value for name, value in environment.items() if not name.startswith("PET_")}
     shared_memory = frozenset(os.listdir("/dev/shm"))
     process = subprocess.Popen(
         [sys.executable, *arguments],
