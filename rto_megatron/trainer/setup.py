@@ -67,7 +67,7 @@ def prepare_stage(config: schema.Stage, topology: Topology) -> Setup:
     tokenizer = load_tokenizer(sources["policy"].hf_folder)
     batch, device = config.batch, topology.device.torch_device
     layout = Layout(batch.micro, batch.packed, topology.row_multiple, device)
-    limits = Limits(config.data.max_prompt_tokens, _max_length(config), config.data.overlong)
+    limits = data_limits(config)
     return Setup(topology, sources, tokenizer, layout, limits)
 
 
@@ -111,6 +111,12 @@ def _unlike_vocabularies(config: schema.Stage, shapes: Mapping[str, ModelShape])
         f"models.reference has vocab_size={sizes['reference']} and models.policy {sizes['policy']}; stage "
         f"{config.stage} compares whole distributions: resize the embeddings of one"
     ]
+
+
+def data_limits(config: schema.Stage) -> Limits:
+    """What a stage takes of its data."""
+    data = config.data
+    return Limits(data.max_prompt_tokens, _max_length(config), data.overlong, data.bad_rows)
 
 
 def _max_length(config: schema.Stage) -> int:
