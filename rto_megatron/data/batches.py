@@ -115,7 +115,7 @@ class Batches[T: Example]:
         if state.get("digest", self.digest) != self.digest:
             raise UserError(
                 f"the checkpoint was made with other data: {len(self._items)} items as now, but of other token ids, "
-                "order, margins or verdicts; put back the file, the tokenizer and the chat template of the first run, or name "
+                "order, margins or verdicts; put back file, tokenizer and chat template of the first run, or name "
                 "another run.dir to start a new run"
             )
         self._consumed_samples = consumed

@@ -1,7 +1,7 @@
 """Rows of a source become token ids within length limits; what was dropped or cut is counted."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -9,19 +9,13 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from rto_megatron.config import schema
 from rto_megatron.data.bad_rows import BadRows
 from rto_megatron.data.chat import Exchange, Message, encode_exchange, encode_prompt, encode_text
-from rto_megatron.data.soundness import (
-    TokenizerError,
-    is_byte_level,
-    require_characters,
-    require_meaning,
-    require_round_trip,
-)
+from rto_megatron.data.soundness import Proof, TokenizerError, require_characters
 from rto_megatron.data.sources import BadRow, Row, scan_rows
 from rto_megatron.errors import UserError
 
-NUM_GIVEN_BACK = 32  # texts that a byte-level tokenizer must give back, of each source
 _REASONS = 3  # why rows were bad, in a report
 MIN_ANSWER_TOKENS = 2  # an answer of one token would be nothing but the end of the sequence
 
@@ -41,6 +35,17 @@ class Limits:
                 f"data.max_length = {self.max_length} leaves no room for a prompt and an answer of "
                 f"{MIN_ANSWER_TOKENS} tokens; raise it"
             )
+
+
+def limits_of(config: schema.Stage) -> Limits:
+    """What a stage takes of its data; prompts that are to be answered leave room for the response."""
+    data = config.data
+    if isinstance(data, schema.ExampleDataConfig):
+        length = data.max_length
+    else:
+        assert isinstance(config, schema.ReinforcementStage | schema.EvaluateStage)
+        length = data.max_prompt_tokens + config.sampling.max_response_tokens
+    return Limits(data.max_prompt_tokens, length, data.overlong, data.bad_rows)
 
 
 @dataclass(frozen=True)
@@ -88,33 +93,20 @@ class Encoder:
     counts: Counter[str] = field(default_factory=Counter)
 
     @cached_property
-    def marks(self) -> frozenset[int]:
-        """Ids of special tokens, which stand for no text."""
-        special = (number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special)
-        return frozenset([*special, *self.tokenizer.all_special_ids])
-
-    @cached_property
-    def is_byte_level(self) -> bool:
-        """Whether the tokenizer can lose no character."""
-        return is_byte_level(self.tokenizer)
+    def _proof(self) -> Proof:
+        return Proof(self.tokenizer)
 
     def prompt(self, row: Row, messages: Sequence[Message]) -> tuple[int, ...]:
         """Ids of a conversation that waits for an answer, of any length."""
         ids = encode_prompt(self.tokenizer, messages, row.where)
-        self._judge(row, "\n".join(message.content for message in messages), ids, self.marks)
+        self._proof.judge(_contents(messages), ids, row.where)
         return ids
 
     def text(self, row: Row, text: str) -> tuple[int, ...]:
         """Ids of a text without roles, of any length."""
         ids = encode_text(self.tokenizer, require_characters(text, row.where))
-        self._judge(row, text, ids, self.marks)
+        self._proof.judge(text, ids, row.where)
         return ids
-
-    def _judge(self, row: Row, text: str, ids: Sequence[int], marks: Collection[int]) -> None:
-        require_meaning(text, ids, marks, self.tokenizer.unk_token_id, row.where)
-        if self.is_byte_level and self.counts["texts_given_back"] < NUM_GIVEN_BACK:
-            require_round_trip(self.tokenizer, text, row.where)
-            self.counts["texts_given_back"] += 1
 
     def limited_prompt(self, row: Row, ids: tuple[int, ...], limit: int) -> tuple[int, ...] | None:
         if len(ids) <= limit:
@@ -132,9 +124,9 @@ class Encoder:
 
     def example(self, row: Row, messages: Sequence[Message]) -> Exchange | None:
         exchange = encode_exchange(self.tokenizer, messages[:-1], messages[-1].content, row.where)
-        self._judge(row, "\n".join(m.content for m in messages[:-1]), exchange.prompt_ids, self.marks)
+        self._proof.judge(_contents(messages[:-1]), exchange.prompt_ids, row.where)
         if not exchange.num_cut_tokens:
-            self._judge(row, messages[-1].content, exchange.answer_ids, {self.tokenizer.eos_token_id})
+            self._proof.judge_answer(messages[-1].content, exchange.answer_ids, row.where)
         limit = min(self.limits.max_prompt_tokens, self.limits.max_length - MIN_ANSWER_TOKENS)
         prompt_ids = self.limited_prompt(row, exchange.prompt_ids, limit)
         if prompt_ids is None:
@@ -143,6 +135,10 @@ class Encoder:
         room = self.limits.max_length - len(prompt_ids)
         self.counts["truncated_answers"] += len(exchange.answer_ids) > room
         return Exchange(prompt_ids, fitted(exchange.answer_ids, room), exchange.num_cut_tokens)
+
+
+def _contents(messages: Sequence[Message]) -> str:
+    return "\n".join(message.content for message in messages)
 
 
 def fitted(answer_ids: tuple[int, ...], room: int) -> tuple[int, ...]:
@@ -178,7 +174,7 @@ def load_rows[T](
         else:
             if item is not None:
                 items.append(item)
-    _refuse(source, num_rows, bad if encoder.limits.bad_rows == "error" else BadRows(), overlong)
+    refuse_rows(source, num_rows, bad if encoder.limits.bad_rows == "error" else BadRows(), overlong)
     counts = encoder.counts
     report = LoadReport(
         source=source,
@@ -204,7 +200,13 @@ def _sound(row: Row | BadRow) -> Row:
     return row
 
 
-def _refuse(source: str, num_rows: int, bad: BadRows, overlong: BadRows) -> None:
+def refuse_rows(source: str, num_rows: int, bad: BadRows, overlong: BadRows | None = None) -> None:
+    """Does nothing without such rows.
+
+    Raises:
+        UserError: names all of them.
+    """
+    overlong = overlong or BadRows()
     if not bad.number and not overlong.number:
         return
     heading = f"{source}: {bad.number + overlong.number} of the {num_rows} rows that were read cannot be used"

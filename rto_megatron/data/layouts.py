@@ -20,7 +20,7 @@ from rto_megatron.data.rows import completed, conversation, first_column, label,
 from rto_megatron.data.sources import Row
 from rto_megatron.errors import UserError
 
-_TEXT_COLUMNS = (
+TEXT_COLUMNS = (
     "system", "prompt", "context_messages", "messages", "chosen", "rejected", "response", "completion", "text",
 )  # fmt: skip
 
@@ -61,7 +61,7 @@ READERS: dict[Examples, Callable[[Row], object]] = {
 
 def texts(row: Row) -> Iterator[str]:
     """Every text of a row in any of the layouts, for those who learn from text alone."""
-    for column in _TEXT_COLUMNS:
+    for column in TEXT_COLUMNS:
         value = row.columns.get(column)
         if isinstance(value, str):
             yield value

@@ -49,10 +49,10 @@ def _pair_layout(columns: dict[str, object]) -> str | None:
     chosen = columns["chosen"]
     if isinstance(chosen, str) and isinstance(columns["rejected"], str):
         if "Human:" in chosen and "Assistant:" in chosen:
-            return "transcripts as those of HH ('Human: ... Assistant: ...')"
+            return "a transcript as those of HH ('Human: ... Assistant: ...')"
         if "question" in columns:
             return "Orca's layout (system, question, chosen and rejected strings)"
-        return "preference pairs of strings (prompt, chosen, rejected)"
+        return "a preference pair of strings (prompt, chosen, rejected)"
     if _has_turns_with(chosen, "role") and chosen[0]["role"] == "assistant":
         return "TRL's preference layout (a prompt, and chosen and rejected without it)"
     return None

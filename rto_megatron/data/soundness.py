@@ -3,9 +3,12 @@
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rto_megatron.errors import UserError
+
+NUM_GIVEN_BACK = 32  # texts of a source that a byte-level tokenizer must give back
 
 
 class TokenizerError(UserError):
@@ -43,53 +46,64 @@ def require_characters(text: str, where: str) -> str:
     return text
 
 
-def require_meaning(
-    text: str, ids: Sequence[int], marks: Collection[int], unk_id: int | None, where: str
-) -> None:
-    """Refuses ids that hold nothing of a text.
+class Proof:
+    """Judges a tokenizer by the texts that a run gives it, each with the ids that it made of them."""
 
-    Args:
-        text: may be empty, and then has nothing to lose.
-        ids: of the text, with what the template puts around it.
-        marks: ids that stand for no text: those of special tokens.
-        unk_id: of the unknown token; None where the tokenizer has none.
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        special = (number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
+        self._marks = frozenset([*special, *tokenizer.all_special_ids])
+        self._end = frozenset([tokenizer.eos_token_id])
+        self._unk_id = tokenizer.unk_token_id
+        self._added = tuple(tokenizer.added_tokens_encoder)
+        self._byte_level = tokenizer.backend_tokenizer if _is_byte_level(tokenizer) else None
+        self._num_given_back = 0
 
-    Raises:
-        UserError: every id is a mark, or unknown.
-    """
-    if not text.strip() or any(token != unk_id and token not in marks for token in ids):
-        return
-    is_unknown = unk_id is not None and unk_id in ids
-    became = "nothing but unknown tokens" if is_unknown else "no token at all"
-    raise UserError(
-        f"{where}: the tokenizer makes {became} of {text!r:.60}; it lacks the vocabulary of this text: take the "
-        "tokenizer that belongs to the model, or remove the row"
-    )
+    def judge(self, text: str, ids: Sequence[int], where: str) -> None:
+        """Refuses ids that hold nothing of a text, and a byte-level tokenizer that does not give the text back.
+
+        Args:
+            text: may be blank, and then has nothing to lose.
+            ids: of the text, with the special tokens that a template puts around it.
+            where: the row that the text stands in.
+
+        Raises:
+            UserError: every id is special or unknown.
+            TokenizerError: the text does not come back.
+        """
+        self._require_meaning(text, ids, self._marks, where)
+        if self._byte_level is not None and self._num_given_back < NUM_GIVEN_BACK:
+            self._num_given_back += 1
+            self._require_round_trip(self._byte_level, text, where)
+
+    def judge_answer(self, text: str, ids: Sequence[int], where: str) -> None:
+        """As `judge`; but an answer may be a special token, if it is another than the end of the sequence."""
+        self._require_meaning(text, ids, self._end, where)
+
+    def _require_meaning(self, text: str, ids: Sequence[int], marks: Collection[int], where: str) -> None:
+        if not text.strip() or any(token != self._unk_id and token not in marks for token in ids):
+            return
+        is_unknown = self._unk_id is not None and self._unk_id in ids
+        became = "nothing but unknown tokens" if is_unknown else "no token at all"
+        raise UserError(
+            f"{where}: the tokenizer makes {became} of {text!r:.60}; it lacks the vocabulary of this text: take the "
+            "tokenizer that belongs to the model, or remove the row"
+        )
+
+    def _require_round_trip(self, backend: Tokenizer, text: str, where: str) -> None:
+        if any(token in text for token in self._added):
+            return  # such a token may swallow the spaces beside it
+        expected = text if backend.normalizer is None else backend.normalizer.normalize_str(text)
+        back = backend.decode(backend.encode(text, add_special_tokens=False).ids, skip_special_tokens=False)
+        if back.removeprefix(" ") != expected.removeprefix(" "):  # some put a space before every text
+            raise TokenizerError(
+                f"{where}: the tokenizer is byte-level, and yet {text!r:.60} comes back from its ids as {back!r:.60}; "
+                "its vocabulary, merges or decoder do not belong together: take its files from the model's publisher"
+            )
 
 
-def is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
+def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether it spells text as bytes, as GPT-2's and Qwen's do: such a one can lose no character."""
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         return False
     backend = tokenizer.backend_tokenizer
     return any("ByteLevel" in repr(part) for part in (backend.pre_tokenizer, backend.decoder))
-
-
-def require_round_trip(tokenizer: PreTrainedTokenizerFast, text: str, where: str) -> None:
-    """Refuses a byte-level tokenizer that does not give a text back.
-
-    A text that spells an added token is not judged, as such a token may swallow the spaces beside it.
-
-    Raises:
-        TokenizerError: its vocabulary, merges or decoder do not belong together.
-    """
-    if any(token in text for token in tokenizer.added_tokens_encoder):
-        return
-    backend = tokenizer.backend_tokenizer
-    expected = text if backend.normalizer is None else backend.normalizer.normalize_str(text)
-    back = backend.decode(backend.encode(text, add_special_tokens=False).ids, skip_special_tokens=False)
-    if back.removeprefix(" ") != expected.removeprefix(" "):  # some put a space before every text
-        raise TokenizerError(
-            f"{where}: the tokenizer is byte-level, and yet {text!r:.60} comes back from its ids as {back!r:.60}; its "
-            "vocabulary, merges or decoder do not belong together: take its files from the model's publisher"
-        )

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rto_megatron.algorithms import ALGORITHMS, kto, reward_model
+from rto_megatron.algorithms import ALGORITHMS, kto
 from rto_megatron.algorithms.method import OfflineMethod
-from rto_megatron.algorithms.reward_model import reward_statistics
+from rto_megatron.algorithms.reward_model import reads_margins, reward_statistics
 from rto_megatron.config import schema
 from rto_megatron.data.encoder import Loaded
 from rto_megatron.data.loader import load_demonstrations, load_judged, load_pairs
@@ -174,8 +174,7 @@ def build_task(
     method = ALGORITHMS[config.stage]
     assert isinstance(method, OfflineMethod)
     loss = method.build(config.algorithm).loss
-    has_margins = isinstance(config.algorithm, reward_model.Config) and config.algorithm.margin
-    load_rated = partial(load_pairs, has_margins=has_margins)
+    load_rated = partial(load_pairs, has_margins=reads_margins(config.algorithm))
     some = 16 * layout.micro  # what the reference says of all held-out examples may not fit in memory
     if method.examples == "demonstrations":
         return Task(

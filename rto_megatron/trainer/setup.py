@@ -13,7 +13,7 @@ from rto_megatron.algorithms.method import OfflineMethod
 from rto_megatron.config import checks, schema
 from rto_megatron.config.roles import roles_of
 from rto_megatron.config.run_folder import make_run_folder, open_folder_warning
-from rto_megatron.data.encoder import Limits
+from rto_megatron.data.encoder import Limits, limits_of
 from rto_megatron.data.packing import Layout
 from rto_megatron.data.tokenizer import encoding_fingerprint, load_tokenizer
 from rto_megatron.engine.source import SCALAR_ROLES, WeightSource, find_source, latest_checkpoint
@@ -67,8 +67,7 @@ def prepare_stage(config: schema.Stage, topology: Topology) -> Setup:
     tokenizer = load_tokenizer(sources["policy"].hf_folder)
     batch, device = config.batch, topology.device.torch_device
     layout = Layout(batch.micro, batch.packed, topology.row_multiple, device)
-    limits = data_limits(config)
-    return Setup(topology, sources, tokenizer, layout, limits)
+    return Setup(topology, sources, tokenizer, layout, limits_of(config))
 
 
 def setup_problems(config: schema.Stage, sources: Mapping[str, WeightSource], world_size: int) -> list[str]:
@@ -111,19 +110,6 @@ def _unlike_vocabularies(config: schema.Stage, shapes: Mapping[str, ModelShape])
         f"models.reference has vocab_size={sizes['reference']} and models.policy {sizes['policy']}; stage "
         f"{config.stage} compares whole distributions: resize the embeddings of one"
     ]
-
-
-def data_limits(config: schema.Stage) -> Limits:
-    """What a stage takes of its data."""
-    data = config.data
-    return Limits(data.max_prompt_tokens, _max_length(config), data.overlong, data.bad_rows)
-
-
-def _max_length(config: schema.Stage) -> int:
-    if isinstance(config, schema.OfflineStage):
-        return config.data.max_length
-    assert isinstance(config, schema.ReinforcementStage | schema.EvaluateStage)
-    return config.data.max_prompt_tokens + config.sampling.max_response_tokens
 
 
 def find_sources(config: schema.Stage) -> dict[str, WeightSource]:
