@@ -15,7 +15,7 @@ from rto_megatron.cli.torchrun import RankFailure, kill_ranks
 from rto_megatron.engine.source import latest_checkpoint
 from rto_megatron.trainer.ending import MEMORY_KNOBS, finished_steps
 from rto_megatron.trainer.stacks import drop_empty
-from rto_megatron.trainer.status import ExitReason, Status, clear_status, read_status, write_status
+from rto_megatron.trainer.status import STACKS, ExitReason, Status, clear_status, read_status, write_status
 from rto_megatron.trainer.stopping import STOP_FILE, Preempted
 
 # What may pass. Seeds are those of the step, so memory, disk and numbers would fail again in the same way.
@@ -136,7 +136,7 @@ def silent_end(run_dir: Path, failure: RankFailure, attempt: int, kills_before: 
         reason = ExitReason.OOM
         message += f"; the kernel ended a process for want of memory in that time: {MEMORY_KNOBS}"
     elif name is not None and name != "SIGKILL":
-        message += f"; its stack is in {run_dir / 'stacks'}"
+        message += f"; its stack is in {run_dir / STACKS}"
     return Status(reason, step, message, attempt, message)
 
 

@@ -4,8 +4,9 @@ import random
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
-from rto_megatron.data.digest import Example, digest
+from rto_megatron.data.digest import digest
 from rto_megatron.errors import UserError
+from rto_megatron.types import Example
 
 
 class Batches[T: Example]:

@@ -4,9 +4,7 @@ import hashlib
 from array import array
 from collections.abc import Sequence
 
-from rto_megatron.types import Demonstration, JudgedResponse, PreferencePair, Prompt
-
-type Example = Prompt | Demonstration | PreferencePair | JudgedResponse
+from rto_megatron.types import Demonstration, Example, JudgedResponse, PreferencePair, Prompt
 
 
 def digest(examples: Sequence[Example]) -> str:

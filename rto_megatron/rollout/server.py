@@ -20,6 +20,7 @@ from rto_megatron.errors import UserError, refuse_if
 from rto_megatron.rollout.client import ServerClient
 from rto_megatron.rollout.gate import TOKEN_FILE_VARIABLE, read_token
 from rto_megatron.rollout.model_folder import code_problems
+from rto_megatron.rollout.model_path import misnamed
 
 Progress = Callable[[str], None]
 
@@ -115,9 +116,7 @@ def start_server(options: ServerOptions) -> Server:
         UserError: no model there, the port is taken, or the token file is not private.
     """
     if not (options.model / "config.json").is_file():
-        raise UserError(
-            f"{options.model} has no config.json; rollout servers need a Hugging Face model folder"
-        )
+        raise UserError(f"{misnamed(options.model)}; rollout servers need a Hugging Face model folder")
     refuse_if(code_problems(options.model), "the pool does not start")
     ensure_token_file(options.token_file)
     port = _claim_port(options.host, options.port)

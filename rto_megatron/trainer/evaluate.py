@@ -35,7 +35,7 @@ def evaluate(config: schema.EvaluateStage, topology: Topology) -> None:
     policy = build_frozen("policy", setup.sources["policy"], False, config.precision, topology)
     reference = build_frozen("reference", setup.sources["reference"], False, config.precision, topology)
     loaded = load_prompts(config.data.eval, setup.tokenizer, setup.limits, config.data.eval_samples)
-    say(loaded.report.summary(), topology.is_lead)
+    setup.admit(loaded)
     if len(loaded.items) < topology.data_size:
         raise UserError(
             f"{len(loaded.items)} prompts cannot be shared by {topology.data_size} replicas; raise "

@@ -3,21 +3,20 @@
 from collections.abc import Mapping
 
 from rto_megatron.data.batches import Batches
-from rto_megatron.data.digest import Example
 from rto_megatron.data.encoder import Loaded
 from rto_megatron.errors import UserError
 from rto_megatron.parallel.collectives import Json
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.trainer.report.progress import say
+from rto_megatron.types import Example
 
 
 def feed[T: Example](loaded: Loaded[T], global_batch: int, seed: int, topology: Topology) -> Batches[T]:
-    """This replica's share of every global batch; says what became of the rows, and what no pass gets to.
+    """This replica's share of every global batch; says what no pass gets to.
 
     Raises:
         UserError: fewer items than one global batch, or the ranks do not divide it.
     """
-    say(loaded.report.summary(), topology.is_lead)
     batches = Batches(loaded.items, global_batch, seed, topology.data_rank, topology.data_size)
     if batches.num_left_over:
         say(

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import batched
+from itertools import batched, chain
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from rto_megatron.data.packing import (
     sequence_batches,
     supervised_microbatches,
 )
+from rto_megatron.data.vocabulary import token_ids
 from rto_megatron.engine.divergence import divergence_from, divergence_microbatches
 from rto_megatron.engine.megatron import (
     TOKENS,
@@ -41,6 +42,7 @@ from rto_megatron.platform import faults
 from rto_megatron.trainer.feed import feed, go_on
 from rto_megatron.trainer.guard import Guard, NotFiniteError, planted
 from rto_megatron.trainer.metrics import add, with_margin
+from rto_megatron.trainer.padding import give_own_padding
 from rto_megatron.trainer.reference import note_reference
 from rto_megatron.trainer.report.progress import say
 from rto_megatron.trainer.run import Run, learning_rate, reduce_over_replicas
@@ -82,6 +84,7 @@ def train_offline(config: schema.OfflineStage, topology: Topology) -> None:
         reference = build_frozen("reference", setup.sources["reference"], False, config.precision, topology)
     task = build_task(config, setup.layout, model, reference)
     data = task.load(config.data.train, setup.tokenizer, setup.limits)
+    setup.admit(data)
     batches = feed(data, config.batch.train, config.run.seed, topology)
     held_out = _held_out(task, config.data, setup)
     if is_reward and not held_out:
@@ -89,6 +92,9 @@ def train_offline(config: schema.OfflineStage, topology: Topology) -> None:
             "data.eval is not set; a reward model keeps the mean and std of its scores on held-out pairs"
         )
     hf_files = stage_hf_files(source, config.run.dir, role, topology)
+    if is_reward:
+        known = chain(data.items, held_out)
+        give_own_padding(hf_files, frozenset(chain.from_iterable(map(token_ids, known))), topology)
     if reference is not None:
         note_reference(hf_files, reference)
     run = Run(
@@ -159,7 +165,7 @@ def _held_out(task: Task, data: schema.ExampleDataConfig, setup: Setup) -> Seque
     if not data.eval:
         return ()
     loaded = task.load(data.eval, setup.tokenizer, setup.limits, data.eval_samples)
-    say(loaded.report.summary(), setup.topology.is_lead)
+    setup.admit(loaded)
     return loaded.items
 
 

@@ -32,6 +32,7 @@ class Pretraining:
         self._texts: Batches[Demonstration] | None = None
         if config.data.pretrain is not None:
             loaded = load_texts(config.data.pretrain, setup.tokenizer, setup.limits)
+            setup.admit(loaded)
             if len(loaded.items) < config.batch.train:
                 raise UserError(
                     f"data.pretrain: {config.data.pretrain} has {len(loaded.items)} texts, and an optimizer step takes "

@@ -21,6 +21,7 @@ from rto_megatron.trainer.agreement import watched_gap
 from rto_megatron.trainer.feed import feed, go_on
 from rto_megatron.trainer.guard import Guard, planted
 from rto_megatron.trainer.known_reward import known_reward, true_return
+from rto_megatron.trainer.padding import give_own_padding
 from rto_megatron.trainer.poison import score_sound
 from rto_megatron.trainer.pool import Sampler, connect_pool
 from rto_megatron.trainer.pretraining import Pretraining, beside
@@ -205,12 +206,15 @@ def open_run(config: schema.ReinforcementStage, setup: Setup, roles: Roles, num_
         role: stage_hf_files(setup.sources[role.removesuffix("_ema")], config.run.dir, role, setup.topology)
         for role in saved
     }
+    if "critic" in hf_files:  # what it will read is sampled, and no id of it is known yet
+        give_own_padding(hf_files["critic"], (), setup.topology)
     return Run(config, setup.topology, saved, hf_files, num_steps)
 
 
 def load_batches(config: schema.ReinforcementStage, setup: Setup) -> Batches[Prompt]:
     """This replica's share of every rollout step's prompts."""
     loaded = load_prompts(config.data.train, setup.tokenizer, setup.limits)
+    setup.admit(loaded)
     return feed(loaded, config.batch.rollout, config.run.seed, setup.topology)
 
 

@@ -74,7 +74,9 @@ def test_nothing_left_names_the_reasons(tokenizer: PreTrainedTokenizerBase, tmp_
     source = write_lines(tmp_path / "sft.jsonl", [demonstration("")] * 3)
     heading, reason = refusal(load_demonstrations, source, tokenizer, LENIENT)
     assert heading == f"{source}: no rows to use; 3 read, 3 bad:"
-    assert reason == f"  {source}:1: message 1 (assistant) of 'messages' is empty; remove the row; alike: 2, 3"
+    assert (
+        reason == f"  {source}:1: message 1 (assistant) of 'messages' is empty; remove the row; alike: 2, 3"
+    )
 
 
 def test_a_prompt_over_its_limit_stays_an_error_where_that_is_asked_for(

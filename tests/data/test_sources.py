@@ -33,7 +33,11 @@ def test_a_byte_order_mark_is_read(name: str, tmp_path: Path) -> None:
 
 WRONG_NAMES: dict[str, tuple[str, Callable[[Path], bytes], str]] = {
     "gzip": ("rows.jsonl", lambda path: gzip.compress(LINES.encode()), "is gzip; rename it to .jsonl.gz"),
-    "text": ("rows.jsonl.gz", lambda path: LINES.encode(), "is JSON objects, one a line; rename it to .jsonl"),
+    "text": (
+        "rows.jsonl.gz",
+        lambda path: LINES.encode(),
+        "is JSON objects, one a line; rename it to .jsonl",
+    ),
     "lines": ("rows.json", lambda path: LINES.encode(), "an object a line, rename it to .jsonl"),
     "one line": (
         "rows.json",
@@ -85,7 +89,9 @@ def test_a_damaged_parquet_file_is_named_with_the_last_whole_row(tmp_path: Path)
     content = bytearray(parquet(path, 5000))
     content[10:40] = bytes(30)
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"damaged\.parquet is not a complete parquet file: what follows row 0"):
+    with pytest.raises(
+        UserError, match=r"damaged\.parquet is not a complete parquet file: what follows row 0"
+    ):
         list(scan_rows(str(path)))
 
 
