@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from rto_megatron.cli.options import Assume, Overrides, Recipe
 from rto_megatron.cli.token_ids import token_warnings
@@ -14,6 +15,7 @@ from rto_megatron.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from rto_megatron.cli.local_data import LookedAt
     from rto_megatron.cli.shapes import FoundShape
     from rto_megatron.config.roles import Role
     from rto_megatron.config.schema import Stage
@@ -52,7 +54,12 @@ def check(
     pool_tensor: PoolTensor = 1,
     assume: Assume = None,
 ) -> None:
-    """Check a recipe; show its configuration, layout, batch arithmetic and memory. Needs no GPU and no model."""
+    """Check a recipe; show its configuration, layout, batch arithmetic, memory and data. Needs no GPU and no model.
+
+    Data files that are on this machine are read up to their 1000th row.
+    """
+    from rto_megatron.cli.local_data import look_at
+    from rto_megatron.config.checks import refuse
     from rto_megatron.config.load import dump, load_recipe
 
     config = load_recipe(recipe, overrides or [])
@@ -60,6 +67,8 @@ def check(
     origin = f"of {gpus} GPUs the pool has {pool_size}" if 0 < world_size < gpus else ""
     roles, shapes = judged(config, world_size, assume or [], origin)
     spare = token_warnings(config, shapes)
+    looked = look_at(config)
+    refuse(f"{one.key}: {one.found}" for one in looked if one.is_problem)
     console = Console() if Console().is_terminal else Console(width=140)
     console.rule("resolved configuration")
     console.print(dump(config), markup=False, highlight=False)
@@ -67,9 +76,13 @@ def check(
     console.print(_models_table(config, roles, shapes, world_size))
     if gpu_gib is not None:
         _print_phases(console, config, shapes, world_size, gpu_gib, pool_tensor)
+    console.print(_data_table(looked))
     for warning in spare:
         console.print(f"warning: {warning}", markup=False, highlight=False)
-    console.print(f"{recipe}: sound for {_machine(world_size, gpus)}.", highlight=False)
+    unjudged = (
+        "" if gpu_gib is not None else "; memory was not judged: compare the sum above with what there is"
+    )
+    console.print(f"{recipe}: sound for {_machine(world_size, gpus)}{unjudged}.", highlight=False)
 
 
 def judged(
@@ -208,6 +221,13 @@ def _models_table(
     table.add_row("activations", "", "", "largest micro-batch, estimated", "", "", gib(activations))
     complete = all(role.name in shapes for role in roles)
     table.add_row("sum", "", "", "" if complete else "without the unknown models", "", "", gib(total))
+    return table
+
+
+def _data_table(looked: "Sequence[LookedAt]") -> Table:
+    table = Table("", "", title="data", show_header=False)
+    for one in looked:
+        table.add_row(one.key, Text(one.found))
     return table
 
 

@@ -141,6 +141,11 @@ class DataConfig(Section):
     overlong: Literal["error", "drop", "truncate_left"] = Field(
         default="drop", description="what happens to a prompt over the limit; drops are counted and logged"
     )
+    bad_rows: Literal["error", "drop"] = Field(
+        default="error",
+        description="error: rows that cannot be used end the run, and all are named; drop: it goes on without them, "
+        "counted and logged",
+    )
 
 
 class ExampleDataConfig(DataConfig):

@@ -12,9 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rto_megatron.data.chat import Message, encode_exchange, encode_text
 from rto_megatron.errors import UserError, refuse_if
-from rto_megatron.types import Demonstration, JudgedResponse, PreferencePair, Prompt
-
-type Example = Prompt | Demonstration | PreferencePair | JudgedResponse
+from rto_megatron.types import Demonstration, Example, JudgedResponse, PreferencePair, Prompt
 
 _PROBE = "a"
 _SHOWN = 3

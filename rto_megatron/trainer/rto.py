@@ -18,6 +18,7 @@ from rto_megatron.parallel.topology import Topology
 from rto_megatron.platform import faults
 from rto_megatron.rollout.engine import Sampling
 from rto_megatron.trainer.agreement import watched_gap
+from rto_megatron.trainer.feed import feed, go_on
 from rto_megatron.trainer.guard import Guard, planted
 from rto_megatron.trainer.known_reward import known_reward, true_return
 from rto_megatron.trainer.padding import give_own_padding
@@ -56,7 +57,7 @@ def train_rto(
     refuse_idle_policy(algorithm, run.num_steps)
     kl, table = algorithm.kl_controller, known_reward(config, setup)
     if run.state:
-        prompts.restore(run.state["data"])
+        go_on(prompts, run.state["data"], "data.train", topology)
         pretraining.restore(run.state["pretraining"])
         kl = kl.restored(run.state["kl"])
     sampler = sampler or connect_pool(config.rollout, roles.policy)
@@ -214,8 +215,7 @@ def load_batches(config: schema.ReinforcementStage, setup: Setup) -> Batches[Pro
     """This replica's share of every rollout step's prompts."""
     loaded = load_prompts(config.data.train, setup.tokenizer, setup.limits)
     setup.admit(loaded)
-    place = setup.topology
-    return Batches(loaded.items, config.batch.rollout, config.run.seed, place.data_rank, place.data_size)
+    return feed(loaded, config.batch.rollout, config.run.seed, setup.topology)
 
 
 def sampling(config: schema.ReinforcementStage | schema.EvaluateStage, setup: Setup, step: int) -> Sampling:

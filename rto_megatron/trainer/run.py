@@ -243,7 +243,9 @@ def learning_rate(config: schema.OptimizerConfig, step: int, num_steps: int) -> 
 _NOTES = (
     "loss",
     "accuracy",
+    "ties",
     "rewards/accuracies",
+    "rewards/ties",
     "rewards/margins",
     "objective/scores",
     "objective/kl",
@@ -251,5 +253,9 @@ _NOTES = (
 )
 
 
+_RARE = ("ties", "rewards/ties")  # shown where there are any
+
+
 def _note(means: dict[str, float]) -> str:
-    return "  ".join(f"{name} {means[name]:.4g}" for name in _NOTES if name in means)
+    noted = [name for name in _NOTES if name in means and (name not in _RARE or means[name])]
+    return "  ".join(f"{name} {means[name]:.4g}" for name in noted)

@@ -13,10 +13,9 @@ from rto_megatron.algorithms.method import OfflineMethod
 from rto_megatron.config import checks, schema
 from rto_megatron.config.roles import roles_of
 from rto_megatron.config.run_folder import make_run_folder, open_folder_warning
-from rto_megatron.data.encoder import Limits, Loaded
+from rto_megatron.data.encoder import Limits, Loaded, limits_of
 from rto_megatron.data.packing import Layout
 from rto_megatron.data.tokenizer import encoding_fingerprint, load_tokenizer
-from rto_megatron.data.vocabulary import Example
 from rto_megatron.engine.source import SCALAR_ROLES, WeightSource, find_sources, latest_checkpoint
 from rto_megatron.models.checks import check_experts, check_layout
 from rto_megatron.models.shape import ModelShape
@@ -25,6 +24,7 @@ from rto_megatron.storage.megatron_folder import REPORT
 from rto_megatron.storage.weight_files import find_weights
 from rto_megatron.trainer.embeddings import embedding_problems, require_embedded, spare_token_warnings
 from rto_megatron.trainer.report.progress import say
+from rto_megatron.types import Example
 
 # In the config.json of a model that was trained against a reference.
 REFERENCE_FINGERPRINT = "reference_fingerprint"
@@ -73,8 +73,7 @@ def prepare_stage(config: schema.Stage, topology: Topology) -> Setup:
         make_run_folder(config.run.dir)
     batch, device = config.batch, topology.device.torch_device
     layout = Layout(batch.micro, batch.packed, topology.row_multiple, device)
-    limits = Limits(config.data.max_prompt_tokens, _max_length(config), config.data.overlong)
-    return Setup(topology, sources, tokenizer, layout, limits)
+    return Setup(topology, sources, tokenizer, layout, limits_of(config))
 
 
 def setup_problems(config: schema.Stage, sources: Mapping[str, WeightSource], world_size: int) -> list[str]:
@@ -118,13 +117,6 @@ def _unlike_vocabularies(config: schema.Stage, shapes: Mapping[str, ModelShape])
         f"models.reference has vocab_size={sizes['reference']} and models.policy {sizes['policy']}; stage "
         f"{config.stage} compares whole distributions: resize the embeddings of one"
     ]
-
-
-def _max_length(config: schema.Stage) -> int:
-    if isinstance(config, schema.OfflineStage):
-        return config.data.max_length
-    assert isinstance(config, schema.ReinforcementStage | schema.EvaluateStage)
-    return config.data.max_prompt_tokens + config.sampling.max_response_tokens
 
 
 def _unlike_tokenizers(sources: Mapping[str, WeightSource]) -> list[str]:
