@@ -87,6 +87,10 @@ class JudgedResponse:
     ]  # an answer to another prompt: what the method's KL baseline is estimated on
 
 
+# What a data set holds, as loaders give it.
+type Example = Prompt | Demonstration | PreferencePair | JudgedResponse
+
+
 @dataclass(frozen=True)
 class ScoredRollouts:
     """Rollouts with every model's opinion of them: the input of credit assignment."""

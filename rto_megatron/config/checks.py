@@ -44,14 +44,17 @@ def plan_batches(config: Stage, world_size: int) -> BatchPlan:
     )
 
 
-def find_problems(config: Stage, world_size: int, max_positions: Mapping[str, int]) -> list[str]:
+def find_problems(
+    config: Stage, world_size: int, max_positions: Mapping[str, int], origin: str = ""
+) -> list[str]:
     """Everything in `config` that cannot work on `world_size` ranks, one sentence each.
 
     Args:
         max_positions: role -> max_position_embeddings, in tokens, of the models whose shape is known.
+        origin: how the number of ranks came about, if it is not what the user asked for.
     """
     return [
-        *_layout(config, world_size),
+        *_layout(config, world_size, origin),
         *model_problems(config),
         *_lengths(config, max_positions),
         *_kl_horizon(config),
@@ -76,7 +79,7 @@ def is_colocated(config: Stage) -> bool:
     return isinstance(config, ReinforcementStage | EvaluateStage) and config.rollout.colocated
 
 
-def _layout(config: Stage, world_size: int) -> list[str]:
+def _layout(config: Stage, world_size: int, origin: str) -> list[str]:
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
     problems = []
     if config.parallel.sequence and tensor == 1:
@@ -84,7 +87,8 @@ def _layout(config: Stage, world_size: int) -> list[str]:
     if world_size % (tensor * pipeline):
         problems.append(
             f"parallel.tensor x parallel.pipeline = {tensor} x {pipeline} = {tensor * pipeline} "
-            f"does not divide the {world_size} ranks; start a multiple of it or change the layout"
+            f"does not divide the {world_size} rank{'s' * (world_size > 1)}{f' ({origin})' if origin else ''}; "
+            "start a multiple of it or change the layout"
         )
         return problems
     return problems + _batches(config, world_size // (tensor * pipeline))

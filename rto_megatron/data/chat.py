@@ -14,6 +14,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from rto_megatron.data.eos import own_eos
+from rto_megatron.data.soundness import require_characters
 from rto_megatron.errors import UserError
 from rto_megatron.types import EndOfSequence
 
@@ -100,7 +101,7 @@ def _render(
             f"{where}: the tokenizer's chat template refuses the roles "
             f"{[message.role for message in messages]} ({error}); change the data or the template"
         ) from error
-    return str(text)
+    return require_characters(str(text), where)
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:

@@ -3,26 +3,32 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from rto_megatron.data.chat import Exchange, Message, encode_exchange
-from rto_megatron.data.sources import Row, read_rows
+from rto_megatron.config import schema
+from rto_megatron.data.bad_rows import BadRows
+from rto_megatron.data.chat import Exchange, Message, encode_exchange, encode_prompt, encode_text
+from rto_megatron.data.soundness import Proof, TokenizerError, require_characters
+from rto_megatron.data.sources import BadRow, Row, scan_rows
 from rto_megatron.errors import UserError
 from rto_megatron.types import EndOfSequence
 
+_REASONS = 3  # why rows were bad, in a report
 MIN_ANSWER_TOKENS = 2  # an answer of one token would be nothing but the end of the sequence
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Length limits in tokens, and what happens to a prompt over its limit."""
+    """Length limits in tokens, and what happens to a prompt over its limit and to a row that cannot be used."""
 
     max_prompt_tokens: int
     max_length: int  # prompt and answer together; prompts without answers ignore it
     overlong: Literal["error", "drop", "truncate_left"]
+    bad_rows: Literal["error", "drop"] = "error"
 
     def __post_init__(self) -> None:
         if self.max_length <= MIN_ANSWER_TOKENS:
@@ -32,9 +38,20 @@ class Limits:
             )
 
 
+def limits_of(config: schema.Stage) -> Limits:
+    """What a stage takes of its data; prompts that are to be answered leave room for the response."""
+    data = config.data
+    if isinstance(data, schema.ExampleDataConfig):
+        length = data.max_length
+    else:
+        assert isinstance(config, schema.ReinforcementStage | schema.EvaluateStage)
+        length = data.max_prompt_tokens + config.sampling.max_response_tokens
+    return Limits(data.max_prompt_tokens, length, data.overlong, data.bad_rows)
+
+
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of the rows of one source; all but `source` are counts."""
+    """What became of the rows of one source; all but `source` and `reasons` are counts."""
 
     source: str
     rows: int
@@ -45,12 +62,16 @@ class LoadReport:
     truncated_answers_closed: int  # of these, those whose last kept token became end-of-sequence
     answers_cut_at_eos: int  # answers whose text spelt the end-of-sequence token before its end
     identical_pairs: int  # pairs whose two answers are the same ids: kept, but they teach nothing
+    pairs_without_margin: int  # where margins are read: kept, with margin 0
+    bad_rows: int  # rows that could not be used, left out
+    reasons: tuple[str, ...]  # why, of the first bad rows
 
     def summary(self) -> str:
-        """One line: rows read and kept, and every other count that is not zero."""
-        counts = list(asdict(self).items())[3:]
+        """One line: rows read and kept, and every other count that is not zero; below it, why rows were bad."""
+        counts = [(name, count) for name, count in list(asdict(self).items())[3:] if isinstance(count, int)]
         others = [f"{count} {name.replace('_', ' ')}" for name, count in counts if count]
-        return ", ".join([f"{self.source}: {self.rows} rows read", f"{self.kept} kept", *others])
+        line = ", ".join([f"{self.source}: {self.rows} rows read", f"{self.kept} kept", *others])
+        return "\n  ".join([line, *self.reasons])
 
 
 @dataclass(frozen=True)
@@ -61,13 +82,35 @@ class Loaded[T]:
     report: LoadReport
 
 
+class OverlongError(UserError):
+    """A prompt over its limit, where that is an error whatever happens to bad rows."""
+
+
 @dataclass(frozen=True)
 class Encoder:
+    """Turns what rows say into ids, and counts what becomes of them."""
+
     tokenizer: PreTrainedTokenizerBase
     limits: Limits
     eos: EndOfSequence | None = None  # what ends an answer; None: the tokenizer's alone
     closes_cut_answers: bool = True  # else nothing says that a cut answer is over
     counts: Counter[str] = field(default_factory=Counter)
+
+    @cached_property
+    def _proof(self) -> Proof:
+        return Proof(self.tokenizer)
+
+    def prompt(self, row: Row, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Ids of a conversation that waits for an answer, of any length."""
+        ids = encode_prompt(self.tokenizer, messages, row.where)
+        self._proof.judge(_contents(messages), ids, row.where)
+        return ids
+
+    def text(self, row: Row, text: str) -> tuple[int, ...]:
+        """Ids of a text without roles, of any length."""
+        ids = encode_text(self.tokenizer, require_characters(text, row.where))
+        self._proof.judge(text, ids, row.where)
+        return ids
 
     def limited_prompt(self, row: Row, ids: tuple[int, ...], limit: int) -> tuple[int, ...] | None:
         if len(ids) <= limit:
@@ -75,7 +118,7 @@ class Encoder:
         if self.limits.overlong == "drop":
             return None
         if self.limits.overlong == "error":
-            raise UserError(
+            raise OverlongError(
                 f"{row.where}: the prompt has {len(ids)} tokens, over the limit of {limit}; raise "
                 "data.max_prompt_tokens (and data.max_length), or set data.overlong to drop or truncate_left"
             )
@@ -85,6 +128,9 @@ class Encoder:
 
     def example(self, row: Row, messages: Sequence[Message]) -> Exchange | None:
         exchange = encode_exchange(self.tokenizer, messages[:-1], messages[-1].content, row.where, self.eos)
+        self._proof.judge(_contents(messages[:-1]), exchange.prompt_ids, row.where)
+        if not exchange.num_cut_tokens:
+            self._proof.judge_answer(messages[-1].content, exchange.answer_ids, row.where)
         limit = min(self.limits.max_prompt_tokens, self.limits.max_length - MIN_ANSWER_TOKENS)
         prompt_ids = self.limited_prompt(row, exchange.prompt_ids, limit)
         if prompt_ids is None:
@@ -106,6 +152,10 @@ class Encoder:
         return (*answer_ids[: room - 1], self.tokenizer.eos_token_id)
 
 
+def _contents(messages: Sequence[Message]) -> str:
+    return "\n".join(message.content for message in messages)
+
+
 def load_rows[T](
     source: str,
     convert: Callable[[Row], T | None],
@@ -113,27 +163,79 @@ def load_rows[T](
     max_rows: int | None,
     dropped_as: str | None = None,
 ) -> Loaded[T]:
+    """Converts the rows of a source; `convert` returns None for a row that is dropped.
+
+    Raises:
+        UserError: the source or the tokenizer is not sound; or names all rows that cannot be used, unless they are
+        dropped; or no row is left.
+    """
     items = []
     num_rows = 0
-    for row in islice(read_rows(source), max_rows):
+    bad, overlong = BadRows(), BadRows()
+    for row in islice(scan_rows(source), max_rows):
         num_rows += 1
-        item = convert(row)
-        if item is not None:
-            items.append(item)
+        try:
+            item = convert(_sound(row))
+        except TokenizerError:
+            raise
+        except OverlongError as error:
+            overlong.add(row.where, str(error))
+        except UserError as error:
+            bad.add(row.where, str(error))
+        else:
+            if item is not None:
+                items.append(item)
+    refuse_rows(source, num_rows, bad if encoder.limits.bad_rows == "error" else BadRows(), overlong)
     counts = encoder.counts
     report = LoadReport(
         source=source,
         rows=num_rows,
         kept=len(items),
-        dropped=num_rows - len(items),
+        dropped=num_rows - len(items) - bad.number,
         truncated_prompts=counts["truncated_prompts"],
         truncated_answers=counts["truncated_answers"],
         truncated_answers_closed=counts["truncated_answers_closed"],
         answers_cut_at_eos=counts["answers_cut_at_eos"],
         identical_pairs=counts["identical_pairs"],
+        pairs_without_margin=counts["pairs_without_margin"],
+        bad_rows=bad.number,
+        reasons=tuple(bad.told(limit=_REASONS)),
     )
     if not items:
-        limit = encoder.limits.max_prompt_tokens
-        reason = dropped_as or f"with a prompt over its limit; check data.max_prompt_tokens ({limit})"
-        raise UserError(f"{source}: no rows to use; {num_rows} read, {report.dropped} dropped {reason}")
+        _refuse_nothing(report, encoder.limits.max_prompt_tokens, dropped_as)
     return Loaded(tuple(items), report)
+
+
+def _sound(row: Row | BadRow) -> Row:
+    if isinstance(row, BadRow):
+        raise UserError(row.problem)
+    return row
+
+
+def refuse_rows(source: str, num_rows: int, bad: BadRows, overlong: BadRows | None = None) -> None:
+    """Does nothing without such rows.
+
+    Raises:
+        UserError: names all of them.
+    """
+    overlong = overlong or BadRows()
+    if not bad.number and not overlong.number:
+        return
+    heading = f"{source}: {bad.number + overlong.number} of the {num_rows} rows that were read cannot be used"
+    if 0 < bad.number < num_rows:
+        heading += "; mend them, or set data.bad_rows=drop to go on without them"
+    raise UserError("\n  ".join([f"{heading}:", *bad.told(), *overlong.told()]))
+
+
+def _refuse_nothing(report: LoadReport, max_prompt_tokens: int, dropped_as: str | None) -> None:
+    if not report.rows:
+        raise UserError(f"{report.source} holds no row; write it again, or name another file")
+    reasons = []
+    if report.dropped:
+        why = (
+            dropped_as or f"with a prompt over its limit; check data.max_prompt_tokens ({max_prompt_tokens})"
+        )
+        reasons.append(f"{report.dropped} dropped {why}")
+    if report.bad_rows:
+        reasons.append("\n  ".join([f"{report.bad_rows} bad:", *report.reasons]))
+    raise UserError(f"{report.source}: no rows to use; {report.rows} read, {', '.join(reasons)}")

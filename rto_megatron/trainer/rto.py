@@ -19,13 +19,14 @@ from rto_megatron.parallel.topology import Topology
 from rto_megatron.platform import faults
 from rto_megatron.rollout.engine import Sampling
 from rto_megatron.trainer.agreement import watched_gap
+from rto_megatron.trainer.feed import feed, go_on
 from rto_megatron.trainer.guard import Guard, planted
 from rto_megatron.trainer.known_reward import known_reward, true_return
+from rto_megatron.trainer.padding import give_own_padding
 from rto_megatron.trainer.poison import score_sound
 from rto_megatron.trainer.pool import Sampler, connect_pool
 from rto_megatron.trainer.pretraining import Pretraining, beside
 from rto_megatron.trainer.reference import require_trained_reference
-from rto_megatron.trainer.report.progress import say
 from rto_megatron.trainer.report.samples import completions_table, show
 from rto_megatron.trainer.rollouts import Roles, sample
 from rto_megatron.trainer.run import Run
@@ -57,7 +58,7 @@ def train_rto(
     refuse_idle_policy(algorithm, run.num_steps)
     kl, table = algorithm.kl_controller, known_reward(config, setup)
     if run.state:
-        prompts.restore(run.state["data"])
+        go_on(prompts, run.state["data"], "data.train", topology)
         pretraining.restore(run.state["pretraining"])
         kl = kl.restored(run.state["kl"])
     sampler = sampler or connect_pool(config.rollout, roles.policy)
@@ -208,15 +209,16 @@ def open_run(config: schema.ReinforcementStage, setup: Setup, roles: Roles, num_
         )
         for role in saved
     }
+    if "critic" in hf_files:  # what it will read is sampled, and no id of it is known yet
+        give_own_padding(hf_files["critic"], (), setup.topology)
     return Run(config, setup.topology, saved, hf_files, num_steps)
 
 
 def load_batches(config: schema.ReinforcementStage, setup: Setup) -> Batches[Prompt]:
     """This replica's share of every rollout step's prompts."""
     loaded = load_prompts(config.data.train, setup.tokenizer, setup.limits)
-    say(loaded.report.summary(), setup.topology.is_lead)
-    place = setup.topology
-    return Batches(loaded.items, config.batch.rollout, config.run.seed, place.data_rank, place.data_size)
+    setup.admit(loaded)
+    return feed(loaded, config.batch.rollout, config.run.seed, setup.topology)
 
 
 def sampling(config: schema.ReinforcementStage | schema.EvaluateStage, setup: Setup, step: int) -> Sampling:

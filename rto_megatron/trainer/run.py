@@ -22,6 +22,7 @@ from rto_megatron.trainer.metrics import MetricLog, add, reduce_metrics, with_ma
 from rto_megatron.trainer.pace import RATIO, Pace, slow_rank, slowest
 from rto_megatron.trainer.report.progress import progress, say
 from rto_megatron.trainer.resume import fixed_keys, require_same
+from rto_megatron.trainer.starting import begin_steps
 from rto_megatron.trainer.stopping import Preempted, is_asked_to_stop
 from rto_megatron.types import Metrics
 
@@ -92,6 +93,7 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """The steps still to do, with a progress bar; each is seeded by its number, so a resume draws the same."""
+        begin_steps()
         with progress(self._title, self.num_steps, self._topology.is_lead, self.step) as advance:
             for step in range(self.step, self.num_steps):
                 seed_step(self._config.seed, step)
@@ -234,7 +236,9 @@ def reduce_over_replicas(metrics: Metrics, topology: Topology) -> dict[str, floa
 _NOTES = (
     "loss",
     "accuracy",
+    "ties",
     "rewards/accuracies",
+    "rewards/ties",
     "rewards/margins",
     "objective/scores",
     "objective/kl",
@@ -242,5 +246,9 @@ _NOTES = (
 )
 
 
+_RARE = ("ties", "rewards/ties")  # shown where there are any
+
+
 def _note(means: dict[str, float]) -> str:
-    return "  ".join(f"{name} {means[name]:.4g}" for name in _NOTES if name in means)
+    noted = [name for name in _NOTES if name in means and (name not in _RARE or means[name])]
+    return "  ".join(f"{name} {means[name]:.4g}" for name in noted)

@@ -13,7 +13,7 @@ from rto_megatron.algorithms.method import OfflineMethod
 from rto_megatron.config import checks, schema
 from rto_megatron.config.roles import roles_of
 from rto_megatron.config.run_folder import make_run_folder, open_folder_warning
-from rto_megatron.data.encoder import Limits
+from rto_megatron.data.encoder import Limits, Loaded, limits_of
 from rto_megatron.data.eos import read_eos
 from rto_megatron.data.packing import Layout
 from rto_megatron.data.tokenizer import encoding_fingerprint, load_tokenizer
@@ -21,18 +21,18 @@ from rto_megatron.engine.source import (
     LANGUAGE_ROLES,
     SCALAR_ROLES,
     WeightSource,
-    find_source,
+    find_sources,
     latest_checkpoint,
 )
-from rto_megatron.errors import UserError
 from rto_megatron.models.checks import check_experts, check_layout
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.parallel.topology import Topology
-from rto_megatron.rollout.model_folder import code_problems
 from rto_megatron.storage.megatron_folder import REPORT
+from rto_megatron.storage.weight_files import find_weights
+from rto_megatron.trainer.embeddings import embedding_problems, require_embedded, spare_token_warnings
 from rto_megatron.trainer.generation_config import note_eos
 from rto_megatron.trainer.report.progress import say
-from rto_megatron.types import EndOfSequence
+from rto_megatron.types import EndOfSequence, Example
 
 # In the config.json of a model that was trained against a reference.
 REFERENCE_FINGERPRINT = "reference_fingerprint"
@@ -49,6 +49,15 @@ class Setup:
     layout: Layout
     limits: Limits
 
+    def admit(self, loaded: Loaded[Example]) -> None:
+        """Says what was loaded, and refuses ids that no row of an embedding stands for.
+
+        Raises:
+            UserError: on every rank; names the tokens and where they come from.
+        """
+        say(loaded.report.summary(), self.topology.is_lead)
+        require_embedded(loaded, self.tokenizer, self.sources)
+
 
 def prepare_stage(config: schema.Stage, topology: Topology) -> Setup:
     """Finds every role's weights and checks them against the layout and against each other.
@@ -56,26 +65,21 @@ def prepare_stage(config: schema.Stage, topology: Topology) -> Setup:
     Raises:
         UserError: all problems at once.
     """
-    checks.refuse(checks.model_problems(config))
     sources = find_sources(config)
-    checks.refuse(
-        f"models.{role}: {problem}"
-        for role, source in sources.items()
-        for problem in code_problems(source.hf_folder)
-    )
     checks.refuse(setup_problems(config, sources, topology.world_size))
     policy = sources["policy"]
     tokenizer = load_tokenizer(policy.hf_folder)
     eos, odd_ids = read_eos(policy.hf_folder, tokenizer, policy.shape().vocab_size)
     is_open = open_folder_warning(config.run.dir)
-    for warning in [*_missing_scales(sources), *odd_ids, *([is_open] if is_open else [])]:
+    spare = [f"warning: {text}" for text in spare_token_warnings(tokenizer, sources)]
+    left_open = [is_open] if is_open else []
+    for warning in [*_unread_weights(sources), *_missing_scales(sources), *spare, *odd_ids, *left_open]:
         say(warning, topology.is_lead)
     if topology.is_lead:
         make_run_folder(config.run.dir)
     batch, device = config.batch, topology.device.torch_device
     layout = Layout(batch.micro, batch.packed, topology.row_multiple, device)
-    limits = Limits(config.data.max_prompt_tokens, _max_length(config), config.data.overlong)
-    return Setup(topology, sources, tokenizer, eos, layout, limits)
+    return Setup(topology, sources, tokenizer, eos, layout, limits_of(config))
 
 
 def setup_problems(config: schema.Stage, sources: Mapping[str, WeightSource], world_size: int) -> list[str]:
@@ -102,6 +106,7 @@ def setup_problems(config: schema.Stage, sources: Mapping[str, WeightSource], wo
         ),
         *_unlike_vocabularies(config, shapes),
         *_unlike_tokenizers(sources),
+        *embedding_problems(config, sources),
         *checks.find_problems(config, world_size, max_positions),
     ]
 
@@ -120,38 +125,6 @@ def _unlike_vocabularies(config: schema.Stage, shapes: Mapping[str, ModelShape])
     ]
 
 
-def _max_length(config: schema.Stage) -> int:
-    if isinstance(config, schema.OfflineStage):
-        return config.data.max_length
-    assert isinstance(config, schema.ReinforcementStage | schema.EvaluateStage)
-    return config.data.max_prompt_tokens + config.sampling.max_response_tokens
-
-
-def find_sources(config: schema.Stage) -> dict[str, WeightSource]:
-    """Role -> source of every model that the stage loads.
-
-    Raises:
-        UserError: names every model that is not there.
-    """
-    sources: dict[str, WeightSource] = {}
-    problems: list[UserError] = []
-    for role in roles_of(config):
-        if role.shares is not None:
-            continue
-        # A reward model is trained from a language model.
-        is_scalar = role.has_value_head and not isinstance(config, schema.RewardModelStage)
-        try:
-            sources[role.name] = find_source(
-                role.path, is_scalar, config.models.random_init, key=f"models.{role.name}"
-            )
-        except UserError as error:
-            problems.append(error)
-    if len(problems) == 1:
-        raise problems[0]
-    checks.refuse(map(str, problems))
-    return sources
-
-
 def _unlike_tokenizers(sources: Mapping[str, WeightSource]) -> list[str]:
     first_role, first = next(iter(sources.items()))
     # Roles often share a folder, and a large tokenizer takes a second to load.
@@ -163,6 +136,17 @@ def _unlike_tokenizers(sources: Mapping[str, WeightSource]) -> list[str]:
         f"{first.hf_folder}; the roles exchange token ids, so both need the same pieces, merges and end-of-sequence id"
         for role, source in sources.items()
         if fingerprints[source.hf_folder] != fingerprints[first.hf_folder]
+    ]
+
+
+def _unread_weights(sources: dict[str, WeightSource]) -> list[str]:
+    notes = {
+        role: find_weights(source.path).note()
+        for role, source in sources.items()
+        if source.kind == "hugging_face"
+    }
+    return [
+        f"models.{role}: {sources[role].path}: {note}" for role, note in notes.items() if note is not None
     ]
 
 
