@@ -74,7 +74,7 @@ show_end_of() { # LOG: its last error message, else its last lines
 give_up() { # LOG
   show_end_of "$1"
   echo "error: this stage failed; its log is $1. To go on from here:" >&2
-  echo "  ${again}bash launchers/quickstart.sh --budget $budget --root $root" >&2
+  echo "  ${again}bash launchers/quickstart.sh --budget $budget --root $(printf %q "$root")" >&2
   exit 1
 }
 
@@ -139,6 +139,6 @@ done
 
 "$rto" report "$root"
 echo "Everything took $((SECONDS - started)) s. Run folder: $root (metrics.jsonl and TensorBoard of every stage)."
-echo "Next: tensorboard --logdir $root, or another RTO from the same models:"
-echo "  ${again}NPROC=2 bash launchers/local.sh $recipes/rto.yaml vars.root=$root run.dir=$root/rto_no_clip" \
+echo "Next: tensorboard --logdir $(printf %q "$root"), or another RTO from the same models:"
+echo "  ${again}NPROC=2 bash launchers/local.sh $recipes/rto.yaml vars.root=$(printf %q "$root") run.dir=$(printf %q "$root")/rto_no_clip" \
   "algorithm.dpo_clip=null"

@@ -37,7 +37,7 @@ def quantize(
         str | None,
         typer.Option(
             help="Calibration text: .jsonl, .jsonl.gz, .parquet or owner/name:split with a column prompt, "
-            "messages, chosen, text or response. Without it: random tokens, fit for tests only.",
+            "messages, chosen, text, response or completion. Without it: random tokens, fit for tests only.",
             show_default=False,
         ),
     ] = None,

@@ -7,6 +7,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 root=${1:-runs/sample_efficiency} seeds=${SEEDS:-5} lanes=${LANES:-2}
+read -ra lane_args <<<"${LANE_ARGS:-}" # several words, of which none is a pattern of files
 bash launchers/setup.sh
 export CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 mkdir -p "$root"
@@ -21,8 +22,7 @@ in_lanes() { # PHASE: the seeds dealt out over the lanes
     for seed in $(seq "$lane" "$lanes" $((seeds - 1))); do chosen+=${chosen:+,}$seed; done
     [ -n "$chosen" ] || continue
     echo "$1, seeds $chosen: $root/$1-$lane.log"
-    # shellcheck disable=SC2086 -- LANE_ARGS are several words
-    .venv/bin/rto sample-efficiency "$root" --phase "$1" --num-seeds "$seeds" --seeds "$chosen" ${LANE_ARGS:-} \
+    .venv/bin/rto sample-efficiency "$root" --phase "$1" --num-seeds "$seeds" --seeds "$chosen" "${lane_args[@]}" \
       >>"$root/$1-$lane.log" 2>&1 &
     pids+=($!)
   done

@@ -2,20 +2,22 @@
 # Starts the pool's servers on the last nodes, waits for all, and starts torchrun on the others. USR1 to this shell, which
 # SLURM sends before the time is up, becomes <run_dir>/STOP: the trainer saves after its step and the job is queued again.
 # A trainer that failed is started afresh inside the job, from its last checkpoint.
-set -uo pipefail
+set +e -uo pipefail # whatever the preamble set
 start=${SLURM_RESTART_COUNT:-0} attempt=0 stopping='' pool_steps=()
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 num_trainers=$((${#nodes[@]} - pool_nodes))
 rto=$root/.venv/bin/rto token=$run_dir/pool/token status=$run_dir/run_status.json
 port=$((20000 + SLURM_JOB_ID % 6000 * 2)) # below the ports that systems give out by themselves
 : "${interface:=$(awk '$2 == "00000000" {print $1; exit}' /proc/net/route)}"
-export run_dir NCCL_SOCKET_IFNAME=$interface GLOO_SOCKET_IFNAME=$interface OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export NCCL_SOCKET_IFNAME=$interface GLOO_SOCKET_IFNAME=$interface OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # a lost rank is told in one line, not with torch's C++ stacks
 
 say() { echo "[$(date +%T) job $SLURM_JOB_ID, start $start, attempt $attempt] $*"; }
 join() { local IFS=,; echo "$*"; }
 pause() { sleep 1 & wait $!; } # not a plain sleep, so that a signal is acted upon at once
-field() { sed -n "s/^ *\"$1\": \"\{0,1\}\([^\"]*[^\",]\).*/\1/p" "$status" 2>/dev/null; }
+field() { # NAME: of the status, which has one a line; quotes within a text are \"
+  sed -n "s/^ *\"$1\": //; T; s/,\$//; s/^\"\(.*\)\"\$/\1/; s/\\\\\"/\"/g; p" "$status" 2>/dev/null
+}
 saved() { cat "$run_dir/checkpoints/latest" 2>/dev/null; }
 finish() { # STATUS
   stop_pool
@@ -26,16 +28,30 @@ fail() { # MESSAGE...
   finish 1
 }
 
+# A task on its node. $0 is the preamble, which may print and change the arguments; stdout is the command's alone.
+# shellcheck disable=SC2016  # expanded on the node
+readonly on_node='
+  rto_command=("$@")
+  if [ -n "$0" ]; then source "$0" >&2; fi
+  [ $? -eq 0 ] || { echo "error: the last command of $0 failed on $SLURMD_NODENAME" >&2 && exit 1; }
+  exec "${rto_command[@]}"'
+case " ${step_options[*]} " in
+  *' --container-image='*) node_preamble='' ;; # pyxis: the task starts in the image, where the modules are not
+  *) node_preamble=$preamble ;;
+esac
+
 step() { # NAME FIRST COUNT COMMAND...: a task on each of COUNT nodes from FIRST on; always in a subshell, as & or $(...) give
   # --overlap: a step must not wait until an earlier one, whose attempt is still ending, has given its node back.
-  exec srun --overlap --job-name="$1" --nodelist="$(join "${nodes[@]:$2:$3}")" --nodes="$3" --ntasks="$3" --ntasks-per-node=1 \
-    --cpus-per-task="$SLURM_CPUS_ON_NODE" --kill-on-bad-exit=1 "${step_options[@]}" "${@:4}"
+  # --export: a job submitted with --export=NONE would start its tasks without what this shell exports.
+  exec srun --overlap --export=ALL --job-name="$1" --nodelist="$(join "${nodes[@]:$2:$3}")" --nodes="$3" --ntasks="$3" \
+    --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" --kill-on-bad-exit=1 "${step_options[@]}" \
+    bash -c "$on_node" "$node_preamble" "${container[@]}" "${@:4}"
 }
 
 start_pool() {
   local first group=()
   stop_pool
-  export announced=$run_dir/pool/announced-$SLURM_JOB_ID.$start.$attempt
+  announced=$run_dir/pool/announced-$SLURM_JOB_ID.$start.$attempt
   mkdir -p "$announced"
   # Made here, as servers on several nodes would each make one.
   [ -s "$token" ] || (umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$token")
@@ -44,10 +60,9 @@ start_pool() {
     [ "$server_nodes" -eq 1 ] || group=(--nodes "$server_nodes" --leader "${nodes[first]}:$((port + 1))")
     # shellcheck disable=SC2016  # expanded on the node
     step pool "$first" "$server_nodes" bash -c '
-      node=$SLURMD_NODENAME
-      [ "$1" -eq 1 ] || set -- "$@" --node-rank "$SLURM_NODEID"
-      exec "${@:2}" --address-file "$announced/$node.address" --log-file "$run_dir/pool/$node.log"' pool "$server_nodes" \
-      "$rto" pool "${pool_options[@]}" --token-file "$token" --interface "$interface" "${group[@]}" &
+      [ "$0" -eq 1 ] || set -- "$@" --node-rank "$SLURM_NODEID"
+      exec "${@:3}" --address-file "$1/$SLURMD_NODENAME.address" --log-file "$2/$SLURMD_NODENAME.log"' \
+      "$server_nodes" "$announced" "$run_dir/pool" "$rto" pool "${pool_options[@]}" --token-file "$token" --interface "$interface" "${group[@]}" &
     pool_steps+=($!)
   done
 }

@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# A real SLURM with several nodes, all of them this machine, for tests: root only, no GPUs, no systemd.
+# A real SLURM with several nodes, all of them this machine, for tests: root only, no systemd; two GPUs in name on each
+# node, and the feature `tested` on all.
 # Usage: bash launchers/slurm/test_cluster.sh start DIR [NODES]   then: . DIR/env.sh   (installs Debian's packages if missing)
 #        bash launchers/slurm/test_cluster.sh stop DIR
 # Status 3: SLURM is not there and cannot be installed.
 set -euo pipefail
-[ $# -ge 2 ] || { sed -n '2,5s/^# //p' "${BASH_SOURCE[0]}" && exit 2; }
+[ $# -ge 2 ] || { sed -n '2,6s/^# //p' "${BASH_SOURCE[0]}" && exit 2; }
 mkdir -p "$2"
 dir=$(cd "$2" && pwd -P) num_nodes=${3:-3} host=$(hostname -s)
 [ ${#dir} -le 60 ] || { echo "error: $dir is ${#dir} characters long; its sockets need at most 60" >&2 && exit 2; }
+[[ $dir =~ ^[A-Za-z0-9/._-]+$ ]] || { echo "error: $dir: slurm.conf takes letters, digits, / . _ and - only" >&2 && exit 2; }
 mark="# test cluster $dir"
 PATH=$PATH:/usr/sbin:/sbin
 export SLURM_CONF=$dir/slurm.conf
@@ -59,6 +61,7 @@ AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
 MpiDefault=none
 SwitchType=switch/none
+GresTypes=gpu
 SelectType=select/cons_tres
 # Memory is given out too, as on most clusters.
 SelectTypeParameters=CR_Core_Memory
@@ -75,7 +78,7 @@ SlurmdTimeout=60
 InactiveLimit=0
 CONF
   for ((i = 1; i <= num_nodes; i++)); do
-    echo "NodeName=$2$i NodeHostname=$host NodeAddr=127.0.0.1 Port=$(($1 + i)) CPUs=4 RealMemory=4096 State=UNKNOWN"
+    echo "NodeName=$2$i NodeHostname=$host NodeAddr=127.0.0.1 Port=$(($1 + i)) CPUs=4 RealMemory=4096 Gres=gpu:2 Feature=tested State=UNKNOWN"
   done
   echo "PartitionName=main Nodes=$2[1-$num_nodes] Default=YES MaxTime=INFINITE OverSubscribe=NO State=UP"
 }
@@ -87,6 +90,7 @@ start() {
   chmod 755 "$dir"
   (umask 077 && head -c 128 /dev/urandom >"$dir/munge.key")
   configure "$port" "$prefix" >"$SLURM_CONF"
+  echo "Name=gpu File=/dev/null,/dev/zero" >"$dir/gres.conf" # any two devices
   echo "export SLURM_CONF=$SLURM_CONF" >"$dir/env.sh"
   munged --key-file="$dir/munge.key" --socket="$dir/munge.socket" --pid-file="$dir/munged.pid" --force \
     --log-file="$dir/munged.log" --seed-file="$dir/munged.seed" --num-threads=2

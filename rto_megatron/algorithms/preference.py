@@ -40,6 +40,9 @@ def preference_output(
 ) -> LossOutput:
     """Weighted sum of the losses, and TRL's metrics: sums over pairs with their number.
 
+    A tie is no win in `rewards/accuracies`, as in TRL, so before the first update, where the policy is the
+    reference, it is 0; `rewards/ties` tells this from a policy that prefers the wrong answers.
+
     Args:
         losses_P: loss of each pair, shape [P].
         rewards_2P: implicit rewards as the method reports them, shape [2, P].
@@ -55,6 +58,7 @@ def preference_output(
             "rewards/chosen": (rewards_2P[0].sum(), num_pairs),
             "rewards/rejected": (rewards_2P[1].sum(), num_pairs),
             "rewards/accuracies": ((margins_P > 0).sum(), num_pairs),
+            "rewards/ties": (((margins_P == 0) & (micro.weight_P > 0)).sum(), num_pairs),
             "rewards/margins": (margins_P.sum(), num_pairs),
             "logps/chosen": (logp_2P[0].sum(), num_pairs),
             "logps/rejected": (logp_2P[1].sum(), num_pairs),

@@ -19,6 +19,11 @@ class Config(BaseModel):
     margin: bool = Field(default=False, description="subtract each pair's `margin` inside the log-sigmoid")
 
 
+def reads_margins(config: BaseModel) -> bool:
+    """Whether the method of a configuration takes the pairs' margins into its loss; no other method does."""
+    return isinstance(config, Config) and config.margin
+
+
 class RewardModel:
     """L = - log sigmoid(r_chosen - r_rejected [- margin]), mean over pairs."""
 
@@ -46,6 +51,7 @@ class RewardModel:
             {
                 "loss": (loss, micro.weight_P.sum()),
                 "accuracy": ((difference_P > 0).sum(), num_pairs),
+                "ties": (((difference_P == 0) & (micro.weight_P > 0)).sum(), num_pairs),
                 "margin": (difference_P.sum(), num_pairs),
                 "mean_reward": (scores_2P.double().sum(), 2 * num_pairs),
                 "mean_squared_reward": (scores_2P.double().square().sum(), 2 * num_pairs),

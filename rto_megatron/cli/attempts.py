@@ -11,11 +11,11 @@ from types import FrameType
 
 import typer
 
-from rto_megatron.cli.torchrun import RankFailure, kill_ranks
+from rto_megatron.cli.torchrun import RankFailure, has_ranks, kill_ranks
 from rto_megatron.engine.source import latest_checkpoint
 from rto_megatron.trainer.ending import MEMORY_KNOBS, finished_steps
 from rto_megatron.trainer.stacks import drop_empty
-from rto_megatron.trainer.status import ExitReason, Status, clear_status, read_status, write_status
+from rto_megatron.trainer.status import STACKS, ExitReason, Status, clear_status, read_status, write_status
 from rto_megatron.trainer.stopping import STOP_FILE, Preempted
 
 # What may pass. Seeds are those of the step, so memory, disk and numbers would fail again in the same way.
@@ -32,19 +32,22 @@ class Stopping:
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
         self.is_asked = False
-        self.has_ranks = False
+        self.is_attempting = False
 
     def finish_step(self, signum: int, frame: FrameType | None) -> None:
         """SIGTERM, SIGUSR1 and SIGHUP: the ranks finish their step and save; the second time they end at once."""
         if self.is_asked:
             self.end_now(signum, frame)
         self.is_asked = True
-        if not self.has_ranks:
+        if not has_ranks() and not self._have_ranks_ended():
             raise Preempted("told to stop before a rank was started")
         (self._run_dir / STOP_FILE).touch()
         typer.echo(
-            "told to stop: this step is finished and saved first; a second signal ends the run at once"
+            "told to stop: a step that has begun is finished and saved first; a second signal ends the run at once"
         )
+
+    def _have_ranks_ended(self) -> bool:
+        return self.is_attempting and read_status(self._run_dir) is not None
 
     def end_now(self, signum: int, frame: FrameType | None) -> None:
         """SIGINT."""
@@ -107,9 +110,9 @@ def _attempt(run_dir: Path, attempt: int, stopping: Stopping, start: Start) -> S
     os.environ["RTO_ATTEMPT"] = str(attempt)
     clear_status(run_dir)
     kills = out_of_memory_kills()
-    stopping.has_ranks = True
+    stopping.is_attempting = True
     failure = start()
-    stopping.has_ranks = False
+    stopping.is_attempting = False
     drop_empty(run_dir)
     told = read_status(run_dir)
     if failure is None:
@@ -136,7 +139,7 @@ def silent_end(run_dir: Path, failure: RankFailure, attempt: int, kills_before: 
         reason = ExitReason.OOM
         message += f"; the kernel ended a process for want of memory in that time: {MEMORY_KNOBS}"
     elif name is not None and name != "SIGKILL":
-        message += f"; its stack is in {run_dir / 'stacks'}"
+        message += f"; its stack is in {run_dir / STACKS}"
     return Status(reason, step, message, attempt, message)
 
 

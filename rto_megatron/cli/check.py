@@ -6,13 +6,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from rto_megatron.cli.options import Assume, Overrides, Recipe
+from rto_megatron.cli.token_ids import token_warnings
 from rto_megatron.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from rto_megatron.cli.local_data import LookedAt
     from rto_megatron.cli.shapes import FoundShape
     from rto_megatron.config.roles import Role
     from rto_megatron.config.schema import Stage
@@ -51,12 +54,21 @@ def check(
     pool_tensor: PoolTensor = 1,
     assume: Assume = None,
 ) -> None:
-    """Check a recipe; show its configuration, layout, batch arithmetic and memory. Needs no GPU and no model."""
+    """Check a recipe; show its configuration, layout, batch arithmetic, memory and data. Needs no GPU and no model.
+
+    Data files that are on this machine are read up to their 1000th row.
+    """
+    from rto_megatron.cli.local_data import look_at
+    from rto_megatron.config.checks import refuse
     from rto_megatron.config.load import dump, load_recipe
 
     config = load_recipe(recipe, overrides or [])
     world_size, pool_size = _split(config, gpus, pool_gpus)
-    roles, shapes = judged(config, world_size, assume or [])
+    origin = f"of {gpus} GPUs the pool has {pool_size}" if 0 < world_size < gpus else ""
+    roles, shapes = judged(config, world_size, assume or [], origin)
+    spare = token_warnings(config, shapes)
+    looked = look_at(config)
+    refuse(f"{one.key}: {one.found}" for one in looked if one.is_problem)
     console = Console() if Console().is_terminal else Console(width=140)
     console.rule("resolved configuration")
     console.print(dump(config), markup=False, highlight=False)
@@ -64,13 +76,22 @@ def check(
     console.print(_models_table(config, roles, shapes, world_size))
     if gpu_gib is not None:
         _print_phases(console, config, shapes, world_size, gpu_gib, pool_tensor)
-    console.print(f"{recipe}: sound for {_machine(world_size, gpus)}.", highlight=False)
+    console.print(_data_table(looked))
+    for warning in spare:
+        console.print(f"warning: {warning}", markup=False, highlight=False)
+    unjudged = (
+        "" if gpu_gib is not None else "; memory was not judged: compare the sum above with what there is"
+    )
+    console.print(f"{recipe}: sound for {_machine(world_size, gpus)}{unjudged}.", highlight=False)
 
 
 def judged(
-    config: "Stage", world_size: int, assume: list[str]
+    config: "Stage", world_size: int, assume: list[str], origin: str
 ) -> "tuple[Sequence[Role], dict[str, FoundShape]]":
     """The roles of a stage and the shapes of those that are known, once nothing speaks against them on so many ranks.
+
+    Args:
+        origin: how the number of ranks came about, if it is not what the user asked for.
 
     Raises:
         UserError: lists everything that does.
@@ -79,14 +100,13 @@ def judged(
     from rto_megatron.config.roles import roles_of
     from rto_megatron.models.checks import check_experts, check_layout
 
-    problems = find_problems(config, world_size, {})
+    problems = find_problems(config, world_size, {}, origin)
     refuse(problems)  # the plan below needs a configuration whose parts fit together
     roles = roles_of(config)
     shapes = _shapes(roles, assume)
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
-    problems = find_problems(
-        config, world_size, {name: found.shape.max_positions for name, found in shapes.items()}
-    )
+    limits = {name: found.shape.max_positions for name, found in shapes.items()}
+    problems = find_problems(config, world_size, limits, origin)
     for name, found in shapes.items():
         problems += check_layout(found.shape, tensor, pipeline, f"models.{name}")
     trained = {f"models.{r.name}": shapes[r.name].shape for r in roles if r.is_trained and r.name in shapes}
@@ -139,6 +159,7 @@ def _role_and_shape(entry: str) -> tuple[str, str]:
 def _layout_table(config: "Stage", world_size: int, pool_gpus: int) -> Table:
     from rto_megatron.cli.plan import reads_pairs
     from rto_megatron.config.checks import is_colocated, plan_batches, samples_from_pool
+    from rto_megatron.config.learning_rate import known_rates
     from rto_megatron.config.schema import ReinforcementStage, TrainStage
 
     plan = plan_batches(config, world_size)
@@ -166,6 +187,12 @@ def _layout_table(config: "Stage", world_size: int, pool_gpus: int) -> Table:
             "rollout step",
             f"{config.batch.rollout} prompts{each} = {plan.data_parallel} x {plan.rollout_per_rank}; "
             f"{plan.updates_per_rollout} optimizer steps per pass",
+        )
+    for name, rates in known_rates(config).items() if isinstance(config, TrainStage) else ():
+        table.add_row(
+            f"{name}.lr",
+            f"first {rates.first:.3g}, highest {rates.highest:.3g}, last {rates.last:.3g}; "
+            f"{rates.num_updates} optimizer steps, {rates.num_warmup} of warm-up",
         )
     return table
 
@@ -201,6 +228,13 @@ def _models_table(
     table.add_row("activations", "", "", "largest micro-batch, estimated", "", "", gib(activations))
     complete = all(role.name in shapes for role in roles)
     table.add_row("sum", "", "", "" if complete else "without the unknown models", "", "", gib(total))
+    return table
+
+
+def _data_table(looked: "Sequence[LookedAt]") -> Table:
+    table = Table("", "", title="data", show_header=False)
+    for one in looked:
+        table.add_row(one.key, Text(one.found))
     return table
 
 

@@ -41,12 +41,12 @@ Dtype = Annotated[
     typer.Option(help="Of the weights written; auto: the source's, the wider one where it is mixed."),
 ]
 ShardSize = Annotated[
-    str, typer.Option(metavar="SIZE", help="Largest file, as 5GB or 500MB; one tensor may be larger.")
+    str, typer.Option(metavar="SIZE", help="Largest file, as 5GB, 500MB or 2GiB; one tensor may be larger.")
 ]
 Tensor = Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks of --verify logits.")]
 Pipeline = Annotated[int, typer.Option(min=1, help="Pipeline stages of --verify logits.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be written.")]
-_UNITS = {"MB": 10**6, "GB": 10**9}
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @app.command("hf-to-megatron")
@@ -146,9 +146,9 @@ def _options(dtype: str, max_shard_size: str, head: str) -> "Options":
     from rto_megatron.convert.options import Options
 
     dtypes = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(MB|GB)", max_shard_size.upper())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)", max_shard_size.upper())
     if match is None or float(match[1]) <= 0:
-        raise UserError(f"--max-shard-size {max_shard_size}: expected a size such as 5GB or 500MB")
+        raise UserError(f"--max-shard-size {max_shard_size}: expected a size such as 5GB, 500MB or 2GiB")
     return Options(dtypes[dtype], int(float(match[1]) * _UNITS[match[2]]), _is_scalar(head))
 
 

@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from rto_megatron.errors import UserError
+
 _VOCABULARY_MULTIPLE = 64  # tensor parallelism cuts the vocabulary in equal parts
-_TEXT_COLUMNS = ("prompt", "context_messages", "messages", "chosen", "rejected", "response")
 
 
 def register(app: typer.Typer) -> None:
@@ -75,17 +76,15 @@ def tokenizer(
 
 
 def _texts(sources: list[str]) -> Iterator[str]:
+    from rto_megatron.data.layouts import TEXT_COLUMNS, texts
+    from rto_megatron.data.soundness import require_characters
     from rto_megatron.data.sources import read_rows
 
     for source in sources:
+        is_silent = True
         for row in read_rows(source):
-            for column in _TEXT_COLUMNS:
-                yield from _strings(row.columns.get(column))
-
-
-def _strings(value: object) -> Iterator[str]:
-    """The text of a column: a string, or the contents of a list of messages."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        yield from (str(turn["content"]) for turn in value if isinstance(turn, dict) and "content" in turn)
+            for text in texts(row):
+                is_silent = is_silent and not text.strip()
+                yield require_characters(text, row.where)
+        if is_silent:
+            raise UserError(f"{source}: no row has a text in one of the columns {', '.join(TEXT_COLUMNS)}")

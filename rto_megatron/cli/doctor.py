@@ -40,7 +40,7 @@ def doctor(
         bool, typer.Option("--json", help="Print the findings as JSON, for programs.")
     ] = False,
 ) -> None:
-    """Look at packages, compiler, GPUs, ports, disk, clocks, models, checkpoints and pool; say how to mend them.
+    """Look at packages, compiler, GPUs, ports, disk, clocks, models, data, checkpoints and pool; say how to mend them.
 
     Under torchrun (`torchrun --nproc-per-node N -m rto_megatron.cli.main doctor RECIPE`) every rank looks, and rank 0
     prints one table. Exit status 1 if there is a problem; a warning leaves it 0.
@@ -75,6 +75,7 @@ def _of_this_machine() -> "list[Finding]":
         "shared memory": machine.check_shared_memory,
         "clock": machine.check_clock,
         "variables": variables.check_doors,
+        "starts": variables.check_starts,
         "rendezvous": network.check_rendezvous,
         "listeners": network.check_listeners,
     }
@@ -82,7 +83,7 @@ def _of_this_machine() -> "list[Finding]":
 
 
 def _of_recipe(recipe: Path, overrides: Sequence[str]) -> "list[Finding]":
-    from rto_megatron.cli.doctor_checks import network, run_folder
+    from rto_megatron.cli.doctor_checks import local_data, network, run_folder
     from rto_megatron.cli.doctor_checks.finding import Finding, findings_of
     from rto_megatron.cli.doctor_checks.recipe import check_models
     from rto_megatron.config.load import load_recipe
@@ -101,6 +102,7 @@ def _of_recipe(recipe: Path, overrides: Sequence[str]) -> "list[Finding]":
     # Alone, the doctor takes the smallest number of ranks that the layout allows.
     num_ranks = started if started > 1 else config.parallel.tensor * config.parallel.pipeline
     findings += findings_of("models", partial(check_models, config, num_ranks))
+    findings += findings_of("data", partial(local_data.check_data, config))
     findings += findings_of("run folder", partial(run_folder.check_writable, config.run.dir))
     findings += findings_of("disk", partial(run_folder.check_space, config))
     if isinstance(config, ReinforcementStage | EvaluateStage):

@@ -8,6 +8,7 @@ import typer
 
 from rto_megatron.cli.options import Overrides, Recipe
 from rto_megatron.errors import UserError
+from rto_megatron.trainer.report.plain import plain
 
 if TYPE_CHECKING:
     from rto_megatron.cli.attempts import Stopping
@@ -59,30 +60,46 @@ def launch(
     SIGTERM, SIGUSR1 or a file named STOP in the run folder: the step is finished and saved, then the run ends (status
     85). Ctrl-C ends it at once (130). run_status.json in the run folder says why a run ended.
     """
-    from rto_megatron.cli.attempts import listening
     from rto_megatron.cli.launched_pool import PoolChoice
+    from rto_megatron.cli.torchrun import refuse_several_machines
     from rto_megatron.config.load import load_recipe
-    from rto_megatron.config.run_folder import make_run_folder
+    from rto_megatron.trainer.run_lock import LAUNCH_VARIABLE, held
+    from rto_megatron.trainer.status import ExitReason
+
+    config = load_recipe(recipe, overrides or [])
+    if unused := refuse_several_machines(str(recipe)):
+        typer.echo(f"{', '.join(unused)}: not used, as the options of `rto launch` say how it calls torchrun")
+    choice = PoolChoice(pool_gpus, pool_servers, pool_tensor)
+    arguments = ["train", str(recipe), *(overrides or [])]
+    with held(config.run.dir) as owner:
+        os.environ[LAUNCH_VARIABLE] = owner
+        status = _told(config, arguments, ranks, choice, restarts)
+    if status.reason is ExitReason.CONFIG:
+        raise UserError(status.message)
+    if status.reason is not ExitReason.DONE:
+        typer.echo(f"{status.reason} after step {status.step}: {plain(status.message)}", err=True)
+    raise typer.Exit(status.reason.exit_code)
+
+
+def _told(
+    config: "Stage", arguments: list[str], ranks: int | None, choice: "PoolChoice", restarts: int
+) -> "Status":
+    """Runs the stage; run_status.json says how it ended, whoever ended it."""
+    from rto_megatron.cli.attempts import listening
     from rto_megatron.trainer.ending import finished_steps
     from rto_megatron.trainer.status import ExitReason, Status, write_status
 
-    config = load_recipe(recipe, overrides or [])
     run_dir = config.run.dir
-    make_run_folder(run_dir)
-    choice = PoolChoice(pool_gpus, pool_servers, pool_tensor)
-    arguments = ["train", str(recipe), *(overrides or [])]
     try:
         with listening(run_dir) as stopping, ExitStack() as stack:
-            status = _run(config, arguments, ranks, choice, restarts, stopping, stack)
+            return _run(config, arguments, ranks, choice, restarts, stopping, stack)
     except UserError as error:
         write_status(run_dir, Status(ExitReason(error.reason), finished_steps(run_dir), str(error)))
         raise
     except KeyboardInterrupt:
         status = Status(ExitReason.INTERRUPTED, finished_steps(run_dir), "stopped at once by a signal")
         write_status(run_dir, status)
-    if status.reason is not ExitReason.DONE:
-        typer.echo(f"{status.reason} after step {status.step}: {status.message}", err=True)
-    raise typer.Exit(status.reason.exit_code)
+        return status
 
 
 def _run(
@@ -101,7 +118,9 @@ def _run(
     from rto_megatron.cli.launched_pool import launched_pool, plan_pool
     from rto_megatron.cli.torchrun import start_ranks
     from rto_megatron.config.schema import EvaluateStage, ReinforcementStage
+    from rto_megatron.engine.source import find_sources
 
+    find_sources(config)  # a model that is not there is told before a pool or a rank is started
     gpus = torch.cuda.device_count()
     free_gpus, prepare = gpus, _without_pool
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the pool's servers inherit it

@@ -1,5 +1,6 @@
 """The pool that `rto launch` starts: which GPUs its servers take, and when they are ready for the ranks."""
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import typer
 from rto_megatron.cli.colocated import put_to_sleep, shared_sizes
 from rto_megatron.cli.placement import max_model_len, place, tensor_sizes
 from rto_megatron.cli.shapes import hugging_face_folder
+from rto_megatron.config.overrides import as_override
 from rto_megatron.config.schema import EvaluateStage, ReinforcementStage
 from rto_megatron.errors import UserError
 from rto_megatron.rollout.client import ServerClient
@@ -43,8 +45,8 @@ class LaunchedPool:
     def arguments(self) -> list[str]:
         """How the ranks find it."""
         return [
-            f"rollout.servers=[{','.join(self._pool.addresses)}]",
-            f"rollout.token_file={self._token_file}",
+            f"rollout.servers={json.dumps(self._pool.addresses)}",
+            as_override("rollout.token_file", self._token_file),
         ]
 
     def prepare(self, attempt: int) -> bool:

@@ -1,6 +1,7 @@
 """The `rto` command. Sub-commands import what they need when they run, so that `--help` answers at once."""
 
 import os
+import stat
 import sys
 import time
 
@@ -40,6 +41,8 @@ app.add_typer(convert.app)
 
 def main() -> None:
     """Run one command; a UserError becomes a message and its reason's status, a bug is shown whole."""
+    # Of what this process and its children write, nothing can be changed by every user, whatever the shell's mask is.
+    os.umask(os.umask(stat.S_IWOTH) | stat.S_IWOTH)
     from rto_megatron.trainer.status import ExitReason
 
     try:

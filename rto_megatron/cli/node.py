@@ -34,25 +34,37 @@ def node(
     The pool is not started here: name it with rollout.servers and rollout.token_file. A failed rank ends the attempt
     on all machines; the next one needs another --meeting-id. SIGTERM is passed on as `rto train` takes it.
     """
-    from torch.distributed.elastic.rendezvous import RendezvousConnectionError
+    from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousTimeoutError
 
-    from rto_megatron.cli.attempts import out_of_memory_kills, silent_end
+    from rto_megatron.cli.attempts import listening, out_of_memory_kills, silent_end
     from rto_megatron.cli.torchrun import start_ranks
     from rto_megatron.config.load import load_recipe
     from rto_megatron.platform.network import MEETING, interface_address
-    from rto_megatron.trainer.status import attempt_number, note_status
-    from rto_megatron.trainer.stopping import signals_ask_to_stop
+    from rto_megatron.trainer.ending import finished_steps
+    from rto_megatron.trainer.status import ExitReason, Status, attempt_number, note_status
+    from rto_megatron.trainer.stopping import Preempted
 
     run_dir = load_recipe(recipe, overrides or []).run.dir
     here = [f"--nnodes={nodes}", f"--local-addr={interface_address(interface)}"]
     there = [f"--rdzv-backend={MEETING}", f"--rdzv-endpoint={meeting}", f"--rdzv-id={meeting_id}"]
     kills = out_of_memory_kills()
     try:
-        with signals_ask_to_stop(run_dir):
+        with listening(run_dir):
             failure = start_ranks(ranks, ["train", str(recipe), *(overrides or [])], [*here, *there])
     except RendezvousConnectionError:
         typer.echo(f"error: the machine of the meeting point {meeting} has ended its part", err=True)
         raise typer.Exit(1) from None
+    except RendezvousTimeoutError as error:
+        typer.echo(
+            f"error: not all {nodes} machines came to the meeting point {meeting} ({error}); look at the others",
+            err=True,
+        )
+        raise typer.Exit(1) from None
+    except Preempted as told:
+        note_status(
+            run_dir, Status(ExitReason.PREEMPTED, finished_steps(run_dir), str(told), attempt_number())
+        )
+        raise
     if failure is not None:
         if failure.status != 1:  # the status of a rank that has told why
             status = silent_end(run_dir, failure, attempt_number(), kills)

@@ -75,6 +75,7 @@ def pool(
     The servers share the GPUs of CUDA_VISIBLE_DEVICES. Give their addresses to the trainer as rollout.servers. Pools
     on several machines work as one if all have the same token file.
     """
+    from rto_megatron.rollout.addresses import without_localhost
     from rto_megatron.rollout.server import ServerOptions
     from rto_megatron.rollout.supervisor import serve_part, serve_pool
 
@@ -82,7 +83,7 @@ def pool(
         model=model,
         token_file=token_file,
         log_file=log_file,
-        host=_address(interface) or host,
+        host=_address(interface) or without_localhost(host),
         port=port,
         dtype=dtype,
         load_weights=load_weights,
@@ -103,6 +104,7 @@ def _address(interface: str | None) -> str | None:
 
 
 def _group(nodes: int, node_rank: int, leader: str | None) -> "NodeGroup | None":
+    from rto_megatron.rollout.addresses import without_localhost
     from rto_megatron.rollout.server import NodeGroup
 
     if nodes == 1 and (leader is not None or node_rank > 0):
@@ -116,7 +118,7 @@ def _group(nodes: int, node_rank: int, leader: str | None) -> "NodeGroup | None"
             f"--nodes {nodes} --node-rank {node_rank} --leader {leader}: a server on several machines needs --leader "
             "HOST:PORT and ranks below --nodes"
         )
-    return NodeGroup(nodes, node_rank, leader)
+    return NodeGroup(nodes, node_rank, without_localhost(leader))
 
 
 def _several(one: "ServerOptions", servers: int | None, tensor_parallel: str) -> "list[ServerOptions]":

@@ -7,6 +7,7 @@ from pathlib import Path
 from rto_megatron.errors import UserError
 from rto_megatron.models.config_files import read_shape
 from rto_megatron.models.shape import ModelShape
+from rto_megatron.rollout.model_path import misnamed, misnamed_folder
 
 
 def _llama(layers: int, hidden: int, ffn: int, heads: int, head_dim: int, version: str) -> ModelShape:
@@ -46,6 +47,7 @@ class FoundShape:
 
     shape: ModelShape
     source: str
+    folder: Path | None = None  # with the config.json, if it is on this machine
 
 
 def find_shape(model: Path, assumed: str | None, role: str = "policy") -> FoundShape | None:
@@ -60,7 +62,7 @@ def find_shape(model: Path, assumed: str | None, role: str = "policy") -> FoundS
     """
     folder = _folder_with_config(model, _SCALAR_ROLES if role in _SCALAR_ROLES else _LANGUAGE_ROLES)
     if folder is not None:
-        return FoundShape(read_shape(folder), "config.json")
+        return FoundShape(read_shape(folder), "config.json", folder)
     if assumed is not None:
         if assumed not in KNOWN_SHAPES:
             raise UserError(
@@ -80,10 +82,11 @@ def hugging_face_folder(model: Path) -> Path:
     """
     folder = _folder_with_config(model, _LANGUAGE_ROLES)
     if folder is None:
-        raise UserError(
-            f"models.policy={model}: no config.json and no checkpoint of a policy there; run the stage that makes "
-            f"it first, or fetch a hub model with `hf download {model} --local-dir DIR` and name DIR"
+        known = misnamed_folder(model) if model.is_dir() else misnamed(model)
+        unknown = (
+            f"{model} has no config.json and no checkpoint of a policy; run the stage that makes it first"
         )
+        raise UserError(f"models.policy: {known or unknown}")
     return folder
 
 

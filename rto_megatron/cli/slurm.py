@@ -1,16 +1,30 @@
 """`rto slurm`: a stage as one SLURM job, its trainer on some nodes and its pool on the others."""
 
+import shlex
 import subprocess
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rto_megatron.cli.options import Assume, Overrides, Recipe
 from rto_megatron.errors import UserError
 
+if TYPE_CHECKING:
+    from rto_megatron.cli.slurm_job import Job
+
 _Nodes = Annotated[int, typer.Option(min=1, help="Nodes of the job, those of the pool included.")]
 _PoolNodes = Annotated[int, typer.Option(min=0, help="How many of them the inference pool gets.")]
-_Gpus = Annotated[int, typer.Option(min=0, help="GPUs of a node; 0: everything on the nodes' CPUs.")]
+_Gpus = Annotated[
+    int | None,
+    typer.Option(min=0, help="GPUs of a node; default: those that --gres names, else none: all on the CPUs."),
+]
+_Gres = Annotated[
+    str | None,
+    typer.Option(
+        help="Generic resources of a node, as in gpu:h100:8,nvme:1; names the GPUs instead of --gpus-per-node."
+    ),
+]
 _PoolTensor = Annotated[int, typer.Option(min=1, help="Tensor-parallel size of the pool's servers.")]
 _GpuGib = Annotated[
     float | None, typer.Option(min=1, help="Memory of one GPU: refuse a job whose models do not fit.")
@@ -29,8 +43,30 @@ _Restarts = Annotated[
     int,
     typer.Option(min=0, help="Fresh starts inside the job after a crash, in a row without a new checkpoint."),
 ]
+_Partition = Annotated[str | None, typer.Option(help="Partition of the job; default: the site's.")]
+_Account = Annotated[str | None, typer.Option(help="Account that pays for the job.")]
+_Submit = Annotated[bool, typer.Option("--submit", help="Submit the script, if SLURM can run it.")]
+_Qos = Annotated[str | None, typer.Option(help="Quality of service of the job; default: the site's.")]
+_Constraint = Annotated[str | None, typer.Option(help="Features that the nodes must have, as in 'h100&ib'.")]
+_Exclusive = Annotated[
+    bool, typer.Option(help="Whether the nodes run no other job; shared ones need --cpus-per-task.")
+]
+_Cpus = Annotated[int | None, typer.Option(min=1, help="CPUs of each node, where it is shared.")]
+_Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--mem", help="Memory of each node, as in 500G; default: all, on a shared node the site's default."
+    ),
+]
+_Preamble = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Bash that every node runs before a step: modules, exports, folders."),
+]
 _Container = Annotated[
     str | None, typer.Option(metavar="IMAGE", help="Run the steps in this image, through the pyxis plugin.")
+]
+_Apptainer = Annotated[
+    str | None, typer.Option(metavar="IMAGE", help="Run the steps in this image, through Apptainer.")
 ]
 _Mount = Annotated[
     list[str] | None,
@@ -50,49 +86,68 @@ def slurm(
     nodes: _Nodes,
     overrides: Overrides = None,
     pool_nodes: _PoolNodes = 0,
-    gpus_per_node: _Gpus = 0,
+    gpus_per_node: _Gpus = None,
+    gres: _Gres = None,
     pool_tensor: _PoolTensor = 1,
     gpu_gib: _GpuGib = None,
     assume: Assume = None,
     interface: _Interface = "",
     time: _Time = None,
     notice: _Notice = 300,
-    partition: Annotated[str | None, typer.Option(help="Partition of the job; default: the site's.")] = None,
-    account: Annotated[str | None, typer.Option(help="Account that pays for the job.")] = None,
+    partition: _Partition = None,
+    account: _Account = None,
+    qos: _Qos = None,
+    constraint: _Constraint = None,
+    exclusive: _Exclusive = True,
+    cpus_per_task: _Cpus = None,
+    memory: _Memory = None,
     restarts: _Restarts = 3,
+    preamble: _Preamble = None,
     container: _Container = None,
+    apptainer: _Apptainer = None,
     mount: _Mount = None,
-    submit: Annotated[bool, typer.Option("--submit", help="Submit the script, if SLURM can run it.")] = False,
+    submit: _Submit = False,
 ) -> None:
     """Write RUN_DIR/slurm/job.sbatch, a whole job with everything resolved, after checking it as `rto check` does.
 
     The first nodes train, the last ones serve. The run folder and this checkout must be on a file system that
     all nodes share. Before its time is up the trainer saves, and the job queues itself again and goes on.
     """
-    from rto_megatron.cli.slurm_job import Allocation, plan_job
+    from rto_megatron.cli.slurm_allocation import Allocation
+    from rto_megatron.cli.slurm_job import plan_job
     from rto_megatron.config.load import load_recipe
 
     allocation = Allocation(
-        nodes,
-        pool_nodes,
-        gpus_per_node,
-        interface,
-        time,
-        notice,
-        partition,
-        account,
-        container,
-        tuple(mount or ()),
+        nodes=nodes,
+        pool_nodes=pool_nodes,
+        gpus_per_node=gpus_per_node,
+        interface=interface,
+        time=time,
+        notice_s=notice,
+        partition=partition,
+        account=account,
+        container=container,
+        mounts=tuple(mount or ()),
+        gres=gres,
+        qos=qos,
+        constraint=constraint,
+        apptainer=apptainer,
+        is_exclusive=exclusive,
+        cpus_per_task=cpus_per_task,
+        memory=memory,
+        preamble=preamble,
     )
-    job = plan_job(
-        load_recipe(recipe, overrides or []), allocation, pool_tensor, restarts, assume or [], gpu_gib
-    )
+    config = load_recipe(recipe, overrides or [])
+    _hand_out(plan_job(config, allocation, pool_tensor, restarts, assume or [], gpu_gib), submit)
+
+
+def _hand_out(job: "Job", submit: bool) -> None:
+    """Writes the job's script, and submits it or says how."""
     script = job.write()
-    typer.echo(
-        f"{script}: {nodes - pool_nodes} nodes x {job.ranks_per_node} trainer ranks, {job.num_servers} servers"
-    )
+    nodes = job.allocation.trainer_nodes
+    typer.echo(f"{script}: {nodes} nodes x {job.ranks_per_node} trainer ranks, {job.num_servers} servers")
     if not submit:
-        typer.echo(f"submit it with: sbatch {script}")
+        typer.echo(f"submit it with: sbatch {shlex.quote(str(script))}")
         return
     _sbatch("--test-only", str(script))
     number = _sbatch("--parsable", str(script)).split(";")[0].strip()

@@ -10,6 +10,8 @@ from rto_megatron.cli.colocated import pool_weight_bytes
 from rto_megatron.cli.placement import max_model_len
 from rto_megatron.cli.plan import activation_bytes, gib, model_bytes, weight_bytes
 from rto_megatron.cli.shapes import FoundShape, hugging_face_folder
+from rto_megatron.cli.slurm_allocation import Allocation, directives, log_pattern, text_problems
+from rto_megatron.cli.slurm_container import apptainer_command, pyxis_options, pyxis_problems
 from rto_megatron.config.checks import is_colocated, refuse, samples_from_pool
 from rto_megatron.config.load import dump
 from rto_megatron.config.run_folder import make_run_folder
@@ -19,35 +21,11 @@ from rto_megatron.errors import UserError
 ROOT = Path(rto_megatron.__file__).parents[1]
 _BODY = ROOT / "launchers" / "slurm" / "job.sh"
 _POOL_WAIT_S = 1800
-
-
-@dataclass(frozen=True)
-class Allocation:
-    """What is asked of SLURM.
-
-    Args:
-        nodes: all of the job; the last `pool_nodes` serve, the others train.
-        gpus_per_node: 0: none.
-        interface: of every node; empty: that of the default route.
-        notice_s: how long before the time limit the trainer is told to save.
-        mounts: folders that the container shows beside the checkout and the run folder.
-    """
-
-    nodes: int
-    pool_nodes: int = 0
-    gpus_per_node: int = 0
-    interface: str = ""
-    time: str | None = None
-    notice_s: int = 300
-    partition: str | None = None
-    account: str | None = None
-    container: str | None = None
-    mounts: tuple[str, ...] = ()
-
-    @property
-    def trainer_nodes(self) -> int:
-        """Nodes with trainer ranks."""
-        return self.nodes - self.pool_nodes
+# Before all other settings, whose names a preamble may use for its own. With `source ... ||` its set -e had no effect.
+_SOURCING = (
+    'if [ -n "$preamble" ]; then source "$preamble"; fi',
+    '[ $? -eq 0 ] || { echo "error: the last command of $preamble failed" >&2 && exit 1; }',
+)
 
 
 @dataclass(frozen=True)
@@ -79,42 +57,35 @@ class Job:
         return self.folder / f"log-{number}.txt"
 
     def write(self) -> Path:
-        """Writes the script and the recipe that it reads; returns the script's path."""
+        """Writes the script and what it reads, recipe and preamble; returns the script's path."""
         make_run_folder(self.config.run.dir)
         self.folder.mkdir(exist_ok=True)
         (self.folder / "recipe.yaml").write_text(dump(self.config))
+        if self.allocation.preamble is not None:
+            self._preamble.write_text(self.allocation.preamble.read_text())
         script = self.folder / "job.sbatch"
         script.write_text("\n".join([*self._header(), *self._settings(), "", _BODY.read_text()]))
         return script
 
+    @property
+    def _preamble(self) -> Path:
+        return self.folder / "preamble.sh"
+
     def _header(self) -> list[str]:
-        asked = self.allocation
         options = {
             "job-name": self.config.stage,
-            "nodes": asked.nodes,
-            "ntasks-per-node": 1,
-            "gpus-per-node": asked.gpus_per_node or None,
-            "time": asked.time,
-            "partition": asked.partition,
-            "account": asked.account,
-            "signal": f"B:USR1@{asked.notice_s}",
+            **self.allocation.options(),
             "open-mode": "append",
-            "output": self.log("%j"),
-            "chdir": Path.cwd(),
-            "mem": 0,
+            "output": log_pattern(self.folder),
+            "chdir": str(Path.cwd()),
+            "requeue": "",
         }
-        given = [f"#SBATCH --{name}={value}" for name, value in options.items() if value is not None]
-        return [
-            "#!/bin/bash",
-            "# Written by `rto slurm`.",
-            *given,
-            "#SBATCH --exclusive",
-            "#SBATCH --requeue",
-        ]
+        return ["#!/bin/bash", "# Written by `rto slurm`.", *directives(options)]
 
     def _settings(self) -> list[str]:
         asked = self.allocation
         settings: dict[str, str | int | Path | tuple[str, ...]] = {
+            "preamble": "" if asked.preamble is None else self._preamble,
             "root": ROOT,
             "recipe": self.folder / "recipe.yaml",
             "overrides": (),
@@ -128,18 +99,29 @@ class Job:
             "pool_wait_s": _POOL_WAIT_S,
             "restarts": self.restarts,
             "step_options": self._step_options(),
+            "container": self._container(),
         }
-        return [f"{name}={_quoted(value)}" for name, value in settings.items()]
+        first, *others = [f"{name}={_quoted(value)}" for name, value in settings.items()]
+        return [first, *_SOURCING, *others]
 
     def _step_options(self) -> tuple[str, ...]:
         asked = self.allocation
-        gpus = (f"--gpus-per-node={asked.gpus_per_node}",) if asked.gpus_per_node else ()
+        gpus = tuple(f"--{name}={value}" for name, value in asked.gpu_options.items())
         if asked.container is None:
             return gpus
-        folders = dict.fromkeys([str(ROOT), str(self.config.run.dir), *asked.mounts])
-        mounts = ",".join(f"{folder}:{folder}" for folder in folders)
-        image = (f"--container-image={asked.container}", f"--container-mounts={mounts}")
-        return (*gpus, *image, "--no-container-mount-home")
+        return gpus + pyxis_options(asked.container, shown_folders(self.config, asked))
+
+    def _container(self) -> tuple[str, ...]:
+        asked = self.allocation
+        if asked.apptainer is None:
+            return ()
+        return apptainer_command(asked.apptainer, shown_folders(self.config, asked), asked.gpus > 0)
+
+
+def shown_folders(config: Stage, allocation: Allocation) -> list[Path]:
+    """What a container shows of the nodes' file system."""
+    folders = [ROOT, config.run.dir, *(Path(folder).absolute() for folder in allocation.mounts)]
+    return list(dict.fromkeys(folders))
 
 
 def _quoted(value: str | int | Path | tuple[str, ...]) -> str:
@@ -164,10 +146,13 @@ def plan_job(
     Raises:
         UserError: it cannot work.
     """
+    refuse([*allocation.problems(), *_folder_problems(config, allocation)])
     _refuse_other_place(config, allocation)
     model_ranks = config.parallel.tensor * config.parallel.pipeline
-    ranks_per_node = allocation.gpus_per_node or max(1, model_ranks // allocation.trainer_nodes)
-    _, shapes = judged(config, ranks_per_node * allocation.trainer_nodes, assume)
+    ranks_per_node = allocation.gpus or max(1, model_ranks // allocation.trainer_nodes)
+    _, shapes = judged(
+        config, ranks_per_node * allocation.trainer_nodes, assume, _origin(allocation, ranks_per_node)
+    )
     server_nodes, servers_per_group = _servers(allocation, pool_tensor)
     has_pool = allocation.pool_nodes > 0
     job = Job(
@@ -212,13 +197,36 @@ def _refuse_other_place(config: Stage, allocation: Allocation) -> None:
         raise UserError("rollout.servers names a pool that runs already; remove it or --pool-nodes")
 
 
+def _folder_problems(config: Stage, allocation: Allocation) -> list[str]:
+    run_dir = config.run.dir
+    problems = text_problems("run.dir", str(run_dir)) + text_problems("the current folder", str(Path.cwd()))
+    if "\\" in str(run_dir):
+        problems.append(
+            f"run.dir={run_dir}: SLURM writes no log into a path with a backslash; choose another folder"
+        )
+    if allocation.container is not None:
+        problems += pyxis_problems(shown_folders(config, allocation))
+    return problems
+
+
+def _origin(allocation: Allocation, ranks_per_node: int) -> str:
+    """Where the number of trainer ranks comes from, for messages."""
+    unit = "GPUs" if allocation.gpus else "processes"
+    nodes = f"{allocation.trainer_nodes} nodes x {ranks_per_node} {unit}"
+    return (
+        nodes
+        if not allocation.pool_nodes
+        else f"{nodes}; the pool has the other {allocation.pool_nodes} nodes"
+    )
+
+
 def _servers(allocation: Allocation, pool_tensor: int) -> tuple[int, int]:
     """Nodes of a server, and servers on each such group of nodes.
 
     Raises:
         UserError: servers do not fill nodes, or nodes servers.
     """
-    gpus, nodes = allocation.gpus_per_node, allocation.pool_nodes
+    gpus, nodes = allocation.gpus, allocation.pool_nodes
     if gpus == 0 or nodes == 0:
         return 1, 1
     if gpus % pool_tensor and pool_tensor % gpus:

@@ -13,8 +13,11 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
 from torch.distributed.run import main as torchrun
 
+from rto_megatron.errors import UserError
 from rto_megatron.platform.network import MEETING, meet
 from rto_megatron.trainer.stacks import ranks_of
+
+_DEFAULTS = "PET_"  # torchrun takes PET_NNODES as the default of --nnodes, and so on for each of its options
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,11 @@ def start_ranks(num_ranks: int, arguments: Sequence[str], meeting: Sequence[str]
 
     The signals of this process are left to the caller: torchrun would turn them into an end after 30 seconds. It never
     restarts a rank itself, as its restarts meet the addresses of the dead ranks in the store that it keeps.
+
+    torchrun's variables (PET_NNODES and the like) are removed from this process: what is not said here is its default.
     """
+    for name in torchrun_defaults():
+        del os.environ[name]
     # torchrun logs a failure as an error of its own, with a traceback of itself.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's default, which it would announce
@@ -61,6 +68,29 @@ def start_ranks(num_ranks: int, arguments: Sequence[str], meeting: Sequence[str]
     except ChildFailedError as error:
         return _first_cause(error)
     return None
+
+
+def torchrun_defaults() -> dict[str, str]:
+    """The variables of this process that torchrun takes for its options; Kubeflow sets them in every container."""
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(_DEFAULTS)}
+
+
+def refuse_several_machines(recipe: str) -> list[str]:
+    """What torchrun's variables ask of a launch on one machine: names of those that are not used.
+
+    Raises:
+        UserError: they ask for several machines, each of which would train by itself.
+    """
+    found = torchrun_defaults()
+    nodes = found.get("PET_NNODES", "1")
+    if nodes not in ("1", "1:1"):
+        raise UserError(
+            f"PET_NNODES={nodes} says that this is one of several machines of a job, as Kubeflow does, and `rto "
+            f"launch` runs on one alone. Run on each: torchrun -m rto_megatron.cli.main train {recipe} (a stage "
+            "that samples also needs rollout.servers and rollout.token_file of an `rto pool`); or, to use this machine "
+            "alone: unset PET_NNODES"
+        )
+    return list(found)
 
 
 def _on_loopback() -> list[str]:
@@ -88,6 +118,11 @@ def run_ranks(num_ranks: int, arguments: Sequence[str]) -> None:
             typer.echo(f"error: rank {failure.rank} was ended by {failure.signal_name}", err=True)
         # The ranks' own status does not reach here: torchrun stops them and reports the first.
         raise typer.Exit(failure.status if failure.status > 0 else 1)
+
+
+def has_ranks() -> bool:
+    """Whether a rank of this process runs; none does while machines meet."""
+    return bool(ranks_of(psutil.Process()))
 
 
 def kill_ranks() -> None:

@@ -1,10 +1,12 @@
 """`rto train`: one rank of a stage."""
 
 import os
+from pathlib import Path
 
 import typer
 
 from rto_megatron.cli.options import Overrides, Recipe
+from rto_megatron.errors import UserError
 
 
 def register(app: typer.Typer) -> None:
@@ -18,9 +20,11 @@ def train(recipe: Recipe, overrides: Overrides = None) -> None:
     Start it under torchrun or SLURM for more than one rank. A run folder that holds checkpoints is resumed. SIGTERM,
     SIGUSR1 or a file named STOP in it make the run save after its step and end.
     """
-    from rto_megatron.trainer.stopping import Preempted, die_with_parent
+    from rto_megatron.rollout.open_files import raise_file_limit
+    from rto_megatron.trainer.stopping import Preempted, die_with_parent, status_of_stopped_rank
 
     die_with_parent()
+    raise_file_limit()
     from rto_megatron.config.checks import require_pool
     from rto_megatron.config.load import load_recipe
 
@@ -28,13 +32,29 @@ def train(recipe: Recipe, overrides: Overrides = None) -> None:
     require_pool(config)
     # Loads Megatron, which takes seconds; a mistake in the recipe has been reported before.
     from rto_megatron.trainer.ending import RankEnding
+    from rto_megatron.trainer.run_lock import held_by_rank
     from rto_megatron.trainer.stages import run_stage
+    from rto_megatron.trainer.starting import ends_while_starting
+    from rto_megatron.trainer.status import ExitReason
 
     try:
-        with RankEnding(config.run.dir):
+        with held_by_rank(config.run.dir), RankEnding(config.run.dir), ends_while_starting(config.run.dir):
             run_stage(config)
     except Preempted:
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
+        if status_of_stopped_rank():
             raise
-        # torchrun takes any other status for a crash; run_status.json tells the two ends apart.
-        raise typer.Exit(0) from None
+        raise typer.Exit(0) from None  # run_status.json tells it from a run that is done
+        raise typer.Exit(0) from None  # run_status.json tells it from a run that is done
+    except UserError as error:
+        if not is_told_by_launch(config.run.dir, error):
+            raise
+        raise typer.Exit(ExitReason(error.reason).exit_code) from None
+
+
+def is_told_by_launch(run_dir: Path, error: UserError) -> bool:
+    """Whether `rto launch` will say it: it prints what the run's status says, which is what a rank told first."""
+    from rto_megatron.trainer.run_lock import LAUNCH_VARIABLE
+    from rto_megatron.trainer.status import read_status
+
+    status = read_status(run_dir)
+    return LAUNCH_VARIABLE in os.environ and status is not None and status.message == str(error)

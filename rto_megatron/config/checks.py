@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from rto_megatron.algorithms import ALGORITHMS
+from rto_megatron.algorithms.kl_controller import smallest_horizon
 from rto_megatron.algorithms.method import OfflineMethod
+from rto_megatron.algorithms.reinforcement import RewardConfig
 from rto_megatron.config.roles import OPTIONAL_ROLES, allowed_roles, needs_dpo
 from rto_megatron.config.schema import EvaluateStage, OfflineStage, ReinforcementStage, Stage, TrainStage
 from rto_megatron.errors import UserError
@@ -42,16 +44,20 @@ def plan_batches(config: Stage, world_size: int) -> BatchPlan:
     )
 
 
-def find_problems(config: Stage, world_size: int, max_positions: Mapping[str, int]) -> list[str]:
+def find_problems(
+    config: Stage, world_size: int, max_positions: Mapping[str, int], origin: str = ""
+) -> list[str]:
     """Everything in `config` that cannot work on `world_size` ranks, one sentence each.
 
     Args:
         max_positions: role -> max_position_embeddings, in tokens, of the models whose shape is known.
+        origin: how the number of ranks came about, if it is not what the user asked for.
     """
     return [
-        *_layout(config, world_size),
+        *_layout(config, world_size, origin),
         *model_problems(config),
         *_lengths(config, max_positions),
+        *_kl_horizon(config),
         *_pool_servers(config),
     ]
 
@@ -73,7 +79,7 @@ def is_colocated(config: Stage) -> bool:
     return isinstance(config, ReinforcementStage | EvaluateStage) and config.rollout.colocated
 
 
-def _layout(config: Stage, world_size: int) -> list[str]:
+def _layout(config: Stage, world_size: int, origin: str) -> list[str]:
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
     problems = []
     if config.parallel.sequence and tensor == 1:
@@ -81,7 +87,8 @@ def _layout(config: Stage, world_size: int) -> list[str]:
     if world_size % (tensor * pipeline):
         problems.append(
             f"parallel.tensor x parallel.pipeline = {tensor} x {pipeline} = {tensor * pipeline} "
-            f"does not divide the {world_size} ranks; start a multiple of it or change the layout"
+            f"does not divide the {world_size} rank{'s' * (world_size > 1)}{f' ({origin})' if origin else ''}; "
+            "start a multiple of it or change the layout"
         )
         return problems
     return problems + _batches(config, world_size // (tensor * pipeline))
@@ -215,6 +222,19 @@ def _lengths(config: Stage, max_positions: Mapping[str, int]) -> list[str]:
                 "(max_position_embeddings)"
             )
     return problems
+
+
+def _kl_horizon(config: Stage) -> list[str]:
+    if not isinstance(config, ReinforcementStage) or not isinstance(config.algorithm, RewardConfig):
+        return []
+    horizon, responses = config.algorithm.kl_horizon, config.responses_per_step
+    if config.algorithm.kl_target is None or horizon >= smallest_horizon(responses):
+        return []
+    return [
+        f"algorithm.kl_horizon={horizon} is not above 0.2 x {responses}, the responses of a rollout step: one could "
+        "take beta_kl to 0 or below, and a negative one pays for divergence; the smallest that works is "
+        f"algorithm.kl_horizon={smallest_horizon(responses)}"
+    ]
 
 
 def _appends_end(config: Stage) -> bool:

@@ -2,10 +2,10 @@
 
 A recipe may hold a `vars` section with names of its own (`${vars.root}/sft`); it is resolved and removed
 before the configuration is validated. Other interpolations name keys of the same file; resolvers such as
-`${oc.env:X}` are refused, because the resolved configuration is saved beside the run.
+`${oc.env:X}` are refused, because the resolved configuration is saved beside the run. `overrides.py` says how the
+values of overrides are read.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +14,20 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
+from rto_megatron.config.overrides import (
+    VARIABLES,
+    Override,
+    escaped,
+    interpolations,
+    is_variable,
+    is_whole_reference,
+    merged,
+    split,
+    text_keys,
+    typed,
+)
 from rto_megatron.config.problems import Origin, all_keys, describe, suggestion
+from rto_megatron.config.recipes import require_recipe
 from rto_megatron.config.run_folder import make_run_folder
 from rto_megatron.config.schema import STAGES, Stage
 from rto_megatron.errors import UserError
@@ -53,8 +66,9 @@ def load_recipe(recipe: Path, overrides: Sequence[str] = ()) -> Stage:
 
 def dump(config: BaseModel) -> str:
     """The resolved configuration as YAML that `load_recipe` reads back to an equal configuration."""
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
-    return str(text)
+    # OmegaConf reads 1e5 as a number, which YAML 1.1 takes for text: its own writer quotes such text.
+    tree = {key: _escaped(value) for key, value in config.model_dump(mode="json").items()}
+    return OmegaConf.to_yaml(OmegaConf.create(tree))
 
 
 def save(config: BaseModel, run_dir: Path) -> Path:
@@ -77,9 +91,7 @@ def _validate(stage: type[Stage], tree: Tree, origin: Origin) -> Stage:
 
 
 def _read(recipe: Path, overrides: Sequence[str]) -> tuple[Tree, Origin]:
-    if not recipe.is_file():
-        near = suggestion(recipe.name, [p.name for p in sorted(recipe.parent.glob("*.yaml"))])
-        raise UserError(f"{recipe}: no such recipe; give the path of a YAML file{near}")
+    require_recipe(recipe)
     try:
         text = recipe.read_text(encoding="utf-8")
         _refuse_bombs(recipe, text)
@@ -89,20 +101,71 @@ def _read(recipe: Path, overrides: Sequence[str]) -> tuple[Tree, Origin]:
         raise UserError(f"{recipe}: cannot be read as YAML: {error}") from error
     if not isinstance(from_file, DictConfig) or not from_file:
         raise UserError(f"{recipe}: holds no `key: value` pairs; see launchers/recipes for examples")
-    keys = tuple(_override_key(override) for override in overrides)
-    origin = Origin(recipe, lines, frozenset(keys))
+    given = [split(override) for override in overrides]
+    origin = Origin(recipe, lines, frozenset(override.key for override in given))
     try:
-        merged = OmegaConf.merge(from_file, OmegaConf.from_dotlist(list(overrides)))
+        text_of_stage = _text_keys(from_file, given)
+        tree = merged(from_file, given, text_of_stage)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{' '.join(overrides)}: cannot be applied to {recipe}: {error}") from error
-    _refuse_unknown_interpolations(merged, origin)
+    _refuse_unknown_interpolations(from_file, tree, origin)
     try:
-        resolved = OmegaConf.to_container(merged, resolve=True)
+        resolved = _resolved(tree, text_of_stage)
     except OmegaConfBaseException as error:
         raise UserError(f"{recipe}: {error}") from error
-    assert isinstance(resolved, dict)
-    tree: Tree = {str(key): value for key, value in resolved.items() if key != "vars"}
-    return tree, origin
+    _refuse_empty_text(resolved, text_of_stage, origin)
+    return {key: value for key, value in resolved.items() if key != VARIABLES}, origin
+
+
+def _text_keys(from_file: DictConfig, overrides: Sequence[Override]) -> frozenset[str]:
+    """The keys of text of the recipe's stage, which overrides may name themselves, by a variable too."""
+    naming = [one for one in overrides if one.key == "stage" or is_variable(one.key)]
+    tree = merged(from_file, naming, frozenset({"stage"}))
+    try:
+        stage = OmegaConf.select(tree, "stage")
+    except OmegaConfBaseException:  # the interpolation is refused with all others
+        stage = None
+    return frozenset({"stage", *(text_keys(STAGES[stage]) if stage in STAGES else ())})
+
+
+def _resolved(tree: DictConfig, text: frozenset[str]) -> Tree:
+    """The recipe's tree without interpolations.
+
+    A variable of the command line is text; where it is all of a value that is not, it is read as that would be.
+    """
+    plain = _plain(OmegaConf.to_container(tree, resolve=True))
+    for key, value in all_keys(_plain(OmegaConf.to_container(tree, resolve=False))):
+        parent, leaf = _section_of(plain, key)
+        if key not in text and not is_variable(key) and is_whole_reference(value):
+            found = parent.get(leaf)
+            parent[leaf] = typed(found) if isinstance(found, str) else found
+    return plain
+
+
+def _plain(tree: object) -> Tree:
+    assert isinstance(tree, dict)
+    return {str(key): value for key, value in tree.items()}
+
+
+def _section_of(tree: Tree, key: str) -> tuple[Tree, str]:
+    """The section that holds a key, and the key's name in it."""
+    *parents, leaf = key.split(".")
+    for name in parents:
+        section = tree[name]
+        assert isinstance(section, dict)
+        tree = section
+    return tree, leaf
+
+
+def _refuse_empty_text(tree: Tree, text: frozenset[str], origin: Origin) -> None:
+    """An empty path would be the working directory."""
+    problems = [
+        f"{origin.of(key)}: {key}: is empty; give a value, or null for none"
+        for key, value in all_keys(tree)
+        if value == "" and (key in text or is_variable(key))
+    ]
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def _refuse_bombs(recipe: Path, text: str) -> None:
@@ -119,34 +182,38 @@ def _refuse_bombs(recipe: Path, text: str) -> None:
             raise UserError(f"{recipe}:{line}: is nested deeper than {_DEEPEST} levels, recipes have three")
 
 
-def _override_key(override: str) -> str:
-    key, equals, _ = override.partition("=")
-    if not equals or not re.fullmatch(r"[\w.]+", key):
-        raise UserError(
-            f"{override!r}: an override is written key=value with a dotted key, as in optimizer.lr=1e-6"
-        )
-    return key
+def _refuse_unknown_interpolations(from_file: DictConfig, tree: DictConfig, origin: Origin) -> None:
+    """A variable is for the recipe's own keys: one whose users were all replaced by overrides is no mistake."""
+    used = {name for _, name in _references(tree)}
+    for key, name in _references(tree):
+        if ":" in name:
+            raise UserError(
+                f"{origin.of(key)}: {key}: found ${{{name}}}; only names of keys may stand in ${{...}}, and \\${{ is a "
+                "plain ${"
+            )
+    known = used | {name for _, name in _references(from_file)}
+    variables = OmegaConf.to_container(tree, resolve=False)
+    assert isinstance(variables, dict)
+    for name in variables.get(VARIABLES) or ():
+        own = f"{VARIABLES}.{name}"
+        if not any(one == own or one.startswith(f"{own}.") for one in known):
+            hint = suggestion(str(name), [n.removeprefix(f"{VARIABLES}.") for n in known])
+            raise UserError(f"{origin.of(own)}: {own}: no key uses ${{{own}}}{hint}")
 
 
-def _refuse_unknown_interpolations(merged: object, origin: Origin) -> None:
-    tree = OmegaConf.to_container(merged, resolve=False)
-    assert isinstance(tree, dict)
-    used: set[str] = set()
-    for key, value in all_keys({str(name): value for name, value in tree.items()}):
-        for name in re.findall(r"\$\{([^}]*)\}", value) if isinstance(value, str) else ():
-            if ":" in name:
-                raise UserError(
-                    f"{origin.of(key)}: {key}: found ${{{name}}}; only names of keys may stand in ${{...}}"
-                )
-            used.add(name)
-    variables = tree.get("vars")
-    if isinstance(variables, dict):
-        for name in variables:
-            if f"vars.{name}" not in used:
-                hint = suggestion(str(name), [n.removeprefix("vars.") for n in used])
-                raise UserError(
-                    f"{origin.of(f'vars.{name}')}: vars.{name}: no key uses ${{vars.{name}}}{hint}"
-                )
+def _references(tree: DictConfig) -> list[tuple[str, str]]:
+    """Every key whose value holds `${name}`, with the name."""
+    pairs = all_keys(_plain(OmegaConf.to_container(tree, resolve=False)))
+    return [(key, name) for key, value in pairs if isinstance(value, str) for name in interpolations(value)]
+
+
+def _escaped(value: object) -> object:
+    """Text in which `${` stands for itself, all through a tree."""
+    if isinstance(value, dict):
+        return {key: _escaped(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_escaped(inner) for inner in value]
+    return escaped(value) if isinstance(value, str) else value
 
 
 def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:

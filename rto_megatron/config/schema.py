@@ -7,13 +7,14 @@ Off is `null`, never a magic number; 0 means zero.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 
 from rto_megatron.algorithms import ALGORITHMS, reinforcement
 from rto_megatron.algorithms.method import Method, OnlineMethod
 from rto_megatron.config.template import TemplateArguments
+from rto_megatron.rollout.addresses import without_localhost
 
 
 class Section(BaseModel):
@@ -141,6 +142,11 @@ class DataConfig(Section):
     overlong: Literal["error", "drop", "truncate_left"] = Field(
         default="drop", description="what happens to a prompt over the limit; drops are counted and logged"
     )
+    bad_rows: Literal["error", "drop"] = Field(
+        default="error",
+        description="error: rows that cannot be used end the run, and all are named; drop: it goes on without them, "
+        "counted and logged",
+    )
     template: TemplateArguments = Field(
         default={},
         description="arguments that the tokenizer's chat template reads, as for apply_chat_template "
@@ -240,7 +246,7 @@ class SamplingConfig(Section):
 class RolloutConfig(Section):
     """How the trainer reaches the inference pool."""
 
-    servers: tuple[str, ...] = Field(
+    servers: tuple[Annotated[str, AfterValidator(without_localhost)], ...] = Field(
         default=(), description="addresses of the pool's servers; the launcher fills them in"
     )
     token_file: Path | None = Field(

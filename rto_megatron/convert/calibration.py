@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from rto_megatron.data.chat import encode_prompt, encode_text
+from rto_megatron.data.soundness import Proof, require_characters
 from rto_megatron.data.sources import Row, read_rows
 from rto_megatron.data.template import ChatTemplate, TemplateOptions
 from rto_megatron.data.tokenizer import load_tokenizer
 from rto_megatron.data.turns import conversation_of, turns, with_system
+from rto_megatron.data.vocabulary import Embedding, require_rows
 from rto_megatron.errors import UserError
 
 NUM_HELD_OUT = 8
-_COLUMNS = ("prompt", "context_messages", "messages", "chosen", "text", "response")
+_COLUMNS = ("prompt", "context_messages", "messages", "chosen", "text", "response", "completion")
 
 
 @dataclass(frozen=True)
@@ -46,27 +48,37 @@ def random_prompts(vocab_size: int, num_prompts: int, max_length: int, seed: int
     return _split(origin, tuple(ids), num_prompts, None)
 
 
-def read_prompts(source: str, tokenizer_folder: Path, num_prompts: int, max_length: int) -> Prompts:
+def read_prompts(
+    source: str, tokenizer_folder: Path, vocab_size: int, num_prompts: int, max_length: int
+) -> Prompts:
     """The first `num_prompts` rows calibrate, the next NUM_HELD_OUT measure; each is cut to `max_length` tokens.
 
     Raises:
-        UserError: the source cannot be read, has no column of text, or holds too few rows.
+        UserError: the source cannot be read, has no column of text, holds too few rows, the tokenizer makes nothing of
+            a text, or there is a token that the model has no row for.
     """
     tokenizer = load_tokenizer(tokenizer_folder)
     moment = datetime.now()  # one for all rows, so that midnight does not part them
     template = ChatTemplate(tokenizer, TemplateOptions(moment=moment))
+    proof = Proof(tokenizer)
     wanted = num_prompts + NUM_HELD_OUT
+    embedding = Embedding("the model", vocab_size)
 
     def encoded() -> Iterator[Tensor]:
         for row in read_rows(source):
             column = _column(row)
             content = row.columns[column]
             if isinstance(content, str):
-                ids = encode_text(tokenizer, content)
+                text = require_characters(content, row.where)
+                ids = encode_text(tokenizer, text)
             else:
                 asked = conversation_of(row, with_system(row, turns(row, column)))
+                text = asked.text
                 ids = encode_prompt(template, asked, row.where).ids
-            yield torch.tensor([ids[:max_length]])
+            proof.judge(text, ids, row.where)
+            kept = ids[:max_length]
+            require_rows(source, [(row.where, kept)], tokenizer, embedding)
+            yield torch.tensor([kept])
 
     found = tuple(islice(encoded(), wanted))
     if len(found) < wanted:

@@ -5,9 +5,35 @@ from pathlib import Path
 from typing import Any
 
 from rto_megatron.convert.report import Plan
-from rto_megatron.data.tokenizer import has_sentencepiece_alone
+from rto_megatron.data.tokenizer import has_sentencepiece_alone, has_tokenizer, load_plain_tokenizer
+from rto_megatron.data.vocabulary import Embedding, spare_tokens, vocabulary_problems
+from rto_megatron.errors import UserError
 from rto_megatron.models.config_files import as_exported
 from rto_megatron.models.weight_map import dtype_name
+
+
+def vocabulary_notes(folder: Path | None, vocab_size: int, is_scalar: bool) -> tuple[str, ...]:
+    """Where a tokenizer, which is carried as it is, does not fit the model: ids without a row, padding that ends texts.
+
+    Args:
+        folder: of the tokenizer; null: there is none.
+        is_scalar: the model is a reward model or critic.
+    """
+    if folder is None or not has_tokenizer(folder):
+        return ()
+    try:
+        tokenizer = load_plain_tokenizer(folder)
+    except UserError as error:
+        return (f"the tokenizer is carried unread: {error}",)
+    embedding = Embedding("the model", vocab_size)
+    spare = spare_tokens(tokenizer, embedding)
+    notes = [*vocabulary_problems(tokenizer, embedding), *([spare] if spare else [])]
+    if is_scalar and tokenizer.pad_token_id == tokenizer.eos_token_id:
+        notes.append(
+            f"the padding token is the end-of-sequence token {tokenizer.eos_token!r}: transformers reads scores "
+            "one token before it, this program and vLLM at it; name another one in config.json and the tokenizer"
+        )
+    return tuple(notes)
 
 
 def tokenizer_notes(folder: Path) -> tuple[str, ...]:

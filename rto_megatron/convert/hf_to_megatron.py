@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from rto_megatron.convert.config_json import tokenizer_notes, write_config
+from rto_megatron.convert.config_json import tokenizer_notes, vocabulary_notes, write_config
 from rto_megatron.convert.options import Advance, Options, cast
 from rto_megatron.convert.report import Plan, Written
 from rto_megatron.data.tokenizer_files import carry
@@ -13,6 +13,7 @@ from rto_megatron.storage.hf_model import HfModel
 from rto_megatron.storage.megatron_args import common_state
 from rto_megatron.storage.megatron_folder import HF_FILES, RELEASE, TRACKER
 from rto_megatron.storage.megatron_writer import MegatronWriter
+from rto_megatron.storage.not_finite import num_not_finite
 
 
 def plan_import(model: HfModel, source: Path, target: Path, options: Options) -> Plan:
@@ -23,11 +24,14 @@ def plan_import(model: HfModel, source: Path, target: Path, options: Options) ->
     """
     model.require_complete()
     dtype, notes = options.dtype or model.dtype(), []
+    if (unread := model.folder.weights.note()) is not None:
+        notes.append(unread)
     found = {dtype_name(stored.dtype) for stored in model.folder.tensors.values()}
     if found != {dtype_name(dtype)}:
         notes.append(f"the source has {', '.join(sorted(found))}, written as {dtype_name(dtype)}")
     if model.head_bias():
         notes.append(f"the head's bias {model.head_bias():g} is kept in `mean` of config.json")
+    notes += vocabulary_notes(source, model.shape.vocab_size, model.has_scalar_head)
     return Plan(
         "Hugging Face -> Megatron", source, target, model.shape, model.has_scalar_head, model.dtype(), dtype,
         len(model.folder.tensors), model.left_aside, tuple(notes),
@@ -42,6 +46,7 @@ def import_weights(model: HfModel, plan: Plan, folder: Path, options: Options, a
     """
     start = time.monotonic()
     weights, files = folder / RELEASE, folder / HF_FILES
+    not_finite: dict[str, int] = {}
     weights.mkdir()
     files.mkdir()
     with torch_dist_writer.opened(weights, options.max_file_bytes) as entries:
@@ -49,10 +54,12 @@ def import_weights(model: HfModel, plan: Plan, folder: Path, options: Options, a
         for parameter in model.parameters:
             dtype = parameter.dtype(plan.dtype)
             tensors = [cast(name, model.read(name, size), dtype) for name, size in parameter.sizes()]
+            counts = {name: num_not_finite(t) for name, t in zip(parameter.hf, tensors, strict=True)}
+            not_finite |= {name: count for name, count in counts.items() if count}
             writer.write(parameter, tensors)
             advance(sum(tensor.nbytes for tensor in tensors))
         entries.finish(common_state(model.shape, plan.has_scalar_head, plan.dtype))
     write_config(model.config.values, plan, model.head_bias(), files)
     carried = carry(plan.source, files)
     (folder / TRACKER).write_text(RELEASE)
-    return Written(carried, tokenizer_notes(files), time.monotonic() - start)
+    return Written(carried, tokenizer_notes(files), not_finite, time.monotonic() - start)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
@@ -17,6 +18,10 @@ from rto_megatron.data.tokenizer import has_tokenizer, load_plain_tokenizer
 from rto_megatron.errors import UserError
 from rto_megatron.models.families.blocks import SCALAR_HEAD
 from rto_megatron.storage.hf_model import HfModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 # Relative to the largest output: sums of thousands of float32 products differ by their order.
 TOLERANCE = 1e-4
@@ -56,7 +61,7 @@ def prove_logits(
             ["convert", "outputs", str(megatron), str(hf_folder), str(tokens), str(outputs), *layout],
         )
         found = load_file(outputs)
-    reference = _reference_outputs(model, hf_folder)
+    reference = _reference_outputs(model)
     numbers = iter(range(len(found)))
     magnitudes, differences = [], {}
     for name, group in sequences.items():
@@ -91,18 +96,38 @@ def _sequences(folder: Path, vocab_size: int) -> dict[str, list[list[int]]]:
     return {"random": random, "text": texts}
 
 
-def _reference_outputs(model: HfModel, folder: Path) -> Callable[[list[int]], Tensor]:
+def _reference_outputs(model: HfModel) -> Callable[[list[int]], Tensor]:
     """transformers' outputs [tokens, vocabulary] or [tokens, 1] of one sequence."""
     from transformers import AutoModel, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    loading = {"dtype": torch.float32, "use_safetensors": True, "local_files_only": True}
     if not model.has_scalar_head:
-        language = AutoModelForCausalLM.from_pretrained(folder, **loading).eval()
+        language = _in_transformers(AutoModelForCausalLM, model)
         return lambda ids: language(torch.tensor([ids])).logits[0]
     # The head may have a name that no class of transformers knows: it is applied to the decoder's states here.
-    decoder = AutoModel.from_pretrained(folder, **loading).eval()
+    decoder = _in_transformers(AutoModel, model)
     head = model.read(SCALAR_HEAD, (1, model.shape.hidden_size)).float()
     return lambda ids: decoder(torch.tensor([ids])).last_hidden_state[0] @ head.T
+
+
+def _in_transformers(kind: "type[_BaseAutoModelClass]", model: HfModel) -> "PreTrainedModel":
+    """The model in float32; of FP8 blocks with the bfloat16 numbers into which they are multiplied out."""
+    from transformers import AutoConfig
+
+    folder = model.folder.path
+    if "quantization_config" not in model.config.values:
+        loading = {"dtype": torch.float32, "use_safetensors": True, "local_files_only": True}
+        return kind.from_pretrained(folder, **loading).eval()
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    del config.quantization_config
+    weights = {
+        name: model.read(name, size)
+        for parameter in model.parameters
+        for name, size in parameter.sizes()
+        if name != SCALAR_HEAD
+    }
+    with torch.device("meta"):  # only to learn the class, which alone takes weights without a folder
+        found = type(kind.from_config(config))
+    return found.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32).eval()

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rto_megatron.engine.source import find_source, has_language_model
+from rto_megatron.engine.source import CHECKPOINTS, find_source, has_language_model
 from rto_megatron.errors import UserError
 from rto_megatron.models.config_files import config_of, shape_of
 from rto_megatron.models.hf_config import read_config
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.models.weight_map import dtype_name
+from rto_megatron.rollout.model_path import misnamed
 from rto_megatron.storage.file_digests import WEIGHTS, first_problem
 from rto_megatron.storage.megatron_args import require_agreement, shape_of_args
 from rto_megatron.storage.megatron_common import read_args
@@ -48,7 +49,7 @@ def open_megatron(path: Path, hf_files: Path | None, scalar: bool | None) -> Meg
     """
     if not path.is_dir():
         raise UserError(
-            f"{path} is no folder; expected a Megatron checkpoint, a run folder or one of its checkpoints"
+            f"{misnamed(path)}; expected a Megatron checkpoint, a run folder or one of its checkpoints"
         )
     found = find_megatron(path) or _of_run(path, scalar)
     require_tokenizer_of_conversion(found)
@@ -66,9 +67,30 @@ def open_megatron(path: Path, hf_files: Path | None, scalar: bool | None) -> Meg
     return MegatronSource(reader, shape, is_scalar, config.values, files, ())
 
 
+def require_hugging_face(path: Path, instead: str) -> None:
+    """Refuses the other side of a conversion.
+
+    Args:
+        instead: the command that takes what `path` is.
+
+    Raises:
+        UserError: `path` is a Megatron checkpoint, a run or one of its checkpoints.
+    """
+    if not path.is_dir() or (path / "config.json").is_file():
+        return
+    is_run = (path / CHECKPOINTS).is_dir() or (path / WEIGHTS).is_dir() or any(path.glob(f"*/{WEIGHTS}"))
+    if is_run or find_megatron(path) is not None:
+        raise UserError(
+            f"{path} is a Megatron checkpoint or a run folder; expected a Hugging Face folder. It is taken by {instead}"
+        )
+
+
 def _of_run(path: Path, scalar: bool | None) -> MegatronFolder:
     if (path / "config.json").is_file():
-        raise UserError(f"{path} is a Hugging Face folder; expected a Megatron checkpoint or a run folder")
+        raise UserError(
+            f"{path} is a Hugging Face folder; expected a Megatron checkpoint or a run folder. The other way round is "
+            f"rto convert hf-to-megatron {path} TARGET"
+        )
     if (path / WEIGHTS).is_dir():
         role = path
     else:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rto_megatron.errors import UserError
 from rto_megatron.models.weight_map import dtype_name
+from rto_megatron.storage.not_finite import num_not_finite
 
 Advance = Callable[[int], None]  # call with the bytes that were done
 
@@ -40,8 +41,10 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         UserError: a number does not fit.
     """
     written = tensor.to(dtype)
-    if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and not torch.isfinite(written).all():
-        largest = float(tensor.abs().max())
+    if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and num_not_finite(written) > num_not_finite(
+        tensor
+    ):
+        largest = float(tensor[torch.isfinite(tensor)].abs().max())
         raise UserError(
             f"{name} holds {largest:g}, which {dtype_name(dtype)} cannot; use --dtype bf16 or fp32"
         )

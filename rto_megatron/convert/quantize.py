@@ -178,10 +178,10 @@ def _readable_config(folder: Path, choices: Choices) -> HfConfig:
 
 
 def _prompts(folder: Path, config: HfConfig, choices: Choices) -> Prompts:
+    vocab_size = config.values["vocab_size"]
     if choices.prompts is None:
-        vocab_size = config.values["vocab_size"]
         return random_prompts(vocab_size, choices.num_prompts, choices.max_length, choices.seed)
-    return read_prompts(choices.prompts, folder, choices.num_prompts, choices.max_length)
+    return read_prompts(choices.prompts, folder, vocab_size, choices.num_prompts, choices.max_length)
 
 
 def _prove(

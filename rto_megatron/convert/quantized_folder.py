@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rto_megatron.errors import refuse_if
-from rto_megatron.storage.hf_folder import HfFolder, unreadable
+from rto_megatron.storage.hf_folder import HfFolder
+from rto_megatron.storage.weight_files import unreadable
 
 FP8_MAX = 448.0  # of float8_e4m3fn
 FP4_MAX = 6.0  # of e2m1

@@ -16,6 +16,7 @@ from rto_megatron.models.parameters import hf_shapes, stored_parameters
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.models.weight_map import dtype_name
 from rto_megatron.storage.megatron_folder import REPORT
+from rto_megatron.storage.not_finite import described
 
 _PACKAGES = ("megatron-core", "torch", "transformers", "safetensors", "rto-megatron")
 _SHOWN = 3
@@ -86,6 +87,7 @@ class Written:
 
     tokenizer_files: dict[str, str]  # name -> sha256
     notes: tuple[str, ...]
+    not_finite: dict[str, int]  # name of a tensor -> how many of its numbers are NaN or infinite
     seconds: float
 
 
@@ -135,6 +137,7 @@ def write_report(path: Path, plan: Plan, written: Written, proof: Proof) -> None
         "logits": vars(proof.logits) if proof.logits else None,
         "coverage": {"stored": plan.num_stored, "written": len(tensors), "left_aside": plan.left_aside},
         "notes": (*plan.notes, *written.notes),
+        "not_finite": written.not_finite,
         "tokenizer_files": written.tokenizer_files,
         "seconds": written.seconds,
         "versions": {package: version(package) for package in _PACKAGES},
@@ -151,6 +154,8 @@ def table(plan: Plan, written: Written | None, proof: Proof | None) -> Table:
         rate = plan.size() / 1e9 / written.seconds
         rows.append(("written", f"in {written.seconds:.1f} s, {rate:.2f} GB/s"))
         rows += [("note", note) for note in written.notes]
+        if written.not_finite:
+            rows.append(("warning", f"{described(written.not_finite)}; outputs that meet them are NaN"))
         rows.append(("tokenizer", ", ".join(written.tokenizer_files) or "none"))
     if proof is not None:
         rows += [("proved", sentence) for sentence in proof.sentences or ("nothing",)]

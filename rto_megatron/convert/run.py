@@ -10,7 +10,7 @@ from rich.table import Table
 
 from rto_megatron.convert.fresh_folder import fresh_folder, require_absent, require_space
 from rto_megatron.convert.hf_to_megatron import import_weights, plan_import
-from rto_megatron.convert.megatron_source import MegatronSource, open_megatron
+from rto_megatron.convert.megatron_source import MegatronSource, open_megatron, require_hugging_face
 from rto_megatron.convert.megatron_to_hf import export_weights, plan_export
 from rto_megatron.convert.options import Advance, Options, is_narrower
 from rto_megatron.convert.report import LogitsProof, Plan, Proof, recorded_digests, table, write_report
@@ -50,6 +50,7 @@ def convert_to_megatron(
         UserError: the source cannot be converted, or the result is not proved; `target` does not exist then.
     """
     require_absent(target)
+    require_hugging_face(source, f"rto convert megatron-to-hf {source} TARGET")
     model = HfModel(source, options.has_scalar_head)
     plan = plan_import(model, source, target, options)
     _require_possible(plan, proofs)
@@ -98,6 +99,7 @@ def verify_pair(hf_folder: Path, megatron: Path, scalar: bool | None, proofs: Pr
     Raises:
         UserError: they do not; names what differs.
     """
+    require_hugging_face(hf_folder, f"rto convert verify HF_FOLDER {hf_folder}, as the second argument")
     model = HfModel(hf_folder, scalar)
     source = open_megatron(megatron, hf_folder, model.has_scalar_head)
     tensors = MegatronTensors(source.reader, source.shape, source.has_scalar_head)

@@ -2,17 +2,20 @@
 
 import random
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
+from rto_megatron.data.digest import digest
 from rto_megatron.errors import UserError
+from rto_megatron.types import Example
 
 
-class Batches[T]:
+class Batches[T: Example]:
     """An endless walk over `items` in global batches; the rank sees its slice of each.
 
     The order of epoch e depends on (seed, e) alone, and rank r of n takes every n-th item of a global batch
     from the r-th on, so neither the global batches nor minibatches cut from them in order depend on n. What
     is left of an epoch after its last full batch is dropped; another shuffle brings it back in later epochs.
-    The number of consumed samples is the whole state.
+    The number of consumed samples is the whole state; the items' number and digest go with it, to know them again.
     """
 
     def __init__(
@@ -71,25 +74,52 @@ class Batches[T]:
         self._consumed_samples += self._global_batch
         return [self._items[index] for index in own]
 
-    def state(self) -> dict[str, int]:
-        """What a checkpoint keeps: consumed samples, and the number of items they were taken from."""
-        return {"consumed_samples": self._consumed_samples, "num_items": len(self._items)}
+    @property
+    def num_left_over(self) -> int:
+        """Items that each pass leaves out behind its last full batch."""
+        return len(self._items) % self._global_batch
 
-    def restore(self, state: Mapping[str, int]) -> None:
+    @cached_property
+    def digest(self) -> str:
+        """Of the items that all ranks share."""
+        return digest(self._items)
+
+    def state(self) -> dict[str, int | str]:
+        """What a checkpoint keeps: consumed samples, and number and digest of the items they were taken from."""
+        return {
+            "consumed_samples": self._consumed_samples,
+            "num_items": len(self._items),
+            "digest": self.digest,
+        }
+
+    def restore(self, state: Mapping[str, object]) -> str | None:
         """Continue behind the samples that `state` counts.
 
+        Returns:
+            A warning where `state` does not say what the items were, as those of older checkpoints.
+
         Raises:
-            UserError: the data has another number of items, or the samples are no multiple of the global
-            batch.
+            UserError: the data has another number of items or other items, or the samples are no multiple of the
+            global batch.
         """
         if state["num_items"] != len(self._items):
             raise UserError(
                 f"the checkpoint was made with {state['num_items']} items of data and there are "
                 f"{len(self._items)}; resume with the data and the length limits of the first run"
             )
-        if state["consumed_samples"] % self._global_batch:
+        consumed = int(str(state["consumed_samples"]))
+        if consumed % self._global_batch:
             raise UserError(
-                f"the checkpoint has consumed {state['consumed_samples']} samples, no multiple of the global "
+                f"the checkpoint has consumed {consumed} samples, no multiple of the global "
                 f"batch of {self._global_batch}; resume with the batch size of the first run"
             )
-        self._consumed_samples = state["consumed_samples"]
+        if state.get("digest", self.digest) != self.digest:
+            raise UserError(
+                f"the checkpoint was made with other data: {len(self._items)} items as now, but of other token ids, "
+                "order, margins or verdicts; put back file, tokenizer and chat template of the first run, or name "
+                "another run.dir to start a new run"
+            )
+        self._consumed_samples = consumed
+        if "digest" in state:
+            return None
+        return "the checkpoint does not say what its data were, so it was not proved that these are the same"

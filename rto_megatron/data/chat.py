@@ -2,19 +2,22 @@
 
 The answer's ids are what follows the prompt's ids in the whole conversation. Where the two texts merge at their border
 into other ids, prompt and answer are tokenized apart. Prompts carry the tokenizer's beginning-of-sequence token exactly
-once, and an answer ends at its first end-of-sequence token, as a sampled response would. What the template leaves out
-is refused, but for reasoning of earlier turns, which is counted.
+once, and an answer ends at the first token that would end a sampled response; where the template writes none, the
+tokenizer's end-of-sequence token is appended. What the template leaves out is refused, but for reasoning of earlier
+turns, which is counted.
 """
 
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
+from rto_megatron.data.eos import own_eos
 from rto_megatron.data.left_out import Part, left_out, refuse
 from rto_megatron.data.messages import Conversation
 from rto_megatron.data.template import ChatTemplate
 from rto_megatron.data.thoughts import Answer, answer_after
 from rto_megatron.errors import UserError
+from rto_megatron.types import EndOfSequence
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,8 @@ class EncodedPrompt:
 
 @dataclass(frozen=True)
 class Exchange:
-    """A prompt and one answer to it; the answer ends with the end-of-sequence token and holds no
-    other."""
+    """A prompt and one answer to it; the answer holds no end-of-sequence token but its last one, which is one unless a
+    length limit cut the answer."""
 
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
@@ -50,8 +53,13 @@ def encode_prompt(template: ChatTemplate, conversation: Conversation, where: str
     return EncodedPrompt(encode_text(template.tokenizer, text), len(thoughts))
 
 
-def encode_exchange(template: ChatTemplate, conversation: Conversation, where: str) -> Exchange:
+def encode_exchange(
+    template: ChatTemplate, conversation: Conversation, where: str, eos: EndOfSequence | None = None
+) -> Exchange:
     """Ids of a prompt and of the assistant's answer to it, which is the conversation's last turn.
+
+    Args:
+        eos: what ends an answer; None: the tokenizer's alone.
 
     Raises:
         UserError: the template refuses the conversation, leaves something out, or renders the prompt otherwise than
@@ -78,7 +86,7 @@ def encode_exchange(template: ChatTemplate, conversation: Conversation, where: s
     else:
         answer_ids = tuple(template.tokenizer.encode(answer.text, add_special_tokens=False))
     return replace(
-        _ended(template.tokenizer, prompt_ids, answer_ids),
+        _ended(template.tokenizer, eos or own_eos(template.tokenizer), prompt_ids, answer_ids),
         num_thoughts_left_out=len(thoughts),
         is_apart=answer.is_apart,
         is_open=answer.is_open,
@@ -115,12 +123,14 @@ def _require_agreed(template: ChatTemplate, conversation: Conversation, answer: 
 
 
 def _ended(
-    tokenizer: PreTrainedTokenizerBase, prompt_ids: tuple[int, ...], answer_ids: tuple[int, ...]
+    tokenizer: PreTrainedTokenizerBase,
+    eos: EndOfSequence,
+    prompt_ids: tuple[int, ...],
+    answer_ids: tuple[int, ...],
 ) -> Exchange:
-    eos = tokenizer.eos_token_id
-    if eos not in answer_ids:
-        return Exchange(prompt_ids, (*answer_ids, eos), 0)
-    end = answer_ids.index(eos)
+    end = next((place for place, token in enumerate(answer_ids) if token in eos.ids), None)
+    if end is None:
+        return Exchange(prompt_ids, (*answer_ids, eos.written), 0)
     # Some templates write a line break after the end-of-sequence token: that is no part of the answer.
     rest = str(tokenizer.decode(list(answer_ids[end:]), skip_special_tokens=True)).strip()
     return Exchange(prompt_ids, answer_ids[: end + 1], len(answer_ids) - end - 1 if rest else 0)

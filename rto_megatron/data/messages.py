@@ -49,6 +49,11 @@ class Conversation:
         return replace(self, messages=self.messages[:-1])
 
     @property
+    def text(self) -> str:
+        """What all turns say."""
+        return "\n".join(message.content for message in self.messages)
+
+    @property
     def roles(self) -> list[str]:
         """Of all turns, for messages."""
         return [message.role for message in self.messages]

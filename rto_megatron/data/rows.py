@@ -22,7 +22,7 @@ def first_column(row: Row, candidates: Sequence[str], what: str) -> str:
             return column
     raise UserError(
         f"{row.where}: found the columns {sorted(row.columns)}, "
-        f"expected one of {list(candidates)} for {what}; rename a column"
+        f"expected one of {list(candidates)} for {what}; rename a column (a null is no column)"
     )
 
 
@@ -57,19 +57,21 @@ def conversation(row: Row, column: str) -> list[Message]:
     return with_system(row, messages)
 
 
-def margin(row: Row) -> float:
+def margin(row: Row) -> float | None:
+    """By how much the chosen answer is better; None where the row does not say."""
     columns = row.columns
     if "margin" in columns:
         return _number(row, "margin")
     if "score_chosen" in columns and "score_rejected" in columns:
         return _number(row, "score_chosen") - _number(row, "score_rejected")
-    return 0.0
+    return None
 
 
 def _number(row: Row, column: str) -> float:
     value = row.columns[column]
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UserError(f"{row.where}: column {column!r} is {value!r:.60}, expected a number")
+    # Half of float32's range, so that a difference of two stays in it; NaN is in no range.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e38:
+        raise UserError(f"{row.where}: column {column!r} is {value!r:.60}, expected a finite number")
     return float(value)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
+from rto_megatron.data.file_kinds import require_kind
 from rto_megatron.errors import UserError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
@@ -19,24 +20,53 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+:\w+")
 
 @dataclass(frozen=True)
 class Row:
-    """One record and where it stands: `file:line`, or `source row n` where a format has no lines."""
+    """One record and where it stands: `file:line`, or `source row n` where a format has no lines.
+
+    A column that is null is not among its columns: a table that was joined from several has nulls where one of them
+    had no such column.
+    """
 
     where: str
     columns: dict[str, object]
 
 
+@dataclass(frozen=True)
+class BadRow:
+    """A record that could not be read, among others that can."""
+
+    where: str
+    problem: str
+
+
 def read_rows(source: str) -> Iterator[Row]:
+    """As `scan_rows`, up to the first row that cannot be read.
+
+    Raises:
+        UserError: as `scan_rows`, or names that row.
+    """
+    for row in scan_rows(source):
+        if isinstance(row, BadRow):
+            raise UserError(f"{row.where}: {row.problem}")
+        yield row
+
+
+def is_file(source: str) -> bool:
+    """Whether a source is a local file by its name, be it there or not."""
+    return source.endswith(SUFFIXES)
+
+
+def scan_rows(source: str) -> Iterator[Row | BadRow]:
     """Rows of a local .jsonl, .jsonl.gz, .json (a list of objects) or .parquet file, or of
     `owner/name:split`.
 
     Raises:
-        UserError: the source does not exist, is of another kind, is cut short, or a row is not a JSON
-        object.
+        UserError: the source does not exist, is empty, damaged or cut short, or is of another kind than its name says.
     """
     path = Path(source)
-    if source.endswith(SUFFIXES):
+    if is_file(source):
         if not path.is_file():
             raise UserError(f"data file {source} does not exist (working directory {Path.cwd()})")
+        require_kind(path)
         if source.endswith((".jsonl", ".jsonl.gz")):
             return _json_lines(path)
         return _json_list(path) if source.endswith(".json") else _parquet(path)
@@ -48,66 +78,95 @@ def read_rows(source: str) -> Iterator[Row]:
     )
 
 
-def _json_lines(path: Path) -> Iterator[Row]:
-    open_text = gzip.open if path.suffix == ".gz" else open
-    line_number = 0
+def _json_lines(path: Path) -> Iterator[Row | BadRow]:
+    number = 0
     try:
-        with open_text(path, "rt", encoding="utf-8") as lines:
-            for line_number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield _parsed(f"{path}:{line_number}", line)
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                text = _decoded(path, line, number)
+                if text.strip():
+                    yield _parsed(f"{path}:{number}", text)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(
-            f"{path} is not a complete gzip file ({error}); {line_number} lines could be read; fetch it again"
+            f"{path} is not a complete gzip file ({error}); {number} lines could be read; fetch it again"
         ) from error
+
+
+def _decoded(path: Path, line: bytes, number: int) -> str:
+    try:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path} is not UTF-8 text after line {line_number} ({error}); convert it to UTF-8"
+            f"{path} is not UTF-8 text in line {number} ({error}); convert it to UTF-8"
         ) from error
 
 
-def _parsed(where: str, text: str) -> Row:
+def _parsed(where: str, text: str) -> Row | BadRow:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"{where}: not valid JSON ({error.msg} at column {error.colno}); one object per line is expected"
-        ) from error
+        reason = f"not valid JSON ({error.msg} at column {error.colno}); one object per line is expected"
+        return BadRow(where, reason)
+    except RecursionError:
+        return BadRow(where, "not valid JSON (it is nested too deeply)")
     return _checked(where, value)
 
 
-def _checked(where: str, value: object) -> Row:
+def _checked(where: str, value: object) -> Row | BadRow:
     if not isinstance(value, dict):
-        raise UserError(f"{where}: found a JSON {type(value).__name__}, expected an object with columns")
-    return Row(where, value)
+        return BadRow(where, f"found a JSON {type(value).__name__}, expected an object with columns")
+    return Row(where, {column: entry for column, entry in value.items() if entry is not None})
 
 
-def _json_list(path: Path) -> Iterator[Row]:
+def _json_list(path: Path) -> Iterator[Row | BadRow]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            raise UserError(
+                f"{path}:{error.lineno}: a second JSON value follows the first; a .json file holds one list of "
+                "objects: if this one has an object a line, rename it to .jsonl"
+            ) from error
         raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error}); convert it to UTF-8") from error
     if not isinstance(values, list):
-        raise UserError(f"{path}: found a JSON {type(values).__name__}, expected a list of objects")
+        raise UserError(
+            f"{path}: found one JSON {type(values).__name__}, expected a list of objects; if the file has an object a "
+            "line, rename it to .jsonl"
+        )
     for number, value in enumerate(values, start=1):
         yield _checked(f"{path} row {number}", value)
 
 
-def _parquet(path: Path) -> Iterator[Row]:
+def _parquet(path: Path) -> Iterator[Row | BadRow]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
             for batch in table.iter_batches():
-                for columns in batch.to_pylist():
+                for columns in _records(batch):
                     number += 1
-                    yield Row(f"{path} row {number}", columns)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path} is not a complete parquet file ({error}); fetch it again") from error
+                    where = f"{path} row {number}"
+                    yield BadRow(where, columns) if isinstance(columns, str) else _checked(where, columns)
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{path} is not a complete parquet file: what follows row {number} cannot be read ({reason}); fetch it "
+            "again, or write it anew from its source"
+        ) from error
 
 
-def _hub(source: str) -> Iterator[Row]:
+def _records(batch: pyarrow.RecordBatch) -> list[dict[str, object] | str]:
+    """Columns of each row, or why they cannot be read."""
+    try:
+        return list(batch.to_pylist())
+    except UnicodeDecodeError as error:
+        if batch.num_rows == 1:
+            return [f"a string is not UTF-8 text ({error})"]
+    return [record for number in range(batch.num_rows) for record in _records(batch.slice(number, 1))]
+
+
+def _hub(source: str) -> Iterator[Row | BadRow]:
     # Imported here because it takes seconds and local files do not need it.
     import datasets
 

@@ -13,6 +13,7 @@ from jinja2 import nodes, parser
 from transformers import PreTrainedTokenizerBase
 
 from rto_megatron.data.messages import Conversation, Turn, with_argument_text
+from rto_megatron.data.soundness import require_characters
 from rto_megatron.errors import UserError
 
 _CLOCK = "strftime_now"
@@ -76,6 +77,8 @@ class ChatTemplate:
         """
         self._refuse_unread(conversation.arguments, f"{where}: column chat_template_kwargs")
         turns = [message.turn() for message in conversation.messages]
+        for message in conversation.messages:
+            require_characters(message.content, where)
         try:
             return self._rendered(turns, conversation, with_header)
         except _RefusedError as refusal:

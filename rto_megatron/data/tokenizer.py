@@ -23,6 +23,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, SentencePieceBackend
 
+from rto_megatron.data.soundness import require_vocabulary
 from rto_megatron.errors import UserError
 
 SENTENCEPIECE_FILE = "tokenizer.model"
@@ -172,7 +173,7 @@ def load_plain_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """As `load_tokenizer`, of a model that may have no chat template, such as a base model or a reward model.
 
     Raises:
-        UserError: no such folder or no tokenizer in it, or no end-of-sequence token.
+        UserError: no such folder or no tokenizer in it, an empty vocabulary, or no end-of-sequence token.
     """
     if not folder.is_dir():
         raise UserError(f"tokenizer folder {folder} does not exist; give a Hugging Face model folder")
@@ -190,6 +191,7 @@ def load_plain_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"no tokenizer could be loaded from {folder} ({error}); "
             f"the folder needs tokenizer.json and tokenizer_config.json, or SentencePiece's {SENTENCEPIECE_FILE}"
         ) from error
+    require_vocabulary(tokenizer, folder)
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer in {folder} has no end-of-sequence token; "

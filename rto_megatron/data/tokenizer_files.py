@@ -7,6 +7,8 @@ from pathlib import Path
 from rto_megatron.data.folders import regular_file
 from rto_megatron.errors import UserError
 
+# transformers' folder for further templates; the other one is not read by transformers 5, but was carried before.
+_TEMPLATES = ("additional_chat_templates", "chat_templates")
 # Relative to the folder. A tokenizer's own Python code is not among them: it is never run here.
 _PATTERNS = (
     "tokenizer.model",
@@ -25,7 +27,7 @@ _PATTERNS = (
     "tiktoken.model",
     "chat_template.jinja",
     "chat_template.json",
-    "chat_templates/*.jinja",
+    *(f"{folder}/*.jinja" for folder in _TEMPLATES),
     "generation_config.json",
 )
 
@@ -85,7 +87,7 @@ def _files(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise UserError(f"tokenizer folder {folder} does not exist; give a Hugging Face model folder")
     root = folder.resolve()
-    listed = [*root.iterdir(), *(root / "chat_templates").glob("*")]
+    listed = [*root.iterdir(), *(path for name in _TEMPLATES for path in (root / name).glob("*"))]
     names = sorted(path.relative_to(root).as_posix() for path in listed)
     return {name: regular_file(root, name) for name in names if any(_matches(name, p) for p in _PATTERNS)}
 

@@ -16,6 +16,11 @@ class PoisonedError(UserError):
     """
 
     reason = "NAN"
+    # A resume takes the second; the first would be another run.
+    advice = (
+        "look at these samples and at the model that is named. To go on past them, raise run.max_skipped_updates; "
+        "another learning rate is another run: name another run.dir, with models.policy at that checkpoint"
+    )
 
     def __init__(self, found: Mapping[str, Sequence[str]]) -> None:
         self.found = {what: list(ids) for what, ids in found.items()}
@@ -23,11 +28,24 @@ class PoisonedError(UserError):
         super().__init__(f"{'; '.join(parts)}; no weight was changed")
 
 
-def refuse_together(found: Mapping[str, Sequence[str]], topology: Topology) -> None:
+class EmptyUpdateError(PoisonedError):
+    """An update has no token to train on; its numbers are sound, and the configuration is what keeps it so."""
+
+    reason = "CONFIG"
+    advice = (
+        "start a new run (another run.dir, with models.policy at that checkpoint) with a larger "
+        "sampling.max_response_tokens, or with algorithm.truncated=penalise, which trains on cut responses"
+    )
+
+
+def refuse_together(
+    found: Mapping[str, Sequence[str]], topology: Topology, kind: type[PoisonedError] = PoisonedError
+) -> None:
     """Raises on every rank when any rank found something: nobody steps alone. All ranks must call it.
 
     Args:
-        found: what is wrong with the numbers of this rank -> ids of the samples; empty: nothing.
+        found: what is wrong with the update of this rank -> ids of the samples; empty: nothing.
+        kind: of the error.
 
     Raises:
         PoisonedError: with what all ranks found.
@@ -39,4 +57,4 @@ def refuse_together(found: Mapping[str, Sequence[str]], topology: Topology) -> N
             assert isinstance(ids, list)
             merged.setdefault(what, {}).update(dict.fromkeys(map(str, ids)))
     if merged:
-        raise PoisonedError({what: list(ids) for what, ids in merged.items()})
+        raise kind({what: list(ids) for what, ids in merged.items()})

@@ -158,6 +158,7 @@ class TrainedModel:
         Raises:
             PoisonedError: on every rank, when a loss or gradient of any rank is NaN or infinite; nothing was stepped.
         """
+        _assert_rows(self, [m.batch for m in microbatches])
         get_moe_metrics_tracker().clear()
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -242,7 +243,8 @@ def _outputs(model: Model, batch: TokenBatch, raw: Tensor) -> Tensor:
     if model.has_scalar_head:
         return (raw.flatten().float() - model.scale.mean) / model.scale.std
     targets = batch.targets_T.view(batch.num_rows, -1)
-    return token_logprobs(raw, targets, model.shape.vocab_size, model.topology.tensor_rank).flatten()
+    vocab_size, rank = model.shape.vocab_size, model.topology.tensor_rank
+    return token_logprobs(raw, targets, vocab_size, rank, batch.banned).flatten()
 
 
 TOKENS: Reading[Microbatch] = Reading(1, lambda model, micro, raw: _outputs(model, micro.batch, raw))
@@ -265,6 +267,7 @@ def _forward_only(
         index, batch = next(iterator)
         return forward(chunk, batch), lambda raw, non_loss_data=True: read(index, raw)
 
+    _assert_rows(model, batches)
     model.module.eval()
     with torch.no_grad():
         outputs: list[Tensor] = get_forward_backward_func()(
@@ -279,6 +282,12 @@ def _forward_only(
         )
     model.module.train()
     return outputs
+
+
+def _assert_rows(model: Model, batches: Sequence[TokenBatch]) -> None:
+    """Several tensor ranks would read an id beyond the embedding as zeros, and go on."""
+    largest = int(torch.stack([batch.tokens_T.max() for batch in batches]).max())
+    assert largest < model.shape.vocab_size, f"{model.name} has no row for id {largest}"
 
 
 def _training_step[M: Microbatch](

@@ -1,5 +1,8 @@
 """Builds the roles: policy, critic, reference, reward and DPO model, each loaded from where the configuration says."""
 
+import warnings
+from pathlib import Path
+
 import torch
 
 from rto_megatron.config import schema
@@ -10,7 +13,9 @@ from rto_megatron.engine.source import WeightSource
 from rto_megatron.engine.weights import hf_reader, load_hf_tensors, megatron_reader, random_reader
 from rto_megatron.errors import UserError
 from rto_megatron.models.build import build_model, transformer_config
+from rto_megatron.models.families.blocks import EMBEDDING
 from rto_megatron.parallel.topology import Topology
+from rto_megatron.storage.not_finite import described
 from rto_megatron.types import ValueScale
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -79,7 +84,25 @@ def _load(model: FrozenModel, source: WeightSource, seed: int, is_head_fresh: bo
             read = megatron_reader(source, model.has_scalar_head, fresh_head_seed)
         else:
             read = hf_reader(source.path, model.has_scalar_head, fresh_head_seed)
-        load_hf_tensors(model.module, model.shape, model.has_scalar_head, model.topology, read)
+        not_finite = load_hf_tensors(model.module, model.shape, model.has_scalar_head, model.topology, read)
+        error = _told(not_finite, model, source.path)
     except UserError as failure:  # one rank's share of the tensors may lie in the only damaged file
         error = str(failure)
     model.topology.raise_together(error)
+
+
+def _told(not_finite: dict[str, int], model: FrozenModel, path: Path) -> str | None:
+    """Why a model with such tensors cannot be used; None where it can, after a warning."""
+    if not not_finite:
+        return None
+    found = f"{path} holds {described(not_finite)}"
+    is_tied = model.shape.is_tied and not model.has_scalar_head
+    if not_finite.keys() != {EMBEDDING} or is_tied:
+        return (
+            f"{found}; every output of the model would be NaN. It diverged, or was damaged while it was saved or "
+            "merged: fetch it again, or take an earlier checkpoint"
+        )
+    # Rows of tokens that no text may have; of a text that has one, the update is skipped.
+    if model.topology.data_rank == 0:
+        warnings.warn(f"{found}; texts with these tokens cannot be trained on", stacklevel=2)
+    return None

@@ -6,11 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from rto_megatron.config import checks, schema
+from rto_megatron.config.roles import roles_of
 from rto_megatron.errors import UserError
 from rto_megatron.models.config_files import read_shape
 from rto_megatron.models.shape import ModelShape
+from rto_megatron.rollout.model_folder import code_problems
+from rto_megatron.rollout.model_path import misnamed, misnamed_folder
 from rto_megatron.storage.file_digests import WEIGHTS
 from rto_megatron.storage.megatron_folder import HF_FILES, find_megatron, require_tokenizer_of_conversion
+from rto_megatron.storage.weight_files import adapter_problem
 from rto_megatron.types import ValueScale
 
 CHECKPOINTS = "checkpoints"
@@ -59,10 +64,10 @@ def find_source(path: Path, has_scalar_head: bool, is_random: bool, key: str) ->
         UserError: nothing usable there; says what was found.
     """
     if not path.is_dir():
-        raise UserError(
-            f"{key}: {path} does not exist; run the stage that makes it first, or give a Hugging Face folder"
-        )
+        raise UserError(f"{key}: {misnamed(path)}")
     if (path / "config.json").is_file():
+        if not is_random and (problem := adapter_problem(path)) is not None:
+            raise UserError(f"{key}: {problem}")
         return WeightSource("random" if is_random else "hugging_face", path, path)
     megatron = find_megatron(path)
     if megatron is not None:
@@ -80,11 +85,44 @@ def find_source(path: Path, has_scalar_head: bool, is_random: bool, key: str) ->
     for role in roles:
         if checkpoint is not None and (checkpoint / role / WEIGHTS).is_dir():
             return WeightSource("checkpoint", checkpoint / role, checkpoint / role / HF_FILES)
+    if checkpoint == path and (known := misnamed_folder(path)) is not None:
+        raise UserError(f"{key}: {known}")
     found = sorted(p.name for p in (checkpoint or path).iterdir())[:8]
     raise UserError(
         f"{key}: {checkpoint or path} holds neither config.json nor a finished checkpoint of "
         f"{' or '.join(roles)}; found {found}"
     )
+
+
+def find_sources(config: schema.Stage) -> dict[str, WeightSource]:
+    """Role -> source of every model that the stage loads.
+
+    Raises:
+        UserError: names every model that is not there, or that would run code of its own.
+    """
+    checks.refuse(checks.model_problems(config))
+    sources: dict[str, WeightSource] = {}
+    problems: list[UserError] = []
+    for role in roles_of(config):
+        if role.shares is not None:
+            continue
+        # A reward model is trained from a language model.
+        is_scalar = role.has_value_head and not isinstance(config, schema.RewardModelStage)
+        try:
+            sources[role.name] = find_source(
+                role.path, is_scalar, config.models.random_init, key=f"models.{role.name}"
+            )
+        except UserError as error:
+            problems.append(error)
+    if len(problems) == 1:
+        raise problems[0]
+    checks.refuse(map(str, problems))
+    checks.refuse(
+        f"models.{role}: {problem}"
+        for role, source in sources.items()
+        for problem in code_problems(source.hf_folder)
+    )
+    return sources
 
 
 def has_language_model(path: Path) -> bool:

@@ -19,6 +19,7 @@ from rto_megatron.parallel.topology import Topology
 from rto_megatron.storage.hf_model import HfModel
 from rto_megatron.storage.megatron_args import require_agreement
 from rto_megatron.storage.megatron_tensors import MegatronTensors
+from rto_megatron.storage.not_finite import num_not_finite
 from rto_megatron.storage.torch_dist_reader import TorchDistReader
 
 
@@ -37,16 +38,28 @@ def local_parameters(model: GPTModel) -> dict[str, torch.nn.Parameter]:
 @torch.no_grad()
 def load_hf_tensors(
     model: GPTModel, shape: ModelShape, has_scalar_head: bool, topology: Topology, read: TensorReader
-) -> None:
-    """Fills every parameter of this rank from Hugging Face tensors; asserts that none is left out."""
+) -> dict[str, int]:
+    """Fills every parameter of this rank from Hugging Face tensors; asserts that none is left out.
+
+    Returns:
+        Name of a tensor of which this rank holds NaN or infinite numbers -> how many it has.
+    """
     local = local_parameters(model)
+    not_finite: dict[str, int] = {}
     for mapped in parameter_map(shape, has_scalar_head):
         parameter = local.pop(mapped.megatron, None)
         if parameter is None:
             continue  # another stage's, or an output projection that is tied to the embedding of this rank
         tensors = [read(name, size) for name, size in mapped.sizes()]
         parameter.copy_(mapped.layout.shard(tensors, topology.tensor_rank, topology.tensor_size))
+        if num_not_finite(parameter):
+            counts = {
+                name: num_not_finite(t.to(parameter.dtype))
+                for name, t in zip(mapped.hf, tensors, strict=True)
+            }
+            not_finite |= {name: count for name, count in counts.items() if count}
     assert not local, f"parameters that the weight map does not know: {sorted(local)}"
+    return not_finite
 
 
 @torch.no_grad()

@@ -36,6 +36,22 @@ def check_layout(shape: ModelShape, tensor: int, pipeline: int, where: str) -> l
     return problems
 
 
+def check_sampled_ids(vocab_sizes: Mapping[str, int], policy: str) -> list[str]:
+    """Why models cannot read every id that a policy may sample, one sentence each.
+
+    Args:
+        vocab_sizes: configuration key -> rows of the embedding.
+        policy: the key of the model that samples.
+    """
+    sampled = vocab_sizes[policy]
+    return [
+        f"{where} has vocab_size={size} and {policy}, whose samples it reads, {sampled}: it has no row for ids from "
+        f"{size} on; resize its embedding to {sampled} rows (transformers' resize_token_embeddings)"
+        for where, size in vocab_sizes.items()
+        if size < sampled
+    ]
+
+
 def check_experts(
     trained: Mapping[str, ModelShape], tensor: int, sequence: bool, moe_aux_loss_coef: float
 ) -> list[str]:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from rto_megatron.models.families import FAMILIES, REFUSED
-from rto_megatron.models.hf_config import HfConfig, read_config
+from rto_megatron.models.hf_config import NAMED_WEIGHTS, HfConfig, read_config
 from rto_megatron.models.shape import ModelShape
 
 # What megatron-core's RotaryEmbedding hard-codes for Llama-3.1 scaling.
@@ -18,8 +18,8 @@ _REQUIRED = (
     "max_position_embeddings",
     "rms_norm_eps",
 )
-# auto_map names Python files of the source, which are neither copied nor run.
-_NOT_EXPORTED = ("torch_dtype", "quantization_config", "auto_map")
+# auto_map names Python files of the source, which are neither copied nor run; exported weights have their own names.
+_NOT_EXPORTED = ("torch_dtype", "quantization_config", "auto_map", NAMED_WEIGHTS)
 
 
 def read_shape(folder: Path) -> ModelShape:

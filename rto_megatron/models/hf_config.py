@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from rto_megatron.errors import UserError
+from rto_megatron.rollout.model_path import misnamed
+
+NAMED_WEIGHTS = "transformers_weights"  # the file of weights that transformers loads before any other
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,7 @@ def read_config(folder: Path) -> HfConfig:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise UserError(
-            f"{folder} has no config.json; expected a Hugging Face model folder or a checkpoint of an earlier stage"
-        )
+        raise UserError(misnamed(folder))
     try:
         config = json.loads(path.read_text())
     except ValueError as error:  # JSON, or UTF-8

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rto_megatron.errors import UserError
 from rto_megatron.parallel import collectives
+from rto_megatron.parallel.meeting import join_ranks
 from rto_megatron.platform.device import Device
 
 
@@ -48,10 +49,11 @@ class Topology:
             timeout: of a collective; longer than one rank may let the others wait, such as for rollouts.
 
         Raises:
+            AbsentRanks: not all ranks came.
             UserError: the number of ranks is no multiple of tensor x pipeline.
         """
         if not dist.is_initialized():
-            dist.init_process_group(device.backend, timeout=timeout)
+            join_ranks(device.backend, timeout)
         world = dist.get_world_size()
         if world % (tensor * pipeline):
             raise UserError(

@@ -1,6 +1,8 @@
 """This machine's address on one of its networks, and a meeting point of torchrun that listens there alone."""
 
+import contextlib
 import socket
+import time
 from datetime import timedelta
 from urllib.parse import urlsplit
 
@@ -14,10 +16,13 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
 )
 
 from rto_megatron.errors import UserError
+from rto_megatron.rollout.addresses import without_localhost
 
 MEETING = "rto"  # the name of `meet` as a rendezvous backend
 _STORE_TIMEOUT = timedelta(seconds=60)
 _JOIN_TIMEOUT = timedelta(seconds=600)  # nodes of one job start their processes minutes apart
+_ONE_TRY_S = 2.0
+_PAUSE_S = 0.5
 
 
 def interface_address(name: str) -> str:
@@ -47,7 +52,7 @@ def host_of(server: str) -> str:
 
 def is_loopback(host: str) -> bool:
     """Whether a host is this machine, reached over its loopback interface."""
-    return host == "localhost" or host.startswith("127.")
+    return without_localhost(host).startswith("127.")
 
 
 def listening_store(address: str, port: int) -> dist.TCPStore:
@@ -91,8 +96,11 @@ def meet(params: RendezvousParameters) -> RendezvousHandler:
     """The meeting of all torchruns of a job, as torch's `c10d` backend makes it, on one interface.
 
     The machine whose `local_addr` is the endpoint's address has the store.
+
+    Raises:
+        UserError: nobody listens at the endpoint within ten minutes.
     """
-    host, _, port = params.endpoint.rpartition(":")
+    host, _, port = without_localhost(params.endpoint).rpartition(":")
     assert params.local_addr is not None, "torchrun was started without --local-addr"
     store = _meeting_store(host, int(port), is_here=params.local_addr == host)
     return _MeetingHandler.from_backend(
@@ -112,4 +120,25 @@ def _meeting_store(host: str, port: int, is_here: bool) -> dist.TCPStore:
             return listening_store(host, port)
         except OSError:
             pass  # several nodes can be one machine, and then another one has it
+    wait_for_listener(host, port, _JOIN_TIMEOUT.total_seconds())
     return dist.TCPStore(host, port, is_master=False, timeout=_JOIN_TIMEOUT, wait_for_workers=False)
+
+
+def wait_for_listener(host: str, port: int, limit_s: float) -> None:
+    """Returns once somebody listens there. Unlike TCPStore's own wait, a signal of this process ends it.
+
+    Raises:
+        UserError: nobody does within the limit; with the last error.
+    """
+    deadline = time.monotonic() + limit_s
+    while True:
+        try:
+            with contextlib.closing(socket.create_connection((host, port), _ONE_TRY_S)):
+                return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"nobody listens at the meeting point {host}:{port} after {limit_s:.0f} s ({error}); check that "
+                    "the machine of that address has started its part, and that this one reaches it"
+                ) from error
+        time.sleep(_PAUSE_S)

@@ -14,6 +14,7 @@ from typing import Self
 import httpx
 
 from rto_megatron.errors import UserError
+from rto_megatron.rollout.open_files import refuse_if_out_of_files
 
 GENERATE_ROUTE = "/inference/v1/generate"
 _SHOWN_CHARACTERS = 1200
@@ -134,6 +135,7 @@ class ServerClient:
         Raises:
             UnreachableError: no answer, or 503.
             RefusedError: an answer with another status than 200.
+            TooManyOpenFiles: this process can open no connection.
         """
         timeout = httpx.USE_CLIENT_DEFAULT if timeout_s is None else httpx.Timeout(timeout_s)
         try:
@@ -141,6 +143,7 @@ class ServerClient:
         except httpx.TimeoutException as error:
             raise not_in_time(self.address, error) from error
         except httpx.TransportError as error:
+            refuse_if_out_of_files(error)
             raise unreachable(self.address, error) from error
         return parse_answer(self.address, route, response.status_code, response.content)
 

@@ -12,6 +12,7 @@ from rto_megatron.rollout.engine import StaleWeights
 from rto_megatron.rollout.http import GenerationHttp
 from rto_megatron.rollout.liveness import Liveness, prove_alive
 from rto_megatron.rollout.membership import Members
+from rto_megatron.rollout.open_files import TooManyOpenFiles
 
 _FIRST_BACKOFF_S = 0.5
 
@@ -57,6 +58,7 @@ class Dispatch:
 
         Raises:
             NoServersLeft, StaleWeights: no member is left (`Members.none_left`).
+            TooManyOpenFiles: this process cannot ask anybody.
             UserError: the request was refused, or failed on live servers more than `retries` times.
         """
         num_failures = 0
@@ -133,5 +135,7 @@ class Dispatch:
         try:
             await prove_alive(self._http, address, self._liveness.timeout_s)
             self._heard[address] = asyncio.get_running_loop().time()
+        except TooManyOpenFiles:
+            raise  # ends the generation: it says nothing about the server
         except UserError as failure:
             self._take_out(address, failure)

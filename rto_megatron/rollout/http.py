@@ -9,6 +9,7 @@ from typing import Self
 import aiohttp
 
 from rto_megatron.rollout.client import Json, not_in_time, open_headers, parse_answer, unreachable
+from rto_megatron.rollout.open_files import refuse_if_out_of_files
 
 _IDLE_S = 3.0  # the server closes a connection that was idle for 5 s: ours must not be picked up just then
 _NO_LIMIT = aiohttp.ClientTimeout()  # the one of `post` holds for both tries together
@@ -55,6 +56,7 @@ class GenerationHttp:
         Raises:
             UnreachableError: no answer, or 503.
             RefusedError: an answer with another status than 200; ServerFailedError from 500 on.
+            TooManyOpenFiles: this process can open no connection.
         """
         limit_s = self._timeout_s if timeout_s is None else timeout_s
         with _named(address):
@@ -98,12 +100,13 @@ class GenerationHttp:
 
 @contextmanager
 def _named(address: str) -> Iterator[None]:
-    """Turns the client's errors into UnreachableError, which names the server."""
+    """Turns the client's errors into UnreachableError, which names the server, unless they are this process's own."""
     try:
         yield
     except TimeoutError as error:
         raise not_in_time(address, error) from error
     except aiohttp.ClientConnectorError as error:
+        refuse_if_out_of_files(error)
         raise unreachable(address, error.os_error) from error
     except aiohttp.ClientError as error:
         raise unreachable(address, error) from error

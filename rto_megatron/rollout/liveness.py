@@ -14,6 +14,7 @@ from rto_megatron.rollout.client import (
     UnreachableError,
 )
 from rto_megatron.rollout.http import GenerationHttp
+from rto_megatron.rollout.open_files import TooManyOpenFiles
 
 _SECOND_TRY_S = 1.0
 _TOKEN_COUNTER = "vllm:generation_tokens_total"
@@ -37,6 +38,7 @@ async def prove_alive(http: GenerationHttp, address: str, timeout_s: float) -> N
 
     Raises:
         UserError: it did neither within `timeout_s`, or refused twice.
+        TooManyOpenFiles: it could not be asked.
     """
     loop = asyncio.get_running_loop()
     started = loop.time()
@@ -44,6 +46,8 @@ async def prove_alive(http: GenerationHttp, address: str, timeout_s: float) -> N
     try:
         await _one_token(http, address, timeout_s)
         return
+    except TooManyOpenFiles:
+        raise
     except UserError as failure:
         first = failure
     finally:
@@ -90,12 +94,17 @@ def failures_of(
 
     Args:
         timeouts: address -> seconds for each request of the check.
+
+    Raises:
+        TooManyOpenFiles: this process could not ask one of them.
     """
 
     def failure_of(address: str) -> UserError | None:
         try:
             with ServerClient(address, token, timeouts[address]) as client:
                 check(client)
+        except TooManyOpenFiles:
+            raise
         except UserError as failure:
             return failure
         return None

@@ -20,6 +20,9 @@ from rto_megatron.errors import UserError, refuse_if
 from rto_megatron.rollout.client import ServerClient
 from rto_megatron.rollout.gate import TOKEN_FILE_VARIABLE, read_token
 from rto_megatron.rollout.model_folder import code_problems
+from rto_megatron.rollout.model_path import misnamed
+from rto_megatron.rollout.server_log import first_error
+from rto_megatron.rollout.server_place import mended, place_problems
 
 Progress = Callable[[str], None]
 
@@ -91,10 +94,13 @@ class Server:
     token_file: Path
     log_file: Path
 
-    def log_tail(self) -> str:
-        """The end of what it printed, for a message."""
-        lines = self.log_file.read_text(errors="replace").splitlines()[-_LOG_LINES_SHOWN:]
-        return f"the last lines of {self.log_file}:\n  " + "\n  ".join(lines or ["(empty)"])
+    def why_it_ended(self) -> str:
+        """The first error in what it printed, or the end of it, for a message."""
+        lines = self.log_file.read_text(errors="replace").splitlines()
+        if (cause := first_error(lines)) is not None:
+            return f"the first error in {self.log_file}:\n  {cause}"
+        shown = lines[-_LOG_LINES_SHOWN:] or ["(empty)"]
+        return f"the last lines of {self.log_file}:\n  " + "\n  ".join(shown)
 
 
 def ensure_token_file(token_file: Path) -> None:
@@ -112,13 +118,12 @@ def start_server(options: ServerOptions) -> Server:
     """Starts a server process and returns at once; call `wait_until_ready` next and `stop_server` in the end.
 
     Raises:
-        UserError: no model there, the port is taken, or the token file is not private.
+        UserError: no model there, the port is taken, the token file is not private, or vLLM cannot run here.
     """
     if not (options.model / "config.json").is_file():
-        raise UserError(
-            f"{options.model} has no config.json; rollout servers need a Hugging Face model folder"
-        )
-    refuse_if(code_problems(options.model), "the pool does not start")
+        raise UserError(f"{misnamed(options.model)}; rollout servers need a Hugging Face model folder")
+    problems = [*code_problems(options.model), *place_problems([options.tensor_parallel], os.environ)]
+    refuse_if(problems, "the pool does not start")
     ensure_token_file(options.token_file)
     port = _claim_port(options.host, options.port)
     options.log_file.parent.mkdir(parents=True, exist_ok=True)
@@ -147,12 +152,12 @@ def wait_until_ready(server: Server, timeout_s: float = 600, progress: Progress 
         while True:
             if server.process.poll() is not None:
                 raise UserError(
-                    f"inference server {server.address} ended while starting; {server.log_tail()}"
+                    f"inference server {server.address} ended while starting; {server.why_it_ended()}"
                 )
             waited = time.monotonic() - started
             if waited > timeout_s:
                 raise UserError(
-                    f"inference server {server.address} not ready after {waited:.0f} s; {server.log_tail()}"
+                    f"inference server {server.address} not ready after {waited:.0f} s; {server.why_it_ended()}"
                 )
             try:
                 client.request("GET", "/health", timeout_s=2)
@@ -216,6 +221,8 @@ def _command(options: ServerOptions, port: int) -> list[str]:
     command += ["--middleware", "rto_megatron.rollout.gate.BearerGate"]
     command += ["--weight-transfer-config", '{"backend": "rto"}']
     command += ["--worker-extension-cls", options.worker_extension]
+    # Of what is sampled from: without end-of-sequence where min_tokens bans it, as the trainer takes its own.
+    command += ["--logprobs-mode", "processed_logprobs"]
     if not options.load_weights:
         command += ["--load-format", "dummy"]
     if options.max_model_len is not None:
@@ -244,7 +251,7 @@ def _cpu_binding() -> str:
 
 
 def _environment(options: ServerOptions) -> dict[str, str]:
-    environment = dict(os.environ)
+    environment, _ = mended(os.environ)
     # A start imports torch and vLLM in three processes; without byte code that takes minutes.
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     # The launcher's torchrun variables would make the server look like a trainer rank.

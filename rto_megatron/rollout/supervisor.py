@@ -3,6 +3,7 @@
 A server that came back holds no weights of the trainer's; it serves again from the next weight push on.
 """
 
+import os
 import signal
 import threading
 import time
@@ -15,6 +16,7 @@ from typing import NoReturn
 from urllib.parse import urlsplit
 
 from rto_megatron.errors import UserError
+from rto_megatron.rollout.open_files import raise_file_limit
 from rto_megatron.rollout.server import (
     Progress,
     Server,
@@ -23,6 +25,7 @@ from rto_megatron.rollout.server import (
     stop_server,
     wait_until_ready,
 )
+from rto_megatron.rollout.server_place import mended
 
 _POLL_S = 0.5
 _FIRST_PAUSE_S = 1.0
@@ -74,7 +77,7 @@ class Supervisor:
                 if num_restarts == self._max_restarts:
                     self._progress(
                         f"error: inference server {server.address} ended {num_restarts + 1} times and is given up; "
-                        f"{server.log_tail()}"
+                        f"{server.why_it_ended()}"
                     )
                     return
                 num_restarts += 1
@@ -125,6 +128,9 @@ def supervised(
     Raises:
         UserError: a server did not start.
     """
+    raise_file_limit()
+    for line in mended(os.environ)[1]:
+        progress(f"warning: {line}")
     with ExitStack() as starting:
         servers = []
         for one in options:
@@ -181,13 +187,16 @@ def serve_part(options: ServerOptions, progress: Progress = print) -> NoReturn:
     """
     signal.signal(signal.SIGTERM, _exit_on_signal)
     signal.signal(signal.SIGINT, _exit_on_signal)
+    raise_file_limit()
+    for line in mended(os.environ)[1]:
+        progress(f"warning: {line}")
     server = start_server(options)
     try:
         progress(f"part {options.group} of an inference server is starting")
         server.process.wait()
     finally:
         stop_server(server)
-    raise UserError(f"this machine's part of an inference server ended; {server.log_tail()}")
+    raise UserError(f"this machine's part of an inference server ended; {server.why_it_ended()}")
 
 
 def _exit_on_signal(signum: int, frame: FrameType | None) -> None:

@@ -11,6 +11,7 @@ from rto_megatron.rollout.engine import Sampling, StaleWeights, request_seed
 from rto_megatron.rollout.http import GenerationHttp
 from rto_megatron.rollout.liveness import Liveness, failures_of
 from rto_megatron.rollout.membership import Announce, Members, silent
+from rto_megatron.rollout.open_files import connections_left
 from rto_megatron.types import Prompt, Rollout
 
 _REQUESTS_PER_SERVER = (
@@ -106,11 +107,12 @@ class VllmPool:
             raise self.members.none_left()
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[Rollout]:
-        """See `RolloutEngine.generate`. `sampled_logprobs` are of the model's own distribution: before
+        """See `RolloutEngine.generate`. `sampled_logprobs` are of the distribution that was sampled from: after
         temperature, top-p and the ban of end-of-sequence under `min_tokens`.
 
         Raises:
             NoServersLeft: the last server died.
+            TooManyOpenFiles: the limit of open files leaves no connection.
         """
         self.check_version(version)
         return asyncio.run(self._generate_all(prompts, sampling, version))
@@ -118,7 +120,8 @@ class VllmPool:
     async def _generate_all(
         self, prompts: Sequence[Prompt], sampling: Sampling, version: int
     ) -> list[Rollout]:
-        room = asyncio.Semaphore(_REQUESTS_PER_SERVER * len(self.members.serving))
+        num_servers = len(self.members.serving)
+        room = asyncio.Semaphore(min(_REQUESTS_PER_SERVER * num_servers, connections_left(num_servers)))
         http = GenerationHttp(self._token, self._timeout_s)
         dispatch = Dispatch(http, self.members, self._retries, self._liveness)
 

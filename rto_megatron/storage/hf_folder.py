@@ -1,7 +1,6 @@
 """The tensors of a Hugging Face folder, mapped from its safetensors files and checked before one is used."""
 
 import json
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +11,9 @@ from torch import Tensor
 
 from rto_megatron.data.folders import regular_file
 from rto_megatron.errors import UserError
+from rto_megatron.storage.weight_files import find_weights, unreadable
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _HEADER_LENGTH, _MAX_HEADER = 8, 100_000_000  # bytes, of the safetensors format
-_SHOWN = 5
-_UNSAFE = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DTYPES = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
@@ -41,12 +38,14 @@ class HfFolder:
         """Opens every file and reads its header.
 
         Raises:
-            UserError: no safetensors, a damaged, missing or foreign file, or an index that does not fit its files.
+            UserError: no safetensors, a damaged, missing or foreign file, an adapter beside the weights, or an index
+                that does not fit its files.
         """
         self.path = path
         self._opened = ExitStack()
-        listed = _index(path)
-        files = sorted(set(listed.values())) if listed is not None else [_single(path)]
+        self.weights = find_weights(path)
+        listed = self.weights.of_tensor
+        files = sorted(set(listed.values())) if listed is not None else [self.weights.name]
         self._files = {file: self._open(file, listed or {}) for file in files}
         self.tensors = {name: stored for file in files for name, stored in self._header(file).items()}
         if listed is not None:
@@ -78,13 +77,13 @@ class HfFolder:
             found = self.tensors.get(name)
             if found is None or found.file != file:
                 raise UserError(
-                    f"{self.path / INDEX} says that {name} is in {file}, which does not hold it; fetch or export "
-                    "the model again"
+                    f"{self.path / self.weights.name} says that {name} is in {file}, which does not hold it; fetch or "
+                    "export the model again"
                 )
         extra = sorted(self.tensors.keys() - listed.keys())
         if extra:
             raise UserError(
-                f"{self.path / self.tensors[extra[0]].file} holds {extra[0]}, which {INDEX} does not list "
+                f"{self.path / self.tensors[extra[0]].file} holds {extra[0]}, which {self.weights.name} does not list "
                 f"({len(extra)} such tensors); fetch or export the model again"
             )
 
@@ -112,35 +111,6 @@ class HfFolder:
         self._opened.close()
 
 
-def _index(folder: Path) -> dict[str, str] | None:
-    """Tensor name -> file name, from the index; None without one."""
-    index = folder / INDEX
-    if not index.is_file():
-        return None
-    try:
-        files = json.loads(regular_file(folder, INDEX).read_text())["weight_map"]
-        names = {str(tensor): str(file) for tensor, file in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise unreadable(index, error) from error
-    outside = sorted({file for file in names.values() if Path(file).name != file})
-    if outside:
-        raise UserError(f"{index} names files outside its folder: {outside[:3]}; expected plain file names")
-    return names
-
-
-def _single(folder: Path) -> str:
-    if (folder / SINGLE).is_file():
-        return SINGLE
-    unsafe = sorted(path.name for pattern in _UNSAFE for path in folder.glob(pattern))
-    remedy = (
-        f"; found {unsafe[:3]}, which are pickles and never read here: save the model as safetensors with "
-        "transformers' save_pretrained on a machine where you trust them"
-        if unsafe
-        else "; expected a Hugging Face folder with safetensors"
-    )
-    raise UserError(f"{folder} has neither {SINGLE} nor {INDEX}{remedy}")
-
-
 def _beyond_end(path: Path) -> list[str]:
     """Tensors that a shortened file does not hold whole; none where its header cannot be read."""
     with path.open("rb") as file:
@@ -158,12 +128,3 @@ def _beyond_end(path: Path) -> list[str]:
         return [name for name, last in ends.items() if last > end]
     except (ValueError, LookupError, TypeError, AttributeError):
         return []
-
-
-def unreadable(path: Path, error: Exception, lost: Sequence[str] = ()) -> UserError:
-    """What to say about a file that cannot be read, and about tensors that are lost with it."""
-    more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
-    tensors = f", which loses {', '.join(sorted(lost)[:_SHOWN])}{more}" if lost else ""
-    return UserError(
-        f"{path} is missing or damaged ({type(error).__name__}: {error}){tensors}; fetch or export the model again"
-    )

@@ -15,6 +15,7 @@ from rto_megatron.models.families.blocks import EMBEDDING, LM_HEAD, SCALAR_HEAD
 from rto_megatron.models.hf_config import HfConfig, read_config
 from rto_megatron.models.parameters import hf_shapes, stored_parameters
 from rto_megatron.models.weight_map import MappedParameter
+from rto_megatron.storage.foreign_names import foreign_names, unknown_head
 from rto_megatron.storage.fp8_blocks import SCALE_SUFFIX, dequantize, require_known, scale_shape
 from rto_megatron.storage.hf_folder import HfFolder
 
@@ -69,9 +70,11 @@ class HfModel:
             UserError: config.json or the files cannot be used, or the folder is both and nobody said which.
         """
         self.config = read_config(folder)
-        require_known(self.config)
         self.shape = shape_of(self.config)
+        require_known(self.config)
         self.folder = HfFolder(folder)
+        if (problem := foreign_names(self.folder.tensors)) is not None:
+            raise UserError(f"{folder}: {problem}")
         head = find_scalar_head(self.folder, self.config)
         if has_scalar_head is None and head is not None and self._has_language_head(head):
             raise UserError(
@@ -107,6 +110,8 @@ class HfModel:
         Raises:
             UserError: a missing tensor or another shape.
         """
+        if name in (LM_HEAD, SCALAR_HEAD) and (problem := self._unknown_head()) is not None:
+            raise UserError(f"{self.folder.path}: {problem}")
         stored = self.stored_name(name)
         tensor = self.folder.read(stored, size)
         if tensor.dtype == torch.float8_e4m3fn:
@@ -164,9 +169,20 @@ class HfModel:
 
     def require_complete(self) -> None:
         """Raises UserError: all problems at once."""
+        if (problem := self._unknown_head()) is not None:
+            raise UserError(f"{self.folder.path}: {problem}")
         kind = "reward model" if self.has_scalar_head else "language model"
         heading = f"{self.folder.path} does not hold the {self.shape.family} {kind} of its config.json"
         refuse_if(self.problems(), heading)
+
+    def _unknown_head(self) -> str | None:
+        """What to say where the wanted head is missing and another one is there."""
+        stored = self.folder.tensors
+        is_known = LM_HEAD in stored or self._head is not None or self._unused_head is not None
+        if is_known or (self.shape.is_tied and not self.has_scalar_head):
+            return None
+        heads = {n: stored[n].shape for n in sorted(stored) if not n.startswith("model.")}
+        return unknown_head(heads, self.shape.hidden_size)
 
     def _reason_to_leave(self, name: str) -> str | None:
         if self._head is not None:

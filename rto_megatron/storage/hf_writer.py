@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rto_megatron.storage.hf_folder import DTYPES, INDEX, SINGLE
+from rto_megatron.storage.hf_folder import DTYPES
 from rto_megatron.storage.sliced_file import SlicedFile
+from rto_megatron.storage.weight_files import INDEX, SINGLE
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT = 8

@@ -6,6 +6,7 @@ from rto_megatron.errors import UserError
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.rollout.client import UnreachableError
 from rto_megatron.rollout.liveness import failures_of
+from rto_megatron.rollout.open_files import TooManyOpenFiles
 from rto_megatron.rollout.phases import PoolPhases
 from rto_megatron.rollout.vllm_pool import VllmPool
 
@@ -54,7 +55,10 @@ class SharedGpus:
         members = self._pool.members
         # Those that are out as well: a server that failed a push holds memory.
         timeouts = dict.fromkeys(members.configured, self._timeout_s)
-        failures = failures_of(timeouts, self._token, self._phases.make_room)
+        try:
+            failures = failures_of(timeouts, self._token, self._phases.make_room)
+        except TooManyOpenFiles as failure:
+            return str(failure)
         for address, failure in failures.items():
             members.take_out(address, failure)
         kept: list[UserError] = [one for one in failures.values() if not isinstance(one, UnreachableError)]

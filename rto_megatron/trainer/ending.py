@@ -14,7 +14,7 @@ import rto_megatron
 from rto_megatron.errors import UserError
 from rto_megatron.trainer.metrics import read_metrics
 from rto_megatron.trainer.stacks import keep_all_stacks, kept_stacks
-from rto_megatron.trainer.status import ExitReason, Status, attempt_number, clear_status, note_status
+from rto_megatron.trainer.status import STACKS, ExitReason, Status, attempt_number, clear_status, note_status
 from rto_megatron.trainer.stopping import forget_old_request, signals_ask_to_stop
 
 _PACKAGE = Path(rto_megatron.__file__).parent
@@ -107,7 +107,7 @@ class RankEnding:
             silent = keep_all_stacks(self._run_dir, self._rank, self._attempt, error)
             return Hang(
                 f"rank {self._rank} waited longer than run.collective_timeout_s for the others ({_line(error)}); "
-                + "; ".join([*silent, f"the stacks of all ranks are in {self._run_dir / 'stacks'}"])
+                + "; ".join([*silent, f"the stacks of all ranks are in {self._run_dir / STACKS}"])
             )
         if _says(error, said, _LOST):
             return LostRank(f"rank {self._rank} lost the connection to another rank ({_line(error)})")

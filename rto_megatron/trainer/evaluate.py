@@ -17,6 +17,7 @@ from rto_megatron.trainer.report.progress import say
 from rto_megatron.trainer.rollouts import reward_scores, sample
 from rto_megatron.trainer.rto import sampling
 from rto_megatron.trainer.setup import prepare_stage
+from rto_megatron.trainer.starting import begin_steps
 
 _AS_SAMPLED: TruncationPolicy = (
     "mask"  # nothing is overwritten; the reward model reads an appended end-of-sequence
@@ -35,7 +36,7 @@ def evaluate(config: schema.EvaluateStage, topology: Topology) -> None:
     policy = build_frozen("policy", setup.sources["policy"], False, config.precision, topology)
     reference = build_frozen("reference", setup.sources["reference"], False, config.precision, topology)
     loaded = load_prompts(config.data.eval, setup.tokenizer, setup.limits, config.data.eval_samples)
-    say(loaded.report.summary(), topology.is_lead)
+    setup.admit(loaded)
     if len(loaded.items) < topology.data_size:
         raise UserError(
             f"{len(loaded.items)} prompts cannot be shared by {topology.data_size} replicas; raise "
@@ -43,6 +44,7 @@ def evaluate(config: schema.EvaluateStage, topology: Topology) -> None:
         )
     sampler = connect_pool(config.rollout, policy)
     sampler.push(0)
+    begin_steps()
     own = loaded.items[topology.data_rank :: topology.data_size]
     count = config.evaluate.num_samples
     repeated = [prompt for prompt in own for _ in range(count)]
@@ -60,7 +62,7 @@ def evaluate(config: schema.EvaluateStage, topology: Topology) -> None:
     }
     if "reward" in setup.sources:
         reward = build_frozen("reward", setup.sources["reward"], True, config.precision, topology)
-        values["score"] = reward_scores(rollouts, reward, setup.layout, setup.eos_id, _AS_SAMPLED).tolist()
+        values["score"] = reward_scores(rollouts, reward, setup.layout, setup.eos, _AS_SAMPLED).tolist()
     if table is not None:
         values["true_return"] = [table.returns(r.prompt_ids, r.response_ids) for r in rollouts]
     estimates = {name: _over_prompts(samples, count, topology) for name, samples in values.items()}

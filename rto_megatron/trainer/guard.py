@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from rto_megatron.engine.finite import PoisonedError
+from rto_megatron.engine.finite import EmptyUpdateError, PoisonedError
 from rto_megatron.errors import UserError
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.platform import faults
@@ -46,6 +46,7 @@ class Guard:
 
         Raises:
             NotFiniteError: on every rank, when updates have been refused so often in a row.
+            UserError: as it, where the last had no token to train on.
         """
         try:
             yield
@@ -66,11 +67,11 @@ class Guard:
                 file.write(json.dumps({"step": step, "found": refusal.found}) + "\n")
         say(f"warning: step {step}: {refusal}; the update is skipped", self._is_lead)
         if in_a_row >= self._max_skipped:
-            raise NotFiniteError(
+            message = (
                 f"step {step}: {in_a_row} updates in a row were refused, the last because {refusal}; {path} "
-                f"names all samples. The last checkpoint in {self._run.dir} is sound: look at these samples and at the "
-                "model that is named, lower the learning rate, or raise run.max_skipped_updates"
+                f"names all samples. The last checkpoint in {self._run.dir} is sound: {refusal.advice}"
             )
+            raise UserError(message) if isinstance(refusal, EmptyUpdateError) else NotFiniteError(message)
 
 
 def planted[M](loss: Callable[[Tensor, M], LossOutput], step: int) -> Callable[[Tensor, M], LossOutput]:

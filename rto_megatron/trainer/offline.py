@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import batched
+from itertools import batched, chain
 from pathlib import Path
 
 import torch
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from rto_megatron.algorithms import ALGORITHMS, kto
 from rto_megatron.algorithms.method import OfflineMethod
-from rto_megatron.algorithms.reward_model import reward_statistics
+from rto_megatron.algorithms.reward_model import reads_margins, reward_statistics
 from rto_megatron.config import schema
-from rto_megatron.data.batches import Batches
+from rto_megatron.config.learning_rate import learning_rate
 from rto_megatron.data.encoder import Loaded
 from rto_megatron.data.loader import load_demonstrations, load_judged, load_pairs
 from rto_megatron.data.packing import (
@@ -25,6 +25,7 @@ from rto_megatron.data.packing import (
     sequence_batches,
     supervised_microbatches,
 )
+from rto_megatron.data.vocabulary import token_ids
 from rto_megatron.engine.divergence import divergence_from, divergence_microbatches
 from rto_megatron.engine.megatron import (
     TOKENS,
@@ -39,11 +40,13 @@ from rto_megatron.engine.roles import build_frozen, build_trained
 from rto_megatron.errors import UserError
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.platform import faults
+from rto_megatron.trainer.feed import feed, go_on
 from rto_megatron.trainer.guard import Guard, NotFiniteError, planted
 from rto_megatron.trainer.metrics import add, with_margin
+from rto_megatron.trainer.padding import give_own_padding
 from rto_megatron.trainer.reference import note_reference
 from rto_megatron.trainer.report.progress import say
-from rto_megatron.trainer.run import Run, learning_rate, reduce_over_replicas
+from rto_megatron.trainer.run import Run, reduce_over_replicas
 from rto_megatron.trainer.setup import Setup, note_in_config, prepare_stage, stage_hf_files
 from rto_megatron.types import Demonstration, JudgedResponse, LossOutput, Metrics, PreferencePair
 
@@ -81,14 +84,18 @@ def train_offline(config: schema.OfflineStage, topology: Topology) -> None:
     if "reference" in setup.sources:
         reference = build_frozen("reference", setup.sources["reference"], False, config.precision, topology)
     task = build_task(config, setup.layout, model, reference)
-    data = _load(task, config.data.train, None, setup)
-    held_out = _load(task, config.data.eval, config.data.eval_samples, setup) if config.data.eval else []
+    data = task.load(config.data.train, setup.tokenizer, setup.limits, None, setup.eos)
+    setup.admit(data)
+    batches = feed(data, config.batch.train, config.run.seed, topology)
+    held_out = _held_out(task, config.data, setup)
     if is_reward and not held_out:
         raise UserError(
             "data.eval is not set; a reward model keeps the mean and std of its scores on held-out pairs"
         )
-    batches = Batches(data, config.batch.train, config.run.seed, topology.data_rank, topology.data_size)
-    hf_files = stage_hf_files(source, config.run.dir, role, topology)
+    hf_files = stage_hf_files(source, config.run.dir, role, topology, setup.eos)
+    if is_reward:
+        known = chain(data.items, held_out)
+        give_own_padding(hf_files, frozenset(chain.from_iterable(map(token_ids, known))), topology)
     if reference is not None:
         note_reference(hf_files, reference)
     run = Run(
@@ -96,7 +103,7 @@ def train_offline(config: schema.OfflineStage, topology: Topology) -> None:
     )
     guard = Guard(run, config.run.max_skipped_updates, topology)
     if run.state:
-        batches.restore(run.state["data"])
+        go_on(batches, run.state["data"], "data.train", topology)
     for step in run.steps():
         examples = batches.next_batch()
         lr = learning_rate(config.optimizer, step, run.num_steps)
@@ -155,10 +162,12 @@ def _store_scale(means: dict[str, float], num_pairs: int, hf_files: Path, topolo
     topology.barrier()
 
 
-def _load(task: Task, name: str, max_rows: int | None, setup: Setup) -> list[Example]:
-    loaded = task.load(name, setup.tokenizer, setup.limits, max_rows)
-    say(loaded.report.summary(), setup.topology.is_lead)
-    return list(loaded.items)
+def _held_out(task: Task, data: schema.ExampleDataConfig, setup: Setup) -> Sequence[Example]:
+    if not data.eval:
+        return ()
+    loaded = task.load(data.eval, setup.tokenizer, setup.limits, data.eval_samples, setup.eos)
+    setup.admit(loaded)
+    return loaded.items
 
 
 def build_task(
@@ -172,6 +181,7 @@ def build_task(
     method = ALGORITHMS[config.stage]
     assert isinstance(method, OfflineMethod)
     loss = method.build(config.algorithm).loss
+    load_rated = partial(load_pairs, has_margins=reads_margins(config.algorithm))
     some = 16 * layout.micro  # what the reference says of all held-out examples may not fit in memory
     if method.examples == "demonstrations":
         return Task(
@@ -188,8 +198,8 @@ def build_task(
     if method.outputs == "divergence":
         assert reference is not None
         build = partial(divergence_microbatches, reference=reference, layout=layout)
-        return Task(load_pairs, len, build, loss, divergence_from(reference), some)
-    return Task(load_pairs, len, partial(_pairs, reference, layout), loss, TOKENS, some)
+        return Task(load_rated, len, build, loss, divergence_from(reference), some)
+    return Task(load_rated, len, partial(_pairs, reference, layout), loss, TOKENS, some)
 
 
 def _num_targets(examples: Sequence[Demonstration]) -> int:

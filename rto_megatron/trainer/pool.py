@@ -17,10 +17,12 @@ from rto_megatron.platform.network import host_of, is_loopback
 from rto_megatron.rollout.engine import NoServersLeft, RolloutEngine
 from rto_megatron.rollout.gate import read_token
 from rto_megatron.rollout.liveness import Liveness
+from rto_megatron.rollout.open_files import TooManyOpenFiles
 from rto_megatron.rollout.phases import PoolPhases
 from rto_megatron.rollout.vllm_pool import VllmPool
 from rto_megatron.trainer.colocated import SharedGpus
 from rto_megatron.trainer.report.progress import say
+from rto_megatron.trainer.status import attempt_number
 from rto_megatron.weight_sync.canary import Canary, canary_token_ids
 from rto_megatron.weight_sync.source import PolicySource
 from rto_megatron.weight_sync.sync import SyncPlace, WeightSync
@@ -64,6 +66,7 @@ class PolicyPush:
         self._pool = pool
         self._tolerance = tolerance
         self._shared = shared
+        self._has_pushed = False
         self._canary_ids = canary_token_ids(
             min(policy.shape.vocab_size, 512), min(48, policy.shape.max_positions - 1)
         )
@@ -76,7 +79,8 @@ class PolicyPush:
 
         Raises:
             NoServersLeft: on every rank; no server is alive, or none came through the push.
-            UserError: on every rank; the pool is paused.
+            UserError: on every rank; no server was alive at the first push, the pool is paused, or this process may
+            open no more files.
         """
         self._share_losses()
         servers = self._alive()
@@ -84,6 +88,7 @@ class PolicyPush:
         if self._shared is not None:
             self._shared.give_to_pool()
         report = self._sync.push(version, servers, canary)
+        self._has_pushed = True
         if self._pool is not None:
             self._pool.members.settle(report.serving, report.lost)
         times = report.times
@@ -109,13 +114,25 @@ class PolicyPush:
         """What the lead finds alive among all configured servers."""
         topology = self._policy.topology
         servers: tuple[str, ...] = ()
-        failure = None
+        failure: UserError | None = None
         if topology.is_lead:
             assert self._pool is not None
-            servers = self._pool.alive()
-            failure = None if servers else NoServersLeft(str(self._pool.members.none_left()))
+            try:
+                servers = self._pool.alive()
+                failure = None if servers else self._none_answers(str(self._pool.members.none_left()))
+            except TooManyOpenFiles as raised:
+                failure = raised
         raise_together(topology, failure)
         return servers
+
+    def _none_answers(self, reasons: str) -> UserError:
+        """At its first push of all a run has met no server: the recipe or the pool is wrong, and no restart helps."""
+        if self._has_pushed or attempt_number() > 1:
+            return NoServersLeft(reasons)
+        return UserError(
+            f"none of rollout.servers answers, and nothing was done yet: {reasons}; correct the addresses, or start "
+            "the pool first (rto pool)"
+        )
 
     def _canary_logprobs(self) -> list[float]:
         place = self._policy.topology
@@ -164,6 +181,7 @@ def connect_pool(config: schema.RolloutConfig, policy: Model) -> Sampler:
     pool, token, failure = None, "", None
     try:
         token = _token(config)
+        meeting_host(config.servers)  # refused here, where all ranks hear of it
         if topology.is_replica_lead:
             pool = _pool(config, token, topology.is_lead)
     except UserError as raised:
@@ -198,6 +216,9 @@ def meeting_host(servers: Sequence[str]) -> str:
 
     Otherwise it is this machine's address on the way to the first server, or to the first trainer machine, that
     is elsewhere.
+
+    Raises:
+        UserError: there is no way to it, or its name is unknown.
     """
     elsewhere = [host for host in map(host_of, servers) if not is_loopback(host)]
     if os.environ.get("LOCAL_WORLD_SIZE", "1") != os.environ.get("WORLD_SIZE", "1"):
@@ -205,7 +226,13 @@ def meeting_host(servers: Sequence[str]) -> str:
     if not elsewhere:
         return LOOPBACK
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((elsewhere[0], 9))  # picks the route, sends nothing
+        try:
+            probe.connect((elsewhere[0], 9))  # picks the route, sends nothing
+        except OSError as error:
+            raise UserError(
+                f"this machine finds no way to {elsewhere[0]} ({error.strerror}); correct the address in "
+                "rollout.servers, or name the machine by an address that this one reaches"
+            ) from error
         return str(probe.getsockname()[0])
 
 

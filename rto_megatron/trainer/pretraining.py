@@ -1,6 +1,6 @@
 """The optional language-model loss beside the policy's (InstructGPT's "ptx"): micro-batches of pretraining text."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from rto_megatron.data.batches import Batches
 from rto_megatron.data.loader import load_texts
 from rto_megatron.data.packing import supervised_microbatches
 from rto_megatron.errors import UserError
-from rto_megatron.trainer.report.progress import say
+from rto_megatron.parallel.collectives import Json
+from rto_megatron.trainer.feed import feed, go_on
 from rto_megatron.trainer.setup import Setup
 from rto_megatron.types import Demonstration, LossOutput, Minibatch, SupervisedMicrobatch
 
@@ -30,17 +31,14 @@ class Pretraining:
         self._coef = config.algorithm.ptx_coef
         self._texts: Batches[Demonstration] | None = None
         if config.data.pretrain is not None:
-            place = setup.topology
             loaded = load_texts(config.data.pretrain, setup.tokenizer, setup.limits)
-            say(loaded.report.summary(), place.is_lead)
+            setup.admit(loaded)
             if len(loaded.items) < config.batch.train:
                 raise UserError(
                     f"data.pretrain: {config.data.pretrain} has {len(loaded.items)} texts, and an optimizer step takes "
                     f"as many as responses, batch.train={config.batch.train}; name more texts"
                 )
-            self._texts = Batches(
-                loaded.items, config.batch.train, config.run.seed, place.data_rank, place.data_size
-            )
+            self._texts = feed(loaded, config.batch.train, config.run.seed, setup.topology)
 
     def microbatches(self) -> tuple[list[SupervisedMicrobatch], list[list[str]]]:
         """Of one optimizer step, with the ids of their texts; all ranks must call it. The weights hold the factor."""
@@ -53,14 +51,14 @@ class Pretraining:
         ids = [text.id for text in texts]
         return microbatches, [ids[start : start + layout.micro] for start in range(0, len(ids), layout.micro)]
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, int | str]:
         """What a checkpoint keeps."""
         return {} if self._texts is None else self._texts.state()
 
-    def restore(self, state: Mapping[str, int]) -> None:
+    def restore(self, state: Json) -> None:
         """Continues where `state` was taken."""
         if self._texts is not None:
-            self._texts.restore(state)
+            go_on(self._texts, state, "data.pretrain", self._setup.topology)
 
 
 def beside(policy_loss: Loss) -> MixedLoss:

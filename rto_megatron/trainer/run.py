@@ -7,7 +7,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rto_megatron.algorithms.schedule import lr_factor, warmup_steps
 from rto_megatron.config import load, schema
 from rto_megatron.engine.checkpoint import begin_save, restore
 from rto_megatron.engine.export import export_hf
@@ -23,6 +22,7 @@ from rto_megatron.trainer.metrics import MetricLog, add, reduce_metrics, with_ma
 from rto_megatron.trainer.pace import RATIO, Pace, slow_rank, slowest
 from rto_megatron.trainer.report.progress import progress, say
 from rto_megatron.trainer.resume import fixed_keys, require_same
+from rto_megatron.trainer.starting import begin_steps
 from rto_megatron.trainer.stopping import Preempted, is_asked_to_stop
 from rto_megatron.types import Metrics
 
@@ -93,6 +93,7 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """The steps still to do, with a progress bar; each is seeded by its number, so a resume draws the same."""
+        begin_steps()
         with progress(self._title, self.num_steps, self._topology.is_lead, self.step) as advance:
             for step in range(self.step, self.num_steps):
                 seed_step(self._config.seed, step)
@@ -232,16 +233,12 @@ def reduce_over_replicas(metrics: Metrics, topology: Topology) -> dict[str, floa
     return reduce_metrics(metrics, all_sum, all_names)
 
 
-def learning_rate(config: schema.OptimizerConfig, step: int, num_steps: int) -> float:
-    """The rate of optimizer step `step` of `num_steps`."""
-    warmup = warmup_steps(config.warmup_fraction, num_steps)
-    return config.lr * lr_factor(step, num_steps, warmup, config.min_lr_fraction, config.schedule)
-
-
 _NOTES = (
     "loss",
     "accuracy",
+    "ties",
     "rewards/accuracies",
+    "rewards/ties",
     "rewards/margins",
     "objective/scores",
     "objective/kl",
@@ -249,5 +246,9 @@ _NOTES = (
 )
 
 
+_RARE = ("ties", "rewards/ties")  # shown where there are any
+
+
 def _note(means: dict[str, float]) -> str:
-    return "  ".join(f"{name} {means[name]:.4g}" for name in _NOTES if name in means)
+    noted = [name for name in _NOTES if name in means and (name not in _RARE or means[name])]
+    return "  ".join(f"{name} {means[name]:.4g}" for name in noted)

@@ -13,18 +13,27 @@ from rto_megatron.algorithms.method import OfflineMethod
 from rto_megatron.config import checks, schema
 from rto_megatron.config.roles import roles_of
 from rto_megatron.config.run_folder import make_run_folder, open_folder_warning
-from rto_megatron.data.encoder import Limits
+from rto_megatron.data.encoder import Limits, Loaded, limits_of
+from rto_megatron.data.eos import read_eos
 from rto_megatron.data.packing import Layout
 from rto_megatron.data.tokenizer import encoding_fingerprint, load_tokenizer
-from rto_megatron.engine.source import SCALAR_ROLES, WeightSource, find_source, latest_checkpoint
-from rto_megatron.errors import UserError
+from rto_megatron.engine.source import (
+    LANGUAGE_ROLES,
+    SCALAR_ROLES,
+    WeightSource,
+    find_sources,
+    latest_checkpoint,
+)
 from rto_megatron.models.checks import check_experts, check_layout
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.parallel.topology import Topology
-from rto_megatron.rollout.model_folder import code_problems
 from rto_megatron.storage.megatron_folder import REPORT
+from rto_megatron.storage.weight_files import find_weights
+from rto_megatron.trainer.embeddings import embedding_problems, require_embedded, spare_token_warnings
+from rto_megatron.trainer.generation_config import note_eos
 from rto_megatron.trainer.report.progress import say
-from rto_megatron.trainer.template import template_options
+from rto_megatron.trainer.template import run_moment
+from rto_megatron.types import EndOfSequence, Example
 
 # In the config.json of a model that was trained against a reference.
 REFERENCE_FINGERPRINT = "reference_fingerprint"
@@ -37,13 +46,18 @@ class Setup:
     topology: Topology
     sources: dict[str, WeightSource]  # role -> where its weights are
     tokenizer: PreTrainedTokenizerBase
+    eos: EndOfSequence  # of the policy
     layout: Layout
     limits: Limits
 
-    @property
-    def eos_id(self) -> int:
-        """The token that ends a response."""
-        return int(self.tokenizer.eos_token_id)
+    def admit(self, loaded: Loaded[Example]) -> None:
+        """Says what was loaded, and refuses ids that no row of an embedding stands for.
+
+        Raises:
+            UserError: on every rank; names the tokens and where they come from.
+        """
+        say(loaded.report.summary(), self.topology.is_lead)
+        require_embedded(loaded, self.tokenizer, self.sources)
 
 
 def prepare_stage(config: schema.Stage, topology: Topology) -> Setup:
@@ -52,27 +66,22 @@ def prepare_stage(config: schema.Stage, topology: Topology) -> Setup:
     Raises:
         UserError: all problems at once.
     """
-    checks.refuse(checks.model_problems(config))
     sources = find_sources(config)
-    checks.refuse(
-        f"models.{role}: {problem}"
-        for role, source in sources.items()
-        for problem in code_problems(source.hf_folder)
-    )
     checks.refuse(setup_problems(config, sources, topology.world_size))
+    policy = sources["policy"]
+    tokenizer = load_tokenizer(policy.hf_folder)
+    eos, odd_ids = read_eos(policy.hf_folder, tokenizer, policy.shape().vocab_size)
     is_open = open_folder_warning(config.run.dir)
-    for warning in [*_missing_scales(sources), *([is_open] if is_open else [])]:
+    spare = [f"warning: {text}" for text in spare_token_warnings(tokenizer, sources)]
+    left_open = [is_open] if is_open else []
+    for warning in [*_unread_weights(sources), *_missing_scales(sources), *spare, *odd_ids, *left_open]:
         say(warning, topology.is_lead)
     if topology.is_lead:
         make_run_folder(config.run.dir)
-    tokenizer = load_tokenizer(sources["policy"].hf_folder)
-    template = template_options(config, tokenizer, topology)
+    moment = run_moment(config, tokenizer, topology)
     batch, device = config.batch, topology.device.torch_device
     layout = Layout(batch.micro, batch.packed, topology.row_multiple, device)
-    limits = Limits(
-        config.data.max_prompt_tokens, _max_length(config), config.data.overlong, template=template
-    )
-    return Setup(topology, sources, tokenizer, layout, limits)
+    return Setup(topology, sources, tokenizer, eos, layout, limits_of(config, moment))
 
 
 def setup_problems(config: schema.Stage, sources: Mapping[str, WeightSource], world_size: int) -> list[str]:
@@ -99,6 +108,7 @@ def setup_problems(config: schema.Stage, sources: Mapping[str, WeightSource], wo
         ),
         *_unlike_vocabularies(config, shapes),
         *_unlike_tokenizers(sources),
+        *embedding_problems(config, sources),
         *checks.find_problems(config, world_size, max_positions),
     ]
 
@@ -117,38 +127,6 @@ def _unlike_vocabularies(config: schema.Stage, shapes: Mapping[str, ModelShape])
     ]
 
 
-def _max_length(config: schema.Stage) -> int:
-    if isinstance(config, schema.OfflineStage):
-        return config.data.max_length
-    assert isinstance(config, schema.ReinforcementStage | schema.EvaluateStage)
-    return config.data.max_prompt_tokens + config.sampling.max_response_tokens
-
-
-def find_sources(config: schema.Stage) -> dict[str, WeightSource]:
-    """Role -> source of every model that the stage loads.
-
-    Raises:
-        UserError: names every model that is not there.
-    """
-    sources: dict[str, WeightSource] = {}
-    problems: list[UserError] = []
-    for role in roles_of(config):
-        if role.shares is not None:
-            continue
-        # A reward model is trained from a language model.
-        is_scalar = role.has_value_head and not isinstance(config, schema.RewardModelStage)
-        try:
-            sources[role.name] = find_source(
-                role.path, is_scalar, config.models.random_init, key=f"models.{role.name}"
-            )
-        except UserError as error:
-            problems.append(error)
-    if len(problems) == 1:
-        raise problems[0]
-    checks.refuse(map(str, problems))
-    return sources
-
-
 def _unlike_tokenizers(sources: Mapping[str, WeightSource]) -> list[str]:
     first_role, first = next(iter(sources.items()))
     # Roles often share a folder, and a large tokenizer takes a second to load.
@@ -163,6 +141,17 @@ def _unlike_tokenizers(sources: Mapping[str, WeightSource]) -> list[str]:
     ]
 
 
+def _unread_weights(sources: dict[str, WeightSource]) -> list[str]:
+    notes = {
+        role: find_weights(source.path).note()
+        for role, source in sources.items()
+        if source.kind == "hugging_face"
+    }
+    return [
+        f"models.{role}: {sources[role].path}: {note}" for role, note in notes.items() if note is not None
+    ]
+
+
 def _missing_scales(sources: dict[str, WeightSource]) -> list[str]:
     return [
         f"warning: models.{role}: {source.hf_folder}/config.json has no mean and std, so its scores and values are "
@@ -172,10 +161,15 @@ def _missing_scales(sources: dict[str, WeightSource]) -> list[str]:
     ]
 
 
-def stage_hf_files(source: WeightSource, run_dir: Path, role: str, topology: Topology) -> Path:
+def stage_hf_files(
+    source: WeightSource, run_dir: Path, role: str, topology: Topology, eos: EndOfSequence
+) -> Path:
     """Copies config.json and tokenizer of a role into the run folder; all ranks must call it.
 
     A run that has a checkpoint keeps its copy; files of an attempt that left none are replaced.
+
+    Args:
+        eos: of the policy, which the copy of a language model names.
     """
     folder = run_dir / "model_files" / role
     if topology.is_lead and not (folder.is_dir() and latest_checkpoint(run_dir)):
@@ -188,6 +182,8 @@ def stage_hf_files(source: WeightSource, run_dir: Path, role: str, topology: Top
         note_in_config(partial, **{REFERENCE_FINGERPRINT: None})
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
+    if topology.is_lead and role in LANGUAGE_ROLES:
+        note_eos(folder, eos)
     topology.barrier()
     return folder
 

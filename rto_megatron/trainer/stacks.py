@@ -10,6 +10,8 @@ from pathlib import Path
 
 import psutil
 
+from rto_megatron.trainer.status import STACKS
+
 _RANK_COMMAND = "rto_megatron.cli.main"
 
 
@@ -30,12 +32,12 @@ def kept_stacks(run_dir: Path, rank: int, attempt: int) -> Iterator[None]:
             faulthandler.unregister(signal.SIGUSR2)
             faulthandler.disable()
             if path.exists() and not path.stat().st_size:
-                path.unlink()
+                path.unlink(missing_ok=True)
 
 
 def stack_file(run_dir: Path, rank: int, attempt: int) -> Path:
     """The file of one rank."""
-    return run_dir / "stacks" / f"attempt_{attempt}_rank_{rank}.txt"
+    return run_dir / STACKS / f"attempt_{attempt}_rank_{rank}.txt"
 
 
 def keep_all_stacks(run_dir: Path, rank: int, attempt: int, error: BaseException) -> list[str]:
@@ -64,7 +66,7 @@ def keep_all_stacks(run_dir: Path, rank: int, attempt: int, error: BaseException
 
 def drop_empty(run_dir: Path) -> None:
     """Removes the files of ranks that were killed before they wrote anything."""
-    for path in (run_dir / "stacks").glob("*.txt"):
+    for path in (run_dir / STACKS).glob("*.txt"):
         if not path.stat().st_size:
             path.unlink()
 

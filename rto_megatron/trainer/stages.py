@@ -22,7 +22,7 @@ def run_stage(config: schema.Stage) -> None:
     Raises:
         UserError: on every rank, for anything that a user can mend.
     """
-    _refuse_bare_srun()
+    _refuse_lone_task()
     with ranks(prepare(), config.parallel, config.run.seed, _collective_timeout(config)) as topology:
         if isinstance(config, schema.EvaluateStage):
             from rto_megatron.trainer.evaluate import evaluate
@@ -38,13 +38,21 @@ def run_stage(config: schema.Stage) -> None:
             train_offline(config, topology)
 
 
-def _refuse_bare_srun() -> None:
-    """Tasks that srun starts without torchrun would each believe to be the only rank, and write the same folder."""
+def _refuse_lone_task() -> None:
+    """One of several tasks that are no ranks would believe to be the only one, and write the same folder."""
+    if "RANK" in os.environ:
+        return
     tasks = os.environ.get("SLURM_NTASKS", "1")
-    if "RANK" not in os.environ and tasks != "1":
+    if tasks != "1":
         raise UserError(
             f"SLURM started {tasks} tasks without RANK and WORLD_SIZE; start one task per machine "
             "(srun --ntasks-per-node=1) that runs torchrun, and torchrun starts the ranks"
+        )
+    nodes = os.environ.get("PET_NNODES", "1")
+    if nodes not in ("1", "1:1"):
+        raise UserError(
+            f"PET_NNODES={nodes} says that this is one of several machines of a job, as Kubeflow does, and there is no "
+            "RANK; run on each of them: torchrun -m rto_megatron.cli.main train RECIPE"
         )
 
 
@@ -76,6 +84,7 @@ def ranks(
     try:
         yield Topology.init(device, parallel.tensor, parallel.pipeline, parallel.sequence, seed, timeout)
     except UserError:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
         raise
     dist.destroy_process_group()

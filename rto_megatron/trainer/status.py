@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from rto_megatron.config.run_folder import make_run_folder
 
 STATUS_FILE = "run_status.json"
+STACKS = "stacks"  # <run>/stacks: where ranks stood that crashed or hung
 _EXIT_CODES = {"DONE": 0, "CONFIG": 2, "PREEMPTED": 85, "INTERRUPTED": 130}
 
 
@@ -76,6 +78,29 @@ def note_status(run_dir: Path, status: Status) -> None:
 def clear_status(run_dir: Path) -> None:
     """At the start of an attempt: one that leaves no status was killed as a whole."""
     (run_dir / STATUS_FILE).unlink(missing_ok=True)
+
+
+def drop_refused(run_dir: Path, made: Sequence[Path]) -> None:
+    """Removes the folder of a run that was refused before it left anything but the word of that.
+
+    Args:
+        made: the folders that were made for it, innermost first; none where its own was there before.
+    """
+    if not made or not run_dir.is_dir():
+        return
+    status, stacks = read_status(run_dir), run_dir / STACKS
+    left = {path.name for path in run_dir.iterdir()} - {STATUS_FILE}
+    if (status is not None and status.reason is not ExitReason.CONFIG) or left - {STACKS}:
+        return
+    if stacks.is_dir() and any(stacks.iterdir()):
+        return
+    if stacks.is_dir():
+        stacks.rmdir()
+    clear_status(run_dir)
+    for folder in made:
+        if any(folder.iterdir()):
+            return
+        folder.rmdir()
 
 
 def read_status(run_dir: Path) -> Status | None:

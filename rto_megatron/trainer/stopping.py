@@ -16,6 +16,7 @@ import psutil
 
 from rto_megatron.config.run_folder import make_run_folder
 from rto_megatron.errors import UserError
+from rto_megatron.trainer.status import ExitReason
 
 STOP_FILE = "STOP"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -35,9 +36,16 @@ def is_asked_to_stop(run_dir: Path) -> bool:
 
 def forget_old_request(run_dir: Path) -> None:
     """Removes the request to an earlier run; one that came while this process was starting stays."""
-    request = run_dir / STOP_FILE
-    if request.exists() and request.stat().st_mtime < psutil.Process().create_time():
-        request.unlink(missing_ok=True)
+    if is_asked_to_stop(run_dir) and not was_asked_since_start(run_dir):
+        (run_dir / STOP_FILE).unlink(missing_ok=True)
+
+
+def was_asked_since_start(run_dir: Path) -> bool:
+    """True once someone touched the file after this process was started."""
+    try:
+        return (run_dir / STOP_FILE).stat().st_mtime >= psutil.Process().create_time()
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager
@@ -56,6 +64,11 @@ def signals_ask_to_stop(run_dir: Path) -> Iterator[None]:
     finally:
         for one, handler in before.items():
             signal.signal(one, handler)
+
+
+def status_of_stopped_rank() -> int:
+    """Exit status of a rank that was told to stop; torchrun takes any but 0 for a crash."""
+    return 0 if "TORCHELASTIC_RUN_ID" in os.environ else ExitReason.PREEMPTED.exit_code
 
 
 def die_with_parent() -> None:

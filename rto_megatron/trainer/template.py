@@ -19,25 +19,20 @@ from rto_megatron.trainer.report.progress import say
 MOMENT_FILE = "template_date"
 
 
-def template_options(
-    config: schema.Stage, tokenizer: PreTrainedTokenizerBase, topology: Topology
-) -> TemplateOptions:
-    """The same on all ranks, which must all call it, after the run folder was made.
+def run_moment(config: schema.Stage, tokenizer: PreTrainedTokenizerBase, topology: Topology) -> datetime:
+    """When the run started first, the same on all ranks, which must all call it, after the run folder was made.
 
     Raises:
         UserError: the template does not read an argument of the recipe, or the run's date cannot be read.
     """
-    arguments = config.data.template
     # Before the lead writes anything, and on every rank alike.
-    prints_date = ChatTemplate(tokenizer, TemplateOptions(arguments)).prints_date
+    prints_date = ChatTemplate(tokenizer, TemplateOptions(config.data.template)).prints_date
     path = config.run.dir / MOMENT_FILE
     kept = topology.lead_json(_kept_moment(path, prints_date) if topology.is_lead else None)
     moment = _read(path, str(kept))
     if prints_date:
         say(f"the chat template prints the date of this run's start, {moment:%Y-%m-%d}", topology.is_lead)
-    if not isinstance(config, schema.OfflineStage):
-        return TemplateOptions(arguments, moment)
-    return TemplateOptions(arguments, moment, config.data.open_thought, config.data.allow_non_prefix)
+    return moment
 
 
 def _kept_moment(path: Path, prints_date: bool) -> str:

@@ -8,7 +8,7 @@ from itertools import batched
 from rto_megatron.algorithms import reinforcement
 from rto_megatron.algorithms.losses import WEIGHTINGS
 from rto_megatron.data.packing import Layout, minibatches
-from rto_megatron.engine.finite import refuse_together
+from rto_megatron.engine.finite import EmptyUpdateError, refuse_together
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.types import Experience, Minibatch
 
@@ -61,11 +61,12 @@ def require_tokens(step: OptimizerStep, topology: Topology) -> None:
     """Refuses a step without tokens, in which momentum alone would move the weights; all ranks must call it.
 
     Raises:
-        PoisonedError: on every rank.
+        EmptyUpdateError: on every rank.
     """
     if step.is_empty:
         ids = [name for group in step.names for name in group]
-        refuse_together({"every response is cut and algorithm.truncated=mask trains on none": ids}, topology)
+        found = {"every response is cut and algorithm.truncated=mask trains on none": ids}
+        refuse_together(found, topology, EmptyUpdateError)
 
 
 def _names(experience: Experience, rows: Sequence[int], micro: int) -> list[list[str]]:

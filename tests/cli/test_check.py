@@ -129,7 +129,7 @@ def test_checkpoints_and_unfinished_runs_are_models_too(tmp_path: Path) -> None:
         assert language is not None
         assert scalar is not None
         assert (language.shape.num_layers, scalar.shape.num_layers) == (layers, layers + 4)
-    with pytest.raises(UserError, match="no checkpoint of a policy there"):
+    with pytest.raises(UserError, match="no checkpoint of a policy; run the stage"):
         hugging_face_folder(tmp_path / "checkpoints")
 
 
@@ -155,6 +155,10 @@ def test_shape_comes_from_config_json_before_any_assumption(tmp_path: Path) -> N
     [
         (["--gpus", "1"], "leaves 1 for the trainer and 0 for the pool"),
         (["--gpus", "8", "--pool-gpus", "8"], "leaves 0 for the trainer"),
+        (
+            ["--gpus", "5", "--pool-gpus", "2"],
+            r"4 x 1 = 4 does not divide the 3 ranks \(of 5 GPUs the pool has 2\)",
+        ),
         (["--gpus", "8", "--assume", "policy"], "is written ROLE=SHAPE"),
         (["--gpus", "8", "--assume", "actor=llama-3-8b"], "this stage has the roles policy, critic"),
     ],
@@ -162,3 +166,13 @@ def test_shape_comes_from_config_json_before_any_assumption(tmp_path: Path) -> N
 def test_options_that_make_no_sense_are_refused(arguments: list[str], part: str) -> None:
     with pytest.raises(UserError, match=part):
         check(str(RECIPES / "llama3_8b" / "rto.yaml"), *arguments)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [("runs/quickstart/sft", "run the stage that makes it first"), ("acme/llama", "hf download acme/llama")],
+)
+def test_only_a_name_that_the_hub_could_have_is_offered_for_download(model: str, words: str) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        hugging_face_folder(Path(model))
+    assert ("hf download" in str(caught.value)) == (model == "acme/llama")

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from rto_megatron.storage import torch_dist_writer
-from rto_megatron.storage.hf_folder import INDEX, SINGLE
 from rto_megatron.storage.torch_dist_reader import TorchDistReader
+from rto_megatron.storage.weight_files import INDEX, SINGLE
 
 Tensors = dict[str, Tensor]
 

@@ -28,7 +28,7 @@ from rto_megatron.convert.megatron_source import open_megatron
 from rto_megatron.convert.options import Advance, Options
 from rto_megatron.convert.run import Proofs, convert_to_hf, convert_to_megatron
 from rto_megatron.errors import UserError
-from rto_megatron.storage.hf_folder import SINGLE
+from rto_megatron.storage.weight_files import SINGLE
 
 Q, OUT = "model.layers.1.self_attn.q_proj.weight", "model.layers.1.self_attn.o_proj.weight"
 DOWN = "model.layers.{}.mlp.down_proj.weight"

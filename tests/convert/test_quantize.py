@@ -119,7 +119,7 @@ def test_a_refusal_of_the_tool_is_one_message_and_status_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert _tool(monkeypatch, str(tmp_path / "absent"), str(tmp_path / "target")) == 2
-    assert "is no folder; expected a Megatron checkpoint" in capsys.readouterr().err
+    assert "absent does not exist; run the stage that makes it first" in capsys.readouterr().err
     assert not (tmp_path / "target").exists()
 
 

@@ -11,6 +11,7 @@ from rto_megatron.errors import UserError
 
 QUESTION = [Message("user", "the fox")]
 BOS, EOS = 1, 2
+STRICT = TemplateOptions()
 APART = TemplateOptions(allow_non_prefix=True)
 
 
@@ -23,7 +24,7 @@ def encode_exchange(
     messages: list[Message],
     answer: str,
     where: str,
-    options: TemplateOptions = TemplateOptions(),
+    options: TemplateOptions = STRICT,
 ) -> Exchange:
     whole = Conversation((*messages, Message("assistant", answer)))
     return chat.encode_exchange(ChatTemplate(tokenizer, options), whole, where)

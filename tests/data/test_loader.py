@@ -98,7 +98,7 @@ def test_margin_of_a_pair(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, extra: dict[str, float], margin: float
 ) -> None:
     source = write_lines(tmp_path / "pairs.jsonl", [{**pair_row(), **extra}])
-    assert load_pairs(source, tokenizer, LIMITS).items[0].margin == margin
+    assert load_pairs(source, tokenizer, LIMITS, has_margins=True).items[0].margin == margin
 
 
 @pytest.mark.parametrize(
@@ -139,15 +139,30 @@ def test_earlier_turns_belong_to_the_prompt(tokenizer: PreTrainedTokenizerBase, 
     assert tokenizer.decode(demonstration.response_ids) == " d</s>"
 
 
-def test_a_long_answer_is_cut_and_still_ends(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_a_long_answer_is_cut_and_does_not_end_where_it_is_learnt(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     source = write_lines(tmp_path / "sft.jsonl", [{"prompt": "the fox", "response": "the dog " * 30}])
     whole = load_demonstrations(source, tokenizer, LIMITS).items[0]
     limits = Limits(max_prompt_tokens=20, max_length=20, overlong="error")
     loaded = load_demonstrations(source, tokenizer, limits)
     (cut,) = loaded.items
     assert len(cut.prompt_ids) + len(cut.response_ids) == 20
-    assert cut.response_ids == (*whole.response_ids[: len(cut.response_ids) - 1], EOS)
+    assert cut.response_ids == whole.response_ids[: len(cut.response_ids)] and EOS not in cut.response_ids
     assert loaded.report.truncated_answers == 1
+    assert loaded.report.truncated_answers_closed == 0
+
+
+def test_a_long_answer_of_a_pair_is_cut_and_ends(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """As in the released code: the reward model reads its score at the end."""
+    row = pair_row(chosen="the dog " * 30)
+    whole = load_pairs(write_lines(tmp_path / "pairs.jsonl", [row]), tokenizer, LIMITS).items[0]
+    loaded = load_pairs(str(tmp_path / "pairs.jsonl"), tokenizer, Limits(20, 20, "error"))
+    (cut,) = loaded.items
+    assert cut.chosen_ids == (*whole.chosen_ids[: len(cut.chosen_ids) - 1], EOS)
+    assert len(cut.prompt_ids) + len(cut.chosen_ids) == 20
+    assert loaded.report.truncated_answers == loaded.report.truncated_answers_closed == 1
+    assert "1 truncated answers closed" in loaded.report.summary()
 
 
 def test_an_answer_that_just_fits_is_whole(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
@@ -224,11 +239,13 @@ BAD_PAIRS = {
     r"'rejected' is missing, found \['chosen'\]": json.dumps({"chosen": [user("a"), assistant("b")]}),
     r"'chosen' is missing, found \['better', 'worse'\]": json.dumps({"better": 1, "worse": 2}),
     "message 1 .assistant. of 'chosen' is empty": json.dumps(pair_row(chosen=" ")),
-    "do not answer the same prompt": json.dumps({**pair_row(), "rejected": [user("else"), assistant("b")]}),
+    "do not answer the same prompt": json.dumps(
+        {**pair_row(), "prompt": None, "rejected": [user("else"), assistant("b")]}
+    ),
     "expected a list of messages": json.dumps({**pair_row(), "chosen": "text"}),
     "message 0 of 'chosen' is": json.dumps({**pair_row(), "chosen": [{"role": "user"}]}),
     "a last message of the assistant": json.dumps({**pair_row(), "chosen": [user("a"), user("b")]}),
-    "'margin' is 'big', expected a number": json.dumps({**pair_row(), "margin": "big"}),
+    "'margin' is 'big', expected a finite number": json.dumps({**pair_row(), "margin": "big"}),
 }
 
 
@@ -239,7 +256,7 @@ def test_a_bad_row_is_named_by_file_and_line(
     path = tmp_path / "bad.jsonl"
     path.write_text(json.dumps(pair_row()) + "\n\n" + BAD_PAIRS[message] + "\n")
     with pytest.raises(UserError, match=rf"bad\.jsonl:3: .*{message}"):
-        load_pairs(str(path), tokenizer, LIMITS)
+        load_pairs(str(path), tokenizer, LIMITS, has_margins=True)
 
 
 def test_wrong_prompt_columns_say_what_is_expected(
@@ -261,8 +278,6 @@ def test_a_prompt_that_is_answered_already_is_refused(
 
 
 def test_no_prompts_left_is_an_error(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no rows to use; 0 read"):
-        load_prompts(write_lines(tmp_path / "empty.jsonl", []), tokenizer, LIMITS)
     source = write_lines(tmp_path / "p.jsonl", [{"prompt": "the fox " * 50}])
     with pytest.raises(UserError, match="no rows to use; 1 read, 1 dropped"):
         load_prompts(source, tokenizer, Limits(20, 400, "drop"))
@@ -279,7 +294,7 @@ def test_sources_that_cannot_be_read(tokenizer: PreTrainedTokenizerBase, tmp_pat
     with pytest.raises(UserError, match=r"cut\.jsonl\.gz is not a complete gzip file"):
         load_prompts(str(truncated), tokenizer, LIMITS)
     (tmp_path / "fake.jsonl.gz").write_bytes(rows)
-    with pytest.raises(UserError, match="is not a complete gzip file"):
+    with pytest.raises(UserError, match=r"for gzip, but is JSON objects, one a line; rename it to \.jsonl"):
         load_prompts(str(tmp_path / "fake.jsonl.gz"), tokenizer, LIMITS)
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(UserError, match=r"bad\.parquet is not a complete parquet file"):
@@ -362,7 +377,7 @@ def test_the_unrelated_answer_of_a_pair_is_the_chosen_one_and_fits_behind_the_pr
         assert answer.unrelated_ids[-1] == EOS
 
 
-@pytest.mark.parametrize("label", [1, "true", None, 0.0])
+@pytest.mark.parametrize("label", [1, "true", 0.0])
 def test_a_label_that_is_not_a_truth_value_is_named(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, label: object
 ) -> None:

@@ -22,6 +22,7 @@ CARRIED = {
     "qwen.tiktoken": b"IQ== 0",
     "chat_template.jinja": b"{{ x }}",
     "chat_template.json": b"{}",
+    "additional_chat_templates/rag.jinja": b"{{ z }}",
     "chat_templates/tool_use.jinja": b"{{ y }}",
     "generation_config.json": b"{}",
 }
@@ -29,6 +30,7 @@ LEFT = (
     "config.json",
     "model.safetensors",
     "tokenization_x.py",
+    "additional_chat_templates/x.py",
     "chat_templates/x.py",
     "chat_templates/tokenizer.json",
     "chat_templates/x.tiktoken",

@@ -1,6 +1,8 @@
 """Hugging Face folders from elsewhere: another name of the head, damaged files, and what their errors say."""
 
 import json
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -115,6 +117,62 @@ def test_a_damaged_single_file_is_named(tmp_path: Path) -> None:
     _cut(tmp_path / "model.safetensors")
     (error,) = run_ranks(1, _error, "one", tmp_path)
     assert error is not None and f"{tmp_path / 'model.safetensors'} is missing or damaged" in error
+
+
+def test_a_number_that_is_none_is_named_on_every_rank(tmp_path: Path) -> None:
+    """Of the 128 rows of the second stage's matrix the last one, which only the second tensor rank holds."""
+    write_llama(tmp_path)
+    name = "model.layers.3.mlp.down_proj.weight"
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[name][5, -1], tensors[name][6, -1] = float("nan"), float("inf")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    errors = run_ranks(LAYOUTS["tp2_pp2"][0], _error, "tp2_pp2", tmp_path)
+    for error in errors:
+        assert error is not None
+        assert f"{tmp_path} holds NaN or infinite numbers in 1 tensors: {name} (2); every output" in error
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_an_unused_row_of_the_embedding_may_be_none_where_the_head_is_another(
+    tmp_path: Path, is_tied: bool
+) -> None:
+    write_llama(tmp_path, is_tied=is_tied)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.embed_tokens.weight"][77] = float("nan")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    ((error, said),) = run_ranks(1, _error_and_warnings, tmp_path)
+    found = f"{tmp_path} holds NaN or infinite numbers in 1 tensors: model.embed_tokens.weight (128)"
+    assert (f"{found}; every output" in str(error)) == is_tied
+    assert any(f"{found}; texts with these tokens" in warning for warning in said) == (not is_tied)
+
+
+def _error_and_warnings(folder: Path) -> tuple[str | None, list[str]]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        error = _error("one", folder)
+    return error, [str(warning.message) for warning in caught]
+
+
+def _names(folder: Path, change: Callable[[str], str]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        {change(n): t for n, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
+
+
+def test_foreign_names_are_one_sentence_in_the_trainer_too(tmp_path: Path) -> None:
+    write_llama(tmp_path)
+    _names(tmp_path, lambda name: f"module.{name}")
+    (error,) = run_ranks(1, _error, "one", tmp_path)
+    assert error is not None and "the prefix 'module.model.' instead of 'model.'" in error
+
+
+def test_an_adapter_beside_the_weights_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    write_llama(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"models\.policy: .* holds an adapter \(adapter_config\.json\)"):
+        find_source(tmp_path, False, is_random=False, key="models.policy")
+    assert find_source(tmp_path, False, is_random=True, key="models.policy").kind == "random"
 
 
 @pytest.mark.parametrize(

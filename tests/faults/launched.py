@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -37,6 +38,7 @@ class Launch:
         """Waits for its end and checks that nothing of it is left; returns all that it said."""
         said, _ = self.process.communicate(timeout=timeout_s)
         assert_gone(self.run_dir)
+        assert [path for path in self.run_dir.rglob("*") if path.stat().st_mode & stat.S_IWOTH] == []
         assert unowned(frozenset(os.listdir("/dev/shm")) - self.shared_memory) == set()
         return said
 
@@ -58,6 +60,8 @@ def start(
 ) -> Launch:
     """Launches a tiny stage of four steps on `ranks` replicas, saved at every step, with a plan of faults.
 
+    The shell's mask lets every user write, and no file of the run may be so in the end.
+
     Args:
         torchrun: options of a plain torchrun in place of `rto launch`.
     """
@@ -71,6 +75,8 @@ def start(
         "RTO_FAULT": faults,
         "RTO_FAULT_LOG": str(fault_log(run_dir)),
         "COLUMNS": "200",
+        "PET_MASTER_PORT": "1",  # of an operator; `rto launch` makes its own meeting point
+        "PET_RDZV_BACKEND": "static",
     }
     rto = ["-m", "rto_megatron.cli.main"]
     if torchrun is None:
@@ -78,6 +84,7 @@ def start(
     else:
         plain = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *torchrun]
         arguments = [*plain, *rto, "train", str(recipe)]
+        environment = {name: value for name, value in environment.items() if not name.startswith("PET_")}
     shared_memory = frozenset(os.listdir("/dev/shm"))
     process = subprocess.Popen(
         [sys.executable, *arguments],
@@ -86,6 +93,7 @@ def start(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        umask=0,
     )
     return Launch(process, run_dir, shared_memory)
 

@@ -96,3 +96,16 @@ def test_no_rank_outlives_its_launcher(signum: signal.Signals, files: Path, tmp_
     if signum == signal.SIGINT:
         assert launch.process.returncode == 130
         assert launch.status()["reason"] == "INTERRUPTED"
+
+
+def test_a_mistake_is_told_once_and_leaves_no_folder(files: Path, tmp_path: Path) -> None:
+    """One that the launcher sees, and one that only the ranks see."""
+    absent = start(files, tmp_path / "runs" / "absent", models__policy=tmp_path / "no model")
+    said = absent.end()
+    assert absent.process.returncode == 2, said
+    assert said.count("models.policy: ") == said.count("error") == 1, said
+    few = start(files, tmp_path / "runs" / "few", batch__train=64, batch__micro=1)
+    said = few.end()
+    assert few.process.returncode == 2, said
+    assert said.count("fewer than one global batch of 64") == 1, said
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"absent.yaml", "few.yaml"}

@@ -1,6 +1,7 @@
 """The quickstart's script around its stages: order, logs, failures, and a pool that never outlives it."""
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -42,7 +43,12 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def quickstart(
-    checkout: Path, fails: str = "nothing", hangs: str = "nothing", num_gpus: int = 0, **environment: str
+    checkout: Path,
+    fails: str = "nothing",
+    hangs: str = "nothing",
+    num_gpus: int = 0,
+    root: str = "run",
+    **environment: str,
 ) -> subprocess.Popen[str]:
     smi = checkout / "bin" / "nvidia-smi"
     smi.parent.mkdir()
@@ -50,7 +56,7 @@ def quickstart(
     smi.write_text(f"#!/bin/sh\n{listed}" if num_gpus else "#!/bin/sh\nexit 9\n")
     smi.chmod(0o755)
     return subprocess.Popen(
-        ["bash", "launchers/quickstart.sh", "--budget", "small", "--root", "run"],
+        ["bash", "launchers/quickstart.sh", "--budget", "small", "--root", root],
         cwd=checkout,
         env={
             "PATH": f"{smi.parent}:{os.environ['PATH']}",
@@ -141,3 +147,12 @@ def test_a_signal_ends_the_stage_and_the_pool(checkout: Path, signum: signal.Sig
     assert process.returncode == status
     assert not is_running(checkout / "stage.pid")
     assert not is_running(checkout / "pool.pid")
+
+
+def test_the_way_on_from_a_run_folder_of_any_name_can_be_pasted(checkout: Path) -> None:
+    root = "a run #1: it's [x] $HOME"
+    process = quickstart(checkout, fails="quickstart/rto.yaml", root=root)
+    _, errors = process.communicate(timeout=60)
+    assert shlex.split(errors.splitlines()[-1])[-2:] == ["--root", root]
+    assert (checkout / root / "logs" / "rto.log").is_file()
+    assert f"vars.root={root}" in (checkout / "asked").read_text()

@@ -1,4 +1,7 @@
-"""A job on a real SLURM of three nodes, all of them this machine: a killed rank, the end of its time, and its end."""
+"""A job on a real SLURM of three nodes, all of them this machine: a killed rank, the end of its time, and its end.
+
+The job asks for what the cluster has in name only: GPUs, a feature, a quality of service.
+"""
 
 import os
 import re
@@ -19,16 +22,24 @@ from rto_megatron.trainer.status import ExitReason, read_status
 
 CLUSTER = ROOT / "launchers" / "slurm" / "test_cluster.sh"
 STEPS = 12
+# What bash, sbatch, YAML or the pattern of a log's name would read as something else.
+STRANGE = '50% #1, %j: it\'s [x] $HOME "q"'
 # Stands for the environment's `rto`: its pool is an address that an offline stage never asks.
 PRETENDING_RTO = f"""#!/bin/bash
 for given; do
-  case $given in rollout.*) echo "$given" >>"$run_dir/given" ;; *) kept+=("$given") ;; esac
+  case $given in rollout.*) echo "$given" >>"$NOTES/given" ;; *) kept+=("$given") ;; esac
 done
 [ "$1" = pool ] || exec {ROOT}/.venv/bin/rto "${{kept[@]}}"
-trap 'echo stopped >>"$run_dir/pool_ends"; exit 0' TERM
+trap 'echo stopped >>"$NOTES/pool_ends"; exit 0' TERM
 while [ "$1" != --address-file ]; do shift; done
 echo http://192.0.2.77:4242 >"$2"
 while :; do sleep 0.2; done
+"""
+# Stands for Apptainer: notes the node and the image, and runs the command.
+PRETENDING_APPTAINER = """#!/bin/bash
+while [[ $1 != *.sif ]]; do shift; done
+echo "$SLURMD_NODENAME $SLURM_JOB_ID $CUDA_VISIBLE_DEVICES $1" >>"$NOTES/apptainer"
+exec "${@:2}"
 """
 
 
@@ -48,26 +59,43 @@ def cluster() -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-def run(cluster: Path, *command: str | Path, **environment: str) -> str:
-    settings = {**os.environ, "SLURM_CONF": str(cluster / "slurm.conf"), **environment}
+def run(cluster: Path, *command: str | Path) -> str:
+    settings = {**os.environ, "SLURM_CONF": str(cluster / "slurm.conf")}
     done = subprocess.run(command, env=settings, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def write_job(tmp_path: Path) -> tuple[Path, Path]:
-    """A script with a pool beside an offline stage, and the run folder."""
-    files, run_dir = tmp_path / "files", tmp_path / "run"
+def write_program(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def write_job(tmp_path: Path, **variables: str) -> tuple[Path, Path]:
+    """A script with a pool beside an offline stage, and the run folder; `variables` come with the preamble."""
+    files, run_dir = tmp_path / "files", tmp_path / STRANGE / "run"
     files.mkdir()
     write_files(files)
-    config = configure("sft", files, run_dir, "tp2", run__steps=STEPS)
-    script = plan_job(config, Allocation(2, interface="lo"), 1, 3, [], None).write()
-    rto = tmp_path / "checkout" / ".venv" / "bin" / "rto"
-    rto.parent.mkdir(parents=True)
-    rto.write_text(PRETENDING_RTO)
-    rto.chmod(0o755)
+    write_program(tmp_path / "checkout" / ".venv" / "bin" / "rto", PRETENDING_RTO)
+    write_program(tmp_path / "programs" / "apptainer", PRETENDING_APPTAINER)
+    preamble = tmp_path / "modules.sh"
+    exports = [f"export {name}={value}" for name, value in variables.items()]
+    preamble.write_text("\n".join(["echo loading", *exports, f"export PATH={tmp_path}/programs:$PATH"]))
+    asked = Allocation(
+        2,
+        interface="lo",
+        gres="gpu:1",
+        qos="any",
+        constraint="tested",
+        apptainer="our.sif",
+        preamble=preamble,
+    )
+    script = plan_job(
+        configure("sft", files, run_dir, "tp2", run__steps=STEPS), asked, 1, 3, [], None
+    ).write()
     text = script.read_text().replace("#SBATCH --nodes=2", "#SBATCH --nodes=3")
-    for setting in (f"root={tmp_path}/checkout", "pool_nodes=1", "num_servers=1", "ranks_per_node=1"):
+    for setting in (f"root={tmp_path}/checkout", "pool_nodes=1", "num_servers=1"):
         name = setting.split("=")[0]
         text = re.sub(rf"^{name}=.*$", setting, text, count=1, flags=re.MULTILINE)
     script.write_text(text)
@@ -83,9 +111,9 @@ def processes_of(job: str) -> list[str]:
 
 
 def test_a_job_survives_a_killed_rank_and_the_end_of_its_time(cluster: Path, tmp_path: Path) -> None:
-    script, run_dir = write_job(tmp_path)
     faults = {"RTO_FAULT": "opt_step:3:1:kill", "RTO_FAULT_LOG": str(tmp_path / "faults")}
-    job = run(cluster, "sbatch", "--parsable", script, **faults).strip()
+    script, run_dir = write_job(tmp_path, **faults, NOTES=str(tmp_path))
+    job = run(cluster, "sbatch", "--parsable", "--export=NONE", script).strip()
     log = run_dir / "slurm" / f"log-{job}.txt"
 
     def wait_until(holds: str) -> None:
@@ -114,11 +142,16 @@ def test_a_job_survives_a_killed_rank_and_the_end_of_its_time(cluster: Path, tmp
     # The pool outlived the failed attempt, and was told to stop at the end of each start.
     announced = [path.name for path in sorted((run_dir / "pool").glob("announced-*"))]
     assert announced == [f"announced-{job}.0.1", f"announced-{job}.1.1"]
-    assert (run_dir / "pool_ends").read_text() == "stopped\n" * 2
+    assert (tmp_path / "pool_ends").read_text() == "stopped\n" * 2
     token = run_dir / "pool" / "token"
-    assert (run_dir / "given").read_text().splitlines()[:2] == [
+    assert (tmp_path / "given").read_text().splitlines()[:2] == [
         "rollout.servers=[http://192.0.2.77:4242]", f"rollout.token_file={token}"
     ]  # fmt: skip
     assert token.stat().st_mode & 0o077 == 0 and len(token.read_text()) == 64
     assert token.read_text() not in said + script.read_text()
+    nodes = {
+        line.split(" ", 1)[0]: line.split(" ", 1)[1]
+        for line in (tmp_path / "apptainer").read_text().splitlines()
+    }
+    assert len(nodes) == 3 and set(nodes.values()) == {f"{job} 0 our.sif"}
     shutil.rmtree(run_dir)

@@ -180,6 +180,39 @@ def test_a_reward_model_without_mean_and_std_is_announced(
     assert said.count("has no mean and std") == 1
 
 
+def test_weights_that_lie_unread_beside_the_read_ones_are_said(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(files / "models/policy", tmp_path / "policy")
+    (tmp_path / "policy/pytorch_model.bin").write_bytes(b"x")
+    prepare_stage(
+        configure("rto", files, tmp_path / "run", models__policy=tmp_path / "policy"), place_of(1, 1)
+    )
+    said = capsys.readouterr().out
+    assert (
+        f"models.policy: {tmp_path / 'policy'}: weights are read from model.safetensors, which transformers takes; "
+        "not read are pytorch_model.bin beside it" in said
+    )
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        (
+            "Qwen/Qwen2.5-0.5B",
+            "hf download Qwen/Qwen2.5-0.5B --local-dir Qwen2.5-0.5B, and name Qwen2.5-0.5B",
+        ),
+        ("runs/quickstart/sft", "runs/quickstart/sft does not exist; run the stage that makes it first"),
+    ],
+)
+def test_a_hub_name_is_told_to_download_and_a_run_to_be_run(
+    named: str, message: str, files: Path, tmp_path: Path
+) -> None:
+    error = refused(configure("dpo", files, tmp_path / "run", models__policy=Path(named)), place_of(1, 1))
+    assert f"models.policy: {named} does not exist" in error and message in error
+    assert ("hf download" in error) == named.startswith("Qwen")
+
+
 @pytest.mark.parametrize("role", ["policy", "reference", "reward", "critic", "dpo"])
 def test_a_missing_model_is_named(role: str, files: Path, tmp_path: Path) -> None:
     config = configure("rto", files, tmp_path / "run", **{f"models__{role}": tmp_path / "absent"})

@@ -16,6 +16,7 @@ from trainer.tiny_runs import ENGINE_VOCAB, HeldPush, configure, join
 
 from rto_megatron.config.schema import ReinforcementStage, Stage
 from rto_megatron.engine.megatron import TrainedModel
+from rto_megatron.errors import UserError
 from rto_megatron.rollout.engine import Sampling
 from rto_megatron.rollout.scripted import ScriptedEngine
 from rto_megatron.trainer.guard import POISONED_FILE, SKIPPED, NotFiniteError
@@ -89,8 +90,8 @@ def _watched(config: Stage, engine: PoisonedEngine | None) -> tuple[list[dict[st
             train_rto(config, place, Sampler(engine, HeldPush(engine)))
         else:
             train_offline(config, place)
-    except NotFiniteError as error:
-        return seen, str(error)
+    except UserError as error:
+        return seen, f"{error.reason} {error}"
     return seen, ""
 
 
@@ -189,6 +190,26 @@ def test_a_step_whose_responses_are_all_cut_is_not_stepped_by_momentum(files: Pa
     assert what == "every response is cut and algorithm.truncated=mask trains on none"
 
 
+def test_a_run_in_which_every_response_is_cut_is_told_what_to_change(files: Path, tmp_path: Path) -> None:
+    def cut(rollout: Rollout) -> Rollout:
+        return replace(rollout, finish_reason="length")
+
+    config = configure(
+        "rto",
+        files,
+        tmp_path / "run",
+        batch__train=8,
+        algorithm__truncated="mask",
+        run__max_skipped_updates=1,
+    )
+    engine = PoisonedEngine(cut, None, at=0)
+    ((_, error),) = run_ranks(1, _watched, config, engine)
+    assert error.startswith(
+        "CONFIG step 1: 1 updates in a row were refused, the last because every response is"
+    )
+    assert "a larger sampling.max_response_tokens" in error
+
+
 @pytest.mark.parametrize("role", ["dpo", "reward"])
 def test_the_one_step_with_a_poisoned_sample_is_skipped(role: str, files: Path, tmp_path: Path) -> None:
     token, prompts = rare_prompt(files, tmp_path)
@@ -217,9 +238,8 @@ def test_scores_of_1e9_are_refused_until_the_run_stops(layout: str, files: Path,
     )  # fmt: skip
     for seen, error in run_ranks(LAYOUTS[layout][0], _watched, config, PoisonedEngine(None)):
         assert len({json.dumps(one) for one in seen}) == 1
-        assert error.startswith("step 2: 2 updates in a row were refused")
+        assert error.startswith("NAN step 2: 2 updates in a row were refused")
         assert "beyond algorithm.score_limit=1000" in error
-    assert NotFiniteError.reason == "NAN"
     assert [len(next(iter(one["found"].values()))) for one in _refusals(tmp_path / "run")] == [8, 8]
     assert (tmp_path / "run/checkpoints/step_000001").is_dir()
     assert not (tmp_path / "run/checkpoints/step_000002").exists()
@@ -254,4 +274,4 @@ def test_refusals_in_a_row_count_on_in_a_resumed_run(
     ((_, error),) = run_ranks(1, _watched, shorter, None)
     assert error == ""
     ((_, error),) = run_ranks(1, _watched, whole, None)
-    assert error.startswith("step 4: 3 updates in a row were refused")
+    assert error.startswith("NAN step 4: 3 updates in a row were refused")

@@ -34,9 +34,9 @@ from rto_megatron.rollout.engine import Sampling
 from rto_megatron.trainer.metrics import read_metrics
 from rto_megatron.trainer.rollouts import Roles, close_rollouts, score
 from rto_megatron.trainer.rto import Sampler, train_rto
-from rto_megatron.types import Experience, Prompt, Rollout, ScoredRollouts
+from rto_megatron.types import EndOfSequence, Experience, Prompt, Rollout, ScoredRollouts
 
-EOS = 2
+END = EndOfSequence((2,), 2)
 # One optimizer step per rollout step at a rate that does not depend on the length of the run.
 CRITIC_FREE = {"batch__train": 8, "optimizer__schedule": "constant", "optimizer__warmup_fraction": 0.0}
 STEADY = {
@@ -319,9 +319,9 @@ def _bootstrapped(root: Path, policy: str) -> tuple[ScoredRollouts, Experience]:
         dpo_reference=None,
     )
     config = ppo.Config.model_validate({"truncated": policy, "lam": 0.5, "gamma": 0.9})
-    closed = close_rollouts(rollouts(), EOS, config.truncated)
+    closed = close_rollouts(rollouts(), END, config.truncated)
     layout = Layout(3, True, 1, place.device.torch_device)
-    scored = score(closed, roles, layout, EOS, config.truncated)
+    scored = score(closed, roles, layout, END, config.truncated, min_tokens=0)
     return scored, ppo.build(config, lambda _: frozenset()).credit(scored, 0.1, place.dp_sum)
 
 

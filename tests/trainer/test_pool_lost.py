@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from engine.layouts import LAYOUTS
-from ranks import run_ranks
+from ranks import free_port, run_ranks
 from trainer.test_resume import assert_equal_runs, read_checkpoint
 from trainer.tiny_runs import ENGINE_VOCAB, HeldPush, configure, join
 
@@ -94,3 +94,34 @@ def test_a_pool_that_never_served_leaves_no_checkpoint(files: Path, tmp_path: Pa
         f"{REASON}\nno step was finished yet; start the pool again, and then the run as before: it goes on from there",
     )
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("server", "words"),
+    [
+        ("http://127.0.0.1:{port}", "none of rollout.servers answers, and nothing was done yet"),
+        ("http://localhost:{port}", "inference server http://127.0.0.1:"),
+        ("http://no-such-machine.invalid:8000", "this machine finds no way to no-such-machine.invalid"),
+    ],
+)
+def test_an_address_where_nobody_is_ends_the_run_at_once(
+    server: str, words: str, files: Path, tmp_path: Path
+) -> None:
+    """As a mistake of the recipe, which `rto launch` starts no second attempt for."""
+    (tmp_path / "token").write_text("t" * 64)
+    (tmp_path / "token").chmod(0o600)
+    config = configure(
+        "rto", files, tmp_path / "run", rollout__servers=(server.format(port=free_port()),),
+        rollout__token_file=tmp_path / "token",
+    )  # fmt: skip
+
+    def ended() -> tuple[str, str]:
+        assert isinstance(config, ReinforcementStage)
+        place = join(config)
+        with pytest.raises(UserError) as refused:
+            train_rto(config, place)
+        return refused.value.reason, str(refused.value)
+
+    for reason, message in run_ranks(1, ended):
+        assert reason == "CONFIG"
+        assert words in message

@@ -7,16 +7,16 @@ import pytest
 
 from rto_megatron.errors import UserError
 from rto_megatron.trainer.pool import meeting_host
-from rto_megatron.trainer.stages import _refuse_bare_srun
+from rto_megatron.trainer.stages import _refuse_lone_task
 
 
 def test_srun_without_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("SLURM_NTASKS", "8")
     with pytest.raises(UserError, match="SLURM started 8 tasks without RANK"):
-        _refuse_bare_srun()
+        _refuse_lone_task()
     monkeypatch.setenv("RANK", "0")
-    _refuse_bare_srun()
+    _refuse_lone_task()
 
 
 def test_local_servers_are_met_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,13 @@
 """The recipe's models: all are here, fit the layout and each other, and read the same tokens."""
 
 from rto_megatron.cli.doctor_checks.finding import Finding
-from rto_megatron.config.checks import model_problems, refuse
 from rto_megatron.config.schema import Stage
 from rto_megatron.platform.device import prepare
+
+_SPARE = (
+    "a text that spells such a token ends the stage before its first step",
+    "resize the embedding, or leave it where no text spells them",
+)
 
 
 def check_models(config: Stage, world_size: int) -> list[Finding]:
@@ -13,13 +17,18 @@ def check_models(config: Stage, world_size: int) -> list[Finding]:
         UserError: names every model that is missing.
     """
     prepare()  # megatron.core, imported below, must find its patches in place
-    from rto_megatron.trainer.setup import find_sources, setup_problems
+    from rto_megatron.data.tokenizer import load_tokenizer
+    from rto_megatron.engine.source import find_sources
+    from rto_megatron.trainer.embeddings import spare_token_warnings
+    from rto_megatron.trainer.setup import setup_problems
 
-    refuse(model_problems(config))
     sources = find_sources(config)
     why, fix = "the stage would end with this message", "do as it says"
     problems = [
         Finding("models", "problem", text, why, fix) for text in setup_problems(config, sources, world_size)
     ]
     fits = f"{', '.join(sources)}: here, with equal tokenizers; layout, batches and lengths fit {world_size} ranks"
-    return problems or [Finding("models", "ok", fits)]
+    if problems:
+        return problems
+    spare = spare_token_warnings(load_tokenizer(sources["policy"].hf_folder), sources)
+    return [Finding("models", "ok", fits), *(Finding("models", "warning", text, *_SPARE) for text in spare)]

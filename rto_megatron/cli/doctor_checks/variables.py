@@ -5,6 +5,8 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 from rto_megatron.cli.doctor_checks.finding import Finding, Level
+from rto_megatron.cli.torchrun import torchrun_defaults
+from rto_megatron.rollout.server_place import mended, place_problems
 
 _PREFIXES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "NVTE_", "UCX_")
 _NAMES = (
@@ -49,6 +51,30 @@ def check_doors() -> list[Finding]:
     ]
     names = ", ".join(relevant()) or "none"
     return problems or [Finding("variables", "ok", f"set, of those that libraries read: {names}")]
+
+
+def check_starts() -> list[Finding]:
+    """What of the environment, and of the room for sockets and queues, changes or prevents a start."""
+    found = torchrun_defaults()
+    findings = [
+        Finding(
+            "starts",
+            "warning",
+            f"torchrun takes {', '.join(f'{name}={value}' for name, value in found.items())} for its options",
+            "a plain torchrun waits for the machines that they announce; rto launch, which is for one machine, refuses "
+            "PET_NNODES above 1 and uses none of them",
+            f"unset {' '.join(found)}, unless an operator such as Kubeflow's starts one torchrun on each machine",
+        )
+    ] if found else []  # fmt: skip
+    why = "servers of the pool would end while they start"
+    findings += [
+        Finding("starts", "warning", text, why, "nothing: rto launch and rto pool do so by themselves")
+        for text in mended(os.environ)[1]
+    ]
+    findings += [
+        Finding("starts", "problem", text, why, "do as it says") for text in place_problems([1], os.environ)
+    ]
+    return findings or [Finding("starts", "ok", "nothing here changes what torchrun and the pool are told")]
 
 
 def compare(name: str, by_rank: Mapping[int, Mapping[str, str]], hosts: Mapping[int, str]) -> list[Finding]:

@@ -1,5 +1,6 @@
 """Runs the experiment's stages in one process, one after another; what is finished is not run again."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -8,6 +9,7 @@ from pathlib import Path
 from rto_megatron.algorithms import ALGORITHMS
 from rto_megatron.config import schema
 from rto_megatron.config.load import load_recipe
+from rto_megatron.config.overrides import as_override
 from rto_megatron.data.synthetic import SIZES_LONG, write_synthetic_task
 from rto_megatron.data.synthetic_source import LONG
 from rto_megatron.data.tokenizer import load_tokenizer, tokens_with
@@ -21,6 +23,7 @@ from rto_megatron.trainer.offline import train_offline
 from rto_megatron.trainer.report.evaluation import FILE_NAME
 from rto_megatron.trainer.report.progress import say
 from rto_megatron.trainer.rto import train_rto
+from rto_megatron.trainer.run_lock import held
 
 HIDDEN_SIZE = 64
 _OFFLINE = ("sft", "reward_model", "dpo")
@@ -64,7 +67,8 @@ class Lane:
             if not (folder / stage / "hf").exists():
                 config = self._load(stage, folder, f"run.seed={seed}", *self.overrides)
                 assert isinstance(config, schema.OfflineStage)
-                train_offline(config, self.topology)
+                with held(config.run.dir):
+                    train_offline(config, self.topology)
         for system in ("sft", "dpo"):
             self._evaluate(system, folder)
 
@@ -78,8 +82,8 @@ class Lane:
             folder,
             f"vars.method={arm.stage}",
             f"run.seed={seed}",
-            f"run.dir={folder / name}",
-            *([f"models.dpo={folder / 'dpo'}"] if ALGORITHMS[arm.stage].has_dpo else []),
+            as_override("run.dir", folder / name),
+            *([as_override("models.dpo", folder / "dpo")] if ALGORITHMS[arm.stage].has_dpo else []),
             *arm.overrides,
             *self._pool(),
             *self.overrides,
@@ -94,20 +98,24 @@ class Lane:
             built = ALGORITHMS[arm.stage].build(config.algorithm, vocabulary)
             algorithm = arm.control(built, TrueReward.load(task / "true_reward.json"))
         if not (folder / name / "hf").exists():
-            train_rto(config, self.topology, algorithm=algorithm)
+            with held(config.run.dir):
+                train_rto(config, self.topology, algorithm=algorithm)
         self._evaluate(name, folder)
 
     def _evaluate(self, system: str, folder: Path) -> None:
         if not (folder / "evaluations" / system / FILE_NAME).exists():
             config = self._load("evaluate", folder, f"vars.system={system}", *self._pool())
             assert isinstance(config, schema.EvaluateStage)
-            evaluate(config, self.topology)
+            with held(config.run.dir):
+                evaluate(config, self.topology)
 
     def _pool(self) -> tuple[str, ...]:
-        return f"rollout.servers=[{self.server}]", f"rollout.token_file={self.token_file}"
+        return f"rollout.servers={json.dumps([self.server])}", as_override(
+            "rollout.token_file", self.token_file
+        )
 
     def _load(self, recipe: str, folder: Path, *overrides: str) -> schema.Stage:
-        return load_recipe(self.recipes / f"{recipe}.yaml", [f"vars.root={folder}", *overrides])
+        return load_recipe(self.recipes / f"{recipe}.yaml", [as_override("vars.root", folder), *overrides])
 
 
 def smaller(design: Design, seeds: int) -> Design:

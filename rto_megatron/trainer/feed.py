@@ -1,0 +1,46 @@
+"""How prepared data become batches and go on after a resume: what is left out or not proved is said once."""
+
+from collections.abc import Mapping
+
+from rto_megatron.data.batches import Batches
+from rto_megatron.data.encoder import Loaded
+from rto_megatron.errors import UserError
+from rto_megatron.parallel.collectives import Json
+from rto_megatron.parallel.topology import Topology
+from rto_megatron.trainer.report.progress import say
+from rto_megatron.types import Example
+
+
+def feed[T: Example](loaded: Loaded[T], global_batch: int, seed: int, topology: Topology) -> Batches[T]:
+    """This replica's share of every global batch; says what no pass gets to.
+
+    Raises:
+        UserError: fewer items than one global batch, or the ranks do not divide it.
+    """
+    batches = Batches(loaded.items, global_batch, seed, topology.data_rank, topology.data_size)
+    if batches.num_left_over:
+        say(
+            f"{loaded.report.source}: {batches.num_left_over} of {len(loaded.items)} stand behind the last full batch "
+            f"of {global_batch} and are left out of a pass; the next pass shuffles, and leaves out others",
+            topology.is_lead,
+        )
+    return batches
+
+
+def go_on[T: Example](batches: Batches[T], state: Json, key: str, topology: Topology) -> None:
+    """Continues behind the samples that a checkpoint counts.
+
+    Args:
+        state: what `Batches.state` gave.
+        key: of the data in the configuration.
+
+    Raises:
+        UserError: these are not the data of the checkpoint.
+    """
+    assert isinstance(state, Mapping)
+    try:
+        warning = batches.restore(state)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
+    if warning is not None:
+        say(f"warning: {key}: {warning}", topology.is_lead)
