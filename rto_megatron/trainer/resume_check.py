@@ -65,8 +65,9 @@ def resumed_run(
     point_to(checkpoint)
     for files in checkpoint.glob(f"*/{HF_FILES}"):
         shutil.copytree(files, run_dir / "model_files" / files.parent.name)
-    for name in ("metrics.jsonl", MOMENT_FILE):
-        shutil.copy(whole.run.dir / name, run_dir)
+    shutil.copy(whole.run.dir / "metrics.jsonl", run_dir)
+    if (moment := whole.run.dir / MOMENT_FILE).exists():
+        shutil.copy(moment, run_dir)
     run = whole.run.model_copy(update={"dir": run_dir})
     changed = whole.model_copy(update={"run": run, "parallel": parallel})
     load.save(changed, run_dir)

@@ -19,27 +19,31 @@ from rto_megatron.trainer.report.progress import say
 MOMENT_FILE = "template_date"
 
 
-def run_moment(config: schema.Stage, tokenizer: PreTrainedTokenizerBase, topology: Topology) -> datetime:
+def run_moment(
+    config: schema.Stage, tokenizer: PreTrainedTokenizerBase, topology: Topology
+) -> datetime | None:
     """When the run started first, the same on all ranks, which must all call it, after the run folder was made.
+
+    Returns:
+        None where the template prints no date.
 
     Raises:
         UserError: the template does not read an argument of the recipe, or the run's date cannot be read.
     """
     # Before the lead writes anything, and on every rank alike.
-    prints_date = ChatTemplate(tokenizer, TemplateOptions(config.data.template)).prints_date
+    if not ChatTemplate(tokenizer, TemplateOptions(config.data.template)).prints_date:
+        return None
     path = config.run.dir / MOMENT_FILE
-    kept = topology.lead_json(_kept_moment(path, prints_date) if topology.is_lead else None)
-    moment = _read(path, str(kept))
-    if prints_date:
-        say(f"the chat template prints the date of this run's start, {moment:%Y-%m-%d}", topology.is_lead)
+    moment = _read(path, str(topology.lead_json(_kept_moment(path) if topology.is_lead else None)))
+    say(f"the chat template prints the date of this run's start, {moment:%Y-%m-%d}", topology.is_lead)
     return moment
 
 
-def _kept_moment(path: Path, prints_date: bool) -> str:
+def _kept_moment(path: Path) -> str:
     """The run's moment; a run without one gets the clock's, to the second."""
     if path.is_file():
         return path.read_text().strip()
-    if prints_date and latest_checkpoint(path.parent):
+    if latest_checkpoint(path.parent):
         say(f"warning: {path} is missing, so the prompts of this run print another date from here on", True)
     moment = datetime.now().isoformat(timespec="seconds")
     partial = path.with_name(f".partial_{path.name}")
