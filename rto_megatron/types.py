@@ -19,6 +19,22 @@ Metrics = Mapping[
 
 
 @dataclass(frozen=True)
+class EndOfSequence:
+    """The tokens that end a sequence."""
+
+    ids: tuple[int, ...]  # any of them ends one, `written` among them
+    written: int  # the tokenizer's: what is written where one has to be
+
+
+@dataclass(frozen=True)
+class Ban:
+    """Tokens that the pool could not sample as one of the first of a response."""
+
+    ids: tuple[int, ...]
+    num_tokens: int  # of the response, from its first
+
+
+@dataclass(frozen=True)
 class Prompt:
     """One prompt, already tokenized with the chat template and its generation header."""
 
@@ -81,7 +97,7 @@ class ScoredRollouts:
 
     rollouts: tuple[Rollout, ...]
     mask_BR: Tensor  # 1 on response tokens that are actions, end-of-sequence included; 0 on padding
-    sampled_BR: Tensor  # 1 on actions that the pool sampled; 0 where the truncation policy wrote the token
+    sampled_BR: Tensor  # 1 on actions that the pool sampled from what `logp_old_BR` is of; 0 on others, as written ones
     logp_pool_BR: Tensor  # policy, by the pool when it sampled; means nothing where `sampled_BR` is 0
     logp_old_BR: Tensor  # policy, at rollout time
     logp_ref_BR: Tensor  # reference
@@ -89,6 +105,7 @@ class ScoredRollouts:
     values_BR: Tensor  # critic, of the state before each action; zeros without a critic
     bootstrap_B: Tensor  # critic, of the state behind a cut response; zeros where nothing is bootstrapped
     score_B: Tensor  # reward model, normalised with the mean and std of its checkpoint
+    ban: Ban | None = None  # under which the log-probs of policy and reference were taken
 
 
 @dataclass(frozen=True)
@@ -118,6 +135,15 @@ class Experience:
     advantages_BR: Tensor  # as the policy's loss takes them: whitened, or relative to a group
     returns_BR: Tensor
     rewards: TokenRewards
+    ban: Ban | None = None  # under which log-probs are compared with `logp_old_BR` and `logp_ref_BR`
+
+
+@dataclass(frozen=True)
+class BannedTargets:
+    """Positions whose log-probs are of the vocabulary without some tokens."""
+
+    ids: tuple[int, ...]
+    is_banned_T: Tensor  # bool; false where the target is one of them
 
 
 @dataclass(frozen=True)
@@ -136,6 +162,7 @@ class TokenBatch:
     ]  # S + 1 offsets, the last one is T; a trailing padding segment may be the last
     num_rows: int
     last_positions: tuple[int, ...]  # index into T of each real sequence's last token, S entries
+    banned: BannedTargets | None = None  # None: log-probs are of the whole vocabulary
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ class KLController:
 
     coef: float
     target: float | None  # nats per token
-    horizon: int  # sequences
+    horizon: int  # sequences, at least `smallest_horizon`
 
     def update(self, mean_kl: float, num_sequences: int) -> "KLController":
         """The controller of the next step.
@@ -36,3 +36,9 @@ class KLController:
     def restored(self, state: Mapping[str, float]) -> Self:
         """This controller at the coefficient of a checkpoint; a fixed one keeps its configured one."""
         return self if self.target is None else replace(self, coef=state["coef"])
+
+
+def smallest_horizon(num_sequences: int) -> int:
+    """The least horizon at which a step of so many sequences leaves the coefficient above 0, the lowest factor being
+    1 - 0.2 num_sequences / horizon."""
+    return num_sequences // 5 + 1

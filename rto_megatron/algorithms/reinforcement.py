@@ -209,6 +209,7 @@ class PolicyOptimization:
             advantages_BR=advantages_BR,
             returns_BR=returns_BR,
             rewards=rewards,
+            ban=scored.ban,
         )
 
     def credit_metrics(self, scored: ScoredRollouts, experience: Experience) -> Metrics:

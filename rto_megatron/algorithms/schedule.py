@@ -5,9 +5,12 @@ from typing import Literal
 
 
 def warmup_steps(fraction: float, total: int) -> int:
-    """Steps of the warm-up, ceil(fraction * total)."""
+    """Steps of the warm-up, ceil(fraction * total), and fewer than all: its first step has rate 0.
+
+    A run of one step has none, and any other one reaches the peak rate.
+    """
     # 0.07 * 100 is 7.000000000000001 in binary; without rounding the ceiling would be one step too many.
-    return math.ceil(round(fraction * total, 9))
+    return min(math.ceil(round(fraction * total, 9)), max(total - 1, 0))
 
 
 def lr_factor(

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rto_megatron.types import FinishReason
+from rto_megatron.types import Ban, EndOfSequence, FinishReason
 
 TruncationPolicy = Literal["compat", "penalise", "bootstrap", "mask"]
 
@@ -30,32 +30,36 @@ class ClosedSequence:
     action_mask: tuple[int, ...]  # L - input_len; 1 on actions, end-of-sequence included
 
 
-def close_sequence(token_ids: Sequence[int], input_len: int, eos_id: int, pad_id: int) -> ClosedSequence:
+def close_sequence(
+    token_ids: Sequence[int], input_len: int, eos: EndOfSequence, pad_id: int
+) -> ClosedSequence:
     """Writes end-of-sequence behind the last ordinary token of a generated sequence and masks what follows.
 
-    An ordinary token is neither `eos_id` nor `pad_id`. Where no position follows the last ordinary token, it
-    is overwritten itself.
+    An ordinary token is neither one of `eos.ids` nor `pad_id`; one of the former that stands there is kept. Where no
+    position follows the last ordinary token, it is overwritten itself.
 
     Args:
         token_ids: L ids, left padding and prompt in the first `input_len` positions; one of them is ordinary.
         input_len: positions before the response, at least 1.
-        eos_id: end-of-sequence.
-        pad_id: padding; may equal `eos_id`.
+        eos: end-of-sequence.
+        pad_id: padding; may be one of `eos.ids`.
 
     Source: OpenRLHF 0.4.4, openrlhf/models/actor.py:process_sequences.
     """
-    ordinary = [i for i, token in enumerate(token_ids) if token not in (eos_id, pad_id)]
+    special = {*eos.ids, pad_id}
+    ordinary = [i for i, token in enumerate(token_ids) if token not in special]
     eos_at = min(ordinary[-1] + 1, len(token_ids) - 1)
-    closed = (*token_ids[:eos_at], eos_id, *token_ids[eos_at + 1 :])
+    end = token_ids[eos_at] if token_ids[eos_at] in eos.ids else eos.written
+    closed = (*token_ids[:eos_at], end, *token_ids[eos_at + 1 :])
     attention_mask = tuple(int(ordinary[0] <= i <= eos_at) for i in range(len(closed)))
     # An action exists where its state's last token is ordinary; the first exists whatever ends the prompt.
     states = closed[input_len - 1 : -1]
-    action_mask = tuple(int(i == 0 or token not in (eos_id, pad_id)) for i, token in enumerate(states))
+    action_mask = tuple(int(i == 0 or token not in special) for i, token in enumerate(states))
     return ClosedSequence(closed, attention_mask, action_mask)
 
 
 def close_response(
-    response_ids: tuple[int, ...], finish_reason: FinishReason, eos_id: int, policy: TruncationPolicy
+    response_ids: tuple[int, ...], finish_reason: FinishReason, eos: EndOfSequence, policy: TruncationPolicy
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Applies the truncation policy to one response.
 
@@ -66,6 +70,20 @@ def close_response(
     if finish_reason == "stop":
         return response_ids, ()
     if policy == "compat":
-        closed = close_sequence((_PROMPT_ID, *response_ids), input_len=1, eos_id=eos_id, pad_id=eos_id)
+        closed = close_sequence((_PROMPT_ID, *response_ids), input_len=1, eos=eos, pad_id=eos.written)
         return closed.token_ids[1:], ()
-    return response_ids, (eos_id,)
+    return response_ids, (eos.written,)
+
+
+def compared_ban(eos: EndOfSequence, min_tokens: int) -> Ban | None:
+    """What the log-probs of policy and reference leave out, so that they are of what the pool sampled from.
+
+    None up to 1: the released code forbids an empty response as well, and takes whole distributions all the same.
+
+    Args:
+        min_tokens: end-of-sequence is forbidden before this many tokens of a response.
+
+    Source: the rule of transformers' MinNewTokensLengthLogitsProcessor; OpenRLHF 0.4.4, trainer/ppo_trainer.py
+    (min_new_tokens=1).
+    """
+    return Ban(eos.ids, min_tokens) if min_tokens > 1 else None

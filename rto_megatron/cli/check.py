@@ -159,6 +159,7 @@ def _role_and_shape(entry: str) -> tuple[str, str]:
 def _layout_table(config: "Stage", world_size: int, pool_gpus: int) -> Table:
     from rto_megatron.cli.plan import reads_pairs
     from rto_megatron.config.checks import is_colocated, plan_batches, samples_from_pool
+    from rto_megatron.config.learning_rate import known_rates
     from rto_megatron.config.schema import ReinforcementStage, TrainStage
 
     plan = plan_batches(config, world_size)
@@ -186,6 +187,12 @@ def _layout_table(config: "Stage", world_size: int, pool_gpus: int) -> Table:
             "rollout step",
             f"{config.batch.rollout} prompts{each} = {plan.data_parallel} x {plan.rollout_per_rank}; "
             f"{plan.updates_per_rollout} optimizer steps per pass",
+        )
+    for name, rates in known_rates(config).items() if isinstance(config, TrainStage) else ():
+        table.add_row(
+            f"{name}.lr",
+            f"first {rates.first:.3g}, highest {rates.highest:.3g}, last {rates.last:.3g}; "
+            f"{rates.num_updates} optimizer steps, {rates.num_warmup} of warm-up",
         )
     return table
 

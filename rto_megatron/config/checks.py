@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from rto_megatron.algorithms import ALGORITHMS
+from rto_megatron.algorithms.kl_controller import smallest_horizon
 from rto_megatron.algorithms.method import OfflineMethod
+from rto_megatron.algorithms.reinforcement import RewardConfig
 from rto_megatron.config.roles import OPTIONAL_ROLES, allowed_roles, needs_dpo
 from rto_megatron.config.schema import EvaluateStage, OfflineStage, ReinforcementStage, Stage, TrainStage
 from rto_megatron.errors import UserError
@@ -55,6 +57,7 @@ def find_problems(
         *_layout(config, world_size, origin),
         *model_problems(config),
         *_lengths(config, max_positions),
+        *_kl_horizon(config),
         *_pool_servers(config),
     ]
 
@@ -219,6 +222,19 @@ def _lengths(config: Stage, max_positions: Mapping[str, int]) -> list[str]:
                 "(max_position_embeddings)"
             )
     return problems
+
+
+def _kl_horizon(config: Stage) -> list[str]:
+    if not isinstance(config, ReinforcementStage) or not isinstance(config.algorithm, RewardConfig):
+        return []
+    horizon, responses = config.algorithm.kl_horizon, config.responses_per_step
+    if config.algorithm.kl_target is None or horizon >= smallest_horizon(responses):
+        return []
+    return [
+        f"algorithm.kl_horizon={horizon} is not above 0.2 x {responses}, the responses of a rollout step: one could "
+        "take beta_kl to 0 or below, and a negative one pays for divergence; the smallest that works is "
+        f"algorithm.kl_horizon={smallest_horizon(responses)}"
+    ]
 
 
 def _appends_end(config: Stage) -> bool:

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 
 from rto_megatron.algorithms import ALGORITHMS, reinforcement
 from rto_megatron.algorithms.method import Method, OnlineMethod
+from rto_megatron.config.template import TemplateArguments
 from rto_megatron.rollout.addresses import without_localhost
 
 
@@ -146,6 +147,11 @@ class DataConfig(Section):
         description="error: rows that cannot be used end the run, and all are named; drop: it goes on without them, "
         "counted and logged",
     )
+    template: TemplateArguments = Field(
+        default={},
+        description="arguments that the tokenizer's chat template reads, as for apply_chat_template "
+        "(enable_thinking: false)",
+    )
 
 
 class ExampleDataConfig(DataConfig):
@@ -155,6 +161,15 @@ class ExampleDataConfig(DataConfig):
     eval: str | None = Field(default=None, min_length=1)
     eval_samples: int | None = Field(default=None, ge=1, description="rows of `eval` to use; null: all")
     max_length: int = Field(default=2048, ge=2, description="prompt and answer, in tokens")
+    open_thought: Literal["error", "keep"] = Field(
+        default="error",
+        description="what happens to an answer that does not close the thought that the generation prompt opens",
+    )
+    allow_non_prefix: bool = Field(
+        default=False,
+        description="take chat templates that render a prompt otherwise than the beginning of its conversation: the "
+        "rendered prompt and the bare answer are joined",
+    )
 
 
 class PromptDataConfig(DataConfig):

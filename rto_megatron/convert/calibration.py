@@ -3,16 +3,19 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rto_megatron.data.chat import Message, encode_prompt, encode_text
+from rto_megatron.data.chat import encode_prompt, encode_text
 from rto_megatron.data.soundness import Proof, require_characters
 from rto_megatron.data.sources import Row, read_rows
+from rto_megatron.data.template import ChatTemplate, TemplateOptions
 from rto_megatron.data.tokenizer import load_tokenizer
+from rto_megatron.data.turns import conversation_of, turns, with_system
 from rto_megatron.data.vocabulary import Embedding, require_rows
 from rto_megatron.errors import UserError
 
@@ -27,6 +30,7 @@ class Prompts:
     origin: str
     calibration: tuple[Tensor, ...]
     held_out: tuple[Tensor, ...]
+    template_date: str | None  # that the chat template prints; None: it prints none
 
     def sha256(self) -> str:
         """Of all ids and the lengths, calibration first."""
@@ -41,7 +45,7 @@ def random_prompts(vocab_size: int, num_prompts: int, max_length: int, seed: int
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(vocab_size, (num_prompts + NUM_HELD_OUT, 1, max_length), generator=generator)
     origin = f"uniform random tokens of seed {seed}: input scales fit noise, not text; give --prompts for a real model"
-    return _split(origin, tuple(ids), num_prompts)
+    return _split(origin, tuple(ids), num_prompts, None)
 
 
 def read_prompts(
@@ -54,19 +58,23 @@ def read_prompts(
             a text, or there is a token that the model has no row for.
     """
     tokenizer = load_tokenizer(tokenizer_folder)
+    moment = datetime.now()  # one for all rows, so that midnight does not part them
+    template = ChatTemplate(tokenizer, TemplateOptions(moment=moment))
     proof = Proof(tokenizer)
     wanted = num_prompts + NUM_HELD_OUT
     embedding = Embedding("the model", vocab_size)
 
     def encoded() -> Iterator[Tensor]:
         for row in read_rows(source):
-            content = _content(row)
+            column = _column(row)
+            content = row.columns[column]
             if isinstance(content, str):
                 text = require_characters(content, row.where)
                 ids = encode_text(tokenizer, text)
             else:
-                text = "\n".join(message.content for message in content)
-                ids = encode_prompt(tokenizer, content, row.where)
+                asked = conversation_of(row, with_system(row, turns(row, column)))
+                text = asked.text
+                ids = encode_prompt(template, asked, row.where).ids
             proof.judge(text, ids, row.where)
             kept = ids[:max_length]
             require_rows(source, [(row.where, kept)], tokenizer, embedding)
@@ -78,21 +86,22 @@ def read_prompts(
             f"{source} has {len(found)} rows; expected {wanted}: {num_prompts} for calibration and {NUM_HELD_OUT} held "
             "out; lower --num-prompts or give more rows"
         )
-    return _split(source, found, num_prompts)
+    date = f"{moment:%Y-%m-%d}" if template.prints_date else None
+    return _split(source, found, num_prompts, date)
 
 
-def _split(origin: str, found: tuple[Tensor, ...], num_prompts: int) -> Prompts:
-    return Prompts(origin, found[:num_prompts], found[num_prompts:])
+def _split(origin: str, found: tuple[Tensor, ...], num_prompts: int, date: str | None) -> Prompts:
+    return Prompts(origin, found[:num_prompts], found[num_prompts:], date)
 
 
-def _content(row: Row) -> str | list[Message]:
+def _column(row: Row) -> str:
     """The first column that holds text or a conversation."""
     for column in _COLUMNS:
         value = row.columns.get(column)
         if isinstance(value, str) and value:
-            return value
+            return column
         if isinstance(value, list) and value and all(isinstance(t, dict) and "content" in t for t in value):
-            return [Message(str(turn.get("role", "user")), str(turn["content"])) for turn in value]
+            return column
     raise UserError(
         f"{row.where}: found the columns {sorted(row.columns)}, expected text or messages in one of {list(_COLUMNS)}"
     )

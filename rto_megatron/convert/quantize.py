@@ -64,6 +64,7 @@ class QuantizationReport:
         inputs_and_weights: the quantised model against the original, before the export.
         weights_before: the same with exact inputs.
         weights_after: the weights of the folder, read back without ModelOpt, against the original.
+        template_date: that the chat template printed into the prompts; None: none.
         before_to_after: the last two against each other; next to nothing where the model is float32.
     """
 
@@ -72,6 +73,7 @@ class QuantizationReport:
     dtype: str
     prompts: str
     prompts_sha256: str
+    template_date: str | None
     num_calibration: int
     num_held_out: int
     bytes_before: int
@@ -129,6 +131,7 @@ def _quantize(folder: Path, target: Path, choices: Choices, source: str) -> Quan
             dtype=dtype,
             prompts=prompts.origin,
             prompts_sha256=prompts.sha256(),
+            template_date=prompts.template_date,
             num_calibration=len(prompts.calibration),
             num_held_out=len(prompts.held_out),
             bytes_before=_weight_bytes(folder),

@@ -1,95 +1,139 @@
 """Token ids of prompts and answers under a tokenizer's chat template.
 
-The answer's ids are what follows the prompt's ids in the whole conversation. A template for which the
-prompt (with its generation header) is no prefix of the conversation, as text or as ids, gets prompt and
-answer tokenized apart and joined. Prompts carry the tokenizer's beginning-of-sequence token exactly once,
-and an answer ends at its first end-of-sequence token, as a sampled response would.
+The answer's ids are what follows the prompt's ids in the whole conversation. Where the two texts merge at their border
+into other ids, prompt and answer are tokenized apart. Prompts carry the tokenizer's beginning-of-sequence token exactly
+once, and an answer ends at the first token that would end a sampled response; where the template writes none, the
+tokenizer's end-of-sequence token is appended. What the template leaves out is refused, but for reasoning of earlier
+turns, which is counted.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from rto_megatron.data.soundness import require_characters
+from rto_megatron.data.eos import own_eos
+from rto_megatron.data.left_out import Part, left_out, refuse
+from rto_megatron.data.messages import Conversation
+from rto_megatron.data.template import ChatTemplate
+from rto_megatron.data.thoughts import Answer, answer_after
 from rto_megatron.errors import UserError
+from rto_megatron.types import EndOfSequence
 
 
 @dataclass(frozen=True)
-class Message:
-    """One turn of a conversation."""
+class EncodedPrompt:
+    """A conversation that waits for the assistant's turn."""
 
-    role: str
-    content: str
+    ids: tuple[int, ...]
+    num_thoughts_left_out: int  # reasoning of earlier turns that the template does not render
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """A prompt and one answer to it; the answer ends with the end-of-sequence token and holds no
-    other."""
+    """A prompt and one answer to it; the answer holds no end-of-sequence token but its last one, which is one unless a
+    length limit cut the answer."""
 
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
     num_cut_tokens: int  # tokens that stood after an end-of-sequence token inside the answer's text
+    num_thoughts_left_out: int = 0  # reasoning of earlier turns that the template does not render
+    is_apart: bool = False  # the rendered prompt is not how the rendered conversation begins
+    is_open: bool = False  # the answer does not close the thought that the prompt opens
 
 
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], where: str
-) -> tuple[int, ...]:
+def encode_prompt(template: ChatTemplate, conversation: Conversation, where: str) -> EncodedPrompt:
     """Ids of a conversation that waits for the assistant's turn, generation header included.
 
     Raises:
-        UserError: the template refuses the messages.
+        UserError: the template refuses the conversation or leaves something out.
     """
-    return encode_text(tokenizer, _render(tokenizer, messages, True, where))
+    text = template.text(conversation, True, where)
+    thoughts, others = _sorted(left_out(template, conversation, text, True, where), None)
+    refuse(template, conversation, others, where)
+    return EncodedPrompt(encode_text(template.tokenizer, text), len(thoughts))
 
 
 def encode_exchange(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], answer: str, where: str
+    template: ChatTemplate, conversation: Conversation, where: str, eos: EndOfSequence | None = None
 ) -> Exchange:
-    """Ids of a prompt and of the assistant's answer to it.
+    """Ids of a prompt and of the assistant's answer to it, which is the conversation's last turn.
+
+    Args:
+        eos: what ends an answer; None: the tokenizer's alone.
 
     Raises:
-        UserError: the template refuses the messages.
+        UserError: the template refuses the conversation, leaves something out, or renders the prompt otherwise than
+            the beginning of the conversation; or the answer does not close the thought that the prompt opens.
     """
-    prompt_text = _render(tokenizer, messages, True, where)
-    whole_text = _render(tokenizer, [*messages, Message("assistant", answer)], False, where)
-    prompt_ids = encode_text(tokenizer, prompt_text)
-    whole_ids = encode_text(tokenizer, whole_text)
+    prompt_text = template.text(conversation.prompt, True, where)
+    whole_text = template.text(conversation, False, where)
+    answer = answer_after(prompt_text, whole_text, conversation.messages[-1].content)
+    lost = left_out(template, conversation, whole_text, False, where)
+    last = len(conversation.messages) - 1
+    if answer.has_thought_back:
+        lost = [part for part in lost if (part.turn, part.piece) != (last, "thought")]
+    thoughts, others = _sorted(lost, last)
+    refuse(template, conversation, others, where)
+    _require_agreed(template, conversation, answer, where)
+    if answer.is_apart:
+        in_prompt = left_out(template, conversation.prompt, prompt_text, True, where)
+        thoughts, others = _sorted(in_prompt, None)
+        refuse(template, conversation.prompt, others, where)
+    prompt_ids = encode_text(template.tokenizer, prompt_text)
+    whole_ids = () if answer.is_apart else encode_text(template.tokenizer, prompt_text + answer.text)
     if whole_ids[: len(prompt_ids)] == prompt_ids and len(whole_ids) > len(prompt_ids):
         answer_ids = whole_ids[len(prompt_ids) :]
     else:
-        is_prefix = whole_text.startswith(prompt_text)
-        answer_text = whole_text[len(prompt_text) :] if is_prefix else answer
-        answer_ids = tuple(tokenizer.encode(answer_text, add_special_tokens=False))
-    return _ended(tokenizer, prompt_ids, answer_ids)
+        answer_ids = tuple(template.tokenizer.encode(answer.text, add_special_tokens=False))
+    return replace(
+        _ended(template.tokenizer, eos or own_eos(template.tokenizer), prompt_ids, answer_ids),
+        num_thoughts_left_out=len(thoughts),
+        is_apart=answer.is_apart,
+        is_open=answer.is_open,
+    )
+
+
+def _sorted(lost: list[Part], trained: int | None) -> tuple[list[Part], list[Part]]:
+    """Reasoning of turns that are not trained, and all else."""
+    thoughts = [part for part in lost if part.is_reasoning and part.turn != trained]
+    return thoughts, [part for part in lost if part not in thoughts]
+
+
+def _require_agreed(template: ChatTemplate, conversation: Conversation, answer: Answer, where: str) -> None:
+    """Refuses what only a setting of the run allows."""
+    if answer.is_apart and not template.options.allow_non_prefix:
+        raise UserError(
+            f"{where}: the chat template renders the prompt, with its generation header, otherwise than the beginning "
+            "of the conversation, so that the answer would be trained after another text than it is sampled after; "
+            "take a template that does not, or set data.allow_non_prefix=true to join the rendered prompt and the "
+            "bare answer"
+        )
+    fields = sorted(conversation.messages[-1].fields)
+    if answer.is_apart and fields:
+        raise UserError(
+            f"{where}: the answer has {', '.join(fields)}, and the chat template does not render it behind its prompt "
+            "(data.allow_non_prefix joins the content alone); remove these fields, or take another template"
+        )
+    if answer.is_open and template.options.open_thought == "error":
+        raise UserError(
+            f"{where}: the generation prompt opens a thought that the answer does not close, so that the model would "
+            "learn to answer inside its thoughts; write the reasoning and its closing tag before the answer, or set "
+            "data.open_thought=keep to train it as it is"
+        )
 
 
 def _ended(
-    tokenizer: PreTrainedTokenizerBase, prompt_ids: tuple[int, ...], answer_ids: tuple[int, ...]
+    tokenizer: PreTrainedTokenizerBase,
+    eos: EndOfSequence,
+    prompt_ids: tuple[int, ...],
+    answer_ids: tuple[int, ...],
 ) -> Exchange:
-    eos = tokenizer.eos_token_id
-    if eos not in answer_ids:
-        return Exchange(prompt_ids, (*answer_ids, eos), 0)
-    end = answer_ids.index(eos)
+    end = next((place for place, token in enumerate(answer_ids) if token in eos.ids), None)
+    if end is None:
+        return Exchange(prompt_ids, (*answer_ids, eos.written), 0)
     # Some templates write a line break after the end-of-sequence token: that is no part of the answer.
     rest = str(tokenizer.decode(list(answer_ids[end:]), skip_special_tokens=True)).strip()
     return Exchange(prompt_ids, answer_ids[: end + 1], len(answer_ids) - end - 1 if rest else 0)
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], with_header: bool, where: str
-) -> str:
-    turns = [{"role": message.role, "content": message.content} for message in messages]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=with_header)
-    except jinja2.TemplateError as error:
-        raise UserError(
-            f"{where}: the tokenizer's chat template refuses the roles "
-            f"{[message.role for message in messages]} ({error}); change the data or the template"
-        ) from error
-    return require_characters(str(text), where)
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:

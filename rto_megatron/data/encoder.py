@@ -2,7 +2,8 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
 from functools import cached_property
 from itertools import islice
 from typing import Literal
@@ -11,10 +12,14 @@ from transformers import PreTrainedTokenizerBase
 
 from rto_megatron.config import schema
 from rto_megatron.data.bad_rows import BadRows
-from rto_megatron.data.chat import Exchange, Message, encode_exchange, encode_prompt, encode_text
+from rto_megatron.data.chat import Exchange, encode_exchange, encode_prompt, encode_text
+from rto_megatron.data.messages import Message
 from rto_megatron.data.soundness import Proof, TokenizerError, require_characters
 from rto_megatron.data.sources import BadRow, Row, scan_rows
+from rto_megatron.data.template import ChatTemplate, TemplateOptions
+from rto_megatron.data.turns import conversation_of
 from rto_megatron.errors import UserError
+from rto_megatron.types import EndOfSequence
 
 _REASONS = 3  # why rows were bad, in a report
 MIN_ANSWER_TOKENS = 2  # an answer of one token would be nothing but the end of the sequence
@@ -22,12 +27,14 @@ MIN_ANSWER_TOKENS = 2  # an answer of one token would be nothing but the end of 
 
 @dataclass(frozen=True)
 class Limits:
-    """Length limits in tokens, and what happens to a prompt over its limit and to a row that cannot be used."""
+    """Length limits in tokens, what happens to a prompt over its limit and to a row that cannot be used, and how
+    conversations are rendered."""
 
     max_prompt_tokens: int
     max_length: int  # prompt and answer together; prompts without answers ignore it
     overlong: Literal["error", "drop", "truncate_left"]
     bad_rows: Literal["error", "drop"] = "error"
+    template: TemplateOptions = field(default_factory=TemplateOptions)
 
     def __post_init__(self) -> None:
         if self.max_length <= MIN_ANSWER_TOKENS:
@@ -37,15 +44,21 @@ class Limits:
             )
 
 
-def limits_of(config: schema.Stage) -> Limits:
-    """What a stage takes of its data; prompts that are to be answered leave room for the response."""
+def limits_of(config: schema.Stage, moment: datetime | None = None) -> Limits:
+    """What a stage takes of its data; prompts that are to be answered leave room for the response.
+
+    Args:
+        moment: of the run's start; None: templates that print the date print today's.
+    """
     data = config.data
+    template = TemplateOptions(data.template, moment)
     if isinstance(data, schema.ExampleDataConfig):
         length = data.max_length
+        template = TemplateOptions(data.template, moment, data.open_thought, data.allow_non_prefix)
     else:
         assert isinstance(config, schema.ReinforcementStage | schema.EvaluateStage)
         length = data.max_prompt_tokens + config.sampling.max_response_tokens
-    return Limits(data.max_prompt_tokens, length, data.overlong, data.bad_rows)
+    return Limits(data.max_prompt_tokens, length, data.overlong, data.bad_rows, template)
 
 
 @dataclass(frozen=True)
@@ -58,8 +71,12 @@ class LoadReport:
     dropped: int  # rows whose prompt was over the limit, and texts of one token
     truncated_prompts: int
     truncated_answers: int
+    truncated_answers_closed: int  # of these, those whose last kept token became end-of-sequence
     answers_cut_at_eos: int  # answers whose text spelt the end-of-sequence token before its end
     identical_pairs: int  # pairs whose two answers are the same ids: kept, but they teach nothing
+    earlier_thoughts_left_out: int  # reasoning of turns before an answer that the template does not render
+    answers_joined_apart: int  # answers whose rendered prompt is not how the rendered conversation begins
+    thoughts_left_open: int  # answers that do not close the thought that the prompt opens
     pairs_without_margin: int  # where margins are read: kept, with margin 0
     bad_rows: int  # rows that could not be used, left out
     reasons: tuple[str, ...]  # why, of the first bad rows
@@ -90,7 +107,14 @@ class Encoder:
 
     tokenizer: PreTrainedTokenizerBase
     limits: Limits
+    eos: EndOfSequence | None = None  # what ends an answer; None: the tokenizer's alone
+    closes_cut_answers: bool = True  # else nothing says that a cut answer is over
     counts: Counter[str] = field(default_factory=Counter)
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The tokenizer's."""
+        return ChatTemplate(self.tokenizer, self.limits.template)
 
     @cached_property
     def _proof(self) -> Proof:
@@ -98,9 +122,11 @@ class Encoder:
 
     def prompt(self, row: Row, messages: Sequence[Message]) -> tuple[int, ...]:
         """Ids of a conversation that waits for an answer, of any length."""
-        ids = encode_prompt(self.tokenizer, messages, row.where)
-        self._proof.judge(_contents(messages), ids, row.where)
-        return ids
+        asked = conversation_of(row, messages)
+        prompt = encode_prompt(self.template, asked, row.where)
+        self.counts["earlier_thoughts_left_out"] += prompt.num_thoughts_left_out
+        self._proof.judge(asked.text, prompt.ids, row.where)
+        return prompt.ids
 
     def text(self, row: Row, text: str) -> tuple[int, ...]:
         """Ids of a text without roles, of any length."""
@@ -123,8 +149,9 @@ class Encoder:
         return (ids[0], *ids[len(ids) - limit + 1 :]) if has_bos else ids[-limit:]
 
     def example(self, row: Row, messages: Sequence[Message]) -> Exchange | None:
-        exchange = encode_exchange(self.tokenizer, messages[:-1], messages[-1].content, row.where)
-        self._proof.judge(_contents(messages[:-1]), exchange.prompt_ids, row.where)
+        conversation = conversation_of(row, messages)
+        exchange = encode_exchange(self.template, conversation, row.where, self.eos)
+        self._proof.judge(conversation.prompt.text, exchange.prompt_ids, row.where)
         if not exchange.num_cut_tokens:
             self._proof.judge_answer(messages[-1].content, exchange.answer_ids, row.where)
         limit = min(self.limits.max_prompt_tokens, self.limits.max_length - MIN_ANSWER_TOKENS)
@@ -132,17 +159,23 @@ class Encoder:
         if prompt_ids is None:
             return None
         self.counts["answers_cut_at_eos"] += exchange.num_cut_tokens > 0
+        self.counts["earlier_thoughts_left_out"] += exchange.num_thoughts_left_out
+        self.counts["answers_joined_apart"] += exchange.is_apart
+        self.counts["thoughts_left_open"] += exchange.is_open
         room = self.limits.max_length - len(prompt_ids)
-        self.counts["truncated_answers"] += len(exchange.answer_ids) > room
-        return Exchange(prompt_ids, fitted(exchange.answer_ids, room), exchange.num_cut_tokens)
+        is_cut = len(exchange.answer_ids) > room
+        self.counts["truncated_answers"] += is_cut
+        self.counts["truncated_answers_closed"] += is_cut and self.closes_cut_answers
+        return replace(exchange, prompt_ids=prompt_ids, answer_ids=self.fitted(exchange.answer_ids, room))
 
-
-def _contents(messages: Sequence[Message]) -> str:
-    return "\n".join(message.content for message in messages)
-
-
-def fitted(answer_ids: tuple[int, ...], room: int) -> tuple[int, ...]:
-    return answer_ids if len(answer_ids) <= room else (*answer_ids[: room - 1], answer_ids[-1])
+    def fitted(self, answer_ids: tuple[int, ...], room: int) -> tuple[int, ...]:
+        """The answer, cut to `room` tokens where it is longer; then the last one is the tokenizer's end-of-sequence,
+        or whatever stood there."""
+        if len(answer_ids) <= room:
+            return answer_ids
+        if not self.closes_cut_answers:
+            return answer_ids[:room]
+        return (*answer_ids[: room - 1], self.tokenizer.eos_token_id)
 
 
 def load_rows[T](
@@ -183,8 +216,12 @@ def load_rows[T](
         dropped=num_rows - len(items) - bad.number,
         truncated_prompts=counts["truncated_prompts"],
         truncated_answers=counts["truncated_answers"],
+        truncated_answers_closed=counts["truncated_answers_closed"],
         answers_cut_at_eos=counts["answers_cut_at_eos"],
         identical_pairs=counts["identical_pairs"],
+        earlier_thoughts_left_out=counts["earlier_thoughts_left_out"],
+        answers_joined_apart=counts["answers_joined_apart"],
+        thoughts_left_open=counts["thoughts_left_open"],
         pairs_without_margin=counts["pairs_without_margin"],
         bad_rows=bad.number,
         reasons=tuple(bad.told(limit=_REASONS)),

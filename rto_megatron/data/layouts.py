@@ -14,7 +14,7 @@ Only the columns named here are looked at, and of those only what the layout tak
 
 from collections.abc import Callable, Iterator
 
-from rto_megatron.data.chat import Message
+from rto_megatron.data.messages import Message
 from rto_megatron.data.other_layouts import Examples, name_layout
 from rto_megatron.data.rows import completed, conversation, first_column, label, prompt_messages, text
 from rto_megatron.data.sources import Row

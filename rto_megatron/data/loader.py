@@ -1,20 +1,21 @@
 """Reads prompts, preference pairs, demonstrations, verdicts and texts in the layouts of `layouts` and tokenizes them.
 
-An answer that does not fit in `max_length` is cut, and the last token that is kept becomes the
-end-of-sequence token, because the reward model reads its score there. Whatever was dropped or cut is counted
-in the `LoadReport`.
+An answer that does not fit in `max_length` is cut. In pairs and verdicts the last token that is kept becomes the
+end-of-sequence token, as in the released code: the reward model reads its score there. Demonstrations and texts, on
+whose every token a model is trained to continue like them, get none: it would learn to stop in mid-sentence. Whatever
+was dropped or cut is counted in the `LoadReport`.
 """
 
 from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
-from rto_megatron.data.encoder import Encoder, Limits, Loaded, fitted, load_rows
+from rto_megatron.data.encoder import Encoder, Limits, Loaded, load_rows
 from rto_megatron.data.layouts import read_demonstration, read_judgements, read_pair, read_prompt, read_text
 from rto_megatron.data.rows import margin, row_id
 from rto_megatron.data.sources import Row
 from rto_megatron.errors import UserError
-from rto_megatron.types import Demonstration, JudgedResponse, PreferencePair, Prompt
+from rto_megatron.types import Demonstration, EndOfSequence, JudgedResponse, PreferencePair, Prompt
 
 
 def load_prompts(
@@ -46,15 +47,17 @@ def load_pairs(
     tokenizer: PreTrainedTokenizerBase,
     limits: Limits,
     max_rows: int | None = None,
+    eos: EndOfSequence | None = None,
     has_margins: bool = False,
 ) -> Loaded[PreferencePair]:
     """Load preference pairs; arguments and errors as `load_prompts`.
 
     Args:
+        eos: what ends an answer; None: the tokenizer's token alone.
         has_margins: read by how much the chosen answer is better, 0 where a row does not say; False: all are 0, and
             the columns are not looked at.
     """
-    encoder = Encoder(tokenizer, limits)
+    encoder = Encoder(tokenizer, limits, eos)
 
     def convert(row: Row) -> PreferencePair | None:
         chosen, rejected = read_pair(row)
@@ -77,10 +80,14 @@ def load_pairs(
 
 
 def load_demonstrations(
-    source: str, tokenizer: PreTrainedTokenizerBase, limits: Limits, max_rows: int | None = None
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    max_rows: int | None = None,
+    eos: EndOfSequence | None = None,
 ) -> Loaded[Demonstration]:
-    """Load supervised examples; arguments and errors as `load_prompts`."""
-    encoder = Encoder(tokenizer, limits)
+    """Load supervised examples; arguments and errors as `load_pairs`."""
+    encoder = Encoder(tokenizer, limits, eos, closes_cut_answers=False)
 
     def convert(row: Row) -> Demonstration | None:
         exchange = encoder.example(row, read_demonstration(row))
@@ -92,14 +99,18 @@ def load_demonstrations(
 
 
 def load_judged(
-    source: str, tokenizer: PreTrainedTokenizerBase, limits: Limits, max_rows: int | None = None
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    max_rows: int | None = None,
+    eos: EndOfSequence | None = None,
 ) -> Loaded[JudgedResponse]:
     """Load answers with verdicts: rows of prompt, completion and label, or preference pairs, two answers each.
 
     The unrelated answer of each is the first one of the nearest row before it that has another prompt.
-    Arguments and errors as `load_prompts`.
+    Arguments and errors as `load_pairs`.
     """
-    encoder = Encoder(tokenizer, limits)
+    encoder = Encoder(tokenizer, limits, eos)
 
     def convert(row: Row) -> tuple[JudgedResponse, ...] | None:
         answers = []
@@ -122,7 +133,7 @@ def load_judged(
             raise UserError(f"{source}: all rows answer one prompt; the KL baseline of KTO needs another one")
         for answer in row:
             room = limits.max_length - len(answer.prompt_ids)
-            answers.append(replace(answer, unrelated_ids=fitted(other.response_ids, room)))
+            answers.append(replace(answer, unrelated_ids=encoder.fitted(other.response_ids, room)))
     return Loaded(tuple(answers), loaded.report)
 
 

@@ -12,7 +12,7 @@ total that is passed in.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, batched, chain
 
 import torch
@@ -20,6 +20,8 @@ from torch import Tensor
 
 from rto_megatron.algorithms.losses import sequence_sums
 from rto_megatron.types import (
+    Ban,
+    BannedTargets,
     Demonstration,
     Experience,
     JudgedMicrobatch,
@@ -251,9 +253,29 @@ def sequence_batches(sequences: Sequence[tuple[Sequence[int], int]], layout: Lay
     ]
 
 
-def rollout_batches(rollouts: Sequence[Rollout], layout: Layout) -> list[TokenBatch]:
-    """Token batches of prompts with their responses, in order, for the forwards that score rollouts."""
-    return sequence_batches([(r.prompt_ids + r.response_ids, len(r.prompt_ids)) for r in rollouts], layout)
+def rollout_batches(rollouts: Sequence[Rollout], layout: Layout, ban: Ban | None = None) -> list[TokenBatch]:
+    """Token batches of prompts with their responses, in order, for the forwards that score rollouts.
+
+    Args:
+        ban: what log-probs of the first tokens of each response leave out; None: nothing.
+    """
+    batches = sequence_batches([(r.prompt_ids + r.response_ids, len(r.prompt_ids)) for r in rollouts], layout)
+    if ban is None:
+        return batches
+    groups = batched(rollouts, layout.micro)
+    return [_with_ban(batch, group, ban) for batch, group in zip(batches, groups, strict=True)]
+
+
+def _with_ban(batch: TokenBatch, rollouts: Sequence[Rollout], ban: Ban) -> TokenBatch:
+    """A token of `ban.ids` that stands among the first of a response was written there, not sampled: it keeps the whole
+    vocabulary."""
+    prompt_lens = [len(r.prompt_ids) for r in rollouts]
+    response_lens = [len(r.response_ids) for r in rollouts]
+    _, column_N, position_N = _grid_index(batch, prompt_lens, response_lens)
+    is_banned_T = torch.zeros_like(batch.tokens_T, dtype=torch.bool)
+    is_banned_T[position_N[column_N < ban.num_tokens]] = True
+    is_banned_T &= ~torch.isin(batch.targets_T, batch.targets_T.new_tensor(ban.ids))
+    return replace(batch, banned=BannedTargets(ban.ids, is_banned_T))
 
 
 def rollout_grid(
@@ -302,9 +324,7 @@ def minibatches(
     steps = []
     for group in batched(rows, layout.micro):
         rollouts = [experience.rollouts[row] for row in group]
-        (batch,) = rollout_batches(
-            rollouts, Layout(len(group), layout.packed, layout.multiple_of, layout.device)
-        )
+        (batch,) = rollout_batches(rollouts, replace(layout, micro=len(group)), experience.ban)
         prompt_lens = [len(rollout.prompt_ids) for rollout in rollouts]
         response_lens = [len(rollout.response_ids) for rollout in rollouts]
         fields_BR = (

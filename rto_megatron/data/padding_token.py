@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rto_megatron.data.chat import Message
+from rto_megatron.data.messages import Message
 from rto_megatron.data.tokenizer import load_plain_tokenizer
 from rto_megatron.data.vocabulary import template_text, written_ids
 

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-from rto_megatron.data.chat import Message
+from rto_megatron.data.messages import Message
 from rto_megatron.data.sources import Row
+from rto_megatron.data.turns import require_prompt, turns, with_system
 from rto_megatron.errors import UserError
 
 
@@ -32,43 +33,28 @@ def text(row: Row, column: str) -> str:
     return value
 
 
-def _messages(row: Row, column: str) -> list[Message]:
-    value = row.columns.get(column)
-    expected = "expected a list of messages {'role': ..., 'content': ...}"
-    if column not in row.columns:
-        raise UserError(f"{row.where}: column {column!r} is missing, found {sorted(row.columns)}; {expected}")
-    if not isinstance(value, list) or not value:
-        raise UserError(f"{row.where}: column {column!r} is {value!r:.60}; {expected}")
-    messages = []
-    for number, turn in enumerate(value):
-        role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, dict) else (None, None)
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise UserError(f"{row.where}: message {number} of {column!r} is {turn!r:.60}; {expected}")
-        if not content.strip():
-            raise UserError(f"{row.where}: message {number} ({role}) of {column!r} is empty; remove the row")
-        messages.append(Message(role, content))
-    return messages
-
-
 def prompt_messages(row: Row, column: str) -> list[Message]:
     if column == "prompt" and not isinstance(row.columns.get(column), list):
-        return [Message("user", text(row, column))]
-    messages = _messages(row, column)
+        return with_system(row, [Message("user", text(row, column))])
+    messages = turns(row, column)
     if messages[-1].role == "assistant":
         raise UserError(
             f"{row.where}: {column!r} ends with an assistant message; a prompt has to end before the answer"
         )
-    return messages
+    if column != "prompt":
+        require_prompt(row, column, messages)
+    return with_system(row, messages)
 
 
 def conversation(row: Row, column: str) -> list[Message]:
-    messages = _messages(row, column)
+    messages = turns(row, column)
     if len(messages) < 2 or messages[-1].role != "assistant":
         raise UserError(
             f"{row.where}: {column!r} has the roles {[message.role for message in messages]}; "
             "expected a prompt and a last message of the assistant"
         )
-    return messages
+    require_prompt(row, column, messages[:-1])
+    return with_system(row, messages)
 
 
 def margin(row: Row) -> float | None:
@@ -90,11 +76,17 @@ def _number(row: Row, column: str) -> float:
 
 
 def completed(row: Row) -> list[Message]:
-    if isinstance(row.columns.get("completion"), list):
-        answer = _messages(row, "completion")[-1].content
-    else:
-        answer = text(row, "completion")
-    return [*prompt_messages(row, "prompt"), Message("assistant", answer)]
+    """The prompt and all turns of the completion, of which the last is the answer."""
+    prompt = prompt_messages(row, "prompt")
+    if not isinstance(row.columns.get("completion"), list):
+        return [*prompt, Message("assistant", text(row, "completion"))]
+    completion = turns(row, "completion")
+    if completion[-1].role != "assistant":
+        raise UserError(
+            f"{row.where}: 'completion' has the roles {[message.role for message in completion]}; expected a last "
+            "message of the assistant, which is what the label judges"
+        )
+    return [*prompt, *completion]
 
 
 def label(row: Row) -> bool:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from rto_megatron.data.chat import Message, encode_exchange, encode_text
+from rto_megatron.data.chat import encode_text
+from rto_megatron.data.messages import Conversation, Message
+from rto_megatron.data.template import ChatTemplate
 from rto_megatron.errors import UserError, refuse_if
 from rto_megatron.types import Demonstration, Example, JudgedResponse, PreferencePair, Prompt
 
@@ -64,11 +66,15 @@ def written_ids(tokenizer: PreTrainedTokenizerBase, before: Sequence[Message] = 
     """
     written: dict[int, str] = {}
     if tokenizer.chat_template is not None:
-        turns = [*before, Message("user", _PROBE)]
+        template = ChatTemplate(tokenizer)
+        whole = Conversation((*before, Message("user", _PROBE), Message("assistant", _PROBE)))
         # Rows are rendered later, and an error then names the row.
         with suppress(UserError):
-            exchange = encode_exchange(tokenizer, turns, _PROBE, "the chat template")
-            written |= dict.fromkeys(exchange.prompt_ids + exchange.answer_ids, _TEMPLATE)
+            for text in (
+                template.text(whole.prompt, True, _TEMPLATE),
+                template.text(whole, False, _TEMPLATE),
+            ):
+                written |= dict.fromkeys(encode_text(tokenizer, text), _TEMPLATE)
     written |= dict.fromkeys(encode_text(tokenizer, ""), "which the tokenizer puts before every text")
     written[tokenizer.eos_token_id] = "the end-of-sequence token"
     return written

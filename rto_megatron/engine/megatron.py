@@ -243,7 +243,8 @@ def _outputs(model: Model, batch: TokenBatch, raw: Tensor) -> Tensor:
     if model.has_scalar_head:
         return (raw.flatten().float() - model.scale.mean) / model.scale.std
     targets = batch.targets_T.view(batch.num_rows, -1)
-    return token_logprobs(raw, targets, model.shape.vocab_size, model.topology.tensor_rank).flatten()
+    vocab_size, rank = model.shape.vocab_size, model.topology.tensor_rank
+    return token_logprobs(raw, targets, vocab_size, rank, batch.banned).flatten()
 
 
 TOKENS: Reading[Microbatch] = Reading(1, lambda model, micro, raw: _outputs(model, micro.batch, raw))

@@ -221,6 +221,8 @@ def _command(options: ServerOptions, port: int) -> list[str]:
     command += ["--middleware", "rto_megatron.rollout.gate.BearerGate"]
     command += ["--weight-transfer-config", '{"backend": "rto"}']
     command += ["--worker-extension-cls", options.worker_extension]
+    # Of what is sampled from: without end-of-sequence where min_tokens bans it, as the trainer takes its own.
+    command += ["--logprobs-mode", "processed_logprobs"]
     if not options.load_weights:
         command += ["--load-format", "dummy"]
     if options.max_model_len is not None:

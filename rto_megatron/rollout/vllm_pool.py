@@ -107,7 +107,7 @@ class VllmPool:
             raise self.members.none_left()
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[Rollout]:
-        """See `RolloutEngine.generate`. `sampled_logprobs` are of the model's own distribution: before
+        """See `RolloutEngine.generate`. `sampled_logprobs` are of the distribution that was sampled from: after
         temperature, top-p and the ban of end-of-sequence under `min_tokens`.
 
         Raises:

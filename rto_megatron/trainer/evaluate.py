@@ -62,7 +62,7 @@ def evaluate(config: schema.EvaluateStage, topology: Topology) -> None:
     }
     if "reward" in setup.sources:
         reward = build_frozen("reward", setup.sources["reward"], True, config.precision, topology)
-        values["score"] = reward_scores(rollouts, reward, setup.layout, setup.eos_id, _AS_SAMPLED).tolist()
+        values["score"] = reward_scores(rollouts, reward, setup.layout, setup.eos, _AS_SAMPLED).tolist()
     if table is not None:
         values["true_return"] = [table.returns(r.prompt_ids, r.response_ids) for r in rollouts]
     estimates = {name: _over_prompts(samples, count, topology) for name, samples in values.items()}

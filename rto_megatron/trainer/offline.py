@@ -14,6 +14,7 @@ from rto_megatron.algorithms import ALGORITHMS, kto
 from rto_megatron.algorithms.method import OfflineMethod
 from rto_megatron.algorithms.reward_model import reads_margins, reward_statistics
 from rto_megatron.config import schema
+from rto_megatron.config.learning_rate import learning_rate
 from rto_megatron.data.encoder import Loaded
 from rto_megatron.data.loader import load_demonstrations, load_judged, load_pairs
 from rto_megatron.data.packing import (
@@ -45,7 +46,7 @@ from rto_megatron.trainer.metrics import add, with_margin
 from rto_megatron.trainer.padding import give_own_padding
 from rto_megatron.trainer.reference import note_reference
 from rto_megatron.trainer.report.progress import say
-from rto_megatron.trainer.run import Run, learning_rate, reduce_over_replicas
+from rto_megatron.trainer.run import Run, reduce_over_replicas
 from rto_megatron.trainer.setup import Setup, note_in_config, prepare_stage, stage_hf_files
 from rto_megatron.types import Demonstration, JudgedResponse, LossOutput, Metrics, PreferencePair
 
@@ -83,7 +84,7 @@ def train_offline(config: schema.OfflineStage, topology: Topology) -> None:
     if "reference" in setup.sources:
         reference = build_frozen("reference", setup.sources["reference"], False, config.precision, topology)
     task = build_task(config, setup.layout, model, reference)
-    data = task.load(config.data.train, setup.tokenizer, setup.limits)
+    data = task.load(config.data.train, setup.tokenizer, setup.limits, None, setup.eos)
     setup.admit(data)
     batches = feed(data, config.batch.train, config.run.seed, topology)
     held_out = _held_out(task, config.data, setup)
@@ -91,7 +92,7 @@ def train_offline(config: schema.OfflineStage, topology: Topology) -> None:
         raise UserError(
             "data.eval is not set; a reward model keeps the mean and std of its scores on held-out pairs"
         )
-    hf_files = stage_hf_files(source, config.run.dir, role, topology)
+    hf_files = stage_hf_files(source, config.run.dir, role, topology, setup.eos)
     if is_reward:
         known = chain(data.items, held_out)
         give_own_padding(hf_files, frozenset(chain.from_iterable(map(token_ids, known))), topology)
@@ -164,7 +165,7 @@ def _store_scale(means: dict[str, float], num_pairs: int, hf_files: Path, topolo
 def _held_out(task: Task, data: schema.ExampleDataConfig, setup: Setup) -> Sequence[Example]:
     if not data.eval:
         return ()
-    loaded = task.load(data.eval, setup.tokenizer, setup.limits, data.eval_samples)
+    loaded = task.load(data.eval, setup.tokenizer, setup.limits, data.eval_samples, setup.eos)
     setup.admit(loaded)
     return loaded.items
 

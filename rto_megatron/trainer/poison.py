@@ -5,23 +5,23 @@ from dataclasses import replace
 
 import torch
 
-from rto_megatron.algorithms import reinforcement
+from rto_megatron.config.schema import ReinforcementStage
 from rto_megatron.engine.finite import refuse_together
 from rto_megatron.platform import faults
 from rto_megatron.trainer.rollouts import Roles, score
 from rto_megatron.trainer.setup import Setup
-from rto_megatron.types import Rollout, ScoredRollouts
+from rto_megatron.types import EndOfSequence, Rollout, ScoredRollouts
 
 Found = Mapping[str, Sequence[str]]  # what is wrong -> ids of the prompts
 
 
-def broken_rollouts(rollouts: Sequence[Rollout], eos_id: int) -> Found:
+def broken_rollouts(rollouts: Sequence[Rollout], eos: EndOfSequence) -> Found:
     """Responses without a token, and those that claim to have ended without end-of-sequence."""
     empty = [r.prompt_id for r in rollouts if not r.response_ids]
     unended = [
         r.prompt_id
         for r in rollouts
-        if r.response_ids and r.finish_reason == "stop" and r.response_ids[-1] != eos_id
+        if r.response_ids and r.finish_reason == "stop" and r.response_ids[-1] not in eos.ids
     ]
     found = {"a response has no token": empty, "a finished response has no end-of-sequence": unended}
     return {what: ids for what, ids in found.items() if ids}
@@ -58,7 +58,7 @@ def broken_scores(scored: ScoredRollouts, score_limit: float | None) -> Found:
 
 
 def score_sound(
-    sampled: Sequence[Rollout], roles: Roles, setup: Setup, config: reinforcement.Config, step: int
+    sampled: Sequence[Rollout], roles: Roles, setup: Setup, config: ReinforcementStage, step: int
 ) -> ScoredRollouts:
     """`score` of rollouts that may be trained on; all ranks must call it.
 
@@ -68,9 +68,11 @@ def score_sound(
     Raises:
         PoisonedError: on every rank, when a response or a number of any rank is broken; names the prompts.
     """
-    refuse_together(broken_rollouts(sampled, setup.eos_id), setup.topology)
-    scored = _planted(score(sampled, roles, setup.layout, setup.eos_id, config.truncated), step)
-    refuse_together(broken_scores(scored, config.score_limit), setup.topology)
+    refuse_together(broken_rollouts(sampled, setup.eos), setup.topology)
+    truncated, min_tokens = config.algorithm.truncated, config.sampling.min_response_tokens
+    scored = score(sampled, roles, setup.layout, setup.eos, truncated, min_tokens)
+    scored = _planted(scored, step)
+    refuse_together(broken_scores(scored, config.algorithm.score_limit), setup.topology)
     return scored
 
 

@@ -31,6 +31,10 @@ _FREE = (
 )
 
 
+# Mappings whose entries a recipe names: they are compared as a whole, so that one that came or went is seen.
+_WHOLE = ("data.template",)
+
+
 def fixed_keys(config: schema.Stage) -> dict[str, Json]:
     """Dotted key -> value of everything that every attempt of a run must share."""
     return {
@@ -40,8 +44,9 @@ def fixed_keys(config: schema.Stage) -> dict[str, Json]:
 
 def _flat(tree: dict[str, Json], prefix: str) -> dict[str, Json]:
     flat: dict[str, Json] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        flat |= _flat(value, f"{key}.") if isinstance(value, dict) and key not in _WHOLE else {key: value}
     return flat
 
 

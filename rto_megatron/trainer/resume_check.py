@@ -20,6 +20,7 @@ from rto_megatron.rollout.engine import Sampling
 from rto_megatron.rollout.scripted import ScriptedEngine
 from rto_megatron.storage.file_digests import checkpoint_name
 from rto_megatron.storage.megatron_folder import HF_FILES
+from rto_megatron.trainer.template import MOMENT_FILE
 from rto_megatron.types import Prompt, Rollout
 
 OBSERVED = "observed"  # <run>/observed/<rank>.json: generators at the end, and every request to the script
@@ -65,6 +66,8 @@ def resumed_run(
     for files in checkpoint.glob(f"*/{HF_FILES}"):
         shutil.copytree(files, run_dir / "model_files" / files.parent.name)
     shutil.copy(whole.run.dir / "metrics.jsonl", run_dir)
+    if (moment := whole.run.dir / MOMENT_FILE).exists():
+        shutil.copy(moment, run_dir)
     run = whole.run.model_copy(update={"dir": run_dir})
     changed = whole.model_copy(update={"run": run, "parallel": parallel})
     load.save(changed, run_dir)

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from rto_megatron.algorithms.losses import keep
-from rto_megatron.algorithms.termination import TruncationPolicy, close_response
+from rto_megatron.algorithms.termination import TruncationPolicy, close_response, compared_ban
 from rto_megatron.data.packing import Layout, response_mask, rollout_batches, rollout_grid, sequence_batches
 from rto_megatron.engine.megatron import FrozenModel, Model, TrainedModel
 from rto_megatron.errors import UserError
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.rollout.engine import RolloutEngine, Sampling
 from rto_megatron.trainer.pool import raise_together
-from rto_megatron.types import Prompt, Rollout, ScoredRollouts, TokenBatch
+from rto_megatron.types import EndOfSequence, Prompt, Rollout, ScoredRollouts, TokenBatch
 
 
 @dataclass(frozen=True)
@@ -81,50 +81,72 @@ def _rollout_from_json(row: object) -> Rollout:
     return Rollout(**as_tuples)
 
 
-def close_rollouts(rollouts: Sequence[Rollout], eos_id: int, policy: TruncationPolicy) -> tuple[Rollout, ...]:
+def close_rollouts(
+    rollouts: Sequence[Rollout], eos: EndOfSequence, policy: TruncationPolicy
+) -> tuple[Rollout, ...]:
     """Applies the truncation policy to what is trained on."""
     return tuple(
-        replace(r, response_ids=close_response(r.response_ids, r.finish_reason, eos_id, policy)[0])
+        replace(r, response_ids=close_response(r.response_ids, r.finish_reason, eos, policy)[0])
         for r in rollouts
     )
 
 
 def score(
-    sampled: Sequence[Rollout], roles: Roles, layout: Layout, eos_id: int, policy: TruncationPolicy
+    sampled: Sequence[Rollout],
+    roles: Roles,
+    layout: Layout,
+    eos: EndOfSequence,
+    policy: TruncationPolicy,
+    min_tokens: int,
 ) -> ScoredRollouts:
-    """Closes what the pool sampled; every model's opinion of it, without gradients; all ranks must call this."""
-    rollouts = close_rollouts(sampled, eos_id, policy)
-    batches = rollout_batches(rollouts, layout)
+    """Closes what the pool sampled; every model's opinion of it, without gradients; all ranks must call this.
 
-    def grid(model: Model) -> Tensor:
-        return rollout_grid(model.token_outputs(batches), batches, rollouts)
+    Policy and reference are compared as the distributions that were sampled from, without end-of-sequence where it was
+    banned. The DPO reward is of whole distributions: those that the DPO model was trained on.
 
-    logp_old_BR = grid(roles.policy)
-    logp_ref_BR = grid(roles.reference)
+    Args:
+        min_tokens: end-of-sequence was forbidden before this many tokens of a response.
+    """
+    rollouts = close_rollouts(sampled, eos, policy)
+    ban = compared_ban(eos, min_tokens)
+    whole = rollout_batches(rollouts, layout)
+    batches = rollout_batches(rollouts, layout, ban)
+
+    def grid(model: Model, of: Sequence[TokenBatch]) -> Tensor:
+        return rollout_grid(model.token_outputs(of), of, rollouts)
+
+    logp_old_BR = grid(roles.policy, batches)
+    logp_ref_BR = grid(roles.reference, batches)
     dpo_logratio_BR = torch.zeros_like(logp_ref_BR)
     if roles.dpo is not None:
-        dpo_reference_BR = logp_ref_BR if roles.dpo_reference is None else grid(roles.dpo_reference)
-        dpo_logratio_BR = grid(roles.dpo) - dpo_reference_BR
+        is_shared = roles.dpo_reference is None and ban is None
+        dpo_reference_BR = logp_ref_BR if is_shared else grid(roles.dpo_reference or roles.reference, whole)
+        dpo_logratio_BR = grid(roles.dpo, whole) - dpo_reference_BR
     values_BR, bootstrap_B = _values(rollouts, roles.critic, batches, logp_ref_BR, policy == "bootstrap")
+    pairs = zip(sampled, rollouts, strict=True)
     return ScoredRollouts(
         rollouts=rollouts,
         mask_BR=response_mask(rollouts, layout.device),
-        sampled_BR=_padded([_kept(*pair) for pair in zip(sampled, rollouts, strict=True)], logp_old_BR),
+        sampled_BR=_padded([_kept(*pair, min_tokens) for pair in pairs], logp_old_BR),
         logp_pool_BR=_padded([rollout.sampled_logprobs for rollout in sampled], logp_old_BR),
         logp_old_BR=logp_old_BR,
         logp_ref_BR=logp_ref_BR,
         dpo_logratio_BR=dpo_logratio_BR,
         values_BR=values_BR,
         bootstrap_B=bootstrap_B,
-        score_B=reward_scores(rollouts, roles.reward, layout, eos_id, policy),
+        score_B=reward_scores(rollouts, roles.reward, layout, eos, policy),
+        ban=ban,
     )
 
 
-def _kept(sampled: Rollout, closed: Rollout) -> list[float]:
-    """1 on the tokens that the truncation policy left as they were sampled."""
-    return [
-        float(token == kept) for token, kept in zip(sampled.response_ids, closed.response_ids, strict=True)
-    ]
+def _kept(sampled: Rollout, closed: Rollout, min_tokens: int) -> list[float]:
+    """1 on the tokens that the truncation policy left as they were sampled, and whose log-probs the pool took alike.
+
+    A pool that forbids an empty response leaves end-of-sequence out of its first token's, and `compared_ban` does not.
+    """
+    first = 1 if min_tokens == 1 else 0
+    pairs = zip(sampled.response_ids, closed.response_ids, strict=True)
+    return [float(place >= first and token == kept) for place, (token, kept) in enumerate(pairs)]
 
 
 def _padded(rows: Sequence[Sequence[float]], like_BR: Tensor) -> Tensor:
@@ -151,12 +173,16 @@ def _values(
 
 
 def reward_scores(
-    rollouts: Sequence[Rollout], reward: FrozenModel, layout: Layout, eos_id: int, policy: TruncationPolicy
+    rollouts: Sequence[Rollout],
+    reward: FrozenModel,
+    layout: Layout,
+    eos: EndOfSequence,
+    policy: TruncationPolicy,
 ) -> Tensor:
     """Normalised score of each response [B], read at its end-of-sequence token, appended where the limit cut it."""
     sequences = []
     for rollout in rollouts:
-        _, appended = close_response(rollout.response_ids, rollout.finish_reason, eos_id, policy)
+        _, appended = close_response(rollout.response_ids, rollout.finish_reason, eos, policy)
         ids = (*rollout.prompt_ids, *rollout.response_ids, *appended)
         sequences.append((ids, len(rollout.prompt_ids)))
     batches = sequence_batches(sequences, layout)

@@ -7,6 +7,7 @@ from rto_megatron.algorithms import ALGORITHMS
 from rto_megatron.algorithms.credit_metrics import explained_variance
 from rto_megatron.algorithms.reinforcement import PolicyOptimization
 from rto_megatron.config import schema
+from rto_megatron.config.learning_rate import learning_rate, updates_per_step
 from rto_megatron.data.batches import Batches
 from rto_megatron.data.loader import load_prompts
 from rto_megatron.data.tokenizer import tokens_with
@@ -28,7 +29,7 @@ from rto_megatron.trainer.pretraining import Pretraining, beside
 from rto_megatron.trainer.reference import require_trained_reference
 from rto_megatron.trainer.report.samples import completions_table, show
 from rto_megatron.trainer.rollouts import Roles, sample
-from rto_megatron.trainer.run import Run, learning_rate
+from rto_megatron.trainer.run import Run
 from rto_megatron.trainer.setup import Setup, prepare_stage, stage_hf_files
 from rto_megatron.trainer.update import optimizer_minibatches, require_tokens
 from rto_megatron.types import Experience, Metrics, Prompt, Rollout
@@ -74,7 +75,7 @@ def train_rto(
         with guard.skipping():
             # 3. every model's opinion, without gradients
             with run.timed("score"):
-                scored = score_sound(sampled, roles, setup, config.algorithm, step + 1)
+                scored = score_sound(sampled, roles, setup, config, step + 1)
             gap = watched_gap(scored, topology, config.rollout.logprob_gap_alarm, step + 1)
             # 4. token rewards, then advantages
             experience = algorithm.credit(scored, kl.coef, topology.dp_sum)
@@ -129,7 +130,7 @@ def update(
 ) -> dict[str, float]:
     """The optimizer steps of one rollout step; returns the last learning rates."""
     per_pass = config.responses_per_step // config.batch.train
-    per_step = per_pass * config.algorithm.epochs
+    per_step = updates_per_step(config)
     total = run.num_steps * per_step
     policy_loss = beside(algorithm.policy_loss)
     is_policy_due = run.step >= algorithm.critic_warmup_steps
@@ -203,7 +204,9 @@ def open_run(config: schema.ReinforcementStage, setup: Setup, roles: Roles, num_
     }
     saved = {role: model for role, model in candidates.items() if model is not None}
     hf_files = {
-        role: stage_hf_files(setup.sources[role.removesuffix("_ema")], config.run.dir, role, setup.topology)
+        role: stage_hf_files(
+            setup.sources[role.removesuffix("_ema")], config.run.dir, role, setup.topology, setup.eos
+        )
         for role in saved
     }
     if "critic" in hf_files:  # what it will read is sampled, and no id of it is known yet
@@ -222,7 +225,7 @@ def sampling(config: schema.ReinforcementStage | schema.EvaluateStage, setup: Se
     """Temperature 1 and top-p 1: the distribution whose log-probs the ratio uses. Seeds differ by step and replica."""
     return Sampling(
         max_tokens=config.sampling.max_response_tokens,
-        eos_ids=(setup.eos_id,),
+        eos_ids=setup.eos.ids,
         min_tokens=config.sampling.min_response_tokens,
         seed=(config.run.seed * 1_000_003 + step) * 1009 + setup.topology.data_rank,
     )

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rto_megatron.algorithms.schedule import lr_factor, warmup_steps
 from rto_megatron.config import load, schema
 from rto_megatron.engine.checkpoint import begin_save, restore
 from rto_megatron.engine.export import export_hf
@@ -232,12 +231,6 @@ def reduce_over_replicas(metrics: Metrics, topology: Topology) -> dict[str, floa
         return tuple(sorted({str(name) for group in gathered if isinstance(group, list) for name in group}))
 
     return reduce_metrics(metrics, all_sum, all_names)
-
-
-def learning_rate(config: schema.OptimizerConfig, step: int, num_steps: int) -> float:
-    """The rate of optimizer step `step` of `num_steps`."""
-    warmup = warmup_steps(config.warmup_fraction, num_steps)
-    return config.lr * lr_factor(step, num_steps, warmup, config.min_lr_fraction, config.schedule)
 
 
 _NOTES = (

@@ -14,17 +14,26 @@ from rto_megatron.config import checks, schema
 from rto_megatron.config.roles import roles_of
 from rto_megatron.config.run_folder import make_run_folder, open_folder_warning
 from rto_megatron.data.encoder import Limits, Loaded, limits_of
+from rto_megatron.data.eos import read_eos
 from rto_megatron.data.packing import Layout
 from rto_megatron.data.tokenizer import encoding_fingerprint, load_tokenizer
-from rto_megatron.engine.source import SCALAR_ROLES, WeightSource, find_sources, latest_checkpoint
+from rto_megatron.engine.source import (
+    LANGUAGE_ROLES,
+    SCALAR_ROLES,
+    WeightSource,
+    find_sources,
+    latest_checkpoint,
+)
 from rto_megatron.models.checks import check_experts, check_layout
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.storage.megatron_folder import REPORT
 from rto_megatron.storage.weight_files import find_weights
 from rto_megatron.trainer.embeddings import embedding_problems, require_embedded, spare_token_warnings
+from rto_megatron.trainer.generation_config import note_eos
 from rto_megatron.trainer.report.progress import say
-from rto_megatron.types import Example
+from rto_megatron.trainer.template import run_moment
+from rto_megatron.types import EndOfSequence, Example
 
 # In the config.json of a model that was trained against a reference.
 REFERENCE_FINGERPRINT = "reference_fingerprint"
@@ -37,13 +46,9 @@ class Setup:
     topology: Topology
     sources: dict[str, WeightSource]  # role -> where its weights are
     tokenizer: PreTrainedTokenizerBase
+    eos: EndOfSequence  # of the policy
     layout: Layout
     limits: Limits
-
-    @property
-    def eos_id(self) -> int:
-        """The token that ends a response."""
-        return int(self.tokenizer.eos_token_id)
 
     def admit(self, loaded: Loaded[Example]) -> None:
         """Says what was loaded, and refuses ids that no row of an embedding stands for.
@@ -63,17 +68,20 @@ def prepare_stage(config: schema.Stage, topology: Topology) -> Setup:
     """
     sources = find_sources(config)
     checks.refuse(setup_problems(config, sources, topology.world_size))
-    tokenizer = load_tokenizer(sources["policy"].hf_folder)
+    policy = sources["policy"]
+    tokenizer = load_tokenizer(policy.hf_folder)
+    eos, odd_ids = read_eos(policy.hf_folder, tokenizer, policy.shape().vocab_size)
     is_open = open_folder_warning(config.run.dir)
     spare = [f"warning: {text}" for text in spare_token_warnings(tokenizer, sources)]
     left_open = [is_open] if is_open else []
-    for warning in [*_unread_weights(sources), *_missing_scales(sources), *spare, *left_open]:
+    for warning in [*_unread_weights(sources), *_missing_scales(sources), *spare, *odd_ids, *left_open]:
         say(warning, topology.is_lead)
     if topology.is_lead:
         make_run_folder(config.run.dir)
+    moment = run_moment(config, tokenizer, topology)
     batch, device = config.batch, topology.device.torch_device
     layout = Layout(batch.micro, batch.packed, topology.row_multiple, device)
-    return Setup(topology, sources, tokenizer, layout, limits_of(config))
+    return Setup(topology, sources, tokenizer, eos, layout, limits_of(config, moment))
 
 
 def setup_problems(config: schema.Stage, sources: Mapping[str, WeightSource], world_size: int) -> list[str]:
@@ -153,10 +161,15 @@ def _missing_scales(sources: dict[str, WeightSource]) -> list[str]:
     ]
 
 
-def stage_hf_files(source: WeightSource, run_dir: Path, role: str, topology: Topology) -> Path:
+def stage_hf_files(
+    source: WeightSource, run_dir: Path, role: str, topology: Topology, eos: EndOfSequence
+) -> Path:
     """Copies config.json and tokenizer of a role into the run folder; all ranks must call it.
 
     A run that has a checkpoint keeps its copy; files of an attempt that left none are replaced.
+
+    Args:
+        eos: of the policy, which the copy of a language model names.
     """
     folder = run_dir / "model_files" / role
     if topology.is_lead and not (folder.is_dir() and latest_checkpoint(run_dir)):
@@ -169,6 +182,8 @@ def stage_hf_files(source: WeightSource, run_dir: Path, role: str, topology: Top
         note_in_config(partial, **{REFERENCE_FINGERPRINT: None})
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
+    if topology.is_lead and role in LANGUAGE_ROLES:
+        note_eos(folder, eos)
     topology.barrier()
     return folder
 

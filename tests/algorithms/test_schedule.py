@@ -33,7 +33,16 @@ def test_run_that_is_all_warmup_does_not_divide_by_zero():
 
 
 @pytest.mark.parametrize(
-    ("fraction", "total", "steps"), [(0.03, 468, 15), (0.07, 100, 7), (0.0, 10, 0), (0.03, 1, 1)]
+    ("fraction", "total", "steps"), [(0.03, 468, 15), (0.07, 100, 7), (0.0, 10, 0), (0.03, 2, 1)]
 )
 def test_warmup_steps_round_up_only_what_is_not_whole(fraction, total, steps):
     assert warmup_steps(fraction, total) == steps
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.03, 0.5, 1 - 1e-9])
+@pytest.mark.parametrize("kind", ["cosine", "constant"])
+def test_the_last_step_of_any_run_has_a_rate(fraction, kind):
+    for total in range(1, 40):
+        warmup = warmup_steps(fraction, total)
+        assert lr_factor(total - 1, total, warmup, 0.0, kind) > 0
+        assert max(lr_factor(step, total, warmup, 0.0, kind) for step in range(total)) == 1

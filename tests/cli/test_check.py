@@ -54,6 +54,18 @@ def test_layout_arithmetic_and_place_of_each_model_are_shown() -> None:
     assert "8,030.3 M" in output
 
 
+def test_the_rates_of_both_optimizers_are_shown_and_no_warm_up_is_the_whole_run() -> None:
+    """10 rollout steps of 8 updates; transformers' schedule at 0, at ceil(0.03 x 80) = 3 and at 79."""
+    output = check(
+        str(RECIPES / "llama3_8b" / "rto.yaml"), "--gpus", "8", "run.steps=10", "optimizer.lr=1e-6"
+    )
+    assert " ".join(output.split()).count("80 optimizer steps, 3 of warm-up") == 2
+    assert "optimizer.lr" in output and "critic_optimizer.lr" in output
+    assert "first 0, highest 1e-06, last 1e-07" in " ".join(output.split())
+    sft = check(str(RECIPES / "quickstart" / "sft.yaml"), "run.steps=1", "optimizer.lr=1e-3")
+    assert "first 0.001, highest 0.001, last 0.001; 1 optimizer steps, 0 of warm-up" in " ".join(sft.split())
+
+
 def test_memory_of_a_trained_model_is_18_bytes_a_parameter_and_of_a_frozen_one_2() -> None:
     config = load_recipe(RECIPES / "llama3_8b" / "rto.yaml")
     shape = KNOWN_SHAPES["llama-3-8b"]

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pyarrow
@@ -116,7 +117,7 @@ def test_margins_that_are_no_finite_numbers_are_refused_where_they_are_read(
     columns: dict[str, object], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     source = write_lines(tmp_path / "pairs.jsonl", [pair(margin=1.0), pair(**columns)])
-    _, line = refusal(load_pairs, source, tokenizer, STRICT, None, True)
+    _, line = refusal(partial(load_pairs, has_margins=True), source, tokenizer, STRICT)
     assert re.match(rf"  {source}:2: column '(margin|score_chosen)' is .*, expected a finite number", line)
 
 

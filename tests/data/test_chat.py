@@ -3,11 +3,31 @@ import copy
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from rto_megatron.data.chat import Message, encode_exchange, encode_prompt
+from rto_megatron.data import chat
+from rto_megatron.data.chat import Exchange
+from rto_megatron.data.messages import Conversation, Message
+from rto_megatron.data.template import ChatTemplate, TemplateOptions
 from rto_megatron.errors import UserError
 
 QUESTION = [Message("user", "the fox")]
 BOS, EOS = 1, 2
+STRICT = TemplateOptions()
+APART = TemplateOptions(allow_non_prefix=True)
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str) -> tuple[int, ...]:
+    return chat.encode_prompt(ChatTemplate(tokenizer), Conversation(tuple(messages)), where).ids
+
+
+def encode_exchange(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    answer: str,
+    where: str,
+    options: TemplateOptions = STRICT,
+) -> Exchange:
+    whole = Conversation((*messages, Message("assistant", answer)))
+    return chat.encode_exchange(ChatTemplate(tokenizer, options), whole, where)
 
 
 def with_template(tokenizer: PreTrainedTokenizerBase, template: str) -> PreTrainedTokenizerBase:
@@ -32,7 +52,11 @@ MERGING = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generatio
 
 
 def test_a_template_that_is_no_prefix_is_tokenized_apart(tokenizer: PreTrainedTokenizerBase) -> None:
-    exchange = encode_exchange(with_template(tokenizer, MERGING), QUESTION, "he dog", "here")
+    merging = with_template(tokenizer, MERGING)
+    with pytest.raises(UserError, match=r"here: .*renders the prompt.*data\.allow_non_prefix=true"):
+        encode_exchange(merging, QUESTION, "he dog", "here")
+    exchange = encode_exchange(merging, QUESTION, "he dog", "here", APART)
+    assert exchange.is_apart
     assert exchange.prompt_ids == tuple(tokenizer.encode("the fox t"))
     assert exchange.answer_ids == (*tokenizer.encode("he dog"), EOS)
 

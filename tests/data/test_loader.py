@@ -139,15 +139,30 @@ def test_earlier_turns_belong_to_the_prompt(tokenizer: PreTrainedTokenizerBase, 
     assert tokenizer.decode(demonstration.response_ids) == " d</s>"
 
 
-def test_a_long_answer_is_cut_and_still_ends(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_a_long_answer_is_cut_and_does_not_end_where_it_is_learnt(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     source = write_lines(tmp_path / "sft.jsonl", [{"prompt": "the fox", "response": "the dog " * 30}])
     whole = load_demonstrations(source, tokenizer, LIMITS).items[0]
     limits = Limits(max_prompt_tokens=20, max_length=20, overlong="error")
     loaded = load_demonstrations(source, tokenizer, limits)
     (cut,) = loaded.items
     assert len(cut.prompt_ids) + len(cut.response_ids) == 20
-    assert cut.response_ids == (*whole.response_ids[: len(cut.response_ids) - 1], EOS)
+    assert cut.response_ids == whole.response_ids[: len(cut.response_ids)] and EOS not in cut.response_ids
     assert loaded.report.truncated_answers == 1
+    assert loaded.report.truncated_answers_closed == 0
+
+
+def test_a_long_answer_of_a_pair_is_cut_and_ends(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """As in the released code: the reward model reads its score at the end."""
+    row = pair_row(chosen="the dog " * 30)
+    whole = load_pairs(write_lines(tmp_path / "pairs.jsonl", [row]), tokenizer, LIMITS).items[0]
+    loaded = load_pairs(str(tmp_path / "pairs.jsonl"), tokenizer, Limits(20, 20, "error"))
+    (cut,) = loaded.items
+    assert cut.chosen_ids == (*whole.chosen_ids[: len(cut.chosen_ids) - 1], EOS)
+    assert len(cut.prompt_ids) + len(cut.chosen_ids) == 20
+    assert loaded.report.truncated_answers == loaded.report.truncated_answers_closed == 1
+    assert "1 truncated answers closed" in loaded.report.summary()
 
 
 def test_an_answer_that_just_fits_is_whole(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
@@ -224,7 +239,9 @@ BAD_PAIRS = {
     r"'rejected' is missing, found \['chosen'\]": json.dumps({"chosen": [user("a"), assistant("b")]}),
     r"'chosen' is missing, found \['better', 'worse'\]": json.dumps({"better": 1, "worse": 2}),
     "message 1 .assistant. of 'chosen' is empty": json.dumps(pair_row(chosen=" ")),
-    "do not answer the same prompt": json.dumps({**pair_row(), "rejected": [user("else"), assistant("b")]}),
+    "do not answer the same prompt": json.dumps(
+        {**pair_row(), "prompt": None, "rejected": [user("else"), assistant("b")]}
+    ),
     "expected a list of messages": json.dumps({**pair_row(), "chosen": "text"}),
     "message 0 of 'chosen' is": json.dumps({**pair_row(), "chosen": [{"role": "user"}]}),
     "a last message of the assistant": json.dumps({**pair_row(), "chosen": [user("a"), user("b")]}),

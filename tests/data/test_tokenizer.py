@@ -16,7 +16,9 @@ from transformers import (
     TokenizersBackend,
 )
 
-from rto_megatron.data.chat import Message, encode_exchange, encode_text
+from rto_megatron.data.chat import encode_exchange, encode_text
+from rto_megatron.data.messages import Conversation, Message
+from rto_megatron.data.template import ChatTemplate
 from rto_megatron.data.tokenizer import (
     CHAT_TEMPLATE,
     encoding_fingerprint,
@@ -376,7 +378,8 @@ def test_a_conversation_of_a_folder_with_sentencepiece_alone(tmp_path: Path) -> 
         "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
         "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
     )
-    exchange = encode_exchange(load_tokenizer(tmp_path / "t"), [Message("user", "the dog")], "a fox", "row 1")
+    turns = Conversation((Message("user", "the dog"), Message("assistant", "a fox")))
+    exchange = encode_exchange(ChatTemplate(load_tokenizer(tmp_path / "t")), turns, "row 1")
     prompt = pieces.encode("[INST] the dog [/INST]")
     whole = pieces.encode("[INST] the dog [/INST] a fox")
     assert whole[: len(prompt)] == prompt

@@ -58,12 +58,14 @@ class Case:
     layout: str = "one"
     packed: bool = True
     cap: float | None = None  # of the importance of the pool's tokens
+    min_tokens: int = 1  # of a response
 
     @property
     def folder(self) -> str:
         """Of the run."""
         capped = "" if self.cap is None else f"-cap_{self.cap}"
-        return f"{self.stage}-{self.layout}-{'packed' if self.packed else 'padded'}{capped}"
+        banned = "" if self.min_tokens == 1 else f"-min_{self.min_tokens}"
+        return f"{self.stage}-{self.layout}-{'packed' if self.packed else 'padded'}{capped}{banned}"
 
     @property
     def oracle(self) -> "Case":
@@ -79,7 +81,11 @@ TDPO = [
 ]
 # The pool's log-probs are those of uniform draws: some weights are at the cap, others below 1.
 CAPPED = [Case("rto", layout, cap=1.2) for layout in METHODS_AT]
-CASES = [*(Case(stage, layout) for layout in METHODS_AT for stage in ALGORITHMS), *TDPO, *CAPPED]
+# Each tensor rank bans the end-of-sequence tokens among its own columns, or none.
+BANNED = [Case("rto", layout, min_tokens=5) for layout in METHODS_AT] + [
+    Case("rto", packed=False, min_tokens=5)
+]
+CASES = [*(Case(stage, layout) for layout in METHODS_AT for stage in ALGORITHMS), *TDPO, *CAPPED, *BANNED]
 
 
 def _configuration(case: Case, root: Path) -> Stage:
@@ -88,6 +94,7 @@ def _configuration(case: Case, root: Path) -> Stage:
     keys = {"batch__train": BATCH, "batch__micro": 4, "batch__packed": case.packed, "run__steps": 1}
     if isinstance(method, OnlineMethod):
         keys["algorithm__pool_importance_cap"] = case.cap
+        keys["sampling__min_response_tokens"] = case.min_tokens
         keys["batch__rollout"] = BATCH // method.config().samples_per_prompt
         if method.has_critic:
             sections["critic_optimizer"] = CRITIC_LR
@@ -133,7 +140,7 @@ def _weights(case: Case, root: Path) -> dict[str, Tensor]:
     if (case.layout, root) not in _TRAINED:
         of_layout = [one for one in CASES if one.layout == case.layout]
         if case.layout == "one":
-            of_layout += [*(Case(stage) for stage in ALGORITHMS), CAPPED[0].oracle]
+            of_layout += [*(Case(stage) for stage in ALGORITHMS), CAPPED[0].oracle, BANNED[0].oracle]
         run_ranks(LAYOUTS[case.layout][0], _run, of_layout, root, timeout_seconds=300)
         _TRAINED.add((case.layout, root))
     return {
@@ -182,7 +189,10 @@ def _norm(tensors: Iterable[Tensor]) -> float:
 def test_the_steps_are_worth_comparing(root: Path) -> None:
     """Each method moves the policy its own way, and what could hide a missing reduction is not 0."""
     name = "policy/model.layers.0.mlp.down_proj.weight"
-    ends = {case.folder: _weights(case, root)[name] for case in (*map(Case, ALGORITHMS), CAPPED[0].oracle)}
+    ends = {
+        case.folder: _weights(case, root)[name]
+        for case in (*map(Case, ALGORITHMS), CAPPED[0].oracle, BANNED[0].oracle)
+    }
     same = [(one, other) for one, other in combinations(ends, 2) if ends[one].equal(ends[other])]
     assert same == []
     kto, tdpo, grpo = (read_metrics(root / Case(stage).folder)[0] for stage in ("kto", "tdpo", "grpo"))

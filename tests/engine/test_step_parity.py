@@ -26,12 +26,13 @@ from rto_megatron.models.parameters import parameter_map, stage_of
 from rto_megatron.models.weight_map import merge
 from rto_megatron.trainer.rollouts import Roles, close_rollouts, score
 from rto_megatron.trainer.update import optimizer_minibatches
+from rto_megatron.types import EndOfSequence
 
 # The package binds the same name to a function.
 finalize = import_module("megatron.core.distributed.finalize_model_grads")
 SGD = OptimizerConfig(kind="sgd", lr=0.5, max_grad_norm=None)
 ADAM = OptimizerConfig(kind="adam", lr=1e-3)
-EOS = 2
+END = EndOfSequence((2,), 2)
 FOLDERS = {
     "policy": (7, False),
     "dpo": (8, False),
@@ -114,8 +115,8 @@ def _update(case: Case, root: Path) -> dict[str, dict[str, Tensor]]:
     roles = Roles(policy, None, critic, reference, reward, dpo, None)
     layout = Layout(case.micro, case.packed, place.row_multiple, place.device.torch_device)
     algorithm = rto.build(rto.Config(epochs=case.num_steps), lambda _: frozenset())
-    own = close_rollouts(rollouts()[place.data_rank :: place.data_size], EOS, "penalise")
-    scored = score(own, roles, layout, EOS, "penalise")
+    own = close_rollouts(rollouts()[place.data_rank :: place.data_size], END, "penalise")
+    scored = score(own, roles, layout, END, "penalise", min_tokens=0)
     experience = algorithm.credit(scored, 0.01, place.dp_sum)
     seen: dict[str, dict[str, Tensor]] = {}
     for one in optimizer_minibatches(experience, algorithm.config, 1, place, layout, seed=1):

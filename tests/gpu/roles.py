@@ -23,9 +23,17 @@ from rto_megatron.models.weight_map import merge
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.trainer.rollouts import Roles, close_rollouts, score
 from rto_megatron.trainer.update import optimizer_minibatches
-from rto_megatron.types import Demonstration, Experience, LossOutput, PreferencePair, ScoredRollouts
+from rto_megatron.types import (
+    Demonstration,
+    EndOfSequence,
+    Experience,
+    LossOutput,
+    PreferencePair,
+    ScoredRollouts,
+)
 
 EOS = 2
+END = EndOfSequence((EOS,), EOS)
 MEAN, STD = -0.25, 1.5  # of the scalar heads' outputs
 ADAM = OptimizerConfig(lr=1e-3)
 # The last one is longer than a tile of any attention kernel.
@@ -131,7 +139,7 @@ def prepare_update(place: Topology, models: dict[str, HfModel], layout: Layout) 
         dpo_reference=None,
     )
     algorithm = rto.build(rto.Config(), lambda _: frozenset())
-    scored = score(close_rollouts(rollouts(), EOS, "penalise"), roles, layout, EOS, "penalise")
+    scored = score(close_rollouts(rollouts(), END, "penalise"), roles, layout, END, "penalise", min_tokens=0)
     experience = algorithm.credit(scored, 0.01, place.dp_sum)
     moved = replace(
         experience,

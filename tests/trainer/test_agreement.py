@@ -34,6 +34,7 @@ SGD = {
     "optimizer__warmup_fraction": 0.0,
     "run__steps": 2,
     "run__save_every": None,
+    "sampling__min_response_tokens": 0,  # else the first tokens are not compared
 }
 
 

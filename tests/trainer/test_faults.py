@@ -231,7 +231,7 @@ def test_a_run_without_a_finished_checkpoint_is_no_model(files: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([], "no rows to use; 0 read"),
+        ([], "is empty: it has 0 bytes"),
         ([("p0", "red " * 200)], "no rows to use; 1 read, 1 dropped with a prompt over its limit"),
         ([("p0", "red"), ("p1", "blue")], "2 items, fewer than one global batch of 8"),
     ],

@@ -34,9 +34,9 @@ from rto_megatron.rollout.engine import Sampling
 from rto_megatron.trainer.metrics import read_metrics
 from rto_megatron.trainer.rollouts import Roles, close_rollouts, score
 from rto_megatron.trainer.rto import Sampler, train_rto
-from rto_megatron.types import Experience, Prompt, Rollout, ScoredRollouts
+from rto_megatron.types import EndOfSequence, Experience, Prompt, Rollout, ScoredRollouts
 
-EOS = 2
+END = EndOfSequence((2,), 2)
 # One optimizer step per rollout step at a rate that does not depend on the length of the run.
 CRITIC_FREE = {"batch__train": 8, "optimizer__schedule": "constant", "optimizer__warmup_fraction": 0.0}
 STEADY = {
@@ -215,9 +215,9 @@ def test_a_later_stage_starts_from_the_average(files: Path, tmp_path: Path) -> N
     plain = run("ppo", files, tmp_path / "plain", **keys)
     ((of_run, of_export, of_policy),) = run_ranks(1, _fingerprints, run_dir, run_dir / "hf", plain / "hf")
     assert of_run == of_export != of_policy
-    # At rate 0, the first of a warm-up, a stage exports what it started from.
+    # A rate below the last bit of every weight: a stage exports what it started from.
     later = {"models__policy": run_dir, "run__steps": 1, "run__save_every": None}
-    started = run("sft", files, tmp_path / "sft", optimizer__warmup_fraction=1 - 1e-6, **later)
+    started = run("sft", files, tmp_path / "sft", optimizer__lr=1e-30, **later)
     assert same(exported(started / "hf"), exported(run_dir / "hf"))
 
 
@@ -319,9 +319,9 @@ def _bootstrapped(root: Path, policy: str) -> tuple[ScoredRollouts, Experience]:
         dpo_reference=None,
     )
     config = ppo.Config.model_validate({"truncated": policy, "lam": 0.5, "gamma": 0.9})
-    closed = close_rollouts(rollouts(), EOS, config.truncated)
+    closed = close_rollouts(rollouts(), END, config.truncated)
     layout = Layout(3, True, 1, place.device.torch_device)
-    scored = score(closed, roles, layout, EOS, config.truncated)
+    scored = score(closed, roles, layout, END, config.truncated, min_tokens=0)
     return scored, ppo.build(config, lambda _: frozenset()).credit(scored, 0.1, place.dp_sum)
 
 

@@ -18,9 +18,10 @@ from rto_megatron.data.packing import Layout, response_mask
 from rto_megatron.errors import UserError
 from rto_megatron.rollout.engine import Sampling
 from rto_megatron.trainer.rollouts import Roles, close_rollouts, reward_scores, sample, score
-from rto_megatron.types import Prompt, Rollout, ScoredRollouts, ValueScale
+from rto_megatron.types import EndOfSequence, Prompt, Rollout, ScoredRollouts, ValueScale
 
 EOS = 2
+END = EndOfSequence((EOS,), EOS)
 ROLLOUTS = rollouts(4)  # the last one was cut by the length limit
 POLICIES: tuple[TruncationPolicy, ...] = ("compat", "penalise", "bootstrap", "mask")
 SCALE = ValueScale(mean=-0.3, std=1.7)
@@ -28,7 +29,7 @@ SCALE = ValueScale(mean=-0.3, std=1.7)
 
 def test_only_compat_overwrites_and_only_cut_responses() -> None:
     for policy in POLICIES:
-        closed = close_rollouts(ROLLOUTS, EOS, policy)
+        closed = close_rollouts(ROLLOUTS, END, policy)
         assert closed[:3] == ROLLOUTS[:3]
         want = (*ROLLOUTS[3].response_ids[:-1], EOS) if policy == "compat" else ROLLOUTS[3].response_ids
         assert closed[3] == replace(ROLLOUTS[3], response_ids=want)
@@ -50,10 +51,10 @@ def _scores(layout: str, models: Path) -> dict[str, list[float]]:
     reward = replace(frozen(place, models / "reward", True), scale=SCALE)
     scores = {}
     for policy in POLICIES:
-        closed = close_rollouts(ROLLOUTS, EOS, policy)
+        closed = close_rollouts(ROLLOUTS, END, policy)
         for packed in (True, False):
             arranged = Layout(3, packed, 1, place.device.torch_device)
-            scores[f"{policy}/{packed}"] = reward_scores(closed, reward, arranged, EOS, policy).tolist()
+            scores[f"{policy}/{packed}"] = reward_scores(closed, reward, arranged, END, policy).tolist()
     return scores
 
 
@@ -91,7 +92,9 @@ def _roles(models: Path, place: object, with_dpo: bool, own_reference: bool) -> 
 def _scored(models: Path, with_dpo: bool, own_reference: bool) -> ScoredRollouts:
     place = topology("one")
     roles = _roles(models, place, with_dpo, own_reference)
-    return score(ROLLOUTS, roles, Layout(2, True, 1, place.device.torch_device), EOS, "penalise")
+    return score(
+        ROLLOUTS, roles, Layout(2, True, 1, place.device.torch_device), END, "penalise", min_tokens=0
+    )
 
 
 @torch.no_grad()
@@ -131,30 +134,33 @@ def test_values_are_those_of_the_states_before_the_actions(models: Path) -> None
             assert float(scored.values_BR[row, column]) == pytest.approx(float(value), abs=1e-5)
 
 
-def _kept(policy: TruncationPolicy, models: Path) -> ScoredRollouts:
+def _kept(policy: TruncationPolicy, min_tokens: int, models: Path) -> ScoredRollouts:
     place = topology("one")
     layout = Layout(2, True, 1, place.device.torch_device)
     sampled = [
         replace(r, sampled_logprobs=tuple(-0.5 - row - column for column in range(len(r.response_ids))))
         for row, r in enumerate(ROLLOUTS)
     ]
-    return score(sampled, _roles(models, place, False, False), layout, EOS, policy)
+    return score(sampled, _roles(models, place, False, False), layout, END, policy, min_tokens)
 
 
-@pytest.mark.parametrize("policy", ["compat", "penalise"])
+@pytest.mark.parametrize(
+    ("policy", "min_tokens"), [("compat", 0), ("compat", 1), ("penalise", 0), ("penalise", 3)]
+)
 def test_log_probs_of_the_pool_lie_beside_ours_but_for_overwritten_tokens(
-    policy: TruncationPolicy, models: Path
+    policy: TruncationPolicy, min_tokens: int, models: Path
 ) -> None:
-    (scored,) = run_ranks(1, _kept, policy, models)
+    (scored,) = run_ranks(1, _kept, policy, min_tokens, models)
+    # The first token of a response that may not be empty: the pool leaves end-of-sequence out, and we do not.
+    unlike = int(min_tokens == 1)
     for row, r in enumerate(ROLLOUTS):
         length = len(r.response_ids)
         assert scored.logp_pool_BR[row, :length].tolist() == [-0.5 - row - c for c in range(length)]
         overwritten = policy == "compat" and row == 3
-        assert (
-            scored.sampled_BR[row, :length].tolist() == [1.0] * (length - overwritten) + [0.0] * overwritten
-        )
+        alike = [0.0] * unlike + [1.0] * (length - overwritten - unlike) + [0.0] * overwritten
+        assert scored.sampled_BR[row, :length].tolist() == alike
         assert not scored.sampled_BR[row, length:].any() and not scored.logp_pool_BR[row, length:].any()
-    assert scored.rollouts == close_rollouts(scored.rollouts, EOS, policy)
+    assert scored.rollouts == close_rollouts(scored.rollouts, END, policy)
     assert scored.rollouts[3].response_ids[-1] == (
         EOS if policy == "compat" else ROLLOUTS[3].response_ids[-1]
     )

@@ -1,0 +1,49 @@
+"""The learning rate of each optimizer step of a run."""
+
+from dataclasses import dataclass
+
+from rto_megatron.algorithms.schedule import lr_factor, warmup_steps
+from rto_megatron.config.schema import ActorCriticStage, OptimizerConfig, ReinforcementStage, TrainStage
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a schedule comes to over a run."""
+
+    first: float
+    highest: float
+    last: float
+    num_updates: int
+    num_warmup: int  # updates before the highest rate
+
+
+def learning_rate(config: OptimizerConfig, step: int, num_updates: int) -> float:
+    """The rate of optimizer step `step` of `num_updates`."""
+    warmup = warmup_steps(config.warmup_fraction, num_updates)
+    return config.lr * lr_factor(step, num_updates, warmup, config.min_lr_fraction, config.schedule)
+
+
+def updates_per_step(config: TrainStage) -> int:
+    """Optimizer steps of one step of the run."""
+    if not isinstance(config, ReinforcementStage):
+        return 1
+    return config.responses_per_step // config.batch.train * config.algorithm.epochs
+
+
+def known_rates(config: TrainStage) -> dict[str, Rates]:
+    """Section of each optimizer -> its rates; nothing where the data decide how long the run is."""
+    if config.run.steps is None:
+        return {}
+    sections = {"optimizer": config.optimizer}
+    if isinstance(config, ActorCriticStage):
+        sections["critic_optimizer"] = config.critic_optimizer
+    return {
+        name: _rates(section, config.run.steps * updates_per_step(config))
+        for name, section in sections.items()
+    }
+
+
+def _rates(config: OptimizerConfig, num_updates: int) -> Rates:
+    warmup = warmup_steps(config.warmup_fraction, num_updates)
+    first, highest, last = (learning_rate(config, step, num_updates) for step in (0, warmup, num_updates - 1))
+    return Rates(first, highest, last, num_updates, warmup)

@@ -1,0 +1,75 @@
+"""Reasoning that stands inside an answer's text, as R1 and Qwen3 write it: `<think>...</think>` before the answer."""
+
+import re
+from dataclasses import dataclass
+
+_TAG = r"(?:\w+:)?(?:think|thought|reason)\w*"
+_OPENED = re.compile(rf"<({_TAG})>(\s*)\Z")
+_PARTS = re.compile(rf"((?:\s*<{_TAG}>)*)(.*)(</{_TAG}>)(.*)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The text of an assistant's turn, cut at its last closing tag; without one, all of it is `rest`."""
+
+    opening: str  # tags
+    thought: str
+    closing: str  # tag
+    rest: str
+
+    @property
+    def text(self) -> str:
+        """The whole."""
+        return f"{self.opening}{self.thought}{self.closing}{self.rest}"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is to follow a rendered prompt.
+
+    Attributes:
+        text: with what the template writes behind the answer; the bare answer where `is_apart`.
+        is_apart: the rendered prompt is not how the rendered conversation begins.
+        is_open: the prompt opens a thought that the text does not close.
+        has_thought_back: the template had left the thought out of the conversation, and the prompt asks for one.
+    """
+
+    text: str
+    is_apart: bool = False
+    is_open: bool = False
+    has_thought_back: bool = False
+
+
+def split_thought(content: str) -> Reply:
+    """The parts of an assistant's text."""
+    match = _PARTS.fullmatch(content)
+    return Reply(*match.groups()) if match else Reply("", "", "", content)
+
+
+def answer_after(prompt_text: str, whole_text: str, content: str) -> Answer:
+    """The text that follows a rendered prompt in the rendered conversation.
+
+    Where the prompt ends with an opened thought, its tag is never written twice, and a thought that the template
+    leaves out of finished turns is put back.
+
+    Args:
+        prompt_text: rendered with a generation header.
+        whole_text: rendered with the answer.
+        content: of the answer.
+    """
+    opened = _OPENED.search(prompt_text)
+    before = prompt_text[: opened.start()] if opened else prompt_text
+    if not whole_text.startswith(before):
+        return Answer(content, is_apart=True)
+    rest = whole_text[len(before) :]
+    if opened is None:
+        return Answer(rest)
+    tag, space = opened.groups()
+    while rest.lstrip().startswith(f"<{tag}>"):
+        rest = rest.lstrip().removeprefix(f"<{tag}>").removeprefix(space)
+    closing, reply = f"</{tag}>", split_thought(content)
+    has_thought_back = closing not in rest and reply.closing == closing
+    if has_thought_back:
+        indent = reply.rest[: len(reply.rest) - len(reply.rest.lstrip())]
+        rest = reply.thought.removeprefix(space) + closing + indent + rest.lstrip()
+    return Answer(rest, is_open=closing not in rest, has_thought_back=has_thought_back)

@@ -1,0 +1,155 @@
+"""The turns of a row and what it says beside them: tools, a system text, arguments of the chat template."""
+
+from collections.abc import Mapping, Sequence
+
+from rto_megatron.config.template import RESERVED
+from rto_megatron.data.messages import (
+    CALLS,
+    Conversation,
+    Message,
+    parsed,
+    with_parsed_arguments,
+    without_nulls,
+)
+from rto_megatron.data.sources import Row
+from rto_megatron.errors import UserError
+
+_SYSTEM = ("system", "system_prompt")
+_ARGUMENTS = "chat_template_kwargs"  # TRL's name
+_SPOKEN = ("user", "assistant")  # turns that say something or are none
+_UNASKED = ("system", "assistant")
+
+
+def turns(row: Row, column: str) -> list[Message]:
+    """The messages of a column; fields that are null are absent.
+
+    Raises:
+        UserError: there is none, or one has no role, no text, or calls that are no list.
+    """
+    value = row.columns.get(column)
+    expected = "expected a list of messages {'role': ..., 'content': ...}"
+    if column not in row.columns:
+        raise UserError(f"{row.where}: column {column!r} is missing, found {sorted(row.columns)}; {expected}")
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{row.where}: column {column!r} is {value!r:.60}; {expected}")
+    messages = []
+    for number, turn in enumerate(value):
+        message = _message(turn)
+        if message is None:
+            raise UserError(f"{row.where}: message {number} of {column!r} is {turn!r:.60}; {expected}")
+        if not message.content.strip() and message.role in _SPOKEN and not _calls(message):
+            raise UserError(
+                f"{row.where}: message {number} ({message.role}) of {column!r} is empty; remove the row"
+            )
+        messages.append(message)
+    return messages
+
+
+def _message(turn: object) -> Message | None:
+    """None: it is no message."""
+    present = without_nulls(turn)
+    if not isinstance(present, dict):
+        return None
+    fields = {name: value for name, value in present.items() if name not in ("role", "content")}
+    if "tool_calls" in fields:
+        calls = parsed(fields.pop("tool_calls"))
+        if not isinstance(calls, list):
+            return None
+        if calls:
+            fields["tool_calls"] = [with_parsed_arguments(call) for call in calls]
+    role, content = (
+        present.get("role"),
+        present.get("content", "" if any(c in fields for c in CALLS) else None),
+    )
+    return Message(role, content, fields) if isinstance(role, str) and isinstance(content, str) else None
+
+
+def _calls(message: Message) -> bool:
+    return any(name in message.fields for name in CALLS)
+
+
+def with_system(row: Row, messages: Sequence[Message]) -> list[Message]:
+    """The messages, after a turn with the text of the row's column `system`, if it has one.
+
+    Raises:
+        UserError: the column holds no text, or the messages begin with another system turn.
+    """
+    column = next((name for name in _SYSTEM if row.columns.get(name) is not None), None)
+    if column is None:
+        return list(messages)
+    content = row.columns[column]
+    if not isinstance(content, str):
+        raise UserError(f"{row.where}: column {column!r} is {content!r:.60}, expected text")
+    if messages[0].role != "system":
+        return [Message("system", content), *messages]
+    if messages[0].content != content:
+        raise UserError(
+            f"{row.where}: column {column!r} is {content!r:.60}, and the messages begin with the system turn "
+            f"{messages[0].content!r:.60}; keep one"
+        )
+    return list(messages)
+
+
+def require_prompt(row: Row, column: str, messages: Sequence[Message]) -> None:
+    """Refuses a row whose column `prompt` is not what its conversation answers.
+
+    A text agrees that is one of the user's turns, or holds the texts of all turns.
+
+    Raises:
+        UserError: names both.
+    """
+    prompt = row.columns.get("prompt")
+    if prompt is None:
+        return
+    if isinstance(prompt, list):
+        is_same = turns(row, "prompt") == list(messages)
+    else:
+        said = _words(str(prompt))
+        texts = [_words(message.content) for message in messages]
+        asked = [text for message, text in zip(messages, texts, strict=True) if message.role not in _UNASKED]
+        is_same = said in asked or (len(texts) > 1 and all(text in said for text in texts))
+    if not is_same:
+        raise UserError(
+            f"{row.where}: column 'prompt' is {prompt!r:.80}, and {column!r} answers "
+            f"{[message.turn() for message in messages]!r:.80}; make them agree, or remove the column 'prompt'"
+        )
+
+
+def _words(text: str) -> str:
+    return " ".join(text.split())
+
+
+def conversation_of(row: Row, messages: Sequence[Message]) -> Conversation:
+    """The messages with the row's columns `tools` and `chat_template_kwargs`; JSON text in them is read."""
+    return Conversation(tuple(messages), _tools(row), _arguments(row))
+
+
+def _tools(row: Row) -> tuple[dict[str, object], ...]:
+    value = _decoded(row, "tools")
+    tools = [parsed(tool) for tool in value] if isinstance(value, list) else value
+    if tools is None or tools == "":
+        return ()
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise UserError(
+            f"{row.where}: column 'tools' is {row.columns['tools']!r:.60}, expected a list of JSON schemas "
+            "{'type': 'function', 'function': {...}}"
+        )
+    return tuple(tools)
+
+
+def _arguments(row: Row) -> Mapping[str, object]:
+    value = _decoded(row, _ARGUMENTS)
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or any(name in RESERVED for name in value):
+        raise UserError(
+            f"{row.where}: column {_ARGUMENTS!r} is {value!r:.60}, expected a mapping of arguments that the chat "
+            f"template reads, without {', '.join(RESERVED)}"
+        )
+    return value
+
+
+def _decoded(row: Row, column: str) -> object:
+    """A column with JSON text or values; nulls in text were written on purpose."""
+    value = row.columns.get(column)
+    return parsed(value) if isinstance(value, str) else without_nulls(value)
