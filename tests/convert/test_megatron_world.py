@@ -19,6 +19,7 @@ from convert.stock_megatron import (
     build,
     checkpointing,
     fill_with_nan,
+    gpt_config_from_args,
     load_pretrained,
     make_scalar,
     name_as_transformer_engine,
@@ -421,3 +422,14 @@ def test_tree_that_cannot_be_read_says_why(
     break_it(tree)
     with pytest.raises(UserError, match=reason):
         open_megatron(tree, None, None)
+
+
+def test_stock_megatron_parses_the_rope_factor_and_drops_it() -> None:
+    """docs/checkpoints.md names the line to add; once this fails, it and the line in `stock_megatron.build` can go."""
+
+    def factors() -> tuple[float, float]:
+        start(LAYOUTS["one"])
+        args = validated(parsed(f"{FLAGS['llama3_tied']} --vocab-size {VOCAB_SIZE}", LAYOUTS["one"]))
+        return args.rope_scaling_factor, gpt_config_from_args(args).rope_scaling_factor
+
+    assert run_ranks(1, factors) == [(32.0, 8.0)]
