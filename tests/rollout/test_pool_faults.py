@@ -87,11 +87,11 @@ def test_a_folder_without_model_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.pool
-def test_a_server_that_dies_shows_the_end_of_its_log(tmp_path: Path) -> None:
+def test_a_server_that_dies_shows_the_first_error_of_its_log(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["NoSuchModel"]}')
     server = start_server(ServerOptions(tmp_path, tmp_path / "token", tmp_path / "log"))
     try:
-        with pytest.raises(UserError, match=r"(?s)ended while starting; the last lines of .*NoSuchModel"):
+        with pytest.raises(UserError, match=r"(?s)ended while starting; the first error in .*NoSuchModel"):
             wait_until_ready(server, timeout_s=120)
     finally:
         stop_server(server)
