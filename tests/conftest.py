@@ -27,3 +27,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         group = "pool" if item.get_closest_marker("pool") else item.nodeid.partition("::")[0]
         item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: item.get_closest_marker("pool") is None)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Refuses to share the tests out one by one: each process would build every fixture and start every server."""
+    if getattr(session.config.option, "loadgroup", False):  # as pytest-xdist tells its processes
+        alone = [item.nodeid for item in session.items if "@" not in item.nodeid]
+        if alone:
+            raise pytest.UsageError(f"pytest-xdist did not group {len(alone)} tests, the first is {alone[0]}")

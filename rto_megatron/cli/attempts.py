@@ -40,7 +40,7 @@ class Stopping:
             self.end_now(signum, frame)
         self.is_asked = True
         if not has_ranks() and not self._have_ranks_ended():
-            raise Preempted("told to stop before a rank was started")
+            raise Preempted("told to stop while no rank was running")
         (self._run_dir / STOP_FILE).touch()
         typer.echo(
             "told to stop: a step that has begun is finished and saved first; a second signal ends the run at once"

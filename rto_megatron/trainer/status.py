@@ -69,9 +69,14 @@ def write_status(run_dir: Path, status: Status) -> None:
 
 
 def note_status(run_dir: Path, status: Status) -> None:
-    """As `write_status`, unless another rank has told its own end: a lost rank is what the others see of it."""
+    """As `write_status`, unless another rank has told its own end: a lost rank is what the others see of it.
+
+    A scheduler tells the other ranks to stop once one is lost. Their PREEMPTED is no cause: the run is to be started
+    again. In a stop that was asked for, the rank that ends first says PREEMPTED before another can miss it.
+    """
     before = read_status(run_dir)
-    if before is None or before.reason is ExitReason.INFRA_LOST_RANK:
+    is_consequence = before is not None and before.reason is ExitReason.INFRA_LOST_RANK
+    if before is None or (is_consequence and status.reason is not ExitReason.PREEMPTED):
         write_status(run_dir, status)
 
 
