@@ -9,7 +9,6 @@ from rto_megatron.data.encoder import Loaded
 from rto_megatron.data.tokenizer import load_plain_tokenizer
 from rto_megatron.data.vocabulary import (
     Embedding,
-    Example,
     require_rows,
     smallest_embedding,
     spare_tokens,
@@ -18,6 +17,7 @@ from rto_megatron.data.vocabulary import (
 )
 from rto_megatron.engine.source import WeightSource
 from rto_megatron.models.checks import check_sampled_ids
+from rto_megatron.types import Example
 
 
 def embedding_problems(config: schema.Stage, sources: Mapping[str, WeightSource]) -> list[str]:

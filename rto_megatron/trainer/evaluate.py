@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from itertools import batched
 
-from rto_megatron.algorithms.termination import TruncationPolicy
+from rto_megatron.algorithms.termination import TruncationPolicy, compared_ban
 from rto_megatron.config import schema
 from rto_megatron.data.loader import load_prompts
-from rto_megatron.data.packing import response_mask, rollout_batches, rollout_grid
+from rto_megatron.data.packing import Layout, response_mask, rollout_batches, rollout_grid
+from rto_megatron.engine.megatron import Model
 from rto_megatron.engine.roles import build_frozen
 from rto_megatron.errors import UserError
 from rto_megatron.parallel.topology import Topology
@@ -18,6 +19,7 @@ from rto_megatron.trainer.rollouts import reward_scores, sample
 from rto_megatron.trainer.rto import sampling
 from rto_megatron.trainer.setup import prepare_stage
 from rto_megatron.trainer.starting import begin_steps
+from rto_megatron.types import Ban, Rollout
 
 _AS_SAMPLED: TruncationPolicy = (
     "mask"  # nothing is overwritten; the reward model reads an appended end-of-sequence
@@ -51,13 +53,9 @@ def evaluate(config: schema.EvaluateStage, topology: Topology) -> None:
     rollouts = sample(topology, sampler.engine, repeated, sampling(config, setup, 0), version=0)
     sampler.rest()
     sampler.push.close()
-    batches = rollout_batches(rollouts, setup.layout)
-    logp_BR, logp_ref_BR = (
-        rollout_grid(m.token_outputs(batches), batches, rollouts) for m in (policy, reference)
-    )
-    mask_BR = response_mask(rollouts, setup.layout.device)
+    ban = compared_ban(setup.eos, config.sampling.min_response_tokens)
     values = {
-        "kl": ((logp_BR - logp_ref_BR) * mask_BR).sum(1).tolist(),
+        "kl": kl_to_reference(rollouts, policy, reference, setup.layout, ban),
         "tokens": [float(len(r.response_ids)) for r in rollouts],
     }
     if "reward" in setup.sources:
@@ -82,6 +80,22 @@ def evaluate(config: schema.EvaluateStage, topology: Topology) -> None:
             True,
         )
     topology.barrier()
+
+
+def kl_to_reference(
+    rollouts: Sequence[Rollout], policy: Model, reference: Model, layout: Layout, ban: Ban | None
+) -> list[float]:
+    """log(pi/pi_ref) of each response, in nats: its mean over what pi sampled is the KL divergence.
+
+    Args:
+        ban: what the pool could not sample; both models are compared without it.
+    """
+    batches = rollout_batches(rollouts, layout, ban)
+    logp_BR, logp_ref_BR = (
+        rollout_grid(model.token_outputs(batches), batches, rollouts) for model in (policy, reference)
+    )
+    sums: list[float] = ((logp_BR - logp_ref_BR) * response_mask(rollouts, layout.device)).sum(1).tolist()
+    return sums
 
 
 def _over_prompts(samples: Sequence[float], per_prompt: int, topology: Topology) -> Estimate:

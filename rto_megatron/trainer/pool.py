@@ -178,20 +178,20 @@ def connect_pool(config: schema.RolloutConfig, policy: Model) -> Sampler:
         UserError: on every rank, when no server is named or there is no proper token.
     """
     topology = policy.topology
-    pool, token, failure = None, "", None
+    pool, token, host, failure = None, "", "", None
     try:
         token = _token(config)
-        meeting_host(config.servers)  # refused here, where all ranks hear of it
+        host = meeting_host(config.servers)
         if topology.is_replica_lead:
             pool = _pool(config, token, topology.is_lead)
     except UserError as raised:
         failure = raised
     raise_together(topology, failure)
     if not config.colocated:
-        return Sampler(pool, open_push(config, policy, pool, token))
+        return Sampler(pool, open_push(config, policy, pool, token, host))
     phases = PoolPhases()
     shared = SharedGpus(topology, pool, phases, token, config.sync_timeout_s)
-    return Sampler(pool, open_push(config, policy, pool, token, phases, shared), shared)
+    return Sampler(pool, open_push(config, policy, pool, token, host, phases, shared), shared)
 
 
 def _pool(config: schema.RolloutConfig, token: str, is_lead: bool) -> VllmPool:
@@ -241,10 +241,15 @@ def open_push(
     policy: Model,
     pool: VllmPool | None,
     token: str,
+    host: str,
     phases: PoolPhases | None = None,
     shared: SharedGpus | None = None,
 ) -> PolicyPush:
-    """The pushes of one policy; all ranks must call it."""
+    """The pushes of one policy; all ranks must call it.
+
+    Args:
+        host: where senders and servers meet; see `meeting_host`.
+    """
     topology = policy.topology
 
     def share(text: str) -> list[str]:
@@ -267,7 +272,7 @@ def open_push(
         bucket_bytes=config.bucket_mb << 20,
         timeout_s=config.sync_timeout_s,
         share=share,
-        host=meeting_host(config.servers),
+        host=host,
         phases=phases,
     )
     tolerance = config.logprob_tolerance or CANARY_TOLERANCE[policy.module.config.params_dtype]

@@ -110,7 +110,7 @@ def score(
     rollouts = close_rollouts(sampled, eos, policy)
     ban = compared_ban(eos, min_tokens)
     whole = rollout_batches(rollouts, layout)
-    batches = rollout_batches(rollouts, layout, ban)
+    batches = whole if ban is None else rollout_batches(rollouts, layout, ban)
 
     def grid(model: Model, of: Sequence[TokenBatch]) -> Tensor:
         return rollout_grid(model.token_outputs(of), of, rollouts)

@@ -77,14 +77,20 @@ def test_a_rank_that_saw_another_go_does_not_hide_why_it_went(tmp_path: Path) ->
 
 def test_ranks_that_are_told_to_stop_because_one_was_lost_do_not_hide_that(tmp_path: Path) -> None:
     """SLURM tells them (srun --kill-on-bad-exit); a job that took it for the end of its time would not go on."""
-    lost, told = Status(ExitReason.INFRA_LOST_RANK, 3, "killed"), Status(ExitReason.PREEMPTED, 3, "told to stop")
+    lost, told = (
+        Status(ExitReason.INFRA_LOST_RANK, 3, "killed"),
+        Status(ExitReason.PREEMPTED, 3, "told to stop"),
+    )
     note_status(tmp_path, lost)
     note_status(tmp_path, told)
     assert read_status(tmp_path) == lost
 
 
 def test_ranks_that_miss_one_that_was_told_to_stop_do_not_hide_that(tmp_path: Path) -> None:
-    lost, told = Status(ExitReason.INFRA_LOST_RANK, 3, "gone"), Status(ExitReason.PREEMPTED, 3, "told to stop")
+    lost, told = (
+        Status(ExitReason.INFRA_LOST_RANK, 3, "gone"),
+        Status(ExitReason.PREEMPTED, 3, "told to stop"),
+    )
     note_status(tmp_path, told)
     note_status(tmp_path, lost)
     assert read_status(tmp_path) == told

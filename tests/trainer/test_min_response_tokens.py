@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM, MinNewTokensLengthLogitsProcessor
 from rto_megatron.algorithms.termination import compared_ban
 from rto_megatron.config.schema import OptimizerConfig
 from rto_megatron.data.packing import Layout
+from rto_megatron.trainer.evaluate import kl_to_reference
 from rto_megatron.trainer.metrics import read_metrics
 from rto_megatron.trainer.rollouts import Roles, score
 from rto_megatron.types import EndOfSequence, Rollout, ScoredRollouts
@@ -105,6 +106,24 @@ def test_policy_and_reference_leave_out_what_could_not_be_sampled(
         assert (compared["policy"] - whole["policy"]).abs().max() > 1e-3
         finished = [r.finish_reason == "stop" for r in SAMPLED]
         assert scored.sampled_BR[finished, :MIN_TOKENS].all()
+
+
+def _kl(models: Path) -> list[float]:
+    place = topology("one")
+    policy, reference = (frozen(place, models / name, False) for name in ("policy", "reference"))
+    ban = compared_ban(END, MIN_TOKENS)
+    return kl_to_reference(SAMPLED, policy, reference, Layout(3, True, 1, place.device.torch_device), ban)
+
+
+def test_evaluation_compares_what_could_be_sampled(models: Path) -> None:
+    (found,) = run_ranks(1, _kl, models)
+    compared, whole = (
+        _logprobs(models / "policy", tuple(SAMPLED), ban)
+        - _logprobs(models / "reference", tuple(SAMPLED), ban)
+        for ban in (MIN_TOKENS, 0)
+    )
+    torch.testing.assert_close(torch.tensor(found), compared.sum(1), atol=1e-4, rtol=0)
+    assert (compared.sum(1) - whole.sum(1)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("min_tokens", [0, 1])
