@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from rto_megatron.config.schema import Stage
+    from rto_megatron.types import EndOfSequence
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ def look_at(config: "Stage") -> list[LookedAt]:
 
     sources = data_sources(config)
     try:
-        tokenizer = _tokenizer(config) if any(data.absence is None for data in sources) else None
+        tokenizer, eos = _tokenizer(config) if any(data.absence is None for data in sources) else (None, None)
     except UserError as error:
         return [LookedAt("models.policy", str(error), is_problem=True)]
     by = "with the policy's tokenizer" if tokenizer else "layout alone, as the policy's tokenizer is not here"
@@ -36,7 +37,7 @@ def look_at(config: "Stage") -> list[LookedAt]:
             looked.append(LookedAt(data.key, f"{data.source}: {data.absence}, not looked at"))
             continue
         try:
-            found = look(config, data, tokenizer)
+            found = look(config, data, tokenizer, eos)
         except UserError as error:
             looked.append(LookedAt(data.key, f"of the first {NUM_ROWS} rows, {by}: {error}", is_problem=True))
         else:
@@ -44,14 +45,19 @@ def look_at(config: "Stage") -> list[LookedAt]:
     return looked
 
 
-def _tokenizer(config: "Stage") -> "PreTrainedTokenizerBase | None":
-    """The policy's, if it is on this machine."""
+def _tokenizer(config: "Stage") -> "tuple[PreTrainedTokenizerBase | None, EndOfSequence | None]":
+    """The policy's and what ends its answers, if it is on this machine."""
     from rto_megatron.cli.shapes import hugging_face_folder
+    from rto_megatron.data.eos import read_eos
     from rto_megatron.data.tokenizer import has_tokenizer, load_tokenizer
+    from rto_megatron.models.config_files import read_shape
 
     try:
         folder = hugging_face_folder(config.models.policy)
     except UserError:
-        return None  # a hub model, or an earlier stage that has not run yet
+        return None, None  # a hub model, or an earlier stage that has not run yet
     is_here = has_tokenizer(folder) or (folder / "tokenizer_config.json").is_file()
-    return load_tokenizer(folder) if is_here else None
+    if not is_here:
+        return None, None
+    tokenizer = load_tokenizer(folder)
+    return tokenizer, read_eos(folder, tokenizer, read_shape(folder).vocab_size)[0]

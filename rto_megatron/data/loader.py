@@ -108,8 +108,30 @@ def load_judged(
     """Load answers with verdicts: rows of prompt, completion and label, or preference pairs, two answers each.
 
     The unrelated answer of each is the first one of the nearest row before it that has another prompt.
-    Arguments and errors as `load_pairs`.
+    Arguments and errors as `load_pairs`; rows that all answer one prompt are refused too.
     """
+    loaded = load_judged_rows(source, tokenizer, limits, max_rows, eos)
+    encoder, rows = Encoder(tokenizer, limits, eos), loaded.items
+    answers = []
+    for index, row in enumerate(rows):
+        others = (rows[index - back][0] for back in range(1, len(rows)))
+        other = next((one for one in others if one.prompt_ids != row[0].prompt_ids), None)
+        if other is None:
+            raise UserError(f"{source}: all rows answer one prompt; the KL baseline of KTO needs another one")
+        for answer in row:
+            room = limits.max_length - len(answer.prompt_ids)
+            answers.append(replace(answer, unrelated_ids=encoder.fitted(other.response_ids, room)))
+    return Loaded(tuple(answers), loaded.report)
+
+
+def load_judged_rows(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    max_rows: int | None = None,
+    eos: EndOfSequence | None = None,
+) -> Loaded[tuple[JudgedResponse, ...]]:
+    """The answers of each row, without unrelated ones; arguments and errors as `load_pairs`."""
     encoder = Encoder(tokenizer, limits, eos)
 
     def convert(row: Row) -> tuple[JudgedResponse, ...] | None:
@@ -123,21 +145,12 @@ def load_judged(
             )
         return tuple(answers)
 
-    loaded = load_rows(source, convert, encoder, max_rows)
-    rows = loaded.items
-    answers = []
-    for index, row in enumerate(rows):
-        others = (rows[index - back][0] for back in range(1, len(rows)))
-        other = next((one for one in others if one.prompt_ids != row[0].prompt_ids), None)
-        if other is None:
-            raise UserError(f"{source}: all rows answer one prompt; the KL baseline of KTO needs another one")
-        for answer in row:
-            room = limits.max_length - len(answer.prompt_ids)
-            answers.append(replace(answer, unrelated_ids=encoder.fitted(other.response_ids, room)))
-    return Loaded(tuple(answers), loaded.report)
+    return load_rows(source, convert, encoder, max_rows)
 
 
-def load_texts(source: str, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> Loaded[Demonstration]:
+def load_texts(
+    source: str, tokenizer: PreTrainedTokenizerBase, limits: Limits, max_rows: int | None = None
+) -> Loaded[Demonstration]:
     """Load texts of column `text` for a language-model loss on every token but the first.
 
     Longer texts than `max_length` are cut; rows of fewer than two tokens are dropped.
@@ -154,4 +167,4 @@ def load_texts(source: str, tokenizer: PreTrainedTokenizerBase, limits: Limits) 
             ids = ids[: limits.max_length]
         return None if len(ids) < 2 else Demonstration(row_id(row), ids[:1], ids[1:])
 
-    return load_rows(source, convert, encoder, None, "of fewer than two tokens")
+    return load_rows(source, convert, encoder, max_rows, "of fewer than two tokens")

@@ -11,19 +11,19 @@ from rto_megatron.algorithms.method import OfflineMethod
 from rto_megatron.algorithms.reward_model import reads_margins
 from rto_megatron.config import schema
 from rto_megatron.data.bad_rows import BadRows
-from rto_megatron.data.encoder import Encoder, Limits, limits_of, load_rows, refuse_rows
-from rto_megatron.data.layouts import (
-    READERS,
-    read_demonstration,
-    read_judgements,
-    read_pair,
-    read_prompt,
-    read_text,
+from rto_megatron.data.encoder import Limits, LoadReport, limits_of, refuse_rows
+from rto_megatron.data.layouts import READERS
+from rto_megatron.data.loader import (
+    load_demonstrations,
+    load_judged_rows,
+    load_pairs,
+    load_prompts,
+    load_texts,
 )
 from rto_megatron.data.other_layouts import Examples
-from rto_megatron.data.rows import margin
-from rto_megatron.data.sources import HUB_NAME, BadRow, Row, is_file, scan_rows
+from rto_megatron.data.sources import HUB_NAME, BadRow, is_file, scan_rows
 from rto_megatron.errors import UserError
+from rto_megatron.types import EndOfSequence
 
 NUM_ROWS = 1000  # of each file
 
@@ -59,11 +59,17 @@ def data_sources(config: schema.Stage) -> list[DataSource]:
     return [DataSource(key, source, method.examples) for key, source in named.items() if source is not None]
 
 
-def look(config: schema.Stage, data: DataSource, tokenizer: PreTrainedTokenizerBase | None) -> str:
+def look(
+    config: schema.Stage,
+    data: DataSource,
+    tokenizer: PreTrainedTokenizerBase | None,
+    eos: EndOfSequence | None,
+) -> str:
     """What becomes of the first rows of a source.
 
     Args:
         tokenizer: the policy's; None: the layout alone is judged.
+        eos: what ends an answer of the policy.
 
     Raises:
         UserError: the stage would end with this message, or with one that names more rows.
@@ -71,31 +77,21 @@ def look(config: schema.Stage, data: DataSource, tokenizer: PreTrainedTokenizerB
     limits = limits_of(config)
     if tokenizer is None:
         return _layout_alone(data, limits)
-    encoder = Encoder(tokenizer, limits)
     has_margins = isinstance(config, schema.OfflineStage) and reads_margins(config.algorithm)
-
-    def convert(row: Row) -> bool | None:
-        if has_margins:
-            margin(row)
-        return _fits(row, data.wanted, encoder) or None
-
-    return load_rows(data.source, convert, encoder, NUM_ROWS).report.summary()
-
-
-def _fits(row: Row, wanted: Examples, encoder: Encoder) -> bool:
-    """Whether a row is kept."""
-    match wanted:
+    source = data.source
+    report: LoadReport
+    match data.wanted:
         case "prompts":
-            ids = encoder.prompt(row, read_prompt(row))
-            return encoder.limited_prompt(row, ids, encoder.limits.max_prompt_tokens) is not None
+            report = load_prompts(source, tokenizer, limits, NUM_ROWS).report
         case "pairs":
-            return all(encoder.example(row, messages) is not None for messages in read_pair(row))
+            report = load_pairs(source, tokenizer, limits, NUM_ROWS, eos, has_margins).report
         case "demonstrations":
-            return encoder.example(row, read_demonstration(row)) is not None
-        case "judgements":
-            return all(encoder.example(row, messages) is not None for messages, _ in read_judgements(row))
+            report = load_demonstrations(source, tokenizer, limits, NUM_ROWS, eos).report
+        case "judgements":  # the rows that follow may answer other prompts
+            report = load_judged_rows(source, tokenizer, limits, NUM_ROWS, eos).report
         case "texts":
-            return len(encoder.text(row, read_text(row))) > 1
+            report = load_texts(source, tokenizer, limits, NUM_ROWS).report
+    return report.summary()
 
 
 def _layout_alone(data: DataSource, limits: Limits) -> str:

@@ -19,7 +19,7 @@ import rto_megatron
 from rto_megatron.errors import UserError, refuse_if
 from rto_megatron.rollout.client import ServerClient
 from rto_megatron.rollout.gate import TOKEN_FILE_VARIABLE, read_token
-from rto_megatron.rollout.model_folder import code_problems
+from rto_megatron.rollout.model_folder import code_problems, pattern_problems
 from rto_megatron.rollout.model_path import misnamed
 from rto_megatron.rollout.server_log import first_error
 from rto_megatron.rollout.server_place import mended, place_problems
@@ -123,6 +123,8 @@ def start_server(options: ServerOptions) -> Server:
     if not (options.model / "config.json").is_file():
         raise UserError(f"{misnamed(options.model)}; rollout servers need a Hugging Face model folder")
     problems = [*code_problems(options.model), *place_problems([options.tensor_parallel], os.environ)]
+    if options.load_weights:
+        problems += pattern_problems(options.model)
     refuse_if(problems, "the pool does not start")
     ensure_token_file(options.token_file)
     port = _claim_port(options.host, options.port)

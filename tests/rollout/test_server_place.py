@@ -4,8 +4,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from rto_megatron.cli.main import app
 from rto_megatron.rollout.addresses import without_localhost
+from rto_megatron.rollout.model_folder import pattern_problems
 from rto_megatron.rollout.server_log import first_error
 from rto_megatron.rollout.server_place import mended, place_problems
 
@@ -82,3 +85,14 @@ def test_the_first_error_of_a_log_is_its_cause(log: str, error: str | None) -> N
 )
 def test_localhost_is_asked_for_by_its_number(address: str, number: str) -> None:
     assert without_localhost(address) == number
+
+
+def test_a_path_that_vllm_reads_as_a_pattern_is_refused_where_it_reads_weights(tmp_path: Path) -> None:
+    folder = tmp_path / "exp [1]"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    given = ["--token-file", str(tmp_path / "token"), "--load-weights"]
+    refused = CliRunner().invoke(app, ["pool", str(folder), *given])
+    assert refused.exit_code != 0
+    assert "as a pattern and finds no weights" in str(refused.exception)
+    assert pattern_problems(tmp_path / "exp (1) #1") == []

@@ -1,0 +1,91 @@
+"""`rto check` and `rto doctor` say of local data what the stage would say of it, up to the 1000th row."""
+
+from pathlib import Path
+
+import pytest
+from trainer.tiny_runs import write_files, write_rows
+from typer.testing import CliRunner, Result
+
+from rto_megatron.cli.main import app
+from rto_megatron.data.look import NUM_ROWS
+
+RECIPES = Path(__file__).parents[2] / "launchers" / "recipes" / "quickstart"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    write_files(folder)
+    return folder
+
+
+def _check(files: Path, stage: str, data: Path, *overrides: str) -> Result:
+    policy = f"models.policy={files / 'models/policy'}"
+    given = [policy, f"data.train={data}", "data.eval=null", "data.eval_samples=null", *overrides]
+    if stage in ("ppo", "rto"):
+        given = [policy, f"data.train={data}", *overrides]
+    return CliRunner().invoke(app, ["check", str(RECIPES / f"{stage}.yaml"), *given])
+
+
+def _found(result: Result) -> str:
+    assert result.exit_code == 0, result.output
+    return " ".join(result.output.replace("│", " ").split())
+
+
+def _row(question: str, answer: str) -> dict[str, object]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def _pair(question: str, better: str, worse: str) -> dict[str, object]:
+    return {
+        "prompt": question,
+        "chosen": _row(question, better)["messages"],
+        "rejected": _row(question, worse)["messages"],
+    }
+
+
+def test_a_cut_demonstration_is_counted_and_not_closed(files: Path, tmp_path: Path) -> None:
+    data = tmp_path / "sft.jsonl"
+    write_rows(data, [_row("red fox", "blue dog"), _row("red fox", "green cat " * 60)])
+    found = _found(_check(files, "sft", data))
+    assert "2 rows read, 2 kept, 1 truncated answers" in found
+    assert "closed" not in found
+
+
+def test_a_cut_answer_of_a_pair_is_closed(files: Path, tmp_path: Path) -> None:
+    data = tmp_path / "pairs.jsonl"
+    write_rows(data, [_pair("red fox", "blue " * 99, "dog")] * 3)
+    found = _found(_check(files, "dpo", data))
+    assert "3 rows read, 3 kept, 3 truncated answers, 3 truncated answers closed" in found
+
+
+def test_rows_of_one_prompt_do_not_speak_against_those_behind_them(files: Path, tmp_path: Path) -> None:
+    data = tmp_path / "pairs.jsonl"
+    rows = [_pair("red fox", "blue dog", "dog")] * NUM_ROWS
+    write_rows(data, [*rows, _pair("green cat", "blue dog", "dog")])
+    assert f"{NUM_ROWS} rows read, {NUM_ROWS} kept" in _found(_check(files, "kto", data))
+
+
+def test_prompts_and_texts_beside_them_are_looked_at(files: Path, tmp_path: Path) -> None:
+    prompts, texts = tmp_path / "prompts.jsonl", tmp_path / "texts.jsonl"
+    write_rows(prompts, [{"prompt": "red fox"}, {"prompt": "green cat " * 60}])
+    write_rows(texts, [{"text": "rain snow"}] * 4)
+    given = (f"data.pretrain={texts}", "algorithm.ptx_coef=1", "data.overlong=drop")
+    found = _found(_check(files, "rto", prompts, *given))
+    assert "2 rows read, 1 kept, 1 dropped" in found
+    assert "4 rows read, 4 kept" in found
+
+
+def test_bad_rows_are_refused_all_at_once(files: Path, tmp_path: Path) -> None:
+    data = tmp_path / "sft.jsonl"
+    write_rows(data, [_row("red fox", "blue dog"), {"prompt": "red"}, {"question": "red"}])
+    refused = _check(files, "sft", data)
+    assert f"{data}:2" in str(refused.exception) and f"{data}:3" in str(refused.exception)
+    assert "1 kept" in _found(_check(files, "sft", data, "data.bad_rows=drop"))
+
+
+def test_the_layout_is_judged_where_the_tokenizer_is_not(tmp_path: Path) -> None:
+    data = tmp_path / "sft.jsonl"
+    write_rows(data, [_row("red fox", "blue dog")])
+    found = _found(_check(tmp_path, "sft", data))
+    assert "layout alone" in found and "1 rows read, 0 bad rows" in found
