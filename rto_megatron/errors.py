@@ -4,7 +4,7 @@
 class UserError(ValueError):
     """Says what was found, what was expected and what to do.
 
-    `reason` is how a run that ends with it is classed (`trainer/status.py`); subclasses name their own.
+    `reason` is how a run that ends with it is classed (`lifecycle/status.py`); subclasses name their own.
     """
 
     reason: str = "CONFIG"

@@ -8,8 +8,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
-from rto_megatron.rollout.gate import read_token
-from rto_megatron.rollout.server import ServerOptions, start_server, stop_server, wait_until_ready
+from rto_megatron.generation.vllm.gate import read_token
+from rto_megatron.generation.vllm.start.server import (
+    ServerOptions,
+    start_server,
+    stop_server,
+    wait_until_ready,
+)
 
 VOCAB_SIZE = 480  # no multiple of 64: vLLM pads its vocabulary
 

@@ -15,10 +15,10 @@ from rto_megatron.config.checks import find_problems
 from rto_megatron.config.load import dump, load_recipe
 from rto_megatron.config.run_folder import make_run_folder, open_folder_warning
 from rto_megatron.errors import UserError
-from rto_megatron.experiments.sample_efficiency.report import _html_table
-from rto_megatron.rollout.server import ServerOptions, start_server
-from rto_megatron.trainer.report.evaluation import Estimate, Evaluation, final_table
-from rto_megatron.trainer.report.progress import say
+from rto_megatron.experiments.sample_efficiency.page import _html_table
+from rto_megatron.generation.vllm.start.server import ServerOptions, start_server
+from rto_megatron.reporting.evaluation import Estimate, Evaluation, final_table
+from rto_megatron.reporting.progress import say
 
 CANARY = "canary0123456789" * 4
 HOSTILE = "\x1b[2J[bold]<script>alert(1)</script>\u202e\x9b31m"

@@ -124,9 +124,9 @@ def step(root: Path, layouts: list[str]) -> None:
     """One RTO step from scripted responses at each layout: five models scored, policy and critic updated; compared."""
     device = prepare_device()
     from rto_megatron.parallel.topology import Topology
-    from rto_megatron.trainer.pool import Sampler
-    from rto_megatron.trainer.resume_check import ScriptedPool, ScriptedPush
-    from rto_megatron.trainer.rto import train_rto
+    from rto_megatron.proofs.resumed_runs import ScriptedPool, ScriptedPush
+    from rto_megatron.trainer.online import train_rto
+    from rto_megatron.trainer.sampler import Sampler
 
     for layout in layouts:
         sizes = {part[:2]: int(part[2:]) for part in layout.split("_") if part[2:].isdigit()}
@@ -148,7 +148,7 @@ def step(root: Path, layouts: list[str]) -> None:
 
 def compare(root: Path) -> None:
     """Weights relative to their move, and every number that the step logged."""
-    from rto_megatron.trainer.metrics import read_metrics
+    from rto_megatron.reporting.metrics import read_metrics
 
     start = _weights(root / "models" / "policy")
     runs = {path.name: path for path in sorted((root / "step").iterdir())}
@@ -200,10 +200,10 @@ def kernels(root: Path) -> None:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
     from rto_megatron.data.packing import token_batch
-    from rto_megatron.engine.roles import build_frozen
+    from rto_megatron.engine.build_roles import build_frozen
     from rto_megatron.engine.source import find_source
     from rto_megatron.models.build import build_model, forward, transformer_config
-    from rto_megatron.models.norm import RMSNorm
+    from rto_megatron.models.modules import RMSNorm
     from rto_megatron.trainer.stages import ranks
 
     with ranks(device, ParallelConfig(), seed=1) as topology, torch.no_grad():
@@ -253,7 +253,7 @@ def _skip(reason: str) -> NoReturn:
 
 def figures(run_dir: Path) -> None:
     """What a run says of its pool: the push, and how far its log-probs are from the trainer's."""
-    from rto_megatron.trainer.metrics import read_metrics
+    from rto_megatron.reporting.metrics import read_metrics
 
     last = read_metrics(run_dir)[-1]
     push = sum(last[f"sync/{phase}_s"] for phase in ("pause", "prepare", "commit", "canary"))

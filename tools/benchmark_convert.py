@@ -25,9 +25,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from rto_megatron.convert.conversion import Proofs, convert_to_hf, convert_to_megatron, silent
+from rto_megatron.convert.conversion_options import Options
 from rto_megatron.convert.megatron_source import open_megatron
-from rto_megatron.convert.options import Options
-from rto_megatron.convert.run import Proofs, convert_to_hf, convert_to_megatron, silent
 from rto_megatron.models.config_files import config_of
 from rto_megatron.models.parameters import hf_shapes, num_parameters, stored_parameters
 from rto_megatron.models.shape import ModelShape

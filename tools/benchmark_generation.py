@@ -33,11 +33,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from rto_megatron.errors import UserError
-from rto_megatron.rollout.client import ServerClient
-from rto_megatron.rollout.engine import Sampling, request_seed
-from rto_megatron.rollout.gate import read_token
-from rto_megatron.rollout.server import Server, ServerOptions, start_server, stop_server, wait_until_ready
-from rto_megatron.rollout.vllm_pool import VllmPool
+from rto_megatron.generation.contract import Sampling, request_seed
+from rto_megatron.generation.vllm.client.server_client import ServerClient
+from rto_megatron.generation.vllm.client.vllm_pool import VllmPool
+from rto_megatron.generation.vllm.gate import read_token
+from rto_megatron.generation.vllm.start.server import (
+    Server,
+    ServerOptions,
+    start_server,
+    stop_server,
+    wait_until_ready,
+)
 from rto_megatron.types import Prompt
 
 _VERSION = 0

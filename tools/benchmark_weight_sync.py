@@ -36,16 +36,21 @@ from weight_sync_measures import DigestClock, PeakMemory, RawBroadcast
 
 from rto_megatron.config.schema import FrozenPrecisionConfig, RolloutConfig
 from rto_megatron.errors import UserError
+from rto_megatron.generation.vllm.client.server_client import ServerClient
+from rto_megatron.generation.vllm.gate import read_token
+from rto_megatron.generation.vllm.start.server import (
+    ServerOptions,
+    start_server,
+    stop_server,
+    wait_until_ready,
+)
 from rto_megatron.models.config_files import config_of
 from rto_megatron.models.parameters import num_parameters
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.platform.device import Device, prepare
-from rto_megatron.rollout.client import ServerClient
-from rto_megatron.rollout.gate import read_token
-from rto_megatron.rollout.server import ServerOptions, start_server, stop_server, wait_until_ready
 from rto_megatron.weight_sync import sender
-from rto_megatron.weight_sync.communicators import open_communicator
 from rto_megatron.weight_sync.manifest import Manifest
+from rto_megatron.weight_sync.shared import open_communicator
 from rto_megatron.weight_sync.transport import LOOPBACK, Rendezvous, listen
 
 _LAYOUTS = {"tp1": (1, 1), "tp2": (2, 1), "pp2": (1, 2)}
@@ -90,11 +95,11 @@ class Rank:
 
     def __init__(self, folder: Path, servers: tuple[str, ...], bucket_mb: int, device: Device) -> None:
         # These import Megatron, for which `prepare` has made the process ready.
-        from rto_megatron.engine.roles import build_frozen
+        from rto_megatron.engine.build_roles import build_frozen
         from rto_megatron.engine.source import find_source
         from rto_megatron.parallel.topology import Topology
-        from rto_megatron.trainer.pool import connect_pool
-        from rto_megatron.weight_sync.source import PolicySource
+        from rto_megatron.trainer.sampler import connect_pool
+        from rto_megatron.weight_sync.policy_weights import PolicySource
 
         tensor, pipeline = _LAYOUTS[os.environ["BENCHMARK_LAYOUT"]]
         self.topology = Topology.init(device, tensor, pipeline, False, seed=0)

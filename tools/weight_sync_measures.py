@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rto_megatron.weight_sync.manifest import Manifest
-from rto_megatron.weight_sync.pipeline import broadcast_each
+from rto_megatron.weight_sync.sender import broadcast_each
 from rto_megatron.weight_sync.transport import Communicator
 
 

@@ -3,11 +3,11 @@
 import torch
 from weight_sync_measures import DigestClock, PeakMemory, RawBroadcast
 
-from rto_megatron.weight_sync import landing, receiver
-from rto_megatron.weight_sync.communicators import open_communicator
+from rto_megatron.generation.vllm.worker import landing, receiver
+from rto_megatron.generation.vllm.worker.plugin import RtoWorkerExtension
 from rto_megatron.weight_sync.manifest import Manifest
+from rto_megatron.weight_sync.shared import open_communicator
 from rto_megatron.weight_sync.transport import Rendezvous
-from rto_megatron.weight_sync.vllm_plugin import RtoWorkerExtension
 
 _CLOCK = DigestClock(landing, receiver)
 

@@ -9,16 +9,15 @@ from rich.table import Table
 from rich.text import Text
 
 from rto_megatron.cli.options import Assume, Overrides, Recipe
-from rto_megatron.cli.token_ids import token_warnings
 from rto_megatron.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from rto_megatron.cli.local_data import LookedAt
-    from rto_megatron.cli.shapes import FoundShape
     from rto_megatron.config.roles import Role
     from rto_megatron.config.schema import Stage
+    from rto_megatron.planning.local_data import LookedAt
+    from rto_megatron.planning.shapes import FoundShape
 
 
 GpuGib = Annotated[
@@ -58,9 +57,11 @@ def check(
 
     Data files that are on this machine are read up to their 1000th row.
     """
-    from rto_megatron.cli.local_data import look_at
     from rto_megatron.config.checks import refuse
     from rto_megatron.config.load import dump, load_recipe
+    from rto_megatron.planning.local_data import look_at
+    from rto_megatron.planning.plan import judged
+    from rto_megatron.planning.token_ids import token_warnings
 
     config = load_recipe(recipe, overrides or [])
     world_size, pool_size = _split(config, gpus, pool_gpus)
@@ -85,38 +86,6 @@ def check(
     console.print(f"{recipe}: sound for {_machine(world_size, gpus)}{unjudged}.", highlight=False)
 
 
-def judged(
-    config: "Stage", world_size: int, assume: list[str], origin: str
-) -> "tuple[Sequence[Role], dict[str, FoundShape]]":
-    """The roles of a stage and the shapes of those that are known, once nothing speaks against them on so many ranks.
-
-    Args:
-        origin: how the number of ranks came about, if it is not what the user asked for.
-
-    Raises:
-        UserError: lists everything that does.
-    """
-    from rto_megatron.config.checks import find_problems, refuse
-    from rto_megatron.config.roles import roles_of
-    from rto_megatron.models.checks import check_experts, check_layout
-
-    problems = find_problems(config, world_size, {}, origin)
-    refuse(problems)  # the plan below needs a configuration whose parts fit together
-    roles = roles_of(config)
-    shapes = _shapes(roles, assume)
-    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
-    limits = {name: found.shape.max_positions for name, found in shapes.items()}
-    problems = find_problems(config, world_size, limits, origin)
-    for name, found in shapes.items():
-        problems += check_layout(found.shape, tensor, pipeline, f"models.{name}")
-    trained = {f"models.{r.name}": shapes[r.name].shape for r in roles if r.is_trained and r.name in shapes}
-    if all(role.name in shapes for role in roles if role.is_trained):
-        coef = config.models.moe_aux_loss_coef
-        problems += check_experts(trained, tensor, config.parallel.sequence, coef)
-    refuse(problems)
-    return roles, shapes
-
-
 def _split(config: "Stage", gpus: int, pool_gpus: int | None) -> tuple[int, int]:
     """Trainer ranks and pool GPUs."""
     from rto_megatron.config.checks import is_colocated, samples_from_pool
@@ -136,31 +105,11 @@ def _split(config: "Stage", gpus: int, pool_gpus: int | None) -> tuple[int, int]
     return gpus - pool, pool
 
 
-def _shapes(roles: "Sequence[Role]", assume: list[str]) -> "dict[str, FoundShape]":
-    from rto_megatron.cli.shapes import find_shape
-
-    assumed = dict(_role_and_shape(entry) for entry in assume)
-    unknown = set(assumed) - {role.name for role in roles}
-    if unknown:
-        raise UserError(
-            f"--assume {min(unknown)}=...: this stage has the roles {', '.join(r.name for r in roles)}"
-        )
-    found = {role.name: find_shape(role.path, assumed.get(role.name), role.name) for role in roles}
-    return {name: shape for name, shape in found.items() if shape is not None}
-
-
-def _role_and_shape(entry: str) -> tuple[str, str]:
-    role, equals, shape = entry.partition("=")
-    if not equals:
-        raise UserError(f"--assume {entry}: is written ROLE=SHAPE, as in policy=llama-3-8b")
-    return role, shape
-
-
 def _layout_table(config: "Stage", world_size: int, pool_gpus: int) -> Table:
-    from rto_megatron.cli.plan import reads_pairs
     from rto_megatron.config.checks import is_colocated, plan_batches, samples_from_pool
     from rto_megatron.config.learning_rate import known_rates
     from rto_megatron.config.schema import ReinforcementStage, TrainStage
+    from rto_megatron.planning.memory import reads_pairs
 
     plan = plan_batches(config, world_size)
     parallel = config.parallel
@@ -200,7 +149,7 @@ def _layout_table(config: "Stage", world_size: int, pool_gpus: int) -> Table:
 def _models_table(
     config: "Stage", roles: "Sequence[Role]", shapes: "Mapping[str, FoundShape]", world_size: int
 ) -> Table:
-    from rto_megatron.cli.plan import activation_bytes, gib, role_cost
+    from rto_megatron.planning.memory import activation_bytes, gib, role_cost
 
     data_parallel = world_size // (config.parallel.tensor * config.parallel.pipeline)
     table = Table(
@@ -251,10 +200,10 @@ def _print_phases(
     Raises:
         UserError: they do not fit, or there is nothing to judge.
     """
-    from rto_megatron.cli.colocated import SharedGpu, memory_problems, phase_memory
-    from rto_megatron.cli.plan import gib
     from rto_megatron.config.checks import refuse
     from rto_megatron.config.schema import EvaluateStage, ReinforcementStage
+    from rto_megatron.planning.colocated_memory import SharedGpu, memory_problems, phase_memory
+    from rto_megatron.planning.memory import gib
 
     if (
         not isinstance(config, ReinforcementStage | EvaluateStage)

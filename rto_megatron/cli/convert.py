@@ -14,9 +14,9 @@ from rto_megatron.errors import UserError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from rto_megatron.convert.options import Advance, Options
-    from rto_megatron.convert.report import LogitsProof
-    from rto_megatron.convert.run import Proofs
+    from rto_megatron.convert.conversion import Proofs
+    from rto_megatron.convert.conversion_options import Advance, Options
+    from rto_megatron.convert.conversion_report import LogitsProof
 
 app = typer.Typer(
     name="convert",
@@ -66,7 +66,7 @@ def hf_to_megatron(
     Needs no GPU and no TransformerEngine, and holds one parameter in memory. The folder appears when it is proved,
     with conversion_report.json inside; after a kill, run the same command again.
     """
-    from rto_megatron.convert.run import convert_to_megatron
+    from rto_megatron.convert.conversion import convert_to_megatron
 
     options = _options(dtype, max_shard_size, head)
     proofs = _proofs(verify, tensor, pipeline)
@@ -99,8 +99,8 @@ def megatron_to_hf(
     dry_run: DryRun = False,
 ) -> None:
     """Write a Hugging Face folder that transformers and vLLM load; a reward model becomes a one-label classifier."""
+    from rto_megatron.convert.conversion import convert_to_hf
     from rto_megatron.convert.megatron_source import open_megatron
-    from rto_megatron.convert.run import convert_to_hf
 
     options = _options(dtype, max_shard_size, head)
     opened = open_megatron(source, hf_files, options.has_scalar_head)
@@ -118,7 +118,7 @@ def verify_command(
     pipeline: Pipeline = 1,
 ) -> None:
     """Prove that a Hugging Face folder and a Megatron checkpoint hold one model; names every tensor that differs."""
-    from rto_megatron.convert.run import verify_pair
+    from rto_megatron.convert.conversion import verify_pair
 
     shown = verify_pair(hf, megatron, _is_scalar(head), _proofs(verify, tensor, pipeline), _bar)
     _console().print(shown)
@@ -135,7 +135,7 @@ def outputs(
     head: Annotated[Literal["language", "scalar"], typer.Option()],
 ) -> None:
     """One rank of --verify logits, started by torchrun."""
-    from rto_megatron.convert.forward import write_outputs
+    from rto_megatron.convert.logits import write_outputs
 
     write_outputs(megatron, hf_files, tokens, target, tensor, pipeline, head == "scalar")
 
@@ -143,7 +143,7 @@ def outputs(
 def _options(dtype: str, max_shard_size: str, head: str) -> "Options":
     import torch
 
-    from rto_megatron.convert.options import Options
+    from rto_megatron.convert.conversion_options import Options
 
     dtypes = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)", max_shard_size.upper())
@@ -157,7 +157,7 @@ def _is_scalar(head: str) -> bool | None:
 
 
 def _proofs(verify: str, tensor: int, pipeline: int) -> "Proofs":
-    from rto_megatron.convert.run import Proofs
+    from rto_megatron.convert.conversion import Proofs
 
     if verify != "logits":
         if (tensor, pipeline) != (1, 1):
@@ -168,8 +168,8 @@ def _proofs(verify: str, tensor: int, pipeline: int) -> "Proofs":
         return Proofs(digest=verify == "digest", logits=None)
 
     def logits(hf_folder: Path, megatron: Path, scalar: bool) -> "LogitsProof":
-        from rto_megatron.cli.torchrun import run_ranks
         from rto_megatron.convert.logits import prove_logits
+        from rto_megatron.launching.torchrun import run_ranks
 
         return prove_logits(hf_folder, megatron, scalar, tensor, pipeline, run_ranks)
 

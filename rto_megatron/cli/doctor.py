@@ -18,7 +18,7 @@ from rto_megatron.cli.options import Overrides
 from rto_megatron.errors import UserError
 
 if TYPE_CHECKING:
-    from rto_megatron.cli.doctor_checks.finding import Finding
+    from rto_megatron.diagnosis.finding import Finding
 
 _STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}  # in the order of the table
 
@@ -45,7 +45,7 @@ def doctor(
     Under torchrun (`torchrun --nproc-per-node N -m rto_megatron.cli.main doctor RECIPE`) every rank looks, and rank 0
     prints one table. Exit status 1 if there is a problem; a warning leaves it 0.
     """
-    from rto_megatron.cli.doctor_checks.gather import gather, meet, merged
+    from rto_megatron.diagnosis.gather import gather, meet, merged
 
     findings = meet()
     if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -63,8 +63,8 @@ def doctor(
 
 
 def _of_this_machine() -> "list[Finding]":
-    from rto_megatron.cli.doctor_checks import machine, network, packages, variables
-    from rto_megatron.cli.doctor_checks.finding import findings_of
+    from rto_megatron.diagnosis import connections, machine, packages, variables
+    from rto_megatron.diagnosis.finding import findings_of
 
     checks = {
         "pins": packages.check_pins,
@@ -76,18 +76,18 @@ def _of_this_machine() -> "list[Finding]":
         "clock": machine.check_clock,
         "variables": variables.check_doors,
         "starts": variables.check_starts,
-        "rendezvous": network.check_rendezvous,
-        "listeners": network.check_listeners,
+        "rendezvous": connections.check_rendezvous,
+        "listeners": connections.check_listeners,
     }
     return [finding for name, check in checks.items() for finding in findings_of(name, check)]
 
 
 def _of_recipe(recipe: Path, overrides: Sequence[str]) -> "list[Finding]":
-    from rto_megatron.cli.doctor_checks import local_data, network, run_folder
-    from rto_megatron.cli.doctor_checks.finding import Finding, findings_of
-    from rto_megatron.cli.doctor_checks.recipe import check_models
     from rto_megatron.config.load import load_recipe
     from rto_megatron.config.schema import EvaluateStage, ReinforcementStage
+    from rto_megatron.diagnosis import connections, disk
+    from rto_megatron.diagnosis.finding import Finding, findings_of
+    from rto_megatron.diagnosis.recipe import check_data, check_models
 
     try:
         config = load_recipe(recipe, overrides)
@@ -95,18 +95,18 @@ def _of_recipe(recipe: Path, overrides: Sequence[str]) -> "list[Finding]":
         why = "every command that reads the recipe ends with this message"
         return [Finding("recipe", "problem", str(error), why, f"mend {recipe}, or the key=value arguments")]
     rank, started = (int(os.environ.get(name, alone)) for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    whole = partial(run_folder.check_checkpoints, config.run.dir, rank, started)
+    whole = partial(disk.check_checkpoints, config.run.dir, rank, started)
     findings = findings_of("checkpoints", whole)
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return findings
     # Alone, the doctor takes the smallest number of ranks that the layout allows.
     num_ranks = started if started > 1 else config.parallel.tensor * config.parallel.pipeline
     findings += findings_of("models", partial(check_models, config, num_ranks))
-    findings += findings_of("data", partial(local_data.check_data, config))
-    findings += findings_of("run folder", partial(run_folder.check_writable, config.run.dir))
-    findings += findings_of("disk", partial(run_folder.check_space, config))
+    findings += findings_of("data", partial(check_data, config))
+    findings += findings_of("run folder", partial(disk.check_writable, config.run.dir))
+    findings += findings_of("disk", partial(disk.check_space, config))
     if isinstance(config, ReinforcementStage | EvaluateStage):
-        findings += findings_of("pool", partial(network.check_pool, config.rollout))
+        findings += findings_of("pool", partial(connections.check_pool, config.rollout))
     return findings
 
 

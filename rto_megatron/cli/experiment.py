@@ -34,20 +34,25 @@ def sample_efficiency(
     ] = None,
 ) -> None:
     """Compare how many episodes PPO, RTO and RTO's ablations need on the synthetic task with long responses."""
-    from rto_megatron.experiments.sample_efficiency.run import HIDDEN_SIZE, Lane, smaller
+    from rto_megatron.experiments.sample_efficiency.lanes import HIDDEN_SIZE, Lane, smaller
 
     design = smaller(DESIGN, num_seeds)
     chosen = _chosen(seeds, design.seeds)
     root = root.absolute()
     if phase == "report":
-        from rto_megatron.experiments.sample_efficiency.report import write_report
+        from rto_megatron.experiments.sample_efficiency.page import write_report
 
         typer.echo(write_report(root, design))
         return
     from rto_megatron.config.schema import ParallelConfig
     from rto_megatron.data.synthetic import write_models_alone
+    from rto_megatron.generation.vllm.start.server import (
+        ServerOptions,
+        start_server,
+        stop_server,
+        wait_until_ready,
+    )
     from rto_megatron.platform.device import prepare
-    from rto_megatron.rollout.server import ServerOptions, start_server, stop_server, wait_until_ready
     from rto_megatron.trainer.stages import ranks
 
     lane = root / "lanes" / "-".join(str(seed) for seed in chosen)

@@ -8,13 +8,13 @@ import typer
 
 from rto_megatron.cli.options import Overrides, Recipe
 from rto_megatron.errors import UserError
-from rto_megatron.trainer.report.plain import plain
+from rto_megatron.reporting.progress import plain
 
 if TYPE_CHECKING:
-    from rto_megatron.cli.attempts import Stopping
-    from rto_megatron.cli.launched_pool import PoolChoice
     from rto_megatron.config.schema import Stage
-    from rto_megatron.trainer.status import Status
+    from rto_megatron.launching.attempts import Stopping
+    from rto_megatron.launching.launched_pool import PoolChoice
+    from rto_megatron.lifecycle.status import Status
 
 
 Ranks = Annotated[
@@ -60,11 +60,11 @@ def launch(
     SIGTERM, SIGUSR1 or a file named STOP in the run folder: the step is finished and saved, then the run ends (status
     85). Ctrl-C ends it at once (130). run_status.json in the run folder says why a run ended.
     """
-    from rto_megatron.cli.launched_pool import PoolChoice
-    from rto_megatron.cli.torchrun import refuse_several_machines
     from rto_megatron.config.load import load_recipe
-    from rto_megatron.trainer.run_lock import LAUNCH_VARIABLE, held
-    from rto_megatron.trainer.status import ExitReason
+    from rto_megatron.launching.launched_pool import PoolChoice
+    from rto_megatron.launching.torchrun import refuse_several_machines
+    from rto_megatron.lifecycle.run_lock import LAUNCH_VARIABLE, held
+    from rto_megatron.lifecycle.status import ExitReason
 
     config = load_recipe(recipe, overrides or [])
     if unused := refuse_several_machines(str(recipe)):
@@ -85,9 +85,9 @@ def _told(
     config: "Stage", arguments: list[str], ranks: int | None, choice: "PoolChoice", restarts: int
 ) -> "Status":
     """Runs the stage; run_status.json says how it ended, whoever ended it."""
-    from rto_megatron.cli.attempts import listening
-    from rto_megatron.trainer.ending import finished_steps
-    from rto_megatron.trainer.status import ExitReason, Status, write_status
+    from rto_megatron.launching.attempts import listening
+    from rto_megatron.lifecycle.ending import finished_steps
+    from rto_megatron.lifecycle.status import ExitReason, Status, write_status
 
     run_dir = config.run.dir
     try:
@@ -114,11 +114,11 @@ def _run(
     """Starts the pool on `stack` if one is needed, then the ranks, as often as it takes."""
     import torch
 
-    from rto_megatron.cli.attempts import run_attempts
-    from rto_megatron.cli.launched_pool import launched_pool, plan_pool
-    from rto_megatron.cli.torchrun import start_ranks
     from rto_megatron.config.schema import EvaluateStage, ReinforcementStage
     from rto_megatron.engine.source import find_sources
+    from rto_megatron.launching.attempts import run_attempts
+    from rto_megatron.launching.launched_pool import launched_pool, plan_pool
+    from rto_megatron.launching.torchrun import start_ranks
 
     find_sources(config)  # a model that is not there is told before a pool or a rank is started
     gpus = torch.cuda.device_count()

@@ -23,7 +23,7 @@ from rto_megatron.cli import (
     train,
 )
 from rto_megatron.errors import UserError
-from rto_megatron.trainer.report.plain import plain
+from rto_megatron.reporting.progress import plain
 
 _LEAD_RANK_SPEAKS_FIRST_S = 10.0
 
@@ -43,7 +43,7 @@ def main() -> None:
     """Run one command; a UserError becomes a message and its reason's status, a bug is shown whole."""
     # Of what this process and its children write, nothing can be changed by every user, whatever the shell's mask is.
     os.umask(os.umask(stat.S_IWOTH) | stat.S_IWOTH)
-    from rto_megatron.trainer.status import ExitReason
+    from rto_megatron.lifecycle.status import ExitReason
 
     try:
         app()

@@ -36,13 +36,13 @@ def node(
     """
     from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousTimeoutError
 
-    from rto_megatron.cli.attempts import listening, out_of_memory_kills, silent_end
-    from rto_megatron.cli.torchrun import start_ranks
     from rto_megatron.config.load import load_recipe
+    from rto_megatron.launching.attempts import listening, out_of_memory_kills, silent_end
+    from rto_megatron.launching.torchrun import start_ranks
+    from rto_megatron.lifecycle.ending import finished_steps
+    from rto_megatron.lifecycle.status import ExitReason, Status, attempt_number, note_status
+    from rto_megatron.lifecycle.stopping import Preempted
     from rto_megatron.platform.network import MEETING, interface_address
-    from rto_megatron.trainer.ending import finished_steps
-    from rto_megatron.trainer.status import ExitReason, Status, attempt_number, note_status
-    from rto_megatron.trainer.stopping import Preempted
 
     run_dir = load_recipe(recipe, overrides or []).run.dir
     here = [f"--nnodes={nodes}", f"--local-addr={interface_address(interface)}"]

@@ -9,7 +9,7 @@ import typer
 from rto_megatron.errors import UserError
 
 if TYPE_CHECKING:
-    from rto_megatron.rollout.server import NodeGroup, ServerOptions
+    from rto_megatron.generation.vllm.start.server import NodeGroup, ServerOptions
 
 _Port = Annotated[
     int | None, typer.Option(help="Of the first server, the others follow; default: free ones.")
@@ -75,9 +75,9 @@ def pool(
     The servers share the GPUs of CUDA_VISIBLE_DEVICES. Give their addresses to the trainer as rollout.servers. Pools
     on several machines work as one if all have the same token file.
     """
-    from rto_megatron.rollout.addresses import without_localhost
-    from rto_megatron.rollout.server import ServerOptions
-    from rto_megatron.rollout.supervisor import serve_part, serve_pool
+    from rto_megatron.config.addresses import without_localhost
+    from rto_megatron.generation.vllm.start.server import ServerOptions
+    from rto_megatron.launching.supervisor import serve_part, serve_pool
 
     one = ServerOptions(
         model=model,
@@ -104,8 +104,8 @@ def _address(interface: str | None) -> str | None:
 
 
 def _group(nodes: int, node_rank: int, leader: str | None) -> "NodeGroup | None":
-    from rto_megatron.rollout.addresses import without_localhost
-    from rto_megatron.rollout.server import NodeGroup
+    from rto_megatron.config.addresses import without_localhost
+    from rto_megatron.generation.vllm.start.server import NodeGroup
 
     if nodes == 1 and (leader is not None or node_rank > 0):
         raise UserError(
@@ -124,7 +124,7 @@ def _group(nodes: int, node_rank: int, leader: str | None) -> "NodeGroup | None"
 def _several(one: "ServerOptions", servers: int | None, tensor_parallel: str) -> "list[ServerOptions]":
     import torch
 
-    from rto_megatron.cli.placement import place, tensor_sizes
+    from rto_megatron.planning.placement import place, tensor_sizes
 
     if one.group is not None:
         return [replace(one, tensor_parallel=tensor_sizes(tensor_parallel, 1, None)[0])]

@@ -17,8 +17,8 @@ def report(
     ],
 ) -> None:
     """Show the final table: true return, reward-model score, KL to the reference and length."""
-    from rto_megatron.trainer.report.evaluation import final_table, read_evaluations, verdict
-    from rto_megatron.trainer.report.samples import show
+    from rto_megatron.reporting.evaluation import final_table, read_evaluations, verdict
+    from rto_megatron.reporting.samples import show
 
     evaluations = read_evaluations(run_dir)
     show(final_table(evaluations, title=f"{run_dir}: mean ± standard error over held-out prompts"))

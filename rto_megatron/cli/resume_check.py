@@ -12,7 +12,7 @@ from rto_megatron.errors import UserError
 
 if TYPE_CHECKING:
     from rto_megatron.config.schema import ParallelConfig, TrainStage
-    from rto_megatron.trainer.resume_compare import Item
+    from rto_megatron.proofs.resume_compare import Item
 
 type Train = Callable[["TrainStage", int], None]  # trains a configuration on so many ranks
 
@@ -60,8 +60,8 @@ def resume_check(
     from rto_megatron.platform.device import prepare
 
     device = prepare()
-    from rto_megatron.trainer.resume_check import read_config
-    from rto_megatron.trainer.resume_compare import compare, compare_layouts
+    from rto_megatron.proofs.resume_compare import compare, compare_layouts
+    from rto_megatron.proofs.resumed_runs import read_config
     from rto_megatron.trainer.stages import ranks
 
     config = read_config(recipe, overrides or [])
@@ -78,12 +78,12 @@ def resume_check(
 
 def resume_check_rank(config: Annotated[Path, typer.Argument(help="A saved configuration.")]) -> None:
     """One rank of one of the two runs."""
+    from rto_megatron.lifecycle.stopping import die_with_parent
     from rto_megatron.platform.device import prepare
-    from rto_megatron.trainer.stopping import die_with_parent
 
     die_with_parent()
     prepare()
-    from rto_megatron.trainer.resume_check import read_config, run_observed
+    from rto_megatron.proofs.resumed_runs import read_config, run_observed
 
     run_observed(read_config(config, []))
 
@@ -117,7 +117,7 @@ def run_both(
         parallel, num_ranks: of the resumed run.
         train: starts fresh processes, so that nothing but the checkpoint passes from one run to the other.
     """
-    from rto_megatron.trainer.resume_check import resumed_run, whole_run
+    from rto_megatron.proofs.resumed_runs import resumed_run, whole_run
 
     if (root / "whole").exists() or (root / "resumed").exists():
         raise UserError(f"--scratch {root} holds the runs of an earlier check; name a new folder")
@@ -127,7 +127,7 @@ def run_both(
 
 
 def _train(config: "TrainStage", num_ranks: int) -> None:
-    from rto_megatron.cli.torchrun import start_ranks
+    from rto_megatron.launching.torchrun import start_ranks
 
     failure = start_ranks(num_ranks, ["resume-check-rank", str(config.run.dir)])
     if failure is not None:

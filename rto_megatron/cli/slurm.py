@@ -11,7 +11,7 @@ from rto_megatron.cli.options import Assume, Overrides, Recipe
 from rto_megatron.errors import UserError
 
 if TYPE_CHECKING:
-    from rto_megatron.cli.slurm_job import Job
+    from rto_megatron.launching.slurm_job import Job
 
 _Nodes = Annotated[int, typer.Option(min=1, help="Nodes of the job, those of the pool included.")]
 _PoolNodes = Annotated[int, typer.Option(min=0, help="How many of them the inference pool gets.")]
@@ -113,9 +113,9 @@ def slurm(
     The first nodes train, the last ones serve. The run folder and this checkout must be on a file system that
     all nodes share. Before its time is up the trainer saves, and the job queues itself again and goes on.
     """
-    from rto_megatron.cli.slurm_allocation import Allocation
-    from rto_megatron.cli.slurm_job import plan_job
     from rto_megatron.config.load import load_recipe
+    from rto_megatron.launching.slurm_allocation import Allocation
+    from rto_megatron.launching.slurm_job import plan_job
 
     allocation = Allocation(
         nodes=nodes,

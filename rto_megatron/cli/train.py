@@ -20,8 +20,8 @@ def train(recipe: Recipe, overrides: Overrides = None) -> None:
     Start it under torchrun or SLURM for more than one rank. A run folder that holds checkpoints is resumed. SIGTERM,
     SIGUSR1 or a file named STOP in it make the run save after its step and end.
     """
-    from rto_megatron.rollout.open_files import raise_file_limit
-    from rto_megatron.trainer.stopping import Preempted, die_with_parent, status_of_stopped_rank
+    from rto_megatron.lifecycle.stopping import Preempted, die_with_parent, status_of_stopped_rank
+    from rto_megatron.platform.open_files import raise_file_limit
 
     die_with_parent()
     raise_file_limit()
@@ -31,11 +31,11 @@ def train(recipe: Recipe, overrides: Overrides = None) -> None:
     config = load_recipe(recipe, overrides or [])
     require_pool(config)
     # Loads Megatron, which takes seconds; a mistake in the recipe has been reported before.
-    from rto_megatron.trainer.ending import RankEnding
-    from rto_megatron.trainer.run_lock import held_by_rank
+    from rto_megatron.lifecycle.ending import RankEnding
+    from rto_megatron.lifecycle.run_lock import held_by_rank
+    from rto_megatron.lifecycle.starting import ends_while_starting
+    from rto_megatron.lifecycle.status import ExitReason
     from rto_megatron.trainer.stages import run_stage
-    from rto_megatron.trainer.starting import ends_while_starting
-    from rto_megatron.trainer.status import ExitReason
 
     try:
         with held_by_rank(config.run.dir), RankEnding(config.run.dir), ends_while_starting(config.run.dir):
@@ -53,8 +53,8 @@ def train(recipe: Recipe, overrides: Overrides = None) -> None:
 
 def is_told_by_launch(run_dir: Path, error: UserError) -> bool:
     """Whether `rto launch` will say it: it prints what the run's status says, which is what a rank told first."""
-    from rto_megatron.trainer.run_lock import LAUNCH_VARIABLE
-    from rto_megatron.trainer.status import read_status
+    from rto_megatron.lifecycle.run_lock import LAUNCH_VARIABLE
+    from rto_megatron.lifecycle.status import read_status
 
     status = read_status(run_dir)
     return LAUNCH_VARIABLE in os.environ and status is not None and status.message == str(error)

@@ -13,8 +13,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 
 from rto_megatron.algorithms import ALGORITHMS, reinforcement
 from rto_megatron.algorithms.method import Method, OnlineMethod
-from rto_megatron.config.template import TemplateArguments
-from rto_megatron.rollout.addresses import without_localhost
+from rto_megatron.config.addresses import without_localhost
+from rto_megatron.config.template_arguments import TemplateArguments
 
 
 class Section(BaseModel):

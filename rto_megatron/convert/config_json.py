@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rto_megatron.convert.report import Plan
+from rto_megatron.convert.conversion_report import Plan
 from rto_megatron.data.tokenizer import has_sentencepiece_alone, has_tokenizer, load_plain_tokenizer
 from rto_megatron.data.vocabulary import Embedding, spare_tokens, vocabulary_problems
 from rto_megatron.errors import UserError

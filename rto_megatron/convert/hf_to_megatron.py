@@ -4,8 +4,8 @@ import time
 from pathlib import Path
 
 from rto_megatron.convert.config_json import tokenizer_notes, vocabulary_notes, write_config
-from rto_megatron.convert.options import Advance, Options, cast
-from rto_megatron.convert.report import Plan, Written
+from rto_megatron.convert.conversion_options import Advance, Options, cast
+from rto_megatron.convert.conversion_report import Plan, Written
 from rto_megatron.data.tokenizer_files import carry
 from rto_megatron.models.weight_map import dtype_name
 from rto_megatron.storage import torch_dist_writer

@@ -8,9 +8,9 @@ from rto_megatron.engine.source import CHECKPOINTS, find_source, has_language_mo
 from rto_megatron.errors import UserError
 from rto_megatron.models.config_files import config_of, shape_of
 from rto_megatron.models.hf_config import read_config
+from rto_megatron.models.model_folder import misnamed
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.models.weight_map import dtype_name
-from rto_megatron.rollout.model_path import misnamed
 from rto_megatron.storage.file_digests import WEIGHTS, first_problem
 from rto_megatron.storage.megatron_args import require_agreement, shape_of_args
 from rto_megatron.storage.megatron_common import read_args

@@ -4,9 +4,9 @@ import time
 from pathlib import Path
 
 from rto_megatron.convert.config_json import tokenizer_notes, vocabulary_notes, write_config
+from rto_megatron.convert.conversion_options import Advance, Options, cast
+from rto_megatron.convert.conversion_report import Plan, Written
 from rto_megatron.convert.megatron_source import MegatronSource
-from rto_megatron.convert.options import Advance, Options, cast
-from rto_megatron.convert.report import Plan, Written
 from rto_megatron.data.tokenizer_files import carry
 from rto_megatron.storage.hf_writer import HfWriter
 from rto_megatron.storage.megatron_tensors import MegatronTensors

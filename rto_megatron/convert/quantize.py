@@ -18,11 +18,11 @@ from torch import Tensor
 
 from rto_megatron.convert import fake_quantized, quantized_folder
 from rto_megatron.convert.calibration import Prompts, random_prompts, read_prompts
+from rto_megatron.convert.conversion import Proofs, convert_to_hf, silent
+from rto_megatron.convert.conversion_options import Options
 from rto_megatron.convert.fresh_folder import fresh_folder, require_absent
 from rto_megatron.convert.logits_error import LogitsError, compare, outputs
 from rto_megatron.convert.megatron_source import open_megatron
-from rto_megatron.convert.options import Options
-from rto_megatron.convert.run import Proofs, convert_to_hf, silent
 from rto_megatron.data.tokenizer_files import carry
 from rto_megatron.errors import UserError
 from rto_megatron.models.hf_config import HfConfig, read_config

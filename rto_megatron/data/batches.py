@@ -1,12 +1,13 @@
 """Which items each data-parallel rank takes at each step: shuffled, resumable, the same for any layout."""
 
+import hashlib
 import random
+from array import array
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
-from rto_megatron.data.digest import digest
 from rto_megatron.errors import UserError
-from rto_megatron.types import Example
+from rto_megatron.types import Demonstration, Example, JudgedResponse, PreferencePair, Prompt
 
 
 class Batches[T: Example]:
@@ -123,3 +124,27 @@ class Batches[T: Example]:
         if "digest" in state:
             return None
         return "the checkpoint does not say what its data were, so it was not proved that these are the same"
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """sha256 over token ids, margins and verdicts of all examples in their order; their names are not in it."""
+    found = hashlib.sha256()
+    for example in examples:
+        sequences, number = _parts(example)
+        found.update(array("d", (number, *map(len, sequences))))
+        for ids in sequences:
+            found.update(array("i", ids))
+    return found.hexdigest()
+
+
+def _parts(example: Example) -> tuple[tuple[tuple[int, ...], ...], float]:
+    match example:
+        case Prompt():
+            return (example.token_ids,), 0.0
+        case Demonstration():
+            return (example.prompt_ids, example.response_ids), 0.0
+        case PreferencePair():
+            return (example.prompt_ids, example.chosen_ids, example.rejected_ids), example.margin
+        case JudgedResponse():
+            texts = (example.prompt_ids, example.response_ids, example.unrelated_ids)
+            return texts, float(example.is_desirable)

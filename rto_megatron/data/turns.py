@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from rto_megatron.config.template import RESERVED
+from rto_megatron.config.template_arguments import RESERVED
 from rto_megatron.data.messages import (
     CALLS,
     Conversation,

@@ -10,9 +10,8 @@ from rto_megatron.config import checks, schema
 from rto_megatron.config.roles import roles_of
 from rto_megatron.errors import UserError
 from rto_megatron.models.config_files import read_shape
+from rto_megatron.models.model_folder import code_problems, misnamed, misnamed_folder
 from rto_megatron.models.shape import ModelShape
-from rto_megatron.rollout.model_folder import code_problems
-from rto_megatron.rollout.model_path import misnamed, misnamed_folder
 from rto_megatron.storage.file_digests import WEIGHTS
 from rto_megatron.storage.megatron_folder import HF_FILES, find_megatron, require_tokenizer_of_conversion
 from rto_megatron.storage.weight_files import adapter_problem

@@ -12,9 +12,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
-from rto_megatron.models.attention import PackedCoreAttention
-from rto_megatron.models.heads import ScalarHead
-from rto_megatron.models.norm import RMSNorm
+from rto_megatron.models.modules import PackedCoreAttention, RMSNorm, ScalarHead
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.models.weight_map import padded_vocab
 from rto_megatron.parallel.topology import Topology

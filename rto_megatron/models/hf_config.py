@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rto_megatron.errors import UserError
-from rto_megatron.rollout.model_path import misnamed
+from rto_megatron.models.model_folder import misnamed
 
 NAMED_WEIGHTS = "transformers_weights"  # the file of weights that transformers loads before any other
 

@@ -15,8 +15,8 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
     RendezvousTimeout,
 )
 
+from rto_megatron.config.addresses import without_localhost
 from rto_megatron.errors import UserError
-from rto_megatron.rollout.addresses import without_localhost
 
 MEETING = "rto"  # the name of `meet` as a rendezvous backend
 _STORE_TIMEOUT = timedelta(seconds=60)

@@ -16,7 +16,6 @@ from rto_megatron.models.hf_config import HfConfig, read_config
 from rto_megatron.models.parameters import hf_shapes, stored_parameters
 from rto_megatron.models.weight_map import MappedParameter
 from rto_megatron.storage.foreign_names import foreign_names, unknown_head
-from rto_megatron.storage.fp8_blocks import SCALE_SUFFIX, dequantize, require_known, scale_shape
 from rto_megatron.storage.hf_folder import HfFolder
 
 _TRL_HEAD = "v_head.summary.weight"
@@ -201,3 +200,42 @@ class HfModel:
         if not self.shape.is_tied or EMBEDDING not in self.folder.tensors:
             return False
         return torch.equal(self.folder.tensor(LM_HEAD), self.folder.tensor(EMBEDDING))
+
+
+SCALE_SUFFIX = "_scale_inv"
+_BLOCK = 128
+
+
+def dequantize(weight: Tensor, scale: Tensor) -> Tensor:
+    """The bfloat16 matrix.
+
+    Args:
+        weight: float8_e4m3fn [r, c].
+        scale: float32 [ceil(r / 128), ceil(c / 128)], by which the numbers of a block are multiplied.
+
+    Source: DeepSeek-V3, inference/kernel.py:weight_dequant.
+    """
+    rows, columns = weight.shape
+    spread = scale.repeat_interleave(_BLOCK, 0)[:rows].repeat_interleave(_BLOCK, 1)[:, :columns]
+    return (weight.float() * spread).to(torch.bfloat16)
+
+
+def scale_shape(size: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the scales of a matrix of this size."""
+    return tuple(-(-count // _BLOCK) for count in size)
+
+
+def require_known(config: HfConfig) -> None:
+    """Refuses quantised weights other than these.
+
+    Raises:
+        UserError: config.json names another quantisation.
+    """
+    quantization = config.values.get("quantization_config")
+    if quantization is None:
+        return
+    if quantization.get("quant_method") != "fp8" or quantization.get("weight_block_size") != [_BLOCK, _BLOCK]:
+        config.refuse(
+            f"quantization_config is {quantization}; expected plain weights, or FP8 in blocks of {_BLOCK} x {_BLOCK}. "
+            "Take the model's unquantised release"
+        )

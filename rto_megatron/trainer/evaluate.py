@@ -7,18 +7,18 @@ from rto_megatron.algorithms.termination import TruncationPolicy, compared_ban
 from rto_megatron.config import schema
 from rto_megatron.data.loader import load_prompts
 from rto_megatron.data.packing import Layout, response_mask, rollout_batches, rollout_grid
+from rto_megatron.engine.build_roles import build_frozen
 from rto_megatron.engine.megatron import Model
-from rto_megatron.engine.roles import build_frozen
 from rto_megatron.errors import UserError
+from rto_megatron.lifecycle.starting import begin_steps
 from rto_megatron.parallel.topology import Topology
+from rto_megatron.reporting.evaluation import Estimate, Evaluation, estimate, save_evaluation
+from rto_megatron.reporting.progress import say
 from rto_megatron.trainer.known_reward import known_reward
-from rto_megatron.trainer.pool import connect_pool
-from rto_megatron.trainer.report.evaluation import Estimate, Evaluation, estimate, save_evaluation
-from rto_megatron.trainer.report.progress import say
+from rto_megatron.trainer.online import sampling
 from rto_megatron.trainer.rollouts import reward_scores, sample
-from rto_megatron.trainer.rto import sampling
+from rto_megatron.trainer.sampler import connect_pool
 from rto_megatron.trainer.setup import prepare_stage
-from rto_megatron.trainer.starting import begin_steps
 from rto_megatron.types import Ban, Rollout
 
 _AS_SAMPLED: TruncationPolicy = (

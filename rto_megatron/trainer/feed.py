@@ -7,7 +7,7 @@ from rto_megatron.data.encoder import Loaded
 from rto_megatron.errors import UserError
 from rto_megatron.parallel.collectives import Json
 from rto_megatron.parallel.topology import Topology
-from rto_megatron.trainer.report.progress import say
+from rto_megatron.reporting.progress import say
 from rto_megatron.types import Example
 
 

@@ -11,7 +11,7 @@ from rto_megatron.engine.finite import EmptyUpdateError, PoisonedError
 from rto_megatron.errors import UserError
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.platform import faults
-from rto_megatron.trainer.report.progress import say
+from rto_megatron.reporting.progress import say
 from rto_megatron.trainer.run import Run
 from rto_megatron.types import LossOutput
 

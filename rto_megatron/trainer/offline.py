@@ -26,6 +26,7 @@ from rto_megatron.data.packing import (
     supervised_microbatches,
 )
 from rto_megatron.data.vocabulary import token_ids
+from rto_megatron.engine.build_roles import build_frozen, build_trained
 from rto_megatron.engine.divergence import divergence_from, divergence_microbatches
 from rto_megatron.engine.megatron import (
     TOKENS,
@@ -36,16 +37,15 @@ from rto_megatron.engine.megatron import (
     TrainedModel,
     ValueScale,
 )
-from rto_megatron.engine.roles import build_frozen, build_trained
 from rto_megatron.errors import UserError
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.platform import faults
+from rto_megatron.reporting.metrics import add, with_margin
+from rto_megatron.reporting.progress import say
 from rto_megatron.trainer.feed import feed, go_on
 from rto_megatron.trainer.guard import Guard, NotFiniteError, planted
-from rto_megatron.trainer.metrics import add, with_margin
-from rto_megatron.trainer.padding import give_own_padding
+from rto_megatron.trainer.model_files import give_own_padding
 from rto_megatron.trainer.reference import note_reference
-from rto_megatron.trainer.report.progress import say
 from rto_megatron.trainer.run import Run, reduce_over_replicas
 from rto_megatron.trainer.setup import Setup, note_in_config, prepare_stage, stage_hf_files
 from rto_megatron.types import Demonstration, JudgedResponse, LossOutput, Metrics, PreferencePair

@@ -1,13 +1,17 @@
 """A DPO model's reward is its log-ratio to the reference it was trained against: both are told apart by fingerprint."""
 
+import hashlib
 import json
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from rto_megatron.config import schema
-from rto_megatron.engine.fingerprint import weights_fingerprint
-from rto_megatron.engine.megatron import FrozenModel
+from rto_megatron.engine.megatron import FrozenModel, Model
 from rto_megatron.engine.source import WeightSource
+from rto_megatron.engine.weights import stage_hf_tensors
 from rto_megatron.errors import UserError
 from rto_megatron.trainer.rollouts import Roles
 from rto_megatron.trainer.setup import REFERENCE_FINGERPRINT, note_in_config
@@ -65,3 +69,24 @@ def _reference_key(config: schema.ReinforcementStage) -> str:
     if config.models.dpo_reference is not None:
         return f"dpo_reference={config.models.dpo_reference}"
     return f"reference={config.models.reference or config.models.policy}"
+
+
+def weights_fingerprint(model: Model) -> str:
+    """sha256 over all tensors by Hugging Face name, rounded to bfloat16; all ranks must call it.
+
+    A model that is loaded in float32 here and in bfloat16 there has one fingerprint; a trained model has another
+    than the one it started from as soon as any weight moved by a bfloat16 step.
+    """
+    place = model.topology
+    tensors = stage_hf_tensors(model.module, model.shape, model.has_scalar_head, place)
+    own: dict[str, str] = {}
+    if place.tensor_rank == 0 and place.data_rank == 0:
+        for name, tensor in tensors:
+            raw = tensor.detach().to(torch.bfloat16).cpu().contiguous().view(torch.uint8)
+            own[name] = hashlib.sha256(raw.numpy()).hexdigest()
+    elif place.data_rank == 0:
+        deque(tensors, maxlen=0)  # the other tensor ranks only take part in the gathers
+    parts = place.gather_all_json(dict(own))
+    digests = {n: d for part in parts if isinstance(part, dict) for n, d in part.items()}
+    lines = "\n".join(f"{name} {digest}" for name, digest in sorted(digests.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()

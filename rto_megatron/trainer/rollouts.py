@@ -11,9 +11,9 @@ from rto_megatron.algorithms.termination import TruncationPolicy, close_response
 from rto_megatron.data.packing import Layout, response_mask, rollout_batches, rollout_grid, sequence_batches
 from rto_megatron.engine.megatron import FrozenModel, Model, TrainedModel
 from rto_megatron.errors import UserError
+from rto_megatron.generation.contract import RolloutEngine, Sampling
 from rto_megatron.parallel.topology import Topology
-from rto_megatron.rollout.engine import RolloutEngine, Sampling
-from rto_megatron.trainer.pool import raise_together
+from rto_megatron.trainer.sampler import raise_together
 from rto_megatron.types import EndOfSequence, Prompt, Rollout, ScoredRollouts, TokenBatch
 
 

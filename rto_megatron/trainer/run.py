@@ -14,16 +14,16 @@ from rto_megatron.engine.megatron import Model
 from rto_megatron.engine.recovery import find_valid
 from rto_megatron.engine.saving import Saving
 from rto_megatron.errors import UserError
+from rto_megatron.generation.contract import NoServersLeft
+from rto_megatron.lifecycle.starting import begin_steps
+from rto_megatron.lifecycle.stopping import Preempted, is_asked_to_stop
 from rto_megatron.parallel.collectives import Json
 from rto_megatron.parallel.seeds import seed_step
 from rto_megatron.parallel.topology import Topology
-from rto_megatron.rollout.engine import NoServersLeft
-from rto_megatron.trainer.metrics import MetricLog, add, reduce_metrics, with_margin
-from rto_megatron.trainer.pace import RATIO, Pace, slow_rank, slowest
-from rto_megatron.trainer.report.progress import progress, say
+from rto_megatron.reporting.metrics import MetricLog, add, reduce_metrics, with_margin
+from rto_megatron.reporting.pace import RATIO, Pace, slow_rank, slowest
+from rto_megatron.reporting.progress import progress, say
 from rto_megatron.trainer.resume import fixed_keys, require_same
-from rto_megatron.trainer.starting import begin_steps
-from rto_megatron.trainer.stopping import Preempted, is_asked_to_stop
 from rto_megatron.types import Metrics
 
 

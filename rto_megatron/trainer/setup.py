@@ -24,15 +24,15 @@ from rto_megatron.engine.source import (
     find_sources,
     latest_checkpoint,
 )
-from rto_megatron.models.checks import check_experts, check_layout
+from rto_megatron.models.layout_checks import check_experts, check_layout
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.parallel.topology import Topology
+from rto_megatron.planning.token_ids import embedding_problems, require_embedded, spare_token_warnings
+from rto_megatron.reporting.progress import say
 from rto_megatron.storage.megatron_folder import REPORT
 from rto_megatron.storage.weight_files import find_weights
-from rto_megatron.trainer.embeddings import embedding_problems, require_embedded, spare_token_warnings
-from rto_megatron.trainer.generation_config import note_eos
-from rto_megatron.trainer.report.progress import say
-from rto_megatron.trainer.template import run_moment
+from rto_megatron.trainer.model_files import note_eos
+from rto_megatron.trainer.run_moment import run_moment
 from rto_megatron.types import EndOfSequence, Example
 
 # In the config.json of a model that was trained against a reference.

@@ -29,7 +29,7 @@ def run_stage(config: schema.Stage) -> None:
 
             evaluate(config, topology)
         elif isinstance(config, schema.ReinforcementStage):
-            from rto_megatron.trainer.rto import train_rto
+            from rto_megatron.trainer.online import train_rto
 
             train_rto(config, topology)
         else:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rto_megatron.errors import UserError
-from rto_megatron.rollout.client import ServerClient
+from rto_megatron.generation.vllm.client.server_client import ServerClient
 
 
 @dataclass(frozen=True)

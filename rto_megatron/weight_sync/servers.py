@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from rto_megatron.errors import UserError
-from rto_megatron.rollout.client import Json, ServerClient
-from rto_megatron.rollout.liveness import failures_of
+from rto_megatron.generation.vllm.client.liveness import failures_of
+from rto_megatron.generation.vllm.client.server_client import Json, ServerClient
 
 _ANSWER_MARGIN_S = 15  # a server reports a time-out of its own before the request that carries it is given up
 _PING_TIMEOUT_S = 10

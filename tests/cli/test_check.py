@@ -8,12 +8,12 @@ from typer.testing import CliRunner
 
 from rto_megatron.algorithms import ALGORITHMS
 from rto_megatron.cli.main import app
-from rto_megatron.cli.plan import activation_bytes, role_cost
-from rto_megatron.cli.shapes import KNOWN_SHAPES, find_shape, hugging_face_folder
 from rto_megatron.config.load import load_recipe
 from rto_megatron.config.roles import Role, roles_of
 from rto_megatron.errors import UserError
 from rto_megatron.models.parameters import num_parameters
+from rto_megatron.planning.memory import activation_bytes, role_cost
+from rto_megatron.planning.shapes import KNOWN_SHAPES, find_shape, hugging_face_folder
 
 RECIPES = Path(__file__).parents[2] / "launchers" / "recipes"
 PAPER = sorted((RECIPES / "llama3_8b").glob("*.yaml"))

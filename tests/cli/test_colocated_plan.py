@@ -5,7 +5,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from rto_megatron.cli.colocated import (
+from rto_megatron.cli.main import app
+from rto_megatron.config.load import load_recipe
+from rto_megatron.config.schema import ReinforcementStage
+from rto_megatron.errors import UserError
+from rto_megatron.planning.colocated_memory import (
     SharedGpu,
     cache_bytes_per_token,
     largest_bucket_bytes,
@@ -14,12 +18,8 @@ from rto_megatron.cli.colocated import (
     pool_weight_bytes,
     shared_sizes,
 )
-from rto_megatron.cli.main import app
-from rto_megatron.cli.plan import activation_bytes
-from rto_megatron.cli.shapes import KNOWN_SHAPES, FoundShape
-from rto_megatron.config.load import load_recipe
-from rto_megatron.config.schema import ReinforcementStage
-from rto_megatron.errors import UserError
+from rto_megatron.planning.memory import activation_bytes
+from rto_megatron.planning.shapes import KNOWN_SHAPES, FoundShape
 
 RECIPE = Path(__file__).parents[2] / "launchers" / "recipes" / "llama3_8b" / "ppo.yaml"
 EIGHT_B = KNOWN_SHAPES["llama-3-8b"]

@@ -15,20 +15,20 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import uvicorn
-from rollout.canned import canned_servers, choice
+from generation.canned import canned_servers, choice
 from trainer.tiny_runs import configure
 from typer.testing import CliRunner
 
-from rto_megatron.cli.doctor_checks import machine, network, packages, run_folder, variables
-from rto_megatron.cli.doctor_checks.finding import Finding, findings_of
-from rto_megatron.cli.doctor_checks.gather import compare_clocks
-from rto_megatron.cli.doctor_checks.recipe import check_models
 from rto_megatron.cli.main import app
 from rto_megatron.config.load import load_recipe
 from rto_megatron.config.schema import RolloutConfig
 from rto_megatron.data.tokenizer import train_tokenizer
+from rto_megatron.diagnosis import connections, disk, machine, packages, variables
+from rto_megatron.diagnosis.finding import Finding, findings_of
+from rto_megatron.diagnosis.gather import compare_clocks
+from rto_megatron.diagnosis.recipe import check_models
 from rto_megatron.errors import UserError
-from rto_megatron.rollout.gate import TOKEN_FILE_VARIABLE, BearerGate, Receive, Scope, Send
+from rto_megatron.generation.vllm.gate import TOKEN_FILE_VARIABLE, BearerGate, Receive, Scope, Send
 from rto_megatron.storage.file_digests import MANIFEST, Manifest, file_digests, file_names
 
 ROOT = Path(__file__).parents[2]
@@ -165,10 +165,10 @@ def test_a_meeting_point_without_an_address_or_in_use_is_named(monkeypatch: pyte
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
-        assert "cannot be listened on" in the("warning", network.check_rendezvous()).found
-    assert network.check_rendezvous()[0].level == "ok"
+        assert "cannot be listened on" in the("warning", connections.check_rendezvous()).found
+    assert connections.check_rendezvous()[0].level == "ok"
     monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
-    assert "has no address" in the("problem", network.check_rendezvous()).found
+    assert "has no address" in the("problem", connections.check_rendezvous()).found
 
 
 def test_a_server_of_ours_on_every_interface_is_warned_of() -> None:
@@ -178,7 +178,7 @@ def test_a_server_of_ours_on_every_interface_is_warned_of() -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         port = server.stdout.readline().strip()
-        found = [finding.found for finding in network.check_listeners() if finding.level == "warning"]
+        found = [finding.found for finding in connections.check_listeners() if finding.level == "warning"]
         server.communicate("\n", timeout=30)
     assert any(f"port {port} of process {server.pid}" in text for text in found)
     assert not psutil.pid_exists(server.pid)
@@ -221,7 +221,7 @@ def gated_server(token: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def pool(address: str, token: Path | None) -> list[Finding]:
     check = RolloutConfig(servers=(address,), token_file=token)
-    return findings_of("pool", lambda: network.check_pool(check))
+    return findings_of("pool", lambda: connections.check_pool(check))
 
 
 def test_a_pool_must_take_the_token_and_refuse_others(
@@ -241,24 +241,24 @@ def test_a_pool_must_take_the_token_and_refuse_others(
 
 
 def test_a_run_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    assert run_folder.check_writable(tmp_path / "runs" / "mine")[0].level == "ok"
+    assert disk.check_writable(tmp_path / "runs" / "mine")[0].level == "ok"
     assert list(tmp_path.iterdir()) == []
-    finding = the("problem", run_folder.check_writable(Path("/proc/runs/mine")))
+    finding = the("problem", disk.check_writable(Path("/proc/runs/mine")))
     assert finding.found.startswith("/proc cannot be written")
 
 
 def test_checkpoints_that_do_not_fit_on_the_disk_are_a_problem(tmp_path: Path) -> None:
     recipe = RECIPES / "llama3_8b" / "sft.yaml"
     where = f"vars.root={tmp_path}"
-    huge = the("problem", run_folder.check_space(load_recipe(recipe, [where, "run.keep_checkpoints=100000"])))
+    huge = the("problem", disk.check_space(load_recipe(recipe, [where, "run.keep_checkpoints=100000"])))
     # 8,030 M parameters x (2 weight + 4 master + 8 moments) bytes
     assert "100001 checkpoints of 104.7 GiB" in huge.found
     small = load_recipe(RECIPES / "quickstart" / "sft.yaml", [where, "models.policy=nowhere"])
-    assert "needed is unknown, as models.policy is not here" in the("ok", run_folder.check_space(small)).found
+    assert "needed is unknown, as models.policy is not here" in the("ok", disk.check_space(small)).found
 
 
 def test_a_damaged_checkpoint_is_named_with_its_file(tmp_path: Path) -> None:
-    assert the("ok", run_folder.check_checkpoints(tmp_path)).found == "none yet"
+    assert the("ok", disk.check_checkpoints(tmp_path)).found == "none yet"
     for step in (1, 2):
         folder = tmp_path / "checkpoints" / f"step_{step:06d}"
         weights = folder / "policy" / "weights"
@@ -266,16 +266,14 @@ def test_a_damaged_checkpoint_is_named_with_its_file(tmp_path: Path) -> None:
         (weights / "__0_0.distcp").write_bytes(bytes(100))
         digests = file_digests(folder, file_names(folder))
         (folder / MANIFEST).write_text(Manifest(step, digests).to_json())
-    assert the("ok", run_folder.check_checkpoints(tmp_path)).found.startswith("2 in")
+    assert the("ok", disk.check_checkpoints(tmp_path)).found.startswith("2 in")
     (tmp_path / "checkpoints" / "latest").write_text("step_000003\n")
-    assert (
-        "names step_000003, which is missing" in the("problem", run_folder.check_checkpoints(tmp_path)).found
-    )
+    assert "names step_000003, which is missing" in the("problem", disk.check_checkpoints(tmp_path)).found
     (tmp_path / "checkpoints" / "latest").unlink()
     damaged = tmp_path / "checkpoints/step_000001/policy/weights/__0_0.distcp"
     damaged.write_bytes(bytes(99) + b"\1")
-    assert str(damaged) in the("problem", run_folder.check_checkpoints(tmp_path)).found
-    shares = [run_folder.check_checkpoints(tmp_path, rank, 2) for rank in (0, 1)]
+    assert str(damaged) in the("problem", disk.check_checkpoints(tmp_path)).found
+    shares = [disk.check_checkpoints(tmp_path, rank, 2) for rank in (0, 1)]
     assert sum(finding.level == "problem" for share in shares for finding in share) == 1
 
 

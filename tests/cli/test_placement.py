@@ -2,9 +2,9 @@
 
 import pytest
 
-from rto_megatron.cli.launched_pool import PoolChoice, _sizes
-from rto_megatron.cli.placement import place, tensor_sizes
 from rto_megatron.errors import UserError
+from rto_megatron.launching.launched_pool import PoolChoice, _sizes
+from rto_megatron.planning.placement import place, tensor_sizes
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from rto_megatron.cli.attempts import _RETRIED
 from rto_megatron.cli.main import app
-from rto_megatron.cli.slurm_job import ROOT, Allocation, Job, plan_job
 from rto_megatron.config.load import load_recipe
 from rto_megatron.errors import UserError
+from rto_megatron.launching.attempts import _RETRIED
+from rto_megatron.launching.slurm_job import ROOT, Allocation, Job, plan_job
 
 RECIPES = ROOT / "launchers" / "recipes" / "llama3_8b"
 SCRIPTS = ROOT / "launchers" / "slurm"

@@ -10,9 +10,9 @@ import yaml
 from typer.testing import CliRunner
 
 from rto_megatron.cli.main import app
-from rto_megatron.cli.slurm_job import ROOT
 from rto_megatron.config.load import load_recipe
 from rto_megatron.errors import UserError
+from rto_megatron.launching.slurm_job import ROOT
 
 SFT = ROOT / "launchers" / "recipes" / "llama3_8b" / "sft.yaml"
 # Everything that bash, sbatch, YAML or a log's pattern reads as something else.

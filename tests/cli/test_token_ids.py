@@ -10,9 +10,9 @@ from tiny_tokenizers import add_token, change_json
 from trainer.tiny_runs import configure
 from typer.testing import CliRunner
 
-from rto_megatron.cli.doctor_checks.recipe import check_models
 from rto_megatron.cli.main import app
 from rto_megatron.config.schema import Stage
+from rto_megatron.diagnosis.recipe import check_models
 from rto_megatron.errors import UserError
 
 EXTRA = "<|extra|>"

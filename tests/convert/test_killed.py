@@ -11,9 +11,9 @@ from commands import convert
 from convert_faults import edit_hf, write_models
 from tiny_families import write_family
 
+from rto_megatron.convert.conversion import Bar, Proofs, convert_to_hf, convert_to_megatron
+from rto_megatron.convert.conversion_options import Advance, Options
 from rto_megatron.convert.megatron_source import open_megatron
-from rto_megatron.convert.options import Advance, Options
-from rto_megatron.convert.run import Bar, Proofs, convert_to_hf, convert_to_megatron
 from rto_megatron.errors import UserError
 
 OPTIONS, PROOFS = Options(None, 100_000, None), Proofs(digest=True, logits=None)

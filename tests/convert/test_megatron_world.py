@@ -38,9 +38,9 @@ from tiny_families import write_family
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from rto_megatron.convert.conversion import Proofs, convert_to_hf, convert_to_megatron, silent
+from rto_megatron.convert.conversion_options import Options
 from rto_megatron.convert.megatron_source import open_megatron
-from rto_megatron.convert.options import Options
-from rto_megatron.convert.run import Proofs, convert_to_hf, convert_to_megatron, silent
 from rto_megatron.errors import UserError
 from rto_megatron.storage.megatron_tensors import MegatronTensors
 

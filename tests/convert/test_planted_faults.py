@@ -24,9 +24,9 @@ from convert_faults import (
 from tiny_families import write_family
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
+from rto_megatron.convert.conversion import Proofs, convert_to_hf, convert_to_megatron
+from rto_megatron.convert.conversion_options import Advance, Options
 from rto_megatron.convert.megatron_source import open_megatron
-from rto_megatron.convert.options import Advance, Options
-from rto_megatron.convert.run import Proofs, convert_to_hf, convert_to_megatron
 from rto_megatron.errors import UserError
 from rto_megatron.storage.weight_files import SINGLE
 

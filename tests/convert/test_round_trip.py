@@ -18,10 +18,10 @@ from tiny_families import VARIANTS, write_family
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from rto_megatron.convert.conversion import Proofs, convert_to_megatron, silent
+from rto_megatron.convert.conversion_options import Options
 from rto_megatron.convert.fresh_folder import require_space
 from rto_megatron.convert.logits import prove_logits
-from rto_megatron.convert.options import Options
-from rto_megatron.convert.run import Proofs, convert_to_megatron, silent
 from rto_megatron.errors import UserError
 from rto_megatron.models.families import FAMILIES
 
@@ -249,8 +249,8 @@ def _growth(source: Path, target: Path, direction: str) -> int:
     if direction == "import":
         convert_to_megatron(source, target, Options(None, 10**9, None), Proofs(True, None), watched, False)
     else:
+        from rto_megatron.convert.conversion import convert_to_hf
         from rto_megatron.convert.megatron_source import open_megatron
-        from rto_megatron.convert.run import convert_to_hf
 
         opened = open_megatron(source, None, None)
         convert_to_hf(opened, target, Options(None, 10**9, None), Proofs(True, None), watched, False)

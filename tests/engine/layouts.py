@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from rto_megatron.config import schema
+from rto_megatron.engine.build_roles import build_frozen, build_trained
 from rto_megatron.engine.megatron import FrozenModel, TrainedModel
-from rto_megatron.engine.roles import build_frozen, build_trained
 from rto_megatron.engine.source import find_source
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.platform.device import prepare

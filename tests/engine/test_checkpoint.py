@@ -17,10 +17,10 @@ from torch import Tensor
 from rto_megatron.algorithms.sft import SFT, Config
 from rto_megatron.config.schema import OptimizerConfig, PrecisionConfig
 from rto_megatron.data.packing import Layout, supervised_microbatches
+from rto_megatron.engine.build_roles import build_trained
 from rto_megatron.engine.checkpoint import begin_save, load_state, load_weights
 from rto_megatron.engine.megatron import Model, TrainedModel
 from rto_megatron.engine.recovery import Found, find_valid
-from rto_megatron.engine.roles import build_trained
 from rto_megatron.engine.source import find_source
 from rto_megatron.engine.weights import stage_hf_tensors
 from rto_megatron.errors import UserError

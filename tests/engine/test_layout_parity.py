@@ -17,14 +17,14 @@ from trainer.tiny_runs import ENGINE_VOCAB, HeldPush, configure, join, write_fil
 from rto_megatron.algorithms import ALGORITHMS
 from rto_megatron.algorithms.method import OnlineMethod
 from rto_megatron.config.schema import STAGES, ActorCriticStage, OfflineStage, ReinforcementStage, Stage
+from rto_megatron.engine.build_roles import build_frozen
 from rto_megatron.engine.export import export_hf
-from rto_megatron.engine.roles import build_frozen
 from rto_megatron.engine.source import find_source
-from rto_megatron.rollout.engine import Sampling
-from rto_megatron.rollout.scripted import ScriptedEngine
-from rto_megatron.trainer.metrics import read_metrics
+from rto_megatron.generation.contract import Sampling
+from rto_megatron.generation.scripted import ScriptedEngine
+from rto_megatron.reporting.metrics import read_metrics
 from rto_megatron.trainer.offline import train_offline
-from rto_megatron.trainer.rto import Sampler, train_rto
+from rto_megatron.trainer.online import Sampler, train_rto
 from rto_megatron.types import Prompt, Rollout
 
 SGD = {"kind": "sgd", "max_grad_norm": None, "warmup_fraction": 0.0}

@@ -21,7 +21,7 @@ from rto_megatron.config.schema import OptimizerConfig
 from rto_megatron.data.packing import Layout
 from rto_megatron.engine.megatron import TrainedModel
 from rto_megatron.engine.weights import local_parameters
-from rto_megatron.models.heads import ScalarHead
+from rto_megatron.models.modules import ScalarHead
 from rto_megatron.models.parameters import parameter_map, stage_of
 from rto_megatron.models.weight_map import merge
 from rto_megatron.trainer.rollouts import Roles, close_rollouts, score

@@ -30,8 +30,8 @@ from rto_megatron.experiments.sample_efficiency.curves import (
     run_name,
     seed_folder,
 )
-from rto_megatron.experiments.sample_efficiency.report import write_report
-from rto_megatron.trainer.report.evaluation import Estimate, Evaluation, save_evaluation
+from rto_megatron.experiments.sample_efficiency.page import write_report
+from rto_megatron.reporting.evaluation import Estimate, Evaluation, save_evaluation
 from rto_megatron.types import ScoredRollouts
 
 RECIPES = Path(__file__).parents[2] / "launchers/recipes/sample_efficiency"

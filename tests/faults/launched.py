@@ -15,7 +15,7 @@ import psutil
 import yaml
 from trainer.tiny_runs import configure
 
-from rto_megatron.trainer.stacks import ranks_of
+from rto_megatron.lifecycle.stacks import ranks_of
 
 ROOT = Path(__file__).parents[2]
 

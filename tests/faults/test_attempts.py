@@ -14,14 +14,14 @@ from ranks import RankError, run_ranks
 from trainer.test_resume import assert_equal_runs
 from trainer.tiny_runs import configure, join, train
 
-from rto_megatron.cli.attempts import Stopping, run_attempts
-from rto_megatron.cli.torchrun import RankFailure
 from rto_megatron.config.schema import Stage
 from rto_megatron.engine.source import latest_checkpoint
-from rto_megatron.trainer.ending import LostRank, RankEnding, finished_steps
-from rto_megatron.trainer.metrics import read_metrics
-from rto_megatron.trainer.status import ExitReason, Status, read_status
-from rto_megatron.trainer.stopping import STOP_FILE
+from rto_megatron.launching.attempts import Stopping, run_attempts
+from rto_megatron.launching.torchrun import RankFailure
+from rto_megatron.lifecycle.ending import LostRank, RankEnding, finished_steps
+from rto_megatron.lifecycle.status import ExitReason, Status, read_status
+from rto_megatron.lifecycle.stopping import STOP_FILE
+from rto_megatron.reporting.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from rto_megatron.cli.attempts import out_of_memory_kills
 from rto_megatron.engine.integrity import CheckpointError, DiskFull
 from rto_megatron.errors import UserError
-from rto_megatron.rollout.engine import NoServersLeft
-from rto_megatron.trainer.ending import Hang, LostRank, NoSpace, OutOfMemory, RankEnding
+from rto_megatron.generation.contract import NoServersLeft
+from rto_megatron.launching.attempts import out_of_memory_kills
+from rto_megatron.lifecycle.ending import Hang, LostRank, NoSpace, OutOfMemory, RankEnding
+from rto_megatron.lifecycle.status import ExitReason, Status, note_status, read_status, write_status
+from rto_megatron.lifecycle.stopping import STOP_FILE, Preempted, forget_old_request, is_asked_to_stop
 from rto_megatron.trainer.guard import NotFiniteError
-from rto_megatron.trainer.status import ExitReason, Status, note_status, read_status, write_status
-from rto_megatron.trainer.stopping import STOP_FILE, Preempted, forget_old_request, is_asked_to_stop
 
 _CLOSED = "[/x/pair.cc:553] Connection closed by peer [127.0.0.1]:32669. This is typically caused by a crash."
 _LATE = "[/x/unbound_buffer.cc:78] Timed out waiting 8000ms for recv operation to complete"
@@ -109,7 +109,7 @@ def test_a_crash_names_the_innermost_place_of_the_package(tmp_path: Path) -> Non
             (tmp_path / "run_status.json").rmdir()
     found = read_status(tmp_path)
     assert found is not None
-    assert found.fingerprint == "IsADirectoryError in trainer/status.py:read_status after step 0"
+    assert found.fingerprint == "IsADirectoryError in lifecycle/status.py:read_status after step 0"
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])

@@ -12,7 +12,7 @@ from ranks import run_ranks
 from trainer.test_resume import assert_equal_runs
 from trainer.tiny_runs import configure, train
 
-from rto_megatron.trainer.metrics import read_metrics
+from rto_megatron.reporting.metrics import read_metrics
 
 NUM_KILLS = int(os.environ.get("RTO_FAULT_KILLS", "1"))  # launchers/fault_suite.sh has ten
 

@@ -18,7 +18,7 @@ from trainer.tiny_runs import configure
 from typer.testing import CliRunner
 
 from rto_megatron.cli.main import app
-from rto_megatron.cli.torchrun import refuse_several_machines, torchrun_defaults
+from rto_megatron.launching.torchrun import refuse_several_machines, torchrun_defaults
 from rto_megatron.parallel.meeting import AbsentRanks, join_ranks
 
 

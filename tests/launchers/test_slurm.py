@@ -16,9 +16,9 @@ import psutil
 import pytest
 from trainer.tiny_runs import configure, write_files
 
-from rto_megatron.cli.slurm_job import ROOT, Allocation, plan_job
-from rto_megatron.trainer.metrics import read_metrics
-from rto_megatron.trainer.status import ExitReason, read_status
+from rto_megatron.launching.slurm_job import ROOT, Allocation, plan_job
+from rto_megatron.lifecycle.status import ExitReason, read_status
+from rto_megatron.reporting.metrics import read_metrics
 
 CLUSTER = ROOT / "launchers" / "slurm" / "test_cluster.sh"
 STEPS = 12

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rto_megatron.cli.slurm_job import ROOT, Allocation, plan_job
 from rto_megatron.config.load import load_recipe
+from rto_megatron.launching.slurm_job import ROOT, Allocation, plan_job
 
 RECIPES = ROOT / "launchers" / "recipes" / "llama3_8b"
 STRANGE = '50% #1, %j: it\'s [x] $HOME "q"'

@@ -11,9 +11,9 @@ from tiny_families import COMMON, VARIANTS, write_family
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rto_megatron.errors import UserError
-from rto_megatron.models.checks import check_layout
 from rto_megatron.models.config_files import config_of, read_shape
 from rto_megatron.models.families import FAMILIES
+from rto_megatron.models.layout_checks import check_layout
 from rto_megatron.models.parameters import num_parameters, parameter_map
 
 WINDOWED = ["qwen2", "qwen3", "qwen2_moe", "qwen3_moe"]

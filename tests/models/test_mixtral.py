@@ -15,13 +15,13 @@ from transformers import MixtralConfig, MixtralForCausalLM, MixtralForSequenceCl
 from rto_megatron.algorithms import sft
 from rto_megatron.config import schema
 from rto_megatron.data.packing import Layout, supervised_microbatches, token_batch
+from rto_megatron.engine.build_roles import build_trained
 from rto_megatron.engine.export import export_hf
-from rto_megatron.engine.roles import build_trained
 from rto_megatron.engine.source import find_source
 from rto_megatron.engine.weights import stage_hf_tensors
 from rto_megatron.errors import UserError
-from rto_megatron.models.checks import check_experts
 from rto_megatron.models.config_files import read_shape
+from rto_megatron.models.layout_checks import check_experts
 from rto_megatron.types import Demonstration
 
 COEF = 0.05

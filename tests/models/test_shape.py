@@ -9,8 +9,8 @@ from models.shapes import SHAPE
 from tiny_models import llama_config
 
 from rto_megatron.errors import UserError
-from rto_megatron.models.checks import check_layout
 from rto_megatron.models.config_files import read_shape
+from rto_megatron.models.layout_checks import check_layout
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",

@@ -8,8 +8,8 @@ from trainer.tiny_runs import configure
 from transformers import AutoModelForCausalLM
 
 from rto_megatron.config.schema import ReinforcementStage
-from rto_megatron.rollout.client import ServerClient
-from rto_megatron.trainer.metrics import read_metrics
+from rto_megatron.generation.vllm.client.server_client import ServerClient
+from rto_megatron.reporting.metrics import read_metrics
 from rto_megatron.weight_sync.canary import canary_token_ids
 
 TOLERANCE = 1e-4  # nats, fp32 on both sides

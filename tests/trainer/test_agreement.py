@@ -17,11 +17,11 @@ from trainer.tiny_runs import ENGINE_VOCAB, HeldPush, configure, join
 from rto_megatron.config.load import load_recipe
 from rto_megatron.config.schema import ReinforcementStage
 from rto_megatron.errors import UserError
-from rto_megatron.rollout.engine import Sampling
-from rto_megatron.rollout.scripted import ScriptedEngine
-from rto_megatron.trainer.agreement import gap_alarm, pool_gap
-from rto_megatron.trainer.metrics import read_metrics
-from rto_megatron.trainer.rto import Sampler, train_rto
+from rto_megatron.generation.contract import Sampling
+from rto_megatron.generation.scripted import ScriptedEngine
+from rto_megatron.reporting.metrics import read_metrics
+from rto_megatron.trainer.online import Sampler, train_rto
+from rto_megatron.trainer.scoring import gap_alarm, pool_gap
 from rto_megatron.types import Prompt, Rollout, ScoredRollouts
 
 # Two rollout steps of one optimizer step each, whose length is that of the gradient.

@@ -10,9 +10,9 @@ from trainer.pool_runs import require_served, three_steps
 from trainer.tiny_runs import join
 
 from rto_megatron.config.schema import ReinforcementStage
-from rto_megatron.rollout.client import ServerClient
-from rto_megatron.rollout.phases import PoolPhases
-from rto_megatron.trainer.rto import train_rto
+from rto_megatron.generation.vllm.client.phases import PoolPhases
+from rto_megatron.generation.vllm.client.server_client import ServerClient
+from rto_megatron.trainer.online import train_rto
 
 pytestmark = pytest.mark.pool
 

@@ -17,10 +17,10 @@ from rto_megatron.config.schema import ReinforcementStage
 from rto_megatron.data.eos import read_eos, with_eos
 from rto_megatron.data.tokenizer import load_tokenizer
 from rto_megatron.errors import UserError
-from rto_megatron.rollout.engine import Sampling
-from rto_megatron.rollout.scripted import ScriptedEngine
-from rto_megatron.trainer.pool import Sampler
-from rto_megatron.trainer.rto import train_rto
+from rto_megatron.generation.contract import Sampling
+from rto_megatron.generation.scripted import ScriptedEngine
+from rto_megatron.trainer.online import train_rto
+from rto_megatron.trainer.sampler import Sampler
 from rto_megatron.types import EndOfSequence, Prompt, Rollout
 
 EOS, PAD, WORD = 2, 3, 20

@@ -11,8 +11,8 @@ from rto_megatron.config.schema import EvaluateStage
 from rto_megatron.data.tokenizer import tokenizer_fingerprint
 from rto_megatron.data.true_reward import TrueReward
 from rto_megatron.errors import UserError
+from rto_megatron.reporting.metrics import read_metrics
 from rto_megatron.trainer.evaluate import evaluate
-from rto_megatron.trainer.metrics import read_metrics
 
 
 def _config(files: Path, run_dir: Path, num_prompts: int, true_reward: Path | None = None) -> EvaluateStage:

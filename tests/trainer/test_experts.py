@@ -10,7 +10,7 @@ from ranks import run_ranks
 from trainer.test_resume import assert_equal_runs, cut_back
 from trainer.tiny_runs import configure, train
 
-from rto_megatron.trainer.metrics import read_metrics
+from rto_megatron.reporting.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")

@@ -17,12 +17,12 @@ from trainer.tiny_runs import ENGINE_VOCAB, HeldPush, configure, join
 from rto_megatron.config.schema import ReinforcementStage, Stage
 from rto_megatron.engine.megatron import TrainedModel
 from rto_megatron.errors import UserError
-from rto_megatron.rollout.engine import Sampling
-from rto_megatron.rollout.scripted import ScriptedEngine
+from rto_megatron.generation.contract import Sampling
+from rto_megatron.generation.scripted import ScriptedEngine
+from rto_megatron.reporting.metrics import read_metrics
 from rto_megatron.trainer.guard import POISONED_FILE, SKIPPED, NotFiniteError
-from rto_megatron.trainer.metrics import read_metrics
 from rto_megatron.trainer.offline import _store_scale, train_offline
-from rto_megatron.trainer.rto import Sampler, train_rto
+from rto_megatron.trainer.online import Sampler, train_rto
 from rto_megatron.trainer.run import Run
 from rto_megatron.types import Prompt, Rollout
 

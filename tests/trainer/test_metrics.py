@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rto_megatron.trainer.metrics import MetricLog, add, read_metrics, reduce_metrics
+from rto_megatron.reporting.metrics import MetricLog, add, read_metrics, reduce_metrics
 
 
 def test_sums_and_counts_are_added_before_dividing() -> None:

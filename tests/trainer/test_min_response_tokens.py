@@ -15,8 +15,8 @@ from transformers import LlamaForCausalLM, MinNewTokensLengthLogitsProcessor
 from rto_megatron.algorithms.termination import compared_ban
 from rto_megatron.config.schema import OptimizerConfig
 from rto_megatron.data.packing import Layout
+from rto_megatron.reporting.metrics import read_metrics
 from rto_megatron.trainer.evaluate import kl_to_reference
-from rto_megatron.trainer.metrics import read_metrics
 from rto_megatron.trainer.rollouts import Roles, score
 from rto_megatron.types import EndOfSequence, Rollout, ScoredRollouts
 

@@ -26,14 +26,14 @@ from rto_megatron.data.encoder import Limits
 from rto_megatron.data.loader import load_texts
 from rto_megatron.data.packing import Layout
 from rto_megatron.data.tokenizer import load_tokenizer
-from rto_megatron.engine.average import update_average
-from rto_megatron.engine.fingerprint import weights_fingerprint
+from rto_megatron.engine.build_roles import update_average
 from rto_megatron.engine.megatron import FrozenModel, TrainedModel
+from rto_megatron.generation.contract import Sampling
 from rto_megatron.platform.safe_metadata import safe_reading
-from rto_megatron.rollout.engine import Sampling
-from rto_megatron.trainer.metrics import read_metrics
+from rto_megatron.reporting.metrics import read_metrics
+from rto_megatron.trainer.online import Sampler, train_rto
+from rto_megatron.trainer.reference import weights_fingerprint
 from rto_megatron.trainer.rollouts import Roles, close_rollouts, score
-from rto_megatron.trainer.rto import Sampler, train_rto
 from rto_megatron.types import EndOfSequence, Experience, Prompt, Rollout, ScoredRollouts
 
 END = EndOfSequence((2,), 2)

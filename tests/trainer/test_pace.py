@@ -9,10 +9,10 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from trainer.tiny_runs import configure, join
 
 from rto_megatron.config.schema import Stage
-from rto_megatron.trainer import pace
-from rto_megatron.trainer.metrics import read_metrics
+from rto_megatron.reporting import pace
+from rto_megatron.reporting.metrics import read_metrics
+from rto_megatron.reporting.pace import RATIO, Pace, slow_rank, slowest
 from rto_megatron.trainer.offline import train_offline
-from rto_megatron.trainer.pace import RATIO, Pace, slow_rank, slowest
 from rto_megatron.types import LossOutput
 
 

@@ -11,10 +11,10 @@ from trainer.tiny_runs import ENGINE_VOCAB, HeldPush, configure, join
 
 from rto_megatron.config.schema import ReinforcementStage
 from rto_megatron.errors import UserError
-from rto_megatron.rollout.engine import NoServersLeft, Sampling
-from rto_megatron.rollout.scripted import ScriptedEngine
-from rto_megatron.trainer.pool import Sampler
-from rto_megatron.trainer.rto import train_rto
+from rto_megatron.generation.contract import NoServersLeft, Sampling
+from rto_megatron.generation.scripted import ScriptedEngine
+from rto_megatron.trainer.online import train_rto
+from rto_megatron.trainer.sampler import Sampler
 from rto_megatron.types import Prompt, Rollout
 
 REASON = "no inference server is left to sample from: http://a ended"

@@ -12,7 +12,7 @@ from tiny_models import write_llama
 from torch import Tensor
 from trainer.tiny_runs import configure, train, write_rows
 
-from rto_megatron.trainer.metrics import read_metrics
+from rto_megatron.reporting.metrics import read_metrics
 
 
 def write_verdicts(path: Path, count: int) -> str:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import write_llama
 from trainer.tiny_runs import configure, train
 
-from rto_megatron.engine.fingerprint import weights_fingerprint
+from rto_megatron.trainer.reference import weights_fingerprint
 from rto_megatron.trainer.setup import REFERENCE_FINGERPRINT
 
 VERIFIED = {"models__allow_unverified_reference": False}

@@ -17,7 +17,7 @@ from trainer.tiny_runs import configure, train
 from rto_megatron.engine.saving import point_to
 from rto_megatron.engine.source import finished_checkpoints
 from rto_megatron.platform.safe_metadata import safe_reading
-from rto_megatron.trainer.metrics import read_metrics
+from rto_megatron.reporting.metrics import read_metrics
 
 
 @dataclass(frozen=True)

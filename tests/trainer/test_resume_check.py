@@ -18,9 +18,9 @@ from rto_megatron.data.batches import Batches
 from rto_megatron.engine.checkpoint import load_weights
 from rto_megatron.engine.megatron import Model
 from rto_megatron.errors import UserError
-from rto_megatron.trainer import rto, run
-from rto_megatron.trainer.resume_check import read_config, resumed_run, run_observed, whole_run
-from rto_megatron.trainer.resume_compare import Item, compare, compare_layouts
+from rto_megatron.proofs.resume_compare import Item, compare, compare_layouts
+from rto_megatron.proofs.resumed_runs import read_config, resumed_run, run_observed, whole_run
+from rto_megatron.trainer import online, run
 
 ADAPTIVE = {"algorithm__kl_target": 0.05, "algorithm__kl_horizon": 50}
 
@@ -154,13 +154,13 @@ def _restart_seeds() -> None:
 
 
 def _restart_sampling_seeds() -> None:
-    sampling = rto.sampling
-    rto.sampling = lambda config, setup, step: sampling(config, setup, step - 1)
+    sampling = online.sampling
+    online.sampling = lambda config, setup, step: sampling(config, setup, step - 1)
 
 
 def _restart_schedule() -> None:
-    learning_rate = rto.learning_rate
-    rto.learning_rate = lambda config, step, num_steps: learning_rate(config, 0, num_steps)
+    learning_rate = online.learning_rate
+    online.learning_rate = lambda config, step, num_steps: learning_rate(config, 0, num_steps)
 
 
 # what a resume loses -> (how, the item that is named first, items that must be among those that differ)

@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from rto_megatron.data.encoder import Limits
 from rto_megatron.data.loader import load_pairs
 from rto_megatron.data.tokenizer import encoding_fingerprint, load_tokenizer
-from rto_megatron.trainer.metrics import read_metrics
+from rto_megatron.reporting.metrics import read_metrics
 
 EOS, EOS_ID = "</s>", 2
 RESERVED = "<|reserved_special_token_0|>"

@@ -16,7 +16,7 @@ from rto_megatron.algorithms.termination import TruncationPolicy
 from rto_megatron.config.schema import OptimizerConfig
 from rto_megatron.data.packing import Layout, response_mask
 from rto_megatron.errors import UserError
-from rto_megatron.rollout.engine import Sampling
+from rto_megatron.generation.contract import Sampling
 from rto_megatron.trainer.rollouts import Roles, close_rollouts, reward_scores, sample, score
 from rto_megatron.types import EndOfSequence, Prompt, Rollout, ScoredRollouts, ValueScale
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from trainer.tiny_runs import configure, train
 
-from rto_megatron.trainer.metrics import read_metrics
+from rto_megatron.reporting.metrics import read_metrics
 
 
 def _exported(stage: str, files: Path, run_dir: Path, layout: str, **changes: object) -> dict[str, Tensor]:

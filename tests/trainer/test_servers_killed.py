@@ -20,9 +20,9 @@ from trainer.tiny_runs import configure, join
 
 from rto_megatron.config.schema import ReinforcementStage
 from rto_megatron.errors import UserError
-from rto_megatron.rollout.client import ServerClient, open_headers
-from rto_megatron.trainer.metrics import read_metrics
-from rto_megatron.trainer.rto import train_rto
+from rto_megatron.generation.vllm.client.server_client import ServerClient, open_headers
+from rto_megatron.reporting.metrics import read_metrics
+from rto_megatron.trainer.online import train_rto
 
 pytestmark = pytest.mark.pool
 

@@ -12,8 +12,8 @@ from trainer.tiny_runs import configure, join
 from rto_megatron.algorithms import ALGORITHMS
 from rto_megatron.algorithms.method import OnlineMethod
 from rto_megatron.config.schema import ReinforcementStage
-from rto_megatron.trainer.metrics import read_metrics
-from rto_megatron.trainer.rto import train_rto
+from rto_megatron.reporting.metrics import read_metrics
+from rto_megatron.trainer.online import train_rto
 
 pytestmark = pytest.mark.pool
 

@@ -16,12 +16,12 @@ from rto_megatron.algorithms.method import OnlineMethod
 from rto_megatron.config.schema import STAGES, ActorCriticStage, ReinforcementStage, Stage
 from rto_megatron.data.tokenizer import train_tokenizer
 from rto_megatron.errors import UserError
+from rto_megatron.generation.contract import Sampling
+from rto_megatron.generation.scripted import ScriptedEngine
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.platform.device import prepare
-from rto_megatron.rollout.engine import Sampling
-from rto_megatron.rollout.scripted import ScriptedEngine
 from rto_megatron.trainer.offline import train_offline
-from rto_megatron.trainer.rto import Sampler, train_rto
+from rto_megatron.trainer.online import Sampler, train_rto
 from rto_megatron.types import Prompt, Rollout
 
 WORDS = ["red", "blue", "green", "fox", "dog", "cat", "sun", "moon", "star", "rain", "snow", "wind"]

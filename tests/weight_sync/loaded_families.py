@@ -27,10 +27,10 @@ from vllm.distributed.parallel_state import (
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model
 
+from rto_megatron.generation.vllm.worker.plugin import InitInfo, RtoWeightTransferEngine
 from rto_megatron.weight_sync.manifest import DTYPES, Manifest
 from rto_megatron.weight_sync.sender import Sender
 from rto_megatron.weight_sync.transport import LOOPBACK, Communicator, Rendezvous, listen
-from rto_megatron.weight_sync.vllm_plugin import InitInfo, RtoWeightTransferEngine
 
 CPU = torch.device("cpu")
 WIDTHS = ("input_size_per_partition", "input_size", "embedding_dim")

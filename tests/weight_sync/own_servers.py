@@ -11,7 +11,12 @@ import pytest
 from plants import PLANT_FILE_VARIABLE
 from pool_server import PoolServer
 
-from rto_megatron.rollout.server import ServerOptions, start_server, stop_server, wait_until_ready
+from rto_megatron.generation.vllm.start.server import (
+    ServerOptions,
+    start_server,
+    stop_server,
+    wait_until_ready,
+)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 from plants import PLANT_FILE_VARIABLE, PLANTS
 from safetensors.torch import load_file
 
-from rto_megatron.weight_sync.receiver import Staged
-from rto_megatron.weight_sync.vllm_plugin import RtoWeightTransferEngine, RtoWorkerExtension
+from rto_megatron.generation.vllm.worker.plugin import RtoWeightTransferEngine, RtoWorkerExtension
+from rto_megatron.generation.vllm.worker.receiver import Staged
 
 _load = RtoWeightTransferEngine._load
 

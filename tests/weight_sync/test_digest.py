@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from rto_megatron.weight_sync import digest as module
-from rto_megatron.weight_sync.digest import digest
+from rto_megatron.weight_sync import manifest as module
+from rto_megatron.weight_sync.manifest import digest
 
 GOLDEN = 0x9E3779B97F4A7C15
 

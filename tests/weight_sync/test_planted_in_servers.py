@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from trainer_ranks import ModelSource, TrainerRanks, canary_of, served_distance
 from transformers import LlamaForCausalLM
 
-from rto_megatron.rollout.client import ServerClient
-from rto_megatron.rollout.engine import Sampling, StaleWeights
-from rto_megatron.rollout.vllm_pool import VllmPool
+from rto_megatron.generation.contract import Sampling, StaleWeights
+from rto_megatron.generation.vllm.client.server_client import ServerClient
+from rto_megatron.generation.vllm.client.vllm_pool import VllmPool
 from rto_megatron.types import Prompt
 from rto_megatron.weight_sync.canary import check_canary
 

@@ -11,9 +11,9 @@ from trainer_ranks import TOLERANCE, ModelSource, TrainerRanks, canary_of
 from transformers import LlamaForCausalLM
 
 from rto_megatron.errors import UserError
-from rto_megatron.rollout.client import ServerClient
-from rto_megatron.rollout.engine import NoServersLeft, Sampling, StaleWeights
-from rto_megatron.rollout.vllm_pool import VllmPool
+from rto_megatron.generation.contract import NoServersLeft, Sampling, StaleWeights
+from rto_megatron.generation.vllm.client.server_client import ServerClient
+from rto_megatron.generation.vllm.client.vllm_pool import VllmPool
 from rto_megatron.types import Prompt, Rollout
 from rto_megatron.weight_sync.canary import canary_token_ids
 from rto_megatron.weight_sync.manifest import PieceSpec

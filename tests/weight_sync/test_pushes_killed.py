@@ -12,12 +12,12 @@ from ranks import RankError, run_ranks
 from torch import Tensor
 from trainer_ranks import TOLERANCE, ModelSource, TrainerRanks, served_distance
 
-from rto_megatron.rollout.client import ServerClient
-from rto_megatron.rollout.engine import Sampling, StaleWeights
-from rto_megatron.rollout.vllm_pool import VllmPool
+from rto_megatron.generation.contract import Sampling, StaleWeights
+from rto_megatron.generation.vllm.client.server_client import ServerClient
+from rto_megatron.generation.vllm.client.vllm_pool import VllmPool
 from rto_megatron.types import Prompt
+from rto_megatron.weight_sync.push import WeightSync
 from rto_megatron.weight_sync.sender import Sender
-from rto_megatron.weight_sync.sync import WeightSync
 
 pytestmark = pytest.mark.pool
 

@@ -7,13 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from rto_megatron.generation.vllm.worker.landing import Landing
+from rto_megatron.generation.vllm.worker.receiver import Receiver, Staged
+from rto_megatron.generation.vllm.worker.regions import Place, Region, whole
 from rto_megatron.models.weight_map import Split, VocabRows, cut
 from rto_megatron.weight_sync import sender as sender_module
-from rto_megatron.weight_sync.landing import Landing
 from rto_megatron.weight_sync.manifest import Bucket, Manifest, PieceSpec, slot_view
-from rto_megatron.weight_sync.places import Place
-from rto_megatron.weight_sync.receiver import Receiver, Staged
-from rto_megatron.weight_sync.region import Region, whole
 from rto_megatron.weight_sync.sender import Sender
 from rto_megatron.weight_sync.transport import (
     LOOPBACK,

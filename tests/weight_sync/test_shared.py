@@ -12,14 +12,19 @@ import torch
 from ranks import run_ranks
 from torch import Tensor
 
-from rto_megatron.weight_sync.communicators import open_communicator
+from rto_megatron.generation.vllm.worker.receiver import Receiver, Staged
+from rto_megatron.generation.vllm.worker.regions import whole
 from rto_megatron.weight_sync.manifest import Manifest, PieceSpec
-from rto_megatron.weight_sync.receiver import Receiver, Staged
-from rto_megatron.weight_sync.region import whole
 from rto_megatron.weight_sync.sender import Sender
-from rto_megatron.weight_sync.shared import partners
+from rto_megatron.weight_sync.shared import (
+    HostWindow,
+    ipc_handle,
+    ipc_text,
+    open_communicator,
+    open_window,
+    partners,
+)
 from rto_megatron.weight_sync.transport import LOOPBACK, Communicator, Rendezvous, TransportError, listen
-from rto_megatron.weight_sync.windows import HostWindow, ipc_handle, ipc_text, open_window
 
 CPU = torch.device("cpu")
 

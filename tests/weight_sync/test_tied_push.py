@@ -9,7 +9,7 @@ from trainer_ranks import ModelSource, TrainerRanks
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rto_megatron.errors import UserError
-from rto_megatron.rollout.client import ServerClient
+from rto_megatron.generation.vllm.client.server_client import ServerClient
 from rto_megatron.weight_sync.canary import canary_token_ids
 from rto_megatron.weight_sync.manifest import PieceSpec
 

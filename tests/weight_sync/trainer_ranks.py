@@ -9,10 +9,10 @@ from pool_server import VOCAB_SIZE, PoolServer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rto_megatron.rollout.client import ServerClient
+from rto_megatron.generation.vllm.client.server_client import ServerClient
 from rto_megatron.weight_sync.canary import Canary, canary_token_ids
 from rto_megatron.weight_sync.manifest import PieceSpec
-from rto_megatron.weight_sync.sync import PushReport, SyncPlace, WeightSync
+from rto_megatron.weight_sync.push import PushReport, SyncPlace, WeightSync
 
 TOLERANCE = 1e-4  # nats, fp32
 

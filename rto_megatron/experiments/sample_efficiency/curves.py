@@ -10,7 +10,7 @@ from rto_megatron.config import schema
 from rto_megatron.config.load import load_recipe
 from rto_megatron.errors import UserError
 from rto_megatron.experiments.sample_efficiency import Design
-from rto_megatron.trainer.metrics import read_metrics
+from rto_megatron.reporting.metrics import read_metrics
 
 Series = NDArray[np.float64]
 

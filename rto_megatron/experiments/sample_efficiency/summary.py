@@ -15,7 +15,7 @@ from rto_megatron.experiments.sample_efficiency.curves import (
     run_name,
     seed_folder,
 )
-from rto_megatron.trainer.report.evaluation import Evaluation, read_evaluation
+from rto_megatron.reporting.evaluation import Evaluation, read_evaluation
 
 
 @dataclass(frozen=True)

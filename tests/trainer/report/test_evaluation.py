@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rto_megatron.errors import UserError
-from rto_megatron.trainer.report.evaluation import (
+from rto_megatron.reporting.evaluation import (
     Estimate,
     Evaluation,
     estimate,

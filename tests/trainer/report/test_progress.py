@@ -2,7 +2,7 @@
 
 import pytest
 
-from rto_megatron.trainer.report.progress import progress, say
+from rto_megatron.reporting.progress import progress, say
 
 
 def test_lead_rank_prints_a_line_per_step(capsys: pytest.CaptureFixture[str]) -> None:

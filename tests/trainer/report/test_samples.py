@@ -3,7 +3,7 @@
 import torch
 from rich.console import Console
 
-from rto_megatron.trainer.report.samples import completions_table
+from rto_megatron.reporting.samples import completions_table
 from rto_megatron.types import Experience, Rollout, TokenRewards
 
 

@@ -1,0 +1,124 @@
+"""Builds the roles: policy, critic, reference, reward and DPO model, each loaded from where the configuration says."""
+
+import warnings
+from pathlib import Path
+
+import torch
+
+from rto_megatron.config import schema
+from rto_megatron.engine.checkpoint import load_weights
+from rto_megatron.engine.megatron import FrozenModel, TrainedModel, training_hooks
+from rto_megatron.engine.optimizer import build_optimizer, wrap_for_training
+from rto_megatron.engine.source import WeightSource
+from rto_megatron.engine.weights import hf_reader, load_hf_tensors, megatron_reader, random_reader
+from rto_megatron.errors import UserError
+from rto_megatron.models.build import build_model, transformer_config
+from rto_megatron.models.families.blocks import EMBEDDING
+from rto_megatron.parallel.topology import Topology
+from rto_megatron.storage.not_finite import described
+from rto_megatron.types import ValueScale
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def build_frozen(
+    name: str,
+    source: WeightSource,
+    has_scalar_head: bool,
+    precision: schema.FrozenPrecisionConfig,
+    topology: Topology,
+) -> FrozenModel:
+    """A loaded model without gradients."""
+    shape = source.shape()
+    config = transformer_config(shape, topology, _DTYPES[precision.dtype], recompute=False)
+    module = build_model(shape, config, topology, has_scalar_head)
+    module.requires_grad_(False)
+    scale = source.scale() if has_scalar_head else ValueScale()
+    model = FrozenModel(name, shape, has_scalar_head, scale, module, topology)
+    _load(model, source, seed=0, is_head_fresh=False)
+    return model
+
+
+def build_trained(
+    name: str,
+    source: WeightSource,
+    has_scalar_head: bool,
+    precision: schema.PrecisionConfig,
+    optimizer: schema.OptimizerConfig,
+    topology: Topology,
+    seed: int,
+    is_distributed_optimizer: bool,
+    is_head_fresh: bool = False,
+    scale: ValueScale | None = None,
+    moe_aux_loss_coef: float = 0.0,
+) -> TrainedModel:
+    """A loaded model with gradients and optimizer.
+
+    Args:
+        is_head_fresh: the source is a language model; draw the scalar head (reward-model training).
+        scale: of the values; null: the one in the source's config.json.
+        moe_aux_loss_coef: see `transformer_config`.
+    """
+    shape = source.shape()
+    config = transformer_config(
+        shape, topology, _DTYPES[precision.dtype], precision.recompute, moe_aux_loss_coef
+    )
+    training_hooks(config)
+    module = build_model(shape, config, topology, has_scalar_head)
+    frozen = FrozenModel(name, shape, has_scalar_head, scale or source.scale(), module, topology)
+    _load(frozen, source, seed, is_head_fresh)
+    wrapped = wrap_for_training(module, is_distributed_optimizer)
+    built = build_optimizer(wrapped, optimizer, is_distributed_optimizer)
+    return TrainedModel(name, shape, has_scalar_head, frozen.scale, module, wrapped, built, topology)
+
+
+def _load(model: FrozenModel, source: WeightSource, seed: int, is_head_fresh: bool) -> None:
+    if source.kind == "checkpoint":
+        load_weights(source.path, model, seed if is_head_fresh else None)
+        return
+    error, fresh_head_seed = None, seed if is_head_fresh else None
+    try:
+        if source.kind == "random":
+            read = random_reader(seed, model.shape.init_std)
+        elif source.kind == "megatron":
+            read = megatron_reader(source, model.has_scalar_head, fresh_head_seed)
+        else:
+            read = hf_reader(source.path, model.has_scalar_head, fresh_head_seed)
+        not_finite = load_hf_tensors(model.module, model.shape, model.has_scalar_head, model.topology, read)
+        error = _told(not_finite, model, source.path)
+    except UserError as failure:  # one rank's share of the tensors may lie in the only damaged file
+        error = str(failure)
+    model.topology.raise_together(error)
+
+
+def _told(not_finite: dict[str, int], model: FrozenModel, path: Path) -> str | None:
+    """Why a model with such tensors cannot be used; None where it can, after a warning."""
+    if not not_finite:
+        return None
+    found = f"{path} holds {described(not_finite)}"
+    is_tied = model.shape.is_tied and not model.has_scalar_head
+    if not_finite.keys() != {EMBEDDING} or is_tied:
+        return (
+            f"{found}; every output of the model would be NaN. It diverged, or was damaged while it was saved or "
+            "merged: fetch it again, or take an earlier checkpoint"
+        )
+    # Rows of tokens that no text may have; of a text that has one, the update is skipped.
+    if model.topology.data_rank == 0:
+        warnings.warn(f"{found}; texts with these tokens cannot be trained on", stacklevel=2)
+    return None
+
+
+def build_average(model: TrainedModel, source: WeightSource) -> FrozenModel:
+    """An average that starts at `source`, as the model did; its name is the model's with `_ema`."""
+    precision = schema.FrozenPrecisionConfig(dtype="fp32")
+    return build_frozen(f"{model.name}_ema", source, model.has_scalar_head, precision, model.topology)
+
+
+@torch.no_grad()
+def update_average(average: FrozenModel, model: TrainedModel, beta: float) -> None:
+    """average <- beta average + (1 - beta) model; call it after every optimizer step.
+
+    Source: OpenRLHF 0.4.4, utils/deepspeed/deepspeed.py:moving_average.
+    """
+    for mean, weight in zip(average.module.parameters(), model.module.parameters(), strict=True):
+        mean.lerp_(weight.float(), 1 - beta)

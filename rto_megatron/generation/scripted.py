@@ -1,0 +1,117 @@
+"""Rollout engines without a model, for tests and for replaying a recorded step."""
+
+import json
+import math
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rto_megatron.errors import UserError
+from rto_megatron.generation.contract import Sampling, StaleWeights, request_seed
+from rto_megatron.types import Prompt, Rollout
+
+
+class ScriptedEngine:
+    """Draws uniform tokens from (seed, version, prompt's position and id); keeps `RolloutEngine`'s contract.
+
+    `sampled_logprobs` are those of the uniform distribution over the vocabulary.
+
+    Args:
+        vocab_size: tokens are below it.
+        version: the policy version it claims to hold; `hold` changes it as a weight push would.
+    """
+
+    def __init__(self, vocab_size: int, version: int = 0) -> None:
+        self._vocab_size = vocab_size
+        self._version = version
+
+    def hold(self, version: int) -> None:
+        """Takes another policy version."""
+        self._version = version
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[Rollout]:
+        """See `RolloutEngine.generate`."""
+        _require_version(self._version, version)
+        return [self._draw(index, prompt, sampling) for index, prompt in enumerate(prompts)]
+
+    def _draw(self, index: int, prompt: Prompt, sampling: Sampling) -> Rollout:
+        chance = random.Random(f"{request_seed(sampling.seed, self._version, index)}/{prompt.id}")
+        words = [token for token in range(self._vocab_size) if token not in sampling.eos_ids]
+        length = chance.randint(max(1, sampling.min_tokens), sampling.max_tokens)
+        is_stopped = chance.random() < 0.5
+        response = [chance.choice(words) for _ in range(length)]
+        if is_stopped:
+            response[-1] = sampling.eos_ids[0]
+        else:
+            response += [chance.choice(words) for _ in range(sampling.max_tokens - length)]
+        logprob = -math.log(self._vocab_size)
+        return Rollout(
+            prompt_id=prompt.id,
+            prompt_ids=prompt.token_ids,
+            response_ids=tuple(response),
+            sampled_logprobs=(logprob,) * len(response),
+            finish_reason="stop" if is_stopped else "length",
+            weight_version=self._version,
+        )
+
+
+class RecordedEngine:
+    """Replays rollouts by prompt id and version; see `RolloutEngine` for the contract."""
+
+    def __init__(self, rollouts: Iterable[Rollout]) -> None:
+        self._rollouts = {(one.weight_version, one.prompt_id): one for one in rollouts}
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[Rollout]:
+        """See `RolloutEngine.generate`; `sampling` is not used, the recording was made with one."""
+        versions = sorted({recorded for recorded, _ in self._rollouts})
+        if version not in versions:
+            raise StaleWeights(f"the recording holds weight versions {versions}, expected {version}")
+        return [self._find(prompt, version) for prompt in prompts]
+
+    def _find(self, prompt: Prompt, version: int) -> Rollout:
+        found = self._rollouts.get((version, prompt.id))
+        if found is None or found.prompt_ids != prompt.token_ids:
+            raise UserError(
+                f"the recording of weight version {version} has no rollout of prompt {prompt.id} as given"
+            )
+        return found
+
+
+def save_rollouts(path: Path, rollouts: Iterable[Rollout]) -> None:
+    """Writes rollouts as JSON lines."""
+    path.write_text("".join(json.dumps(asdict(rollout)) + "\n" for rollout in rollouts))
+
+
+def load_rollouts(path: Path) -> list[Rollout]:
+    """Reads `save_rollouts`.
+
+    Raises:
+        UserError: a line is no rollout.
+    """
+    rollouts = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            rollouts.append(
+                Rollout(
+                    prompt_id=row["prompt_id"],
+                    prompt_ids=tuple(row["prompt_ids"]),
+                    response_ids=tuple(row["response_ids"]),
+                    sampled_logprobs=tuple(row["sampled_logprobs"]),
+                    finish_reason=row["finish_reason"],
+                    weight_version=row["weight_version"],
+                )
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path}:{number} is not a recorded rollout ({error}); record it again"
+            ) from error
+    return rollouts
+
+
+def _require_version(held: int, version: int) -> None:
+    if held != version:
+        raise StaleWeights(
+            f"the scripted engine holds weight version {held}, expected {version}; push the policy first"
+        )

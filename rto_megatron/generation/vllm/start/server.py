@@ -1,0 +1,344 @@
+"""Starts and stops one vLLM server on this machine; `supervisor.py` keeps several of them running."""
+
+import ctypes
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import rto_megatron
+from rto_megatron.errors import UserError, refuse_if
+from rto_megatron.generation.vllm.client.server_client import ServerClient
+from rto_megatron.generation.vllm.gate import TOKEN_FILE_VARIABLE, read_token
+from rto_megatron.generation.vllm.start.server_place import mended, place_problems
+from rto_megatron.models.model_folder import code_problems, misnamed, pattern_problems
+
+Progress = Callable[[str], None]
+
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+_PR_SET_PDEATHSIG = 1
+_UNBOUND = "nobind"
+_CPU_KV_CACHE = "256M"  # bytes: a hundred thousand tokens of models of the size that is trained without a GPU
+_LOG_LINES_SHOWN = 15
+
+
+@dataclass(frozen=True)
+class NodeGroup:
+    """This machine's part of a server that is larger than one; vLLM's own multi-node mode.
+
+    Args:
+        num_nodes: machines of the server, which share its tensor parallelism evenly.
+        rank: this machine's; 0 has the HTTP server, the others only workers.
+        leader: host:port, on the machine of rank 0, where all workers meet.
+    """
+
+    num_nodes: int
+    rank: int
+    leader: str
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """One vLLM server, or one machine's part of it.
+
+    Args:
+        model: Hugging Face folder; config.json is enough unless `load_weights`.
+        token_file: bearer token of the pool; made with mode 0600 when absent.
+        log_file: receives everything the server prints.
+        host: address to listen on; loopback unless the trainer runs on another machine.
+        port: None picks a free one.
+        dtype: must be the dtype the trainer sends, pushes in another one are refused.
+        load_weights: read the folder's weights; otherwise they are random until the first push.
+        max_model_len: tokens of prompt and response together; None takes the model's limit.
+        tensor_parallel: devices per server.
+        gpu_memory_fraction: share of each GPU's memory; None leaves vLLM's default. Not used without a GPU.
+        can_sleep: gives its memory back when told to (`phases.py`). Without a GPU it only obeys.
+        visible_gpus: CUDA_VISIBLE_DEVICES of the server; None leaves this process's own.
+        group: None where the whole server is on this machine.
+        worker_extension: class that vLLM mixes into its workers; another one must derive from this one.
+    """
+
+    model: Path
+    token_file: Path
+    log_file: Path
+    host: str = "127.0.0.1"
+    port: int | None = None
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    load_weights: bool = False
+    max_model_len: int | None = None
+    tensor_parallel: int = 1
+    gpu_memory_fraction: float | None = None
+    can_sleep: bool = False
+    visible_gpus: str | None = None
+    group: NodeGroup | None = None
+    worker_extension: str = "rto_megatron.generation.vllm.worker.plugin.RtoWorkerExtension"
+
+
+@dataclass(frozen=True)
+class Server:
+    """A started server process, the leader of its own process group."""
+
+    address: str
+    process: subprocess.Popen[bytes]
+    token_file: Path
+    log_file: Path
+
+    def why_it_ended(self) -> str:
+        """The first error in what it printed, or the end of it, for a message."""
+        lines = self.log_file.read_text(errors="replace").splitlines()
+        if (cause := first_error(lines)) is not None:
+            return f"the first error in {self.log_file}:\n  {cause}"
+        shown = lines[-_LOG_LINES_SHOWN:] or ["(empty)"]
+        return f"the last lines of {self.log_file}:\n  " + "\n  ".join(shown)
+
+
+def ensure_token_file(token_file: Path) -> None:
+    """Makes a token file readable only by its owner; keeps an existing one."""
+    if token_file.exists():
+        read_token(token_file)
+        return
+    token_file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(token_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_hex(32))
+
+
+def start_server(options: ServerOptions) -> Server:
+    """Starts a server process and returns at once; call `wait_until_ready` next and `stop_server` in the end.
+
+    Raises:
+        UserError: no model there, the port is taken, the token file is not private, or vLLM cannot run here.
+    """
+    if not (options.model / "config.json").is_file():
+        raise UserError(f"{misnamed(options.model)}; rollout servers need a Hugging Face model folder")
+    problems = [*code_problems(options.model), *place_problems([options.tensor_parallel], os.environ)]
+    if options.load_weights:
+        problems += pattern_problems(options.model)
+    refuse_if(problems, "the pool does not start")
+    ensure_token_file(options.token_file)
+    port = _claim_port(options.host, options.port)
+    options.log_file.parent.mkdir(parents=True, exist_ok=True)
+    set_death_signal = _death_signal_setter()
+    with options.log_file.open("wb") as log:
+        process = subprocess.Popen(
+            _command(options, port),
+            env=_environment(options),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=set_death_signal,  # noqa: PLW1509  (one system call, no lock of Python is taken)
+        )
+    return Server(f"http://{options.host}:{port}", process, options.token_file, options.log_file)
+
+
+def wait_until_ready(server: Server, timeout_s: float = 600, progress: Progress | None = None) -> None:
+    """Returns when the server has generated a token; reports the seconds waited about every 5 s.
+
+    Raises:
+        UserError: the server ended or took longer than `timeout_s`, with the end of its log.
+    """
+    started = reported = time.monotonic()
+    with ServerClient(server.address, read_token(server.token_file), timeout_s=30) as client:
+        while True:
+            if server.process.poll() is not None:
+                raise UserError(
+                    f"inference server {server.address} ended while starting; {server.why_it_ended()}"
+                )
+            waited = time.monotonic() - started
+            if waited > timeout_s:
+                raise UserError(
+                    f"inference server {server.address} not ready after {waited:.0f} s; {server.why_it_ended()}"
+                )
+            try:
+                client.request("GET", "/health", timeout_s=2)
+                client.check_alive()
+                return
+            except UserError:
+                time.sleep(0.3)
+            if progress is not None and time.monotonic() - reported > 5:
+                reported = time.monotonic()
+                progress(f"inference server {server.address} is starting, {waited:.0f} s")
+
+
+def stop_server(server: Server, grace_s: float = 15) -> None:
+    """Ends the server and every process of its group; safe to call twice."""
+    for stop_signal, patience_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 5.0)):
+        if not _signal_group(server.process.pid, stop_signal):
+            break
+        try:
+            server.process.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            continue
+    # Worker processes can outlive the leader.
+    _signal_group(server.process.pid, signal.SIGKILL)
+    server.process.wait()
+
+
+def _claim_port(host: str, port: int | None) -> int:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port or 0))
+        except OSError as error:
+            raise UserError(
+                f"cannot listen on {host}:{port} ({error.strerror}); stop what uses it or choose another port"
+            ) from error
+        claimed: int = probe.getsockname()[1]
+    return claimed
+
+
+def _command(options: ServerOptions, port: int) -> list[str]:
+    has_gpu = torch.cuda.is_available()
+    group = options.group
+    if group is None or group.rank == 0:
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(options.model)]
+    else:
+        command = [
+            sys.executable,
+            "-m",
+            "vllm.entrypoints.cli.main",
+            "serve",
+            str(options.model),
+            "--headless",
+        ]
+    if group is not None:
+        host, _, meeting_port = group.leader.rpartition(":")
+        command += ["--nnodes", str(group.num_nodes), "--node-rank", str(group.rank)]
+        command += ["--master-addr", host, "--master-port", meeting_port]
+    command += ["--served-model-name", "policy", "--tokens-only"]
+    command += ["--host", options.host, "--port", str(port), "--disable-uvicorn-access-log"]
+    command += ["--dtype", _DTYPES[options.dtype], "--tensor-parallel-size", str(options.tensor_parallel)]
+    command += ["--middleware", "rto_megatron.generation.vllm.gate.BearerGate"]
+    command += ["--weight-transfer-config", '{"backend": "rto"}']
+    command += ["--worker-extension-cls", options.worker_extension]
+    # Of what is sampled from: without end-of-sequence where min_tokens bans it, as the trainer takes its own.
+    command += ["--logprobs-mode", "processed_logprobs"]
+    if not options.load_weights:
+        command += ["--load-format", "dummy"]
+    if options.max_model_len is not None:
+        command += ["--max-model-len", str(options.max_model_len)]
+    if has_gpu and options.gpu_memory_fraction is not None:
+        command += ["--gpu-memory-utilization", str(options.gpu_memory_fraction)]
+    if has_gpu and options.can_sleep:  # vLLM refuses the flag without one, and has the routes all the same
+        command += ["--enable-sleep-mode"]
+    if not has_gpu:
+        # A prefill cut in two discards the token sampled at the cut and rewinds the request's generator with
+        # Generator.set_offset (vllm/v1/worker/gpu_model_runner.py), which CPU generators lack: one seeded
+        # request too many in a batch would kill the engine. Whole prefills never rewind.
+        command += ["--no-enable-chunked-prefill", "--enforce-eager"]
+        if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:  # whole GiB, all of which vLLM takes at once
+            command += ["--kv-cache-memory-bytes", _CPU_KV_CACHE]
+    if not has_gpu and options.tensor_parallel == 1 and _cpu_binding() == _UNBOUND:
+        # The engine computes in its own process, as it does with one GPU. On a CPU vLLM would move the model to another
+        # one, for the sake of thread binding alone, and both would spin on the queue between them for as much
+        # CPU time as the model takes. Under its short name, "uni", vLLM overrides the choice.
+        command += ["--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"]
+    return command
+
+
+def _cpu_binding() -> str:
+    return os.environ.get("VLLM_CPU_OMP_THREADS_BIND", _UNBOUND)
+
+
+def _environment(options: ServerOptions) -> dict[str, str]:
+    environment, _ = mended(os.environ)
+    # A start imports torch and vLLM in three processes; without byte code that takes minutes.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    # The launcher's torchrun variables would make the server look like a trainer rank.
+    for name in (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "TORCHELASTIC_USE_AGENT_STORE",
+    ):
+        environment.pop(name, None)
+    package_root = str(Path(rto_megatron.__file__).parent.parent)
+    environment["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [package_root, environment.get("PYTHONPATH", "")])
+    )
+    if options.visible_gpus is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = options.visible_gpus
+    environment[TOKEN_FILE_VARIABLE] = str(options.token_file.resolve())
+    environment |= {
+        "VLLM_SERVER_DEV_MODE": "1",  # the routes that pause and update weights exist only then
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    environment.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if options.host == "127.0.0.1":
+        environment |= {"VLLM_HOST_IP": "127.0.0.1", "VLLM_LOOPBACK_IP": "127.0.0.1"}
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    else:
+        environment["VLLM_HOST_IP"] = options.host
+    if not torch.cuda.is_available():
+        environment["TORCHDYNAMO_DISABLE"] = (
+            "1"  # inductor would compile at the first request, even with eager mode
+        )
+        environment.setdefault("OMP_NUM_THREADS", "1")
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = _cpu_binding()
+    return environment
+
+
+def _death_signal_setter() -> Callable[[], None]:
+    """A server must not outlive a launcher that was killed: the kernel then sends it SIGTERM."""
+    libc = ctypes.CDLL(None)
+    return lambda: libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+
+
+def _signal_group(group: int, which: signal.Signals) -> bool:
+    try:
+        os.killpg(group, which)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+_PREFIX = re.compile(r"^(\(\w+(?:_\w+)* pid=\d+\) )?(?:(ERROR|CRITICAL) \d\d-\d\d [\d:]+ \[[^\]]*\] )?")
+_ENDS_TRACEBACK = re.compile(r"^[\w.]+(Error|Exception|Exit|Interrupt|Warning)?\b.*")
+_FATAL = re.compile(r"^(Fatal Python error|terminate called|\S+: error:)|Bus error|Segmentation fault")
+_TRACEBACK = "Traceback (most recent call last):"
+_MORE_LINES = 3  # pydantic says what is wrong on the lines below the error's name
+_LONGEST = 600
+
+
+def first_error(lines: Sequence[str]) -> str | None:
+    """The last line of the first traceback, or the first line of level ERROR; None: there is neither.
+
+    Python prints the cause of an exception before the exception, and vLLM's engine its own before the server's
+    "See root cause above", so the first one is the cause.
+    """
+    told = [_PREFIX.sub("", line) for line in lines]
+    for number, line in enumerate(told):
+        if line.startswith(_TRACEBACK):
+            return _end_of_traceback(told[number + 1 :])
+        if _FATAL.search(line):
+            return line[:_LONGEST]
+    levels = ((_PREFIX.match(line), text) for line, text in zip(lines, told, strict=True))
+    return next((text[:_LONGEST] for match, text in levels if match and match.group(2)), None)
+
+
+def _end_of_traceback(lines: Sequence[str]) -> str | None:
+    for number, line in enumerate(lines):
+        if line[:1] in ("", " ", "\t") or not _ENDS_TRACEBACK.match(line):
+            continue
+        more = []
+        for one in lines[number + 1 : number + 1 + _MORE_LINES]:
+            if not one.startswith("  ") or one.lstrip().startswith(("File ", "For further")):
+                break
+            more.append(one.strip())
+        return " ".join([line, *more])[:_LONGEST]
+    return None

@@ -1,0 +1,102 @@
+"""Modules of a GPTModel that are ours: core attention of packed sequences, the norm of a family, a scalar head."""
+
+import math
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+from torch.nn import functional
+
+
+class PackedCoreAttention(MegatronModule):
+    """Causal attention of the heads on this tensor rank.
+
+    Padded rows need no mask: padding is on the right, so causality alone keeps it away from real tokens.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, *_: object, softmax_scale: float | None = None, **__: object
+    ) -> None:
+        super().__init__(config=config)
+        assert config.context_parallel_size == 1, "the local core attention has no context parallelism"
+        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: object = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Packed: query [t, n, d] -> [t, n * d]. Padded: [s, b, n, d] -> [s, b, n * d]."""
+        assert attention_mask is None and attention_bias is None
+        if packed_seq_params is None:
+            out = self._attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)))  # [b, n, s, d]
+            out = out.permute(2, 0, 1, 3)
+            return out.reshape(*out.shape[:2], -1)
+        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        pieces = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
+        outs = [
+            self._attend(*(x.transpose(0, 1)[None] for x in piece))[0].transpose(0, 1) for piece in pieces
+        ]
+        out = torch.cat(outs)
+        return out.reshape(out.shape[0], -1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            is_causal=True,
+            scale=self.softmax_scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+
+
+class RMSNorm(torch.nn.Module):
+    """x / rms(x) * weight over the last dimension.
+
+    The weight is replicated over tensor ranks; with sequence parallelism each rank sees a part of the tokens, so the
+    weight carries Megatron's `sequence_parallel` tag, by which its gradient is summed over tensor ranks.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape and dtype as `x`; statistics in float32 as in Hugging Face's LlamaRMSNorm."""
+        x_float = x.float()
+        normed = x_float * torch.rsqrt(x_float.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+class ScalarHead(MegatronModule):
+    """One number per token, replicated over tensor ranks. hidden [s, b, h] -> [s, b, 1].
+
+    With sequence parallelism every tensor rank sees its own part of the tokens: the weight is tagged so that its
+    gradient is summed over tensor ranks, and the gathered output's gradient is cut, not summed, because each rank
+    computes the same loss.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config=config)
+        self.weight = torch.nn.Parameter(torch.zeros(1, config.hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(
+        self, hidden: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[Tensor, None]:
+        """Called by GPTModel with the signature of its output layer."""
+        values = functional.linear(hidden, self.weight).float()
+        if self.config.sequence_parallel:
+            values = gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False)
+        return values, None

@@ -1,0 +1,58 @@
+"""What a recipe means on a number of ranks: the roles, the shapes of their models, and all that speaks against it."""
+
+from collections.abc import Sequence
+
+from rto_megatron.config.checks import find_problems, refuse
+from rto_megatron.config.roles import Role, roles_of
+from rto_megatron.config.schema import Stage
+from rto_megatron.errors import UserError
+from rto_megatron.models.layout_checks import check_experts, check_layout
+from rto_megatron.planning.shapes import FoundShape, find_shape
+
+
+def judged(
+    config: Stage, world_size: int, assume: list[str], origin: str
+) -> tuple[Sequence[Role], dict[str, FoundShape]]:
+    """The roles of a stage and the shapes of those that are known, once nothing speaks against them on so many ranks.
+
+    Args:
+        origin: how the number of ranks came about, if it is not what the user asked for.
+
+    Raises:
+        UserError: lists everything that does.
+    """
+
+    problems = find_problems(config, world_size, {}, origin)
+    refuse(problems)  # the plan below needs a configuration whose parts fit together
+    roles = roles_of(config)
+    shapes = _shapes(roles, assume)
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    limits = {name: found.shape.max_positions for name, found in shapes.items()}
+    problems = find_problems(config, world_size, limits, origin)
+    for name, found in shapes.items():
+        problems += check_layout(found.shape, tensor, pipeline, f"models.{name}")
+    trained = {f"models.{r.name}": shapes[r.name].shape for r in roles if r.is_trained and r.name in shapes}
+    if all(role.name in shapes for role in roles if role.is_trained):
+        coef = config.models.moe_aux_loss_coef
+        problems += check_experts(trained, tensor, config.parallel.sequence, coef)
+    refuse(problems)
+    return roles, shapes
+
+
+def _shapes(roles: Sequence[Role], assume: list[str]) -> dict[str, FoundShape]:
+
+    assumed = dict(_role_and_shape(entry) for entry in assume)
+    unknown = set(assumed) - {role.name for role in roles}
+    if unknown:
+        raise UserError(
+            f"--assume {min(unknown)}=...: this stage has the roles {', '.join(r.name for r in roles)}"
+        )
+    found = {role.name: find_shape(role.path, assumed.get(role.name), role.name) for role in roles}
+    return {name: shape for name, shape in found.items() if shape is not None}
+
+
+def _role_and_shape(entry: str) -> tuple[str, str]:
+    role, equals, shape = entry.partition("=")
+    if not equals:
+        raise UserError(f"--assume {entry}: is written ROLE=SHAPE, as in policy=llama-3-8b")
+    return role, shape

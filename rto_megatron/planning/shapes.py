@@ -1,0 +1,97 @@
+"""Shapes of models that may not be on this machine, and how many parameters they have."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from rto_megatron.errors import UserError
+from rto_megatron.models.config_files import read_shape
+from rto_megatron.models.model_folder import misnamed, misnamed_folder
+from rto_megatron.models.shape import ModelShape
+
+
+def _llama(layers: int, hidden: int, ffn: int, heads: int, head_dim: int, version: str) -> ModelShape:
+    return ModelShape(
+        family="llama",
+        num_layers=layers,
+        hidden_size=hidden,
+        ffn_hidden_size=ffn,
+        num_heads=heads,
+        num_kv_heads=8,
+        head_dim=head_dim,
+        vocab_size=128256,
+        max_positions=8192 if version == "3" else 131072,
+        norm_eps=1e-5,
+        rope_theta=500000.0,
+        rope_scaling_factor=None if version == "3" else 32.0,
+        is_tied=version != "3",
+        init_std=0.02,
+    )
+
+
+KNOWN_SHAPES = {
+    "llama-3-8b": _llama(32, 4096, 14336, 32, 128, "3"),
+    "llama-3-70b": _llama(80, 8192, 28672, 64, 128, "3"),
+    "llama-3.2-1b": _llama(16, 2048, 8192, 32, 64, "3.2"),
+    "llama-3.2-3b": _llama(28, 3072, 8192, 24, 128, "3.2"),
+}
+
+# The models of a checkpoint that a role may start from, as engine.source looks for them.
+_SCALAR_ROLES = ("reward", "critic")
+_LANGUAGE_ROLES = ("policy_ema", "policy")
+
+
+@dataclass(frozen=True)
+class FoundShape:
+    """A shape and where it was taken from."""
+
+    shape: ModelShape
+    source: str
+    folder: Path | None = None  # with the config.json, if it is on this machine
+
+
+def find_shape(model: Path, assumed: str | None, role: str = "policy") -> FoundShape | None:
+    """The shape of `model`: its config.json, else `assumed`, else what its name says; else None.
+
+    Args:
+        model: a model folder, an earlier stage's run folder (its last checkpoint counts), or a checkpoint.
+        role: of the stage; critic and reward look for a scalar model, the others for a language model.
+
+    Raises:
+        UserError: config.json is there and cannot be used, or `assumed` is no embedded shape.
+    """
+    folder = _folder_with_config(model, _SCALAR_ROLES if role in _SCALAR_ROLES else _LANGUAGE_ROLES)
+    if folder is not None:
+        return FoundShape(read_shape(folder), "config.json", folder)
+    if assumed is not None:
+        if assumed not in KNOWN_SHAPES:
+            raise UserError(
+                f"--assume {assumed}: no such embedded shape; known are {', '.join(KNOWN_SHAPES)}"
+            )
+        return FoundShape(KNOWN_SHAPES[assumed], f"assumed {assumed}")
+    spoken_of = re.search(r"llama-?(3(?:\.\d)?)-?(\d+b)", str(model).lower())
+    name = f"llama-{spoken_of[1]}-{spoken_of[2]}" if spoken_of else ""
+    return FoundShape(KNOWN_SHAPES[name], f"{name}, by its name") if name in KNOWN_SHAPES else None
+
+
+def hugging_face_folder(model: Path) -> Path:
+    """The folder with the config.json of language model `model`: a model folder, a run folder or a checkpoint.
+
+    Raises:
+        UserError: it is not on this machine.
+    """
+    folder = _folder_with_config(model, _LANGUAGE_ROLES)
+    if folder is None:
+        known = misnamed_folder(model) if model.is_dir() else misnamed(model)
+        unknown = (
+            f"{model} has no config.json and no checkpoint of a policy; run the stage that makes it first"
+        )
+        raise UserError(f"models.policy: {known or unknown}")
+    return folder
+
+
+def _folder_with_config(model: Path, roles: tuple[str, ...]) -> Path | None:
+    checkpoints = sorted((model / "checkpoints").glob("step_*"))
+    checkpoint = checkpoints[-1] if checkpoints else model
+    folders = (model, *(checkpoint / role / "hf" for role in roles), model / "hf")
+    return next((folder for folder in folders if (folder / "config.json").is_file()), None)

@@ -1,0 +1,145 @@
+"""What the evaluate stage measures, the file it leaves in its run folder, and the table of several."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from rto_megatron.config.run_folder import make_run_folder
+from rto_megatron.errors import UserError
+from rto_megatron.reporting.progress import plain
+
+FILE_NAME = "evaluation.json"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over sampled responses with its standard error."""
+
+    mean: float
+    standard_error: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ± {self.standard_error:.3f}"
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and standard error (sample deviation over root n) of independent values; one per prompt."""
+    count = len(values)
+    mean = math.fsum(values) / count
+    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1) if count > 1 else math.nan
+    return Estimate(mean, math.sqrt(variance / count))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One row of the final table."""
+
+    name: str
+    true_return: Estimate | None  # None where the task has no known reward
+    score: Estimate | None  # reward model, normalised; None where no reward model was named
+    kl: Estimate  # to the reference, nats per response
+    response_tokens: Estimate
+    num_prompts: int
+    num_responses: int
+
+
+def save_evaluation(evaluation: Evaluation, run_dir: Path) -> Path:
+    """Write `run_dir`/evaluation.json and return its path."""
+    make_run_folder(run_dir)
+    path = run_dir / FILE_NAME
+    path.write_text(json.dumps(asdict(evaluation), indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def read_evaluations(root: Path) -> list[Evaluation]:
+    """The evaluations in `root` and its folders, ordered SFT, DPO, PPO, RTO, others.
+
+    Raises:
+        UserError: there is none, or one cannot be read.
+    """
+    files = sorted(root.rglob(FILE_NAME))
+    if not files:
+        raise UserError(
+            f"{root}: holds no {FILE_NAME}, neither itself nor in a folder; run the evaluate recipe first"
+        )
+    order = {"sft": 0, "dpo": 1, "ppo": 2, "rto": 3}
+    rows = [_read(file) for file in files]
+    return sorted(rows, key=lambda row: (order.get(row.name.lower(), len(order)), row.name))
+
+
+def read_evaluation(run_dir: Path) -> Evaluation:
+    """The evaluation in `run_dir`.
+
+    Raises:
+        UserError: it is missing or cannot be read.
+    """
+    file = run_dir / FILE_NAME
+    if not file.is_file():
+        raise UserError(f"{file} does not exist; run the evaluate recipe first")
+    return _read(file)
+
+
+def final_table(evaluations: Sequence[Evaluation], title: str) -> Table:
+    """One row per evaluated policy."""
+    table = Table(title=Text(plain(title)))
+    table.add_column("system")
+    for name in ("true return", "reward model", "KL to reference", "response tokens", "prompts", "responses"):
+        table.add_column(name, justify="right")
+    for row in evaluations:
+        table.add_row(
+            Text(plain(row.name)),
+            str(row.true_return or "-"),
+            str(row.score or "-"),
+            str(row.kl),
+            f"{row.response_tokens.mean:.1f}",
+            str(row.num_prompts),
+            str(row.num_responses),
+        )
+    return table
+
+
+def verdict(evaluations: Sequence[Evaluation]) -> str:
+    """What the true returns say of RTO against the others; the differences are in standard errors."""
+    returns = {row.name.lower(): row.true_return for row in evaluations if row.true_return is not None}
+    ours, start = returns.get("rto"), returns.get("sft")
+    if ours is None or start is None:
+        return "No verdict: it needs true returns of both SFT and RTO."
+    distance = _distance(ours, start)
+    claim = "beats SFT by more than" if distance > 3 else "does not beat SFT by"
+    lines = [f"RTO {claim} three standard errors of the difference ({distance:+.1f})."]
+    rival = returns.get("ppo")
+    if rival is not None:
+        lines.append(f"RTO against PPO: {_distance(ours, rival):+.1f} standard errors.")
+    return " ".join(lines)
+
+
+def _distance(first: Estimate, second: Estimate) -> float:
+    error = math.hypot(first.standard_error, second.standard_error)
+    return (first.mean - second.mean) / error if error > 0 else math.inf
+
+
+def _read(file: Path) -> Evaluation:
+    try:
+        entry = json.loads(file.read_text(encoding="utf-8"))
+        return Evaluation(
+            name=entry["name"],
+            true_return=_optional(entry["true_return"]),
+            score=_optional(entry["score"]),
+            kl=Estimate(**entry["kl"]),
+            response_tokens=Estimate(**entry["response_tokens"]),
+            num_prompts=entry["num_prompts"],
+            num_responses=entry["num_responses"],
+        )
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{file}: is not a complete evaluation ({error}); run the evaluate recipe again"
+        ) from error
+
+
+def _optional(entry: dict[str, float] | None) -> Estimate | None:
+    return Estimate(**entry) if entry is not None else None
