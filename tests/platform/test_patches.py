@@ -73,3 +73,18 @@ def test_code_in_a_checkpoint_runs_only_without_the_patch(outcomes, patch, place
     assert outcomes[patch].startswith("ran")
     assert outcomes[place].startswith("refused")
     assert "posix.mknod" in outcomes[place]
+
+
+def test_inductor_is_loaded_when_a_compiled_function_is_called_and_not_before():
+    program = (
+        "import sys; from rto_megatron.platform.device import prepare; prepare()\n"
+        "import torch, megatron.core.models.gpt\n"
+        "loaded = lambda: 'torch._inductor.compile_fx' in sys.modules\n"
+        "before = loaded(); torch._dynamo.config.disable = True\n"
+        "twice = torch.compile(lambda x: 2 * x, dynamic=False)\n"
+        "print(before, loaded(), twice(3), loaded())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["False", "False", "6", "True"], done.stderr
