@@ -125,8 +125,8 @@ def step(root: Path, layouts: list[str]) -> None:
     device = prepare_device()
     from rto_megatron.parallel.topology import Topology
     from rto_megatron.proofs.resumed_runs import ScriptedPool, ScriptedPush
-    from rto_megatron.trainer.online import train_rto
-    from rto_megatron.trainer.sampler import Sampler
+    from rto_megatron.trainer.connected_pool import ConnectedPool
+    from rto_megatron.trainer.online import train_online
 
     for layout in layouts:
         sizes = {part[:2]: int(part[2:]) for part in layout.split("_") if part[2:].isdigit()}
@@ -139,7 +139,7 @@ def step(root: Path, layouts: list[str]) -> None:
         # One process group for all: a second one would meet what the first left in the store.
         topology = Topology.init(device, tensor, pipeline, sequence, config.run.seed)
         pool = ScriptedPool(vocab_size=64) if topology.is_replica_lead else None
-        train_rto(config, topology, Sampler(pool, ScriptedPush(pool)))
+        train_online(config, topology, ConnectedPool(pool, ScriptedPush(pool)))
     is_lead = dist.get_rank() == 0
     dist.destroy_process_group()
     if is_lead and layouts != ["one"]:

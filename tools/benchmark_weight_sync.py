@@ -98,7 +98,7 @@ class Rank:
         from rto_megatron.engine.build_roles import build_frozen
         from rto_megatron.engine.source import find_source
         from rto_megatron.parallel.topology import Topology
-        from rto_megatron.trainer.sampler import connect_pool
+        from rto_megatron.trainer.connected_pool import connect_pool
         from rto_megatron.weight_sync.policy_weights import PolicySource
 
         tensor, pipeline = _LAYOUTS[os.environ["BENCHMARK_LAYOUT"]]

@@ -177,17 +177,6 @@ class TrainedModel:
         self._refuse_nonfinite(outputs, names)
         return metrics
 
-    def step[M: Microbatch](
-        self,
-        microbatches: Sequence[M],
-        loss: Loss[M],
-        names: Sequence[Sequence[str]],
-        lr: float,
-        reading: "Reading[M] | None" = None,
-    ) -> Metrics:
-        """One optimizer step: `gradients`, then `apply`."""
-        return {**self.gradients(microbatches, loss, names, reading), **self.apply(lr)}
-
     def apply(self, lr: float) -> Metrics:
         """Steps the optimizer with the gradients of the last `gradients`; all ranks must call it.
 

@@ -32,6 +32,11 @@ class InjectedFault(RuntimeError):  # noqa: N818  (raised on purpose, nobody han
     """Stands for a bug: an error that no code expects."""
 
 
+def are_planned() -> bool:
+    """Whether this process has a plan of faults."""
+    return bool(os.environ.get("RTO_FAULT"))
+
+
 def at(site: str, step: int) -> bool:
     """Fires what the plan has for this place, step and rank.
 

@@ -118,15 +118,15 @@ def run_observed(config: schema.TrainStage) -> None:
     with ranks(prepare(), config.parallel, config.run.seed) as topology:
         from rto_megatron.engine.source import find_source
         from rto_megatron.parallel.seeds import generator_states
+        from rto_megatron.trainer.connected_pool import ConnectedPool
         from rto_megatron.trainer.offline import train_offline
-        from rto_megatron.trainer.online import train_rto
-        from rto_megatron.trainer.sampler import Sampler
+        from rto_megatron.trainer.online import train_online
 
         pool = None
         if isinstance(config, schema.ReinforcementStage):
             source = find_source(config.models.policy, False, config.models.random_init, "models.policy")
             pool = ScriptedPool(source.shape().vocab_size) if topology.is_replica_lead else None
-            train_rto(config, topology, Sampler(pool, ScriptedPush(pool)))
+            train_online(config, topology, ConnectedPool(pool, ScriptedPush(pool)))
         else:
             assert isinstance(config, schema.OfflineStage)
             train_offline(config, topology)

@@ -14,10 +14,10 @@ from rto_megatron.lifecycle.starting import begin_steps
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.reporting.evaluation import Estimate, Evaluation, estimate, save_evaluation
 from rto_megatron.reporting.progress import say
+from rto_megatron.trainer.connected_pool import connect_pool
 from rto_megatron.trainer.known_reward import known_reward
-from rto_megatron.trainer.online import sampling
-from rto_megatron.trainer.rollouts import reward_scores, sample
-from rto_megatron.trainer.sampler import connect_pool
+from rto_megatron.trainer.reward_source import ModelReward
+from rto_megatron.trainer.sampler import sample, sampling
 from rto_megatron.trainer.setup import prepare_stage
 from rto_megatron.types import Ban, Rollout
 
@@ -60,7 +60,8 @@ def evaluate(config: schema.EvaluateStage, topology: Topology) -> None:
     }
     if "reward" in setup.sources:
         reward = build_frozen("reward", setup.sources["reward"], True, config.precision, topology)
-        values["score"] = reward_scores(rollouts, reward, setup.layout, setup.eos, _AS_SAMPLED).tolist()
+        source = ModelReward(reward, setup.layout, setup.eos, _AS_SAMPLED)
+        values["score"] = source.scores(rollouts).tolist()
     if table is not None:
         values["true_return"] = [table.returns(r.prompt_ids, r.response_ids) for r in rollouts]
     estimates = {name: _over_prompts(samples, count, topology) for name, samples in values.items()}

@@ -1,22 +1,76 @@
 """Poisoned numbers never reach the weights: updates that are refused are noted, counted, and end the run in the end."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
 from rto_megatron.engine.finite import EmptyUpdateError, PoisonedError
+from rto_megatron.engine.megatron import Microbatch, Reading, TrainedModel
 from rto_megatron.errors import UserError
 from rto_megatron.parallel.topology import Topology
-from rto_megatron.platform import faults
 from rto_megatron.reporting.progress import say
 from rto_megatron.trainer.run import Run
-from rto_megatron.types import LossOutput
+from rto_megatron.types import LossOutput, Metrics
 
 POISONED_FILE = "poisoned.jsonl"
 SKIPPED = "update/skipped_fraction"
+
+
+class LossChange(Protocol):
+    """Makes another loss of a loss, whatever it reads."""
+
+    def __call__[M](self, loss: Callable[[Tensor, M], LossOutput]) -> Callable[[Tensor, M], LossOutput]:
+        """The loss to take in its place."""
+        ...
+
+
+class Update(Protocol):
+    """One model's part of an optimizer step."""
+
+    @property
+    def is_paced(self) -> bool:
+        """Whether its forward and backward passes count in the pace of a rank."""
+        ...
+
+    def gradients(self, change: LossChange) -> Metrics:
+        """Accumulates its gradients; all ranks must call it."""
+        ...
+
+    def apply(self) -> Metrics:
+        """Steps its optimizer with them; all ranks must call it."""
+        ...
+
+
+@dataclass(frozen=True)
+class ModelUpdate[M: Microbatch]:
+    """An update of a model by a loss.
+
+    Args:
+        microbatches: this replica's share, whose weights hold the loss's denominator.
+        names: ids of the samples of each micro-batch.
+        reading: what the loss sees of the model; None: log-probs, or values with a scalar head.
+        is_paced: see `Update`.
+    """
+
+    model: TrainedModel
+    microbatches: Sequence[M]
+    loss: Callable[[Tensor, M], LossOutput]
+    names: Sequence[Sequence[str]]
+    lr: float
+    reading: Reading[M] | None = None
+    is_paced: bool = True
+
+    def gradients(self, change: LossChange) -> Metrics:
+        """See `Update.gradients`."""
+        return self.model.gradients(self.microbatches, change(self.loss), self.names, self.reading)
+
+    def apply(self) -> Metrics:
+        """See `Update.apply`."""
+        return self.model.apply(self.lr)
 
 
 class NotFiniteError(UserError):
@@ -42,7 +96,7 @@ class Guard:
 
     @contextmanager
     def skipping(self) -> Iterator[None]:
-        """Leaves the block where something in it is poisoned; call `stepped` at the end of a block that stepped.
+        """Leaves the block where something in it is poisoned.
 
         Raises:
             NotFiniteError: on every rank, when updates have been refused so often in a row.
@@ -53,15 +107,38 @@ class Guard:
         except PoisonedError as refusal:
             self._refuse(refusal)
 
-    def stepped(self) -> None:
-        """Counts an update that was made."""
+    @property
+    def step_number(self) -> int:
+        """Of the step that is being made, counted from 1."""
+        return self._run.step + 1
+
+    def step(self, updates: Sequence[Update]) -> None:
+        """One optimizer step of every model, inside `skipping`; all ranks must call it.
+
+        All gradients come first: where one of them is refused, no model is stepped.
+
+        Raises:
+            PoisonedError: on every rank, when a loss or gradient of any rank is NaN or infinite.
+        """
+        metrics = [one.gradients(self.loss_change(one)) for one in updates]
+        metrics += self.apply(updates)
+        for part in metrics:
+            self._run.record(part)
         self._run.refused_in_a_row = 0
         self._run.record({SKIPPED: (0.0, 1.0)})
+
+    def loss_change(self, update: Update) -> LossChange:
+        """What is done to the loss of an update."""
+        return self._run.pace.timing if update.is_paced else _as_it_is
+
+    def apply(self, updates: Sequence[Update]) -> list[Metrics]:
+        """Steps the optimizers, once all gradients are sound."""
+        return [one.apply() for one in updates]
 
     def _refuse(self, refusal: PoisonedError) -> None:
         in_a_row = self._run.refused_in_a_row = self._run.refused_in_a_row + 1
         self._run.record({SKIPPED: (1.0, 1.0)})
-        step, path = self._run.step + 1, self._run.dir / POISONED_FILE
+        step, path = self.step_number, self._run.dir / POISONED_FILE
         if self._is_lead:
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, "found": refusal.found}) + "\n")
@@ -74,13 +151,5 @@ class Guard:
             raise UserError(message) if isinstance(refusal, EmptyUpdateError) else NotFiniteError(message)
 
 
-def planted[M](loss: Callable[[Tensor, M], LossOutput], step: int) -> Callable[[Tensor, M], LossOutput]:
-    """`loss`, or NaN in its place where a fault plan wants it at this step (counted from 1)."""
-    if not faults.at("fwd_bwd", step):
-        return loss
-
-    def poisoned(outputs: Tensor, micro: M) -> LossOutput:
-        output = loss(outputs, micro)
-        return replace(output, loss=output.loss * float("nan"))
-
-    return poisoned
+def _as_it_is[M](loss: Callable[[Tensor, M], LossOutput]) -> Callable[[Tensor, M], LossOutput]:
+    return loss

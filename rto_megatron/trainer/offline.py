@@ -39,12 +39,12 @@ from rto_megatron.engine.megatron import (
 )
 from rto_megatron.errors import UserError
 from rto_megatron.parallel.topology import Topology
-from rto_megatron.platform import faults
 from rto_megatron.reporting.metrics import add, with_margin
 from rto_megatron.reporting.progress import say
 from rto_megatron.trainer.feed import feed, go_on
-from rto_megatron.trainer.guard import Guard, NotFiniteError, planted
+from rto_megatron.trainer.guard import ModelUpdate, NotFiniteError
 from rto_megatron.trainer.model_files import give_own_padding
+from rto_megatron.trainer.parts import planned_parts
 from rto_megatron.trainer.reference import note_reference
 from rto_megatron.trainer.run import Run, reduce_over_replicas
 from rto_megatron.trainer.setup import Setup, note_in_config, prepare_stage, stage_hf_files
@@ -101,7 +101,7 @@ def train_offline(config: schema.OfflineStage, topology: Topology) -> None:
     run = Run(
         config, topology, {role: model}, {role: hf_files}, config.run.steps or batches.batches_per_epoch
     )
-    guard = Guard(run, config.run.max_skipped_updates, topology)
+    guard = planned_parts().guard(run, config.run.max_skipped_updates, topology)
     if run.state:
         go_on(batches, run.state["data"], "data.train", topology)
     for step in run.steps():
@@ -111,11 +111,7 @@ def train_offline(config: schema.OfflineStage, topology: Topology) -> None:
         own = torch.tensor(float(task.size(examples)), device=topology.device.torch_device)
         microbatches = task.microbatches(examples, int(topology.dp_sum(own)))
         with guard.skipping():
-            loss = run.pace.timing(planted(task.loss, step + 1))
-            gradients = model.gradients(microbatches, loss, names, task.reading)
-            faults.at("opt_step", step + 1)
-            run.record({**gradients, **model.apply(lr)})
-            guard.stepped()
+            guard.step([ModelUpdate(model, microbatches, task.loss, names, lr, task.reading)])
         evaluation: dict[str, float] = {}
         if held_out and (
             run.is_due(config.run.eval_every, step + 1) or (is_reward and run.is_saved(step + 1))

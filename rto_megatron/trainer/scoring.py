@@ -1,128 +1,118 @@
-"""Scored rollouts that may be trained on: broken responses and numbers are refused, the gap to the pool is watched."""
+"""Every model's opinion of sampled responses: the forwards behind a step's rewards, without gradients."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
-from rto_megatron.algorithms.pool_importance import pool_log_ratio
-from rto_megatron.config.schema import ReinforcementStage
-from rto_megatron.engine.finite import refuse_together
-from rto_megatron.parallel.topology import Topology
-from rto_megatron.platform import faults
-from rto_megatron.reporting.progress import say
-from rto_megatron.trainer.rollouts import Roles, score
-from rto_megatron.trainer.setup import Setup
-from rto_megatron.types import EndOfSequence, Rollout, ScoredRollouts
-
-Found = Mapping[str, Sequence[str]]  # what is wrong -> ids of the prompts
+from rto_megatron.algorithms.losses import keep
+from rto_megatron.algorithms.termination import TruncationPolicy, close_response, compared_ban
+from rto_megatron.data.packing import Layout, response_mask, rollout_batches, rollout_grid
+from rto_megatron.engine.megatron import FrozenModel, Model, TrainedModel
+from rto_megatron.trainer.reward_source import RewardSource
+from rto_megatron.types import EndOfSequence, Rollout, ScoredRollouts, TokenBatch
 
 
-def broken_rollouts(rollouts: Sequence[Rollout], eos: EndOfSequence) -> Found:
-    """Responses without a token, and those that claim to have ended without end-of-sequence."""
-    empty = [r.prompt_id for r in rollouts if not r.response_ids]
-    unended = [
-        r.prompt_id
+@dataclass(frozen=True)
+class Roles:
+    """The models of a reinforcement method."""
+
+    policy: TrainedModel
+    average: FrozenModel | None  # of the policy; None where none is kept
+    critic: TrainedModel | None  # None: a method without one
+    reference: FrozenModel
+    reward: RewardSource
+    dpo: FrozenModel | None  # None: no DPO reward
+    dpo_reference: FrozenModel | None  # None: the reference, whose forward is shared
+
+
+def close_rollouts(
+    rollouts: Sequence[Rollout], eos: EndOfSequence, policy: TruncationPolicy
+) -> tuple[Rollout, ...]:
+    """Applies the truncation policy to what is trained on."""
+    return tuple(
+        replace(r, response_ids=close_response(r.response_ids, r.finish_reason, eos, policy)[0])
         for r in rollouts
-        if r.response_ids and r.finish_reason == "stop" and r.response_ids[-1] not in eos.ids
-    ]
-    found = {"a response has no token": empty, "a finished response has no end-of-sequence": unended}
-    return {what: ids for what, ids in found.items() if ids}
-
-
-def broken_scores(scored: ScoredRollouts, score_limit: float | None) -> Found:
-    """Numbers that are NaN or infinite, and scores beyond the limit.
-
-    To be asked before credit assignment: whitening spreads one NaN over all samples, and clamping hides a score.
-
-    Args:
-        score_limit: bound of the absolute value of a normalised score; None: any finite one.
-    """
-    found = {}
-    for what, values in (
-        ("score of the reward model", scored.score_B[:, None]),
-        ("log-prob of the pool", scored.logp_pool_BR),
-        ("log-prob of the policy", scored.logp_old_BR),
-        ("log-prob of the reference", scored.logp_ref_BR),
-        ("log-ratio of the DPO model", scored.dpo_logratio_BR),
-        ("value of the critic", scored.values_BR),
-        ("value of the critic behind a cut response", scored.bootstrap_B[:, None]),
-    ):
-        found[f"a {what} is NaN or infinite"] = ~torch.isfinite(values).all(1)
-    if score_limit is not None:
-        beyond_B = torch.isfinite(scored.score_B) & (scored.score_B.abs() > score_limit)
-        found[f"a score of the reward model is beyond algorithm.score_limit={score_limit:g}"] = beyond_B
-    is_bad_KB = torch.stack(list(found.values())).tolist()  # one transfer from the device
-    named = {
-        what: [rollout.prompt_id for rollout, bad in zip(scored.rollouts, row, strict=True) if bad]
-        for what, row in zip(found, is_bad_KB, strict=True)
-    }
-    return {what: ids for what, ids in named.items() if ids}
-
-
-def score_sound(
-    sampled: Sequence[Rollout], roles: Roles, setup: Setup, config: ReinforcementStage, step: int
-) -> ScoredRollouts:
-    """`score` of rollouts that may be trained on; all ranks must call it.
-
-    Args:
-        step: counted from 1.
-
-    Raises:
-        PoisonedError: on every rank, when a response or a number of any rank is broken; names the prompts.
-    """
-    refuse_together(broken_rollouts(sampled, setup.eos), setup.topology)
-    truncated, min_tokens = config.algorithm.truncated, config.sampling.min_response_tokens
-    scored = score(sampled, roles, setup.layout, setup.eos, truncated, min_tokens)
-    scored = _planted(scored, step)
-    refuse_together(broken_scores(scored, config.algorithm.score_limit), setup.topology)
-    return scored
-
-
-def _planted(scored: ScoredRollouts, step: int) -> ScoredRollouts:
-    """`scored`, or a NaN among the policy's log-probs where a fault plan wants it at this step (counted from 1)."""
-    if not faults.at("logprob", step):
-        return scored
-    logp_old_BR = scored.logp_old_BR.clone()
-    logp_old_BR[0, 0] = float("nan")
-    return replace(scored, logp_old_BR=logp_old_BR)
-
-
-def watched_gap(
-    scored: ScoredRollouts, topology: Topology, threshold: float | None, step: int
-) -> dict[str, float]:
-    """`pool_gap` and `gap_alarm` together; all ranks must call this."""
-    gap = pool_gap(scored, topology)
-    return gap | gap_alarm(gap, threshold, step, topology.is_lead)
-
-
-def pool_gap(scored: ScoredRollouts, topology: Topology) -> dict[str, float]:
-    """Mean and largest difference between the pool's log-probs and ours over all replicas; all ranks must call this.
-
-    In nats, over the tokens that the pool sampled; 0 where there are none.
-    """
-    gap_BR = pool_log_ratio(scored).abs().double()
-    own = torch.stack([gap_BR.sum(), scored.sampled_BR.sum().double()])
-    total, count = topology.dp_sum(own).tolist()
-    everywhere = [float(str(value)) for value in topology.gather_json(float(gap_BR.max()))]
-    return {"pool/logprob_gap_mean": total / max(count, 1), "pool/logprob_gap_max": max(everywhere)}
-
-
-def gap_alarm(gap: dict[str, float], threshold: float | None, step: int, is_lead: bool) -> dict[str, float]:
-    """Says on the lead that the mean gap is above `threshold`; 1 where it is, else 0.
-
-    Args:
-        gap: what `pool_gap` gave.
-        threshold: nats; None: nothing is watched, and there is no metric.
-    """
-    if threshold is None:
-        return {}
-    mean, largest = gap["pool/logprob_gap_mean"], gap["pool/logprob_gap_max"]
-    is_above = mean > threshold
-    say(
-        f"warning: step {step}: the log-probs of pool and trainer differ by {mean:.2g} nats in the mean and "
-        f"{largest:.2g} at most, above rollout.logprob_gap_alarm={threshold:g}; compare precision.dtype with the "
-        "pool's dtype, quantization and cache dtype, and its config.json with the policy's (docs/methods.md)",
-        is_lead and is_above,
     )
-    return {"pool/logprob_gap_alarm": float(is_above)}
+
+
+def score(
+    sampled: Sequence[Rollout],
+    roles: Roles,
+    layout: Layout,
+    eos: EndOfSequence,
+    policy: TruncationPolicy,
+    min_tokens: int,
+) -> ScoredRollouts:
+    """Closes what the pool sampled; every model's opinion of it, without gradients; all ranks must call this.
+
+    Policy and reference are compared as the distributions that were sampled from, without end-of-sequence where it was
+    banned. The DPO reward is of whole distributions: those that the DPO model was trained on.
+
+    Args:
+        min_tokens: end-of-sequence was forbidden before this many tokens of a response.
+    """
+    rollouts = close_rollouts(sampled, eos, policy)
+    ban = compared_ban(eos, min_tokens)
+    whole = rollout_batches(rollouts, layout)
+    batches = whole if ban is None else rollout_batches(rollouts, layout, ban)
+
+    def grid(model: Model, of: Sequence[TokenBatch]) -> Tensor:
+        return rollout_grid(model.token_outputs(of), of, rollouts)
+
+    logp_old_BR = grid(roles.policy, batches)
+    logp_ref_BR = grid(roles.reference, batches)
+    dpo_logratio_BR = torch.zeros_like(logp_ref_BR)
+    if roles.dpo is not None:
+        is_shared = roles.dpo_reference is None and ban is None
+        dpo_reference_BR = logp_ref_BR if is_shared else grid(roles.dpo_reference or roles.reference, whole)
+        dpo_logratio_BR = grid(roles.dpo, whole) - dpo_reference_BR
+    values_BR, bootstrap_B = _values(rollouts, roles.critic, batches, logp_ref_BR, policy == "bootstrap")
+    pairs = zip(sampled, rollouts, strict=True)
+    return ScoredRollouts(
+        rollouts=rollouts,
+        mask_BR=response_mask(rollouts, layout.device),
+        sampled_BR=_padded([_kept(*pair, min_tokens) for pair in pairs], logp_old_BR),
+        logp_pool_BR=_padded([rollout.sampled_logprobs for rollout in sampled], logp_old_BR),
+        logp_old_BR=logp_old_BR,
+        logp_ref_BR=logp_ref_BR,
+        dpo_logratio_BR=dpo_logratio_BR,
+        values_BR=values_BR,
+        bootstrap_B=bootstrap_B,
+        score_B=roles.reward.scores(rollouts),
+        ban=ban,
+    )
+
+
+def _kept(sampled: Rollout, closed: Rollout, min_tokens: int) -> list[float]:
+    """1 on the tokens that the truncation policy left as they were sampled, and whose log-probs the pool took alike.
+
+    A pool that forbids an empty response leaves end-of-sequence out of its first token's, and `compared_ban` does not.
+    """
+    first = 1 if min_tokens == 1 else 0
+    pairs = zip(sampled.response_ids, closed.response_ids, strict=True)
+    return [float(place >= first and token == kept) for place, (token, kept) in enumerate(pairs)]
+
+
+def _padded(rows: Sequence[Sequence[float]], like_BR: Tensor) -> Tensor:
+    """Rows of one number per response token as a grid, 0 behind their ends."""
+    width = like_BR.shape[1]
+    return like_BR.new_tensor([[*row, *([0.0] * (width - len(row)))] for row in rows])
+
+
+def _values(
+    rollouts: Sequence[Rollout],
+    critic: TrainedModel | None,
+    batches: Sequence[TokenBatch],
+    like_BR: Tensor,
+    is_bootstrapped: bool,
+) -> tuple[Tensor, Tensor]:
+    """Values of the states before the actions [B, R], and of the state behind each cut response [B]."""
+    if critic is None:
+        return torch.zeros_like(like_BR), torch.zeros_like(like_BR[:, 0])
+    values = critic.token_outputs(batches)
+    behind_B = torch.cat([v[list(b.last_positions)] for v, b in zip(values, batches, strict=True)])
+    is_cut = [is_bootstrapped and rollout.finish_reason == "length" for rollout in rollouts]
+    bootstrap_B = keep(behind_B, torch.tensor(is_cut, device=behind_B.device))
+    return rollout_grid(values, batches, rollouts), bootstrap_B

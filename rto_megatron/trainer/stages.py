@@ -29,9 +29,9 @@ def run_stage(config: schema.Stage) -> None:
 
             evaluate(config, topology)
         elif isinstance(config, schema.ReinforcementStage):
-            from rto_megatron.trainer.online import train_rto
+            from rto_megatron.trainer.online import train_online
 
-            train_rto(config, topology)
+            train_online(config, topology)
         else:
             from rto_megatron.trainer.offline import train_offline
 

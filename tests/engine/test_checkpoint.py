@@ -11,6 +11,7 @@ import torch
 from engine.layouts import LAYOUTS, topology, trained
 from ranks import run_ranks
 from safetensors.torch import load_file
+from stepping import take_step
 from tiny_models import SEQUENCES, write_llama
 from torch import Tensor
 
@@ -122,7 +123,7 @@ def _step(model: TrainedModel) -> None:
     layout = Layout(1, True, 1, place.device.torch_device)
     tokens = sum(len(one.response_ids) for one in DATA)
     names = [[one.id] for one in own]
-    model.step(supervised_microbatches(own, tokens, layout), SFT(Config()).loss, names, 1e-3)
+    take_step(model, supervised_microbatches(own, tokens, layout), SFT(Config()).loss, names, 1e-3)
 
 
 def _train(

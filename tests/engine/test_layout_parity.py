@@ -23,8 +23,9 @@ from rto_megatron.engine.source import find_source
 from rto_megatron.generation.contract import Sampling
 from rto_megatron.generation.scripted import ScriptedEngine
 from rto_megatron.reporting.metrics import read_metrics
+from rto_megatron.trainer.connected_pool import ConnectedPool
 from rto_megatron.trainer.offline import train_offline
-from rto_megatron.trainer.online import Sampler, train_rto
+from rto_megatron.trainer.online import train_online
 from rto_megatron.types import Prompt, Rollout
 
 SGD = {"kind": "sgd", "max_grad_norm": None, "warmup_fraction": 0.0}
@@ -114,7 +115,7 @@ def _run(cases: Sequence[Case], root: Path) -> None:
         place = join(config)
         if isinstance(config, ReinforcementStage):
             engine = PromptEngine(ENGINE_VOCAB) if place.is_replica_lead else None
-            train_rto(config, place, Sampler(engine, HeldPush(engine)))
+            train_online(config, place, ConnectedPool(engine, HeldPush(engine)))
         else:
             assert isinstance(config, OfflineStage)
             train_offline(config, place)

@@ -13,6 +13,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer import TransformerConfig
 from ranks import run_ranks
 from safetensors.torch import load_file
+from stepping import take_step
 from tiny_models import write_llama
 from torch import Tensor
 
@@ -24,7 +25,8 @@ from rto_megatron.engine.weights import local_parameters
 from rto_megatron.models.modules import ScalarHead
 from rto_megatron.models.parameters import parameter_map, stage_of
 from rto_megatron.models.weight_map import merge
-from rto_megatron.trainer.rollouts import Roles, close_rollouts, score
+from rto_megatron.trainer.reward_source import ModelReward
+from rto_megatron.trainer.scoring import Roles, close_rollouts, score
 from rto_megatron.trainer.update import optimizer_minibatches
 from rto_megatron.types import EndOfSequence
 
@@ -112,8 +114,9 @@ def _update(case: Case, root: Path) -> dict[str, dict[str, Tensor]]:
     reference, dpo, reward = (
         frozen(place, root / name, FOLDERS[name][1], case.dtype) for name in ("reference", "dpo", "reward")
     )
-    roles = Roles(policy, None, critic, reference, reward, dpo, None)
     layout = Layout(case.micro, case.packed, place.row_multiple, place.device.torch_device)
+    source = ModelReward(reward, layout, END, "penalise")
+    roles = Roles(policy, None, critic, reference, source, dpo, None)
     algorithm = rto.build(rto.Config(epochs=case.num_steps), lambda _: frozenset())
     own = close_rollouts(rollouts()[place.data_rank :: place.data_size], END, "penalise")
     scored = score(own, roles, layout, END, "penalise", min_tokens=0)
@@ -124,7 +127,7 @@ def _update(case: Case, root: Path) -> dict[str, dict[str, Tensor]]:
             if not seen.get(f"{model.name}/gradient") and not case.is_distributed_optimizer:
                 model.gradients(one.microbatches, loss, one.names)
                 seen[f"{model.name}/gradient"] = _whole(model, lambda p: p.main_grad)
-            model.step(one.microbatches, loss, one.names, case.optimizer.lr)
+            take_step(model, one.microbatches, loss, one.names, case.optimizer.lr)
     for model in (critic, policy):
         seen[f"{model.name}/weights"] = _whole(model, lambda p: p)
     is_reporter = place.tensor_rank == 0 and place.data_rank == 0

@@ -21,7 +21,8 @@ from rto_megatron.engine.weights import local_parameters
 from rto_megatron.models.parameters import parameter_map
 from rto_megatron.models.weight_map import merge
 from rto_megatron.parallel.topology import Topology
-from rto_megatron.trainer.rollouts import Roles, close_rollouts, score
+from rto_megatron.trainer.reward_source import ModelReward
+from rto_megatron.trainer.scoring import Roles, close_rollouts, score
 from rto_megatron.trainer.update import optimizer_minibatches
 from rto_megatron.types import (
     Demonstration,
@@ -134,7 +135,7 @@ def prepare_update(place: Topology, models: dict[str, HfModel], layout: Layout) 
         average=None,
         critic=trained(place, models["critic"]),
         reference=frozen(place, models["reference"]),
-        reward=frozen(place, models["reward"]),
+        reward=ModelReward(frozen(place, models["reward"]), layout, END, "penalise"),
         dpo=frozen(place, models["dpo"]),
         dpo_reference=None,
     )

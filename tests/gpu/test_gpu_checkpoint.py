@@ -6,6 +6,7 @@ import pytest
 import torch
 from gpu import oracle
 from gpu.roles import ADAM, TEXTS, HfModel, Prepared, Task, task, trained, whole
+from stepping import take_step
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -33,7 +34,7 @@ def _train(pair: dict[str, TrainedModel], tasks: list[Task], num_steps: int) -> 
     for _ in range(num_steps):
         for step in tasks:
             model = pair[step.role]
-            metrics = model.step(step.microbatches, step.loss, step.names, LR)
+            metrics = take_step(model, step.microbatches, step.loss, step.names, LR)
             norms.append(metrics[f"{model.name}/grad_norm"])
     return norms
 
@@ -111,7 +112,7 @@ def test_an_export_loads_in_transformers(
     step = task(stage, prepared, place, layout)
     source = models[step.role]
     model = trained(place, source, ADAM, dtype)
-    model.step(step.microbatches, step.loss, step.names, LR)
+    take_step(model, step.microbatches, step.loss, step.names, LR)
     export_hf(model, source.folder, tmp_path / "hf")
 
     kind = AutoModelForSequenceClassification if source.is_scalar else AutoModelForCausalLM

@@ -11,6 +11,7 @@ from engine.layouts import LAYOUTS, frozen, topology, trained
 from ranks import run_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file
+from stepping import take_step
 from tiny_families import VARIANTS, hugging_face_outputs, write_family
 from tiny_models import SEQUENCES
 from torch import Tensor
@@ -142,7 +143,7 @@ def _step_all(layout: str, root: Path, is_broken: bool) -> dict[str, dict[str, T
         for is_scalar, head in HEADS.items():
             model = trained(place, root / name / head, is_scalar, SGD)
             loss = _value_loss if is_scalar else sft.SFT(sft.Config()).loss
-            model.step(microbatches, loss, [["x"]] * len(microbatches), SGD.lr)
+            take_step(model, microbatches, loss, [["x"]] * len(microbatches), SGD.lr)
             whole = stage_hf_tensors(model.module, model.shape, is_scalar, place)
             seen[f"{name}/{head}"] = {n: t.clone() for n, t in whole}
     return seen

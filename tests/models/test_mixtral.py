@@ -7,6 +7,7 @@ import torch
 from engine.layouts import LAYOUTS, frozen, topology
 from ranks import run_ranks
 from safetensors.torch import load_file
+from stepping import take_step
 from tiny_families import hugging_face_outputs
 from tiny_models import SEQUENCES
 from torch import Tensor
@@ -105,7 +106,7 @@ def _step(
         moe_aux_loss_coef=coef,
     )  # fmt: skip
     microbatches = _microbatches(place, len(SEQUENCES))
-    metrics = trained.step(microbatches, sft.SFT(sft.Config()).loss, [["x"]], SGD.lr)
+    metrics = take_step(trained, microbatches, sft.SFT(sft.Config()).loss, [["x"]], SGD.lr)
     if export is not None:
         export_hf(trained, model, export)
     weights = {n: t.clone() for n, t in stage_hf_tensors(trained.module, trained.shape, False, place)}

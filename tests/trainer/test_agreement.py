@@ -20,8 +20,9 @@ from rto_megatron.errors import UserError
 from rto_megatron.generation.contract import Sampling
 from rto_megatron.generation.scripted import ScriptedEngine
 from rto_megatron.reporting.metrics import read_metrics
-from rto_megatron.trainer.online import Sampler, train_rto
-from rto_megatron.trainer.scoring import gap_alarm, pool_gap
+from rto_megatron.trainer.checked_scores import gap_alarm, pool_gap
+from rto_megatron.trainer.connected_pool import ConnectedPool
+from rto_megatron.trainer.online import train_online
 from rto_megatron.types import Prompt, Rollout, ScoredRollouts
 
 # Two rollout steps of one optimizer step each, whose length is that of the gradient.
@@ -121,7 +122,7 @@ def _train(config: ReinforcementStage, shift: float, printed: Path) -> None:
     engine = _Shifted(shift) if place.is_replica_lead else None
     own = printed.with_suffix(f".{torch.distributed.get_rank()}")
     with own.open("w") as out, redirect_stdout(out):
-        train_rto(config, place, Sampler(engine, HeldPush(engine)))
+        train_online(config, place, ConnectedPool(engine, HeldPush(engine)))
 
 
 def run(

@@ -12,7 +12,7 @@ from trainer.tiny_runs import join
 from rto_megatron.config.schema import ReinforcementStage
 from rto_megatron.generation.vllm.client.phases import PoolPhases
 from rto_megatron.generation.vllm.client.server_client import ServerClient
-from rto_megatron.trainer.online import train_rto
+from rto_megatron.trainer.online import train_online
 
 pytestmark = pytest.mark.pool
 
@@ -28,7 +28,7 @@ def _train(config: ReinforcementStage) -> list[str]:
         return request(client, method, route, *rest, **named)  # type: ignore[arg-type]
 
     ServerClient.request = noted  # type: ignore[assignment, method-assign]
-    train_rto(config, join(config))
+    train_online(config, join(config))
     return moves
 
 

@@ -19,8 +19,8 @@ from rto_megatron.data.tokenizer import load_tokenizer
 from rto_megatron.errors import UserError
 from rto_megatron.generation.contract import Sampling
 from rto_megatron.generation.scripted import ScriptedEngine
-from rto_megatron.trainer.online import train_rto
-from rto_megatron.trainer.sampler import Sampler
+from rto_megatron.trainer.connected_pool import ConnectedPool
+from rto_megatron.trainer.online import train_online
 from rto_megatron.types import EndOfSequence, Prompt, Rollout
 
 EOS, PAD, WORD = 2, 3, 20
@@ -75,7 +75,7 @@ def test_the_pool_and_the_trainer_take_any_of_the_set(files: Path, tmp_path: Pat
     def asked() -> list[tuple[int, ...]]:
         assert isinstance(config, ReinforcementStage)
         engine = Listening()
-        train_rto(config, join(config), Sampler(engine, HeldPush(engine)))
+        train_online(config, join(config), ConnectedPool(engine, HeldPush(engine)))
         return [one.eos_ids for one in engine.asked]
 
     assert run_ranks(1, asked) == [[(EOS, PAD)] * 2]

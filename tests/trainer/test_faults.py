@@ -10,6 +10,7 @@ import torch
 from engine.layouts import LAYOUTS, topology, trained
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
+from stepping import take_step
 from tiny_models import SEQUENCES, write_llama
 from trainer.tiny_runs import ENGINE_VOCAB, WORDS, configure, train, write_rows
 
@@ -94,7 +95,7 @@ def _poisoned_step(layout: str, folder: Path, kind: str) -> tuple[str, bool]:
 
     before = [parameter.detach().clone() for parameter in model.module.parameters()]
     try:
-        model.step(microbatches, loss, [[one.id] for one in own], lr=1e-2)
+        take_step(model, microbatches, loss, [[one.id] for one in own], lr=1e-2)
     except UserError as error:
         moved = any(not torch.equal(a, b) for a, b in zip(before, model.module.parameters(), strict=True))
         return str(error), moved

@@ -20,9 +20,10 @@ from rto_megatron.errors import UserError
 from rto_megatron.generation.contract import Sampling
 from rto_megatron.generation.scripted import ScriptedEngine
 from rto_megatron.reporting.metrics import read_metrics
+from rto_megatron.trainer.connected_pool import ConnectedPool
 from rto_megatron.trainer.guard import POISONED_FILE, SKIPPED, NotFiniteError
 from rto_megatron.trainer.offline import _store_scale, train_offline
-from rto_megatron.trainer.online import Sampler, train_rto
+from rto_megatron.trainer.online import train_online
 from rto_megatron.trainer.run import Run
 from rto_megatron.types import Prompt, Rollout
 
@@ -87,7 +88,7 @@ def _watched(config: Stage, engine: PoisonedEngine | None) -> tuple[list[dict[st
     try:
         if isinstance(config, ReinforcementStage):
             engine = engine if place.is_replica_lead else None
-            train_rto(config, place, Sampler(engine, HeldPush(engine)))
+            train_online(config, place, ConnectedPool(engine, HeldPush(engine)))
         else:
             train_offline(config, place)
     except UserError as error:

@@ -17,7 +17,8 @@ from rto_megatron.config.schema import OptimizerConfig
 from rto_megatron.data.packing import Layout
 from rto_megatron.reporting.metrics import read_metrics
 from rto_megatron.trainer.evaluate import kl_to_reference
-from rto_megatron.trainer.rollouts import Roles, score
+from rto_megatron.trainer.reward_source import ModelReward
+from rto_megatron.trainer.scoring import Roles, score
 from rto_megatron.types import EndOfSequence, Rollout, ScoredRollouts
 
 END = EndOfSequence((2, 95), 2)
@@ -56,16 +57,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _scored(models: Path, own_reference: bool, packed: bool, min_tokens: int) -> ScoredRollouts:
     place = topology("one")
+    layout = Layout(3, packed, 1, place.device.torch_device)
     roles = Roles(
         policy=trained(place, models / "policy", False, OptimizerConfig(lr=1e-3)),
         average=None,
         critic=None,
         reference=frozen(place, models / "reference", False),
-        reward=frozen(place, models / "reward", True),
+        reward=ModelReward(frozen(place, models / "reward", True), layout, END, "compat"),
         dpo=frozen(place, models / "dpo", False),
         dpo_reference=frozen(place, models / "dpo_reference", False) if own_reference else None,
     )
-    layout = Layout(3, packed, 1, place.device.torch_device)
     return score(SAMPLED, roles, layout, END, "compat", min_tokens)
 
 

@@ -31,9 +31,11 @@ from rto_megatron.engine.megatron import FrozenModel, TrainedModel
 from rto_megatron.generation.contract import Sampling
 from rto_megatron.platform.safe_metadata import safe_reading
 from rto_megatron.reporting.metrics import read_metrics
-from rto_megatron.trainer.online import Sampler, train_rto
+from rto_megatron.trainer.connected_pool import ConnectedPool
+from rto_megatron.trainer.online import train_online
 from rto_megatron.trainer.reference import weights_fingerprint
-from rto_megatron.trainer.rollouts import Roles, close_rollouts, score
+from rto_megatron.trainer.reward_source import ModelReward
+from rto_megatron.trainer.scoring import Roles, close_rollouts, score
 from rto_megatron.types import EndOfSequence, Experience, Prompt, Rollout, ScoredRollouts
 
 END = EndOfSequence((2,), 2)
@@ -104,7 +106,7 @@ class RecordingEngine(FailingEngine):
 def _recorded(config: ReinforcementStage) -> list[Rollout]:
     place = join(config)
     engine = RecordingEngine()
-    train_rto(config, place, Sampler(engine if place.is_replica_lead else None, HeldPush(engine)))
+    train_online(config, place, ConnectedPool(engine if place.is_replica_lead else None, HeldPush(engine)))
     return engine.drawn
 
 
@@ -309,18 +311,18 @@ def test_texts_are_walked_through_in_a_resumed_run_as_in_a_whole_one(files: Path
 def _bootstrapped(root: Path, policy: str) -> tuple[ScoredRollouts, Experience]:
     place = topology("one")
     adam = OptimizerConfig(lr=1e-3)
+    config = ppo.Config.model_validate({"truncated": policy, "lam": 0.5, "gamma": 0.9})
+    layout = Layout(3, True, 1, place.device.torch_device)
     roles = Roles(
         policy=trained(place, root / "policy", False, adam),
         average=None,
         critic=trained(place, root / "critic", True, adam),
         reference=frozen(place, root / "reference", False),
-        reward=frozen(place, root / "reward", True),
+        reward=ModelReward(frozen(place, root / "reward", True), layout, END, config.truncated),
         dpo=None,
         dpo_reference=None,
     )
-    config = ppo.Config.model_validate({"truncated": policy, "lam": 0.5, "gamma": 0.9})
     closed = close_rollouts(rollouts(), END, config.truncated)
-    layout = Layout(3, True, 1, place.device.torch_device)
     scored = score(closed, roles, layout, END, config.truncated, min_tokens=0)
     return scored, ppo.build(config, lambda _: frozenset()).credit(scored, 0.1, place.dp_sum)
 

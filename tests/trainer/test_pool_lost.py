@@ -13,8 +13,8 @@ from rto_megatron.config.schema import ReinforcementStage
 from rto_megatron.errors import UserError
 from rto_megatron.generation.contract import NoServersLeft, Sampling
 from rto_megatron.generation.scripted import ScriptedEngine
-from rto_megatron.trainer.online import train_rto
-from rto_megatron.trainer.sampler import Sampler
+from rto_megatron.trainer.connected_pool import ConnectedPool
+from rto_megatron.trainer.online import train_online
 from rto_megatron.types import Prompt, Rollout
 
 REASON = "no inference server is left to sample from: http://a ended"
@@ -54,7 +54,7 @@ def train(
     place = join(config)
     engine = MortalEngine(dies_at if place.rank == mortal_rank else None) if place.is_replica_lead else None
     try:
-        train_rto(config, place, Sampler(engine, MortalPush(engine, lost_at)))
+        train_online(config, place, ConnectedPool(engine, MortalPush(engine, lost_at)))
     except UserError as error:
         return type(error).__name__, str(error)
     return None
@@ -119,7 +119,7 @@ def test_an_address_where_nobody_is_ends_the_run_at_once(
         assert isinstance(config, ReinforcementStage)
         place = join(config)
         with pytest.raises(UserError) as refused:
-            train_rto(config, place)
+            train_online(config, place)
         return refused.value.reason, str(refused.value)
 
     for reason, message in run_ranks(1, ended):

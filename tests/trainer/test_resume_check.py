@@ -20,7 +20,7 @@ from rto_megatron.engine.megatron import Model
 from rto_megatron.errors import UserError
 from rto_megatron.proofs.resume_compare import Item, compare, compare_layouts
 from rto_megatron.proofs.resumed_runs import read_config, resumed_run, run_observed, whole_run
-from rto_megatron.trainer import online, run
+from rto_megatron.trainer import online, run, sampler
 
 ADAPTIVE = {"algorithm__kl_target": 0.05, "algorithm__kl_horizon": 50}
 
@@ -154,8 +154,8 @@ def _restart_seeds() -> None:
 
 
 def _restart_sampling_seeds() -> None:
-    sampling = online.sampling
-    online.sampling = lambda config, setup, step: sampling(config, setup, step - 1)
+    sampling = sampler.sampling
+    sampler.sampling = lambda config, setup, step: sampling(config, setup, step - 1)
 
 
 def _restart_schedule() -> None:

@@ -17,7 +17,10 @@ from rto_megatron.config.schema import OptimizerConfig
 from rto_megatron.data.packing import Layout, response_mask
 from rto_megatron.errors import UserError
 from rto_megatron.generation.contract import Sampling
-from rto_megatron.trainer.rollouts import Roles, close_rollouts, reward_scores, sample, score
+from rto_megatron.parallel.topology import Topology
+from rto_megatron.trainer.reward_source import ModelReward
+from rto_megatron.trainer.sampler import sample
+from rto_megatron.trainer.scoring import Roles, close_rollouts, score
 from rto_megatron.types import EndOfSequence, Prompt, Rollout, ScoredRollouts, ValueScale
 
 EOS = 2
@@ -54,7 +57,7 @@ def _scores(layout: str, models: Path) -> dict[str, list[float]]:
         closed = close_rollouts(ROLLOUTS, END, policy)
         for packed in (True, False):
             arranged = Layout(3, packed, 1, place.device.torch_device)
-            scores[f"{policy}/{packed}"] = reward_scores(closed, reward, arranged, END, policy).tolist()
+            scores[f"{policy}/{packed}"] = ModelReward(reward, arranged, END, policy).scores(closed).tolist()
     return scores
 
 
@@ -76,14 +79,14 @@ def test_the_score_is_read_at_the_end_of_sequence_token(models: Path) -> None:
                     assert scores[f"{policy}/{packed}"] == pytest.approx(want, abs=1e-5)
 
 
-def _roles(models: Path, place: object, with_dpo: bool, own_reference: bool) -> Roles:
+def _roles(models: Path, place: Topology, layout: Layout, with_dpo: bool, own_reference: bool) -> Roles:
     adam = OptimizerConfig(lr=1e-3)
     return Roles(
         policy=trained(place, models / "policy", False, adam),
         average=None,
         critic=trained(place, models / "critic", True, adam),
         reference=frozen(place, models / "reference", False),
-        reward=frozen(place, models / "reward", True),
+        reward=ModelReward(frozen(place, models / "reward", True), layout, END, "penalise"),
         dpo=frozen(place, models / "dpo", False) if with_dpo else None,
         dpo_reference=frozen(place, models / "dpo_reference", False) if own_reference else None,
     )
@@ -91,10 +94,9 @@ def _roles(models: Path, place: object, with_dpo: bool, own_reference: bool) -> 
 
 def _scored(models: Path, with_dpo: bool, own_reference: bool) -> ScoredRollouts:
     place = topology("one")
-    roles = _roles(models, place, with_dpo, own_reference)
-    return score(
-        ROLLOUTS, roles, Layout(2, True, 1, place.device.torch_device), END, "penalise", min_tokens=0
-    )
+    layout = Layout(2, True, 1, place.device.torch_device)
+    roles = _roles(models, place, layout, with_dpo, own_reference)
+    return score(ROLLOUTS, roles, layout, END, "penalise", min_tokens=0)
 
 
 @torch.no_grad()

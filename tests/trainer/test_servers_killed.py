@@ -22,7 +22,7 @@ from rto_megatron.config.schema import ReinforcementStage
 from rto_megatron.errors import UserError
 from rto_megatron.generation.vllm.client.server_client import ServerClient, open_headers
 from rto_megatron.reporting.metrics import read_metrics
-from rto_megatron.trainer.online import train_rto
+from rto_megatron.trainer.online import train_online
 
 pytestmark = pytest.mark.pool
 
@@ -135,7 +135,7 @@ def train(config: ReinforcementStage, *strikes: Strike) -> tuple[str, str] | Non
 
     threading.Thread(target=strike_all, daemon=True).start()
     try:
-        train_rto(config, join(config))
+        train_online(config, join(config))
     except UserError as error:
         return type(error).__name__, str(error)
     return None

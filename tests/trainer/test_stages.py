@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rto_megatron.errors import UserError
-from rto_megatron.trainer.sampler import meeting_host
+from rto_megatron.trainer.connected_pool import meeting_host
 from rto_megatron.trainer.stages import _refuse_lone_task
 
 

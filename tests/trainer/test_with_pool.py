@@ -13,13 +13,13 @@ from rto_megatron.algorithms import ALGORITHMS
 from rto_megatron.algorithms.method import OnlineMethod
 from rto_megatron.config.schema import ReinforcementStage
 from rto_megatron.reporting.metrics import read_metrics
-from rto_megatron.trainer.online import train_rto
+from rto_megatron.trainer.online import train_online
 
 pytestmark = pytest.mark.pool
 
 
 def _train(config: ReinforcementStage) -> None:
-    train_rto(config, join(config))
+    train_online(config, join(config))
 
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2", "tp2_pp2_sp"])

@@ -20,8 +20,9 @@ from rto_megatron.generation.contract import Sampling
 from rto_megatron.generation.scripted import ScriptedEngine
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.platform.device import prepare
+from rto_megatron.trainer.connected_pool import ConnectedPool
 from rto_megatron.trainer.offline import train_offline
-from rto_megatron.trainer.online import Sampler, train_rto
+from rto_megatron.trainer.online import train_online
 from rto_megatron.types import Prompt, Rollout
 
 WORDS = ["red", "blue", "green", "fox", "dog", "cat", "sun", "moon", "star", "rain", "snow", "wind"]
@@ -165,7 +166,7 @@ def train(
     try:
         if isinstance(config, ReinforcementStage):
             engine = FailingEngine(dies_at, age) if place.is_replica_lead else None
-            train_rto(config, place, Sampler(engine, HeldPush(engine, push_dies_at)))
+            train_online(config, place, ConnectedPool(engine, HeldPush(engine, push_dies_at)))
         else:
             train_offline(config, place)
     except UserError as error:

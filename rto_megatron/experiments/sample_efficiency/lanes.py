@@ -23,7 +23,8 @@ from rto_megatron.reporting.evaluation import FILE_NAME
 from rto_megatron.reporting.progress import say
 from rto_megatron.trainer.evaluate import evaluate
 from rto_megatron.trainer.offline import train_offline
-from rto_megatron.trainer.online import train_rto
+from rto_megatron.trainer.online import train_online
+from rto_megatron.trainer.parts import planned_parts
 
 HIDDEN_SIZE = 64
 _OFFLINE = ("sft", "reward_model", "dpo")
@@ -99,7 +100,8 @@ class Lane:
             algorithm = arm.control(built, TrueReward.load(task / "true_reward.json"))
         if not (folder / name / "hf").exists():
             with held(config.run.dir):
-                train_rto(config, self.topology, algorithm=algorithm)
+                parts = replace(planned_parts(), algorithm=algorithm)
+                train_online(config, self.topology, parts=parts)
         self._evaluate(name, folder)
 
     def _evaluate(self, system: str, folder: Path) -> None:

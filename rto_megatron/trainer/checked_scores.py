@@ -1,0 +1,128 @@
+"""Scored rollouts that may be trained on: broken responses and numbers are refused, the gap to the pool is watched."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from rto_megatron.algorithms.pool_importance import pool_log_ratio
+from rto_megatron.config.schema import ReinforcementStage
+from rto_megatron.engine.finite import refuse_together
+from rto_megatron.parallel.topology import Topology
+from rto_megatron.reporting.progress import say
+from rto_megatron.trainer.scoring import Roles, score
+from rto_megatron.trainer.setup import Setup
+from rto_megatron.types import EndOfSequence, Rollout, ScoredRollouts
+
+Found = Mapping[str, Sequence[str]]  # what is wrong -> ids of the prompts
+
+
+def broken_rollouts(rollouts: Sequence[Rollout], eos: EndOfSequence) -> Found:
+    """Responses without a token, and those that claim to have ended without end-of-sequence."""
+    empty = [r.prompt_id for r in rollouts if not r.response_ids]
+    unended = [
+        r.prompt_id
+        for r in rollouts
+        if r.response_ids and r.finish_reason == "stop" and r.response_ids[-1] not in eos.ids
+    ]
+    found = {"a response has no token": empty, "a finished response has no end-of-sequence": unended}
+    return {what: ids for what, ids in found.items() if ids}
+
+
+def broken_scores(scored: ScoredRollouts, score_limit: float | None) -> Found:
+    """Numbers that are NaN or infinite, and scores beyond the limit.
+
+    To be asked before credit assignment: whitening spreads one NaN over all samples, and clamping hides a score.
+
+    Args:
+        score_limit: bound of the absolute value of a normalised score; None: any finite one.
+    """
+    found = {}
+    for what, values in (
+        ("score of the reward model", scored.score_B[:, None]),
+        ("log-prob of the pool", scored.logp_pool_BR),
+        ("log-prob of the policy", scored.logp_old_BR),
+        ("log-prob of the reference", scored.logp_ref_BR),
+        ("log-ratio of the DPO model", scored.dpo_logratio_BR),
+        ("value of the critic", scored.values_BR),
+        ("value of the critic behind a cut response", scored.bootstrap_B[:, None]),
+    ):
+        found[f"a {what} is NaN or infinite"] = ~torch.isfinite(values).all(1)
+    if score_limit is not None:
+        beyond_B = torch.isfinite(scored.score_B) & (scored.score_B.abs() > score_limit)
+        found[f"a score of the reward model is beyond algorithm.score_limit={score_limit:g}"] = beyond_B
+    is_bad_KB = torch.stack(list(found.values())).tolist()  # one transfer from the device
+    named = {
+        what: [rollout.prompt_id for rollout, bad in zip(scored.rollouts, row, strict=True) if bad]
+        for what, row in zip(found, is_bad_KB, strict=True)
+    }
+    return {what: ids for what, ids in named.items() if ids}
+
+
+class Scorer:
+    """Scores sampled responses, and refuses what must not be trained on."""
+
+    def __init__(self, config: ReinforcementStage, setup: Setup, roles: Roles) -> None:
+        self._config = config
+        self._setup = setup
+        self._roles = roles
+
+    def score(self, sampled: Sequence[Rollout], step: int) -> ScoredRollouts:
+        """Every model's opinion of rollouts that may be trained on; all ranks must call it.
+
+        Args:
+            step: counted from 1.
+
+        Raises:
+            PoisonedError: on every rank, when a response or a number of any rank is broken; names the prompts.
+        """
+        topology = self._setup.topology
+        refuse_together(broken_rollouts(sampled, self._setup.eos), topology)
+        scored = self.opinions(sampled, step)
+        refuse_together(broken_scores(scored, self._config.algorithm.score_limit), topology)
+        return scored
+
+    def opinions(self, sampled: Sequence[Rollout], step: int) -> ScoredRollouts:
+        """What the models say, whatever it is; all ranks must call it."""
+        config, setup = self._config, self._setup
+        min_tokens = config.sampling.min_response_tokens
+        return score(sampled, self._roles, setup.layout, setup.eos, config.algorithm.truncated, min_tokens)
+
+
+def watched_gap(
+    scored: ScoredRollouts, topology: Topology, threshold: float | None, step: int
+) -> dict[str, float]:
+    """`pool_gap` and `gap_alarm` together; all ranks must call this."""
+    gap = pool_gap(scored, topology)
+    return gap | gap_alarm(gap, threshold, step, topology.is_lead)
+
+
+def pool_gap(scored: ScoredRollouts, topology: Topology) -> dict[str, float]:
+    """Mean and largest difference between the pool's log-probs and ours over all replicas; all ranks must call this.
+
+    In nats, over the tokens that the pool sampled; 0 where there are none.
+    """
+    gap_BR = pool_log_ratio(scored).abs().double()
+    own = torch.stack([gap_BR.sum(), scored.sampled_BR.sum().double()])
+    total, count = topology.dp_sum(own).tolist()
+    everywhere = [float(str(value)) for value in topology.gather_json(float(gap_BR.max()))]
+    return {"pool/logprob_gap_mean": total / max(count, 1), "pool/logprob_gap_max": max(everywhere)}
+
+
+def gap_alarm(gap: dict[str, float], threshold: float | None, step: int, is_lead: bool) -> dict[str, float]:
+    """Says on the lead that the mean gap is above `threshold`; 1 where it is, else 0.
+
+    Args:
+        gap: what `pool_gap` gave.
+        threshold: nats; None: nothing is watched, and there is no metric.
+    """
+    if threshold is None:
+        return {}
+    mean, largest = gap["pool/logprob_gap_mean"], gap["pool/logprob_gap_max"]
+    is_above = mean > threshold
+    say(
+        f"warning: step {step}: the log-probs of pool and trainer differ by {mean:.2g} nats in the mean and "
+        f"{largest:.2g} at most, above rollout.logprob_gap_alarm={threshold:g}; compare precision.dtype with the "
+        "pool's dtype, quantization and cache dtype, and its config.json with the policy's (docs/methods.md)",
+        is_lead and is_above,
+    )
+    return {"pool/logprob_gap_alarm": float(is_above)}

@@ -1,0 +1,80 @@
+"""Faults on purpose (`platform.faults`) around the parts of a run; the loops know nothing of them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from rto_megatron.parallel.collectives import Json
+from rto_megatron.platform import faults
+from rto_megatron.trainer.checked_scores import Scorer
+from rto_megatron.trainer.guard import Guard, LossChange, Update
+from rto_megatron.trainer.sampler import Sampler
+from rto_megatron.types import LossOutput, Metrics, Rollout, ScoredRollouts
+
+
+@dataclass(frozen=True)
+class PlantedSampler:
+    """A sampler with faults before and after it draws."""
+
+    inner: Sampler
+
+    def push(self, version: int) -> dict[str, float]:
+        """See `Sampler.push`."""
+        return self.inner.push(version)
+
+    def draw(self, step: int) -> tuple[Rollout, ...]:
+        """See `Sampler.draw`."""
+        faults.at("before_gen", step + 1)
+        rollouts = self.inner.draw(step)
+        faults.at("after_gen", step + 1)
+        return rollouts
+
+    def state(self) -> dict[str, int | str]:
+        """See `Sampler.state`."""
+        return self.inner.state()
+
+    def restore(self, state: Json) -> None:
+        """See `Sampler.restore`."""
+        self.inner.restore(state)
+
+    def close(self) -> None:
+        """See `Sampler.close`."""
+        self.inner.close()
+
+
+class PlantedScorer(Scorer):
+    """Puts a NaN among the policy's log-probs where the plan wants one."""
+
+    def opinions(self, sampled: Sequence[Rollout], step: int) -> ScoredRollouts:
+        """See `Scorer.opinions`."""
+        scored = super().opinions(sampled, step)
+        if not faults.at("logprob", step):
+            return scored
+        logp_old_BR = scored.logp_old_BR.clone()
+        logp_old_BR[0, 0] = float("nan")
+        return replace(scored, logp_old_BR=logp_old_BR)
+
+
+class PlantedGuard(Guard):
+    """Poisons a loss, and fires between the gradients and the steps of the optimizers."""
+
+    def loss_change(self, update: Update) -> LossChange:
+        """See `Guard.loss_change`."""
+        change = super().loss_change(update)
+        if not (update.is_paced and faults.at("fwd_bwd", self.step_number)):
+            return change
+
+        def poison[M](loss: Callable[[Tensor, M], LossOutput]) -> Callable[[Tensor, M], LossOutput]:
+            def poisoned(outputs: Tensor, micro: M) -> LossOutput:
+                output = loss(outputs, micro)
+                return replace(output, loss=output.loss * float("nan"))
+
+            return change(poisoned)
+
+        return poison
+
+    def apply(self, updates: Sequence[Update]) -> list[Metrics]:
+        """See `Guard.apply`."""
+        faults.at("opt_step", self.step_number)
+        return super().apply(updates)
