@@ -174,6 +174,40 @@ def test_banned_code_is_absent() -> None:
     assert found == []
 
 
+def test_every_type_ignore_names_its_code_and_a_reason() -> None:
+    found = [
+        f"{name(path)}:{number}"
+        for path in FILES
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if "type: ignore" in line and not re.search(r"# type: ignore\[[a-z, -]+\]  # \S+ \S+", line)
+    ]
+    assert found == []
+
+
+def public_functions(body: list[ast.stmt]) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """The functions and methods that other modules may call, constructors among them."""
+    found: list[ast.FunctionDef | ast.AsyncFunctionDef] = []
+    for node in body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            found += public_functions(node.body)
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            is_special = node.name.startswith("__") and node.name != "__torch_dispatch__"
+            if is_special or not node.name.startswith("_"):
+                found.append(node)
+    return found
+
+
+def test_no_public_signature_says_any() -> None:
+    found = [
+        f"{name(path)}:{function.lineno} {function.name}"
+        for path, tree in TREES.items()
+        for function in public_functions(tree.body)
+        for part in (function.args, function.returns)
+        if part is not None and any(isinstance(n, ast.Name) and n.id == "Any" for n in ast.walk(part))
+    ]
+    assert found == []
+
+
 def test_configuration_has_at_most_130_keys() -> None:
     keys = {key for stage in STAGES.values() for key in stage_keys(stage)}
     assert len(keys) <= 130

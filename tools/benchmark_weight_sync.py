@@ -125,7 +125,7 @@ class Rank:
             LOOPBACK, port, world, world + len(self.servers), secrets.token_hex(8), _TIMEOUT_S,
             topology.device.torch_device.type,
         )  # fmt: skip
-        met = Rendezvous.from_json(str(topology.gather_all_json(meeting.to_json())[0]))
+        met = Rendezvous.from_json(topology.lead_value(meeting.to_json(), str))
         # Senders are stages x tensor ranks, and with one replica so are ranks.
         communicator = open_communicator(met, topology.rank, topology.device.torch_device, listener)
         with self._all_workers("probe_join", met.to_json(), world, self._manifest.to_json()):
@@ -174,7 +174,7 @@ class Rank:
         own = [self._clock.take(), memory.above()]
         with self._all_workers("probe_stop") as answers:
             pass
-        ranks = [tuple(map(float, one)) for one in self.topology.gather_all_json(own)]  # type: ignore[arg-type]
+        ranks = self.topology.gather_all(own, list[float])
         workers = [tuple(map(float, one.split())) for one in answers] or [(0.0, 0.0)]
         return Round(
             0.0, said["sync/pause_s"], said["sync/prepare_s"], said["sync/commit_s"], said["sync/canary_s"],

@@ -24,7 +24,7 @@ class Config(RewardConfig):
     critic_warmup_steps: int = Field(
         default=0, ge=0, description="rollout steps at the start that train the critic alone"
     )
-    truncated: Literal["compat", "penalise", "bootstrap", "mask"] = Field(  # type: ignore[assignment]
+    truncated: Literal["compat", "penalise", "bootstrap", "mask"] = Field(  # type: ignore[assignment]  # a narrower default
         default="penalise",
         description="responses cut by the length limit: `compat` overwrites the last token with end-of-"
         "sequence, as the released code does; `penalise` lowers their score; `bootstrap` takes the critic's "

@@ -124,14 +124,14 @@ def _run(
     gpus = torch.cuda.device_count()
     free_gpus, prepare = gpus, _without_pool
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the pool's servers inherit it
-    samples = isinstance(config, ReinforcementStage | EvaluateStage)
-    _stay_on_loopback(config.rollout.servers if samples else ())
-    if samples and not config.rollout.servers:
-        sizes, devices = plan_pool(config, gpus, ranks, choice)
-        pool = stack.enter_context(launched_pool(config, sizes, devices))
+    sampling = config if isinstance(config, ReinforcementStage | EvaluateStage) else None
+    _stay_on_loopback(sampling.rollout.servers if sampling else ())
+    if sampling and not sampling.rollout.servers:
+        sizes, devices = plan_pool(sampling, gpus, ranks, choice)
+        pool = stack.enter_context(launched_pool(sampling, sizes, devices))
         arguments = [*arguments, *pool.arguments]
         prepare = pool.prepare
-        if not config.rollout.colocated:
+        if not sampling.rollout.colocated:
             free_gpus -= len(devices)
         if not prepare(1):
             raise UserError("the pool's servers ended before a rank was started; their logs say why")

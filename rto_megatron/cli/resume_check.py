@@ -11,7 +11,7 @@ from rto_megatron.cli.options import Overrides
 from rto_megatron.errors import UserError
 
 if TYPE_CHECKING:
-    from rto_megatron.config.schema import ParallelConfig, TrainStage
+    from rto_megatron.config.schema import TrainParallelConfig, TrainStage
     from rto_megatron.proofs.resume_compare import Item
 
 type Train = Callable[["TrainStage", int], None]  # trains a configuration on so many ranks
@@ -88,7 +88,7 @@ def resume_check_rank(config: Annotated[Path, typer.Argument(help="A saved confi
     run_observed(read_config(config, []))
 
 
-def _layout(config: "TrainStage", resume_at: str | None, replicas: int) -> "tuple[ParallelConfig, int]":
+def _layout(config: "TrainStage", resume_at: str | None, replicas: int) -> "tuple[TrainParallelConfig, int]":
     """The layout of the resumed run, and its ranks."""
     own = config.parallel
     if resume_at is None:
@@ -106,7 +106,7 @@ def run_both(
     config: "TrainStage",
     k: int,
     replicas: int,
-    parallel: "ParallelConfig",
+    parallel: "TrainParallelConfig",
     num_ranks: int,
     root: Path,
     train: Train,

@@ -314,6 +314,7 @@ class StageConfig(Section):
     precision: FrozenPrecisionConfig = FrozenPrecisionConfig()
     models: ModelsConfig
     data: DataConfig
+    batch: BatchConfig = BatchConfig()
 
 
 class TrainStage(StageConfig):
@@ -371,7 +372,6 @@ class EvaluateStage(StageConfig):
 
     stage: Literal["evaluate"]
     data: EvaluateDataConfig
-    batch: BatchConfig = BatchConfig()
     sampling: SamplingConfig = SamplingConfig()
     rollout: RolloutConfig = RolloutConfig()
     evaluate: EvaluateConfig

@@ -46,13 +46,15 @@ def tokenizer_notes(folder: Path) -> tuple[str, ...]:
     )
 
 
-def write_config(values: dict[str, Any], plan: Plan, head_bias: float, folder: Path) -> None:
+def write_config(values: dict[str, object], plan: Plan, head_bias: float, folder: Path) -> None:
     """Writes the source's config.json with the dtype and architecture of what was written.
 
     Args:
         head_bias: a constant b of the scalar head; (w h + b - mean) / std has it in the mean.
     """
-    config = as_exported(values, plan.shape.family, plan.has_scalar_head, dtype_name(plan.dtype))
+    config: dict[str, Any] = as_exported(
+        values, plan.shape.family, plan.has_scalar_head, dtype_name(plan.dtype)
+    )
     if head_bias:
         config.update(mean=(config.get("mean") or 0.0) - head_bias, std=config.get("std") or 1.0)
     (folder / "config.json").write_text(json.dumps(config, indent=2))

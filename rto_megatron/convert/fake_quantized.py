@@ -35,14 +35,15 @@ def build(folder: Path, config: HfConfig, weights: dict[str, Tensor]) -> PreTrai
     auto = AutoModelForSequenceClassification if is_reward else AutoModelForCausalLM
     settings = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):  # only to learn the class, which alone takes a state dict without a folder
-        kind = type(auto.from_config(settings))
+        kind = type(auto.from_config(settings))  # type: ignore[no-untyped-call]  # transformers left it so
     model, loading = kind.from_pretrained(
         None, config=settings, state_dict=weights, dtype="auto", output_loading_info=True
     )
     wrong = {what: sorted(loading[what]) for what in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(wrong.values()):
         raise UserError(f"{folder}: transformers cannot fill {kind.__name__} from its tensors: {wrong}")
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    placed: PreTrainedModel = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    return placed
 
 
 @torch.no_grad()

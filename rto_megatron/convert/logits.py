@@ -125,7 +125,8 @@ def _in_transformers(kind: "type[_BaseAutoModelClass]", model: HfModel) -> "PreT
     folder = model.folder.path
     if "quantization_config" not in model.config.values:
         loading = {"dtype": torch.float32, "use_safetensors": True, "local_files_only": True}
-        return kind.from_pretrained(folder, **loading).eval()
+        loaded: PreTrainedModel = kind.from_pretrained(folder, **loading).eval()
+        return loaded
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     del config.quantization_config
     weights = {
@@ -136,7 +137,10 @@ def _in_transformers(kind: "type[_BaseAutoModelClass]", model: HfModel) -> "PreT
     }
     with torch.device("meta"):  # only to learn the class, which alone takes weights without a folder
         found = type(kind.from_config(config))
-    return found.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32).eval()
+    filled: PreTrainedModel = found.from_pretrained(
+        None, config=config, state_dict=weights, dtype=torch.float32
+    ).eval()
+    return filled
 
 
 def write_outputs(

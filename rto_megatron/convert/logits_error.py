@@ -34,8 +34,10 @@ def outputs(model: PreTrainedModel, sequences: Sequence[Tensor]) -> list[Tensor]
 def _outputs(model: PreTrainedModel, ids: Tensor) -> Tensor:
     if isinstance(model, GenericForSequenceClassification):
         # Its own forward gives the last token alone; every token's value says more about the error.
-        return model.score(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
-    return model(input_ids=ids, use_cache=False).logits
+        values: Tensor = model.score(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+        return values
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
 
 
 def compare(base: Sequence[Tensor], other: Sequence[Tensor]) -> LogitsError:

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rto_megatron.engine.source import CHECKPOINTS, find_source, has_language_model
 from rto_megatron.errors import UserError
@@ -32,7 +31,7 @@ class MegatronSource:
     reader: TorchDistReader
     shape: ModelShape
     has_scalar_head: bool
-    config: dict[str, Any]  # a config.json
+    config: dict[str, object]  # a config.json
     hf_files: Path | None
     notes: tuple[str, ...]
 

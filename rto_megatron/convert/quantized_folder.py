@@ -67,7 +67,7 @@ def dequantize(name: str, tensors: dict[str, Tensor]) -> Tensor:
     values = torch.tensor([*_FP4_VALUES, *(-value for value in _FP4_VALUES)])
     # Two numbers a byte, the earlier one in the low half.
     numbers = torch.stack([values[(weight & 15).long()], values[(weight >> 4).long()]], -1).flatten(-2)
-    blocks = numbers.unflatten(-1, (-1, _FP4_BLOCK))
+    blocks: Tensor = numbers.unflatten(-1, (-1, _FP4_BLOCK))
     return (blocks * (scale * tensors[f"{stem}weight_scale_2"]).unsqueeze(-1)).flatten(-2)
 
 
@@ -177,6 +177,6 @@ def _fp8_bound(weight: Tensor, scale: float) -> Tensor:
 
 def _fp4_bound(weight: Tensor, scale: float) -> Tensor:
     """Half the widest step of e2m1 (4 to 6) of a block's largest weight, and the rounding of its scale to e4m3."""
-    largest = weight.unflatten(-1, (-1, _FP4_BLOCK)).abs().amax(-1, keepdim=True)
+    largest: Tensor = weight.unflatten(-1, (-1, _FP4_BLOCK)).abs().amax(-1, keepdim=True)
     block_bound = largest * (1 / 6 + 2**-4) * 1.01 + scale * FP4_MAX * 2**-10
     return block_bound.expand(*block_bound.shape[:-1], _FP4_BLOCK).flatten(-2)

@@ -3,11 +3,21 @@
 import hashlib
 import random
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 from rto_megatron.errors import UserError
 from rto_megatron.types import Demonstration, Example, JudgedResponse, PreferencePair, Prompt
+
+
+@dataclass(frozen=True)
+class BatchesState:
+    """Where a walk stands, and over what; what a checkpoint keeps of it."""
+
+    consumed_samples: int  # of all ranks
+    num_items: int
+    digest: str | None = None  # of the items; None: a checkpoint that does not say
 
 
 class Batches[T: Example]:
@@ -85,15 +95,11 @@ class Batches[T: Example]:
         """Of the items that all ranks share."""
         return digest(self._items)
 
-    def state(self) -> dict[str, int | str]:
-        """What a checkpoint keeps: consumed samples, and number and digest of the items they were taken from."""
-        return {
-            "consumed_samples": self._consumed_samples,
-            "num_items": len(self._items),
-            "digest": self.digest,
-        }
+    def state(self) -> BatchesState:
+        """What a checkpoint keeps."""
+        return BatchesState(self._consumed_samples, len(self._items), self.digest)
 
-    def restore(self, state: Mapping[str, object]) -> str | None:
+    def restore(self, state: BatchesState) -> str | None:
         """Continue behind the samples that `state` counts.
 
         Returns:
@@ -103,25 +109,25 @@ class Batches[T: Example]:
             UserError: the data has another number of items or other items, or the samples are no multiple of the
             global batch.
         """
-        if state["num_items"] != len(self._items):
+        if state.num_items != len(self._items):
             raise UserError(
-                f"the checkpoint was made with {state['num_items']} items of data and there are "
+                f"the checkpoint was made with {state.num_items} items of data and there are "
                 f"{len(self._items)}; resume with the data and the length limits of the first run"
             )
-        consumed = int(str(state["consumed_samples"]))
+        consumed = state.consumed_samples
         if consumed % self._global_batch:
             raise UserError(
                 f"the checkpoint has consumed {consumed} samples, no multiple of the global "
                 f"batch of {self._global_batch}; resume with the batch size of the first run"
             )
-        if state.get("digest", self.digest) != self.digest:
+        if state.digest not in (None, self.digest):
             raise UserError(
                 f"the checkpoint was made with other data: {len(self._items)} items as now, but of other token ids, "
                 "order, margins or verdicts; put back file, tokenizer and chat template of the first run, or name "
                 "another run.dir to start a new run"
             )
         self._consumed_samples = consumed
-        if "digest" in state:
+        if state.digest is not None:
             return None
         return "the checkpoint does not say what its data were, so it was not proved that these are the same"
 

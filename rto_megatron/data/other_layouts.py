@@ -1,6 +1,6 @@
 """Public layouts that are not read, recognised so that their refusal can name them."""
 
-from typing import Literal
+from typing import Literal, TypeGuard
 
 from rto_megatron.data.sources import Row
 from rto_megatron.errors import UserError
@@ -58,7 +58,7 @@ def _pair_layout(columns: dict[str, object]) -> str | None:
     return None
 
 
-def _has_turns_with(value: object, *keys: str) -> bool:
+def _has_turns_with(value: object, *keys: str) -> TypeGuard[list[dict[str, object]]]:
     return (
         isinstance(value, list) and bool(value) and isinstance(value[0], dict) and {*keys} <= value[0].keys()
     )

@@ -70,7 +70,7 @@ def _problem(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> str | None:
 
 def _ends(config: dict[str, Any]) -> set[int]:
     ends = config.get("eos_token_id")
-    return {*ends} if isinstance(ends, list) else {ends} - {None}
+    return {*ends} if isinstance(ends, list) else set() if ends is None else {ends}
 
 
 def _unused(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:

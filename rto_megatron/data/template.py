@@ -1,6 +1,6 @@
 """A tokenizer's chat template, with the arguments and the date of a run."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -144,8 +144,10 @@ class ChatTemplate:
         arguments = {**self.options.arguments, **conversation.arguments}
         if self.options.moment is not None and self.prints_date:
             arguments[_CLOCK] = self.options.moment.strftime  # takes the place of transformers' own
+        # Its signature names strings, where templates take any value.
+        render: Callable[..., object] = self.tokenizer.apply_chat_template
         try:
-            text = self.tokenizer.apply_chat_template(
+            text = render(
                 turns,
                 tools=list(conversation.tools) or None,
                 tokenize=False,

@@ -19,7 +19,10 @@ from itertools import groupby
 from pathlib import Path
 
 import sentencepiece
-from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
+from sentencepiece.sentencepiece_model_pb2 import (  # type: ignore[attr-defined]  # protobuf makes them at run time
+    ModelProto,
+    TrainerSpec,
+)
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, SentencePieceBackend
 
@@ -177,6 +180,7 @@ def load_plain_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     if not folder.is_dir():
         raise UserError(f"tokenizer folder {folder} does not exist; give a Hugging Face model folder")
+    tokenizer: PreTrainedTokenizerBase
     try:
         if has_sentencepiece_alone(folder):
             tokenizer = _load_sentencepiece(folder)
@@ -225,7 +229,7 @@ def _load_sentencepiece(folder: Path) -> _SentencePieceTokenizer:
             "use a folder that has tokenizer.json"
         ) from error
     # Given here so that tokenizer_config.json cannot set them: sp_model_kwargs may ask for sampled ids.
-    tokenizer = _SentencePieceTokenizer.from_pretrained(
+    tokenizer: _SentencePieceTokenizer = _SentencePieceTokenizer.from_pretrained(
         folder, local_files_only=True, legacy=True, sp_model_kwargs={}, special_tokens_pattern="none"
     )
     control = [

@@ -5,7 +5,7 @@ import socket
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -52,19 +52,14 @@ def gather(findings: Sequence[Finding]) -> list[RankReport]:
     report = RankReport(rank, host, tuple(findings), variables.relevant(), packages.versions(), time.time())
     if not dist.is_initialized():
         return [report]
-    from rto_megatron.parallel.collectives import gather_json
+    from rto_megatron.parallel.collectives import gather as gather_reports
 
     group = dist.new_group(backend="gloo", timeout=_WAIT)
     dist.barrier(group)
     report = replace(report, wall_clock_s=time.time())
-    everyone = gather_json(asdict(report), group, torch.device("cpu"))
+    reports = gather_reports(report, RankReport, group, torch.device("cpu"))
     dist.destroy_process_group()
-    return [_from_json(one) for one in everyone]
-
-
-def _from_json(value: object) -> RankReport:
-    assert isinstance(value, dict)
-    return RankReport(**{**value, "findings": tuple(Finding(**finding) for finding in value["findings"])})
+    return reports
 
 
 def merged(reports: Sequence[RankReport]) -> list[Finding]:

@@ -71,7 +71,7 @@ def check_gpus() -> list[Finding]:
     count = torch.cuda.device_count()
     names = sorted({torch.cuda.get_device_name(index) for index in range(count)})
     memory = min(torch.cuda.mem_get_info(index)[1] for index in range(count)) / 1024**3
-    nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
     found = (
         f"{count} x {' and '.join(names)}, {memory:.0f} GiB; driver {present[0] if present else 'unknown'}, "
         f"CUDA {torch.version.cuda}, NCCL {nccl}"

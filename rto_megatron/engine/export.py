@@ -40,11 +40,9 @@ def export_hf(model: Model, hf_files: Path, folder: Path) -> None:
                 written.update(dict.fromkeys(group, file))
         else:
             deque(tensors, maxlen=0)  # the other tensor ranks only take part in the gathers
-    all_written = place.gather_all_json(dict(written))
+    all_written = place.gather_all(written, dict[str, str])
     if place.is_lead:
-        weight_map = {
-            name: file for part in all_written if isinstance(part, dict) for name, file in part.items()
-        }
+        weight_map = {name: file for part in all_written for name, file in part.items()}
         index = {"metadata": {}, "weight_map": weight_map}
         (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
         _write_config(partial / "config.json", model)

@@ -51,10 +51,9 @@ def refuse_together(
         PoisonedError: with what all ranks found.
     """
     merged: dict[str, dict[str, None]] = {}  # ordered sets: the ranks of a replica find the same
-    for part in topology.gather_all_json({what: list(ids) for what, ids in found.items()}):
-        assert isinstance(part, dict)
+    own = {what: list(ids) for what, ids in found.items()}
+    for part in topology.gather_all(own, dict[str, list[str]]):
         for what, ids in part.items():
-            assert isinstance(ids, list)
-            merged.setdefault(what, {}).update(dict.fromkeys(map(str, ids)))
+            merged.setdefault(what, {}).update(dict.fromkeys(ids))
     if merged:
         raise kind({what: list(ids) for what, ids in merged.items()})

@@ -10,6 +10,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from torch import Tensor
 
@@ -84,8 +85,10 @@ class FrozenModel:
     def output_weight(self) -> Tensor:
         """This tensor rank's rows of the output projection [v, hidden size]; only on the last stage."""
         if self.module.share_embeddings_and_output_weights:
-            return self.module.shared_embedding_or_output_weight()
-        return self.module.output_layer.weight
+            tied: Tensor = self.module.shared_embedding_or_output_weight()
+            return tied
+        weight: Tensor = self.module.output_layer.weight
+        return weight
 
     def hidden_states(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
         """The final states of every position before the output projection, in the model's dtype; no gradients.
@@ -193,9 +196,7 @@ class TrainedModel:
             for key, (total, count) in metrics.items():
                 before = totals.get(key, (0.0, 0.0))
                 totals[key] = (before[0] + total, before[1] + count)
-        shared = self.topology.replica_json({k: list(v) for k, v in totals.items()}, from_last_stage=True)
-        assert isinstance(shared, dict)
-        return {key: (float(value[0]), float(value[1])) for key, value in shared.items()}  # type: ignore[index, arg-type]
+        return self.topology.last_stage_value(totals, dict[str, tuple[float, float]])
 
     def _expert_balance(self, num_microbatches: int) -> Metrics:
         """The load-balancing loss before its weight, mean over layers and micro-batches; nothing without one."""
@@ -296,6 +297,6 @@ def _training_step[M: Microbatch](
     return forward(chunk, microbatch.batch), loss_of
 
 
-def training_hooks(config: object) -> None:
+def training_hooks(config: TransformerConfig) -> None:
     """Tells Megatron's schedule to reduce gradients of replicated and tied weights after the last micro-batch."""
-    config.finalize_model_grads_func = finalize_model_grads  # type: ignore[attr-defined]
+    config.finalize_model_grads_func = finalize_model_grads

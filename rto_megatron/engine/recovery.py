@@ -30,6 +30,20 @@ class Found:
     warnings: tuple[str, ...]  # what was wrong beside it, for the user
 
 
+@dataclass(frozen=True)
+class _Listed:
+    """What the lead sees below <run>/checkpoints; another rank may see it later."""
+
+    lost: str | None  # what is wrong with the pointer
+    pointed: str | None
+    names: tuple[str, ...]  # the newest first
+
+
+def _list(run_dir: Path) -> _Listed:
+    names = tuple(path.name for path in reversed(finished_checkpoints(run_dir)))
+    return _Listed(pointer_problem(run_dir), pointed_name(run_dir), names)
+
+
 def find_valid(run_dir: Path, topology: Topology, takes_older: bool) -> Found | None:
     """The newest checkpoint, read through once; None for a fresh run. All ranks must call it.
 
@@ -39,25 +53,17 @@ def find_valid(run_dir: Path, topology: Topology, takes_older: bool) -> Found | 
     Raises:
         CheckpointError: on every rank; it is damaged or gone (and nothing older may be taken), or none is valid.
     """
-    listed = topology.lead_json(
-        [
-            pointer_problem(run_dir),
-            pointed_name(run_dir),
-            *(path.name for path in reversed(finished_checkpoints(run_dir))),
-        ]
-    )
-    assert isinstance(listed, list)
-    lost, pointed, *names = listed
-    problems = [] if lost is None else [str(lost)]
-    if not names and not problems:
+    listed = topology.lead_value(_list(run_dir), _Listed)
+    problems = [] if listed.lost is None else [listed.lost]
+    if not listed.names and not problems:
         return None
-    checkpoints = [run_dir / CHECKPOINTS / str(name) for name in names]
+    checkpoints = [run_dir / CHECKPOINTS / name for name in listed.names]
     for path in checkpoints:
         own = checkpoint_problem(path, topology.rank, topology.world_size)
-        found = [str(problem) for problem in topology.gather_all_json(own) if problem is not None]
-        if not found:
+        found = topology.gather_all([] if own is None else [own], list[str])
+        if not any(found):
             break
-        problems.append(found[0])
+        problems.append(next(problem for part in found for problem in part))
     else:
         told = "\n".join(problems)
         raise CheckpointError(
@@ -72,10 +78,10 @@ def find_valid(run_dir: Path, topology: Topology, takes_older: bool) -> Found | 
     if problems:
         problems.append(f"the run goes on from {path.name}: later steps are trained again")
         _set_aside(checkpoints[: checkpoints.index(path)], path, topology)
-    elif pointed is not None and not is_step_name(str(pointed)):
+    elif listed.pointed is not None and not is_step_name(listed.pointed):
         # It is written whole, so this is damage; but the newest checkpoint was found without it.
         problems.append(
-            f"{run_dir / CHECKPOINTS / POINTER} is damaged, it holds {pointed!r}; {path.name} is the newest"
+            f"{run_dir / CHECKPOINTS / POINTER} is damaged, it holds {listed.pointed!r}; {path.name} is the newest"
         )
     return Found(path, json.loads((path / STATE).read_text()), tuple(problems))
 

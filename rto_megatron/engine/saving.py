@@ -7,9 +7,8 @@ save. Names are below <run>/checkpoints.
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -88,8 +87,8 @@ class Saving:
         """
         for role, state in states.items():
             self._writers[role] = plan_shards(state, self._partial / role / WEIGHTS)
-        parts = self._topology.gather_all_json(sum(writer.num_bytes for writer in self._writers.values()))
-        self._num_bytes = int(sum(float(str(part)) for part in parts) * _HEADERS) + _ALLOWANCE
+        own = sum(writer.num_bytes for writer in self._writers.values())
+        self._num_bytes = int(sum(self._topology.gather_all(own, int)) * _HEADERS) + _ALLOWANCE
         error = None
         if self._topology.is_lead:
             error = room_error(self.final.parent, self._num_bytes)
@@ -135,7 +134,7 @@ class Saving:
         except OSError as failure:
             # Only the lead writes here, and the others wait for it: they learn of its end from their connection.
             raise self._failed(failure) from failure
-        parts = self._topology.gather_all_json({name: asdict(digest) for name, digest in own.items()})
+        parts = self._topology.gather_all(own, dict[str, FileDigest])
         error = None
         try:
             faults.at("ckpt_manifest", self._step)
@@ -146,13 +145,8 @@ class Saving:
         self._raise_together(error)
         return self.final
 
-    def _make_stand(self, parts: list[Json]) -> None:
-        digests: dict[str, FileDigest] = {}
-        for part in parts:
-            assert isinstance(part, dict)
-            for name, entry in part.items():
-                assert isinstance(entry, dict)
-                digests[name] = FileDigest(int(str(entry["size"])), str(entry["sha256"]))
+    def _make_stand(self, parts: Sequence[Mapping[str, FileDigest]]) -> None:
+        digests = {name: digest for part in parts for name, digest in part.items()}
         others = [name for name in file_names(self._partial) if name not in digests]
         manifest = Manifest(self._step, digests | file_digests(self._partial, others))
         (self._partial / MANIFEST).write_text(manifest.to_json())

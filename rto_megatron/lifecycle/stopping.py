@@ -43,7 +43,7 @@ def forget_old_request(run_dir: Path) -> None:
 def was_asked_since_start(run_dir: Path) -> bool:
     """True once someone touched the file after this process was started."""
     try:
-        return (run_dir / STOP_FILE).stat().st_mtime >= psutil.Process().create_time()
+        return (run_dir / STOP_FILE).stat().st_mtime >= float(psutil.Process().create_time())
     except FileNotFoundError:
         return False
 

@@ -1,7 +1,6 @@
 """Builds Megatron's GPTModel from a shape: the one place that knows its constructor, its spec and its chatter."""
 
 import logging
-from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -75,7 +74,7 @@ def transformer_config(
     )
 
 
-def _experts(shape: ModelShape) -> dict[str, Any]:
+def _experts(shape: ModelShape) -> dict[str, object]:
     """Megatron's settings of a mixture; none for a dense model."""
     experts = shape.experts
     if experts is None:
@@ -169,4 +168,5 @@ def forward(model: torch.nn.Module, batch: TokenBatch) -> Tensor:
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
         )
-    return model(rows, positions, None, packed_seq_params=packed)
+    outputs: Tensor = model(rows, positions, None, packed_seq_params=packed)
+    return outputs

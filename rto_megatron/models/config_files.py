@@ -37,7 +37,7 @@ def shape_of(config: HfConfig) -> ModelShape:
     Raises:
         UserError: as `read_shape`.
     """
-    model_type = config.values.get("model_type")
+    model_type = str(config.values.get("model_type"))
     if model_type in REFUSED:
         config.refuse(f"model_type is {model_type!r}: {REFUSED[model_type]}")
     if model_type not in FAMILIES:
@@ -72,7 +72,7 @@ def _common_shape(config: HfConfig) -> ModelShape:
 
 
 def _rope_scaling(config: HfConfig) -> float | None:
-    rope = config.rope
+    rope: dict[str, Any] = config.rope
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if any(isinstance(value, dict) for value in rope.values()):
         kind = "one for each kind of layer"
@@ -90,7 +90,7 @@ def _rope_scaling(config: HfConfig) -> float | None:
     return float(rope["factor"])
 
 
-def config_of(shape: ModelShape, has_scalar_head: bool, dtype: str) -> dict[str, Any]:
+def config_of(shape: ModelShape, has_scalar_head: bool, dtype: str) -> dict[str, object]:
     """A config.json for a model that came without one, with the keys that transformers 4 and 5 both read.
 
     Args:
@@ -120,7 +120,9 @@ def config_of(shape: ModelShape, has_scalar_head: bool, dtype: str) -> dict[str,
     return as_exported({**common, **family.config(shape)}, shape.family, has_scalar_head, dtype)
 
 
-def as_exported(config: dict[str, Any], family: str, has_scalar_head: bool, dtype: str) -> dict[str, Any]:
+def as_exported(
+    config: dict[str, object], family: str, has_scalar_head: bool, dtype: str
+) -> dict[str, object]:
     """A config.json that describes exported weights: architecture, dtype, and the one label of a scalar head."""
     exported = {k: v for k, v in config.items() if k not in _NOT_EXPORTED}
     exported["architectures"] = [architecture(family, has_scalar_head)]

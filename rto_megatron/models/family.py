@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from rto_megatron.models.hf_config import HfConfig
 from rto_megatron.models.shape import ModelShape
@@ -30,6 +29,6 @@ class Family:
     holds: Callable[[ModelShape], bool]
     required: tuple[str, ...] = ()
     read: Callable[[HfConfig, ModelShape], ModelShape] = lambda config, shape: shape
-    config: Callable[[ModelShape], dict[str, Any]] = lambda shape: {}
+    config: Callable[[ModelShape], dict[str, object]] = lambda shape: {}
     left_aside: Callable[[ModelShape], dict[re.Pattern[str], str]] = lambda shape: {}
     not_run: str | None = None

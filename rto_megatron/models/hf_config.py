@@ -16,17 +16,18 @@ class HfConfig:
     """A parsed config.json that knows where it came from, for errors."""
 
     path: Path
-    values: dict[str, Any]
+    values: dict[str, Any]  # of JSON, checked where it is read
 
     @property
-    def rope(self) -> dict[str, Any]:
+    def rope(self) -> dict[str, object]:
         """How positions are rotated: transformers 5 says it in rope_parameters, earlier versions in rope_scaling."""
         return self.values.get("rope_scaling") or self.values.get("rope_parameters") or {}
 
     @property
     def rope_theta(self) -> float | None:
         """The base of the rotation, which transformers 5 keeps inside rope_parameters; null: not said."""
-        return self.rope.get("rope_theta") or self.values.get("rope_theta")
+        rope: dict[str, Any] = self.rope
+        return rope.get("rope_theta") or self.values.get("rope_theta")
 
     def require(self, *keys: str) -> None:
         """Raises UserError: a key is absent or null."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 
-class PackedCoreAttention(MegatronModule):
+class PackedCoreAttention(MegatronModule):  # type: ignore[misc]  # megatron-core has no types
     """Causal attention of the heads on this tensor rank.
 
     Padded rows need no mask: padding is on the right, so causality alone keeps it away from real tokens.
@@ -70,7 +70,7 @@ class RMSNorm(torch.nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # megatron reads it there
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and dtype as `x`; statistics in float32 as in Hugging Face's LlamaRMSNorm."""
@@ -79,7 +79,7 @@ class RMSNorm(torch.nn.Module):
         return self.weight * normed.to(x.dtype)
 
 
-class ScalarHead(MegatronModule):
+class ScalarHead(MegatronModule):  # type: ignore[misc]  # megatron-core has no types
     """One number per token, replicated over tensor ranks. hidden [s, b, h] -> [s, b, 1].
 
     With sequence parallelism every tensor rank sees its own part of the tokens: the weight is tagged so that its
@@ -90,7 +90,7 @@ class ScalarHead(MegatronModule):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config=config)
         self.weight = torch.nn.Parameter(torch.zeros(1, config.hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # megatron reads it there
 
     def forward(
         self, hidden: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None

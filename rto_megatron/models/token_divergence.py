@@ -54,15 +54,24 @@ def token_divergence(
     columns = logits.shape[-1]
     num_columns = max(0, min(columns, vocab_size - tensor_rank * columns))
     shard = (tensor_rank * columns, num_columns, group)
-    return _TokenDivergence.apply(
+    outputs_3T: Tensor = _TokenDivergence.apply(  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
         logits.flatten(0, 1), reference_hidden, reference_weight, targets.flatten(), shard, chunk
     )
+    return outputs_3T
+
+
+class _Context(FunctionCtx):
+    """What `forward` leaves for `backward`."""
+
+    first: int
+    chunk: int
+    saved_tensors: tuple[Tensor, ...]
 
 
 class _TokenDivergence(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: _Context,
         logits_Tv: Tensor,
         hidden_Th: Tensor,
         weight_vh: Tensor,
@@ -89,7 +98,7 @@ class _TokenDivergence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_3T: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: _Context, grad_3T: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         """d log pi(target) = onehot - pi and d KL = pi - pi_ref, columns of this rank; needs no communication."""
         logits_Tv, hidden_Th, weight_vh, targets_T, normalisers_2T = ctx.saved_tensors
         grad_logits_Tv = torch.zeros_like(logits_Tv)  # padding columns keep the 0

@@ -34,4 +34,7 @@ def token_logprobs(
         is_banned = banned.is_banned_T.view(*targets.shape, 1)
         logits[..., columns] = logits[..., columns].masked_fill(is_banned, float("-inf"))
     # Megatron's kernel works on [s, b, v] and subtracts the maximum in place.
-    return -vocab_parallel_cross_entropy(logits.transpose(0, 1).contiguous(), targets.t().contiguous()).t()
+    losses_TB: Tensor = vocab_parallel_cross_entropy(
+        logits.transpose(0, 1).contiguous(), targets.t().contiguous()
+    )
+    return -losses_TB.t()

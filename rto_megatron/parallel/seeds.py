@@ -19,7 +19,9 @@ def seed_step(seed: int, step: int) -> None:
 
 def generator_states() -> dict[str, str]:
     """Generator -> sha256 of its state on this rank: equal where the next draw is."""
-    name, keys, *rest = numpy.random.get_state()
+    legacy = numpy.random.get_state()
+    assert isinstance(legacy, tuple)
+    name, keys, *rest = legacy
     states = {
         "python": repr(random.getstate()).encode(),
         "numpy": repr((name, rest)).encode() + bytes(keys.tobytes()),

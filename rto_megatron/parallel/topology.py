@@ -110,11 +110,13 @@ class Topology:
 
     def data_group(self) -> dist.ProcessGroup:
         """Ranks that hold the same shard in every replica."""
-        return mpu.get_data_parallel_group()
+        group: dist.ProcessGroup = mpu.get_data_parallel_group()
+        return group
 
     def tensor_group(self) -> dist.ProcessGroup:
         """Ranks that hold the shards of one layer, and with it of the vocabulary."""
-        return mpu.get_tensor_model_parallel_group()
+        group: dist.ProcessGroup = mpu.get_tensor_model_parallel_group()
+        return group
 
     def dp_sum(self, tensor: Tensor) -> Tensor:
         """Sum over replicas, leaving `tensor` as it is; every rank must call it."""
@@ -154,28 +156,32 @@ class Topology:
         )
         return list(flat.split(lengths))
 
-    def replica_json(self, value: collectives.Json, from_last_stage: bool = False) -> collectives.Json:
-        """A JSON value of the replica's lead (or of its last stage), on every rank of the replica; all must call it."""
-        if from_last_stage:
-            source, group = (
-                mpu.get_pipeline_model_parallel_last_rank(),
-                mpu.get_pipeline_model_parallel_group(),
-            )
-        else:
-            source, group = mpu.get_model_parallel_src_rank(), mpu.get_model_parallel_group()
-        return collectives.broadcast_json(value, source, group, self.device.torch_device)
+    def replica_value[T](self, value: T, kind: type[T]) -> T:
+        """A value of the replica's lead, on every rank of the replica; all of them must call it.
 
-    def lead_json(self, value: collectives.Json) -> collectives.Json:
-        """A JSON value of the lead rank on every rank; all ranks must call it."""
-        return collectives.broadcast_json(value, 0, dist.group.WORLD, self.device.torch_device)
+        Args:
+            kind: the type of the value, by which the others read it.
+        """
+        source, group = mpu.get_model_parallel_src_rank(), mpu.get_model_parallel_group()
+        return collectives.broadcast(value, kind, source, group, self.device.torch_device)
 
-    def gather_json(self, value: collectives.Json) -> list[collectives.Json]:
-        """Every replica's JSON value, by data rank, on every rank; all ranks must call it."""
-        return collectives.gather_json(value, mpu.get_data_parallel_group(), self.device.torch_device)
+    def last_stage_value[T](self, value: T, kind: type[T]) -> T:
+        """A value of the replica's last pipeline stage, on every rank of the replica; see `replica_value`."""
+        source = mpu.get_pipeline_model_parallel_last_rank()
+        group = mpu.get_pipeline_model_parallel_group()
+        return collectives.broadcast(value, kind, source, group, self.device.torch_device)
 
-    def gather_all_json(self, value: collectives.Json) -> list[collectives.Json]:
-        """Every rank's JSON value, by rank, on every rank; all ranks must call it."""
-        return collectives.gather_json(value, dist.group.WORLD, self.device.torch_device)
+    def lead_value[T](self, value: T, kind: type[T]) -> T:
+        """A value of the lead rank, on every rank; all ranks must call it. See `replica_value`."""
+        return collectives.broadcast(value, kind, 0, _world(), self.device.torch_device)
+
+    def gather[T](self, value: T, kind: type[T]) -> list[T]:
+        """Every replica's value, by data rank, on every rank; all ranks must call it. See `replica_value`."""
+        return collectives.gather(value, kind, self.data_group(), self.device.torch_device)
+
+    def gather_all[T](self, value: T, kind: type[T]) -> list[T]:
+        """Every rank's value, by rank, on every rank; all ranks must call it. See `replica_value`."""
+        return collectives.gather(value, kind, _world(), self.device.torch_device)
 
     def raise_together(self, error: str | None) -> None:
         """Raises on every rank when any rank passes an error: nobody waits for a rank that left. All must call it.
@@ -191,13 +197,12 @@ class Topology:
         Args:
             kinds: what it can be, special ones before general ones; equal on all ranks.
         """
-        own: collectives.Json = None
+        own: list[tuple[int, str]] = []  # none, or one
         if error is not None:
-            own = [next(number for number, kind in enumerate(kinds) if isinstance(error, kind)), str(error)]
-        for raised in self.gather_all_json(own):
-            if isinstance(raised, list):
-                number, text = raised
-                raise kinds[int(str(number))](str(text))
+            own = [(next(number for number, kind in enumerate(kinds) if isinstance(error, kind)), str(error))]
+        for raised in self.gather_all(own, list[tuple[int, str]]):
+            for number, text in raised:
+                raise kinds[number](text)
 
     def gather_tensor_shards(self, shard: Tensor) -> list[Tensor]:
         """The shards of all tensor ranks, in order; every rank of the tensor group must call it."""
@@ -210,3 +215,9 @@ class Topology:
     def barrier(self) -> None:
         """Waits for all ranks."""
         dist.barrier()
+
+
+def _world() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    assert group is not None, "Topology.init makes it"
+    return group

@@ -90,8 +90,9 @@ def _bytes_per_parameter(role: Role, config: Stage, data_parallel: int) -> float
 
 
 def _is_averaged(role: Role, config: Stage) -> bool:
-    is_policy = isinstance(config, ReinforcementStage) and role.name == "policy"
-    return is_policy and config.algorithm.ema_beta is not None
+    if not isinstance(config, ReinforcementStage) or role.name != "policy":
+        return False
+    return config.algorithm.ema_beta is not None
 
 
 def _optimizer(role: Role, config: Stage) -> OptimizerConfig | None:

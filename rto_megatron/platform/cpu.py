@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._device import _device_constructors
 
-from rto_megatron.platform.patches import apply_missing
+from rto_megatron.platform.patches import apply_missing, replace
 
 CPU = torch.device("cpu")
 _applied: set[str] = set()
@@ -53,7 +53,7 @@ def p1_current_device() -> None:
     Call sites: every `device=torch.cuda.current_device()`, such as tensor_parallel/layers.py, the buffers of
     distributed/param_and_grad_buffer.py and pipeline_parallel/p2p_communication.py.
     """
-    torch.cuda.current_device = _current_device
+    replace(torch.cuda, "current_device", _current_device)
 
 
 def p2_synchronize() -> None:
@@ -62,7 +62,7 @@ def p2_synchronize() -> None:
     Call sites: pipeline_parallel/p2p_communication.py and preload_tensors of
     dist_checkpointing/strategies/filesystem_async.py.
     """
-    torch.cuda.synchronize = _synchronize
+    replace(torch.cuda, "synchronize", _synchronize)
 
 
 class _Stream:
@@ -94,7 +94,7 @@ def p3_current_stream() -> None:
 
     Call sites: start_grad_sync and start_param_sync of distributed/param_and_grad_buffer.py.
     """
-    torch.cuda.current_stream = _current_stream
+    replace(torch.cuda, "current_stream", _current_stream)
 
 
 def p4_rng_state() -> None:
@@ -103,14 +103,15 @@ def p4_rng_state() -> None:
     Call sites: CudaRNGStatesTracker.add, model_parallel_cuda_manual_seed and the recomputation of
     tensor_parallel/random.py.
     """
-    torch.cuda.manual_seed = _manual_seed
-    torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = _get_rng_state
-    torch.cuda.set_rng_state = torch.cuda.random.set_rng_state = _set_rng_state
+    replace(torch.cuda, "manual_seed", _manual_seed)
+    for module in (torch.cuda, torch.cuda.random):
+        replace(module, "get_rng_state", _get_rng_state)
+        replace(module, "set_rng_state", _set_rng_state)
 
 
 def _on_cpu(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(factory)
-    def create(*args, **kwargs):
+    def create(*args: object, **kwargs: object) -> Tensor:
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = CPU
         return factory(*args, **kwargs)
@@ -128,7 +129,7 @@ def p5_factories() -> None:
     # `with torch.device("meta")` knows factories by identity, from its first use on: it must meet the originals.
     _device_constructors()
     for name in ("zeros", "ones", "empty", "tensor", "empty_like"):
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
+        replace(torch, name, _on_cpu(getattr(torch, name)))
 
 
 def p6_tensor_cuda() -> None:
@@ -141,7 +142,7 @@ def p6_tensor_cuda() -> None:
     def cuda(self: Tensor, device: object = None, non_blocking: bool = False) -> Tensor:
         return self
 
-    torch.Tensor.cuda = cuda
+    replace(torch.Tensor, "cuda", cuda)
 
 
 def p7_type_names() -> None:
@@ -149,16 +150,16 @@ def p7_type_names() -> None:
 
     Call sites compare that string: optimizer/optimizer.py:1009, distrib_optimizer.py:401, clip_grads.py:174.
     """
-    type_of = torch.Tensor.type
+    type_of: Callable[..., str | Tensor] = torch.Tensor.type
 
-    def type_or_cast(self: Tensor, dtype: object = None, **kwargs) -> str | Tensor:
+    def type_or_cast(self: Tensor, dtype: object = None, **kwargs: object) -> str | Tensor:
         if dtype is not None:
             return type_of(self, dtype, **kwargs)
         caller = sys._getframe(1).f_globals.get("__name__", "")
-        name = type_of(self)
+        name = str(type_of(self))
         return name.replace("torch.", "torch.cuda.", 1) if caller.startswith("megatron.core.") else name
 
-    torch.Tensor.type = type_or_cast
+    replace(torch.Tensor, "type", type_or_cast)
 
 
 def p8_rng_tracker() -> None:
@@ -172,7 +173,7 @@ def p8_rng_tracker() -> None:
     def set_rng_state(new_state: Tensor, device: object = -1, graph_safe: bool = False) -> None:
         torch.set_rng_state(new_state)
 
-    random._set_cuda_rng_state = set_rng_state
+    replace(random, "_set_cuda_rng_state", set_rng_state)
     logging.getLogger(random.__name__).addFilter(_is_not_about_the_generator)
 
 
@@ -182,8 +183,8 @@ def p9_side_streams() -> None:
     Call sites: the constructor and _maybe_dtoh_and_synchronize of MoEAlltoAllTokenDispatcher in
     transformer/moe/token_dispatcher.py.
     """
-    torch.cuda.Stream = _Stream
-    torch.cuda.stream = _on_stream
+    replace(torch.cuda, "Stream", _Stream)
+    replace(torch.cuda, "stream", _on_stream)
 
 
 def _compile_when_called(compile_now: Callable[..., Callable[..., object]]) -> Callable[..., object]:
@@ -208,7 +209,7 @@ def p10_compile() -> None:
     Call sites: every function under jit_fuser, from fusions/fused_bias_geglu.py on. Decorating one loads inductor,
     a quarter of the seconds in which a rank starts, and none of them is called on a CPU.
     """
-    torch.compile = _compile_when_called(torch.compile)
+    replace(torch, "compile", _compile_when_called(torch.compile))
 
 
 def _is_not_about_the_generator(record: logging.LogRecord) -> bool:

@@ -32,7 +32,7 @@ def interface_address(name: str) -> str:
         UserError: there is no such interface, or it has no such address.
     """
     addresses = {
-        one: entry.address
+        one: str(entry.address)
         for one, entries in psutil.net_if_addrs().items()
         for entry in entries
         if entry.family is socket.AF_INET
@@ -103,7 +103,7 @@ def meet(params: RendezvousParameters) -> RendezvousHandler:
     host, _, port = without_localhost(params.endpoint).rpartition(":")
     assert params.local_addr is not None, "torchrun was started without --local-addr"
     store = _meeting_store(host, int(port), is_here=params.local_addr == host)
-    return _MeetingHandler.from_backend(
+    handler: RendezvousHandler = _MeetingHandler.from_backend(
         params.run_id,
         store,
         C10dRendezvousBackend(store, params.run_id),
@@ -112,6 +112,7 @@ def meet(params: RendezvousParameters) -> RendezvousHandler:
         params.local_addr,
         RendezvousTimeout(join=_JOIN_TIMEOUT),
     )
+    return handler
 
 
 def _meeting_store(host: str, port: int, is_here: bool) -> dist.TCPStore:

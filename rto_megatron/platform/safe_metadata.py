@@ -15,14 +15,14 @@ import re
 import struct
 from collections.abc import Callable, Iterator, Set
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import torch
 from torch.distributed.checkpoint import default_planner, filesystem, metadata, planner
 from torch.distributed.checkpoint.api import CheckpointException
 
 from rto_megatron.errors import UserError
-from rto_megatron.platform.patches import apply_missing
+from rto_megatron.platform.patches import apply_missing, replace
 
 _ALLOWED_CLASSES = (
     metadata.BytesStorageMetadata,
@@ -84,7 +84,7 @@ def _require_bounded(pickled: bytes) -> None:
         ValueError, UnpicklingError: such a number, or no pickle.
     """
     for operation, argument, _ in pickletools.genops(pickled):
-        if operation.name.endswith("PUT") and int(argument) > len(pickled):
+        if operation.name.endswith("PUT") and int(argument or 0) > len(pickled):
             raise pickle.UnpicklingError(f"it remembers {argument} things in {len(pickled)} bytes")
 
 
@@ -157,9 +157,9 @@ def safe_reading(folder: Path) -> Iterator[None]:
     try:
         yield
     except CheckpointException as failure:
-        for error, _ in failure.failures.values():
-            if isinstance(error, UserError):
-                raise UserError(f"{folder}: {error}") from failure
+        for refused, _ in failure.failures.values():
+            if isinstance(refused, UserError):
+                raise UserError(f"{folder}: {refused}") from failure
         raise RuntimeError(f"{folder}: {failure}") from failure
 
 
@@ -170,16 +170,16 @@ def s1_metadata() -> None:
     megatron's dist_checkpointing/strategies/torch.py and cached_metadata_filesystem_reader.py.
     """
 
-    def read(self, *args: object, **kwargs: object) -> metadata.Metadata:
-        path = self._get_metadata_path(kwargs.get("rank"))
+    def read(self: filesystem.FileSystemReader, *args: object, rank: int | None = None) -> metadata.Metadata:
+        path = self._get_metadata_path(rank)
         with self.fs.create_stream(path, "rb") as stream:
-            content = read_metadata(stream)
+            content = read_metadata(cast(BinaryIO, stream))
         if content.storage_meta is None:
             content.storage_meta = metadata.StorageMeta()
         content.storage_meta.load_id = self.load_id
         return content
 
-    filesystem.FileSystemReader.read_metadata = read
+    replace(filesystem.FileSystemReader, "read_metadata", read)
 
 
 def s2_byte_objects() -> None:
@@ -189,7 +189,9 @@ def s2_byte_objects() -> None:
     load_common_state_dict of dist_checkpointing/serialization.py and by its MCoreLoadPlanner.
     """
 
-    def load_bytes(self, read_item: planner.ReadItem, value: io.BytesIO) -> None:
+    def load_bytes(
+        self: default_planner.DefaultLoadPlanner, read_item: planner.ReadItem, value: io.BytesIO
+    ) -> None:
         try:
             content = torch.load(value, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
@@ -203,7 +205,7 @@ def s2_byte_objects() -> None:
         else:
             self.state_dict[name] = content
 
-    default_planner.DefaultLoadPlanner.load_bytes = load_bytes
+    replace(default_planner.DefaultLoadPlanner, "load_bytes", load_bytes)
 
 
 PATCHES: dict[str, Callable[[], None]] = {"S1": s1_metadata, "S2": s2_byte_objects}

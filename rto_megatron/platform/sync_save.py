@@ -9,8 +9,10 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
+from rto_megatron.platform.patches import replace
 
-def _results_queue(mp_mode: str = "spawn") -> queue.Queue:
+
+def _results_queue(mp_mode: str = "spawn") -> queue.Queue[object]:
     return queue.Queue()
 
 
@@ -21,7 +23,7 @@ def install() -> None:
     a multiprocessing.Manager on each rank. That process runs the main program's imports again: 10 s for a
     save of 0.3 s, and it outlives a killed rank. Here a rank writes its files itself, in a thread if need be.
     """
-    filesystem_async.get_write_results_queue = _results_queue
+    replace(filesystem_async, "get_write_results_queue", _results_queue)
 
 
 class ShardWriter:

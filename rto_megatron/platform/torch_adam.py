@@ -5,14 +5,17 @@ megatron-core runs torch.optim.AdamW where neither apex nor TransformerEngine is
 """
 
 import functools
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 
 import torch
 from torch import Tensor
 
-from rto_megatron.platform.patches import apply_missing
+from rto_megatron.platform.patches import apply_missing, replace
 
 _applied: set[str] = set()
+
+# Parameter -> state; megatron adds `common_step`, a tensor, for all of them.
+type _States = dict[object, Mapping[str, object] | Tensor]
 
 
 def prime_adam_state(optimizer: object) -> None:
@@ -53,14 +56,16 @@ def o1_fully_reshardable_step() -> None:
     set_states = DistributedOptimizer._set_main_param_and_optimizer_states
 
     @functools.wraps(set_states)
-    def set_states_and_keep_step(self, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
+    def set_states_and_keep_step(
+        self: DistributedOptimizer, model_param: Tensor, tensors: dict[str, Tensor]
+    ) -> None:
         if _is_torch_adam(self.optimizer) and "step" not in tensors:
             group_index, order = self.model_param_group_index_map[model_param]
             main_param = self.optimizer.param_groups[group_index]["params"][order]
             tensors = {**tensors, "step": self.optimizer.state[main_param]["step"]}
         set_states(self, model_param, tensors)
 
-    DistributedOptimizer._set_main_param_and_optimizer_states = set_states_and_keep_step
+    replace(DistributedOptimizer, "_set_main_param_and_optimizer_states", set_states_and_keep_step)
 
 
 def o2_own_step() -> None:
@@ -74,13 +79,13 @@ def o2_own_step() -> None:
     load = DistributedOptimizer.load_state_dict
 
     @functools.wraps(load)
-    def load_and_own_steps(self, state_dict: dict[str, object]) -> None:
+    def load_and_own_steps(self: DistributedOptimizer, state_dict: dict[str, object]) -> None:
         load(self, state_dict)
         if _is_torch_adam(self.optimizer):
             for state in self.optimizer.state.values():
                 state["step"] = state["step"].clone()
 
-    DistributedOptimizer.load_state_dict = load_and_own_steps
+    replace(DistributedOptimizer, "load_state_dict", load_and_own_steps)
 
 
 def o3_missing_step() -> None:
@@ -95,19 +100,21 @@ def o3_missing_step() -> None:
     load_float16 = Float16OptimizerWithFloat16Params.load_state_dict
 
     @functools.wraps(load_fp32)
-    def load_fp32_with_step(self, state_dict: dict[str, dict]) -> None:
+    def load_fp32_with_step(self: FP32Optimizer, state_dict: dict[str, _States]) -> None:
         if _is_torch_adam(self.optimizer):
             _add_missing_step(state_dict["state"])
         load_fp32(self, state_dict)
 
     @functools.wraps(load_float16)
-    def load_float16_with_step(self, state_dict: dict[str, dict]) -> None:
+    def load_float16_with_step(
+        self: Float16OptimizerWithFloat16Params, state_dict: dict[str, dict[str, _States]]
+    ) -> None:
         if _is_torch_adam(self.optimizer):
             _add_missing_step(state_dict["optimizer"]["state"])
         load_float16(self, state_dict)
 
-    FP32Optimizer.load_state_dict = load_fp32_with_step
-    Float16OptimizerWithFloat16Params.load_state_dict = load_float16_with_step
+    replace(FP32Optimizer, "load_state_dict", load_fp32_with_step)
+    replace(Float16OptimizerWithFloat16Params, "load_state_dict", load_float16_with_step)
 
 
 PATCHES: dict[str, Callable[[], None]] = {
@@ -126,7 +133,7 @@ def install(skip: Set[str] = frozenset()) -> None:
     apply_missing(PATCHES, _applied, skip)
 
 
-def _add_missing_step(states: dict[object, object]) -> None:
+def _add_missing_step(states: _States) -> None:
     # megatron gives `common_step` to every parameter, so leave alone states that hold a step each.
     if "common_step" not in states and any("step" not in state for state in states.values()):
         states["common_step"] = _zero_step()

@@ -58,9 +58,10 @@ class HfFolder:
             raise unreadable(path, FileNotFoundError("no such file"), lost)
         real = regular_file(self.path, file)
         try:
-            return self._opened.enter_context(safe_open(real, "pt"))
+            opened: safe_open = self._opened.enter_context(safe_open(real, "pt"))
         except (SafetensorError, OSError) as error:
             raise unreadable(path, error, _beyond_end(real)) from error
+        return opened
 
     def _header(self, file: str) -> dict[str, StoredTensor]:
         opened, tensors = self._files[file], {}
@@ -89,7 +90,8 @@ class HfFolder:
 
     def tensor(self, name: str) -> Tensor:
         """The tensor, over the pages of its file: do not write to it."""
-        return self._files[self.tensors[name].file].get_tensor(name)
+        tensor: Tensor = self._files[self.tensors[name].file].get_tensor(name)
+        return tensor
 
     def read(self, name: str, size: tuple[int, ...]) -> Tensor:
         """See `models.weight_map.TensorReader`.

@@ -81,7 +81,8 @@ class HfModel:
                 "(--head language or --head scalar)"
             )
         self.has_scalar_head = head is not None if has_scalar_head is None else has_scalar_head
-        self._head, self._unused_head = (head, None) if self.has_scalar_head else (None, head)
+        self._head: ScalarHead | None = head if self.has_scalar_head else None
+        self._unused_head: ScalarHead | None = None if self.has_scalar_head else head
 
     def _has_language_head(self, head: ScalarHead) -> bool:
         """Besides the scalar one: TRL keeps both, and of a tied model's language head nothing is stored."""

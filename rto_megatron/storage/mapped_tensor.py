@@ -38,7 +38,7 @@ class _Slice(io.RawIOBase):
         return self._at
 
     def readinto(self, target: object) -> int:
-        into = memoryview(target).cast("B")  # type: ignore[arg-type]
+        into = memoryview(target).cast("B")  # type: ignore[arg-type]  # numpy arrays are buffers; the stub says otherwise
         part = self._view[self._at : self._at + len(into)]
         into[: len(part)] = part
         self._at += len(part)

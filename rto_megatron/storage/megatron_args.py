@@ -61,7 +61,7 @@ _NOT_COMPARED = {"family", "vocab_size", "max_positions", "init_std", "latent"}
 _CHECKPOINT_VERSION = 3.0
 
 
-def common_state(shape: ModelShape, has_scalar_head: bool, dtype: torch.dtype) -> dict[str, Any]:
+def common_state(shape: ModelShape, has_scalar_head: bool, dtype: torch.dtype) -> dict[str, object]:
     """What Megatron keeps beside tensors, so that it takes the model's sizes from the checkpoint."""
     values = {
         **_FIXED,
@@ -89,8 +89,8 @@ def common_state(shape: ModelShape, has_scalar_head: bool, dtype: torch.dtype) -
     return {"args": argparse.Namespace(**values), "checkpoint_version": _CHECKPOINT_VERSION, "iteration": 0}
 
 
-def _sizes(shape: ModelShape) -> dict[str, Any]:
-    values: dict[str, Any] = {
+def _sizes(shape: ModelShape) -> dict[str, object]:
+    values: dict[str, object] = {
         "num_layers": shape.num_layers,
         "hidden_size": shape.hidden_size,
         "ffn_hidden_size": shape.ffn_hidden_size,
@@ -123,12 +123,12 @@ def _sizes(shape: ModelShape) -> dict[str, Any]:
     return values
 
 
-def _mixture(shape: ModelShape) -> dict[str, Any]:
+def _mixture(shape: ModelShape) -> dict[str, object]:
     experts = shape.experts
     if experts is None:
         return {"num_experts": None, "moe_layer_freq": 1}
     frequency = 1 if shape.is_uniform else [int(i in experts.layers) for i in range(shape.num_layers)]
-    values: dict[str, Any] = {
+    values: dict[str, object] = {
         "num_experts": experts.num,
         "moe_router_topk": experts.per_token,
         "moe_ffn_hidden_size": experts.ffn_hidden_size,

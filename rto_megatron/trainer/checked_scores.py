@@ -104,7 +104,7 @@ def pool_gap(scored: ScoredRollouts, topology: Topology) -> dict[str, float]:
     gap_BR = pool_log_ratio(scored).abs().double()
     own = torch.stack([gap_BR.sum(), scored.sampled_BR.sum().double()])
     total, count = topology.dp_sum(own).tolist()
-    everywhere = [float(str(value)) for value in topology.gather_json(float(gap_BR.max()))]
+    everywhere = topology.gather(float(gap_BR.max()), float)
     return {"pool/logprob_gap_mean": total / max(count, 1), "pool/logprob_gap_max": max(everywhere)}
 
 

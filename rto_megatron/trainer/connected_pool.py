@@ -79,8 +79,8 @@ class SharedGpus:
         timeouts = dict.fromkeys(members.configured, self._timeout_s)
         try:
             failures = failures_of(timeouts, self._token, self._phases.make_room)
-        except TooManyOpenFiles as failure:
-            return str(failure)
+        except TooManyOpenFiles as raised:
+            return str(raised)
         for address, failure in failures.items():
             members.take_out(address, failure)
         kept: list[UserError] = [one for one in failures.values() if not isinstance(one, UnreachableError)]
@@ -158,11 +158,11 @@ class PolicyPush:
     def _share_losses(self) -> None:
         """The lead tells of servers that only another replica saw fail."""
         lost = {} if self._pool is None else dict(self._pool.members.out)
-        for seen in self._policy.topology.gather_json({**lost}):
-            if self._pool is not None and isinstance(seen, dict):
+        for seen in self._policy.topology.gather(lost, dict[str, str]):
+            if self._pool is not None:
                 for address, reason in seen.items():
                     if address in self._pool.members.serving:
-                        self._pool.members.take_out(address, UserError(str(reason)))
+                        self._pool.members.take_out(address, UserError(reason))
 
     def _alive(self) -> tuple[str, ...]:
         """What the lead finds alive among all configured servers."""
@@ -307,7 +307,7 @@ def open_push(
     topology = policy.topology
 
     def share(text: str) -> list[str]:
-        return [str(one) for one in topology.gather_all_json(text)]
+        return topology.gather_all(text, str)
 
     source = PolicySource(policy)
     replica_ranks = topology.pipeline_size * topology.tensor_size

@@ -102,5 +102,4 @@ def kl_to_reference(
 def _over_prompts(samples: Sequence[float], per_prompt: int, topology: Topology) -> Estimate:
     """Prompts are independent, responses to one prompt are not: the standard error is over prompt means."""
     means = [sum(group) / per_prompt for group in batched(samples, per_prompt)]
-    gathered = topology.gather_json(list(means))
-    return estimate([float(str(value)) for part in gathered if isinstance(part, list) for value in part])
+    return estimate([value for part in topology.gather(means, list[float]) for value in part])

@@ -1,11 +1,8 @@
 """How prepared data become batches and go on after a resume: what is left out or not proved is said once."""
 
-from collections.abc import Mapping
-
-from rto_megatron.data.batches import Batches
+from rto_megatron.data.batches import Batches, BatchesState
 from rto_megatron.data.encoder import Loaded
 from rto_megatron.errors import UserError
-from rto_megatron.parallel.collectives import Json
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.reporting.progress import say
 from rto_megatron.types import Example
@@ -27,7 +24,7 @@ def feed[T: Example](loaded: Loaded[T], global_batch: int, seed: int, topology: 
     return batches
 
 
-def go_on[T: Example](batches: Batches[T], state: Json, key: str, topology: Topology) -> None:
+def go_on[T: Example](batches: Batches[T], state: BatchesState, key: str, topology: Topology) -> None:
     """Continues behind the samples that a checkpoint counts.
 
     Args:
@@ -37,7 +34,6 @@ def go_on[T: Example](batches: Batches[T], state: Json, key: str, topology: Topo
     Raises:
         UserError: these are not the data of the checkpoint.
     """
-    assert isinstance(state, Mapping)
     try:
         warning = batches.restore(state)
     except UserError as error:

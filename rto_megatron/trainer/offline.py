@@ -6,16 +6,18 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import batched, chain
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from rto_megatron.algorithms import ALGORITHMS, kto
-from rto_megatron.algorithms.method import OfflineMethod
+from rto_megatron.algorithms.method import Method, OfflineMethod
 from rto_megatron.algorithms.reward_model import reads_margins, reward_statistics
 from rto_megatron.config import schema
 from rto_megatron.config.learning_rate import learning_rate
-from rto_megatron.data.encoder import Loaded
+from rto_megatron.data.encoder import Limits, Loaded
 from rto_megatron.data.loader import load_demonstrations, load_judged, load_pairs
 from rto_megatron.data.packing import (
     Layout,
@@ -31,11 +33,11 @@ from rto_megatron.engine.divergence import divergence_from, divergence_microbatc
 from rto_megatron.engine.megatron import (
     TOKENS,
     FrozenModel,
+    Loss,
     Microbatch,
     Model,
     Reading,
     TrainedModel,
-    ValueScale,
 )
 from rto_megatron.errors import UserError
 from rto_megatron.parallel.topology import Topology
@@ -46,44 +48,104 @@ from rto_megatron.trainer.guard import ModelUpdate, NotFiniteError
 from rto_megatron.trainer.model_files import give_own_padding
 from rto_megatron.trainer.parts import planned_parts
 from rto_megatron.trainer.reference import note_reference
+from rto_megatron.trainer.resume import LoopState
 from rto_megatron.trainer.run import Run, reduce_over_replicas
 from rto_megatron.trainer.setup import Setup, note_in_config, prepare_stage, stage_hf_files
-from rto_megatron.types import Demonstration, JudgedResponse, LossOutput, Metrics, PreferencePair
+from rto_megatron.types import (
+    Demonstration,
+    DivergenceMicrobatch,
+    EndOfSequence,
+    Example,
+    JudgedMicrobatch,
+    JudgedResponse,
+    LossOutput,
+    Metrics,
+    PairMicrobatch,
+    PreferencePair,
+    SupervisedMicrobatch,
+    ValueScale,
+)
 
-type Example = Demonstration | PreferencePair | JudgedResponse
+# (source, tokenizer, limits, rows to read or None for all, end-of-sequence)
+type Load[E: Example] = Callable[
+    [str, PreTrainedTokenizerBase, Limits, int | None, EndOfSequence | None], Loaded[E]
+]
 
 
 @dataclass(frozen=True)
-class Task:
-    """What one offline stage does with a global batch."""
+class Task[E: Example, M: Microbatch]:
+    """What one offline stage does with a global batch of examples E, as micro-batches M."""
 
-    load: Callable[..., Loaded[Example]]
-    size: Callable[[Sequence[Example]], int]  # response tokens, pairs or answers: what a loss is divided by
-    microbatches: Callable[
-        [Sequence[Example], int], list[Microbatch]
-    ]  # of a share, given the size of the whole
-    loss: Callable[[Tensor, Microbatch], LossOutput]
-    reading: Reading  # what the loss sees of the model
+    load: Load[E]
+    size: Callable[[Sequence[E]], int]  # response tokens, pairs or answers: what a loss is divided by
+    microbatches: Callable[[Sequence[E], int], list[M]]  # of a share, given the size of the whole
+    loss: Callable[[Tensor, M], LossOutput]
+    reading: Reading[M]  # what the loss sees of the model
     num_evaluated: (
         int | None
     )  # examples of an evaluation whose micro-batches exist at a time; None: all, coupled
 
 
+@dataclass(frozen=True)
+class Trainee:
+    """The model in training and what it is compared with."""
+
+    role: str
+    model: TrainedModel
+    reference: FrozenModel | None  # None where the method has none
+
+
 def train_offline(config: schema.OfflineStage, topology: Topology) -> None:
     """Trains SFT, a reward model or a preference method to the end of the run, from the last checkpoint if any."""
     setup = prepare_stage(config, topology)
-    is_reward = isinstance(config, schema.RewardModelStage)
+    trainee = _build(config, setup)
+    method = ALGORITHMS[config.stage]
+    if _reads_demonstrations(method):
+        _train(config, setup, trainee, demonstration_task(method.build(config.algorithm).loss, setup.layout))
+    elif _reads_judgements(method):
+        _train(
+            config, setup, trainee, judgement_task(method.build(config.algorithm).loss, setup.layout, trainee)
+        )
+    elif _reads_pairs(method):
+        load = partial(load_pairs, has_margins=reads_margins(config.algorithm))
+        loss = method.build(config.algorithm).loss
+        if method.outputs == "divergence":
+            _train(config, setup, trainee, divergence_task(load, loss, setup.layout, trainee))
+        else:
+            _train(config, setup, trainee, pair_task(load, loss, setup.layout, trainee))
+
+
+def _reads_demonstrations(method: Method) -> TypeGuard[OfflineMethod[SupervisedMicrobatch]]:
+    return isinstance(method, OfflineMethod) and method.examples == "demonstrations"
+
+
+def _reads_pairs(method: Method) -> TypeGuard[OfflineMethod[PairMicrobatch]]:
+    return isinstance(method, OfflineMethod) and method.examples == "pairs"
+
+
+def _reads_judgements(method: Method) -> TypeGuard[OfflineMethod[JudgedMicrobatch]]:
+    return isinstance(method, OfflineMethod) and method.examples == "judgements"
+
+
+def _build(config: schema.OfflineStage, setup: Setup) -> Trainee:
+    is_reward, sources = isinstance(config, schema.RewardModelStage), setup.sources
     role = "reward" if is_reward else "policy"
-    source = setup.sources["policy"]
     model = build_trained(
-        role, source, is_reward, config.precision, config.optimizer, topology, config.run.seed,
+        role, sources["policy"], is_reward, config.precision, config.optimizer, setup.topology, config.run.seed,
         config.parallel.distributed_optimizer, is_head_fresh=is_reward, scale=ValueScale(),
         moe_aux_loss_coef=config.models.moe_aux_loss_coef,
     )  # fmt: skip
     reference = None
-    if "reference" in setup.sources:
-        reference = build_frozen("reference", setup.sources["reference"], False, config.precision, topology)
-    task = build_task(config, setup.layout, model, reference)
+    if "reference" in sources:
+        reference = build_frozen("reference", sources["reference"], False, config.precision, setup.topology)
+    return Trainee(role, model, reference)
+
+
+def _train[E: Example, M: Microbatch](
+    config: schema.OfflineStage, setup: Setup, trainee: Trainee, task: Task[E, M]
+) -> None:
+    topology, role, model = setup.topology, trainee.role, trainee.model
+    is_reward = isinstance(config, schema.RewardModelStage)
     data = task.load(config.data.train, setup.tokenizer, setup.limits, None, setup.eos)
     setup.admit(data)
     batches = feed(data, config.batch.train, config.run.seed, topology)
@@ -92,18 +154,18 @@ def train_offline(config: schema.OfflineStage, topology: Topology) -> None:
         raise UserError(
             "data.eval is not set; a reward model keeps the mean and std of its scores on held-out pairs"
         )
-    hf_files = stage_hf_files(source, config.run.dir, role, topology, setup.eos)
+    hf_files = stage_hf_files(setup.sources["policy"], config.run.dir, role, topology, setup.eos)
     if is_reward:
         known = chain(data.items, held_out)
         give_own_padding(hf_files, frozenset(chain.from_iterable(map(token_ids, known))), topology)
-    if reference is not None:
-        note_reference(hf_files, reference)
+    if trainee.reference is not None:
+        note_reference(hf_files, trainee.reference)
     run = Run(
         config, topology, {role: model}, {role: hf_files}, config.run.steps or batches.batches_per_epoch
     )
     guard = planned_parts().guard(run, config.run.max_skipped_updates, topology)
-    if run.state:
-        go_on(batches, run.state["data"], "data.train", topology)
+    if run.state is not None:
+        go_on(batches, run.state.data, "data.train", topology)
     for step in run.steps():
         examples = batches.next_batch()
         lr = learning_rate(config.optimizer, step, run.num_steps)
@@ -121,12 +183,12 @@ def train_offline(config: schema.OfflineStage, topology: Topology) -> None:
         if is_reward and run.is_saved(step + 1):
             _store_scale(evaluation, len(held_out), hf_files, topology)
         run.log({"lr": lr, **{f"eval/{k}": v for k, v in evaluation.items()}})
-        run.finish({"data": batches.state()})
+        run.finish(LoopState(batches.state()))
     run.close(role)
 
 
-def evaluate(
-    model: TrainedModel, task: Task, examples: Sequence[Example], topology: Topology
+def evaluate[E: Example, M: Microbatch](
+    model: TrainedModel, task: Task[E, M], examples: Sequence[E], topology: Topology
 ) -> dict[str, float]:
     """Means of the loss's metrics over held-out examples, without gradients; all ranks must call it.
 
@@ -158,7 +220,9 @@ def _store_scale(means: dict[str, float], num_pairs: int, hf_files: Path, topolo
     topology.barrier()
 
 
-def _held_out(task: Task, data: schema.ExampleDataConfig, setup: Setup) -> Sequence[Example]:
+def _held_out[E: Example, M: Microbatch](
+    task: Task[E, M], data: schema.ExampleDataConfig, setup: Setup
+) -> Sequence[E]:
     if not data.eval:
         return ()
     loaded = task.load(data.eval, setup.tokenizer, setup.limits, data.eval_samples, setup.eos)
@@ -166,36 +230,42 @@ def _held_out(task: Task, data: schema.ExampleDataConfig, setup: Setup) -> Seque
     return loaded.items
 
 
-def build_task(
-    config: schema.OfflineStage, layout: Layout, model: TrainedModel, reference: FrozenModel | None
-) -> Task:
-    """The data, the loss and the outputs of a registered method, put together.
+def demonstration_task(
+    loss: Loss[SupervisedMicrobatch], layout: Layout
+) -> Task[Demonstration, SupervisedMicrobatch]:
+    """The data, the loss and the outputs of supervised learning, put together."""
+    build = partial(supervised_microbatches, layout=layout)
+    return Task(load_demonstrations, _num_targets, build, loss, TOKENS, _num_at_a_time(layout))
 
-    Args:
-        reference: None where the method has none.
-    """
-    method = ALGORITHMS[config.stage]
-    assert isinstance(method, OfflineMethod)
-    loss = method.build(config.algorithm).loss
-    load_rated = partial(load_pairs, has_margins=reads_margins(config.algorithm))
-    some = 16 * layout.micro  # what the reference says of all held-out examples may not fit in memory
-    if method.examples == "demonstrations":
-        return Task(
-            load_demonstrations,
-            _num_targets,
-            partial(supervised_microbatches, layout=layout),
-            loss,
-            TOKENS,
-            some,
-        )
-    if method.examples == "judgements":
-        assert reference is not None
-        return Task(load_judged, len, partial(_judged, model, reference, layout), loss, TOKENS, None)
-    if method.outputs == "divergence":
-        assert reference is not None
-        build = partial(divergence_microbatches, reference=reference, layout=layout)
-        return Task(load_rated, len, build, loss, divergence_from(reference), some)
-    return Task(load_rated, len, partial(_pairs, reference, layout), loss, TOKENS, some)
+
+def judgement_task(
+    loss: Loss[JudgedMicrobatch], layout: Layout, trainee: Trainee
+) -> Task[JudgedResponse, JudgedMicrobatch]:
+    """As `demonstration_task`, for answers with verdicts."""
+    assert trainee.reference is not None
+    build = partial(_judged, trainee.model, trainee.reference, layout)
+    return Task(load_judged, len, build, loss, TOKENS, None)
+
+
+def pair_task(
+    load: Load[PreferencePair], loss: Loss[PairMicrobatch], layout: Layout, trainee: Trainee
+) -> Task[PreferencePair, PairMicrobatch]:
+    """As `demonstration_task`, for pairs and a loss on log-probs or values."""
+    build = partial(_pairs, trainee.reference, layout)
+    return Task(load, len, build, loss, TOKENS, _num_at_a_time(layout))
+
+
+def divergence_task(
+    load: Load[PreferencePair], loss: Loss[PairMicrobatch], layout: Layout, trainee: Trainee
+) -> Task[PreferencePair, DivergenceMicrobatch]:
+    """As `pair_task`, for a loss on whole distributions."""
+    assert trainee.reference is not None
+    build = partial(divergence_microbatches, reference=trainee.reference, layout=layout)
+    return Task(load, len, build, loss, divergence_from(trainee.reference), _num_at_a_time(layout))
+
+
+def _num_at_a_time(layout: Layout) -> int:
+    return 16 * layout.micro  # what the reference says of all held-out examples may not fit in memory
 
 
 def _num_targets(examples: Sequence[Demonstration]) -> int:
@@ -204,7 +274,7 @@ def _num_targets(examples: Sequence[Demonstration]) -> int:
 
 def _pairs(
     reference: FrozenModel | None, layout: Layout, pairs: Sequence[PreferencePair], num_pairs: int
-) -> list[Microbatch]:
+) -> list[PairMicrobatch]:
     logp_ref_G2 = torch.zeros(len(pairs), 2, device=layout.device)
     if reference is not None:
         answers = [(p.prompt_ids, ids) for p in pairs for ids in (p.chosen_ids, p.rejected_ids)]
@@ -218,7 +288,7 @@ def _judged(
     layout: Layout,
     answers: Sequence[JudgedResponse],
     num_answers: int,
-) -> list[Microbatch]:
+) -> list[JudgedMicrobatch]:
     """KTO's baseline needs a forward of policy and reference on unrelated answers, before the step.
 
     All ranks must call it, also those of a replica without answers: the baseline is of the global batch.

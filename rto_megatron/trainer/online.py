@@ -2,8 +2,11 @@
 
 from functools import partial
 
+from transformers import PreTrainedTokenizerBase
+
 from rto_megatron.algorithms import ALGORITHMS
 from rto_megatron.algorithms.credit_metrics import explained_variance
+from rto_megatron.algorithms.method import OnlineMethod
 from rto_megatron.algorithms.reinforcement import PolicyOptimization
 from rto_megatron.config import schema
 from rto_megatron.config.learning_rate import learning_rate, updates_per_step
@@ -22,13 +25,14 @@ from rto_megatron.trainer.model_files import give_own_padding
 from rto_megatron.trainer.parts import Parts, planned_parts
 from rto_megatron.trainer.pretraining import Pretraining, beside
 from rto_megatron.trainer.reference import require_trained_reference
+from rto_megatron.trainer.resume import LoopState
 from rto_megatron.trainer.reward_source import ModelReward, RewardSource
 from rto_megatron.trainer.run import Run
 from rto_megatron.trainer.sampler import load_batches
 from rto_megatron.trainer.scoring import Roles
 from rto_megatron.trainer.setup import Setup, prepare_stage, stage_hf_files
 from rto_megatron.trainer.update import optimizer_minibatches, require_tokens
-from rto_megatron.types import Experience
+from rto_megatron.types import Experience, Minibatch, SupervisedMicrobatch
 
 
 def train_online(
@@ -45,17 +49,15 @@ def train_online(
     setup = prepare_stage(config, topology)
     roles = build_roles(config, setup, parts.reward)
     require_trained_reference(config, setup.sources, roles)
-    algorithm = parts.algorithm or ALGORITHMS[config.stage].build(
-        config.algorithm, partial(tokens_with, setup.tokenizer)
-    )
+    algorithm = parts.algorithm or build_algorithm(config, setup.tokenizer)
     prompts, pretraining = load_batches(config, setup), Pretraining(config, setup)
     run = open_run(config, setup, roles, config.run.steps or prompts.batches_per_epoch)
     refuse_idle_policy(algorithm, run.num_steps)
     kl, table = algorithm.kl_controller, known_reward(config, setup)
-    if run.state:
-        go_on(prompts, run.state["data"], "data.train", topology)
-        pretraining.restore(run.state["pretraining"])
-        kl = kl.restored(run.state["kl"])
+    if run.state is not None:
+        go_on(prompts, run.state.data, "data.train", topology)
+        pretraining.restore(run.state.pretraining)
+        kl = kl.restored(run.state.kl)
     sampler = parts.sampler(config, setup, prompts, pool or connect_pool(config.rollout, roles.policy))
     scorer = parts.scorer(config, setup, roles)
     guard = parts.guard(run, config.run.max_skipped_updates, topology)
@@ -84,13 +86,22 @@ def train_online(
         means = run.log({**lrs, **times, **gap, "objective/kl_coef": kl.coef})
         if experience is not None:
             kl = kl.update(means["policy/kl_per_token"], config.responses_per_step)
-        run.finish({"data": sampler.state(), "pretraining": pretraining.state(), "kl": kl.state()})
+        run.finish(LoopState(sampler.state(), pretraining.state(), kl.state()))
         if experience is not None:
             show_samples(config, run, experience, setup, means)
     run.close("policy" if roles.average is None else "policy_ema")
     # The pool is left with the trained policy; should it fail, the run is complete all the same.
     sampler.push(run.step)
     sampler.close()
+
+
+def build_algorithm(
+    config: schema.ReinforcementStage, tokenizer: PreTrainedTokenizerBase
+) -> PolicyOptimization:
+    """Credit assignment and losses of the method that the configuration names."""
+    method = ALGORITHMS[config.stage]
+    assert isinstance(method, OnlineMethod)
+    return method.build(config.algorithm, partial(tokens_with, tokenizer))
 
 
 def refuse_idle_policy(algorithm: PolicyOptimization, num_steps: int) -> None:
@@ -134,7 +145,8 @@ def update(
         if is_policy_due:
             rates["lr/policy"] = lr = learning_rate(config.optimizer, number, total)
             names = [*one.names, *text_names]
-            due.append(ModelUpdate(roles.policy, [*one.microbatches, *texts], policy_loss, names, lr))
+            mixed: list[Minibatch | SupervisedMicrobatch] = [*one.microbatches, *texts]
+            due.append(ModelUpdate(roles.policy, mixed, policy_loss, names, lr))
         with guard.skipping():
             require_tokens(one, setup.topology)
             guard.step(due)
@@ -208,4 +220,4 @@ def show_samples(
     critic = f", the critic explains {explained} of the variance of returns"
     has_critic = isinstance(config, schema.ActorCriticStage)
     title = f"{config.stage} step {run.step}{critic if has_critic else ''}"
-    show(completions_table(experience, setup.tokenizer.decode, 4, title))
+    show(completions_table(experience, lambda ids: str(setup.tokenizer.decode(list(ids))), 4, title))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from rto_megatron.parallel.collectives import Json
+from rto_megatron.data.batches import BatchesState
 from rto_megatron.platform import faults
 from rto_megatron.trainer.checked_scores import Scorer
 from rto_megatron.trainer.guard import Guard, LossChange, Update
@@ -30,11 +30,11 @@ class PlantedSampler:
         faults.at("after_gen", step + 1)
         return rollouts
 
-    def state(self) -> dict[str, int | str]:
+    def state(self) -> BatchesState:
         """See `Sampler.state`."""
         return self.inner.state()
 
-    def restore(self, state: Json) -> None:
+    def restore(self, state: BatchesState) -> None:
         """See `Sampler.restore`."""
         self.inner.restore(state)
 

@@ -8,11 +8,10 @@ from torch import Tensor
 from rto_megatron.algorithms.losses import to_metrics
 from rto_megatron.algorithms.reinforcement import Loss
 from rto_megatron.config import schema
-from rto_megatron.data.batches import Batches
+from rto_megatron.data.batches import Batches, BatchesState
 from rto_megatron.data.loader import load_texts
 from rto_megatron.data.packing import supervised_microbatches
 from rto_megatron.errors import UserError
-from rto_megatron.parallel.collectives import Json
 from rto_megatron.trainer.feed import feed, go_on
 from rto_megatron.trainer.setup import Setup
 from rto_megatron.types import Demonstration, LossOutput, Minibatch, SupervisedMicrobatch
@@ -51,13 +50,13 @@ class Pretraining:
         ids = [text.id for text in texts]
         return microbatches, [ids[start : start + layout.micro] for start in range(0, len(ids), layout.micro)]
 
-    def state(self) -> dict[str, int | str]:
+    def state(self) -> BatchesState | None:
         """What a checkpoint keeps."""
-        return {} if self._texts is None else self._texts.state()
+        return None if self._texts is None else self._texts.state()
 
-    def restore(self, state: Json) -> None:
+    def restore(self, state: BatchesState | None) -> None:
         """Continues where `state` was taken."""
-        if self._texts is not None:
+        if self._texts is not None and state is not None:
             go_on(self._texts, state, "data.pretrain", self._setup.topology)
 
 

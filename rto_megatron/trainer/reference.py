@@ -86,7 +86,7 @@ def weights_fingerprint(model: Model) -> str:
             own[name] = hashlib.sha256(raw.numpy()).hexdigest()
     elif place.data_rank == 0:
         deque(tensors, maxlen=0)  # the other tensor ranks only take part in the gathers
-    parts = place.gather_all_json(dict(own))
-    digests = {n: d for part in parts if isinstance(part, dict) for n, d in part.items()}
+    parts = place.gather_all(own, dict[str, str])
+    digests = {name: digest for part in parts for name, digest in part.items()}
     lines = "\n".join(f"{name} {digest}" for name, digest in sorted(digests.items()))
     return hashlib.sha256(lines.encode()).hexdigest()

@@ -1,8 +1,15 @@
 """What a run may change between its attempts, and what it may not."""
 
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from rto_megatron.config import schema
+from rto_megatron.data.batches import BatchesState
+from rto_megatron.engine.integrity import CheckpointError
 from rto_megatron.errors import UserError
 from rto_megatron.parallel.collectives import Json
 
@@ -35,6 +42,51 @@ _FREE = (
 _WHOLE = ("data.template",)
 
 
+@dataclass(frozen=True)
+class LoopState:
+    """What the next step needs beside the models, in a resumed run as in an undisturbed one."""
+
+    data: BatchesState
+    # A loop without texts writes an empty mapping.
+    pretraining: Annotated[BatchesState | None, BeforeValidator(lambda state: state or None)] = None
+    kl: Mapping[str, float] = field(default_factory=dict)  # of the controller; empty: a loop without one
+
+    def to_json(self) -> dict[str, Json]:
+        """The part of state.json that `read_state` reads back."""
+        texts: dict[str, Json] = {} if self.pretraining is None else asdict(self.pretraining)
+        sampling: dict[str, Json] = {"pretraining": texts, "kl": dict(self.kl)} if self.kl else {}
+        return {"data": asdict(self.data), **sampling}
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a checkpoint keeps of its run: <checkpoint>/state.json, in which the loop's part lies flat."""
+
+    step: int
+    loop: LoopState
+    refused_in_a_row: int = 0  # updates
+    config: Mapping[str, Json] = field(default_factory=dict)  # `fixed_keys` of the attempt that wrote it
+
+    def to_json(self) -> dict[str, Json]:
+        """The contents of state.json."""
+        counts: dict[str, Json] = {"step": self.step, "refused_in_a_row": self.refused_in_a_row}
+        return {**self.loop.to_json(), **counts, "config": dict(self.config)}
+
+
+def read_state(state: dict[str, Json], checkpoint: Path) -> RunState:
+    """The contents of a state.json.
+
+    Raises:
+        CheckpointError: another program wrote it.
+    """
+    try:
+        return TypeAdapter(RunState).validate_python({**state, "loop": state})
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{checkpoint}: state.json is not what a run writes ({error.errors()[0]['msg']}); name another run.dir"
+        ) from error
+
+
 def fixed_keys(config: schema.Stage) -> dict[str, Json]:
     """Dotted key -> value of everything that every attempt of a run must share."""
     return {
@@ -54,7 +106,7 @@ def _is_free(key: str) -> bool:
     return any(key == free or key.startswith(f"{free}.") for free in _FREE)
 
 
-def require_same(saved: Json, wanted: dict[str, Json], run_dir: Path) -> None:
+def require_same(saved: Mapping[str, Json], wanted: dict[str, Json], run_dir: Path) -> None:
     """Refuses to go on with a run under another configuration; keys that only one side knows are not compared.
 
     Args:
@@ -64,11 +116,10 @@ def require_same(saved: Json, wanted: dict[str, Json], run_dir: Path) -> None:
     Raises:
         UserError: lists every key with both values.
     """
-    before = saved if isinstance(saved, dict) else {}
     changes = [
-        f"  {key}: {before[key]!r} in the checkpoint, {value!r} in the configuration"
+        f"  {key}: {saved[key]!r} in the checkpoint, {value!r} in the configuration"
         for key, value in wanted.items()
-        if key in before and before[key] != value
+        if key in saved and saved[key] != value
     ]
     if changes:
         raise UserError(

@@ -17,13 +17,12 @@ from rto_megatron.errors import UserError
 from rto_megatron.generation.contract import NoServersLeft
 from rto_megatron.lifecycle.starting import begin_steps
 from rto_megatron.lifecycle.stopping import Preempted, is_asked_to_stop
-from rto_megatron.parallel.collectives import Json
 from rto_megatron.parallel.seeds import seed_step
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.reporting.metrics import MetricLog, add, reduce_metrics, with_margin
 from rto_megatron.reporting.pace import RATIO, Pace, slow_rank, slowest
 from rto_megatron.reporting.progress import progress, say
-from rto_megatron.trainer.resume import fixed_keys, require_same
+from rto_megatron.trainer.resume import LoopState, RunState, fixed_keys, read_state, require_same
 from rto_megatron.types import Metrics
 
 
@@ -43,7 +42,7 @@ class Run:
 
     def __init__(
         self,
-        config: schema.Stage,
+        config: schema.TrainStage,
         topology: Topology,
         models: Mapping[str, Model],
         hf_files: dict[str, Path],
@@ -62,7 +61,7 @@ class Run:
         self._note = ""
         self.step = 0
         self.refused_in_a_row = 0  # updates, counted by the run's Guard
-        self.state: dict[str, Json] = {}  # of the last finished step; empty at the start of a run
+        self.state: LoopState | None = None  # of the last finished step; None at the start of a run
         self._saving: Saving | None = None  # the checkpoint that is being written beside the training
         self._resume()
         self._saved_step = self.step
@@ -76,15 +75,14 @@ class Run:
         found = find_valid(self.dir, self._topology, self._config.resume_from_older)
         if found is None:
             return
-        self.state = found.state
-        self.step = int(str(self.state["step"]))
-        self.refused_in_a_row = int(str(self.state.get("refused_in_a_row", 0)))
+        state = read_state(found.state, found.path)
+        self.state, self.step, self.refused_in_a_row = state.loop, state.step, state.refused_in_a_row
         if self.step > self.num_steps:
             raise UserError(
                 f"{self.dir} already holds step {self.step}, more than the {self.num_steps} steps asked for; "
                 f"raise run.steps or name another run.dir"
             )
-        require_same(self.state.get("config"), self._fixed_keys, self.dir)
+        require_same(state.config, self._fixed_keys, self.dir)
         for role, model in self._models.items():
             restore(found.path / role, model)
         for warning in found.warnings:
@@ -134,13 +132,13 @@ class Run:
 
     def _compare_ranks(self) -> dict[str, float]:
         """How much slower the slowest rank is than the median; a warning where it is much."""
-        seconds = [float(str(own)) for own in self._topology.gather_all_json(self.pace.take())]
+        seconds = self._topology.gather_all(self.pace.take(), float)
         if (text := slow_rank(seconds, self.step + 1)) is not None:
             say(text, self._topology.is_lead)
         found = slowest(seconds)
         return {} if found is None else {RATIO: found[1]}
 
-    def finish(self, state: dict[str, Json]) -> None:
+    def finish(self, state: LoopState) -> None:
         """Ends a step and saves when due, or when the run is to stop; all ranks must call it.
 
         Args:
@@ -162,14 +160,10 @@ class Run:
     def _save(self) -> None:
         """Saves the last finished step; under run.async_save it stands at the end of the next one."""
         self._finish_saving()
-        full: Json = {
-            **self.state,
-            "step": self.step,
-            "refused_in_a_row": self.refused_in_a_row,
-            "config": dict(self._fixed_keys),
-        }
+        assert self.state is not None, "no step was finished"
+        state = RunState(self.step, self.state, self.refused_in_a_row, self._fixed_keys)
         self._saving = begin_save(
-            self.dir, self.step, self._models, self._hf_files, full, self._config.keep_checkpoints
+            self.dir, self.step, self._models, self._hf_files, state.to_json(), self._config.keep_checkpoints
         )
         self._saved_step = self.step
         if self._config.async_save and self.step < self.num_steps:
@@ -227,8 +221,7 @@ def reduce_over_replicas(metrics: Metrics, topology: Topology) -> dict[str, floa
         return topology.dp_sum(values.to(topology.device.torch_device)).cpu()
 
     def all_names(names: tuple[str, ...]) -> tuple[str, ...]:
-        gathered = topology.gather_json(list(names))
-        return tuple(sorted({str(name) for group in gathered if isinstance(group, list) for name in group}))
+        return tuple(sorted({name for group in topology.gather(list(names), list[str]) for name in group}))
 
     return reduce_metrics(metrics, all_sum, all_names)
 

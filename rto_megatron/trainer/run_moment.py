@@ -34,7 +34,7 @@ def run_moment(
     if not ChatTemplate(tokenizer, TemplateOptions(config.data.template)).prints_date:
         return None
     path = config.run.dir / MOMENT_FILE
-    moment = _read(path, str(topology.lead_json(_kept_moment(path) if topology.is_lead else None)))
+    moment = _read(path, topology.lead_value(_kept_moment(path) if topology.is_lead else "", str))
     say(f"the chat template prints the date of this run's start, {moment:%Y-%m-%d}", topology.is_lead)
     return moment
 

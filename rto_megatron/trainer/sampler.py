@@ -1,15 +1,13 @@
 """Where a step's rollouts come from: the sampler chooses prompts, asks the pool and hands out what came of it."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Protocol
 
 from rto_megatron.config import schema
-from rto_megatron.data.batches import Batches
+from rto_megatron.data.batches import Batches, BatchesState
 from rto_megatron.data.loader import load_prompts
 from rto_megatron.errors import UserError
 from rto_megatron.generation.contract import RolloutEngine, Sampling
-from rto_megatron.parallel.collectives import Json
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.trainer.connected_pool import ConnectedPool, raise_together
 from rto_megatron.trainer.feed import feed, go_on
@@ -38,11 +36,11 @@ class Sampler(Protocol):
         """
         ...
 
-    def state(self) -> dict[str, int | str]:
+    def state(self) -> BatchesState:
         """What a checkpoint keeps: a sampler restored from it draws the same as this one from here on."""
         ...
 
-    def restore(self, state: Json) -> None:
+    def restore(self, state: BatchesState) -> None:
         """Continues where `state` was taken.
 
         Raises:
@@ -79,11 +77,11 @@ class OnPolicySampler:
         self._pool.rest()
         return rollouts
 
-    def state(self) -> dict[str, int | str]:
+    def state(self) -> BatchesState:
         """See `Sampler.state`."""
         return self._prompts.state()
 
-    def restore(self, state: Json) -> None:
+    def restore(self, state: BatchesState) -> None:
         """See `Sampler.restore`."""
         go_on(self._prompts, state, "data.train", self._setup.topology)
 
@@ -135,9 +133,7 @@ def sample(
         except UserError as raised:
             failure = raised
     raise_together(topology, failure)
-    shared = topology.replica_json([asdict(r) for r in rollouts])
-    assert isinstance(shared, list)
-    return tuple(_rollout_from_json(row) for row in shared)
+    return tuple(topology.replica_value(rollouts, list[Rollout]))
 
 
 def require_version(rollouts: Sequence[Rollout], version: int) -> None:
@@ -152,9 +148,3 @@ def require_version(rollouts: Sequence[Rollout], version: int) -> None:
                 f"rollout {rollout.prompt_id} was sampled by policy version {rollout.weight_version}, "
                 f"expected {version}; nothing was trained on it"
             )
-
-
-def _rollout_from_json(row: object) -> Rollout:
-    assert isinstance(row, dict)
-    as_tuples = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
-    return Rollout(**as_tuples)

@@ -32,7 +32,7 @@ def run_stage(config: schema.Stage) -> None:
             from rto_megatron.trainer.online import train_online
 
             train_online(config, topology)
-        else:
+        elif isinstance(config, schema.OfflineStage):
             from rto_megatron.trainer.offline import train_offline
 
             train_offline(config, topology)

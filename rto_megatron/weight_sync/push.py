@@ -30,9 +30,9 @@ from rto_megatron.weight_sync.transport import (
     Communicator,
     DisagreementError,
     Rendezvous,
-    TransportError,
     listen,
 )
+from rto_megatron.weight_sync.words import TransportError
 
 Share = Callable[
     [str], list[str]
@@ -153,8 +153,11 @@ class WeightSync:
                 raise UserError(
                     f"push of weight version {version} failed twice with no server at fault; the pool is paused"
                 )
-        seconds = [self._seconds.get(phase, 0.0) for phase in ("pausing", "sending", "loading", "proving")]
-        return PushReport(remaining, dict(self._lost), PushTimes(*seconds, self._manifest.num_bytes))
+        pause_s, prepare_s, commit_s, canary_s = (
+            self._seconds.get(phase, 0.0) for phase in ("pausing", "sending", "loading", "proving")
+        )
+        times = PushTimes(pause_s, prepare_s, commit_s, canary_s, self._manifest.num_bytes)
+        return PushReport(remaining, dict(self._lost), times)
 
     def close(self) -> None:
         """Leaves the communicator."""
@@ -341,7 +344,9 @@ class WeightSync:
         if shared is None:
             return faults
         # The servers that are up only report the loss of the others.
-        gone = {a: fault for a, fault in faults.items() if isinstance(fault, UnreachableError)}
+        gone: dict[str, UserError] = {
+            a: fault for a, fault in faults.items() if isinstance(fault, UnreachableError)
+        }
         if isinstance(shared, DisagreementError) or not gone:
             raise shared
         return gone

@@ -19,7 +19,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 from torch.distributed import BroadcastOptions, PrefixStore, TCPStore
-from torch.distributed.distributed_c10d import Backend, ProcessGroupGloo
+from torch.distributed.distributed_c10d import ProcessGroupGloo
 
 from rto_megatron.weight_sync.sockets import Address, listening, shut_down
 from rto_megatron.weight_sync.words import InFlight, TransportError, Words
@@ -97,6 +97,12 @@ class Wire(Protocol):
         ...
 
 
+class _Group(Protocol):
+    """What is used of torch's groups, whose stubs leave it out."""
+
+    def broadcast(self, tensors: list[Tensor], options: BroadcastOptions) -> InFlight: ...
+
+
 class NetworkWire:
     """Broadcasts among the first `world_size` ranks."""
 
@@ -107,7 +113,7 @@ class NetworkWire:
         self._meeting = meeting
         self._world_size = world_size
         self._device = device
-        self._group: Backend | None = None
+        self._group: _Group | None = None
         self._listeners: list[Address] = []  # gloo's, of all ranks
 
     def join(self, places: list[str]) -> None:
@@ -133,8 +139,7 @@ class NetworkWire:
         options.rootRank = source
         options.rootTensor = 0
         assert self._group is not None
-        in_flight: InFlight = self._group.broadcast([buffer], options)
-        return in_flight
+        return self._group.broadcast([buffer], options)
 
     def give_up(self) -> None:
         """Ends gloo's broadcasts; NCCL's group goes with the last reference to it."""
@@ -322,7 +327,7 @@ def _store(meeting: Rendezvous, listener: socket.socket | None) -> PrefixStore:
 
 def _nccl(
     meeting: Rendezvous, store: PrefixStore, rank: int, world_size: int, device: torch.device
-) -> Backend:
+) -> _Group:
     from torch.distributed.distributed_c10d import (
         ProcessGroupNCCL,
     )  # torch builds without CUDA have no such name
@@ -330,16 +335,16 @@ def _nccl(
     options = ProcessGroupNCCL.Options()
     options._timeout = timedelta(seconds=meeting.timeout_s)
     with torch.cuda.device(device):
-        return ProcessGroupNCCL(store, rank, world_size, options)
+        return ProcessGroupNCCL(store, rank, world_size, options)  # type: ignore[return-value]  # see _Group
 
 
 def _gloo(
     meeting: Rendezvous, store: PrefixStore, rank: int, world_size: int, device: ProcessGroupGloo.Device
-) -> Backend:
-    options = ProcessGroupGloo._Options()
+) -> _Group:
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # a name that the stub spells otherwise
     options._timeout = timedelta(seconds=meeting.timeout_s)
     options._devices = [device]
-    return ProcessGroupGloo(store, rank, world_size, options)
+    return ProcessGroupGloo(store, rank, world_size, options)  # type: ignore[return-value]  # see _Group
 
 
 def _gloo_device(host: str) -> tuple[ProcessGroupGloo.Device, Address]:

@@ -1,6 +1,6 @@
 import pytest
 
-from rto_megatron.data.batches import Batches
+from rto_megatron.data.batches import Batches, BatchesState
 from rto_megatron.errors import UserError
 from rto_megatron.types import Prompt
 
@@ -55,7 +55,7 @@ def test_state_counts_samples_of_all_ranks() -> None:
     batches = Batches(ITEMS, 6, seed=3, dp_rank=1, dp_size=2)
     batches.next_batch()
     state = batches.state()
-    assert (state["consumed_samples"], state["num_items"]) == (6, 23)
+    assert (state.consumed_samples, state.num_items) == (6, 23)
 
 
 def test_restore_moves_back_too() -> None:
@@ -79,6 +79,6 @@ def test_ranks_that_do_not_divide_the_batch_are_an_error() -> None:
 def test_restoring_with_other_data_or_batch_is_an_error() -> None:
     batches = Batches(ITEMS, 6, seed=0)
     with pytest.raises(UserError, match="22 items of data and there are 23"):
-        batches.restore({"consumed_samples": 6, "num_items": 22})
+        batches.restore(BatchesState(6, 22))
     with pytest.raises(UserError, match="no multiple of the global batch"):
-        batches.restore({"consumed_samples": 8, "num_items": 23})
+        batches.restore(BatchesState(8, 23))

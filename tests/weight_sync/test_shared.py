@@ -24,7 +24,8 @@ from rto_megatron.weight_sync.shared import (
     open_window,
     partners,
 )
-from rto_megatron.weight_sync.transport import LOOPBACK, Communicator, Rendezvous, TransportError, listen
+from rto_megatron.weight_sync.transport import LOOPBACK, Communicator, Rendezvous, listen
+from rto_megatron.weight_sync.words import TransportError
 
 CPU = torch.device("cpu")
 

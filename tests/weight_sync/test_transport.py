@@ -15,9 +15,9 @@ from rto_megatron.weight_sync.transport import (
     Communicator,
     DisagreementError,
     Rendezvous,
-    TransportError,
     listen,
 )
+from rto_megatron.weight_sync.words import TransportError
 
 
 def spec(name: str, length: int) -> PieceSpec:

@@ -12,7 +12,7 @@ from rto_megatron.errors import UserError
 from rto_megatron.experiments.sample_efficiency import Design
 from rto_megatron.reporting.metrics import read_metrics
 
-Series = NDArray[np.float64]
+Series = NDArray[np.floating]
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,10 @@ class Curve:
     def smoothed(self, window: int) -> "Curve":
         """Means over `window` steps, each at the last of them."""
         kernel = np.ones(window) / window
-        means = (np.convolve(one, kernel, "valid") for one in (self.returns, self.kl, self.tokens))
-        return Curve(self.episodes[window - 1 :], *means)
+        returns, kl, tokens = (
+            np.convolve(one, kernel, "valid") for one in (self.returns, self.kl, self.tokens)
+        )
+        return Curve(self.episodes[window - 1 :], returns, kl, tokens)
 
 
 def seed_folder(root: Path, seed: int) -> Path:

@@ -3,16 +3,16 @@
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from rto_megatron.algorithms import ALGORITHMS
+from rto_megatron.algorithms.method import OnlineMethod
 from rto_megatron.config import schema
 from rto_megatron.config.load import load_recipe
 from rto_megatron.config.overrides import as_override
 from rto_megatron.data.synthetic import SIZES_LONG, write_synthetic_task
 from rto_megatron.data.synthetic_source import LONG
-from rto_megatron.data.tokenizer import load_tokenizer, tokens_with
+from rto_megatron.data.tokenizer import load_tokenizer
 from rto_megatron.data.true_reward import TrueReward
 from rto_megatron.experiments.sample_efficiency import Design
 from rto_megatron.experiments.sample_efficiency.arms import ARMS, Arm
@@ -23,7 +23,7 @@ from rto_megatron.reporting.evaluation import FILE_NAME
 from rto_megatron.reporting.progress import say
 from rto_megatron.trainer.evaluate import evaluate
 from rto_megatron.trainer.offline import train_offline
-from rto_megatron.trainer.online import train_online
+from rto_megatron.trainer.online import build_algorithm, train_online
 from rto_megatron.trainer.parts import planned_parts
 
 HIDDEN_SIZE = 64
@@ -78,13 +78,15 @@ class Lane:
         if (folder / "evaluations" / name / FILE_NAME).exists():
             return
         say(f"seed {seed}: {name}", True)
+        method = ALGORITHMS[arm.stage]
+        has_dpo = isinstance(method, OnlineMethod) and method.has_dpo
         config = self._load(
             "reinforcement",
             folder,
             f"vars.method={arm.stage}",
             f"run.seed={seed}",
             as_override("run.dir", folder / name),
-            *([as_override("models.dpo", folder / "dpo")] if ALGORITHMS[arm.stage].has_dpo else []),
+            *([as_override("models.dpo", folder / "dpo")] if has_dpo else []),
             *arm.overrides,
             *self._pool(),
             *self.overrides,
@@ -95,8 +97,7 @@ class Lane:
         algorithm = None
         if arm.control is not None:
             task = folder / "task"
-            vocabulary = partial(tokens_with, load_tokenizer(task / "tokenizer"))
-            built = ALGORITHMS[arm.stage].build(config.algorithm, vocabulary)
+            built = build_algorithm(config, load_tokenizer(task / "tokenizer"))
             algorithm = arm.control(built, TrueReward.load(task / "true_reward.json"))
         if not (folder / name / "hf").exists():
             with held(config.run.dir):

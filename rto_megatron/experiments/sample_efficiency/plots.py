@@ -63,7 +63,7 @@ def _lines(arms: Sequence[ArmResult], design: Design, x: Axis, y: Axis, labels: 
 def _offline_points(results: Sequence[ArmResult], axes: Axes) -> None:
     for arm in results:
         if arm.factor is None:
-            level = np.mean([true_return(one.evaluation) for one in arm.seeds])
+            level = float(np.mean([true_return(one.evaluation) for one in arm.seeds]))
             axes.axhline(level, ls=":", color="black", lw=1)
             axes.annotate(arm.name, (axes.get_xlim()[0], level), fontsize="small", va="bottom")
 

@@ -5,7 +5,6 @@ The names are those of megatron-core's MLATransformerConfig with TransformerEngi
 
 import re
 from dataclasses import replace
-from typing import Any
 
 from rto_megatron.models.families import blocks, qwen3_moe
 from rto_megatron.models.family import Family
@@ -104,7 +103,7 @@ def _read(config: HfConfig, shape: ModelShape) -> ModelShape:
     return replace(shape, head_dim=latent.nope_dim + latent.rope_dim, experts=experts, latent=latent)
 
 
-def _config(shape: ModelShape) -> dict[str, Any]:
+def _config(shape: ModelShape) -> dict[str, object]:
     experts, latent = shape.experts, shape.latent
     assert experts is not None and latent is not None and experts.routing is not None
     assert experts.shared_ffn_hidden_size is not None

@@ -5,7 +5,6 @@ renormalise.
 """
 
 from dataclasses import replace
-from typing import Any
 
 from rto_megatron.models.families import blocks
 from rto_megatron.models.family import Family
@@ -44,7 +43,7 @@ def refuse_single_normalized(config: HfConfig, per_token: int) -> None:
         )
 
 
-def _config(shape: ModelShape) -> dict[str, Any]:
+def _config(shape: ModelShape) -> dict[str, object]:
     assert shape.experts is not None
     return {
         "num_local_experts": shape.experts.num,

@@ -1,7 +1,6 @@
 """Qwen2-MoE: Qwen2's attention, experts, and a gated expert that every token passes."""
 
 from dataclasses import replace
-from typing import Any
 
 from rto_megatron.models.families import blocks, qwen2, qwen3_moe
 from rto_megatron.models.family import Family
@@ -30,7 +29,7 @@ def _read(config: HfConfig, shape: ModelShape) -> ModelShape:
     return replace(shape, has_qkv_bias=True, experts=experts)
 
 
-def _config(shape: ModelShape) -> dict[str, Any]:
+def _config(shape: ModelShape) -> dict[str, object]:
     assert shape.experts is not None
     shared = {"shared_expert_intermediate_size": shape.experts.shared_ffn_hidden_size, "qkv_bias": True}
     return {**qwen3_moe.experts_config(shape), **shared}

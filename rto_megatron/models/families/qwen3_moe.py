@@ -1,7 +1,6 @@
 """Qwen3-MoE: Qwen3's attention; layers with experts and dense ones may alternate."""
 
 from dataclasses import replace
-from typing import Any
 
 from rto_megatron.models.families import blocks, mixtral, qwen2
 from rto_megatron.models.family import Family
@@ -54,7 +53,7 @@ def _read(config: HfConfig, shape: ModelShape) -> ModelShape:
     return replace(shape, has_qk_norm=True, experts=read_experts(config, shape))
 
 
-def experts_config(shape: ModelShape) -> dict[str, Any]:
+def experts_config(shape: ModelShape) -> dict[str, object]:
     """The keys that `read_experts` reads."""
     experts = shape.experts
     assert experts is not None

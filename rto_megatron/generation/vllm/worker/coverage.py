@@ -82,7 +82,7 @@ class _Rehearsal:
         loader = wrapped or default_weight_loader
         # The reload has wrapped the loader in one that buffers data; the real one is underneath.
         while loader.__name__ == "online_process_loader":
-            loader = loader.__wrapped__
+            loader = loader.__wrapped__  # type: ignore[union-attr]  # set by functools.wraps
         # Biases are never moved to the meta device by the reload: they must not be loaded into here.
         stand_in = to_meta_tensor(parameter)
         self._originals.append((parameter, wrapped))
@@ -104,7 +104,7 @@ class _Rehearsal:
             self._note((source, Place.of(target, name, stand_in)) for target, source in copies.seen)
             return returned
 
-        parameter.weight_loader = count  # type: ignore[attr-defined]
+        parameter.weight_loader = count  # type: ignore[attr-defined]  # vLLM keeps it on the tensor
 
     def _note(self, copies: Iterable[tuple[Tensor, Place]]) -> None:
         spec = self._tensor
@@ -122,7 +122,7 @@ class _Rehearsal:
             empty = torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device="meta")
             before = len(self._problems)
             try:
-                self._model.load_weights([(spec.name, empty)])
+                load_weights(self._model, [(spec.name, empty)])
             except (
                 AssertionError,
                 AttributeError,
@@ -147,9 +147,15 @@ class _Rehearsal:
     def restore_loaders(self) -> None:
         for parameter, wrapped in self._originals:
             if wrapped is None:
-                del parameter.weight_loader  # type: ignore[attr-defined]
+                del parameter.weight_loader  # type: ignore[attr-defined]  # vLLM keeps it on the tensor
             else:
-                parameter.weight_loader = wrapped  # type: ignore[attr-defined]
+                parameter.weight_loader = wrapped  # type: ignore[attr-defined]  # as above
+
+
+def load_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+    """Loads whole tensors by vLLM's own loader; returns the names of the parameters that it filled."""
+    load: Callable[..., set[str]] = model.load_weights  # type: ignore[assignment]  # unknown to torch's Module
+    return load(weights)
 
 
 def tied_parameters(model: nn.Module) -> list[tuple[str, nn.Module]]:

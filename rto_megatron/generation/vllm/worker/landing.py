@@ -1,8 +1,9 @@
 """Watches vLLM's loaders write: what was copied into the parameters must be what arrived, all of it, under its name."""
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +20,17 @@ class Copies(TorchDispatchMode):
     """Records every `copy_` as (target, source), after it happened."""
 
     def __init__(self, on_copy: Callable[[Tensor, Tensor], None] | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch left it so
         self.seen: list[tuple[Tensor, Tensor]] = []
         self._on_copy = on_copy or (lambda target, source: self.seen.append((target, source)))
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
         returned = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.copy_.default:
             self._on_copy(args[0], args[1])
@@ -46,7 +53,7 @@ class _Loaded:
         start = tensor.data_ptr()
         end = start + tensor.numel() * tensor.element_size()
         storage = StorageWeakRef(tensor.untyped_storage())
-        return _Loaded(name, tuple(tensor.shape), start, end, tensor.storage_offset(), storage)
+        return _Loaded(name, tuple(tensor.shape), start, end, int(tensor.storage_offset()), storage)
 
 
 class Landing:

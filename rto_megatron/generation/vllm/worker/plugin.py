@@ -6,26 +6,27 @@ its weight-transfer engine is made.
 """
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
+from vllm.config import VllmConfig, WeightTransferConfig
 from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from rto_megatron.generation.vllm.worker.coverage import Coverage, rehearse, tied_parameters
+from rto_megatron.generation.vllm.worker.coverage import Coverage, load_weights, rehearse, tied_parameters
 from rto_megatron.generation.vllm.worker.landing import Landing
 from rto_megatron.generation.vllm.worker.receiver import Receiver, Staged
 from rto_megatron.weight_sync.manifest import Manifest
 from rto_megatron.weight_sync.sender import agree_on_manifest
 from rto_megatron.weight_sync.shared import open_communicator
-from rto_megatron.weight_sync.transport import Communicator, Rendezvous, TransportError
+from rto_megatron.weight_sync.transport import Communicator, Rendezvous
+from rto_megatron.weight_sync.words import TransportError
 
 _BACKEND = "rto"
 _log = init_logger(__name__)
@@ -53,8 +54,10 @@ class RtoWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(
+        self, config: WeightTransferConfig, vllm_config: VllmConfig, device: torch.device, model: nn.Module
+    ) -> None:
+        super().__init__(config, vllm_config, device, model)
         self._communicator: Communicator | None = None
         self._manifest = Manifest(0, ())
         self._staged: Staged | None = None
@@ -103,7 +106,7 @@ class RtoWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         """Forgets what an unfinished push left behind."""
         self._staged = None
 
-    def update_weights(self, update_info: dict[str, Any]) -> None:
+    def update_weights(self, update_info: dict[str, object]) -> None:
         """Prepares: receives all buckets and proves them; the model is not touched.
 
         Raises:
@@ -175,15 +178,15 @@ class RtoWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         with landing.watch():
             try:
                 tensors = staged.tensors(self._manifest.tensors())
-                loaded = set(
-                    self.model.load_weights((name, landing.announce(name, full)) for name, full in tensors)
-                )
+                announced = ((name, landing.announce(name, full)) for name, full in tensors)
+                loaded = set(load_weights(self.model, announced))
             finally:
                 finalize_layerwise_reload(self.model, self.model_config)
         # The reload processes a tied parameter for its first owner only. The output layer of a CPU keeps a packed
         # copy and would go on with the old one.
         for _, module in tied_parameters(self.model):
-            module.quant_method.process_weights_after_loading(module)
+            pack: Callable[..., None] = module.quant_method.process_weights_after_loading  # type: ignore[union-attr, assignment]  # unknown to torch's Module
+            pack(module)
         if expected - loaded:
             return f"parameters left out by vLLM's loader: {sorted(expected - loaded)[:5]}"
         return landing.faults()

@@ -98,7 +98,7 @@ class Place:
     @staticmethod
     def of(view: Tensor, name: str, parameter: Tensor) -> "Place":
         """The part that `view` shows of a parameter whose storage it shares."""
-        offset = view.storage_offset() - parameter.storage_offset()
+        offset = int(view.storage_offset() - parameter.storage_offset())
         return Place(name, offset, tuple(view.shape), view.stride())
 
     def view(self, parameter: Tensor) -> Tensor:
