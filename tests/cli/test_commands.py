@@ -25,6 +25,7 @@ COMMANDS = (
     "node",
     "address",
     "report",
+    "quantize",
 )
 
 
