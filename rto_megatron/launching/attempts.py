@@ -16,13 +16,13 @@ from types import FrameType
 
 import typer
 
-from rto_megatron.engine.source import latest_checkpoint
 from rto_megatron.errors import UserError
 from rto_megatron.launching.torchrun import RankFailure, has_ranks, kill_ranks
 from rto_megatron.lifecycle.ending import MEMORY_KNOBS, finished_steps
 from rto_megatron.lifecycle.stacks import drop_empty
 from rto_megatron.lifecycle.status import STACKS, ExitReason, Status, clear_status, read_status, write_status
 from rto_megatron.lifecycle.stopping import STOP_FILE, Preempted
+from rto_megatron.storage.checkpoints import latest_checkpoint
 
 # What may pass. Seeds are those of the step, so memory, disk and numbers would fail again in the same way.
 _RETRIED = (ExitReason.INFRA_LOST_RANK, ExitReason.INFRA_NO_GENERATOR, ExitReason.HANG, ExitReason.BUG)
