@@ -15,10 +15,6 @@ export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # a lost rank is told i
 say() { echo "[$(date +%T) job $SLURM_JOB_ID, start $start, attempt $attempt] $*"; }
 join() { local IFS=,; echo "$*"; }
 pause() { sleep 1 & wait $!; } # not a plain sleep, so that a signal is acted upon at once
-field() { # NAME: of the status, which has one a line; quotes within a text are \"
-  sed -n "s/^ *\"$1\": //; T; s/,\$//; s/^\"\(.*\)\"\$/\1/; s/\\\\\"/\"/g; p" "$status" 2>/dev/null
-}
-saved() { cat "$run_dir/checkpoints/latest" 2>/dev/null; }
 finish() { # STATUS
   stop_pool
   exit "$1"
@@ -98,9 +94,8 @@ wait_for_pool() {
   done
 }
 
-train() { # one attempt; its end is in $reason and $crash
-  local trainer keys=() before
-  before=$(saved)
+train() { # one attempt
+  local trainer keys=()
   if [ "$num_servers" -gt 0 ]; then
     keys=("rollout.servers=[$(cat "$announced"/*.address | paste -sd,)]" "rollout.token_file=$token")
   fi
@@ -113,14 +108,16 @@ train() { # one attempt; its end is in $reason and $crash
     [ -z "$stopping" ] || touch "$run_dir/STOP" # more than once, as a trainer removes what is older than itself
     pause
   done
-  if [ ! -s "$status" ]; then # nobody lived to write it
-    printf '{\n  "%s": "%s",\n  "step": 0,\n  "%s": "%s",\n  "attempt": %s,\n  "%s": "%s",\n  "exit_code": 1\n}\n' reason \
-      INFRA_LOST_RANK message "no rank could say why" "$attempt" fingerprint "no status" >"$status"
-  fi
-  reason=$(field reason)
-  crash="$(field step) $(field fingerprint)"
-  [ "$(saved)" = "$before" ] || { left=$restarts last_crash=''; } # a new checkpoint
-  say "the trainer ended: $reason after step $(field step) $(field message)"
+}
+
+decide() { # what follows the attempt, in $next: AGAIN, REQUEUE or END; and $code, the exit status of an END
+  local line ended told=()
+  [ -z "$stopping" ] || told=(--time-is-up)
+  line=$(step decision 0 1 "$rto" after-attempt "$run_dir" --attempt "$attempt" --restarts "$restarts" "${told[@]}") ||
+    fail "nothing decided what follows this attempt: its step failed, as those of a cancelled job do; how the attempt" \
+      "ended is in $status, if a rank could say so; submit the job again to go on from the last checkpoint"
+  read -r next code ended <<<"$line"
+  say "$ended"
 }
 
 requeue() {
@@ -135,7 +132,6 @@ trap 'stopping=yes; touch "$run_dir/STOP"' USR1
 trap 'finish 143' TERM
 mkdir -p "$run_dir/pool"
 head=$(step address 0 1 "$rto" address --interface "$interface") || fail "no address on interface $interface; set interface"
-left=$restarts last_crash=''
 while :; do
   attempt=$((attempt + 1))
   say "trainer: $(join "${nodes[@]:0:num_trainers}"); pool: $(join "${nodes[@]:num_trainers}"); meeting: $head:$port"
@@ -145,20 +141,12 @@ while :; do
   fi
   [ -z "$stopping" ] || requeue
   train
-  case $reason in
-    DONE) finish 0 ;;
-    CONFIG) finish 2 ;;
-    INTERRUPTED) finish 130 ;;
-    # A STOP that a person touched ends the job; only the end of its time queues it again.
-    PREEMPTED) if [ -n "$stopping" ]; then requeue; else finish 85; fi ;;
-    INFRA_LOST_RANK | INFRA_NO_GENERATOR | HANG | BUG) ;;
-    *) finish 1 ;; # would fail again in the same way
+  decide
+  case $next in
+    AGAIN) ;;
+    REQUEUE) requeue ;;
+    END) finish "$code" ;;
+    *) fail "not understood: $next $code" ;;
   esac
   [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ] || finish 1 # cancelled
-  if [ "$crash" = "$last_crash" ]; then
-    sed -i 's/"reason": "[A-Z_]*"/"reason": "REPEATED_CRASH"/' "$status"
-    fail "REPEATED_CRASH: twice alike, so it is not started again: $crash"
-  fi
-  [ "$left" -gt 0 ] || fail "no restart is left ($restarts in a row without a new checkpoint)"
-  left=$((left - 1)) last_crash=$crash
 done

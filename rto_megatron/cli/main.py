@@ -17,6 +17,7 @@ from rto_megatron.cli import (
     launch,
     node,
     pool,
+    quantize,
     report,
     resume_check,
     slurm,
@@ -34,7 +35,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for group in (launch, slurm, node, train, check, doctor, data, pool, report, resume_check, experiment):
+for group in (
+    launch,
+    slurm,
+    node,
+    train,
+    check,
+    doctor,
+    data,
+    pool,
+    report,
+    resume_check,
+    experiment,
+    quantize,
+):
     group.register(app)
 app.add_typer(convert.app)
 

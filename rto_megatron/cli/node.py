@@ -1,5 +1,6 @@
-"""`rto node`: the trainer ranks of one machine, in a job on several machines."""
+"""What a job on several machines runs as its steps: `rto node`, `rto address` and `rto after-attempt`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,6 +17,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands of this file to `app`."""
     app.command()(node)
     app.command()(address)
+    app.command(hidden=True)(after_attempt)
 
 
 def node(
@@ -78,3 +80,31 @@ def address(interface: Interface) -> None:
     from rto_megatron.platform.network import interface_address
 
     typer.echo(interface_address(interface))
+
+
+def after_attempt(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run folder.", show_default=False)],
+    attempt: Annotated[
+        int, typer.Option(min=1, help="Number of the attempt that has ended; 1 is the first.")
+    ],
+    restarts: Annotated[
+        int, typer.Option(min=0, help="Fresh starts after a crash, in a row without a new checkpoint.")
+    ],
+    time_is_up: Annotated[
+        bool, typer.Option("--time-is-up", help="The scheduler told the job to stop, not a person.")
+    ] = False,
+) -> None:
+    """Print what follows an attempt of a job, as one line WORD STATUS TEXT; the jobs that `rto slurm` writes obey it.
+
+    AGAIN: start the next attempt. REQUEUE: give the job back to the queue. END: end the job with exit status STATUS.
+    TEXT says how the attempt ended, for the log. `rto launch` decides alike. Run it once for each attempt, after all
+    its ranks are gone: it completes run_status.json, and counts the attempts in RUN_DIR/attempts.json.
+    """
+    from rto_megatron.launching.attempts import decide_in_job
+
+    decision = decide_in_job(run_dir, attempt, restarts, time_is_up)
+    status = decision.status
+    ended = f"the trainer ended: {status.reason} after step {status.step} {status.message}"
+    if decision.is_out_of_restarts:
+        ended += f"; no restart is left ({restarts} in a row without a new checkpoint)"
+    typer.echo(f"{decision.next} {status.reason.exit_code} {' '.join(ended.split())}")

@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from rto_megatron.engine.source import CHECKPOINTS, find_source, has_language_model
+from rto_megatron.engine.source import find_source
 from rto_megatron.errors import UserError
 from rto_megatron.models.config_files import config_of, shape_of
 from rto_megatron.models.hf_config import read_config
 from rto_megatron.models.model_folder import misnamed
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.models.weight_map import dtype_name
+from rto_megatron.storage.checkpoints import CHECKPOINTS, LANGUAGE_ROLES, find_role
 from rto_megatron.storage.file_digests import WEIGHTS, first_problem
 from rto_megatron.storage.megatron_args import require_agreement, shape_of_args
 from rto_megatron.storage.megatron_common import read_args
@@ -94,7 +95,7 @@ def _of_run(path: Path, scalar: bool | None) -> MegatronFolder:
         role = path
     else:
         # A run keeps both a policy and a critic: the policy is its result.
-        is_scalar = scalar if scalar is not None else not has_language_model(path)
+        is_scalar = scalar if scalar is not None else find_role(path, LANGUAGE_ROLES) is None
         role = find_source(path, is_scalar, is_random=False, key="SOURCE").path
     problem = first_problem(role)
     if problem is not None:

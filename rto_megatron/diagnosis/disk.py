@@ -7,9 +7,9 @@ from pathlib import Path
 from rto_megatron.config.roles import roles_of
 from rto_megatron.config.schema import Stage, TrainStage
 from rto_megatron.diagnosis.finding import Finding
-from rto_megatron.engine.source import finished_checkpoints, pointer_problem
 from rto_megatron.planning.memory import checkpoint_bytes, gib
 from rto_megatron.planning.shapes import find_shape
+from rto_megatron.storage.checkpoints import finished_checkpoints, pointer_problem
 from rto_megatron.storage.file_digests import checkpoint_problem
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from rto_megatron.engine.integrity import CheckpointError, raise_together, write_error
 from rto_megatron.engine.saving import STATE, point_to
-from rto_megatron.engine.source import (
+from rto_megatron.parallel.collectives import Json
+from rto_megatron.parallel.topology import Topology
+from rto_megatron.storage.checkpoints import (
     CHECKPOINTS,
     POINTER,
     finished_checkpoints,
@@ -14,8 +16,6 @@ from rto_megatron.engine.source import (
     pointed_name,
     pointer_problem,
 )
-from rto_megatron.parallel.collectives import Json
-from rto_megatron.parallel.topology import Topology
 from rto_megatron.storage.file_digests import checkpoint_problem
 
 DAMAGED = "damaged_"  # <run>/checkpoints/damaged_step_<step>: what a resume from an older one set aside

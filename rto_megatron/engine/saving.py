@@ -14,12 +14,12 @@ from pathlib import Path
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 
 from rto_megatron.engine.integrity import CheckpointError, raise_together, room_error, write_error
-from rto_megatron.engine.source import CHECKPOINTS, POINTER, finished_checkpoints
 from rto_megatron.parallel.collectives import Json
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.platform import faults
 from rto_megatron.platform.patience import patiently
 from rto_megatron.platform.sync_save import ShardWriter, plan_shards
+from rto_megatron.storage.checkpoints import CHECKPOINTS, POINTER, finished_checkpoints
 from rto_megatron.storage.file_digests import (
     MANIFEST,
     WEIGHTS,

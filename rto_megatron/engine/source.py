@@ -1,7 +1,6 @@
 """Where a role's weights come from: a Hugging Face folder, a checkpoint of a stage or of Megatron-LM, a seeded draw."""
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,15 +11,16 @@ from rto_megatron.errors import UserError
 from rto_megatron.models.config_files import read_shape
 from rto_megatron.models.model_folder import code_problems, misnamed, misnamed_folder
 from rto_megatron.models.shape import ModelShape
-from rto_megatron.storage.file_digests import WEIGHTS
+from rto_megatron.storage.checkpoints import (
+    LANGUAGE_ROLES,
+    SCALAR_ROLES,
+    checkpoint_of,
+    find_role,
+    pointer_problem,
+)
 from rto_megatron.storage.megatron_folder import HF_FILES, find_megatron, require_tokenizer_of_conversion
 from rto_megatron.storage.weight_files import adapter_problem
 from rto_megatron.types import ValueScale
-
-CHECKPOINTS = "checkpoints"
-POINTER = "latest"  # <run>/checkpoints/latest: the name of the newest finished checkpoint
-LANGUAGE_ROLES = ("policy_ema", "policy")  # where a run keeps an average of the policy, that is its result
-SCALAR_ROLES = ("reward", "critic")
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,11 @@ def find_source(path: Path, has_scalar_head: bool, is_random: bool, key: str) ->
         return WeightSource("random" if is_random else "megatron", megatron.weights, megatron.hf_files)
     if (problem := pointer_problem(path)) is not None:
         raise UserError(f"{key}: {problem}; put it back, or name one of the checkpoints that are left")
-    checkpoint = latest_checkpoint(path) if (path / CHECKPOINTS).is_dir() else path
     roles = SCALAR_ROLES if has_scalar_head else LANGUAGE_ROLES
-    for role in roles:
-        if checkpoint is not None and (checkpoint / role / WEIGHTS).is_dir():
-            return WeightSource("checkpoint", checkpoint / role, checkpoint / role / HF_FILES)
+    role = find_role(path, roles)
+    if role is not None:
+        return WeightSource("checkpoint", role, role / HF_FILES)
+    checkpoint = checkpoint_of(path)
     if checkpoint == path and (known := misnamed_folder(path)) is not None:
         raise UserError(f"{key}: {known}")
     found = sorted(p.name for p in (checkpoint or path).iterdir())[:8]
@@ -122,50 +122,3 @@ def find_sources(config: schema.Stage) -> dict[str, WeightSource]:
         for problem in code_problems(source.hf_folder)
     )
     return sources
-
-
-def has_language_model(path: Path) -> bool:
-    """Whether a run folder or checkpoint holds a policy."""
-    checkpoint = latest_checkpoint(path) if (path / CHECKPOINTS).is_dir() else path
-    return checkpoint is not None and any((checkpoint / role / WEIGHTS).is_dir() for role in LANGUAGE_ROLES)
-
-
-def finished_checkpoints(run_dir: Path) -> list[Path]:
-    """Oldest first; unfinished ones are never under a final name."""
-    folders = (run_dir / CHECKPOINTS).glob("step_*")
-    return sorted((f for f in folders if is_step_name(f.name)), key=_step_of)
-
-
-def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest finished checkpoint of a run."""
-    folders = finished_checkpoints(run_dir)
-    return folders[-1] if folders else None
-
-
-def pointer_problem(run_dir: Path) -> str | None:
-    """Whether the pointer names a checkpoint that is newer than all there are: one that stood and is gone."""
-    pointer, name, newest = run_dir / CHECKPOINTS / POINTER, pointed_name(run_dir), latest_checkpoint(run_dir)
-    if name is None:
-        return None
-    if newest is None:
-        return f"{pointer} holds {name!r}, and no checkpoint is beside it; one stood there before"
-    if is_step_name(name) and _step_of(newest) < _step_of(Path(name)):
-        return f"{pointer} names {name}, which is missing; the newest there is {newest.name}"
-    return None
-
-
-def pointed_name(run_dir: Path) -> str | None:
-    """What the pointer holds; None where there is none, as before the end of the first save."""
-    try:
-        return (run_dir / CHECKPOINTS / POINTER).read_text().strip()
-    except FileNotFoundError:
-        return None
-
-
-def is_step_name(name: str) -> bool:
-    """Whether a checkpoint can have this name."""
-    return re.fullmatch(r"step_\d{6,}", name) is not None
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step_"))

@@ -1,25 +1,32 @@
-"""The attempts of one launch: a crash that may pass is followed by a fresh start from the last checkpoint."""
+"""The attempts of one launch: a crash that may pass is followed by a fresh start from the last checkpoint.
+
+`decide` says what follows an attempt, on one machine (`run_attempts`) and in a SLURM job (`decide_in_job`) alike.
+"""
 
 import itertools
+import json
 import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 from types import FrameType
 
 import typer
 
-from rto_megatron.engine.source import latest_checkpoint
+from rto_megatron.errors import UserError
 from rto_megatron.launching.torchrun import RankFailure, has_ranks, kill_ranks
 from rto_megatron.lifecycle.ending import MEMORY_KNOBS, finished_steps
 from rto_megatron.lifecycle.stacks import drop_empty
 from rto_megatron.lifecycle.status import STACKS, ExitReason, Status, clear_status, read_status, write_status
 from rto_megatron.lifecycle.stopping import STOP_FILE, Preempted
+from rto_megatron.storage.checkpoints import latest_checkpoint
 
 # What may pass. Seeds are those of the step, so memory, disk and numbers would fail again in the same way.
 _RETRIED = (ExitReason.INFRA_LOST_RANK, ExitReason.INFRA_NO_GENERATOR, ExitReason.HANG, ExitReason.BUG)
+ATTEMPTS_FILE = "attempts.json"  # <run>/attempts.json: what a job's next decision must know of those before
 _MEMORY_EVENTS = Path("/sys/fs/cgroup/memory.events")
 
 Start = Callable[[], RankFailure | None]
@@ -72,6 +79,79 @@ def listening(run_dir: Path) -> Iterator[Stopping]:
             signal.signal(one, handler)
 
 
+class Next(StrEnum):
+    """What follows an attempt."""
+
+    AGAIN = "AGAIN"  # a fresh start from the last checkpoint
+    REQUEUE = "REQUEUE"  # the job goes back into the scheduler's queue, since its time is up
+    END = "END"
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What the decision on an attempt must know of those before it.
+
+    Args:
+        restarts_left: fresh starts until there is a new checkpoint.
+        fingerprint: of the last crash; empty: there was none.
+        checkpoint: name of the newest one when the attempt began; empty: there was none.
+
+    Example:
+        Tally(restarts_left=3, fingerprint="", checkpoint="step_000200")
+    """
+
+    restarts_left: int
+    fingerprint: str
+    checkpoint: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What follows an attempt, and how that attempt ended.
+
+    Args:
+        status: as the attempt left it, or REPEATED_CRASH.
+        tally: for the decision on the next attempt.
+    """
+
+    next: Next
+    status: Status
+    tally: Tally
+
+    @property
+    def is_out_of_restarts(self) -> bool:
+        """True if the run ends with a crash that may pass: it was not asked to stop, and no restart is left."""
+        return self.next is Next.END and self.status.reason in _RETRIED
+
+
+def decide(
+    status: Status, checkpoint: str, tally: Tally, restarts: int, when_stopped: Next | None = None
+) -> Decision:
+    """Says what follows an attempt.
+
+    Args:
+        status: how the attempt ended.
+        checkpoint: name of the newest one now; empty: there is none.
+        tally: of the attempts before.
+        restarts: fresh starts in a row without a new checkpoint.
+        when_stopped: what follows an end that a stop has asked for; None: none did.
+    """
+    may_pass = status.reason in _RETRIED
+    if when_stopped is not None and (may_pass or status.reason is ExitReason.PREEMPTED):
+        return Decision(when_stopped, status, tally)
+    if not may_pass:
+        return Decision(Next.END, status, tally)
+    has_progressed = checkpoint != tally.checkpoint
+    if tally.fingerprint and status.fingerprint == tally.fingerprint and not has_progressed:
+        repeated = f"crashed twice alike ({status.fingerprint}), so it is not started again: {status.message}"
+        status = replace(status, reason=ExitReason.REPEATED_CRASH, message=repeated)
+        return Decision(Next.END, status, tally)
+    left = restarts if has_progressed else tally.restarts_left
+    if left == 0:
+        return Decision(Next.END, status, tally)
+    return Decision(Next.AGAIN, status, Tally(left - 1, status.fingerprint, checkpoint))
+
+
 def run_attempts(run_dir: Path, restarts: int, stopping: Stopping, prepare: Prepare, start: Start) -> Status:
     """Starts the ranks until the run has ended or is not to be started again.
 
@@ -82,28 +162,69 @@ def run_attempts(run_dir: Path, restarts: int, stopping: Stopping, prepare: Prep
     Returns:
         how it ended, which run_status.json says too.
     """
-    left, last = restarts, ""
+    tally = Tally(restarts, "", _newest(run_dir))
     for attempt in itertools.count(1):
-        saved = latest_checkpoint(run_dir)
         status = _attempt(run_dir, attempt, stopping, start)
-        has_progressed = latest_checkpoint(run_dir) != saved
-        if status.reason not in _RETRIED or stopping.is_asked:
+        when_stopped = Next.END if stopping.is_asked else None
+        decision = decide(status, _newest(run_dir), tally, restarts, when_stopped)
+        status, tally = decision.status, decision.tally
+        if decision.next is Next.END or not prepare(attempt + 1):
             break
-        if status.fingerprint == last and not has_progressed:
-            repeated = f"crashed twice alike ({last}), so it is not started again: {status.message}"
-            status = replace(status, reason=ExitReason.REPEATED_CRASH, message=repeated)
-            break
-        left, last = restarts if has_progressed else left, status.fingerprint
-        if not left or not prepare(attempt + 1):
-            break
-        left -= 1
         typer.echo(
             f"warning: attempt {attempt} ended after step {status.step} with {status.reason}: {status.message}\n"
-            f"warning: starting attempt {attempt + 1}, {left} more without a new checkpoint",
+            f"warning: starting attempt {attempt + 1}, {tally.restarts_left} more without a new checkpoint",
             err=True,
         )
     write_status(run_dir, status)
     return status
+
+
+def decide_in_job(run_dir: Path, attempt: int, restarts: int, is_time_up: bool) -> Decision:
+    """As `run_attempts` decides, once for each attempt of a job; the tally waits in the run folder meanwhile.
+
+    Args:
+        attempt: that has ended; 1 is the first of this start of the job.
+        is_time_up: whether the scheduler told the job to stop; a stop that a person asked for ends the run.
+
+    Returns:
+        what follows; run_status.json says how the attempt ended.
+
+    Raises:
+        UserError: the tally of the attempts before is missing or damaged.
+    """
+    path = run_dir / ATTEMPTS_FILE
+    # Of a first attempt any tally without a crash gives the same decision, whatever its checkpoint.
+    tally = Tally(restarts, "", "") if attempt == 1 else _read_tally(path)
+    nobody_lived = Status(
+        ExitReason.INFRA_LOST_RANK, finished_steps(run_dir), "no rank could say why", attempt, "no status"
+    )
+    when_stopped = Next.REQUEUE if is_time_up else None
+    decision = decide(read_status(run_dir) or nobody_lived, _newest(run_dir), tally, restarts, when_stopped)
+    write_status(run_dir, decision.status)
+    if decision.next is Next.AGAIN:
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_text(json.dumps(asdict(decision.tally), indent=2) + "\n")
+        partial.replace(path)
+    else:
+        path.unlink(missing_ok=True)
+    return decision
+
+
+def _read_tally(path: Path) -> Tally:
+    try:
+        found = json.loads(path.read_text())
+        return Tally(int(found["restarts_left"]), str(found["fingerprint"]), str(found["checkpoint"]))
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: found no tally of the attempts before this one ({type(error).__name__}: {error}); expected what "
+            "the decision on the last attempt wrote; submit the job again, which begins a new count"
+        ) from error
+
+
+def _newest(run_dir: Path) -> str:
+    """Name of the newest checkpoint; empty: there is none."""
+    checkpoint = latest_checkpoint(run_dir)
+    return "" if checkpoint is None else checkpoint.name
 
 
 def _attempt(run_dir: Path, attempt: int, stopping: Stopping, start: Start) -> Status:

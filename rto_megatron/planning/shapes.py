@@ -8,6 +8,8 @@ from rto_megatron.errors import UserError
 from rto_megatron.models.config_files import read_shape
 from rto_megatron.models.model_folder import misnamed, misnamed_folder
 from rto_megatron.models.shape import ModelShape
+from rto_megatron.storage.checkpoints import LANGUAGE_ROLES, SCALAR_ROLES, find_role
+from rto_megatron.storage.megatron_folder import HF_FILES
 
 
 def _llama(layers: int, hidden: int, ffn: int, heads: int, head_dim: int, version: str) -> ModelShape:
@@ -36,10 +38,6 @@ KNOWN_SHAPES = {
     "llama-3.2-3b": _llama(28, 3072, 8192, 24, 128, "3.2"),
 }
 
-# The models of a checkpoint that a role may start from, as engine.source looks for them.
-_SCALAR_ROLES = ("reward", "critic")
-_LANGUAGE_ROLES = ("policy_ema", "policy")
-
 
 @dataclass(frozen=True)
 class FoundShape:
@@ -60,7 +58,7 @@ def find_shape(model: Path, assumed: str | None, role: str = "policy") -> FoundS
     Raises:
         UserError: config.json is there and cannot be used, or `assumed` is no embedded shape.
     """
-    folder = _folder_with_config(model, _SCALAR_ROLES if role in _SCALAR_ROLES else _LANGUAGE_ROLES)
+    folder = _folder_with_config(model, SCALAR_ROLES if role in SCALAR_ROLES else LANGUAGE_ROLES)
     if folder is not None:
         return FoundShape(read_shape(folder), "config.json", folder)
     if assumed is not None:
@@ -80,7 +78,7 @@ def hugging_face_folder(model: Path) -> Path:
     Raises:
         UserError: it is not on this machine.
     """
-    folder = _folder_with_config(model, _LANGUAGE_ROLES)
+    folder = _folder_with_config(model, LANGUAGE_ROLES)
     if folder is None:
         known = misnamed_folder(model) if model.is_dir() else misnamed(model)
         unknown = (
@@ -91,7 +89,6 @@ def hugging_face_folder(model: Path) -> Path:
 
 
 def _folder_with_config(model: Path, roles: tuple[str, ...]) -> Path | None:
-    checkpoints = sorted((model / "checkpoints").glob("step_*"))
-    checkpoint = checkpoints[-1] if checkpoints else model
-    folders = (model, *(checkpoint / role / "hf" for role in roles), model / "hf")
+    role = find_role(model, roles)
+    folders = (model, *(() if role is None else (role / HF_FILES,)), model / HF_FILES)
     return next((folder for folder in folders if (folder / "config.json").is_file()), None)

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from rto_megatron.config import load, schema
 from rto_megatron.engine.saving import point_to
-from rto_megatron.engine.source import CHECKPOINTS
 from rto_megatron.errors import UserError
 from rto_megatron.generation.contract import Sampling
 from rto_megatron.generation.scripted import ScriptedEngine
 from rto_megatron.parallel.collectives import Json
+from rto_megatron.storage.checkpoints import CHECKPOINTS
 from rto_megatron.storage.file_digests import checkpoint_name
 from rto_megatron.storage.megatron_folder import HF_FILES
 from rto_megatron.trainer.run_moment import MOMENT_FILE

@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from rto_megatron.config import schema
 from rto_megatron.data.template import ChatTemplate, TemplateOptions
-from rto_megatron.engine.source import latest_checkpoint
 from rto_megatron.errors import UserError
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.reporting.progress import say
+from rto_megatron.storage.checkpoints import latest_checkpoint
 
 MOMENT_FILE = "template_date"
 

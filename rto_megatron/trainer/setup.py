@@ -17,18 +17,13 @@ from rto_megatron.data.encoder import Limits, Loaded, limits_of
 from rto_megatron.data.eos import read_eos
 from rto_megatron.data.packing import Layout
 from rto_megatron.data.tokenizer import encoding_fingerprint, load_tokenizer
-from rto_megatron.engine.source import (
-    LANGUAGE_ROLES,
-    SCALAR_ROLES,
-    WeightSource,
-    find_sources,
-    latest_checkpoint,
-)
+from rto_megatron.engine.source import WeightSource, find_sources
 from rto_megatron.models.layout_checks import check_experts, check_layout
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.planning.token_ids import embedding_problems, require_embedded, spare_token_warnings
 from rto_megatron.reporting.progress import say
+from rto_megatron.storage.checkpoints import LANGUAGE_ROLES, SCALAR_ROLES, latest_checkpoint
 from rto_megatron.storage.megatron_folder import REPORT
 from rto_megatron.storage.weight_files import find_weights
 from rto_megatron.trainer.model_files import note_eos

@@ -129,8 +129,9 @@ def write_config(folder: Path, layers: int) -> None:
 def test_checkpoints_and_unfinished_runs_are_models_too(tmp_path: Path) -> None:
     for step, layers in ((100, 1), (200, 2)):
         checkpoint = tmp_path / "checkpoints" / f"step_{step:06d}"
-        write_config(checkpoint / "policy" / "hf", layers)
-        write_config(checkpoint / "critic" / "hf", layers + 4)
+        for role, num_layers in (("policy", layers), ("critic", layers + 4)):
+            write_config(checkpoint / role / "hf", num_layers)
+            (checkpoint / role / "weights").mkdir()
     for folder, step, layers in (
         (tmp_path, 200, 2),  # the run: its last checkpoint
         (tmp_path / "checkpoints" / "step_000100", 100, 1),

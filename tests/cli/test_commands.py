@@ -25,6 +25,7 @@ COMMANDS = (
     "node",
     "address",
     "report",
+    "quantize",
 )
 
 
@@ -33,7 +34,7 @@ def rto(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, check=False)
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, *CONVERSIONS])
+@pytest.mark.parametrize("command", [*COMMANDS, *CONVERSIONS, "after-attempt"])
 def test_every_command_and_option_explains_itself(command: str) -> None:
     shown = CliRunner().invoke(app, [*command.split(), "--help"], env={"COLUMNS": "200"})
     assert shown.exit_code == 0

@@ -1,4 +1,4 @@
-"""Quantised folders: what is quantised, how far outputs are from the original's, the tool, and refusals."""
+"""Quantised folders: what is quantised, how far outputs are from the original's, the command, and refusals."""
 
 import json
 import runpy
@@ -11,7 +11,9 @@ from convert.commands import convert
 from safetensors.torch import load_file
 from tiny_families import write_family
 from tiny_models import write_llama
+from typer.testing import CliRunner
 
+from rto_megatron.cli.main import app
 from rto_megatron.convert import quantized_folder
 from rto_megatron.convert.quantize import REPORT, Choices, QuantizationReport, quantize_checkpoint
 from rto_megatron.data.synthetic import write_synthetic_task
@@ -77,9 +79,7 @@ def test_a_reward_model_in_bf16_keeps_its_head(tmp_path: Path) -> None:
     assert 0 < report.weights_after.mean_abs < LARGEST_MEAN_ERROR
 
 
-def test_the_tool_calibrates_on_text_and_carries_the_tokenizer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_calibrates_on_text_and_carries_the_tokenizer(tmp_path: Path) -> None:
     write_synthetic_task(tmp_path / "task", 5)
     source, target = tmp_path / "task" / "models" / "policy", tmp_path / "target"
     vocab_size = json.loads((source / "config.json").read_text())["vocab_size"]
@@ -87,9 +87,9 @@ def test_the_tool_calibrates_on_text_and_carries_the_tokenizer(
     write_llama(source, vocab_size=vocab_size)
     prompts = tmp_path / "task" / "prompts_test.jsonl"
     options = ["--prompts", str(prompts), "--num-prompts", "4", "--max-length", "32"]
-    assert _tool(monkeypatch, str(source), str(target), *options) == 0
-    printed = capsys.readouterr().out
-    assert "28 quantised" in printed and "not checked" in printed
+    shown = CliRunner().invoke(app, ["quantize", str(source), str(target), *options], catch_exceptions=False)
+    assert shown.exit_code == 0, shown.output
+    assert "28 quantised" in shown.stdout and "not checked" in shown.stdout
     report = json.loads((target / REPORT).read_text())
     assert (report["prompts"], report["num_calibration"], report["num_held_out"]) == (str(prompts), 4, 8)
     assert len(report["prompts_sha256"]) == 64
@@ -107,18 +107,14 @@ def test_a_converted_checkpoint_is_quantised_like_its_source(
     assert {path.name for path in tmp_path.iterdir()} == {"megatron", "target"}
 
 
-def _tool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
-    """Runs the tool in this process, where its imports are paid already, and returns its status."""
-    monkeypatch.setattr(sys, "argv", [str(TOOL), *arguments])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(TOOL), run_name="__main__")
-    return ended.value.code
-
-
 def test_a_refusal_of_the_tool_is_one_message_and_status_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert _tool(monkeypatch, str(tmp_path / "absent"), str(tmp_path / "target")) == 2
+    """In this process, where its imports are paid already."""
+    monkeypatch.setattr(sys, "argv", [str(TOOL), str(tmp_path / "absent"), str(tmp_path / "target")])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(TOOL), run_name="__main__")
+    assert ended.value.code == 2
     assert "absent does not exist; run the stage that makes it first" in capsys.readouterr().err
     assert not (tmp_path / "target").exists()
 

@@ -15,13 +15,13 @@ from trainer.test_resume import assert_equal_runs
 from trainer.tiny_runs import configure, join, train
 
 from rto_megatron.config.schema import Stage
-from rto_megatron.engine.source import latest_checkpoint
 from rto_megatron.launching.attempts import Stopping, run_attempts
 from rto_megatron.launching.torchrun import RankFailure
 from rto_megatron.lifecycle.ending import LostRank, RankEnding, finished_steps
 from rto_megatron.lifecycle.status import ExitReason, Status, read_status
 from rto_megatron.lifecycle.stopping import STOP_FILE
 from rto_megatron.reporting.metrics import read_metrics
+from rto_megatron.storage.checkpoints import latest_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -120,7 +120,7 @@ def test_a_job_survives_a_killed_rank_and_the_end_of_its_time(cluster: Path, tmp
         deadline = time.monotonic() + 400
         while not log.exists() or not re.search(holds, log.read_text(), re.DOTALL):
             said = log.read_text() if log.exists() else "no log"
-            assert time.monotonic() < deadline and "error: REPEATED" not in said, said
+            assert time.monotonic() < deadline and "ended: REPEATED" not in said, said
             time.sleep(0.2)
 
     wait_until(r"attempt 2\].*sft 4/")

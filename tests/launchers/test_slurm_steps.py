@@ -12,12 +12,13 @@ import yaml
 
 from rto_megatron.config.load import load_recipe
 from rto_megatron.launching.slurm_job import ROOT, Allocation, plan_job
+from rto_megatron.lifecycle.status import STATUS_FILE, ExitReason, Status, read_status, write_status
 
 RECIPES = ROOT / "launchers" / "recipes" / "llama3_8b"
 STRANGE = '50% #1, %j: it\'s [x] $HOME "q"'
 # Each notes in $NOTES what it was given, its parts ended by NUL.
 PROGRAMS = {
-    "scontrol": '[ "$1" = show ] && printf "n1\\nn2\\n"',
+    "scontrol": 'echo "$1" >>"$NOTES/scontrol"; [ "$1" = show ] && printf "n1\\nn2\\n"',
     "squeue": 'case "$*" in *-s*) echo "7.1 pool" ;; *) echo RUNNING ;; esac',
     "scancel": 'kill -TERM "$(cat "$NOTES/pool.pid")"',
     "srun": """
@@ -32,8 +33,12 @@ while [[ $1 != *.sif ]]; do shift; done
 [ -z "${APPTAINER_CLEANENV:-}" ] || exec env -i NOTES="$NOTES" "${@:2}"
 exec "${@:2}"
 """,
-    "rto": """
+    # Its trainer leaves the status in $NOTES/ending-ATTEMPT; what follows is decided by the real command.
+    "rto": f"""
 case $1 in
+  after-attempt)
+    [ ! -e "$NOTES/cancelled" ] || exit 1
+    exec {ROOT}/.venv/bin/rto "$@" ;;
   address) echo 192.0.2.1 ;;
   pool)
     echo $$ >"$NOTES/pool.pid"
@@ -45,8 +50,9 @@ case $1 in
   node)
     printf '%s\\0' "$@" >"$NOTES/node"
     env -0 >"$NOTES/variables"
-    status=$(dirname "$(dirname "$2")")/run_status.json
-    printf '{\\n  "reason": "DONE",\\n  "step": 4\\n}\\n' >"$status" ;;
+    ending=$NOTES/ending-$RTO_ATTEMPT
+    [ ! -e "$ending" ] || cp "$ending" "$(dirname "$(dirname "$2")")/run_status.json"
+    [ ! -e "$NOTES/time-is-up" ] || kill -USR1 "$PPID" ;;
 esac
 """,
 }
@@ -77,7 +83,16 @@ class Bench:
             program = (commands if name == "rto" else programs) / name
             program.write_text(f"#!/bin/bash\n{text}\n")
             program.chmod(0o755)
+        self.plan_ending(1, Status(ExitReason.DONE, 4, ""))
         self.path = f"{programs}:{os.environ['PATH']}"
+
+    def plan_ending(self, attempt: int, status: Status | None) -> None:
+        """Has an attempt of the trainer end so; None: nobody lives to say how."""
+        ending = self.notes / f"ending-{attempt}"
+        ending.unlink(missing_ok=True)
+        if status is not None:
+            write_status(self.notes, status)
+            (self.notes / STATUS_FILE).rename(ending)
 
     def run(
         self, allocation: Allocation, recipe: str = "sft", **models: Path
@@ -126,14 +141,14 @@ def test_steps_run_behind_the_preamble_in_apptainer_with_the_jobs_variables(benc
     assert re.fullmatch(r"192\.0\.2\.1:\d+", options["--meeting"])  # not what the preamble printed
     seen = bench.variables()
     assert (seen["SLURM_JOB_ID"], seen["RTO_ATTEMPT"], seen["LOADED"]) == ("7", "1", "cuda 13, gcc")
-    # Once for the job, once for each step: the address and the trainer.
-    assert (bench.notes / "preambles").read_text().split() == ["job", "n1", "n1"]
+    # Once for the job, once for each step: the address, the trainer and the decision.
+    assert (bench.notes / "preambles").read_text().split() == ["job", "n1", "n1", "n1"]
     started = bench.noted("apptainer")
     assert started[:2] == ["exec", "--nv"]
     assert (
         f'type=bind,"source={bench.run_dir}","destination={bench.run_dir}"'.replace('"q"', '""q""') in started
     )
-    assert started.count("our.sif") == 2
+    assert started.count("our.sif") == 3
     assert {"--gres=gpu:1", "--export=ALL"} <= set(bench.noted("srun"))
     assert not any("gpus-per-node" in option for option in bench.noted("srun"))
 
@@ -192,3 +207,37 @@ def test_a_pool_writes_its_addresses_into_a_folder_of_any_name(bench: Bench, tmp
     assert bench.noted("node")[2:4] == [
         "rollout.servers=[http://192.0.2.7:4242]", f"rollout.token_file={pool}/token"
     ]  # fmt: skip
+
+
+def test_attempts_follow_each_other_until_one_crashes_as_the_last_did(bench: Bench) -> None:
+    bench.plan_ending(1, None)
+    for attempt in (2, 3):
+        bench.plan_ending(attempt, Status(ExitReason.BUG, 2, 'said "no"', attempt, "BUG after step 2"))
+    bench.plan_ending(4, Status(ExitReason.DONE, 4, ""))
+    done = bench.run(Allocation(2, interface="lo"))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "attempt 1] the trainer ended: INFRA_LOST_RANK after step 0 no rank could say why\n" in done.stdout
+    assert 'attempt 2] the trainer ended: BUG after step 2 said "no"\n' in done.stdout
+    assert "attempt 3] the trainer ended: REPEATED_CRASH after step 2 crashed twice alike" in done.stdout
+    status = read_status(bench.run_dir)
+    assert status is not None and (status.reason, status.attempt) == (ExitReason.REPEATED_CRASH, 3)
+
+
+def test_only_the_end_of_its_time_queues_a_job_again(bench: Bench) -> None:
+    bench.plan_ending(1, Status(ExitReason.PREEMPTED, 3, "told to stop"))
+    (bench.notes / "time-is-up").touch()
+    done = bench.run(Allocation(2, interface="lo"))
+    assert "the job is queued again" in done.stdout
+    assert (bench.notes / "scontrol").read_text().split() == ["show", "requeue"]
+    (bench.notes / "time-is-up").unlink()
+    done = bench.run(Allocation(2, interface="lo"))
+    assert done.returncode == 85 and "the job is queued again" not in done.stdout
+
+
+def test_a_job_whose_decision_cannot_be_made_says_so_and_ends(bench: Bench) -> None:
+    (bench.notes / "cancelled").touch()
+    done = bench.run(Allocation(2, interface="lo"))
+    assert done.returncode == 1
+    assert "attempt 1] error: nothing decided what follows this attempt" in done.stdout
+    status = read_status(bench.run_dir)
+    assert status is not None and status.reason is ExitReason.DONE

@@ -15,9 +15,9 @@ from torch import Tensor
 from trainer.tiny_runs import configure, train
 
 from rto_megatron.engine.saving import point_to
-from rto_megatron.engine.source import finished_checkpoints
 from rto_megatron.platform.safe_metadata import safe_reading
 from rto_megatron.reporting.metrics import read_metrics
+from rto_megatron.storage.checkpoints import finished_checkpoints
 
 
 @dataclass(frozen=True)
