@@ -3,8 +3,9 @@
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -51,57 +52,54 @@ def _everything(stage: str, files: Path, root: Path) -> Stage:
     return _plain(stage, files, run_dir, algorithm__pool_importance_cap=2.0, **texts)
 
 
-def _train_all(configs: Mapping[str, Stage]) -> None:
-    for config in configs.values():
-        assert train(config) is None
-
-
-def _written(run_dir: Path) -> set[str]:
+def _names(run_dir: Path) -> set[str]:
     entries = read_metrics(run_dir)
     assert len(entries) == 2
     return {name for entry in entries for name in entry} - {"step", "time"}
 
 
 @pytest.fixture(scope="module")
-def written(files: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
-    """Stage -> names that it wrote in runs with and without its options, without experts."""
+def written(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], set[str]]:
+    """The names that a stage writes with every option of `_everything`."""
     root = tmp_path_factory.mktemp("runs")
     write_rows(root / "texts.jsonl", [{"text": " ".join(WORDS)}] * 4)
     fingerprint = tokenizer_fingerprint(files / "models/policy")
     replace(REWARD, tokenizer_fingerprint=fingerprint).save(root / "true_reward.json")
-    configs = {stage: _everything(stage, files, root) for stage in ALGORITHMS}
-    run_ranks(1, _train_all, configs, timeout_seconds=300)
-    run_ranks(2, train, _plain("rto", files, root / "two", "dp2"))
-    found = {stage: _written(root / stage) for stage in ALGORITHMS}
-    found["rto"] |= _written(root / "two")
-    return found
+
+    @cache
+    def names(stage: str) -> set[str]:
+        assert run_ranks(1, train, _everything(stage, files, root)) == [None]
+        return _names(root / stage)
+
+    return names
 
 
-def test_every_stage_writes_what_is_listed_for_it(written: dict[str, set[str]]) -> None:
-    for stage, names in written.items():
-        listed = metrics_of(stage)
-        assert names - set(listed) == set(), stage
-        always = {name for name, metric in listed.items() if not metric.needs}
-        assert always - names == set(), stage
+@pytest.mark.parametrize("stage", ALGORITHMS)
+def test_a_stage_writes_what_is_listed_for_it(stage: str, written: Callable[[str], set[str]]) -> None:
+    names, listed = written(stage), metrics_of(stage)
+    assert names - listed.keys() == set()
+    always = {name for name, metric in listed.items() if not metric.needs}
+    assert always - names == set()
 
 
 def test_every_listed_metric_is_written_by_a_stage(
-    written: dict[str, set[str]], files: Path, tmp_path: Path
+    written: Callable[[str], set[str]], files: Path, tmp_path: Path
 ) -> None:
     models = {}
     for role, is_scalar in (("policy", False), ("critic", True)):
         models[f"models__{role}"] = tmp_path / role
         write_mixtral(tmp_path / role, is_scalar)
         shutil.copytree(files / "tokenizer", tmp_path / role, dirs_exist_ok=True)
-    stages = {
-        "ppo": _plain("ppo", files, tmp_path / "ppo", models__moe_aux_loss_coef=0.01, **models),
-        "reward_model": _plain(
-            "reward_model", files, tmp_path / "reward", models__policy=tmp_path / "policy",
-            models__moe_aux_loss_coef=0.01,
-        ),
-    }  # fmt: skip
-    assert run_ranks(1, _train_all, stages) == [None]
-    names = set().union(*written.values(), _written(tmp_path / "ppo"), _written(tmp_path / "reward"))
+    keys = {"models__policy": models["models__policy"], "models__moe_aux_loss_coef": 0.01}
+    experts = _plain("ppo", files, tmp_path / "experts", **keys, models__critic=models["models__critic"])
+    reward = _plain("reward_model", files, tmp_path / "reward", **keys)
+    # Two ranks with a loss each have a slower one.
+    assert run_ranks(2, train, _plain("rto", files, tmp_path / "two", "dp2")) == [None] * 2
+    for config in (experts, reward):
+        assert run_ranks(1, train, config) == [None]
+    names = set().union(
+        *map(written, ALGORITHMS), *(_names(tmp_path / n) for n in ("experts", "reward", "two"))
+    )
     listed = {metric.name: metric for theme in THEMES for metric in theme.metrics}
     # What a real pool adds is looked for where there is one: tests/trainer/test_with_pool.py.
     pool = {name for name, metric in listed.items() if metric.needs == POOL}
