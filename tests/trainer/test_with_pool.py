@@ -12,6 +12,7 @@ from trainer.tiny_runs import configure, join
 from rto_megatron.algorithms import ALGORITHMS
 from rto_megatron.algorithms.method import OnlineMethod
 from rto_megatron.config.schema import ReinforcementStage
+from rto_megatron.reporting.metric_names import POOL, metrics_of
 from rto_megatron.reporting.metrics import read_metrics
 from rto_megatron.trainer.online import train_online
 
@@ -68,3 +69,6 @@ def test_every_sampling_method_trains_with_the_pool(
         assert metrics["pool/importance_mean"] == pytest.approx(1, abs=TOLERANCE)
         assert metrics["policy/grad_norm"] > 0
         assert metrics["rollout/response_tokens"] <= 16
+        listed = metrics_of(config.stage)
+        assert metrics.keys() - {"step", "time"} <= listed.keys()
+        assert {name for name, metric in listed.items() if metric.needs == POOL} <= metrics.keys()

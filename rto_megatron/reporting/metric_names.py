@@ -1,0 +1,225 @@
+"""Every number that a training run writes to metrics.jsonl and TensorBoard, with its unit and meaning.
+
+docs/metrics.md is this table as text. A test runs every stage and holds what it wrote against the table.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from rto_megatron.algorithms import ALGORITHMS
+from rto_megatron.algorithms.method import OfflineMethod, OnlineMethod
+
+
+@dataclass(frozen=True)
+class StageGroup:
+    """Stages that share metrics, under the words that name them in the documentation."""
+
+    title: str
+    stages: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One name in the log.
+
+    Args:
+        unit: of the logged number.
+        stages: those that write it.
+        needs: what of a recipe has to be there as well; empty: these stages always write it.
+
+    Example:
+        Metric("lr", "", "learning rate of the step", OFFLINE)
+    """
+
+    name: str
+    unit: str
+    meaning: str
+    stages: StageGroup
+    needs: str = ""
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Metrics that are read together."""
+
+    title: str
+    note: str
+    metrics: tuple[Metric, ...]
+
+
+_OFFLINE = {name: method for name, method in ALGORITHMS.items() if isinstance(method, OfflineMethod)}
+_ONLINE = {name: method for name, method in ALGORITHMS.items() if isinstance(method, OnlineMethod)}
+
+_SCALAR = {name for name, method in _OFFLINE.items() if method.outputs == "values"}
+_JUDGED = {name for name, method in _OFFLINE.items() if method.examples == "judgements"}
+_PREFERENCES = [
+    n for n, method in _OFFLINE.items() if method.examples != "demonstrations" and n not in _SCALAR
+]
+
+
+def _group(title: str, stages: Iterable[str]) -> StageGroup:
+    return StageGroup(title, tuple(stages))
+
+
+ALL = _group("all", ALGORITHMS)
+LANGUAGE = _group("all but reward models", (n for n in ALGORITHMS if n not in _SCALAR))
+OFFLINE = _group("offline", _OFFLINE)
+ANSWERS = _group("preferences", _PREFERENCES)
+PAIRS = _group("preferences on pairs", (n for n in _PREFERENCES if n not in _JUDGED))
+REWARD = _group("reward models", sorted(_SCALAR))
+TDPO = _group("TDPO", ["tdpo"])
+KTO = _group("KTO", ["kto"])
+ONLINE = _group("online", _ONLINE)
+CRITIC = _group("with a critic", (n for n, method in _ONLINE.items() if method.has_critic))
+DPO_REWARD = _group("with a DPO reward", (n for n, method in _ONLINE.items() if method.has_dpo))
+GRPO = _group("GRPO", ["grpo"])
+GROUPS = (ALL, LANGUAGE, OFFLINE, ANSWERS, PAIRS, REWARD, TDPO, KTO, ONLINE, CRITIC, DPO_REWARD, GRPO)
+
+_CLIPPED = "`optimizer.max_grad_norm`"
+_EXPERTS = "`models.moe_aux_loss_coef`, and a model with experts"
+POOL = "a pool of vLLM servers"
+
+# What the losses of the offline stages say; on held-out data the same under `eval/`.
+LOSSES = Theme(
+    "Losses of the offline stages",
+    "Means over the global batch of the step. The same names with `eval/` in front are means over `data.eval`, where "
+    "that is set: at every `run.eval_every`-th step and at the last one, for a reward model at every saved step too.",
+    (
+        Metric("loss", "nats", "what is minimised; the squared or bounded loss of IPO and KTO has no unit", OFFLINE),
+        Metric("rewards/chosen", "reward", "the method's implicit reward of the better answer", ANSWERS),
+        Metric("rewards/rejected", "reward", "the same of the worse answer", ANSWERS),
+        Metric("rewards/margins", "reward", "chosen less rejected", ANSWERS),
+        Metric("rewards/accuracies", "fraction", "pairs whose chosen answer has the larger reward", PAIRS),
+        Metric("rewards/ties", "fraction", "pairs whose answers tie; all of them before the first update", PAIRS),
+        Metric("logps/chosen", "nats", "the policy's log-prob of the better answer, summed over its tokens", ANSWERS),
+        Metric("logps/rejected", "nats", "the same of the worse answer", ANSWERS),
+        Metric("kl/chosen", "nats", "KL(reference || policy), summed over the better answer's tokens", TDPO),
+        Metric("kl/rejected", "nats", "the same of the worse answer", TDPO),
+        Metric("kl", "nats", "the baseline z0 that answers are judged against", KTO),
+        Metric("accuracy", "fraction", "pairs whose chosen answer scores higher", REWARD),
+        Metric("ties", "fraction", "pairs whose answers score alike", REWARD),
+        Metric("margin", "score", "score of the chosen answer less that of the rejected one", REWARD),
+        Metric("mean_reward", "score", "score of an answer, chosen or rejected", REWARD),
+        Metric("mean_squared_reward", "score^2", "its square; with the mean it gives the std in config.json", REWARD),
+    ),
+)  # fmt: skip
+
+THEMES = (
+    LOSSES,
+    Theme(
+        "What was sampled",
+        "Means over the responses of the step. KL is estimated on the sampled tokens, with the policy that sampled.",
+        (
+            Metric("objective/scores", "score", "the reward model's normalised score, before clip and penalty", ONLINE),
+            Metric("objective/kl", "nats", "log(policy / reference) summed over a response", ONLINE),
+            Metric("objective/entropy", "nats", "minus the log-prob of a response", ONLINE),
+            Metric("objective/rlhf_reward", "reward", "score after clip and penalty, less the KL penalty", ONLINE),
+            Metric("objective/kl_coef", "", "coefficient of the KL penalty in this step", ONLINE),
+            Metric("rollout/response_tokens", "tokens", "length of a response", ONLINE),
+            Metric("rollout/truncated_fraction", "fraction", "responses that the length limit cut", ONLINE),
+            Metric("task/true_return", "return", "known reward of the synthetic task", ONLINE, "`data.true_reward`"),
+        ),
+    ),
+    Theme(
+        "Rewards, advantages and values",
+        "`reward/score` is a mean over responses, the others are means over tokens; advantages and values count the "
+        "tokens that are trained on.",
+        (
+            Metric("reward/score", "reward", "score after clip and penalty, as it is paid on the last token", ONLINE),
+            Metric("reward/score_clip_fraction", "fraction", "responses whose score was clipped", ONLINE,
+                   "`algorithm.score_clip`"),
+            Metric("reward/kl_per_token", "reward", "the KL penalty of a token; 0 in GRPO, whose loss has it", ONLINE),
+            Metric("reward/dpo_per_token", "reward", "the DPO reward of a token, scaled and clipped", DPO_REWARD,
+                   "`algorithm.beta_dpo` above 0"),
+            Metric("reward/dpo_clip_fraction", "fraction", "tokens whose DPO reward was clipped", DPO_REWARD,
+                   "`algorithm.beta_dpo` above 0"),
+            Metric("policy/kl_per_token", "nats", "log(policy / reference) of a token (k1); steers an adaptive "
+                   "coefficient", ONLINE),
+            Metric("policy/kl_k3_per_token", "nats", "the same by the estimator k3, which is never negative", ONLINE),
+            Metric("advantage/mean", "reward", "return less value, before whitening", CRITIC),
+            Metric("advantage/mean_square", "reward^2", "its square", CRITIC),
+            Metric("value/mean", "reward", "the critic's value before the step", CRITIC),
+            Metric("value/return_mean", "reward", "the return that the critic learns", CRITIC),
+            Metric("value/return_mean_square", "reward^2", "its square", CRITIC),
+        ),
+    ),
+    Theme(
+        "Updates of policy and critic",
+        "Sums over all optimizer steps of the rollout step, divided once.",
+        (
+            Metric("loss/policy_avg", "reward", "the clipped surrogate", ONLINE),
+            Metric("loss/value_avg", "reward^2", "half the squared error of the returns, clipped", CRITIC),
+            Metric("loss/kl_avg", "nats", "KL to the reference (k3) inside the loss, before its weight", GRPO),
+            Metric("loss/ptx_avg", "nats", "language-model loss before its weight; absent while the critic warms up",
+                   ONLINE, "`data.pretrain`"),
+            Metric("policy/approxkl_avg", "nats", "half the squared log-ratio to the policy that sampled", ONLINE),
+            Metric("policy/clipfrac_avg", "fraction", "tokens on which the clip of the ratio binds", ONLINE),
+            Metric("val/ratio", "ratio", "probability of a token against the policy that sampled it", ONLINE),
+            Metric("val/clipfrac_avg", "fraction", "tokens on which the clip of the value binds", CRITIC),
+        ),
+    ),
+    Theme(
+        "Optimizers",
+        "Gradient norms are taken before clipping. The learning rates of a rollout step are those of its last update.",
+        (
+            Metric("lr", "", "learning rate", OFFLINE),
+            Metric("lr/policy", "", "learning rate of the policy; absent while the critic warms up", ONLINE),
+            Metric("lr/critic", "", "learning rate of the critic", CRITIC),
+            Metric("policy/grad_norm", "", "gradient norm of the policy", LANGUAGE, _CLIPPED),
+            Metric("critic/grad_norm", "", "gradient norm of the critic", CRITIC, "`critic_optimizer.max_grad_norm`"),
+            Metric("reward/grad_norm", "", "gradient norm of the reward model", REWARD, _CLIPPED),
+            Metric("loss/policy_moe_aux", "", "load-balancing loss of the policy's experts before its weight; 1 is "
+                   "perfect balance", LANGUAGE, _EXPERTS),
+            Metric("loss/critic_moe_aux", "", "the same of the critic's experts", CRITIC, _EXPERTS),
+            Metric("loss/reward_moe_aux", "", "the same of the reward model's experts", REWARD, _EXPERTS),
+            Metric("update/skipped_fraction", "fraction", "updates that were refused, as a number in them was NaN or "
+                   "infinite, or no token was left to train on", ALL),
+        ),
+    ),
+    Theme(
+        "Agreement with the pool",
+        "Over the tokens that the pool sampled.",
+        (
+            Metric("pool/logprob_gap_mean", "nats", "|log-prob of the pool - log-prob of the trainer|, mean", ONLINE),
+            Metric("pool/logprob_gap_max", "nats", "the largest of them", ONLINE),
+            Metric("pool/logprob_gap_alarm", "0 or 1", "whether the mean is above the alarm", ONLINE,
+                   "`rollout.logprob_gap_alarm`"),
+            Metric("pool/importance_mean", "ratio", "weight of a token's policy loss that corrects the gap", ONLINE,
+                   "`algorithm.pool_importance_cap`"),
+            Metric("pool/importance_capped_fraction", "fraction", "tokens whose weight the cap lowered", ONLINE,
+                   "`algorithm.pool_importance_cap`"),
+            Metric("pool/servers", "servers", "servers that hold the step's weights, proved", ONLINE, POOL),
+        ),
+    ),
+    Theme(
+        "Time and traffic",
+        "`time/*` are means over the data-parallel replicas, `sync/*` are those of the rank that drives the push.",
+        (
+            Metric("time/push_s", "s", "step 1: weights to the pool", ONLINE),
+            Metric("time/sample_s", "s", "step 2: responses from the pool", ONLINE),
+            Metric("time/score_s", "s", "step 3: forwards of all models", ONLINE),
+            Metric("time/update_s", "s", "step 5: optimizer steps", ONLINE),
+            Metric("time/slowest_rank_ratio", "ratio", "seconds that the slowest rank computed, over the median rank's",
+                   ALL, "two ranks that compute a loss"),
+            Metric("sync/pause_s", "s", "of a push: pausing the servers and meeting them", ONLINE, POOL),
+            Metric("sync/prepare_s", "s", "of a push: sending and checking the pieces", ONLINE, POOL),
+            Metric("sync/commit_s", "s", "of a push: loading them into vLLM", ONLINE, POOL),
+            Metric("sync/canary_s", "s", "of a push: the canary", ONLINE, POOL),
+            Metric("sync/bytes", "bytes", "of a push: weights of the policy", ONLINE, POOL),
+        ),
+    ),
+)  # fmt: skip
+
+
+def metrics_of(stage: str) -> dict[str, Metric]:
+    """Name in the log -> metric, of everything that a stage may write."""
+    return dict(_named(stage))
+
+
+def _named(stage: str) -> Iterator[tuple[str, Metric]]:
+    for theme in THEMES:
+        for metric in theme.metrics:
+            if stage in metric.stages.stages:
+                yield metric.name, metric
+                if theme is LOSSES:
+                    yield f"eval/{metric.name}", metric

@@ -1,0 +1,25 @@
+"""The pages name what there is: every room of the house, and files that exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+from test_house import LAYERS, PACKAGE, ROOT
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_architecture_names_every_room() -> None:
+    text = (ROOT / "docs/architecture.md").read_text()
+    assert [room for room in LAYERS if room.rsplit("/", 1)[-1] not in text] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_and_named_files_exist(page: Path) -> None:
+    text = page.read_text()
+    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
+    assert [link for link in links if not (page.parent / link).exists()] == []
+    # Files of the package are named from the package, recipes from their folder.
+    named = set(re.findall(r"`((?!megatron/)[a-z0-9_/]+/[a-z0-9_]+\.(?:py|sh|md|yaml))`", text))
+    bases = (ROOT, PACKAGE, ROOT / "launchers", ROOT / "launchers/recipes", PACKAGE / "generation/vllm")
+    assert [name for name in sorted(named) if not any((base / name).exists() for base in bases)] == []
