@@ -188,7 +188,6 @@ def p9_side_streams() -> None:
 
 
 def _compile_when_called(compile_now: Callable[..., Callable[..., object]]) -> Callable[..., object]:
-    @functools.wraps(compile_now)
     def compile_later(model: Callable[..., object] | None = None, **options: object) -> Callable[..., object]:
         if model is None:
             return functools.partial(compile_later, **options)
