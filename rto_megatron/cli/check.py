@@ -14,7 +14,7 @@ from rto_megatron.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from rto_megatron.config.roles import Role
+    from rto_megatron.config.plan import Plan
     from rto_megatron.config.schema import Stage
     from rto_megatron.planning.local_data import LookedAt
     from rto_megatron.planning.shapes import FoundShape
@@ -59,24 +59,24 @@ def check(
     """
     from rto_megatron.config.checks import refuse
     from rto_megatron.config.load import dump, load_recipe
+    from rto_megatron.planning.judgement import judged
     from rto_megatron.planning.local_data import look_at
-    from rto_megatron.planning.plan import judged
     from rto_megatron.planning.token_ids import token_warnings
 
     config = load_recipe(recipe, overrides or [])
     world_size, pool_size = _split(config, gpus, pool_gpus)
     origin = f"of {gpus} GPUs the pool has {pool_size}" if 0 < world_size < gpus else ""
-    roles, shapes = judged(config, world_size, assume or [], origin)
+    plan, shapes = judged(config, world_size, assume or [], origin)
     spare = token_warnings(config, shapes)
     looked = look_at(config)
     refuse(f"{one.key}: {one.found}" for one in looked if one.is_problem)
     console = Console() if Console().is_terminal else Console(width=140)
     console.rule("resolved configuration")
     console.print(dump(config), markup=False, highlight=False)
-    console.print(_layout_table(config, world_size, pool_size))
-    console.print(_models_table(config, roles, shapes, world_size))
+    console.print(_layout_table(plan, pool_size))
+    console.print(_models_table(plan, shapes))
     if gpu_gib is not None:
-        _print_phases(console, config, shapes, world_size, gpu_gib, pool_tensor)
+        _print_phases(console, plan, shapes, gpu_gib, pool_tensor)
     console.print(_data_table(looked))
     for warning in spare:
         console.print(f"warning: {warning}", markup=False, highlight=False)
@@ -88,16 +88,19 @@ def check(
 
 def _split(config: "Stage", gpus: int, pool_gpus: int | None) -> tuple[int, int]:
     """Trainer ranks and pool GPUs."""
-    from rto_megatron.config.checks import is_colocated, samples_from_pool
+    from rto_megatron.config.facts import facts_of
+    from rto_megatron.config.plan import layout_on
 
+    facts = facts_of(config)
     if gpus == 0:
-        return config.parallel.tensor * config.parallel.pipeline, 0
-    if is_colocated(config):
+        return layout_on(config.parallel).world_size, 0
+    if facts.is_colocated:
         if pool_gpus is not None:
             raise UserError("--pool-gpus has no effect with rollout.colocated=true; remove it")
         return gpus, gpus
-    pool = pool_gpus if pool_gpus is not None else (gpus // 2 if samples_from_pool(config) else 0)
-    if pool >= gpus or (pool == 0 and samples_from_pool(config)):
+    samples = facts.pool is not None
+    pool = pool_gpus if pool_gpus is not None else (gpus // 2 if samples else 0)
+    if pool >= gpus or (pool == 0 and samples):
         raise UserError(
             f"--gpus {gpus} --pool-gpus {pool}: leaves {max(gpus - pool, 0)} for the trainer and {pool} for "
             f"the pool; stage {config.stage} needs at least one for each"
@@ -105,39 +108,35 @@ def _split(config: "Stage", gpus: int, pool_gpus: int | None) -> tuple[int, int]
     return gpus - pool, pool
 
 
-def _layout_table(config: "Stage", world_size: int, pool_gpus: int) -> Table:
-    from rto_megatron.config.checks import is_colocated, plan_batches, samples_from_pool
+def _layout_table(plan: "Plan", pool_gpus: int) -> Table:
     from rto_megatron.config.learning_rate import known_rates
-    from rto_megatron.config.schema import ReinforcementStage, TrainStage
-    from rto_megatron.planning.memory import reads_pairs
 
-    plan = plan_batches(config, world_size)
-    parallel = config.parallel
+    facts, layout, batches = plan.facts, plan.layout, plan.batches
     table = Table("", "", title="layout and batch arithmetic", show_header=False)
     table.add_row(
         "trainer ranks",
-        f"{world_size} = tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {plan.data_parallel}",
+        f"{layout.world_size} = tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}",
     )
-    if samples_from_pool(config):
-        own = "the trainer's GPUs, in turn" if is_colocated(config) else f"{pool_gpus} GPUs of its own"
+    if facts.pool is not None:
+        own = "the trainer's GPUs, in turn" if facts.is_colocated else f"{pool_gpus} GPUs of its own"
         where = own if pool_gpus else "one server on the CPU"
         table.add_row("inference pool", f"{where}; receives the policy's weights after every step")
-    if isinstance(config, TrainStage):
-        table.add_row("steps", str(config.run.steps or "one epoch of the data"))
+    if (training := facts.training) is not None:
+        table.add_row("steps", str(training.run.steps or "one epoch of the data"))
         table.add_row(
             "optimizer step",
-            f"{config.batch.train} = {plan.data_parallel} data-parallel ranks x {plan.num_microbatches} micro-batches "
-            f"x {config.batch.micro} {'pairs' if reads_pairs(config) else 'sequences'}",
+            f"{training.batch.train} = {layout.data} data-parallel ranks x {batches.num_microbatches} micro-batches "
+            f"x {training.batch.micro} {'pairs' if facts.reads_pairs else 'sequences'}",
         )
-    if isinstance(config, ReinforcementStage):
-        samples = config.algorithm.samples_per_prompt
+    if (online := facts.online) is not None:
+        samples = online.algorithm.samples_per_prompt
         each = "" if samples == 1 else f" x {samples} responses"
         table.add_row(
             "rollout step",
-            f"{config.batch.rollout} prompts{each} = {plan.data_parallel} x {plan.rollout_per_rank}; "
-            f"{plan.updates_per_rollout} optimizer steps per pass",
+            f"{online.batch.rollout} prompts{each} = {layout.data} x {batches.rollout_per_rank}; "
+            f"{batches.updates_per_rollout} optimizer steps per pass",
         )
-    for name, rates in known_rates(config).items() if isinstance(config, TrainStage) else ():
+    for name, rates in known_rates(training).items() if training is not None else ():
         table.add_row(
             f"{name}.lr",
             f"first {rates.first:.3g}, highest {rates.highest:.3g}, last {rates.last:.3g}; "
@@ -146,18 +145,16 @@ def _layout_table(config: "Stage", world_size: int, pool_gpus: int) -> Table:
     return table
 
 
-def _models_table(
-    config: "Stage", roles: "Sequence[Role]", shapes: "Mapping[str, FoundShape]", world_size: int
-) -> Table:
+def _models_table(plan: "Plan", shapes: "Mapping[str, FoundShape]") -> Table:
     from rto_megatron.planning.memory import activation_bytes, gib, role_cost
 
-    data_parallel = world_size // (config.parallel.tensor * config.parallel.pipeline)
+    roles, world_size = plan.roles, plan.layout.world_size
     table = Table(
         "role", "model", "shape from", "work", title=f"models, each on all {world_size} trainer ranks"
     )
     for name in ("parameters", "per rank", "memory per rank"):
         table.add_column(name, justify="right")
-    total = activations = activation_bytes(config, shapes)
+    total = activations = activation_bytes(plan, shapes)
     for role in roles:
         work = f"shares {role.shares}" if role.shares else ("trained" if role.is_trained else "frozen")
         head = " (value head)" if role.has_value_head else ""
@@ -167,7 +164,7 @@ def _models_table(
                 role.name, _short(role.path), "unknown: not on this machine", work + head, "?", "?", "?"
             )
             continue
-        cost = role_cost(role, found.shape, config, data_parallel)
+        cost = role_cost(role, found.shape, plan)
         total += cost.bytes_per_rank
         numbers = (f"{cost.parameters / 1e6:,.1f} M", f"{cost.parameters_per_rank / 1e6:,.1f} M")
         table.add_row(
@@ -189,9 +186,8 @@ def _data_table(looked: "Sequence[LookedAt]") -> Table:
 
 def _print_phases(
     console: Console,
-    config: "Stage",
+    plan: "Plan",
     shapes: "Mapping[str, FoundShape]",
-    world_size: int,
     gpu_gib: float,
     pool_tensor: int,
 ) -> None:
@@ -201,21 +197,16 @@ def _print_phases(
         UserError: they do not fit, or there is nothing to judge.
     """
     from rto_megatron.config.checks import refuse
-    from rto_megatron.config.schema import EvaluateStage, ReinforcementStage
     from rto_megatron.planning.colocated_memory import SharedGpu, memory_problems, phase_memory
     from rto_megatron.planning.memory import gib
 
-    if (
-        not isinstance(config, ReinforcementStage | EvaluateStage)
-        or not config.rollout.colocated
-        or config.rollout.gpu_memory_fraction is None
-    ):
+    pool = plan.facts.pool
+    if pool is None or not pool.colocated or pool.gpu_memory_fraction is None:
         raise UserError("--gpu-gib judges a pool on the trainer's GPUs; it needs rollout.colocated=true")
     if "policy" not in shapes:
         raise UserError("--gpu-gib needs the policy's shape; name it with --assume policy=SHAPE")
-    gpu = SharedGpu(int(gpu_gib * 2**30), config.rollout.gpu_memory_fraction, pool_tensor)
-    data_parallel = world_size // (config.parallel.tensor * config.parallel.pipeline)
-    phases = phase_memory(config, shapes, data_parallel, gpu)
+    gpu = SharedGpu(int(gpu_gib * 2**30), pool.gpu_memory_fraction, pool_tensor)
+    phases = phase_memory(plan, shapes, gpu)
     table = Table("in a GPU's memory", title=f"phases of a step on a GPU of {gpu_gib:g} GiB")
     for phase in phases:
         table.add_column(phase.name, justify="right")
@@ -225,7 +216,9 @@ def _print_phases(
     table.add_section()
     table.add_row("sum", *(gib(phase.total) for phase in phases))
     console.print(table)
-    refuse(memory_problems(config, shapes["policy"].shape, phases, gpu))
+    sampling = plan.facts.sampling
+    assert sampling is not None
+    refuse(memory_problems(sampling, shapes["policy"].shape, phases, gpu))
 
 
 def _short(path: Path) -> str:

@@ -83,8 +83,9 @@ def _of_this_machine() -> "list[Finding]":
 
 
 def _of_recipe(recipe: Path, overrides: Sequence[str]) -> "list[Finding]":
+    from rto_megatron.config.facts import facts_of
     from rto_megatron.config.load import load_recipe
-    from rto_megatron.config.schema import EvaluateStage, ReinforcementStage
+    from rto_megatron.config.plan import layout_on
     from rto_megatron.diagnosis import connections, disk
     from rto_megatron.diagnosis.finding import Finding, findings_of
     from rto_megatron.diagnosis.recipe import check_data, check_models
@@ -100,13 +101,13 @@ def _of_recipe(recipe: Path, overrides: Sequence[str]) -> "list[Finding]":
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return findings
     # Alone, the doctor takes the smallest number of ranks that the layout allows.
-    num_ranks = started if started > 1 else config.parallel.tensor * config.parallel.pipeline
+    num_ranks = started if started > 1 else layout_on(config.parallel).replica_ranks
     findings += findings_of("models", partial(check_models, config, num_ranks))
     findings += findings_of("data", partial(check_data, config))
     findings += findings_of("run folder", partial(disk.check_writable, config.run.dir))
     findings += findings_of("disk", partial(disk.check_space, config))
-    if isinstance(config, ReinforcementStage | EvaluateStage):
-        findings += findings_of("pool", partial(connections.check_pool, config.rollout))
+    if (pool := facts_of(config).pool) is not None:
+        findings += findings_of("pool", partial(connections.check_pool, pool))
     return findings
 
 

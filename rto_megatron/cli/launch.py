@@ -114,7 +114,8 @@ def _run(
     """Starts the pool on `stack` if one is needed, then the ranks, as often as it takes."""
     import torch
 
-    from rto_megatron.config.schema import EvaluateStage, ReinforcementStage
+    from rto_megatron.config.facts import facts_of
+    from rto_megatron.config.plan import layout_on
     from rto_megatron.engine.source import find_sources
     from rto_megatron.launching.attempts import run_attempts
     from rto_megatron.launching.launched_pool import launched_pool, plan_pool
@@ -124,7 +125,7 @@ def _run(
     gpus = torch.cuda.device_count()
     free_gpus, prepare = gpus, _without_pool
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the pool's servers inherit it
-    sampling = config if isinstance(config, ReinforcementStage | EvaluateStage) else None
+    sampling = facts_of(config).sampling
     _stay_on_loopback(sampling.rollout.servers if sampling else ())
     if sampling and not sampling.rollout.servers:
         sizes, devices = plan_pool(sampling, gpus, ranks, choice)
@@ -135,7 +136,7 @@ def _run(
             free_gpus -= len(devices)
         if not prepare(1):
             raise UserError("the pool's servers ended before a rank was started; their logs say why")
-    model_ranks = config.parallel.tensor * config.parallel.pipeline
+    model_ranks = layout_on(config.parallel).replica_ranks
     num_ranks = ranks or max(1, free_gpus // model_ranks) * model_ranks
     return run_attempts(
         config.run.dir, restarts, stopping, prepare, lambda: start_ranks(num_ranks, arguments)

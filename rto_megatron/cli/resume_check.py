@@ -90,16 +90,19 @@ def resume_check_rank(config: Annotated[Path, typer.Argument(help="A saved confi
 
 def _layout(config: "TrainStage", resume_at: str | None, replicas: int) -> "tuple[TrainParallelConfig, int]":
     """The layout of the resumed run, and its ranks."""
+    from rto_megatron.config.plan import layout_on
+
     own = config.parallel
     if resume_at is None:
-        return own, own.tensor * own.pipeline * replicas
+        return own, layout_on(own).replica_ranks * replicas
     sizes = resume_at.split("x")
     if len(sizes) != 3 or not all(size.isdigit() and int(size) for size in sizes):
         raise UserError(
             f"--resume-at {resume_at}: expected tensor x pipeline x data-parallel size, as in 1x2x1"
         )
     tensor, pipeline, data = map(int, sizes)
-    return own.model_copy(update={"tensor": tensor, "pipeline": pipeline}), tensor * pipeline * data
+    other = own.model_copy(update={"tensor": tensor, "pipeline": pipeline})
+    return other, layout_on(other).replica_ranks * data
 
 
 def run_both(
@@ -117,12 +120,13 @@ def run_both(
         parallel, num_ranks: of the resumed run.
         train: starts fresh processes, so that nothing but the checkpoint passes from one run to the other.
     """
+    from rto_megatron.config.plan import layout_on
     from rto_megatron.proofs.resumed_runs import resumed_run, whole_run
 
     if (root / "whole").exists() or (root / "resumed").exists():
         raise UserError(f"--scratch {root} holds the runs of an earlier check; name a new folder")
     whole = whole_run(config, k, root / "whole")
-    train(whole, whole.parallel.tensor * whole.parallel.pipeline * replicas)
+    train(whole, layout_on(whole.parallel).replica_ranks * replicas)
     train(resumed_run(whole, k, root / "resumed", parallel), num_ranks)
 
 

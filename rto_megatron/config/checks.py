@@ -4,44 +4,16 @@ How a model's heads and layers are cut is checked where model shapes are known (
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 from rto_megatron.algorithms import ALGORITHMS
 from rto_megatron.algorithms.kl_controller import smallest_horizon
 from rto_megatron.algorithms.method import OfflineMethod
 from rto_megatron.algorithms.reinforcement import RewardConfig
+from rto_megatron.config.facts import Facts, facts_of
+from rto_megatron.config.plan import layout_on
 from rto_megatron.config.roles import OPTIONAL_ROLES, allowed_roles, needs_dpo
-from rto_megatron.config.schema import EvaluateStage, OfflineStage, ReinforcementStage, Stage, TrainStage
+from rto_megatron.config.schema import OfflineStage, ReinforcementStage, RolloutConfig, Stage
 from rto_megatron.errors import UserError
-
-
-@dataclass(frozen=True)
-class BatchPlan:
-    """Batch arithmetic of one stage; all counts are sequences, or pairs where the stage reads pairs."""
-
-    data_parallel: int
-    train_per_rank: int  # 0 where the stage does not train
-    num_microbatches: int  # of an optimizer step; 0 where the stage does not train
-    rollout_per_rank: int  # 0 where the stage does not sample
-    updates_per_rollout: (
-        int  # optimizer steps of one pass over the rollouts; 0 where the stage does not sample
-    )
-
-
-def plan_batches(config: Stage, world_size: int) -> BatchPlan:
-    """The batch arithmetic of `config` on `world_size` ranks; valid only if `find_problems` found none."""
-    data_parallel = world_size // (config.parallel.tensor * config.parallel.pipeline)
-    if not isinstance(config, TrainStage):
-        return BatchPlan(data_parallel, 0, 0, 0, 0)
-    batch = config.batch
-    rollout = config.responses_per_step if isinstance(config, ReinforcementStage) else 0
-    return BatchPlan(
-        data_parallel=data_parallel,
-        train_per_rank=batch.train // data_parallel,
-        num_microbatches=batch.train // data_parallel // batch.micro,
-        rollout_per_rank=rollout // data_parallel,
-        updates_per_rollout=rollout // batch.train,
-    )
 
 
 def find_problems(
@@ -57,8 +29,8 @@ def find_problems(
         *_layout(config, world_size, origin),
         *model_problems(config),
         *_lengths(config, max_positions),
-        *_kl_horizon(config),
-        *_pool_servers(config),
+        *_kl_horizon(facts_of(config).online),
+        *_pool_servers(facts_of(config).pool),
     ]
 
 
@@ -69,35 +41,27 @@ def refuse(problems: Iterable[str]) -> None:
         raise UserError("the configuration cannot work as it stands\n" + "\n".join(lines))
 
 
-def samples_from_pool(config: Stage) -> bool:
-    """Whether the stage needs an inference pool."""
-    return isinstance(config, ReinforcementStage | EvaluateStage)
-
-
-def is_colocated(config: Stage) -> bool:
-    """Whether the pool lives on the trainer's GPUs."""
-    return isinstance(config, ReinforcementStage | EvaluateStage) and config.rollout.colocated
-
-
 def _layout(config: Stage, world_size: int, origin: str) -> list[str]:
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
     problems = []
     if config.parallel.sequence and tensor == 1:
         problems.append("parallel.sequence=true needs parallel.tensor > 1; set parallel.sequence=false")
-    if world_size % (tensor * pipeline):
+    replica_ranks = layout_on(config.parallel).replica_ranks
+    if world_size % replica_ranks:
         problems.append(
-            f"parallel.tensor x parallel.pipeline = {tensor} x {pipeline} = {tensor * pipeline} "
+            f"parallel.tensor x parallel.pipeline = {tensor} x {pipeline} = {replica_ranks} "
             f"does not divide the {world_size} rank{'s' * (world_size > 1)}{f' ({origin})' if origin else ''}; "
             "start a multiple of it or change the layout"
         )
         return problems
-    return problems + _batches(config, world_size // (tensor * pipeline))
+    return problems + _batches(config, layout_on(config.parallel, world_size).data)
 
 
 def _batches(config: Stage, data_parallel: int) -> list[str]:
-    if not isinstance(config, TrainStage):
+    facts = facts_of(config)
+    if facts.training is None:
         return []
-    batch = config.batch
+    batch = facts.training.batch
     problems = []
     step = batch.micro * data_parallel
     if batch.train % step:
@@ -108,7 +72,7 @@ def _batches(config: Stage, data_parallel: int) -> list[str]:
             f"{batch.micro} x {data_parallel} = {step}, so {batch.train // step} whole micro-batches "
             f"come out; set batch.train to {nearest}"
         )
-    return problems + (_rollouts(config, data_parallel) if isinstance(config, ReinforcementStage) else [])
+    return problems + ([] if facts.online is None else _rollouts(facts.online, data_parallel))
 
 
 def _rollouts(config: ReinforcementStage, data_parallel: int) -> list[str]:
@@ -135,14 +99,14 @@ def _rollouts(config: ReinforcementStage, data_parallel: int) -> list[str]:
 
 def model_problems(config: Stage) -> list[str]:
     """What is wrong with `config.models`; while anything is, `roles.roles_of` has no meaning."""
-    models, used = config.models, allowed_roles(config)
+    models, used, facts = config.models, allowed_roles(config), facts_of(config)
     named = {role: models.model_dump()[role] for role in OPTIONAL_ROLES}
     problems = [
         f"models.{role}={path} is set, but stage {config.stage} uses only {', '.join(used)}; remove it"
         for role, path in named.items()
         if path is not None and role not in used
     ]
-    if isinstance(config, ReinforcementStage) and models.reward is None:
+    if facts.online is not None and models.reward is None:
         problems.append(
             f"models.reward is missing: stage {config.stage} scores its rollouts with a reward model"
         )
@@ -164,11 +128,11 @@ def model_problems(config: Stage) -> list[str]:
         problems.append(
             f"models.random_init=true works for stage sft only; stage {config.stage} needs trained weights"
         )
-    if models.moe_aux_loss_coef and not isinstance(config, TrainStage):
+    if models.moe_aux_loss_coef and facts.training is None:
         problems.append(
             f"models.moe_aux_loss_coef={models.moe_aux_loss_coef} has no effect where nothing is trained; remove it"
         )
-    return problems + (_reference(config) if isinstance(config, OfflineStage) else _pretraining(config))
+    return problems + (_pretraining(facts.online) if facts.offline is None else _reference(facts.offline))
 
 
 def _reference(config: OfflineStage) -> list[str]:
@@ -185,8 +149,8 @@ def _reference(config: OfflineStage) -> list[str]:
     return []
 
 
-def _pretraining(config: Stage) -> list[str]:
-    if not isinstance(config, ReinforcementStage) or config.data.pretrain is not None:
+def _pretraining(config: ReinforcementStage | None) -> list[str]:
+    if config is None or config.data.pretrain is not None:
         return []
     coef = config.algorithm.ptx_coef
     if coef == type(config.algorithm).model_fields["ptx_coef"].default:
@@ -196,25 +160,22 @@ def _pretraining(config: Stage) -> list[str]:
 
 def _lengths(config: Stage, max_positions: Mapping[str, int]) -> list[str]:
     problems = []
-    if isinstance(config, ReinforcementStage | EvaluateStage):
-        data, sampling = config.data, config.sampling
-        longest = data.max_prompt_tokens + sampling.max_response_tokens
-        keys = "data.max_prompt_tokens + sampling.max_response_tokens"
+    facts = facts_of(config)
+    longest, keys = facts.longest_sequence
+    if facts.sampling is not None:
+        sampling = facts.sampling.sampling
         if sampling.min_response_tokens > sampling.max_response_tokens:
             problems.append(
                 f"sampling.min_response_tokens={sampling.min_response_tokens} is above "
                 f"sampling.max_response_tokens={sampling.max_response_tokens}"
             )
-    else:
-        assert isinstance(config, OfflineStage)
-        longest, keys = config.data.max_length, "data.max_length"
-        if config.data.max_prompt_tokens >= longest:
-            problems.append(
-                f"data.max_prompt_tokens={config.data.max_prompt_tokens} leaves no room for an answer within "
-                f"data.max_length={longest}; lower the first or raise the second"
-            )
+    elif config.data.max_prompt_tokens >= longest:
+        problems.append(
+            f"data.max_prompt_tokens={config.data.max_prompt_tokens} leaves no room for an answer within "
+            f"data.max_length={longest}; lower the first or raise the second"
+        )
     for role, limit in max_positions.items():
-        appended = 1 if role == "reward" and _appends_end(config) else 0
+        appended = 1 if role == "reward" and _appends_end(facts) else 0
         if longest + appended > limit:
             end = " + 1 for the end-of-sequence behind a cut response" if appended else ""
             problems.append(
@@ -224,8 +185,8 @@ def _lengths(config: Stage, max_positions: Mapping[str, int]) -> list[str]:
     return problems
 
 
-def _kl_horizon(config: Stage) -> list[str]:
-    if not isinstance(config, ReinforcementStage) or not isinstance(config.algorithm, RewardConfig):
+def _kl_horizon(config: ReinforcementStage | None) -> list[str]:
+    if config is None or not isinstance(config.algorithm, RewardConfig):
         return []
     horizon, responses = config.algorithm.kl_horizon, config.responses_per_step
     if config.algorithm.kl_target is None or horizon >= smallest_horizon(responses):
@@ -237,17 +198,16 @@ def _kl_horizon(config: Stage) -> list[str]:
     ]
 
 
-def _appends_end(config: Stage) -> bool:
+def _appends_end(facts: Facts) -> bool:
     """Whether the reward model reads one token more than was sampled (algorithms.termination)."""
-    if isinstance(config, ReinforcementStage):
-        return config.algorithm.truncated != "compat"
-    return isinstance(config, EvaluateStage)
+    return facts.evaluation is not None or (
+        facts.online is not None and facts.online.algorithm.truncated != "compat"
+    )
 
 
-def _pool_servers(config: Stage) -> list[str]:
-    if not isinstance(config, ReinforcementStage | EvaluateStage):
+def _pool_servers(rollout: RolloutConfig | None) -> list[str]:
+    if rollout is None:
         return []
-    rollout = config.rollout
     problems = [
         f"rollout.servers: found {server!r}; an address is written http://host:port"
         for server in rollout.servers
@@ -276,7 +236,8 @@ def _pool_servers(config: Stage) -> list[str]:
 
 def require_pool(config: Stage) -> None:
     """Raise UserError if the stage samples and no pool server is named."""
-    if isinstance(config, ReinforcementStage | EvaluateStage) and not config.rollout.servers:
+    pool = facts_of(config).pool
+    if pool is not None and not pool.servers:
         raise UserError(
             f"rollout.servers is empty, and stage {config.stage} samples from an inference pool; start one "
             "with `rto pool` and name it, or start the stage with launchers/local.sh, which does both"

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from rto_megatron.algorithms.schedule import lr_factor, warmup_steps
-from rto_megatron.config.schema import ActorCriticStage, OptimizerConfig, ReinforcementStage, TrainStage
+from rto_megatron.config.facts import facts_of
+from rto_megatron.config.schema import OptimizerConfig, TrainStage
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,8 @@ def learning_rate(config: OptimizerConfig, step: int, num_updates: int) -> float
 
 def updates_per_step(config: TrainStage) -> int:
     """Optimizer steps of one step of the run."""
-    if not isinstance(config, ReinforcementStage):
-        return 1
-    return config.responses_per_step // config.batch.train * config.algorithm.epochs
+    online = facts_of(config).online
+    return 1 if online is None else online.responses_per_step // online.batch.train * online.algorithm.epochs
 
 
 def known_rates(config: TrainStage) -> dict[str, Rates]:
@@ -35,8 +35,8 @@ def known_rates(config: TrainStage) -> dict[str, Rates]:
     if config.run.steps is None:
         return {}
     sections = {"optimizer": config.optimizer}
-    if isinstance(config, ActorCriticStage):
-        sections["critic_optimizer"] = config.critic_optimizer
+    if (critic := facts_of(config).critic_optimizer) is not None:
+        sections["critic_optimizer"] = critic
     return {
         name: _rates(section, config.run.steps * updates_per_step(config))
         for name, section in sections.items()

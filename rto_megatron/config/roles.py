@@ -5,7 +5,8 @@ from pathlib import Path
 
 from rto_megatron.algorithms import ALGORITHMS
 from rto_megatron.algorithms.method import OnlineMethod
-from rto_megatron.config.schema import EvaluateStage, ReinforcementStage, Stage
+from rto_megatron.config.facts import facts_of
+from rto_megatron.config.schema import Stage
 
 OPTIONAL_ROLES = ("reference", "critic", "reward", "dpo", "dpo_reference")
 
@@ -23,7 +24,7 @@ class Role:
 
 def allowed_roles(config: Stage) -> tuple[str, ...]:
     """The keys of `models` that the stage reads."""
-    if isinstance(config, EvaluateStage):
+    if facts_of(config).evaluation is not None:
         return ("policy", "reference", "reward")
     method = ALGORITHMS[config.stage]
     if isinstance(method, OnlineMethod):
@@ -35,9 +36,10 @@ def allowed_roles(config: Stage) -> tuple[str, ...]:
 
 def needs_dpo(config: Stage) -> bool:
     """Whether the token reward reads a DPO model: the method has one, and its weight is not 0."""
-    if not isinstance(config, ReinforcementStage) or "dpo" not in allowed_roles(config):
+    online = facts_of(config).online
+    if online is None or "dpo" not in allowed_roles(config):
         return False
-    return bool(config.algorithm.model_dump()["beta_dpo"])
+    return bool(online.algorithm.model_dump()["beta_dpo"])
 
 
 def roles_of(config: Stage) -> tuple[Role, ...]:
@@ -46,7 +48,7 @@ def roles_of(config: Stage) -> tuple[Role, ...]:
     reference = models.reference or models.policy
     method = ALGORITHMS.get(config.stage)
     has_value_head = not isinstance(method, OnlineMethod | None) and method.outputs == "values"
-    roles = [Role("policy", models.policy, not isinstance(config, EvaluateStage), has_value_head)]
+    roles = [Role("policy", models.policy, facts_of(config).training is not None, has_value_head)]
     if "critic" in allowed:
         assert models.reward is not None
         roles.append(Role("critic", models.critic or models.reward, is_trained=True, has_value_head=True))

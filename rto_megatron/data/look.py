@@ -10,6 +10,7 @@ from rto_megatron.algorithms import ALGORITHMS
 from rto_megatron.algorithms.method import OfflineMethod
 from rto_megatron.algorithms.reward_model import reads_margins
 from rto_megatron.config import schema
+from rto_megatron.config.facts import facts_of
 from rto_megatron.data.bad_rows import BadRows
 from rto_megatron.data.encoder import Limits, LoadReport, limits_of, refuse_rows
 from rto_megatron.data.layouts import READERS
@@ -77,7 +78,8 @@ def look(
     limits = limits_of(config)
     if tokenizer is None:
         return _layout_alone(data, limits)
-    has_margins = isinstance(config, schema.OfflineStage) and reads_margins(config.algorithm)
+    offline = facts_of(config).offline
+    has_margins = offline is not None and reads_margins(offline.algorithm)
     source = data.source
     report: LoadReport
     match data.wanted:

@@ -4,8 +4,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from rto_megatron.config.facts import facts_of
 from rto_megatron.config.roles import roles_of
-from rto_megatron.config.schema import Stage, TrainStage
+from rto_megatron.config.schema import Stage
 from rto_megatron.diagnosis.finding import Finding
 from rto_megatron.planning.memory import checkpoint_bytes, gib
 from rto_megatron.planning.shapes import find_shape
@@ -36,7 +37,8 @@ def check_writable(run_dir: Path) -> list[Finding]:
 
 def check_space(config: Stage) -> list[Finding]:
     """Free space against what the stage will keep, and one more: the oldest goes when the next stands."""
-    if not isinstance(config, TrainStage):
+    training = facts_of(config).training
+    if training is None:
         return []
     folder = _nearest(config.run.dir)
     free = shutil.disk_usage(folder).free
@@ -47,8 +49,8 @@ def check_space(config: Stage) -> list[Finding]:
     if len(shapes) < len(found):
         unknown = ", ".join(f"models.{name}" for name in found if name not in shapes)
         return [Finding("disk", "ok", f"{gib(free)} free; needed is unknown, as {unknown} is not here yet")]
-    one = checkpoint_bytes(config, shapes)
-    still_to_come = max(1, config.run.keep_checkpoints + 1 - len(finished_checkpoints(config.run.dir)))
+    one = checkpoint_bytes(training, shapes)
+    still_to_come = max(1, training.run.keep_checkpoints + 1 - len(finished_checkpoints(config.run.dir)))
     needed = one * still_to_come
     sizes = f"{gib(free)} free on the disk of {folder}; {still_to_come} checkpoints of {gib(one)} are to come"
     if free < needed:

@@ -9,16 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import rto_megatron
-from rto_megatron.config.checks import is_colocated, refuse, samples_from_pool
+from rto_megatron.config.checks import refuse
+from rto_megatron.config.facts import facts_of
 from rto_megatron.config.load import dump
+from rto_megatron.config.plan import Plan, layout_on
 from rto_megatron.config.run_folder import make_run_folder
-from rto_megatron.config.schema import EvaluateStage, ReinforcementStage, Stage
+from rto_megatron.config.schema import Stage
 from rto_megatron.errors import UserError
 from rto_megatron.launching.slurm_allocation import Allocation, directives, log_pattern, text_problems
 from rto_megatron.planning.colocated_memory import pool_weight_bytes
+from rto_megatron.planning.judgement import judged
 from rto_megatron.planning.memory import activation_bytes, gib, model_bytes, weight_bytes
 from rto_megatron.planning.placement import max_model_len
-from rto_megatron.planning.plan import judged
 from rto_megatron.planning.shapes import FoundShape, hugging_face_folder
 
 ROOT = Path(rto_megatron.__file__).parents[1]
@@ -151,9 +153,9 @@ def plan_job(
     """
     refuse([*allocation.problems(), *_folder_problems(config, allocation)])
     _refuse_other_place(config, allocation)
-    model_ranks = config.parallel.tensor * config.parallel.pipeline
+    model_ranks = layout_on(config.parallel).replica_ranks
     ranks_per_node = allocation.gpus or max(1, model_ranks // allocation.trainer_nodes)
-    _, shapes = judged(
+    plan, shapes = judged(
         config, ranks_per_node * allocation.trainer_nodes, assume, _origin(allocation, ranks_per_node)
     )
     server_nodes, servers_per_group = _servers(allocation, pool_tensor)
@@ -168,7 +170,7 @@ def plan_job(
         restarts=restarts,
     )
     refuse(_pool_problems(shapes, pool_tensor) if has_pool else [])
-    refuse(_memory_problems(job, shapes, pool_tensor, int(gpu_gib * 2**30)) if gpu_gib else [])
+    refuse(_memory_problems(job, plan, shapes, pool_tensor, int(gpu_gib * 2**30)) if gpu_gib else [])
     return job
 
 
@@ -177,7 +179,8 @@ def _refuse_other_place(config: Stage, allocation: Allocation) -> None:
         raise UserError(
             f"{_BODY} is missing; `rto slurm` needs a checkout of the repository, not the package alone"
         )
-    if is_colocated(config):
+    facts = facts_of(config)
+    if facts.is_colocated:
         raise UserError(
             "rollout.colocated=true: a job on several nodes gives the pool nodes of its own; set it to false, or run "
             "`rto launch` as a job on one node"
@@ -187,12 +190,12 @@ def _refuse_other_place(config: Stage, allocation: Allocation) -> None:
             f"--nodes {allocation.nodes} --pool-nodes {allocation.pool_nodes}: leaves no node for the trainer; --nodes "
             "counts those of the pool too"
         )
-    has_servers = isinstance(config, ReinforcementStage | EvaluateStage) and bool(config.rollout.servers)
-    if samples_from_pool(config) and not has_servers and allocation.pool_nodes == 0:
+    has_servers = facts.pool is not None and bool(facts.pool.servers)
+    if facts.pool is not None and not has_servers and allocation.pool_nodes == 0:
         raise UserError(
             f"stage {config.stage} samples from an inference pool; give it nodes with --pool-nodes"
         )
-    if allocation.pool_nodes and not samples_from_pool(config):
+    if allocation.pool_nodes and facts.pool is None:
         raise UserError(
             f"--pool-nodes {allocation.pool_nodes}: stage {config.stage} needs no pool; remove it"
         )
@@ -246,12 +249,13 @@ def _servers(allocation: Allocation, pool_tensor: int) -> tuple[int, int]:
 
 
 def _pool_options(config: Stage, servers: int, pool_tensor: int) -> tuple[str, ...]:
-    assert isinstance(config, ReinforcementStage | EvaluateStage)
+    sampling = facts_of(config).sampling
+    assert sampling is not None
     options = [str(hugging_face_folder(config.models.policy).absolute())]
-    options += ["--dtype", config.precision.dtype, "--max-model-len", str(max_model_len(config))]
+    options += ["--dtype", config.precision.dtype, "--max-model-len", str(max_model_len(sampling))]
     options += ["--servers", str(servers), "--tensor-parallel", str(pool_tensor)]
-    if config.rollout.gpu_memory_fraction is not None:
-        options += ["--gpu-memory-fraction", str(config.rollout.gpu_memory_fraction)]
+    if (fraction := sampling.rollout.gpu_memory_fraction) is not None:
+        options += ["--gpu-memory-fraction", str(fraction)]
     return tuple(options)
 
 
@@ -264,11 +268,10 @@ def _pool_problems(shapes: dict[str, FoundShape], pool_tensor: int) -> list[str]
     ]
 
 
-def _memory_problems(job: Job, shapes: dict[str, FoundShape], pool_tensor: int, gpu_bytes: int) -> list[str]:
-    config = job.config
-    world_size = job.ranks_per_node * job.allocation.trainer_nodes
-    data_parallel = world_size // (config.parallel.tensor * config.parallel.pipeline)
-    trainer = model_bytes(config, shapes, data_parallel) + activation_bytes(config, shapes)
+def _memory_problems(
+    job: Job, plan: Plan, shapes: dict[str, FoundShape], pool_tensor: int, gpu_bytes: int
+) -> list[str]:
+    trainer = model_bytes(plan, shapes) + activation_bytes(plan, shapes)
     problems = []
     if trainer > gpu_bytes:
         problems.append(
@@ -276,7 +279,7 @@ def _memory_problems(job: Job, shapes: dict[str, FoundShape], pool_tensor: int, 
             "or set precision.recompute or parallel.distributed_optimizer to true"
         )
     if job.num_servers and "policy" in shapes:
-        weights = pool_weight_bytes(shapes["policy"].shape, weight_bytes(config), pool_tensor)
+        weights = pool_weight_bytes(shapes["policy"].shape, weight_bytes(plan.config.precision), pool_tensor)
         if weights > gpu_bytes:
             problems.append(
                 f"the pool's weights take {gib(weights)} of a GPU's {gib(gpu_bytes)}; raise --pool-tensor"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rto_megatron.config.checks import find_problems, refuse
+from rto_megatron.config.plan import Plan, layout_on, plan_stage
 from rto_megatron.config.roles import roles_of
 from rto_megatron.config.schema import EvaluateStage, ReinforcementStage
 from rto_megatron.errors import UserError
@@ -60,20 +61,20 @@ class PhaseMemory:
         return sum(self.parts.values())
 
 
-def phase_memory(
-    config: SamplingStage, shapes: Mapping[str, FoundShape], data_parallel: int, gpu: SharedGpu
-) -> tuple[PhaseMemory, ...]:
+def phase_memory(plan: Plan, shapes: Mapping[str, FoundShape], gpu: SharedGpu) -> tuple[PhaseMemory, ...]:
     """The three phases of a step on the fullest GPU; models of unknown shape count nothing, the policy's is needed."""
-    policy, width = shapes["policy"].shape, weight_bytes(config)
-    bucket = largest_bucket_bytes(policy, width, config.parallel.tensor, config.rollout.bucket_mb << 20)
+    policy, width = shapes["policy"].shape, weight_bytes(plan.config.precision)
+    assert plan.facts.pool is not None
+    tensor, bucket_bytes = plan.layout_of("policy").tensor, plan.facts.pool.bucket_mb << 20
+    bucket = largest_bucket_bytes(policy, width, tensor, bucket_bytes)
     always = {
-        "trainer's models and optimizers": model_bytes(config, shapes, data_parallel),
+        "trainer's models and optimizers": model_bytes(plan, shapes),
         "window of 2 buckets": 2 * bucket,
         "2 processes (assumed)": 2 * _PROCESS_BYTES,
     }
     weights = pool_weight_bytes(policy, width, gpu.pool_tensor)
     return (
-        PhaseMemory("training", {**always, "activations": activation_bytes(config, shapes)}),
+        PhaseMemory("training", {**always, "activations": activation_bytes(plan, shapes)}),
         PhaseMemory(
             "weight push",
             {
@@ -100,9 +101,9 @@ def memory_problems(
         for phase in phases
         if phase.total > gpu.num_bytes
     ]
-    weights = pool_weight_bytes(policy, weight_bytes(config), gpu.pool_tensor)
+    weights = pool_weight_bytes(policy, weight_bytes(config.precision), gpu.pool_tensor)
     longest = config.data.max_prompt_tokens + config.sampling.max_response_tokens
-    least = weights + longest * cache_bytes_per_token(policy, weight_bytes(config), gpu.pool_tensor)
+    least = weights + longest * cache_bytes_per_token(policy, weight_bytes(config.precision), gpu.pool_tensor)
     if least > gpu.pool_bytes:
         problems.append(
             f"rollout.gpu_memory_fraction={gpu.pool_fraction:g} gives the pool {gib(gpu.pool_bytes)} of a GPU, and its "
@@ -186,8 +187,8 @@ def _refuse_overfull(config: SamplingStage, num_ranks: int, pool_tensor: int) ->
     assert config.rollout.gpu_memory_fraction is not None
     memory = torch.cuda.get_device_properties(0).total_memory
     gpu = SharedGpu(memory, config.rollout.gpu_memory_fraction, pool_tensor)
-    data_parallel = max(1, num_ranks // (config.parallel.tensor * config.parallel.pipeline))
-    phases = phase_memory(config, shapes, data_parallel, gpu)
+    plan = plan_stage(config, max(num_ranks, layout_on(config.parallel).replica_ranks))
+    phases = phase_memory(plan, shapes, gpu)
     refuse(memory_problems(config, shapes["policy"].shape, phases, gpu))
 
 

@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from rto_megatron.planning.shapes import FoundShape
 from transformers import PreTrainedTokenizerBase
 
-from rto_megatron.config import checks, schema
+from rto_megatron.config import schema
+from rto_megatron.config.facts import facts_of
 from rto_megatron.data.encoder import Loaded
 from rto_megatron.data.tokenizer import load_plain_tokenizer
 from rto_megatron.data.vocabulary import (
@@ -33,7 +34,7 @@ def token_warnings(config: "Stage", shapes: "Mapping[str, FoundShape]") -> list[
     Raises:
         UserError: a model lacks ids that every run of the stage reads, or may sample.
     """
-    from rto_megatron.config.checks import refuse, samples_from_pool
+    from rto_megatron.config.checks import refuse
     from rto_megatron.data.tokenizer import has_tokenizer, load_plain_tokenizer
     from rto_megatron.data.vocabulary import smallest_embedding, spare_tokens, vocabulary_problems
     from rto_megatron.models.layout_checks import check_sampled_ids
@@ -43,7 +44,7 @@ def token_warnings(config: "Stage", shapes: "Mapping[str, FoundShape]") -> list[
     if policy is None or policy.folder is None:
         return []
     sizes = {where: found.shape.vocab_size for where, found in here.items()}
-    sampled = check_sampled_ids(sizes, "models.policy") if samples_from_pool(config) else []
+    sampled = check_sampled_ids(sizes, "models.policy") if facts_of(config).pool is not None else []
     if not has_tokenizer(policy.folder):
         refuse(sampled)
         return []
@@ -56,7 +57,7 @@ def token_warnings(config: "Stage", shapes: "Mapping[str, FoundShape]") -> list[
 def embedding_problems(config: schema.Stage, sources: Mapping[str, WeightSource]) -> list[str]:
     """Ids that every run of the stage would read, or may sample, and that a model has no row for."""
     sizes = _vocab_sizes(sources)
-    sampled = check_sampled_ids(sizes, "models.policy") if checks.samples_from_pool(config) else []
+    sampled = check_sampled_ids(sizes, "models.policy") if facts_of(config).pool is not None else []
     # Only the policy's tokenizer turns text into ids.
     tokenizer = load_plain_tokenizer(sources["policy"].hf_folder)
     return [*sampled, *vocabulary_problems(tokenizer, smallest_embedding(sizes))]

@@ -190,7 +190,7 @@ def p9_side_streams() -> None:
 def _compile_when_called(compile_now: Callable[..., Callable[..., object]]) -> Callable[..., object]:
     def compile_later(model: Callable[..., object] | None = None, **options: object) -> Callable[..., object]:
         if model is None:
-            return functools.partial(compile_later, **options)
+            return lambda found: compile_later(found, **options)
         compiled = functools.cache(lambda: compile_now(model, **options))
 
         @functools.wraps(model)

@@ -9,6 +9,7 @@ from rto_megatron.algorithms.credit_metrics import explained_variance
 from rto_megatron.algorithms.method import OnlineMethod
 from rto_megatron.algorithms.reinforcement import PolicyOptimization
 from rto_megatron.config import schema
+from rto_megatron.config.facts import facts_of
 from rto_megatron.config.learning_rate import learning_rate, updates_per_step
 from rto_megatron.data.tokenizer import tokens_with
 from rto_megatron.engine.build_roles import build_average, build_frozen, build_trained, update_average
@@ -138,9 +139,9 @@ def update(
         due: list[Update] = []
         rates = {}
         if roles.critic is not None:
-            assert isinstance(config, schema.ActorCriticStage) and algorithm.value_loss is not None
-            rates["lr/critic"] = lr = learning_rate(config.critic_optimizer, number, total)
-            value_loss = algorithm.value_loss
+            critic_optimizer, value_loss = facts_of(config).critic_optimizer, algorithm.value_loss
+            assert critic_optimizer is not None and value_loss is not None
+            rates["lr/critic"] = lr = learning_rate(critic_optimizer, number, total)
             due.append(ModelUpdate(roles.critic, one.microbatches, value_loss, one.names, lr, is_paced=False))
         if is_policy_due:
             rates["lr/policy"] = lr = learning_rate(config.optimizer, number, total)
@@ -173,14 +174,12 @@ def build_roles(config: schema.ReinforcementStage, setup: Setup, reward: RewardS
     def frozen(name: str, is_scalar: bool = False) -> FrozenModel:
         return build_frozen(name, sources[name], is_scalar, precision, topology)
 
-    policy = trained("policy", False, config.optimizer)
+    policy, critic = trained("policy", False, config.optimizer), facts_of(config).critic_optimizer
     has_average = config.algorithm.ema_beta is not None
     return Roles(
         policy=policy,
         average=build_average(policy, sources["policy"]) if has_average else None,
-        critic=trained("critic", True, config.critic_optimizer)
-        if isinstance(config, schema.ActorCriticStage)
-        else None,
+        critic=None if critic is None else trained("critic", True, critic),
         reference=frozen("reference"),
         reward=reward
         or ModelReward(frozen("reward", True), setup.layout, setup.eos, config.algorithm.truncated),
@@ -218,6 +217,6 @@ def show_samples(
     variance = explained_variance(means)
     explained = "none" if variance is None else f"{variance:.3f}"
     critic = f", the critic explains {explained} of the variance of returns"
-    has_critic = isinstance(config, schema.ActorCriticStage)
+    has_critic = facts_of(config).critic_optimizer is not None
     title = f"{config.stage} step {run.step}{critic if has_critic else ''}"
     show(completions_table(experience, lambda ids: str(setup.tokenizer.decode(list(ids))), 4, title))

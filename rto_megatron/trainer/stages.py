@@ -7,6 +7,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from rto_megatron.config import schema
+from rto_megatron.config.facts import facts_of
 from rto_megatron.errors import UserError
 from rto_megatron.platform.device import Device, prepare
 
@@ -60,9 +61,9 @@ def _collective_timeout(config: schema.Stage) -> timedelta:
     """Replica leads let the others wait for rollouts: if not set, twice what a request may take or half an hour."""
     if config.run.collective_timeout_s is not None:
         return timedelta(seconds=config.run.collective_timeout_s)
-    if not isinstance(config, schema.ReinforcementStage | schema.EvaluateStage):
+    if (pool := facts_of(config).pool) is None:
         return _SHORTEST_TIMEOUT
-    return max(_SHORTEST_TIMEOUT, timedelta(seconds=2 * config.rollout.request_timeout_s))
+    return max(_SHORTEST_TIMEOUT, timedelta(seconds=2 * pool.request_timeout_s))
 
 
 @contextmanager

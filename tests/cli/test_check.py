@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from rto_megatron.algorithms import ALGORITHMS
 from rto_megatron.cli.main import app
 from rto_megatron.config.load import load_recipe
+from rto_megatron.config.plan import plan_stage
 from rto_megatron.config.roles import Role, roles_of
 from rto_megatron.errors import UserError
 from rto_megatron.models.parameters import num_parameters
@@ -67,13 +68,14 @@ def test_the_rates_of_both_optimizers_are_shown_and_no_warm_up_is_the_whole_run(
 
 
 def test_memory_of_a_trained_model_is_18_bytes_a_parameter_and_of_a_frozen_one_2() -> None:
-    config = load_recipe(RECIPES / "llama3_8b" / "rto.yaml")
+    one, four = (plan_stage(load_recipe(RECIPES / "llama3_8b" / "rto.yaml"), ranks) for ranks in (4, 16))
+    assert (one.layout_of("policy").data, four.layout_of("policy").data) == (1, 4)
     shape = KNOWN_SHAPES["llama-3-8b"]
-    trained = role_cost(Role("policy", Path("x"), True, False, None), shape, config, data_parallel=1)
+    trained = role_cost(Role("policy", Path("x"), True, False, None), shape, one)
     assert trained.bytes_per_rank == 18 * trained.parameters_per_rank
-    sharded = role_cost(Role("policy", Path("x"), True, False, None), shape, config, data_parallel=4)
+    sharded = role_cost(Role("policy", Path("x"), True, False, None), shape, four)
     assert sharded.bytes_per_rank == 9 * sharded.parameters_per_rank  # 6 + 12 / 4
-    frozen = role_cost(Role("reference", Path("x"), False, False, None), shape, config, data_parallel=4)
+    frozen = role_cost(Role("reference", Path("x"), False, False, None), shape, four)
     assert frozen.bytes_per_rank == 2 * frozen.parameters_per_rank
     assert frozen.parameters_per_rank == pytest.approx(shape_parameters() / 4, rel=1e-6)
 
@@ -87,7 +89,8 @@ def test_recomputation_lowers_the_estimate_of_activations() -> None:
     known = {name: found for name, found in shapes.items() if found is not None}
     with_it, without = (
         activation_bytes(
-            load_recipe(RECIPES / "llama3_8b" / "sft.yaml", [f"precision.recompute={flag}"]), known
+            plan_stage(load_recipe(RECIPES / "llama3_8b" / "sft.yaml", [f"precision.recompute={flag}"]), 8),
+            known,
         )
         for flag in ("true", "false")
     )

@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from rto_megatron.cli.main import app
 from rto_megatron.config.load import load_recipe
+from rto_megatron.config.plan import plan_stage
 from rto_megatron.config.schema import ReinforcementStage
 from rto_megatron.errors import UserError
 from rto_megatron.planning.colocated_memory import (
@@ -52,14 +53,15 @@ def test_every_phase_is_the_sum_of_what_lies_in_memory_in_it() -> None:
     recipe = config("rollout.bucket_mb=512", "parallel.distributed_optimizer=false")
     shapes = {name: FoundShape(EIGHT_B, "test") for name in ("policy", "reference")}
     gpu = SharedGpu(80 * GIB, 0.4, pool_tensor=2)
-    phases = phase_memory(recipe, shapes, 2, gpu)
+    plan = plan_stage(recipe, 8)
+    phases = phase_memory(plan, shapes, gpu)
     # 2,007.6 M parameters on a rank: 18 bytes each of the policy, 2 of the reference (critic and reward unknown).
     per_rank = -(-8_030_261_248 // 4)
     window = 2 * (512 << 20)
     always = (18 + 2) * per_rank + window + 2 * GIB
     assert [phase.name for phase in phases] == ["training", "weight push", "generation"]
     training, push, generation = (phase.total for phase in phases)
-    assert training == always + activation_bytes(recipe, shapes)
+    assert training == always + activation_bytes(plan, shapes)
     # A push adds the shard, as many buckets on the worker's side and, while it loads, a layer: the embedding's half.
     assert push == always + 8_030_261_248 + window + 128256 * 4096
     assert generation == always + int(0.4 * 80 * GIB)
@@ -70,7 +72,7 @@ def problems(fraction: float, gib: int, *overrides: str) -> str:
     recipe = config(*overrides)
     shapes = {name: FoundShape(EIGHT_B, "test") for name in ("policy", "reference")}
     gpu = SharedGpu(gib * GIB, fraction)
-    return "\n".join(memory_problems(recipe, EIGHT_B, phase_memory(recipe, shapes, 1, gpu), gpu))
+    return "\n".join(memory_problems(recipe, EIGHT_B, phase_memory(plan_stage(recipe, 4), shapes, gpu), gpu))
 
 
 def test_what_does_not_fit_is_refused_with_the_fraction_that_does() -> None:

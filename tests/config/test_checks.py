@@ -6,8 +6,9 @@ import pytest
 
 from rto_megatron.algorithms import ALGORITHMS
 from rto_megatron.algorithms.method import OnlineMethod
-from rto_megatron.config.checks import find_problems, plan_batches, refuse, require_pool
+from rto_megatron.config.checks import find_problems, refuse, require_pool
 from rto_megatron.config.load import load_recipe
+from rto_megatron.config.plan import plan_stage
 from rto_megatron.config.roles import roles_of
 from rto_megatron.config.schema import Stage
 from rto_megatron.errors import UserError
@@ -30,8 +31,14 @@ def evaluation(*overrides: str) -> Stage:
 def test_batch_arithmetic_of_the_released_script() -> None:
     # 8 GPUs without model parallelism: accumulation 128 / 1 / 8 = 16, 1024 / 8 = 128 rollouts a rank, 8
     # updates.
-    plan = plan_batches(rto("parallel.tensor=1"), world_size=8)
-    assert (plan.data_parallel, plan.num_microbatches, plan.rollout_per_rank, plan.updates_per_rollout) == (
+    plan = plan_stage(rto("parallel.tensor=1"), world_size=8)
+    batches = plan.batches
+    assert (
+        plan.layout.data,
+        batches.num_microbatches,
+        batches.rollout_per_rank,
+        batches.updates_per_rollout,
+    ) == (
         8,
         16,
         128,
@@ -81,8 +88,8 @@ def test_reward_model_needs_room_for_the_end_of_a_cut_response_unless_it_overwri
 
 
 def test_evaluation_has_no_batch_arithmetic_but_its_replicas() -> None:
-    plan = plan_batches(evaluation(), world_size=6)
-    assert (plan.data_parallel, plan.train_per_rank, plan.rollout_per_rank) == (3, 0, 0)
+    plan = plan_stage(evaluation(), world_size=6)
+    assert (plan.layout.data, plan.batches.train_per_rank, plan.batches.rollout_per_rank) == (3, 0, 0)
 
 
 WITH_DPO = [name for name, m in ALGORITHMS.items() if isinstance(m, OnlineMethod) and m.has_dpo]
@@ -193,8 +200,8 @@ def test_responses_of_a_step_are_cut_into_whole_updates(overrides: tuple[str, ..
 def test_responses_of_a_step_are_prompts_times_samples() -> None:
     config = online("ppo", "batch.rollout=16", "algorithm.samples_per_prompt=8", "batch.train=64")
     assert find_problems(config, 4, {}) == []
-    plan = plan_batches(config, 4)
-    assert (plan.data_parallel * plan.rollout_per_rank, plan.updates_per_rollout) == (128, 2)
+    plan = plan_stage(config, 4)
+    assert (plan.layout.data * plan.batches.rollout_per_rank, plan.batches.updates_per_rollout) == (128, 2)
 
 
 def test_sampling_stage_needs_servers_and_others_do_not() -> None:

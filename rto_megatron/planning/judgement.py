@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from rto_megatron.config.checks import find_problems, refuse
-from rto_megatron.config.roles import Role, roles_of
+from rto_megatron.config.plan import Plan, plan_stage
+from rto_megatron.config.roles import Role
 from rto_megatron.config.schema import Stage
 from rto_megatron.errors import UserError
 from rto_megatron.models.layout_checks import check_experts, check_layout
@@ -12,8 +13,8 @@ from rto_megatron.planning.shapes import FoundShape, find_shape
 
 def judged(
     config: Stage, world_size: int, assume: list[str], origin: str
-) -> tuple[Sequence[Role], dict[str, FoundShape]]:
-    """The roles of a stage and the shapes of those that are known, once nothing speaks against them on so many ranks.
+) -> tuple[Plan, dict[str, FoundShape]]:
+    """The plan of a stage and the shapes of the models that are known, once nothing speaks against them.
 
     Args:
         origin: how the number of ranks came about, if it is not what the user asked for.
@@ -24,8 +25,8 @@ def judged(
 
     problems = find_problems(config, world_size, {}, origin)
     refuse(problems)  # the plan below needs a configuration whose parts fit together
-    roles = roles_of(config)
-    shapes = _shapes(roles, assume)
+    plan = plan_stage(config, world_size)
+    roles, shapes = plan.roles, _shapes(plan.roles, assume)
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
     limits = {name: found.shape.max_positions for name, found in shapes.items()}
     problems = find_problems(config, world_size, limits, origin)
@@ -36,7 +37,7 @@ def judged(
         coef = config.models.moe_aux_loss_coef
         problems += check_experts(trained, tensor, config.parallel.sequence, coef)
     refuse(problems)
-    return roles, shapes
+    return plan, shapes
 
 
 def _shapes(roles: Sequence[Role], assume: list[str]) -> dict[str, FoundShape]:

@@ -1,0 +1,92 @@
+"""What follows from a recipe on a number of ranks, derived once: who reads it need not derive it again."""
+
+from dataclasses import dataclass
+
+from rto_megatron.config.facts import Facts, facts_of
+from rto_megatron.config.roles import Role, needs_dpo, roles_of
+from rto_megatron.config.schema import ParallelConfig, Stage
+
+
+@dataclass(frozen=True)
+class RankLayout:
+    """How a model lies on the trainer's ranks."""
+
+    tensor: int
+    pipeline: int
+    data: int  # replicas
+
+    @property
+    def replica_ranks(self) -> int:
+        """Ranks that hold the model once."""
+        return self.tensor * self.pipeline
+
+    @property
+    def world_size(self) -> int:
+        """All ranks."""
+        return self.replica_ranks * self.data
+
+
+def layout_on(parallel: ParallelConfig, world_size: int | None = None) -> RankLayout:
+    """The layout on so many ranks, rounded down to whole replicas; None: on the fewest."""
+    alone = RankLayout(parallel.tensor, parallel.pipeline, 1)
+    replicas = 1 if world_size is None else world_size // alone.replica_ranks
+    return RankLayout(parallel.tensor, parallel.pipeline, replicas)
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Batch arithmetic of one stage; all counts are sequences, or pairs where the stage reads pairs."""
+
+    train_per_rank: int  # 0 where the stage does not train
+    num_microbatches: int  # of an optimizer step; 0 where the stage does not train
+    rollout_per_rank: int  # 0 where the stage does not sample
+    updates_per_rollout: (
+        int  # optimizer steps of one pass over the rollouts; 0 where the stage does not sample
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A stage on its ranks; valid only where `checks.find_problems` finds nothing.
+
+    Example:
+        plan_stage(load_recipe("rto.yaml"), world_size=8).layout_of("policy").data
+    """
+
+    config: Stage
+    facts: Facts
+    layout: RankLayout  # of the job
+    roles: tuple[Role, ...]
+    batches: BatchPlan
+    has_dpo_reward: bool
+
+    def layout_of(self, role: str) -> RankLayout:
+        """Of one model; all roles share the job's today."""
+        assert role in {one.name for one in self.roles}, role
+        return self.layout
+
+
+def plan_stage(config: Stage, world_size: int) -> Plan:
+    """Derives the plan of a stage on `world_size` ranks."""
+    facts, layout = facts_of(config), layout_on(config.parallel, world_size)
+    return Plan(
+        config=config,
+        facts=facts,
+        layout=layout,
+        roles=roles_of(config),
+        batches=_batches(facts, layout.data),
+        has_dpo_reward=needs_dpo(config),
+    )
+
+
+def _batches(facts: Facts, replicas: int) -> BatchPlan:
+    if facts.training is None:
+        return BatchPlan(0, 0, 0, 0)
+    batch = facts.training.batch
+    rollout = 0 if facts.online is None else facts.online.responses_per_step
+    return BatchPlan(
+        train_per_rank=batch.train // replicas,
+        num_microbatches=batch.train // replicas // batch.micro,
+        rollout_per_rank=rollout // replicas,
+        updates_per_rollout=rollout // batch.train,
+    )
