@@ -191,7 +191,7 @@ def _compile_when_called(compile_now: Callable[..., Callable[..., object]]) -> C
     @functools.wraps(compile_now)
     def compile_later(model: Callable[..., object] | None = None, **options: object) -> Callable[..., object]:
         if model is None:
-            return functools.partial(compile_later, **options)
+            return lambda decorated: compile_later(decorated, **options)
         compiled = functools.cache(lambda: compile_now(model, **options))
 
         @functools.wraps(model)

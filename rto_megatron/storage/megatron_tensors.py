@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rto_megatron.errors import refuse_if
+from rto_megatron.errors import UserError, refuse_if
 from rto_megatron.models.parameters import stored_parameters
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.models.weight_map import GateUpRows, MappedParameter, VocabRows, merge
@@ -103,7 +103,11 @@ class MegatronTensors:
         if self._latest[0] != parameter.megatron:
             self._latest = (parameter.megatron, self.hf(parameter))
         tensor = self._latest[1][parameter.hf.index(name)]
-        assert tuple(tensor.shape) == size
+        if tuple(tensor.shape) != size:
+            raise UserError(
+                f"{self.folder}: {name} has shape {tuple(tensor.shape)}, expected {size} by the model's "
+                "config.json; take the checkpoint's own"
+            )
         return tensor
 
 
