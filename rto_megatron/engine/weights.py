@@ -86,7 +86,7 @@ def stage_pieces(
 ) -> Iterator[tuple[str, Tensor]]:
     """The runs of Hugging Face tensors that this tensor rank of this stage answers for, in map order; no collective.
 
-    Whole tensors that every tensor rank holds are tensor rank 0's; see `weight_map.Layout.pieces`.
+    Whole tensors that every tensor rank holds are tensor rank 0's; see `weight_map.ShardLayout.pieces`.
     """
     local = local_parameters(model)
     rank, size = topology.tensor_rank, topology.tensor_size

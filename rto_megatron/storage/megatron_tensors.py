@@ -10,7 +10,7 @@ from rto_megatron.errors import UserError, refuse_if
 from rto_megatron.models.parameters import stored_parameters
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.models.weight_map import GateUpRows, MappedParameter, VocabRows, merge
-from rto_megatron.storage.megatron_names import NOT_WEIGHTS, Slot, slots, stored_shape
+from rto_megatron.storage.megatron_names import NOT_WEIGHTS, CheckpointSlot, slots, stored_shape
 from rto_megatron.storage.torch_dist_reader import TorchDistReader
 
 HEAD = "output_layer.weight"
@@ -27,7 +27,7 @@ class MegatronTensors:
         """
         self._reader = reader
         self.parameters = stored_parameters(shape, has_scalar_head)
-        self._slots: dict[str, Slot] = {}
+        self._slots: dict[str, CheckpointSlot] = {}
         self._of_name = {name: p for p in self.parameters for name in p.hf}
         self._latest: tuple[str, tuple[Tensor, ...]] = ("", ())
         problems = [problem for p in self.parameters for problem in self._find(p, shape)]
