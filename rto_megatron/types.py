@@ -162,6 +162,7 @@ class TokenBatch:
     ]  # S + 1 offsets, the last one is T; a trailing padding segment may be the last
     num_rows: int
     last_positions: tuple[int, ...]  # index into T of each real sequence's last token, S entries
+    largest_id: int  # of all tokens
     banned: BannedTargets | None = None  # None: log-probs are of the whole vocabulary
 
 

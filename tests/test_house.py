@@ -58,7 +58,6 @@ BANS = {
 }
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 PICKLE_USERS = {"platform/safe_metadata.py"}  # the allow-list unpickler that checkpoint metadata needs
-TEST_BANS = {r"unittest\.mock|\bmonkeypatch\.setattr\(\s*rto_megatron": "no mocks of our own code"}
 
 
 def name(path: Path) -> str:
@@ -128,6 +127,25 @@ def test_no_two_test_files_share_a_name() -> None:
     assert sorted({file for file in names if names.count(file) > 1}) == []
 
 
+def test_no_two_public_classes_share_a_name() -> None:
+    # The options of every algorithm are its `Config`.
+    names = [
+        node.name
+        for path in FILES
+        for node in TREES[path].body
+        if isinstance(node, ast.ClassDef) and not (node.name == "Config" and room_of(path) == "algorithms")
+    ]
+    public = [one for one in names if not one.startswith("_")]
+    assert sorted({one for one in public if public.count(one) > 1}) == []
+
+
+def test_no_two_modules_share_a_file_name() -> None:
+    # An algorithm is named as its loop, a family and a command as what they are of.
+    free = ("algorithms/", "models/families/", "cli/")
+    names = [path.name for path in FILES if path.name != "__init__.py" and not name(path).startswith(free)]
+    assert sorted({file for file in names if names.count(file) > 1}) == []
+
+
 def test_no_duration_is_taken_from_the_wall_clock() -> None:
     # It jumps when a machine sets its clock; time.monotonic does not.
     found = [
@@ -164,12 +182,83 @@ def test_banned_code_is_absent() -> None:
         for ban, reason in BANS.items()
         for match in re.finditer(ban, path.read_text())
     ]
-    tests = [path for path in (ROOT / "tests").rglob("*.py") if path != Path(__file__)]
+    assert found == []
+
+
+def own_names(tree: ast.Module) -> set[str]:
+    """The names under which a test knows modules, classes and functions of the package."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "rto_megatron":
+            found |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            ours = [alias for alias in node.names if alias.name.split(".")[0] == "rto_megatron"]
+            found |= {alias.asname or "rto_megatron" for alias in ours}
+    return found
+
+
+def is_limit(attribute: str) -> bool:
+    """Whether it is named as a constant of a module, such as how long something waits."""
+    return attribute.isupper()
+
+
+def patches_of_our_code(tree: ast.Module) -> list[int]:
+    """The lines in which a test puts something in the place of a function or class of the package.
+
+    Seen are monkeypatch and setattr, on an imported name or a dotted text, and assignments to an attribute.
+    """
+    own, lines = own_names(tree), []
+
+    def is_ours(target: ast.expr) -> bool:
+        if isinstance(target, ast.Constant):
+            dotted = str(target.value)
+            return dotted.startswith("rto_megatron.") and not is_limit(dotted.rpartition(".")[2])
+        while isinstance(target, ast.Attribute):
+            target = target.value
+        return isinstance(target, ast.Name) and target.id in own
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("setattr", "delattr"):
+            target, *rest = node.args
+            called = rest[0].value if rest and isinstance(rest[0], ast.Constant) else ""
+            if is_ours(target) and not (isinstance(called, str) and is_limit(called)):
+                lines.append(node.lineno)
+        elif isinstance(node, ast.Assign):
+            attributes = [one for one in node.targets if isinstance(one, ast.Attribute)]
+            lines += [node.lineno for one in attributes if is_ours(one) and not is_limit(one.attr)]
+    return lines
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from rto_megatron.engine import export as module\nmonkeypatch.setattr(module, 'export_hf', print)",
+        "import rto_megatron.engine.export as module\nsetattr(module, 'export_hf', print)",
+        "import rto_megatron.engine\nmonkeypatch.setattr(rto_megatron.engine.export, 'export_hf', print)",
+        "monkeypatch.setattr('rto_megatron.engine.export.export_hf', print)",
+        "from rto_megatron.reporting import pace\nmonkeypatch.setattr(pace.time, 'monotonic', print)",
+        "from rto_megatron.engine.saving import Saving\nSaving.finish = print",
+    ],
+)
+def test_a_patch_is_seen_under_any_name(text: str) -> None:
+    assert len(patches_of_our_code(ast.parse(text))) == 1
+
+
+def test_constants_and_code_of_others_may_be_patched() -> None:
+    limit = "from rto_megatron.platform import patience\nmonkeypatch.setattr(patience, '_PAUSES_S', (1.0,))"
+    assert patches_of_our_code(ast.parse(limit)) == []
+    assert (
+        patches_of_our_code(ast.parse("import tempfile\nmonkeypatch.setattr(tempfile, 'tempdir', 'x')")) == []
+    )
+
+
+def test_tests_do_not_patch_our_code() -> None:
+    paths = [path for path in (ROOT / "tests").rglob("*.py") if path != Path(__file__)]
+    found = [
+        f"{path.name}: unittest.mock" for path in paths if re.search(r"unittest\.mock", path.read_text())
+    ]
     found += [
-        f"{path.relative_to(ROOT)}: {match[0]!r}: {reason}"
-        for path in tests
-        for ban, reason in TEST_BANS.items()
-        for match in re.finditer(ban, path.read_text())
+        f"{path.name}:{line}" for path in paths for line in patches_of_our_code(ast.parse(path.read_text()))
     ]
     assert found == []
 

@@ -71,9 +71,13 @@ def reward_statistics(count: float, total: float, total_squares: float) -> tuple
     Returns:
         Mean and standard deviation (divisor count - 1, at least 1e-8), in units of the score.
 
+    Raises:
+        ValueError: fewer than 2 scores.
+
     Source: OpenRLHF 0.4.4, trainer/rm_trainer.py:evaluate.
     """
-    assert count >= 2, f"an unbiased standard deviation needs at least 2 scores, got {count}"
+    if count < 2:
+        raise ValueError(f"an unbiased standard deviation needs at least 2 scores, got {count}")
     mean = total / count
     variance = max(total_squares - count * mean * mean, 0.0) / (count - 1)
     return mean, max(math.sqrt(variance), 1e-8)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rto_megatron.data.chat import encode_prompt, encode_text
-from rto_megatron.data.soundness import Proof, require_characters
+from rto_megatron.data.soundness import TokenizerJudge, require_characters
 from rto_megatron.data.sources import Row, read_rows
 from rto_megatron.data.template import ChatTemplate, TemplateOptions
 from rto_megatron.data.tokenizer import load_tokenizer
@@ -60,7 +60,7 @@ def read_prompts(
     tokenizer = load_tokenizer(tokenizer_folder)
     moment = datetime.now()  # one for all rows, so that midnight does not part them
     template = ChatTemplate(tokenizer, TemplateOptions(moment=moment))
-    proof = Proof(tokenizer)
+    judge = TokenizerJudge(tokenizer)
     wanted = num_prompts + NUM_HELD_OUT
     embedding = Embedding("the model", vocab_size)
 
@@ -75,7 +75,7 @@ def read_prompts(
                 asked = conversation_of(row, with_system(row, turns(row, column)))
                 text = asked.text
                 ids = encode_prompt(template, asked, row.where).ids
-            proof.judge(text, ids, row.where)
+            judge.judge(text, ids, row.where)
             kept = ids[:max_length]
             require_rows(source, [(row.where, kept)], tokenizer, embedding)
             yield torch.tensor([kept])

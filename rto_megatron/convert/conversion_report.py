@@ -82,7 +82,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenFolder:
     """What stands in the new folder beside weights."""
 
     tokenizer_files: dict[str, str]  # name -> sha256
@@ -118,7 +118,7 @@ class Proof:
     sentences: tuple[str, ...]
 
 
-def write_report(path: Path, plan: Plan, written: Written, proof: Proof) -> None:
+def write_report(path: Path, plan: Plan, written: WrittenFolder, proof: Proof) -> None:
     """Writes conversion_report.json."""
     dtypes = plan.dtypes()
     tensors = {
@@ -146,7 +146,7 @@ def write_report(path: Path, plan: Plan, written: Written, proof: Proof) -> None
     path.write_text(json.dumps(values, indent=1))
 
 
-def table(plan: Plan, written: Written | None, proof: Proof | None) -> Table:
+def table(plan: Plan, written: WrittenFolder | None, proof: Proof | None) -> Table:
     """The short form; without `written` and `proof` of a dry run."""
     shown = Table(title=plan.direction, show_header=False)
     rows = plan.rows()

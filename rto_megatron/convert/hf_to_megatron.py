@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rto_megatron.convert.config_json import tokenizer_notes, vocabulary_notes, write_config
 from rto_megatron.convert.conversion_options import Advance, Options, cast
-from rto_megatron.convert.conversion_report import Plan, Written
+from rto_megatron.convert.conversion_report import Plan, WrittenFolder
 from rto_megatron.data.tokenizer_files import carry
 from rto_megatron.models.weight_map import dtype_name
 from rto_megatron.storage import torch_dist_writer
@@ -38,7 +38,9 @@ def plan_import(model: HfModel, source: Path, target: Path, options: Options) ->
     )  # fmt: skip
 
 
-def import_weights(model: HfModel, plan: Plan, folder: Path, options: Options, advance: Advance) -> Written:
+def import_weights(
+    model: HfModel, plan: Plan, folder: Path, options: Options, advance: Advance
+) -> WrittenFolder:
     """Writes Megatron-LM's tree into an empty folder, with config.json and tokenizer beside it.
 
     Raises:
@@ -62,4 +64,4 @@ def import_weights(model: HfModel, plan: Plan, folder: Path, options: Options, a
     write_config(model.config.values, plan, model.head_bias(), files)
     carried = carry(plan.source, files)
     (folder / TRACKER).write_text(RELEASE)
-    return Written(carried, tokenizer_notes(files), not_finite, time.monotonic() - start)
+    return WrittenFolder(carried, tokenizer_notes(files), not_finite, time.monotonic() - start)

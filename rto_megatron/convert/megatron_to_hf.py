@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rto_megatron.convert.config_json import tokenizer_notes, vocabulary_notes, write_config
 from rto_megatron.convert.conversion_options import Advance, Options, cast
-from rto_megatron.convert.conversion_report import Plan, Written
+from rto_megatron.convert.conversion_report import Plan, WrittenFolder
 from rto_megatron.convert.megatron_source import MegatronSource
 from rto_megatron.data.tokenizer_files import carry
 from rto_megatron.storage.hf_writer import HfWriter
@@ -30,7 +30,7 @@ def export_weights(
     folder: Path,
     options: Options,
     advance: Advance,
-) -> Written:
+) -> WrittenFolder:
     """Writes safetensors shards, config.json and the tokenizer into an empty folder.
 
     Raises:
@@ -51,4 +51,4 @@ def export_weights(
     writer.finish()
     write_config(source.config, plan, 0.0, folder)
     carried = {} if source.hf_files is None else carry(source.hf_files, folder)
-    return Written(carried, tokenizer_notes(folder), not_finite, time.monotonic() - start)
+    return WrittenFolder(carried, tokenizer_notes(folder), not_finite, time.monotonic() - start)

@@ -78,7 +78,7 @@ class QuantizationReport:
     num_held_out: int
     bytes_before: int
     bytes_after: int
-    coverage: quantized_folder.Coverage
+    coverage: quantized_folder.QuantizedMatrices
     inputs_and_weights: LogitsError
     weights_before: LogitsError
     weights_after: LogitsError
@@ -186,7 +186,7 @@ def _prompts(folder: Path, config: HfConfig, choices: Choices) -> Prompts:
 
 def _prove(
     folder: Path, config: HfConfig, written: Path, scales: Collection[float], prompts: Prompts
-) -> tuple[quantized_folder.Coverage, list[Tensor]]:
+) -> tuple[quantized_folder.QuantizedMatrices, list[Tensor]]:
     """Reads the written folder back: names, scales and values, and the outputs of its weights in transformers."""
     source = HfFolder(folder)  # opened again: the model was built over the pages of the first
     tensors = quantized_folder.read_tensors(written)

@@ -31,7 +31,7 @@ _SCALE_TOLERANCE = 1e-6  # relative: one division in float32
 
 
 @dataclass(frozen=True)
-class Coverage:
+class QuantizedMatrices:
     """What became of the matrices of a model."""
 
     num_quantized: int
@@ -80,7 +80,7 @@ def dequantized(tensors: dict[str, Tensor], source: HfFolder) -> dict[str, Tenso
     }
 
 
-def prove(source: HfFolder, tensors: dict[str, Tensor], input_scales: Collection[float]) -> Coverage:
+def prove(source: HfFolder, tensors: dict[str, Tensor], input_scales: Collection[float]) -> QuantizedMatrices:
     """Checks names, scales and values of every tensor.
 
     Args:
@@ -97,7 +97,7 @@ def prove(source: HfFolder, tensors: dict[str, Tensor], input_scales: Collection
     kept = [
         name for name, stored in source.tensors.items() if len(stored.shape) == 2 and name not in quantized
     ]
-    return Coverage(len(quantized), tuple(sorted(kept)))
+    return QuantizedMatrices(len(quantized), tuple(sorted(kept)))
 
 
 def _name_problems(source: HfFolder, tensors: dict[str, Tensor]) -> Iterator[str]:

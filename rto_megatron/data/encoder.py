@@ -15,7 +15,7 @@ from rto_megatron.config.facts import facts_of
 from rto_megatron.data.bad_rows import BadRows
 from rto_megatron.data.chat import Exchange, encode_exchange, encode_prompt, encode_text
 from rto_megatron.data.messages import Message
-from rto_megatron.data.soundness import Proof, TokenizerError, require_characters
+from rto_megatron.data.soundness import TokenizerError, TokenizerJudge, require_characters
 from rto_megatron.data.sources import BadRow, Row, scan_rows
 from rto_megatron.data.template import ChatTemplate, TemplateOptions
 from rto_megatron.data.turns import conversation_of
@@ -115,21 +115,21 @@ class Encoder:
         return ChatTemplate(self.tokenizer, self.limits.template)
 
     @cached_property
-    def _proof(self) -> Proof:
-        return Proof(self.tokenizer)
+    def _judge(self) -> TokenizerJudge:
+        return TokenizerJudge(self.tokenizer)
 
     def prompt(self, row: Row, messages: Sequence[Message]) -> tuple[int, ...]:
         """Ids of a conversation that waits for an answer, of any length."""
         asked = conversation_of(row, messages)
         prompt = encode_prompt(self.template, asked, row.where)
         self.counts["earlier_thoughts_left_out"] += prompt.num_thoughts_left_out
-        self._proof.judge(asked.text, prompt.ids, row.where)
+        self._judge.judge(asked.text, prompt.ids, row.where)
         return prompt.ids
 
     def text(self, row: Row, text: str) -> tuple[int, ...]:
         """Ids of a text without roles, of any length."""
         ids = encode_text(self.tokenizer, require_characters(text, row.where))
-        self._proof.judge(text, ids, row.where)
+        self._judge.judge(text, ids, row.where)
         return ids
 
     def limited_prompt(self, row: Row, ids: tuple[int, ...], limit: int) -> tuple[int, ...] | None:
@@ -149,9 +149,9 @@ class Encoder:
     def example(self, row: Row, messages: Sequence[Message]) -> Exchange | None:
         conversation = conversation_of(row, messages)
         exchange = encode_exchange(self.template, conversation, row.where, self.eos)
-        self._proof.judge(conversation.prompt.text, exchange.prompt_ids, row.where)
+        self._judge.judge(conversation.prompt.text, exchange.prompt_ids, row.where)
         if not exchange.num_cut_tokens:
-            self._proof.judge_answer(messages[-1].content, exchange.answer_ids, row.where)
+            self._judge.judge_answer(messages[-1].content, exchange.answer_ids, row.where)
         limit = min(self.limits.max_prompt_tokens, self.limits.max_length - MIN_ANSWER_TOKENS)
         prompt_ids = self.limited_prompt(row, exchange.prompt_ids, limit)
         if prompt_ids is None:

@@ -60,8 +60,10 @@ def token_batch(
         multiple_of: row lengths are rounded up to it; when packed, by one trailing padding segment.
         device: where the tensors go.
     """
-    assert sequences, "a micro-batch needs at least one sequence"
-    assert all(1 <= prompt_len <= len(ids) for ids, prompt_len in sequences), "a sequence needs a prompt"
+    if not sequences:
+        raise ValueError("a micro-batch needs at least one sequence")
+    if not all(1 <= prompt_len <= len(ids) for ids, prompt_len in sequences):
+        raise ValueError("a sequence without a prompt, or shorter than its prompt, is in a micro-batch")
     lengths = [len(ids) for ids, _ in sequences]
     if packed:
         cu_seqlens = [0, *accumulate(lengths)]
@@ -79,7 +81,12 @@ def token_batch(
     targets_T = tokens_T.roll(-1)
     targets_T[[end - 1 for end in cu_seqlens[1:]]] = 0  # before padding it is PADDING_ID, 0 as well
     return TokenBatch(
-        tokens_T.to(device), targets_T.to(device), tuple(cu_seqlens), num_rows, tuple(last_positions)
+        tokens_T.to(device),
+        targets_T.to(device),
+        tuple(cu_seqlens),
+        num_rows,
+        tuple(last_positions),
+        max(flat),
     )
 
 

@@ -46,7 +46,7 @@ def require_characters(text: str, where: str) -> str:
     return text
 
 
-class Proof:
+class TokenizerJudge:
     """Judges a tokenizer by the texts that a run gives it, each with the ids that it made of them."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -161,7 +161,7 @@ class TrainedModel:
         Raises:
             PoisonedError: on every rank, when a loss or gradient of any rank is NaN or infinite; nothing was stepped.
         """
-        _assert_rows(self, [m.batch for m in microbatches])
+        _require_rows(self, [m.batch for m in microbatches])
         get_moe_metrics_tracker().clear()
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -257,7 +257,7 @@ def _forward_only(
         index, batch = next(iterator)
         return forward(chunk, batch), lambda raw, non_loss_data=True: read(index, raw)
 
-    _assert_rows(model, batches)
+    _require_rows(model, batches)
     model.module.eval()
     with torch.no_grad():
         outputs: list[Tensor] = get_forward_backward_func()(
@@ -274,10 +274,14 @@ def _forward_only(
     return outputs
 
 
-def _assert_rows(model: Model, batches: Sequence[TokenBatch]) -> None:
+def _require_rows(model: Model, batches: Sequence[TokenBatch]) -> None:
     """Several tensor ranks would read an id beyond the embedding as zeros, and go on."""
-    largest = int(torch.stack([batch.tokens_T.max() for batch in batches]).max())
-    assert largest < model.shape.vocab_size, f"{model.name} has no row for id {largest}"
+    largest, num_rows = max(batch.largest_id for batch in batches), model.shape.vocab_size
+    if largest >= num_rows:
+        raise ValueError(
+            f"{model.name} has no row for id {largest}, expected ids below its vocab_size of {num_rows}; the data, the "
+            "pool and the model need one tokenizer"
+        )
 
 
 def _training_step[M: Microbatch](

@@ -23,8 +23,8 @@ from rto_megatron.storage.checkpoints import CHECKPOINTS, POINTER, finished_chec
 from rto_megatron.storage.file_digests import (
     MANIFEST,
     WEIGHTS,
+    CheckpointManifest,
     FileDigest,
-    Manifest,
     checkpoint_name,
     file_digests,
     file_names,
@@ -148,7 +148,7 @@ class Saving:
     def _make_stand(self, parts: Sequence[Mapping[str, FileDigest]]) -> None:
         digests = {name: digest for part in parts for name, digest in part.items()}
         others = [name for name in file_names(self._partial) if name not in digests]
-        manifest = Manifest(self._step, digests | file_digests(self._partial, others))
+        manifest = CheckpointManifest(self._step, digests | file_digests(self._partial, others))
         (self._partial / MANIFEST).write_text(manifest.to_json())
         for path in [*self._partial.rglob("*"), self._partial]:
             close_to_others(path)

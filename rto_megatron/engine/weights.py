@@ -39,10 +39,13 @@ def local_parameters(model: GPTModel) -> dict[str, torch.nn.Parameter]:
 def load_hf_tensors(
     model: GPTModel, shape: ModelShape, has_scalar_head: bool, topology: Topology, read: TensorReader
 ) -> dict[str, int]:
-    """Fills every parameter of this rank from Hugging Face tensors; asserts that none is left out.
+    """Fills every parameter of this rank from Hugging Face tensors.
 
     Returns:
         Name of a tensor of which this rank holds NaN or infinite numbers -> how many it has.
+
+    Raises:
+        RuntimeError: the family's map leaves a parameter out.
     """
     local = local_parameters(model)
     not_finite: dict[str, int] = {}
@@ -58,7 +61,11 @@ def load_hf_tensors(
                 for name, t in zip(mapped.hf, tensors, strict=True)
             }
             not_finite |= {name: count for name, count in counts.items() if count}
-    assert not local, f"parameters that the weight map does not know: {sorted(local)}"
+    if local:
+        raise RuntimeError(
+            f"the weight map of {shape.family} does not know the parameters {sorted(local)}; every one needs its names "
+            "in models/families"
+        )
     return not_finite
 
 
@@ -79,7 +86,7 @@ def stage_pieces(
 ) -> Iterator[tuple[str, Tensor]]:
     """The runs of Hugging Face tensors that this tensor rank of this stage answers for, in map order; no collective.
 
-    Whole tensors that every tensor rank holds are tensor rank 0's; see `weight_map.Layout.pieces`.
+    Whole tensors that every tensor rank holds are tensor rank 0's; see `weight_map.ShardLayout.pieces`.
     """
     local = local_parameters(model)
     rank, size = topology.tensor_rank, topology.tensor_size

@@ -34,7 +34,7 @@ _MOST_TRIES = 5  # against others who try at the same time
 
 
 @dataclass(frozen=True)
-class Pace:
+class Heartbeat:
     """Seconds.
 
     Args:
@@ -77,7 +77,7 @@ class Holder:
 
 
 @contextmanager
-def held(run_dir: Path, pace: Pace = Pace()) -> Iterator[str]:
+def held(run_dir: Path, pace: Heartbeat = Heartbeat()) -> Iterator[str]:
     """Holds the folder while inside; yields the owner of the lock, for `LAUNCH_VARIABLE`.
 
     A folder that is not there is made, and goes again where the run was refused before it left anything in it.
@@ -132,7 +132,7 @@ def require_free(run_dir: Path) -> None:
     """
     path = run_dir / LOCK_FILE
     found = _read(path)
-    if path.exists() and not _may_take(path, found, _myself(), Pace(watch=0.0)):
+    if path.exists() and not _may_take(path, found, _myself(), Heartbeat(watch=0.0)):
         raise _refusal(path, found)
 
 
@@ -153,7 +153,7 @@ def _myself() -> Holder:
     )
 
 
-def _take(path: Path, me: Holder, pace: Pace) -> None:
+def _take(path: Path, me: Holder, pace: Heartbeat) -> None:
     for _ in range(_MOST_TRIES):
         try:
             _create(path, me)
@@ -183,7 +183,7 @@ def _read(path: Path) -> Holder | None:
         return None
 
 
-def _may_take(path: Path, found: Holder | None, me: Holder, pace: Pace) -> bool:
+def _may_take(path: Path, found: Holder | None, me: Holder, pace: Heartbeat) -> bool:
     """Whether the holder is gone, or gives way as an earlier attempt of the same job."""
     if found is not None:
         if found.job and found.job == me.job and found.turn < me.turn:
@@ -216,7 +216,7 @@ def _ticks(process: int) -> int | None:
     return None if fields[0] in ("Z", "X") else int(fields[19])
 
 
-def _is_silent(path: Path, pace: Pace) -> bool:
+def _is_silent(path: Path, pace: Heartbeat) -> bool:
     try:
         last = path.stat().st_mtime_ns
         if _age(path) < pace.gone:
@@ -262,7 +262,7 @@ def _refusal(path: Path, found: Holder | None) -> UserError:
     )
 
 
-def _beat(path: Path, me: Holder, pace: Pace, ended: threading.Event) -> None:
+def _beat(path: Path, me: Holder, pace: Heartbeat, ended: threading.Event) -> None:
     while not ended.wait(pace.beat):
         try:
             found = _read(path)

@@ -13,7 +13,7 @@ from torch import Tensor
 TensorReader = Callable[[str, tuple[int, ...]], Tensor]  # (Hugging Face name, expected shape) -> tensor
 
 
-class Layout(Protocol):
+class ShardLayout(Protocol):
     """An invertible way from Hugging Face tensors to the shard of one tensor rank."""
 
     @property
@@ -118,7 +118,7 @@ def cut(length: int, rank: int, size: int) -> tuple[int, int]:
     return start, min(run, length - start)
 
 
-def merge(layout: Layout, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def merge(layout: ShardLayout, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The Hugging Face tensors, from the shards of all tensor ranks; views where there is one shard."""
     parts = [layout.pieces(shard, rank, len(shards)) for rank, shard in enumerate(shards)]
     dim = layout.dim
@@ -134,7 +134,7 @@ class MappedParameter:
     megatron: str
     hf: tuple[str, ...]
     hf_shapes: tuple[tuple[int, ...], ...]
-    layout: Layout
+    layout: ShardLayout
     layer: int | None  # None: embedding or output side
     is_output_side: bool = False  # lives on the last pipeline stage
     is_copy: bool = False  # a tied copy on the last stage: loaded, never exported

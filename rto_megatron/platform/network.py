@@ -98,10 +98,11 @@ def meet(params: RendezvousParameters) -> RendezvousHandler:
     The machine whose `local_addr` is the endpoint's address has the store.
 
     Raises:
-        UserError: nobody listens at the endpoint within ten minutes.
+        UserError: nobody listens at the endpoint within ten minutes, or this machine has no address.
     """
     host, _, port = without_localhost(params.endpoint).rpartition(":")
-    assert params.local_addr is not None, "torchrun was started without --local-addr"
+    if params.local_addr is None:
+        raise UserError("torchrun was started without --local-addr; give it this machine's address")
     store = _meeting_store(host, int(port), is_here=params.local_addr == host)
     handler: RendezvousHandler = _MeetingHandler.from_backend(
         params.run_id,

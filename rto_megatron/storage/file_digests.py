@@ -28,7 +28,7 @@ class FileDigest:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class CheckpointManifest:
     """What a checkpoint must be."""
 
     step: int
@@ -100,7 +100,7 @@ def _first_difference(checkpoint: Path, expected: dict[str, FileDigest], names: 
     return None
 
 
-def _read(path: Path) -> Manifest:
+def _read(path: Path) -> CheckpointManifest:
     content = json.loads(path.read_text())
     files = {
         str(name): FileDigest(int(entry["size"]), str(entry["sha256"]))
@@ -109,4 +109,4 @@ def _read(path: Path) -> Manifest:
     for name in files:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise ValueError(f"it names {name}, outside of the checkpoint")
-    return Manifest(int(content["step"]), files)
+    return CheckpointManifest(int(content["step"]), files)

@@ -22,14 +22,14 @@ _TRL_HEAD = "v_head.summary.weight"
 
 
 @dataclass(frozen=True)
-class ScalarHead:
+class StoredHead:
     """Where a folder keeps the scalar head of a reward model or critic."""
 
     weight: str
     bias: str | None
 
 
-def find_scalar_head(tensors: HfFolder, config: HfConfig) -> ScalarHead | None:
+def find_scalar_head(tensors: HfFolder, config: HfConfig) -> StoredHead | None:
     """The head: transformers' `score`, OpenRLHF's `value_head` or own prefix, TRL's `v_head`, verl's one-row `lm_head`.
 
     Raises:
@@ -53,7 +53,7 @@ def find_scalar_head(tensors: HfFolder, config: HfConfig) -> ScalarHead | None:
     bias = found[0].removesuffix(".weight") + ".bias"
     if bias in tensors.tensors and tensors.tensors[bias].shape != (1,):
         raise UserError(f"{tensors.path}: {bias} has shape {tensors.tensors[bias].shape}, expected (1,)")
-    return ScalarHead(found[0], bias if bias in tensors.tensors else None)
+    return StoredHead(found[0], bias if bias in tensors.tensors else None)
 
 
 class HfModel:
@@ -81,10 +81,10 @@ class HfModel:
                 "(--head language or --head scalar)"
             )
         self.has_scalar_head = head is not None if has_scalar_head is None else has_scalar_head
-        self._head: ScalarHead | None = head if self.has_scalar_head else None
-        self._unused_head: ScalarHead | None = None if self.has_scalar_head else head
+        self._head: StoredHead | None = head if self.has_scalar_head else None
+        self._unused_head: StoredHead | None = None if self.has_scalar_head else head
 
-    def _has_language_head(self, head: ScalarHead) -> bool:
+    def _has_language_head(self, head: StoredHead) -> bool:
         """Besides the scalar one: TRL keeps both, and of a tied model's language head nothing is stored."""
         is_stored = LM_HEAD in self.folder.tensors and head.weight != LM_HEAD
         return is_stored or (self.shape.is_tied and head.weight == _TRL_HEAD)

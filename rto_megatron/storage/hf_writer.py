@@ -56,11 +56,17 @@ class HfWriter:
         self._file_of = {name: file for file, shard in self._shards.items() for name in shard.specs}
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Writes one tensor at its place; a shard is on the disk once its last tensor is."""
+        """Writes one tensor at its place; a shard is on the disk once its last tensor is.
+
+        Raises:
+            ValueError: it is not what its spec announced.
+        """
         shard = self._shards[self._file_of[name]]
         if shard.file is None:
             shard.file = self._start(self._file_of[name], shard)
-        assert (tensor.dtype, tuple(tensor.shape)) == shard.specs[name], name
+        found, expected = (tensor.dtype, tuple(tensor.shape)), shard.specs[name]
+        if found != expected:
+            raise ValueError(f"{name} came as {found[0]} {found[1]}, expected {expected[0]} {expected[1]}")
         shard.file.seek(shard.starts[name])
         shard.file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
         shard.num_left -= 1
@@ -86,11 +92,16 @@ class HfWriter:
         return opened
 
     def finish(self) -> None:
-        """Writes the index where there are several shards; every tensor must have come."""
+        """Writes the index where there are several shards.
+
+        Raises:
+            ValueError: a tensor that was announced has not come.
+        """
         left = {
             n: shard.num_left for n, shard in self._shards.items() if shard.file is None or shard.num_left
         }
-        assert not left, f"tensors that never came: {left}"
+        if left:
+            raise ValueError(f"of these files tensors are missing, so the folder is not whole: {left}")
         if len(self._shards) == 1:
             return
         total = sum(shard.nbytes for shard in self._shards.values())

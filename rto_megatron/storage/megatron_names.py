@@ -24,7 +24,7 @@ NOT_WEIGHTS = re.compile(
 
 
 @dataclass(frozen=True)
-class Slot:
+class CheckpointSlot:
     """A place in a checkpoint: an entry, and the leading indices (layer, expert) of the parameter inside it."""
 
     key: str
@@ -32,33 +32,33 @@ class Slot:
     sizes: tuple[int, ...] = ()
 
 
-def slots(parameter: MappedParameter, shape: ModelShape) -> tuple[Slot, ...]:
+def slots(parameter: MappedParameter, shape: ModelShape) -> tuple[CheckpointSlot, ...]:
     """The places where a parameter may be; the first is where Megatron-LM with TransformerEngine puts it."""
     return tuple(dict.fromkeys(_slots(parameter, shape)))
 
 
-def _slots(parameter: MappedParameter, shape: ModelShape) -> Iterator[Slot]:
+def _slots(parameter: MappedParameter, shape: ModelShape) -> Iterator[CheckpointSlot]:
     match = _LAYER.fullmatch(parameter.megatron)
     if match is None:
-        yield Slot(parameter.megatron)
+        yield CheckpointSlot(parameter.megatron)
         return
     layer, rest = int(match[1]), match[2]
-    stacked = Slot("decoder.layers", (layer,), (shape.num_layers,))
-    single = Slot(f"decoder.layers.{layer}")
+    stacked = CheckpointSlot("decoder.layers", (layer,), (shape.num_layers,))
+    single = CheckpointSlot(f"decoder.layers.{layer}")
     for base in (stacked, single) if shape.is_uniform else (single, stacked):
         for name in (_fused(rest, shape, layer), rest, _always_fused(rest)):
             yield from _experts(base, name, shape)
 
 
-def _experts(base: Slot, name: str, shape: ModelShape) -> Iterator[Slot]:
+def _experts(base: CheckpointSlot, name: str, shape: ModelShape) -> Iterator[CheckpointSlot]:
     match = _EXPERT.fullmatch(name)
     if match is None:
-        yield Slot(f"{base.key}.{name}", base.index, base.sizes)
+        yield CheckpointSlot(f"{base.key}.{name}", base.index, base.sizes)
         return
     assert shape.experts is not None
     before, expert, rest = match[1] or "", int(match[2]), match[3]
     index, sizes = (*base.index, expert), (*base.sizes, shape.experts.num)
-    yield Slot(f"{base.key}.{before}experts.experts.{rest}", index, sizes)
+    yield CheckpointSlot(f"{base.key}.{before}experts.experts.{rest}", index, sizes)
 
 
 def _fused(name: str, shape: ModelShape, layer: int) -> str:

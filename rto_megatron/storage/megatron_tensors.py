@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rto_megatron.errors import refuse_if
+from rto_megatron.errors import UserError, refuse_if
 from rto_megatron.models.parameters import stored_parameters
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.models.weight_map import GateUpRows, MappedParameter, VocabRows, merge
-from rto_megatron.storage.megatron_names import NOT_WEIGHTS, Slot, slots, stored_shape
+from rto_megatron.storage.megatron_names import NOT_WEIGHTS, CheckpointSlot, slots, stored_shape
 from rto_megatron.storage.torch_dist_reader import TorchDistReader
 
 HEAD = "output_layer.weight"
@@ -27,7 +27,7 @@ class MegatronTensors:
         """
         self._reader = reader
         self.parameters = stored_parameters(shape, has_scalar_head)
-        self._slots: dict[str, Slot] = {}
+        self._slots: dict[str, CheckpointSlot] = {}
         self._of_name = {name: p for p in self.parameters for name in p.hf}
         self._latest: tuple[str, tuple[Tensor, ...]] = ("", ())
         problems = [problem for p in self.parameters for problem in self._find(p, shape)]
@@ -103,7 +103,11 @@ class MegatronTensors:
         if self._latest[0] != parameter.megatron:
             self._latest = (parameter.megatron, self.hf(parameter))
         tensor = self._latest[1][parameter.hf.index(name)]
-        assert tuple(tensor.shape) == size
+        if tuple(tensor.shape) != size:
+            raise UserError(
+                f"{self.folder}: {name} has shape {tuple(tensor.shape)}, expected {size} by the model's "
+                "config.json; take the checkpoint's own"
+            )
         return tensor
 
 

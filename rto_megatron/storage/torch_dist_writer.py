@@ -40,13 +40,19 @@ class TorchDistWriter:
 
         Args:
             size: of the whole entry.
-            offsets: of the chunk inside it; all chunks of an entry have one dtype.
+            offsets: of the chunk inside it.
+
+        Raises:
+            ValueError: an earlier chunk of the entry has another dtype.
         """
         entry = self._entries.setdefault(
             key, TensorStorageMetadata(TensorProperties(dtype=chunk.dtype), torch.Size(size), [])
         )
         assert isinstance(entry, TensorStorageMetadata)
-        assert entry.properties.dtype == chunk.dtype, f"{key}: {entry.properties.dtype} and {chunk.dtype}"
+        if entry.properties.dtype != chunk.dtype:
+            raise ValueError(
+                f"{key} has a chunk of {chunk.dtype}, expected {entry.properties.dtype} as before"
+            )
         entry.chunks.append(ChunkStorageMetadata(torch.Size(offsets), chunk.size()))
         if chunk.untyped_storage().nbytes() != chunk.nbytes:
             chunk = chunk.clone()  # torch.save writes the whole storage that a view is of

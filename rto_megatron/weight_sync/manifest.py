@@ -61,7 +61,7 @@ class PieceSpec:
         return f"{self.name} {self.dtype} {list(self.shape)}{part} from sender {self.sender}"
 
 
-class WeightSource(Protocol):
+class PieceSource(Protocol):
     """The trainer's weights under Hugging Face names, in the pieces that its ranks hold."""
 
     def specs(self) -> tuple[PieceSpec, ...]:

@@ -12,7 +12,7 @@ from rto_megatron.weight_sync.manifest import PieceSpec
 
 
 class PolicySource:
-    """Plays the family's weight map backward; see `weight_sync.manifest.WeightSource`.
+    """Plays the family's weight map backward; see `weight_sync.manifest.PieceSource`.
 
     Sender p x (tensor ranks) + t is tensor rank t of pipeline stage p; it sends what it holds, nothing is gathered.
     """

@@ -21,7 +21,7 @@ from rto_megatron.generation.contract import NoServersLeft
 from rto_megatron.generation.vllm.client.phases import PoolPhases
 from rto_megatron.generation.vllm.client.server_client import Json, ServerClient, UnreachableError
 from rto_megatron.weight_sync.canary import Canary, check_canary
-from rto_megatron.weight_sync.manifest import Manifest, WeightSource
+from rto_megatron.weight_sync.manifest import Manifest, PieceSource
 from rto_megatron.weight_sync.sender import Sender
 from rto_megatron.weight_sync.servers import Servers, begin, require_version
 from rto_megatron.weight_sync.shared import open_communicator
@@ -97,7 +97,7 @@ class WeightSync:
 
     def __init__(
         self,
-        source: WeightSource,
+        source: PieceSource,
         token: str,
         place: SyncPlace,
         device: torch.device,

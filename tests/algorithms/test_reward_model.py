@@ -69,5 +69,10 @@ def test_statistics_of_the_metrics_normalise_like_golden():
     close((grid(golden["rewards"]) - mean) / std, golden["normalized"])
 
 
+def test_statistics_of_one_score_are_an_error():
+    with pytest.raises(ValueError, match=r"at least 2 scores, got 1"):
+        reward_statistics(1, 0.3, 0.09)
+
+
 def test_statistics_of_equal_scores_do_not_divide_by_zero():
     assert reward_statistics(3, 0.3, 0.03) == pytest.approx((0.1, 1e-8))

@@ -29,7 +29,7 @@ from rto_megatron.diagnosis.gather import compare_clocks
 from rto_megatron.diagnosis.recipe import check_models
 from rto_megatron.errors import UserError
 from rto_megatron.generation.vllm.gate import TOKEN_FILE_VARIABLE, BearerGate, Receive, Scope, Send
-from rto_megatron.storage.file_digests import MANIFEST, Manifest, file_digests, file_names
+from rto_megatron.storage.file_digests import MANIFEST, CheckpointManifest, file_digests, file_names
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "launchers" / "recipes"
@@ -265,7 +265,7 @@ def test_a_damaged_checkpoint_is_named_with_its_file(tmp_path: Path) -> None:
         weights.mkdir(parents=True)
         (weights / "__0_0.distcp").write_bytes(bytes(100))
         digests = file_digests(folder, file_names(folder))
-        (folder / MANIFEST).write_text(Manifest(step, digests).to_json())
+        (folder / MANIFEST).write_text(CheckpointManifest(step, digests).to_json())
     assert the("ok", disk.check_checkpoints(tmp_path)).found.startswith("2 in")
     (tmp_path / "checkpoints" / "latest").write_text("step_000003\n")
     assert "names step_000003, which is missing" in the("problem", disk.check_checkpoints(tmp_path)).found

@@ -50,6 +50,13 @@ def test_a_missing_part_of_a_response_is_an_error(serve: Serve, part: str) -> No
         VllmPool([address], "t", 5, retries=0).generate([PROMPT], SAMPLING, 4)
 
 
+@pytest.mark.parametrize("part", ["token_ids", "logprobs", "weight_versions"])
+def test_a_part_of_another_type_is_an_error(serve: Serve, part: str) -> None:
+    address = serve(choice([7, 8, 9]) | {part: 7})
+    with pytest.raises(UserError, match=rf"{address} sent a response without a part of the right type"):
+        VllmPool([address], "t", 5, retries=0).generate([PROMPT], SAMPLING, 4)
+
+
 def test_fewer_logprobs_than_tokens_are_an_error(serve: Serve) -> None:
     short = choice([7, 8, 9]) | {"logprobs": {"content": [{"token_id": 7, "logprob": -1.0}]}}
     with pytest.raises(UserError, match=r"sent 3 tokens and log-probs of 1"):

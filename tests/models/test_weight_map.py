@@ -11,9 +11,9 @@ from torch import Tensor
 from rto_megatron.models.parameters import parameter_map
 from rto_megatron.models.weight_map import (
     GateUpRows,
-    Layout,
     QkvRows,
     Replicated,
+    ShardLayout,
     Split,
     VocabRows,
     merge,
@@ -21,7 +21,7 @@ from rto_megatron.models.weight_map import (
 )
 
 HEADS, GROUPS, DIM, HIDDEN = 8, 4, 2, 6
-NAMED: dict[str, tuple[Layout, list[tuple[int, ...]]]] = {
+NAMED: dict[str, tuple[ShardLayout, list[tuple[int, ...]]]] = {
     "replicated": (Replicated(), [(5,)]),
     "columns": (Split(0), [(8, 6)]),
     "rows": (Split(1), [(6, 8)]),

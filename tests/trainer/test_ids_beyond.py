@@ -149,7 +149,7 @@ def _read_beyond(folder: Path, layout: str) -> str:
     place = topology(layout)
     model = frozen(place, folder, False)
     batch = token_batch([([5, VOCAB_SIZE, 7], 1)], True, place.row_multiple, torch.device("cpu"))
-    with pytest.raises(AssertionError) as caught:
+    with pytest.raises(ValueError) as caught:
         model.token_outputs([batch])
     return str(caught.value)
 
@@ -157,4 +157,6 @@ def _read_beyond(folder: Path, layout: str) -> str:
 @pytest.mark.parametrize("layout", ["one", "tp2"])
 def test_the_engine_reads_no_such_id(layout: str, beyond: Path) -> None:
     for said in run_ranks(LAYOUTS[layout][0], _read_beyond, beyond / "models/policy", layout):
-        assert said == f"reference has no row for id {VOCAB_SIZE}"
+        assert said.startswith(
+            f"reference has no row for id {VOCAB_SIZE}, expected ids below its vocab_size of"
+        )

@@ -16,19 +16,19 @@ from typer.testing import CliRunner
 
 from rto_megatron.cli.main import app
 from rto_megatron.errors import UserError
-from rto_megatron.lifecycle.run_lock import LOCK_FILE, Pace, held, held_by_rank, require_free
+from rto_megatron.lifecycle.run_lock import LOCK_FILE, Heartbeat, held, held_by_rank, require_free
 from rto_megatron.lifecycle.status import ExitReason, Status, write_status
 
 ROOT = Path(__file__).parents[2]
 _HOLD = """
 import sys, time
 from pathlib import Path
-from rto_megatron.lifecycle.run_lock import Pace, held
-with held(Path(sys.argv[1]), Pace(beat=0.02)):
+from rto_megatron.lifecycle.run_lock import Heartbeat, held
+with held(Path(sys.argv[1]), Heartbeat(beat=0.02)):
     print("held", flush=True)
     time.sleep(60)
 """
-QUICK = Pace(beat=0.02, gone=60.0, watch=0.3)
+QUICK = Heartbeat(beat=0.02, gone=60.0, watch=0.3)
 
 
 @contextmanager

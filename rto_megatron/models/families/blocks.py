@@ -3,10 +3,10 @@
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.models.weight_map import (
     GateUpRows,
-    Layout,
     MappedParameter,
     QkvRows,
     Replicated,
+    ShardLayout,
     Split,
     VocabRows,
 )
@@ -23,7 +23,9 @@ def norm(
     return MappedParameter(megatron, (hf,), ((size,),), Replicated(), layer, is_output_side)
 
 
-def matrix(megatron: str, hf: str, shape: tuple[int, int], layout: Layout, layer: int) -> MappedParameter:
+def matrix(
+    megatron: str, hf: str, shape: tuple[int, int], layout: ShardLayout, layer: int
+) -> MappedParameter:
     """One matrix on both sides."""
     return MappedParameter(megatron, (hf,), (shape,), layout, layer)
 

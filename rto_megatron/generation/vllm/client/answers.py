@@ -8,6 +8,7 @@ from rto_megatron.generation.vllm.client.server_client import Json, ServerFailed
 from rto_megatron.types import FinishReason, Prompt, Rollout
 
 Answer = dict[str, Json]
+_RIGHT_TYPE = "a part of the right type"
 
 
 def request_body(prompt: Prompt, sampling: Sampling, seed: int) -> Answer:
@@ -75,8 +76,7 @@ def _finish_reason(address: str, choice: _Choice, prompt: Prompt, sampling: Samp
 def _read_choice(address: str, answer: Answer, prompt_id: str) -> _Choice:
     """Reads the response of vLLM's tokens-in, tokens-out route and refuses an incomplete one."""
     try:
-        choice = _as_list(answer["choices"])[0]
-        assert isinstance(choice, dict)
+        choice = _as_dict(_as_list(answer["choices"])[0])
         finish_reason = str(choice["finish_reason"])
         if finish_reason not in ("stop", "length"):
             # Its other parts may be missing.
@@ -85,15 +85,14 @@ def _read_choice(address: str, answer: Answer, prompt_id: str) -> _Choice:
                 "length; it was paused or stopped during generation"
             )
         token_ids = tuple(_as_int(one) for one in _as_list(choice["token_ids"]))
-        content = choice["logprobs"]
-        assert isinstance(content, dict)
+        content = _as_dict(choice["logprobs"])
         entries = [_as_dict(one) for one in _as_list(content["content"])]
         scored = tuple((_as_int(one["token_id"]), _as_float(one["logprob"])) for one in entries)
         spans = [_as_dict(one) for one in _as_list(choice["weight_versions"])]
         versions = tuple(str(span["version"]) for span in spans)
-    except (KeyError, IndexError, AssertionError) as error:
+    except (KeyError, IndexError, TypeError) as error:
         raise UserError(
-            f"inference server {address} sent a response without {error or 'a part of the right type'}; "
+            f"inference server {address} sent a response without {error}; "
             "rto-megatron needs the vLLM version of its requirements"
         ) from error
     if not token_ids or tuple(token_id for token_id, _ in scored) != token_ids:
@@ -104,20 +103,24 @@ def _read_choice(address: str, answer: Answer, prompt_id: str) -> _Choice:
 
 
 def _as_list(value: Json) -> list[Json]:
-    assert isinstance(value, list)
-    return value
+    if isinstance(value, list):
+        return value
+    raise TypeError(_RIGHT_TYPE)
 
 
 def _as_dict(value: Json) -> dict[str, Json]:
-    assert isinstance(value, dict)
-    return value
+    if isinstance(value, dict):
+        return value
+    raise TypeError(_RIGHT_TYPE)
 
 
 def _as_int(value: Json) -> int:
-    assert isinstance(value, int)
-    return value
+    if isinstance(value, int):
+        return value
+    raise TypeError(_RIGHT_TYPE)
 
 
 def _as_float(value: Json) -> float:
-    assert isinstance(value, float | int)
-    return float(value)
+    if isinstance(value, float | int):
+        return float(value)
+    raise TypeError(_RIGHT_TYPE)

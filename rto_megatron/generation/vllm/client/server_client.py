@@ -158,7 +158,8 @@ class ServerClient:
     def num_workers(self) -> int:
         """Worker processes of the server, each of which receives weights."""
         count = self.request("GET", "/get_world_size")["world_size"]
-        assert isinstance(count, int)
+        if not isinstance(count, int):
+            raise RefusedError(f"inference server {self.address} has {count!r} workers, expected a number")
         return count
 
     def check_alive(self) -> None:
