@@ -76,7 +76,8 @@ def _load(model: FrozenModel, source: WeightSource, seed: int, is_head_fresh: bo
     if source.kind == "checkpoint":
         load_weights(source.path, model, seed if is_head_fresh else None)
         return
-    error, fresh_head_seed = None, seed if is_head_fresh else None
+    error: UserError | None = None
+    fresh_head_seed = seed if is_head_fresh else None
     try:
         if source.kind == "random":
             read = random_reader(seed, model.shape.init_std)
@@ -87,18 +88,18 @@ def _load(model: FrozenModel, source: WeightSource, seed: int, is_head_fresh: bo
         not_finite = load_hf_tensors(model.module, model.shape, model.has_scalar_head, model.topology, read)
         error = _told(not_finite, model, source.path)
     except UserError as failure:  # one rank's share of the tensors may lie in the only damaged file
-        error = str(failure)
+        error = failure
     model.topology.raise_together(error)
 
 
-def _told(not_finite: dict[str, int], model: FrozenModel, path: Path) -> str | None:
+def _told(not_finite: dict[str, int], model: FrozenModel, path: Path) -> UserError | None:
     """Why a model with such tensors cannot be used; None where it can, after a warning."""
     if not not_finite:
         return None
     found = f"{path} holds {described(not_finite)}"
     is_tied = model.shape.is_tied and not model.has_scalar_head
     if not_finite.keys() != {EMBEDDING} or is_tied:
-        return (
+        return UserError(
             f"{found}; every output of the model would be NaN. It diverged, or was damaged while it was saved or "
             "merged: fetch it again, or take an earlier checkpoint"
         )

@@ -24,13 +24,7 @@ class DiskFull(CheckpointError):  # noqa: N818  (a state, named for what it is)
     reason = "DISK"
 
 
-def raise_together(topology: Topology, error: CheckpointError | None) -> None:
-    """Raises on every rank when any rank passes an error; all ranks must call it.
-
-    Raises:
-        DiskFull, CheckpointError: the error of the lowest rank that has one.
-    """
-    topology.raise_kind_together(error, (DiskFull, CheckpointError))
+SAVING_ERRORS = (DiskFull, CheckpointError)  # for `Topology.raise_together`
 
 
 def write_error(error: OSError, partial: Path, num_bytes: int) -> CheckpointError:
@@ -79,4 +73,4 @@ def require_intact(role: Path, topology: Topology) -> None:
         CheckpointError: on every rank, when a file is missing, cut short or changed; names it.
     """
     problem = first_problem(role, topology.rank, topology.world_size)
-    raise_together(topology, None if problem is None else CheckpointError(problem))
+    topology.raise_together(None if problem is None else CheckpointError(problem), CheckpointError)

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from rto_megatron.engine.integrity import CheckpointError, raise_together, write_error
+from rto_megatron.engine.integrity import SAVING_ERRORS, CheckpointError, write_error
 from rto_megatron.engine.saving import STATE, point_to
 from rto_megatron.parallel.collectives import Json
 from rto_megatron.parallel.topology import Topology
@@ -96,4 +96,4 @@ def _set_aside(damaged: list[Path], valid: Path, topology: Topology) -> None:
             point_to(valid)
         except OSError as failure:
             error = write_error(failure, valid, 0)
-    raise_together(topology, error)
+    topology.raise_together(error, *SAVING_ERRORS)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 
-from rto_megatron.engine.integrity import CheckpointError, raise_together, room_error, write_error
+from rto_megatron.engine.integrity import SAVING_ERRORS, CheckpointError, room_error, write_error
 from rto_megatron.parallel.collectives import Json
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.platform import faults
@@ -60,7 +60,7 @@ class Saving:
                 error = patiently(self._make_folder, hf_folders, json.dumps(state))
             except OSError as failure:
                 error = self._failed(failure)
-        raise_together(self._topology, error)
+        self._topology.raise_together(error, *SAVING_ERRORS)
 
     def _make_folder(self, hf_folders: Mapping[str, Path], state: str) -> CheckpointError | None:
         if self.final.exists():
@@ -94,7 +94,7 @@ class Saving:
             error = room_error(self.final.parent, self._num_bytes)
             if error is not None:
                 shutil.rmtree(self._partial)
-        raise_together(self._topology, error)
+        self._topology.raise_together(error, *SAVING_ERRORS)
 
     def start(self) -> None:
         """Writes this rank's part from a copy in the host's memory, beside whatever follows, until `finish`."""
@@ -127,7 +127,7 @@ class Saving:
             own = self._write() if self._writing is None else self._writing.result()
         except OSError as failure:
             error = self._failed(failure)
-        self._raise_together(error)
+        self._raise_and_clear(error)
         try:
             for writer in self._writers.values():
                 writer.finish()
@@ -142,7 +142,7 @@ class Saving:
                 self._make_stand(parts)
         except OSError as failure:
             error = self._failed(failure)
-        self._raise_together(error)
+        self._raise_and_clear(error)
         return self.final
 
     def _make_stand(self, parts: Sequence[Mapping[str, FileDigest]]) -> None:
@@ -165,9 +165,9 @@ class Saving:
     def _failed(self, failure: OSError) -> CheckpointError:
         return write_error(failure, self._partial, self._num_bytes)
 
-    def _raise_together(self, error: CheckpointError | None) -> None:
+    def _raise_and_clear(self, error: CheckpointError | None) -> None:
         try:
-            raise_together(self._topology, error)
+            self._topology.raise_together(error, *SAVING_ERRORS)
         except CheckpointError:
             if self._topology.is_lead:
                 shutil.rmtree(self._partial, ignore_errors=True)  # its bytes are what others need

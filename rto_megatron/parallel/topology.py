@@ -1,6 +1,5 @@
 """Who this rank is: the only place that knows Megatron's parallel state."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -183,20 +182,20 @@ class Topology:
         """Every rank's value, by rank, on every rank; all ranks must call it. See `replica_value`."""
         return collectives.gather(value, kind, _world(), self.device.torch_device)
 
-    def raise_together(self, error: str | None) -> None:
+    def raise_together(self, error: UserError | None, *kinds: type[UserError]) -> None:
         """Raises on every rank when any rank passes an error: nobody waits for a rank that left. All must call it.
+
+        Args:
+            kinds: classes that the error keeps, special ones before general ones; equal on all ranks. An error of
+                another class is raised as a plain UserError.
 
         Raises:
             UserError: the error of the lowest rank that has one.
-        """
-        self.raise_kind_together(UserError(error) if error else None, (UserError,))
 
-    def raise_kind_together(self, error: UserError | None, kinds: Sequence[type[UserError]]) -> None:
-        """As `raise_together`, of an error whose kind matters; all ranks must call it.
-
-        Args:
-            kinds: what it can be, special ones before general ones; equal on all ranks.
+        Example:
+            topology.raise_together(error, DiskFull, CheckpointError)
         """
+        kinds = (*kinds, UserError)
         own: list[tuple[int, str]] = []  # none, or one
         if error is not None:
             own = [(next(number for number, kind in enumerate(kinds) if isinstance(error, kind)), str(error))]

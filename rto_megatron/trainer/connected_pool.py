@@ -67,12 +67,9 @@ class SharedGpus:
             UserError: on every rank; a server keeps its memory.
         """
         self._topology.raise_together(None)
-        failure = None
-        if self._topology.is_lead:
-            failure = self._put_to_sleep()
-        self._topology.raise_together(failure)
+        self._topology.raise_together(self._put_to_sleep() if self._topology.is_lead else None)
 
-    def _put_to_sleep(self) -> str | None:
+    def _put_to_sleep(self) -> UserError | None:
         assert self._pool is not None
         members = self._pool.members
         # Those that are out as well: a server that failed a push holds memory.
@@ -80,20 +77,11 @@ class SharedGpus:
         try:
             failures = failures_of(timeouts, self._token, self._phases.make_room)
         except TooManyOpenFiles as raised:
-            return str(raised)
+            return raised
         for address, failure in failures.items():
             members.take_out(address, failure)
         kept: list[UserError] = [one for one in failures.values() if not isinstance(one, UnreachableError)]
-        return f"the pool keeps memory that the trainer needs: {kept[0]}" if kept else None
-
-
-def raise_together(topology: Topology, failure: UserError | None) -> None:
-    """Raises on every rank when any rank passes a failure of the pool; all ranks must call it.
-
-    Raises:
-        NoServersLeft, UserError: the failure of the lowest rank that has one.
-    """
-    topology.raise_kind_together(failure, (NoServersLeft, UserError))
+        return UserError(f"the pool keeps memory that the trainer needs: {kept[0]}") if kept else None
 
 
 class PolicyPush:
@@ -176,7 +164,7 @@ class PolicyPush:
                 failure = None if servers else self._none_answers(str(self._pool.members.none_left()))
             except TooManyOpenFiles as raised:
                 failure = raised
-        raise_together(topology, failure)
+        topology.raise_together(failure, NoServersLeft)
         return servers
 
     def _none_answers(self, reasons: str) -> UserError:
@@ -240,7 +228,7 @@ def connect_pool(config: schema.RolloutConfig, policy: Model) -> ConnectedPool:
             pool = _pool(config, token, topology.is_lead)
     except UserError as raised:
         failure = raised
-    raise_together(topology, failure)
+    topology.raise_together(failure, NoServersLeft)
     if not config.colocated:
         return ConnectedPool(pool, open_push(config, policy, pool, token, host))
     phases = PoolPhases()

@@ -7,9 +7,9 @@ from rto_megatron.config import schema
 from rto_megatron.data.batches import Batches, BatchesState
 from rto_megatron.data.loader import load_prompts
 from rto_megatron.errors import UserError
-from rto_megatron.generation.contract import RolloutEngine, Sampling
+from rto_megatron.generation.contract import NoServersLeft, RolloutEngine, Sampling
 from rto_megatron.parallel.topology import Topology
-from rto_megatron.trainer.connected_pool import ConnectedPool, raise_together
+from rto_megatron.trainer.connected_pool import ConnectedPool
 from rto_megatron.trainer.feed import feed, go_on
 from rto_megatron.trainer.setup import Setup
 from rto_megatron.types import Prompt, Rollout
@@ -132,7 +132,7 @@ def sample(
             require_version(rollouts, version)
         except UserError as raised:
             failure = raised
-    raise_together(topology, failure)
+    topology.raise_together(failure, NoServersLeft)
     return tuple(topology.replica_value(rollouts, list[Rollout]))
 
 
