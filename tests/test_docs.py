@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from test_house import LAYERS, PACKAGE, ROOT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_architecture_names_every_room() -> None:
@@ -23,3 +23,10 @@ def test_links_and_named_files_exist(page: Path) -> None:
     named = set(re.findall(r"`((?!megatron/)[a-z0-9_/]+/[a-z0-9_]+\.(?:py|sh|md|yaml))`", text))
     bases = (ROOT, PACKAGE, ROOT / "launchers", ROOT / "launchers/recipes", PACKAGE / "generation/vllm")
     assert [name for name in sorted(named) if not any((base / name).exists() for base in bases)] == []
+
+
+def test_make_has_the_five_commands_and_their_scripts() -> None:
+    text = (ROOT / "Makefile").read_text()
+    assert re.findall(r"^(\w+):", text, re.MULTILINE) == ["setup", "fast", "test", "format", "quickstart"]
+    called = re.findall(r"bash (\S+)|(tests/\S+)", text)
+    assert [one for pair in called for one in pair if one and not (ROOT / one).exists()] == []
