@@ -1,4 +1,4 @@
-"""Which models a stage uses, and from where: the one place that knows what an unnamed role falls back to."""
+"""The models of a stage and where they come from: the one place that knows what an unnamed role falls back to."""
 
 from dataclasses import dataclass
 from pathlib import Path

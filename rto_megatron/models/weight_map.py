@@ -155,5 +155,5 @@ def padded_vocab(vocab_size: int, tensor_size: int) -> int:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As config.json, manifests and reports write it."""
+    """The dtype as config.json, manifests and reports write it."""
     return str(dtype).removeprefix("torch.")

@@ -192,7 +192,7 @@ class Topology:
         self.raise_kind_together(UserError(error) if error else None, (UserError,))
 
     def raise_kind_together(self, error: UserError | None, kinds: Sequence[type[UserError]]) -> None:
-        """As `raise_together`, of an error whose kind matters; all ranks must call it.
+        """Does what `raise_together` does, for an error whose kind matters; all ranks must call it.
 
         Args:
             kinds: what it can be, special ones before general ones; equal on all ranks.

@@ -59,7 +59,7 @@ def model_bytes(config: Stage, shapes: Mapping[str, FoundShape], data_parallel: 
 
 
 def weight_bytes(config: Stage) -> int:
-    """Of one number in the stage's dtype."""
+    """The bytes of one number in the stage's dtype."""
     return 2 if config.precision.dtype == "bf16" else 4
 
 

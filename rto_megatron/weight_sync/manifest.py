@@ -131,7 +131,7 @@ class Manifest:
 
     @property
     def num_bytes(self) -> int:
-        """Of all pieces."""
+        """The size of all pieces."""
         return sum(spec.num_bytes for spec in self.specs)
 
     def tensors(self) -> dict[str, PieceSpec]:
