@@ -12,7 +12,11 @@ OPTIONAL_ROLES = ("reference", "critic", "reward", "dpo", "dpo_reference")
 
 @dataclass(frozen=True)
 class Role:
-    """A model of a stage, as it is placed on the trainer's ranks."""
+    """A model of a stage, as it is placed on the trainer's ranks.
+
+    Example:
+        Role("policy", Path("models/sft"), is_trained=True)
+    """
 
     name: str
     path: Path
