@@ -5,6 +5,9 @@ class UserError(ValueError):
     """Says what was found, what was expected and what to do.
 
     `reason` is how a run that ends with it is classed (`lifecycle/status.py`); subclasses name their own.
+
+    Example:
+        UserError("run.steps=0; expected 1 or more")
     """
 
     reason: str = "CONFIG"

@@ -20,7 +20,11 @@ Metrics = Mapping[
 
 @dataclass(frozen=True)
 class EndOfSequence:
-    """The tokens that end a sequence."""
+    """The tokens that end a sequence.
+
+    Example:
+        EndOfSequence(ids=(2, 32000), written=2)
+    """
 
     ids: tuple[int, ...]  # any of them ends one, `written` among them
     written: int  # the tokenizer's: what is written where one has to be
@@ -28,7 +32,11 @@ class EndOfSequence:
 
 @dataclass(frozen=True)
 class Ban:
-    """Tokens that the pool could not sample as one of the first of a response."""
+    """Tokens that the pool could not sample as one of the first of a response.
+
+    Example:
+        Ban(ids=(2,), num_tokens=16)
+    """
 
     ids: tuple[int, ...]
     num_tokens: int  # of the response, from its first
@@ -36,7 +44,11 @@ class Ban:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt, already tokenized with the chat template and its generation header."""
+    """One prompt, already tokenized with the chat template and its generation header.
+
+    Example:
+        Prompt(id="p7", token_ids=(1, 529, 3))
+    """
 
     id: str
     token_ids: tuple[int, ...]
@@ -44,7 +56,11 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One sampled response; `response_ids` ends with the end-of-sequence token when `finish_reason` is "stop"."""
+    """One sampled response; `response_ids` ends with the end-of-sequence token when `finish_reason` is "stop".
+
+    Example:
+        Rollout("p7", (1, 529), (88, 2), (-1.25, -0.5), "stop", weight_version=12)
+    """
 
     prompt_id: str
     prompt_ids: tuple[int, ...]
@@ -56,7 +72,11 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Demonstration:
-    """One supervised example: the loss is taken on `response_ids`."""
+    """One supervised example: the loss is taken on `response_ids`.
+
+    Example:
+        Demonstration("d3", prompt_ids=(1, 529), response_ids=(88, 2))
+    """
 
     id: str
     prompt_ids: tuple[int, ...]
@@ -65,7 +85,11 @@ class Demonstration:
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """Two answers to one prompt; both end with the end-of-sequence token."""
+    """Two answers to one prompt; both end with the end-of-sequence token.
+
+    Example:
+        PreferencePair("q1", (1, 529), chosen_ids=(88, 2), rejected_ids=(91, 90, 2), margin=1.0)
+    """
 
     id: str
     prompt_ids: tuple[int, ...]
@@ -76,7 +100,11 @@ class PreferencePair:
 
 @dataclass(frozen=True)
 class JudgedResponse:
-    """One answer with a verdict: the examples of KTO."""
+    """One answer with a verdict: the examples of KTO.
+
+    Example:
+        JudgedResponse("k4", (1, 529), (88, 2), is_desirable=True, unrelated_ids=(64, 2))
+    """
 
     id: str
     prompt_ids: tuple[int, ...]
@@ -93,7 +121,11 @@ type Example = Prompt | Demonstration | PreferencePair | JudgedResponse
 
 @dataclass(frozen=True)
 class ScoredRollouts:
-    """Rollouts with every model's opinion of them: the input of credit assignment."""
+    """Rollouts with every model's opinion of them: the input of credit assignment.
+
+    Example:
+        mask_BR = tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])  # responses of three and of two tokens
+    """
 
     rollouts: tuple[Rollout, ...]
     mask_BR: Tensor  # 1 on response tokens that are actions, end-of-sequence included; 0 on padding
@@ -110,7 +142,11 @@ class ScoredRollouts:
 
 @dataclass(frozen=True)
 class TokenRewards:
-    """The reward of every token, its terms kept apart for logs and reports (nats or reward units)."""
+    """The reward of every token, its terms kept apart for logs and reports (nats or reward units).
+
+    Example:
+        TokenRewards(tensor([[0.0, 1.3]]), tensor([[0.02, -0.05]]), tensor([[0.0, -0.01]]), tensor(1))
+    """
 
     score_BR: Tensor  # reward model's score, on the last token
     dpo_BR: Tensor  # beta_1 log(pi_dpo / pi_ref), wherever the method pays it
@@ -124,7 +160,11 @@ class TokenRewards:
 
 @dataclass(frozen=True)
 class Experience:
-    """Rollouts with credit assigned to every token: the input of the policy and value updates."""
+    """Rollouts with credit assigned to every token: the input of the policy and value updates.
+
+    Example:
+        advantages_BR = tensor([[0.7, -0.7, 0.0]])  # whitened over two tokens; the third is padding
+    """
 
     rollouts: tuple[Rollout, ...]
     mask_BR: Tensor
@@ -140,7 +180,11 @@ class Experience:
 
 @dataclass(frozen=True)
 class BannedTargets:
-    """Positions whose log-probs are of the vocabulary without some tokens."""
+    """Positions whose log-probs are of the vocabulary without some tokens.
+
+    Example:
+        BannedTargets(ids=(2,), is_banned_T=tensor([True, True, False]))
+    """
 
     ids: tuple[int, ...]
     is_banned_T: Tensor  # bool; false where the target is one of them
@@ -153,6 +197,9 @@ class TokenBatch:
     Packed: `num_rows` is 1 and sequence s occupies positions cu_seqlens[s]..cu_seqlens[s+1]. Padded: `num_rows` rows of
     equal length, one sequence each, right-padded; cu_seqlens are the multiples of that length. Position t predicts
     `targets_T[t]`, the token at t + 1 of the same sequence (0 at its last position).
+
+    Example:
+        TokenBatch(tensor([5, 6, 7, 8, 9]), tensor([6, 7, 0, 9, 0]), (0, 3, 5), 1, (2, 4))  # 3 and 2 tokens
     """
 
     tokens_T: Tensor  # int64
@@ -168,7 +215,11 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class SupervisedMicrobatch:
-    """`weight_T` is 1 / (all target tokens of the global batch) on response targets and 0 elsewhere."""
+    """`weight_T` is 1 / (all target tokens of the global batch) on response targets and 0 elsewhere.
+
+    Example:
+        weight_T = tensor([0.0, 0.25, 0.25, 0.0])  # two of the four response tokens of the global batch
+    """
 
     batch: TokenBatch
     weight_T: Tensor
@@ -176,7 +227,11 @@ class SupervisedMicrobatch:
 
 @dataclass(frozen=True)
 class PairMicrobatch:
-    """P pairs: the first P sequences of `batch` are the chosen answers, the next P the rejected ones."""
+    """P pairs: the first P sequences of `batch` are the chosen answers, the next P the rejected ones.
+
+    Example:
+        weight_P = tensor([0.5])  # one of the two pairs of the global batch
+    """
 
     batch: TokenBatch
     mask_T: Tensor  # 1 on positions whose target is a response token
@@ -194,7 +249,11 @@ class DivergenceMicrobatch(PairMicrobatch):
 
 @dataclass(frozen=True)
 class JudgedMicrobatch:
-    """S answers with verdicts."""
+    """S answers with verdicts.
+
+    Example:
+        is_desirable_S = tensor([True, False])
+    """
 
     batch: TokenBatch
     mask_T: Tensor  # 1 on positions whose target is a response token
@@ -208,7 +267,11 @@ class JudgedMicrobatch:
 
 @dataclass(frozen=True)
 class Minibatch:
-    """One micro-batch of a PPO update; every *_T field sits at the position that predicts the action."""
+    """One micro-batch of a PPO update; every *_T field sits at the position that predicts the action.
+
+    Example:
+        weight_T = tensor([0.0, 0.25, 0.25, 0.0])  # one of two responses, which has two tokens
+    """
 
     batch: TokenBatch
     weight_T: Tensor  # the weights of all micro-batches of all ranks sum to 1
@@ -222,7 +285,11 @@ class Minibatch:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """A weighted sum (scalar with gradient) and sums for the logs."""
+    """A weighted sum (scalar with gradient) and sums for the logs.
+
+    Example:
+        LossOutput(tensor(0.7), {"loss": (0.7, 1.0)})
+    """
 
     loss: Tensor
     metrics: Metrics = field(default_factory=dict)
@@ -230,7 +297,11 @@ class LossOutput:
 
 @dataclass(frozen=True)
 class ValueScale:
-    """Mean and standard deviation of a reward model's scores; every value and score is (raw - mean) / std."""
+    """Mean and standard deviation of a reward model's scores; every value and score is (raw - mean) / std.
+
+    Example:
+        ValueScale(mean=-1.5, std=3.0)
+    """
 
     mean: float = 0.0
     std: float = 1.0

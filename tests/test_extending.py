@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 from test_house import ROOT
 
-COPIED = ("rto_megatron", "tests", "tools", "launchers", "docs", "pyproject.toml", "README.md")
+COPIED = ("rto_megatron", "tests", "tools", "launchers", "docs", "pyproject.toml")
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,7 @@ def compare(root: Path) -> None:
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
-    """Of a Hugging Face folder, whose pipeline stages have a file each."""
+    """The weights of a Hugging Face folder, whose pipeline stages have a file each."""
     from safetensors.torch import load_file
 
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}

@@ -113,7 +113,7 @@ class Config(BaseModel):
 
 
 class RewardConfig(Config):
-    """Of methods whose KL penalty is part of the token reward."""
+    """The keys of methods whose KL penalty is part of the token reward."""
 
     kl_target: float | None = Field(
         default=None,
@@ -145,7 +145,7 @@ class RewardConfig(Config):
 
 
 class DpoRewardConfig(BaseModel):
-    """Of methods with a DPO reward.
+    """The keys of methods with a DPO reward.
 
     The released script clips the DPO reward at 0.05 and the paper names no clip: the default is the script's.
     """

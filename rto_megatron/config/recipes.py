@@ -53,6 +53,6 @@ def _listed(paths: list[Path]) -> str:
 
 
 def _shown(path: Path) -> str:
-    """As seen from the working directory, where it is below it."""
+    """The path as seen from the working directory, where it lies below that."""
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)

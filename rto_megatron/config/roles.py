@@ -1,4 +1,4 @@
-"""Which models a stage uses, and from where: the one place that knows what an unnamed role falls back to."""
+"""The models of a stage and where they come from: the one place that knows what an unnamed role falls back to."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,11 @@ OPTIONAL_ROLES = ("reference", "critic", "reward", "dpo", "dpo_reference")
 
 @dataclass(frozen=True)
 class Role:
-    """A model of a stage, as it is placed on the trainer's ranks."""
+    """A model of a stage, as it is placed on the trainer's ranks.
+
+    Example:
+        Role("policy", Path("models/sft"), is_trained=True)
+    """
 
     name: str
     path: Path

@@ -96,7 +96,7 @@ class TrainParallelConfig(ParallelConfig):
 
 
 class FrozenPrecisionConfig(Section):
-    """Of forwards; log-softmax is always fp32."""
+    """How forwards compute; log-softmax is always fp32."""
 
     dtype: Literal["fp32", "bf16"] = "bf16"
 
@@ -203,7 +203,7 @@ class BatchConfig(Section):
 
 
 class TrainBatchConfig(BatchConfig):
-    """Of a stage with an optimizer."""
+    """The batches of a stage with an optimizer."""
 
     train: int = Field(default=128, ge=1, description="global batch of one optimizer step")
 
@@ -215,7 +215,7 @@ class PreferenceBatchConfig(TrainBatchConfig):
 
 
 class RolloutBatchConfig(TrainBatchConfig):
-    """Of stages that sample."""
+    """The batches of a stage that samples."""
 
     rollout: int = Field(default=1024, ge=1, description="prompts per rollout step, all ranks")
 
@@ -285,7 +285,7 @@ class RolloutConfig(Section):
 
 
 class TrainRolloutConfig(RolloutConfig):
-    """Of stages that train on what the pool samples."""
+    """The pool of a stage that trains on what it samples."""
 
     logprob_gap_alarm: float | None = Field(
         default=0.05,

@@ -1,4 +1,4 @@
-"""Which arguments a recipe may give to the chat template."""
+"""Knows the arguments that a recipe may give to the chat template."""
 
 from typing import Annotated
 

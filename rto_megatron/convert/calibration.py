@@ -33,7 +33,7 @@ class Prompts:
     template_date: str | None  # that the chat template prints; None: it prints none
 
     def sha256(self) -> str:
-        """Of all ids and the lengths, calibration first."""
+        """The hash of all ids and of the lengths, calibration first."""
         digest = hashlib.sha256()
         for ids in (*self.calibration, *self.held_out):
             digest.update(ids.shape[1].to_bytes(8, "little") + ids.numpy().tobytes())

@@ -1,4 +1,4 @@
-"""Which items each data-parallel rank takes at each step: shuffled, resumable, the same for any layout."""
+"""Deals items to the data-parallel ranks at each step: shuffled, resumable, the same for any layout."""
 
 import hashlib
 import random
@@ -92,7 +92,7 @@ class Batches[T: Example]:
 
     @cached_property
     def digest(self) -> str:
-        """Of the items that all ranks share."""
+        """The digest of the items that all ranks share."""
         return digest(self._items)
 
     def state(self) -> BatchesState:

@@ -24,7 +24,7 @@ class Message:
     fields: Mapping[str, object] = field(default_factory=dict)
 
     def turn(self) -> Turn:
-        """As a template takes it; a turn that calls tools and says nothing has no content."""
+        """The turn as a template takes it; one that calls tools and says nothing has no content."""
         says_nothing = not self.content and any(name in self.fields for name in CALLS)
         content: Turn = {} if says_nothing else {"content": self.content}
         return {"role": self.role, **content, **self.fields}
@@ -55,7 +55,7 @@ class Conversation:
 
     @property
     def roles(self) -> list[str]:
-        """Of all turns, for messages."""
+        """The roles of all turns, for messages."""
         return [message.role for message in self.messages]
 
 

@@ -76,7 +76,7 @@ class TokenizerJudge:
             self._require_round_trip(self._byte_level, text, where)
 
     def judge_answer(self, text: str, ids: Sequence[int], where: str) -> None:
-        """As `judge`; but an answer may be a special token, if it is another than the end of the sequence."""
+        """Judges as `judge` does; but an answer may be a special token other than the end of the sequence."""
         self._require_meaning(text, ids, self._end, where)
 
     def _require_meaning(self, text: str, ids: Sequence[int], marks: Collection[int], where: str) -> None:

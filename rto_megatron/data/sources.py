@@ -38,7 +38,7 @@ class BadRow:
 
 
 def read_rows(source: str) -> Iterator[Row]:
-    """As `scan_rows`, up to the first row that cannot be read.
+    """Reads as `scan_rows` does, up to the first row that cannot be read.
 
     Raises:
         UserError: as `scan_rows`, or names that row.

@@ -33,7 +33,7 @@ SHARED_VARIANCE = 0.75  # of each table: common to all classes; the rest is a cl
 
 @dataclass(frozen=True)
 class Style:
-    """Which words responses are made of, and how long they get."""
+    """The words that responses are made of, and how long they get."""
 
     words: tuple[str, ...]
     min_words: int

@@ -173,7 +173,7 @@ def has_sentencepiece_alone(folder: Path) -> bool:
 
 
 def load_plain_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """As `load_tokenizer`, of a model that may have no chat template, such as a base model or a reward model.
+    """Loads what `load_tokenizer` does for a model that may have no chat template, as a base model or a reward model.
 
     Raises:
         UserError: no such folder or no tokenizer in it, an empty vocabulary, or no end-of-sequence token.

@@ -140,7 +140,7 @@ def require_rows(
 
 
 def _spelt_in_template(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> dict[int, str]:
-    """As `written_ids`, of tokens that the template writes for some conversations."""
+    """Finds what `written_ids` does, for tokens that the template writes for some conversations."""
     template = template_text(tokenizer)
     spelt = [token for token in tokens if str(tokenizer.convert_ids_to_tokens(token)) in template]
     return dict.fromkeys(spelt, _TEMPLATE)

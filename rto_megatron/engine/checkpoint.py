@@ -97,7 +97,7 @@ def load_state(path: Path, model: Model) -> None:
 
 
 def restore(path: Path, model: Model) -> None:
-    """As `load_state`, of a checkpoint that was found whole before."""
+    """Does what `load_state` does, with a checkpoint that was found whole before."""
     loaded = _load(path, _whole_state(model, is_loading=True))
     model.module.load_state_dict(loaded["model"])
     if isinstance(model, TrainedModel):

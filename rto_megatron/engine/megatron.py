@@ -126,7 +126,7 @@ class TrainedModel:
     topology: Topology
 
     def token_outputs(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
-        """As FrozenModel.token_outputs, with the weights of this moment."""
+        """Computes what `FrozenModel.token_outputs` does, with the weights of this moment."""
         return _token_outputs(self, batches)
 
     def outputs[M: Microbatch](self, microbatches: Sequence[M], reading: "Reading[M]") -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the newest, proved whole, or an error that says what was lost."""
+"""Finds the checkpoint that a run goes on from: the newest, proved whole, or an error that says what was lost."""
 
 import json
 from dataclasses import dataclass

@@ -25,7 +25,11 @@ from rto_megatron.types import ValueScale
 
 @dataclass(frozen=True)
 class WeightSource:
-    """A place to load one model from."""
+    """A place to load one model from.
+
+    Example:
+        WeightSource("hugging_face", Path("models/sft"), Path("models/sft"))
+    """
 
     kind: Literal["hugging_face", "checkpoint", "megatron", "random"]
     path: Path  # the Hugging Face folder, <checkpoint>/<role>, or the folder with Megatron-LM's .metadata

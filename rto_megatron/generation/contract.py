@@ -30,6 +30,9 @@ class Sampling:
         temperature: 0 is greedy.
         top_p: mass of the nucleus; 1 is everything.
         seed: base of every request's own seed.
+
+    Example:
+        Sampling(max_tokens=1024, eos_ids=(2,), seed=42)
     """
 
     max_tokens: int
@@ -41,7 +44,11 @@ class Sampling:
 
 
 class RolloutEngine(Protocol):
-    """An engine that samples responses with one known version of the policy."""
+    """An engine that samples responses with one known version of the policy.
+
+    Example:
+        (rollout,) = engine.generate([Prompt("p7", (1, 529))], Sampling(8, (2,)), version=3)
+    """
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[Rollout]:
         """Samples one response per prompt.

@@ -20,6 +20,9 @@ class ScriptedEngine:
     Args:
         vocab_size: tokens are below it.
         version: the policy version it claims to hold; `hold` changes it as a weight push would.
+
+    Example:
+        ScriptedEngine(vocab_size=30, version=4)
     """
 
     def __init__(self, vocab_size: int, version: int = 0) -> None:

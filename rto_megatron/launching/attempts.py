@@ -180,7 +180,7 @@ def run_attempts(run_dir: Path, restarts: int, stopping: Stopping, prepare: Prep
 
 
 def decide_in_job(run_dir: Path, attempt: int, restarts: int, is_time_up: bool) -> Decision:
-    """As `run_attempts` decides, once for each attempt of a job; the tally waits in the run folder meanwhile.
+    """Decides as `run_attempts` does, once for each attempt of a job; the tally waits in the run folder meanwhile.
 
     Args:
         attempt: that has ended; 1 is the first of this start of the job.
@@ -247,7 +247,7 @@ def _attempt(run_dir: Path, attempt: int, stopping: Stopping, start: Start) -> S
 
 
 def silent_end(run_dir: Path, failure: RankFailure, attempt: int, kills_before: int) -> Status:
-    """Of a rank that could not say why; the others saw only that it was gone.
+    """The status of a rank that could not say why it ended; the others saw only that it was gone.
 
     Args:
         kills_before: what `out_of_memory_kills` was when it started.

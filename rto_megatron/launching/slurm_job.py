@@ -54,11 +54,11 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """Of the script, its recipe and its logs."""
+        """Holds the script, its recipe and its logs."""
         return self.config.run.dir / "slurm"
 
     def log(self, number: str) -> Path:
-        """Of a submitted job."""
+        """The file that a submitted job logs to."""
         return self.folder / f"log-{number}.txt"
 
     def write(self) -> Path:
@@ -302,7 +302,7 @@ def pyxis_options(image: str, folders: Sequence[Path]) -> tuple[str, ...]:
 
 
 def pyxis_problems(folders: Sequence[Path]) -> list[str]:
-    """Which folders pyxis cannot show: it splits its list at commas, colons and spaces, and knows no quotes."""
+    """Names folders that pyxis cannot show: it splits its list at commas, colons and spaces, and knows no quotes."""
     return [
         f"--container: pyxis cannot show {folder}, as a comma, colon or space in a path ends it; rename the folder, or "
         "use --apptainer"

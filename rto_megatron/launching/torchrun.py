@@ -107,7 +107,7 @@ def _first_cause(error: ChildFailedError) -> RankFailure:
 
 
 def run_ranks(num_ranks: int, arguments: Sequence[str]) -> None:
-    """As `start_ranks`, for a command that has no run folder.
+    """Does what `start_ranks` does, for a command that has no run folder.
 
     Raises:
         typer.Exit: a rank failed; it has said why.

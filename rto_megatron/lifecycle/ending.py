@@ -54,7 +54,7 @@ class Hang(UserError):  # noqa: N818
 
 
 class OutOfMemory(UserError):  # noqa: N818
-    """Of the GPU or of the host."""
+    """The GPU or the host has no memory left."""
 
     reason = "OOM"
 
@@ -66,9 +66,10 @@ class NoSpace(UserError):  # noqa: N818
 
 
 class RankEnding:
-    """Around a whole stage on one rank: answers signals, keeps stacks and writes why the rank ended.
+    """Stands around a whole stage on one rank: answers signals, keeps stacks and writes why the rank ended.
 
-    What comes of another rank's end, of memory, of a disk or of time leaves it as a UserError; a bug stays as it is.
+    It turns an error that another rank's end, full memory, a full disk or a time limit caused into a UserError. A bug
+    stays the error that it is.
     """
 
     def __init__(self, run_dir: Path) -> None:

@@ -277,6 +277,6 @@ def _beat(path: Path, me: Holder, pace: Heartbeat, ended: threading.Event) -> No
 
 
 def _end_at_once(path: Path, found: Holder) -> None:
-    """Of a holder that was silent for so long that another run began: both must not write."""
+    """Ends a holder that was silent for so long that another run began: both must not write."""
     print(f"error: {path.parent} was taken over: {found}. This run ends at once", file=sys.stderr, flush=True)
     os._exit(1)

@@ -56,7 +56,7 @@ class Status:
 
 
 def attempt_number() -> int:
-    """Of this process; whoever starts the next attempt says so in RTO_ATTEMPT."""
+    """The number of this process's attempt; whoever starts the next one says so in RTO_ATTEMPT."""
     return int(os.environ.get("RTO_ATTEMPT", "1"))
 
 
@@ -69,7 +69,7 @@ def write_status(run_dir: Path, status: Status) -> None:
 
 
 def note_status(run_dir: Path, status: Status) -> None:
-    """As `write_status`, unless another rank has told its own end: a lost rank is what the others see of it.
+    """Does what `write_status` does, unless another rank has told its own end: the others only see a lost rank.
 
     A scheduler tells the other ranks to stop once one is lost. Their PREEMPTED is no cause: the run is to be started
     again. In a stop that was asked for, the rank that ends first says PREEMPTED before another can miss it.

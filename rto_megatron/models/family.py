@@ -22,6 +22,9 @@ class Family:
         config: the family's own keys of config.json; `read` undoes it.
         left_aside: names of tensors that are not weights of the model, with the reason.
         not_run: why no model of this family can be built here; null: it runs.
+
+    Example:
+        FAMILIES["llama"].architectures[False]
     """
 
     architectures: dict[bool, str]

@@ -61,7 +61,7 @@ def misnamed_folder(path: Path) -> str | None:
 
 
 def _snapshots(path: Path) -> list[Path]:
-    """Of a repository in the hub's cache (models--org--name): the one that `main` names first."""
+    """The snapshots of a repository in the hub's cache (models--org--name), the one that `main` names first."""
     folder = path if path.name == "snapshots" else path / "snapshots"
     found = sorted(config.parent for config in folder.glob("*/config.json"))
     main = folder.parent / "refs" / "main"

@@ -5,7 +5,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class GroupedRouting:
-    """DeepSeek-V3's router: sigmoid scores, a bias per expert for the choice alone, experts chosen by group."""
+    """DeepSeek-V3's router: sigmoid scores, a bias per expert for the choice alone, experts chosen by group.
+
+    Example:
+        GroupedRouting(num_groups=8, groups_per_token=4, scale=2.5)
+    """
 
     num_groups: int
     groups_per_token: int
@@ -14,7 +18,11 @@ class GroupedRouting:
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts in place of the feed-forward part of some layers."""
+    """A mixture of experts in place of the feed-forward part of some layers.
+
+    Example:
+        Experts(num=8, per_token=2, ffn_hidden_size=14336, layers=tuple(range(32)), is_normalized=True)
+    """
 
     num: int
     per_token: int
@@ -28,7 +36,11 @@ class Experts:
 
 @dataclass(frozen=True)
 class LatentAttention:
-    """DeepSeek's multi-head latent attention: ranks of the compressions and dimensions of one head."""
+    """DeepSeek's multi-head latent attention: ranks of the compressions and dimensions of one head.
+
+    Example:
+        LatentAttention(q_rank=1536, kv_rank=512, nope_dim=128, rope_dim=64, value_dim=128)
+    """
 
     q_rank: int | None  # null: queries are not compressed
     kv_rank: int
@@ -39,7 +51,11 @@ class LatentAttention:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What config.json says about a decoder with RMSNorm and gated SiLU."""
+    """What config.json says about a decoder with RMSNorm and gated SiLU.
+
+    Example:
+        ModelShape("llama", 32, 4096, 14336, 32, 8, 128, 128256, 8192, 1e-5, 5e5, None, False, 0.02)
+    """
 
     family: str
     num_layers: int

@@ -63,7 +63,11 @@ class _Rows:
 
 @dataclass(frozen=True)
 class VocabRows(_Rows):
-    """Rows of the vocabulary, padded with zeros to a multiple of the tensor size and cut back on the way out."""
+    """Rows of the vocabulary, padded with zeros to a multiple of the tensor size and cut back on the way out.
+
+    Example:
+        VocabRows(vocab_size=128256)
+    """
 
     vocab_size: int
 
@@ -83,7 +87,11 @@ class VocabRows(_Rows):
 
 @dataclass(frozen=True)
 class QkvRows(_Rows):
-    """q, k, v -> rows interleaved by key-value group: [q of the group's heads | k | v] for each group."""
+    """q, k, v -> rows interleaved by key-value group: [q of the group's heads | k | v] for each group.
+
+    Example:
+        QkvRows(num_heads=32, num_kv_heads=8, head_dim=128)
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -155,5 +163,5 @@ def padded_vocab(vocab_size: int, tensor_size: int) -> int:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As config.json, manifests and reports write it."""
+    """The dtype as config.json, manifests and reports write it."""
     return str(dtype).removeprefix("torch.")

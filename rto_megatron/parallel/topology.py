@@ -20,6 +20,9 @@ class Topology:
     """The TP x PP x DP layout, shared by all roles, and this rank's place in it.
 
     A replica is the tensor x pipeline ranks that hold one copy of the models; `data_rank` numbers the replicas.
+
+    Example:
+        Topology.init(prepare(), tensor=2, pipeline=2, sequence=True, seed=42)
     """
 
     device: Device

@@ -57,7 +57,7 @@ class PhaseMemory:
 
     @property
     def total(self) -> int:
-        """Of all parts."""
+        """The bytes of all parts."""
         return sum(self.parts.values())
 
 
@@ -125,7 +125,7 @@ def _advice(phase: PhaseMemory, gpu: SharedGpu) -> str:
 
 
 def largest_bucket_bytes(policy: ModelShape, width: int, tensor: int, bucket_bytes: int) -> int:
-    """Of a weight push: a piece over `bucket_bytes` travels alone; a trainer rank's piece is its tensor shard."""
+    """The largest bucket of a push: a piece over `bucket_bytes` travels alone; a rank's piece is its shard."""
     numbers = max(math.prod(size) for p in stored_parameters(policy, False) for size in p.hf_shapes)
     return max(bucket_bytes, -(-numbers * width // tensor))
 

@@ -54,7 +54,7 @@ def model_bytes(plan: Plan, shapes: Mapping[str, FoundShape]) -> int:
 
 
 def weight_bytes(precision: FrozenPrecisionConfig) -> int:
-    """Of one number in the stage's dtype."""
+    """The bytes of one number in the stage's dtype."""
     return 2 if precision.dtype == "bf16" else 4
 
 

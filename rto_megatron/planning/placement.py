@@ -1,4 +1,4 @@
-"""Which GPUs each server of a pool gets, and how long its sequences are."""
+"""Gives each server of a pool its GPUs and the length of its sequences."""
 
 import os
 from collections.abc import Sequence

@@ -39,7 +39,7 @@ class ShardWriter:
 
     @property
     def num_bytes(self) -> int:
-        """Of tensors and objects; file headers come on top."""
+        """The size of tensors and objects; file headers come on top."""
         return sum(
             sum(len(data.getbuffer()) for _, data in objects) + sum(tensor.nbytes for _, tensor in tensors)
             for _, _, (objects, tensors) in self._planned

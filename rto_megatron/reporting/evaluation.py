@@ -18,7 +18,11 @@ FILE_NAME = "evaluation.json"
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over sampled responses with its standard error."""
+    """A mean over sampled responses with its standard error.
+
+    Example:
+        Estimate(mean=14.2, standard_error=0.6)
+    """
 
     mean: float
     standard_error: float

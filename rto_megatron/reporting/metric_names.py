@@ -12,7 +12,11 @@ from rto_megatron.algorithms.method import OfflineMethod, OnlineMethod
 
 @dataclass(frozen=True)
 class StageGroup:
-    """Stages that share metrics, under the words that name them in the documentation."""
+    """Stages that share metrics, under the words that name them in the documentation.
+
+    Example:
+        StageGroup("KTO", ("kto",))
+    """
 
     title: str
     stages: tuple[str, ...]

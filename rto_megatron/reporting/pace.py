@@ -1,4 +1,4 @@
-"""Which rank lets the others wait: the seconds each computes by itself, between two points at which all meet."""
+"""Finds the rank that lets the others wait, by the seconds that each computes alone between two meetings of all."""
 
 import statistics
 import time

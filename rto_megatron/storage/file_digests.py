@@ -65,7 +65,7 @@ def first_problem(role: Path, rank: int = 0, world_size: int = 1) -> str | None:
 
 
 def checkpoint_problem(checkpoint: Path, rank: int = 0, world_size: int = 1) -> str | None:
-    """As `first_problem`, of all files; and the step must be that of the folder's name."""
+    """Finds what `first_problem` does in all files; and the step must be that of the folder's name."""
     return _first_problem(checkpoint, "", rank, world_size)
 
 

@@ -104,11 +104,11 @@ class TorchDistReader:
             )
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Of the whole entry."""
+        """The shape of the whole entry."""
         return tuple(self.entries[key].size)
 
     def dtype(self, key: str) -> torch.dtype:
-        """Of an entry."""
+        """The dtype of an entry."""
         return self.entries[key].properties.dtype
 
     def read(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which files of a Hugging Face folder are its weights, chosen as transformers does, and what lies unread beside them.
+"""Chooses the files of a Hugging Face folder that are its weights, as transformers does; others beside them are named.
 
 Source: transformers 5.19, modeling_utils.py:_get_resolved_checkpoint_files, integrations/peft.py:maybe_load_adapters.
 """

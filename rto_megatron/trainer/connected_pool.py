@@ -201,7 +201,11 @@ class Push(Protocol):
 
 @dataclass(frozen=True)
 class ConnectedPool:
-    """The pool as the loop sees it."""
+    """The pool as the loop sees it.
+
+    Example:
+        ConnectedPool(ScriptedEngine(40), push)
+    """
 
     engine: RolloutEngine | None  # on replica leads
     push: Push

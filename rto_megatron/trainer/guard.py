@@ -109,7 +109,7 @@ class Guard:
 
     @property
     def step_number(self) -> int:
-        """Of the step that is being made, counted from 1."""
+        """The number of the step that is being made, counted from 1."""
         return self._run.step + 1
 
     def step(self, updates: Sequence[Update]) -> None:

@@ -241,7 +241,7 @@ def demonstration_task(
 def judgement_task(
     loss: Loss[JudgedMicrobatch], layout: Layout, trainee: Trainee
 ) -> Task[JudgedResponse, JudgedMicrobatch]:
-    """As `demonstration_task`, for answers with verdicts."""
+    """The task of answers with verdicts."""
     assert trainee.reference is not None
     build = partial(_judged, trainee.model, trainee.reference, layout)
     return Task(load_judged, len, build, loss, TOKENS, None)
@@ -250,7 +250,7 @@ def judgement_task(
 def pair_task(
     load: Load[PreferencePair], loss: Loss[PairMicrobatch], layout: Layout, trainee: Trainee
 ) -> Task[PreferencePair, PairMicrobatch]:
-    """As `demonstration_task`, for pairs and a loss on log-probs or values."""
+    """The task of pairs and a loss on log-probs or values."""
     build = partial(_pairs, trainee.reference, layout)
     return Task(load, len, build, loss, TOKENS, _num_at_a_time(layout))
 
@@ -258,7 +258,7 @@ def pair_task(
 def divergence_task(
     load: Load[PreferencePair], loss: Loss[PairMicrobatch], layout: Layout, trainee: Trainee
 ) -> Task[PreferencePair, DivergenceMicrobatch]:
-    """As `pair_task`, for a loss on whole distributions."""
+    """The task of pairs and a loss on whole distributions."""
     assert trainee.reference is not None
     build = partial(divergence_microbatches, reference=trainee.reference, layout=layout)
     return Task(load, len, build, loss, divergence_from(trainee.reference), _num_at_a_time(layout))

@@ -20,7 +20,7 @@ MixedLoss = Callable[[Tensor, Minibatch | SupervisedMicrobatch], LossOutput]
 
 
 class Pretraining:
-    """As many texts for every optimizer step as it has responses; without texts it adds nothing.
+    """Gives every optimizer step as many texts as it has responses; without texts it adds nothing.
 
     Source: OpenRLHF 0.4.4, trainer/ppo_trainer.py:training_step_actor (both gradients before one optimizer step).
     """
@@ -40,7 +40,7 @@ class Pretraining:
             self._texts = feed(loaded, config.batch.train, config.run.seed, setup.topology)
 
     def microbatches(self) -> tuple[list[SupervisedMicrobatch], list[list[str]]]:
-        """Of one optimizer step, with the ids of their texts; all ranks must call it. The weights hold the factor."""
+        """The texts of one optimizer step with their ids; all ranks must call it. The weights hold the factor."""
         if self._texts is None:
             return [], []
         place, layout = self._setup.topology, self._setup.layout

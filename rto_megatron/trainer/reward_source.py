@@ -35,6 +35,9 @@ class ModelReward:
 
     Args:
         policy: what became of a response that the length limit cut; its end is appended for the model to read.
+
+    Example:
+        ModelReward(model, layout, EndOfSequence((2,), 2), policy="penalise").scores(rollouts)
     """
 
     model: FrozenModel

@@ -80,7 +80,7 @@ def prepare_stage(config: schema.Stage, topology: Topology) -> Setup:
 
 
 def setup_problems(config: schema.Stage, sources: Mapping[str, WeightSource], world_size: int) -> list[str]:
-    """In what the models do not fit the layout, the batches or each other, one sentence each.
+    """Says why the models do not fit the layout, the batches or each other, one sentence each.
 
     Args:
         sources: role -> source, of every model that the stage loads.

@@ -16,6 +16,9 @@ class Canary:
         token_ids: the sequence.
         expected_logprobs: of token_ids[1:], in nats.
         tolerance: largest difference, in nats.
+
+    Example:
+        Canary((1, 5, 9), expected_logprobs=(-2.3, -0.7), tolerance=1e-3)
     """
 
     token_ids: tuple[int, ...]

@@ -30,6 +30,9 @@ class PieceSpec:
         dim: along which the tensor is cut.
         start: first index of the run along `dim`.
         length: of the run along `dim`; the whole tensor is (0, 0, shape[0]).
+
+    Example:
+        PieceSpec("lm_head.weight", "bfloat16", (128, 64), sender=1, dim=0, start=64, length=64)  # lower half
     """
 
     name: str
@@ -97,7 +100,11 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All pushes of a communicator: the pieces, by sender in the order in which they are packed."""
+    """All pushes of a communicator: the pieces, by sender in the order in which they are packed.
+
+    Example:
+        Manifest(bucket_bytes=256 << 20, specs=())
+    """
 
     bucket_bytes: int
     specs: tuple[PieceSpec, ...]
@@ -131,7 +138,7 @@ class Manifest:
 
     @property
     def num_bytes(self) -> int:
-        """Of all pieces."""
+        """The size of all pieces."""
         return sum(spec.num_bytes for spec in self.specs)
 
     def tensors(self) -> dict[str, PieceSpec]:

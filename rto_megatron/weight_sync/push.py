@@ -47,6 +47,9 @@ class SyncPlace:
         is_controller: drives the servers; exactly one rank, trainer rank 0, and it is sender 0.
         sender: the rank's index among the senders; None where it sends nothing.
         num_senders: of all trainer ranks.
+
+    Example:
+        SyncPlace(is_controller=True, sender=0, num_senders=4)
     """
 
     is_controller: bool
@@ -56,7 +59,11 @@ class SyncPlace:
 
 @dataclass(frozen=True)
 class PushTimes:
-    """Seconds of a push as seen by one rank, failed attempts included, and what was moved."""
+    """Seconds of a push as seen by one rank, failed attempts included, and what was moved.
+
+    Example:
+        PushTimes(pause_s=0.01, prepare_s=0.9, commit_s=1.2, canary_s=0.2, num_bytes=800_000_000)
+    """
 
     pause_s: float
     prepare_s: float
@@ -72,6 +79,9 @@ class PushReport:
     Args:
         serving: addresses that hold the version, proved.
         lost: address -> reason of those that were dropped.
+
+    Example:
+        PushReport(("http://10.0.0.2:8000",), {}, PushTimes(0.01, 0.9, 1.2, 0.2, 800_000_000))
     """
 
     serving: tuple[str, ...]

@@ -43,7 +43,11 @@ class DisagreementError(RuntimeError):
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where the ranks of one communicator meet: the senders, then the workers server by server."""
+    """Where the ranks of one communicator meet: the senders, then the workers server by server.
+
+    Example:
+        Rendezvous("127.0.0.1", 29501, num_senders=2, world_size=3, name="a", timeout_s=300, device_type="cpu")
+    """
 
     host: str
     port: int

@@ -25,7 +25,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def _notes(source: Path, root: Path) -> list[str]:
-    """Of both directions, as the reports have them; the tables show them too, and so does a dry run."""
+    """The notes of both directions as the reports have them; the tables show them too, and so does a dry run."""
     found = []
     for number, (direction, start) in enumerate(
         (("hf-to-megatron", source), ("megatron-to-hf", root / "converted0"))

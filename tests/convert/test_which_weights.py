@@ -113,7 +113,7 @@ def test_an_adapter_beside_the_weights_is_refused_by_name(folder: Path, tmp_path
 
 
 def test_further_chat_templates_come_along_and_work(tmp_path: Path) -> None:
-    """As transformers saves them: the default beside the tokenizer, the others in a folder."""
+    """They lie as transformers saves them: the default beside the tokenizer, the others in a folder."""
     source = tmp_path / "model"
     write_family(source, "llama", num_hidden_layers=1)
     train_tokenizer(["some text to make a vocabulary of"] * 5, source, vocab_size=300, byte_fallback=True)

@@ -26,7 +26,7 @@ EOS = 2
 
 @pytest.fixture
 def bos_tokenizer(tokenizer_folder: Path) -> PreTrainedTokenizerBase:
-    """As Llama's: every text begins with the beginning-of-sequence token."""
+    """A tokenizer like Llama's: every text begins with the beginning-of-sequence token."""
     tokenizer = load_tokenizer(tokenizer_folder)
     start = (tokenizer.bos_token, tokenizer.bos_token_id)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -154,7 +154,7 @@ def test_a_long_answer_is_cut_and_does_not_end_where_it_is_learnt(
 
 
 def test_a_long_answer_of_a_pair_is_cut_and_ends(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    """As in the released code: the reward model reads its score at the end."""
+    """The released code does so too: the reward model reads its score at the end."""
     row = pair_row(chosen="the dog " * 30)
     whole = load_pairs(write_lines(tmp_path / "pairs.jsonl", [row]), tokenizer, LIMITS).items[0]
     loaded = load_pairs(str(tmp_path / "pairs.jsonl"), tokenizer, Limits(20, 20, "error"))

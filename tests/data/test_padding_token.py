@@ -28,7 +28,7 @@ def _folder(source: Path, folder: Path, *tokens: str) -> tuple[Path, list[int]]:
 
 
 def _padding(folder: Path) -> tuple[int | None, int | None]:
-    """As transformers loads the tokenizer, and as config.json says."""
+    """The padding token as transformers loads it, and as config.json names it."""
     return (
         AutoTokenizer.from_pretrained(folder).pad_token_id,
         json.loads((folder / "config.json").read_text())["pad_token_id"],

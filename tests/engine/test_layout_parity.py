@@ -63,7 +63,7 @@ class Case:
 
     @property
     def folder(self) -> str:
-        """Of the run."""
+        """The name of the run's folder."""
         capped = "" if self.cap is None else f"-cap_{self.cap}"
         banned = "" if self.min_tokens == 1 else f"-min_{self.min_tokens}"
         return f"{self.stage}-{self.layout}-{'packed' if self.packed else 'padded'}{capped}{banned}"

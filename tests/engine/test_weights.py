@@ -120,7 +120,7 @@ def test_a_damaged_single_file_is_named(tmp_path: Path) -> None:
 
 
 def test_a_number_that_is_none_is_named_on_every_rank(tmp_path: Path) -> None:
-    """Of the 128 rows of the second stage's matrix the last one, which only the second tensor rank holds."""
+    """The number is in the last of 128 rows of the second stage's matrix, which only the second tensor rank holds."""
     write_llama(tmp_path)
     name = "model.layers.3.mlp.down_proj.weight"
     tensors = load_file(tmp_path / "model.safetensors")

@@ -21,7 +21,7 @@ time.sleep(600)
 
 @pytest.fixture
 def options(tmp_path: Path) -> ServerOptions:
-    """Of a server that starts and soon ends: its model is none that vLLM knows."""
+    """The options of a server that starts and soon ends: its model is none that vLLM knows."""
     (tmp_path / "config.json").write_text('{"model_type": "no_such_model"}')
     return ServerOptions(tmp_path, tmp_path / "token", tmp_path / "server.log")
 

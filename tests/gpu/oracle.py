@@ -56,7 +56,7 @@ def relative_errors(got: dict[str, Tensor], want: dict[str, Tensor]) -> dict[str
 
 
 def total_error(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
-    """As `relative_errors`, of all tensors together."""
+    """The error that `relative_errors` takes of each tensor, of all together."""
     assert got.keys() == want.keys()
     apart = torch.stack([(got[name].float() - want[name]).norm() for name in want]).norm()
     return float(apart / norm(want))

@@ -19,7 +19,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pool_files(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As `files`, with a policy that the server can hold."""
+    """What `files` has, with a policy that the server can hold."""
     root = tmp_path_factory.mktemp("pool_files")
     shutil.copy(files / "prompts.jsonl", root)
     for role, seed in MODELS.items():

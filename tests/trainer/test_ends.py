@@ -60,7 +60,7 @@ class Listening(ScriptedEngine):
         self.asked: list[Sampling] = []
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[Rollout]:
-        """As ScriptedEngine, with the other end."""
+        """Draws as ScriptedEngine does, with the other end."""
         self.asked.append(sampling)
         turned = Sampling(
             sampling.max_tokens, sampling.eos_ids[::-1], min_tokens=sampling.min_tokens, seed=sampling.seed

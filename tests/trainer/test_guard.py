@@ -38,7 +38,7 @@ class PoisonedEngine(ScriptedEngine):
         self._change, self._index, self._at = change, index, at
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[Rollout]:
-        """As ScriptedEngine, with the poison."""
+        """Draws as ScriptedEngine does, with the poison."""
         drawn = super().generate(prompts, sampling, version)
         if self._change is None or version != self._at:
             return drawn

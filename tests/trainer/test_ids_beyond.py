@@ -24,7 +24,7 @@ VOCAB_SIZE = 96  # of the models, and of their tokenizer before a token is added
 
 @pytest.fixture(scope="module")
 def beyond(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As `files`, with one more token in the policy's tokenizer, rows that spell it and a larger policy."""
+    """What `files` has, with one more token in the policy's tokenizer, rows that spell it and a larger policy."""
     root = tmp_path_factory.mktemp("beyond") / "files"
     shutil.copytree(files, root)
     assert add_token(root / "models/policy", EXTRA) == VOCAB_SIZE

@@ -97,7 +97,7 @@ class RecordingEngine(FailingEngine):
         self.drawn: list[Rollout] = []
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[Rollout]:
-        """As FailingEngine without faults."""
+        """Draws as FailingEngine does without faults."""
         drawn = super().generate(prompts, sampling, version)
         self.drawn += drawn
         return drawn

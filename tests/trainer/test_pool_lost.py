@@ -28,7 +28,7 @@ class MortalEngine(ScriptedEngine):
         self._dies_at = dies_at
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[Rollout]:
-        """As ScriptedEngine until then."""
+        """Draws as ScriptedEngine does until then."""
         if version == self._dies_at:
             raise NoServersLeft(REASON)
         return super().generate(prompts, sampling, version)
@@ -107,7 +107,7 @@ def test_a_pool_that_never_served_leaves_no_checkpoint(files: Path, tmp_path: Pa
 def test_an_address_where_nobody_is_ends_the_run_at_once(
     server: str, words: str, files: Path, tmp_path: Path
 ) -> None:
-    """As a mistake of the recipe, which `rto launch` starts no second attempt for."""
+    """It ends as a mistake of the recipe does, for which `rto launch` starts no second attempt."""
     (tmp_path / "token").write_text("t" * 64)
     (tmp_path / "token").chmod(0o600)
     config = configure(

@@ -25,7 +25,7 @@ RESERVED_ID = 3  # in the place of the tokenizer's own <pad>
 
 @pytest.fixture(scope="module")
 def padded_with_end(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As `files`, with a policy and a critic whose padding token is the end-of-sequence token."""
+    """What `files` has, with a policy and a critic whose padding token is the end-of-sequence token."""
     root = tmp_path_factory.mktemp("padded") / "files"
     shutil.copytree(files, root)
     for role in ("policy", "critic"):
@@ -41,7 +41,7 @@ def padded_with_end(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @torch.no_grad()
 def batched_scores(folder: Path, sequences: list[list[int]], side: str) -> torch.Tensor:
-    """Of all sequences in one batch, padded by the folder's own tokenizer."""
+    """The scores of all sequences in one batch, padded by the folder's own tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side=side)
     batch = tokenizer.pad({"input_ids": sequences}, return_tensors="pt")
     model = AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="eager").eval()

@@ -143,7 +143,7 @@ class FailingEngine(ScriptedEngine):
         self._age = age
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[Rollout]:
-        """As ScriptedEngine, with the faults."""
+        """Draws as ScriptedEngine does, with the faults."""
         if version == self._dies_at:
             raise UserError(f"the pool died at version {version}")
         drawn = super().generate(prompts, sampling, version)

@@ -27,6 +27,9 @@ class Liveness:
     Args:
         interval_s: it is asked for one token when it answered nothing for so long.
         timeout_s: of that one token; shorter than the interval, so that a silent server is out before two.
+
+    Example:
+        Liveness(interval_s=30, timeout_s=15)
     """
 
     interval_s: float = 30.0

@@ -1,4 +1,4 @@
-"""Which servers of a pool serve, and why the others do not."""
+"""Keeps which servers of a pool serve, and why the others do not."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 

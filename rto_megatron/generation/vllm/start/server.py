@@ -40,6 +40,9 @@ class NodeGroup:
         num_nodes: machines of the server, which share its tensor parallelism evenly.
         rank: this machine's; 0 has the HTTP server, the others only workers.
         leader: host:port, on the machine of rank 0, where all workers meet.
+
+    Example:
+        NodeGroup(num_nodes=2, rank=0, leader="10.0.0.2:29500")
     """
 
     num_nodes: int
@@ -66,6 +69,9 @@ class ServerOptions:
         visible_gpus: CUDA_VISIBLE_DEVICES of the server; None leaves this process's own.
         group: None where the whole server is on this machine.
         worker_extension: class that vLLM mixes into its workers; another one must derive from this one.
+
+    Example:
+        ServerOptions(Path("models/sft"), Path("pool/token"), Path("pool/server-0.log"))
     """
 
     model: Path

@@ -143,7 +143,7 @@ class _Staging:
         common.of(of_name[box], box.starts).copy_(common.of(piece, run.starts), non_blocking=True)
 
     def expected_digests(self) -> dict[str, dict[Region, Tensor]]:
-        """Of every box, on the CPU."""
+        """The digest of every box, on the CPU."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return {

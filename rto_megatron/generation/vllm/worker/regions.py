@@ -13,7 +13,11 @@ from rto_megatron.weight_sync.manifest import PieceSpec
 
 @dataclass(frozen=True)
 class Region:
-    """A box of a tensor: per dimension, where it starts and how long it is."""
+    """A box of a tensor: per dimension, where it starts and how long it is.
+
+    Example:
+        Region(starts=(0, 2), sizes=(4, 3))  # rows 0 to 3, columns 2 to 4
+    """
 
     starts: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -88,6 +92,9 @@ class Place:
         offset: of the first element from the parameter's, in elements.
         sizes: of the part.
         strides: of the part, in elements.
+
+    Example:
+        Place("lm_head.weight", offset=0, sizes=(4, 8), strides=(8, 1))
     """
 
     parameter: str
