@@ -110,6 +110,18 @@ def test_imports_go_down_the_layers(path: Path) -> None:
     assert {other: LAYERS[other] for other in rooms if LAYERS[other] >= LAYERS[own]} == {}
 
 
+def test_vllm_stays_in_its_folder_and_where_a_pool_is_started_or_connected() -> None:
+    allowed = {"launching", "planning", "diagnosis", "cli"}
+    users = {
+        name(path)
+        for path in FILES
+        if any(module.startswith("rto_megatron.generation.vllm") for module in imports(path))
+        and not name(path).startswith("generation/vllm/")
+        and room_of(path) not in allowed
+    }
+    assert users == {"trainer/connected_pool.py"}
+
+
 def test_megatron_state_and_schedules_have_one_user_each() -> None:
     for path in FILES:
         modules = imports(path)

@@ -14,7 +14,7 @@ from rto_megatron.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from rto_megatron.config.plan import Plan
+    from rto_megatron.config.plan import StagePlan
     from rto_megatron.config.schema import Stage
     from rto_megatron.planning.local_data import LookedAt
     from rto_megatron.planning.shapes import FoundShape
@@ -108,7 +108,7 @@ def _split(config: "Stage", gpus: int, pool_gpus: int | None) -> tuple[int, int]
     return gpus - pool, pool
 
 
-def _layout_table(plan: "Plan", pool_gpus: int) -> Table:
+def _layout_table(plan: "StagePlan", pool_gpus: int) -> Table:
     from rto_megatron.config.learning_rate import known_rates
 
     facts, layout, batches = plan.facts, plan.layout, plan.batches
@@ -145,7 +145,7 @@ def _layout_table(plan: "Plan", pool_gpus: int) -> Table:
     return table
 
 
-def _models_table(plan: "Plan", shapes: "Mapping[str, FoundShape]") -> Table:
+def _models_table(plan: "StagePlan", shapes: "Mapping[str, FoundShape]") -> Table:
     from rto_megatron.planning.memory import activation_bytes, gib, role_cost
 
     roles, world_size = plan.roles, plan.layout.world_size
@@ -186,7 +186,7 @@ def _data_table(looked: "Sequence[LookedAt]") -> Table:
 
 def _print_phases(
     console: Console,
-    plan: "Plan",
+    plan: "StagePlan",
     shapes: "Mapping[str, FoundShape]",
     gpu_gib: float,
     pool_tensor: int,

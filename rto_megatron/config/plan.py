@@ -46,7 +46,7 @@ class BatchPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StagePlan:
     """A stage on its ranks; valid only where `checks.find_problems` finds nothing.
 
     Example:
@@ -66,10 +66,10 @@ class Plan:
         return self.layout
 
 
-def plan_stage(config: Stage, world_size: int) -> Plan:
+def plan_stage(config: Stage, world_size: int) -> StagePlan:
     """Derives the plan of a stage on `world_size` ranks."""
     facts, layout = facts_of(config), layout_on(config.parallel, world_size)
-    return Plan(
+    return StagePlan(
         config=config,
         facts=facts,
         layout=layout,

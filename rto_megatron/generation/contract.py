@@ -1,7 +1,7 @@
 """What the trainer asks of anything that samples responses."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +17,10 @@ class NoServersLeft(UserError):  # noqa: N818  (a state the loop handles, named 
     """Every server of the pool is out; the message gives each one's last reason."""
 
     reason = "INFRA_NO_GENERATOR"
+
+
+class Unreachable(UserError):  # noqa: N818  (a state that is handled, named for what it is)
+    """No usable answer came back from a server, or that its engine is dead; another server may still do."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,74 @@ class RolloutEngine(Protocol):
         Raises:
             StaleWeights: the engine holds another version, or its last weight update failed.
             UserError: the engine cannot be reached or answered something unusable.
+        """
+        ...
+
+
+class InferenceServer(Protocol):
+    """One server of a pool as a weight push sees it; every method waits for the answer.
+
+    Raises:
+        Unreachable: from every method; no usable answer came.
+        UserError: from every method; the server did not do it.
+    """
+
+    @property
+    def address(self) -> str:
+        """Names it in messages."""
+        ...
+
+    def num_workers(self) -> int:
+        """Its processes, each of which receives weights."""
+        ...
+
+    def is_paused(self) -> bool:
+        """Whether it schedules nothing; asks the engine, so that an answer proves that it lives."""
+        ...
+
+    def pause(self) -> None:
+        """Ends what it generates, and lets nothing begin."""
+        ...
+
+    def begin_push(self) -> None:
+        """Pauses it, makes room for weights and opens an update, whatever an earlier trainer left behind."""
+        ...
+
+    def join(self, rendezvous: str, first_rank: int, manifest: str) -> None:
+        """Makes its workers members of a communicator, from `first_rank` on; returns once all have joined."""
+        ...
+
+    def receive(self, version: int) -> None:
+        """Makes its workers receive the pieces of the manifest; returns once all have arrived and were proved."""
+        ...
+
+    def commit(self, version: int) -> None:
+        """Makes its workers load what they received; it holds `version` from here on, and stays paused."""
+        ...
+
+    def weight_version(self) -> str:
+        """The label of the weights that it holds."""
+        ...
+
+    def serve(self, version: int) -> None:
+        """Lets it generate with the weights of a push, which must be those of `version`."""
+        ...
+
+    def prompt_logprobs(self, token_ids: list[int]) -> list[float]:
+        """Log-probs in nats of token_ids[1:], each given the tokens before it."""
+        ...
+
+
+class AskServers(Protocol):
+    """Asks several servers of one engine at the same time."""
+
+    def __call__(
+        self, timeouts: Mapping[str, float], question: Callable[[InferenceServer], object]
+    ) -> dict[str, UserError]:
+        """Puts a question to each; returns the address and the error of those that did not pass.
+
+        Args:
+            timeouts: address -> seconds for each request.
         """
         ...
 

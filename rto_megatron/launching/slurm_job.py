@@ -12,7 +12,7 @@ import rto_megatron
 from rto_megatron.config.checks import refuse
 from rto_megatron.config.facts import facts_of
 from rto_megatron.config.load import dump
-from rto_megatron.config.plan import Plan, layout_on
+from rto_megatron.config.plan import StagePlan, layout_on
 from rto_megatron.config.run_folder import make_run_folder
 from rto_megatron.config.schema import Stage
 from rto_megatron.errors import UserError
@@ -269,7 +269,7 @@ def _pool_problems(shapes: dict[str, FoundShape], pool_tensor: int) -> list[str]
 
 
 def _memory_problems(
-    job: Job, plan: Plan, shapes: dict[str, FoundShape], pool_tensor: int, gpu_bytes: int
+    job: Job, plan: StagePlan, shapes: dict[str, FoundShape], pool_tensor: int, gpu_bytes: int
 ) -> list[str]:
     trainer = model_bytes(plan, shapes) + activation_bytes(plan, shapes)
     problems = []

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rto_megatron.config.checks import find_problems, refuse
-from rto_megatron.config.plan import Plan, layout_on, plan_stage
+from rto_megatron.config.plan import StagePlan, layout_on, plan_stage
 from rto_megatron.config.roles import roles_of
 from rto_megatron.config.schema import EvaluateStage, ReinforcementStage
 from rto_megatron.errors import UserError
@@ -61,7 +61,9 @@ class PhaseMemory:
         return sum(self.parts.values())
 
 
-def phase_memory(plan: Plan, shapes: Mapping[str, FoundShape], gpu: SharedGpu) -> tuple[PhaseMemory, ...]:
+def phase_memory(
+    plan: StagePlan, shapes: Mapping[str, FoundShape], gpu: SharedGpu
+) -> tuple[PhaseMemory, ...]:
     """The three phases of a step on the fullest GPU; models of unknown shape count nothing, the policy's is needed."""
     policy, width = shapes["policy"].shape, weight_bytes(plan.config.precision)
     assert plan.facts.pool is not None

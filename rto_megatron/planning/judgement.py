@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from rto_megatron.config.checks import find_problems, refuse
-from rto_megatron.config.plan import Plan, plan_stage
+from rto_megatron.config.plan import StagePlan, plan_stage
 from rto_megatron.config.roles import Role
 from rto_megatron.config.schema import Stage
 from rto_megatron.errors import UserError
@@ -13,7 +13,7 @@ from rto_megatron.planning.shapes import FoundShape, find_shape
 
 def judged(
     config: Stage, world_size: int, assume: list[str], origin: str
-) -> tuple[Plan, dict[str, FoundShape]]:
+) -> tuple[StagePlan, dict[str, FoundShape]]:
     """The plan of a stage and the shapes of the models that are known, once nothing speaks against them.
 
     Args:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rto_megatron.config.facts import Facts, facts_of
-from rto_megatron.config.plan import Plan
+from rto_megatron.config.plan import StagePlan
 from rto_megatron.config.roles import Role, roles_of
 from rto_megatron.config.schema import FrozenPrecisionConfig, Stage, TrainStage
 from rto_megatron.models.parameters import fullest_stage, num_parameters
@@ -32,7 +32,7 @@ class RoleCost:
     bytes_per_rank: int
 
 
-def role_cost(role: Role, shape: ModelShape, plan: Plan) -> RoleCost:
+def role_cost(role: Role, shape: ModelShape, plan: StagePlan) -> RoleCost:
     """Parameters and weight, gradient and optimizer memory of `role`, in bytes on the fullest rank."""
     total = num_parameters(shape, role.has_value_head)
     if role.shares is not None:
@@ -44,7 +44,7 @@ def role_cost(role: Role, shape: ModelShape, plan: Plan) -> RoleCost:
     )
 
 
-def model_bytes(plan: Plan, shapes: Mapping[str, FoundShape]) -> int:
+def model_bytes(plan: StagePlan, shapes: Mapping[str, FoundShape]) -> int:
     """Memory of all models of a stage on the fullest rank; those of unknown shape count nothing."""
     return sum(
         role_cost(role, shapes[role.name].shape, plan).bytes_per_rank
@@ -84,7 +84,7 @@ def _bytes_per_parameter(role: Role, facts: Facts, config: Stage, replicas: int)
     return width + _GRADIENT_BYTES + (4 if has_average else 0) + state / shards
 
 
-def activation_bytes(plan: Plan, shapes: Mapping[str, FoundShape]) -> int:
+def activation_bytes(plan: StagePlan, shapes: Mapping[str, FoundShape]) -> int:
     """Activations of one micro-batch of the longest sequences in training, in bytes; 0 without training."""
     training = plan.facts.training
     if training is None:

@@ -12,10 +12,10 @@ from rto_megatron.config import schema
 from rto_megatron.data.packing import token_batch
 from rto_megatron.engine.megatron import Model
 from rto_megatron.errors import UserError
-from rto_megatron.generation.contract import NoServersLeft, RolloutEngine
+from rto_megatron.generation.contract import NoServersLeft, RolloutEngine, Unreachable
 from rto_megatron.generation.vllm.client.liveness import Liveness, failures_of
 from rto_megatron.generation.vllm.client.phases import PoolPhases
-from rto_megatron.generation.vllm.client.server_client import UnreachableError
+from rto_megatron.generation.vllm.client.pushed_servers import AskPushedServers
 from rto_megatron.generation.vllm.client.vllm_pool import VllmPool
 from rto_megatron.generation.vllm.gate import read_token
 from rto_megatron.lifecycle.status import attempt_number
@@ -80,7 +80,7 @@ class SharedGpus:
             return raised
         for address, failure in failures.items():
             members.take_out(address, failure)
-        kept: list[UserError] = [one for one in failures.values() if not isinstance(one, UnreachableError)]
+        kept: list[UserError] = [one for one in failures.values() if not isinstance(one, Unreachable)]
         return UserError(f"the pool keeps memory that the trainer needs: {kept[0]}") if kept else None
 
 
@@ -306,7 +306,7 @@ def open_push(
     replicas = range(topology.data_size if config.colocated else 1)
     sync = WeightSync(
         source=source,
-        token=token,
+        ask=AskPushedServers(token, phases),
         place=SyncPlace(
             is_controller=topology.is_lead,
             sender=topology.data_rank * replica_ranks + source.sender
@@ -319,7 +319,7 @@ def open_push(
         timeout_s=config.sync_timeout_s,
         share=share,
         host=host,
-        phases=phases,
+        is_shared=phases is not None,
     )
     tolerance = config.logprob_tolerance or CANARY_TOLERANCE[policy.module.config.params_dtype]
     return PolicyPush(policy, sync, pool, tolerance, shared)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rto_megatron.errors import UserError
-from rto_megatron.generation.vllm.client.server_client import ServerClient
+from rto_megatron.generation.contract import InferenceServer
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,14 @@ def canary_token_ids(vocab_size: int, length: int = 48) -> tuple[int, ...]:
     return tuple((7 * position * position + 13 * position + 5) % vocab_size for position in range(length))
 
 
-def check_canary(client: ServerClient, canary: Canary) -> None:
+def check_canary(server: InferenceServer, canary: Canary) -> None:
     """Compares one server with the trainer.
 
     Raises:
         UserError: with the numbers.
     """
     expected = canary.expected_logprobs
-    got = client.prompt_logprobs(list(canary.token_ids))
+    got = server.prompt_logprobs(list(canary.token_ids))
     differences = [abs(ours - theirs) for ours, theirs in zip(expected, got, strict=True)]
     # Written so that a NaN fails.
     if all(difference <= canary.tolerance for difference in differences):
@@ -48,7 +48,7 @@ def check_canary(client: ServerClient, canary: Canary) -> None:
     )
     mean = sum(differences) / len(differences)
     raise UserError(
-        f"inference server {client.address} computes other log-probs than the trainer: mean difference {mean:.4f}, "
+        f"inference server {server.address} computes other log-probs than the trainer: mean difference {mean:.4f}, "
         f"largest {differences[worst]:.4f} nats (trainer {expected[worst]:.4f}, server {got[worst]:.4f}) at canary "
         f"token {worst + 1}, tolerance {canary.tolerance} (rollout.logprob_tolerance)"
     )

@@ -17,13 +17,11 @@ from typing import Literal
 import torch
 
 from rto_megatron.errors import UserError
-from rto_megatron.generation.contract import NoServersLeft
-from rto_megatron.generation.vllm.client.phases import PoolPhases
-from rto_megatron.generation.vllm.client.server_client import Json, ServerClient, UnreachableError
+from rto_megatron.generation.contract import AskServers, InferenceServer, NoServersLeft, Unreachable
 from rto_megatron.weight_sync.canary import Canary, check_canary
 from rto_megatron.weight_sync.manifest import Manifest, PieceSource
 from rto_megatron.weight_sync.sender import Sender
-from rto_megatron.weight_sync.servers import Servers, begin, require_version
+from rto_megatron.weight_sync.servers import Servers, require_version
 from rto_megatron.weight_sync.shared import open_communicator
 from rto_megatron.weight_sync.transport import (
     LOOPBACK,
@@ -94,28 +92,28 @@ class WeightSync:
 
     Args:
         source: the policy's weights.
-        token: the pool's bearer token.
+        ask: asks the servers of the engine that the pool runs.
         place: this rank's part.
         device: of the wire: a cuda device for NCCL, cpu for gloo. NCCL refuses two ranks on one GPU.
         bucket_bytes: size of a broadcast; both ends need it twice on `device`.
         timeout_s: limit of each phase, and of each broadcast.
         share: collective over all trainer ranks.
         host: this machine's address as the servers reach it; loopback keeps all of it on this machine.
-        phases: of a pool on the trainer's GPUs; buckets then travel through shared memory, and every trainer rank
-            is a sender. None: the pool has its own.
+        is_shared: the pool is on the trainer's GPUs; buckets then travel through shared memory, and every trainer
+            rank is a sender.
     """
 
     def __init__(
         self,
         source: PieceSource,
-        token: str,
+        ask: AskServers,
         place: SyncPlace,
         device: torch.device,
         bucket_bytes: int,
         timeout_s: float,
         share: Share,
         host: str = LOOPBACK,
-        phases: PoolPhases | None = None,
+        is_shared: bool = False,
     ) -> None:
         assert not place.is_controller or place.sender == 0, "the controller is sender 0"
         self._source = source
@@ -125,8 +123,8 @@ class WeightSync:
         self._timeout_s = timeout_s
         self._share = share
         self._host = host
-        self._phases = phases
-        self._servers = Servers(token, timeout_s)
+        self._is_shared = is_shared
+        self._servers = Servers(ask, timeout_s)
         self._communicator: Communicator | None = None
         self._sender: Sender | None = None
         self._members: dict[str, int] = {}  # on the controller: address -> workers, in rank order
@@ -252,12 +250,7 @@ class WeightSync:
         if not self._place.is_controller:
             return {}
 
-        def pause(client: ServerClient) -> None:
-            if self._phases is not None:
-                self._phases.begin_push(client)
-            begin(client)
-
-        return self._servers.on_each(servers, pause)
+        return self._servers.on_each(servers, lambda server: server.begin_push())
 
     def _open(self, version: int, servers: tuple[str, ...]) -> bool:
         """Opens a communicator with these servers unless there is one: all ranks have one or none has."""
@@ -276,7 +269,7 @@ class WeightSync:
                     name=secrets.token_hex(8),
                     timeout_s=self._timeout_s,
                     device_type=self._device.type,
-                    wire="network" if self._phases is None else "shared",
+                    wire="shared" if self._is_shared else "network",
                 ).to_json()
         if not self._phase(version, "counting workers", lambda: faults):
             return False
@@ -296,17 +289,17 @@ class WeightSync:
                 communicator.join()
                 self._communicator, self._sender = communicator, Sender(self._manifest, communicator)
 
-            return self._beside(joined, "/init_weight_transfer_engine", self._inits(meeting), communicator)
+            return self._beside(joined, self._joins(meeting), communicator)
 
         return self._phase(version, "opening the weight transfer", join)
 
-    def _inits(self, meeting: str) -> dict[str, dict[str, Json]]:
-        bodies: dict[str, dict[str, Json]] = {}
-        rank, manifest = self._place.num_senders, self._manifest.to_json()
+    def _joins(self, meeting: str) -> Callable[[InferenceServer], None]:
+        first_ranks, rank = {}, self._place.num_senders
         for address, size in self._members.items():
-            bodies[address] = {"init_info": {"rendezvous": meeting, "first_rank": rank, "manifest": manifest}}
+            first_ranks[address] = rank
             rank += size
-        return bodies
+        manifest = self._manifest.to_json()
+        return lambda server: server.join(meeting, first_ranks[server.address], manifest)
 
     def _send(self, version: int) -> dict[str, UserError]:
         sender, own = self._sender, self._place.sender
@@ -314,26 +307,21 @@ class WeightSync:
             return {}
         has_pieces = any(spec.sender == own for spec in self._manifest.specs)
         pieces = self._source.pieces(own) if has_pieces else iter(())
-        body: dict[str, Json] = {"update_info": {"version": version}}
-        return self._beside(
-            lambda: sender.send(version, pieces), "/update_weights", dict.fromkeys(self._members, body)
-        )
+        return self._beside(lambda: sender.send(version, pieces), lambda server: server.receive(version))
 
     def _commit(self, version: int) -> dict[str, UserError]:
         sender = self._sender
         if sender is None:
             return {}
-        body: dict[str, Json] = {"weight_version": str(version)}
-        faults = self._beside(sender.confirm, "/finish_weight_update", dict.fromkeys(self._members, body))
+        faults = self._beside(sender.confirm, lambda server: server.commit(version))
         if not self._place.is_controller or faults:
             return faults
-        return self._servers.on_each(tuple(self._members), lambda client: require_version(client, version))
+        return self._servers.on_each(tuple(self._members), lambda server: require_version(server, version))
 
     def _beside(
         self,
         action: Callable[[], None],
-        route: str,
-        bodies: Mapping[str, dict[str, Json]],
+        call: Callable[[InferenceServer], None],
         communicator: Communicator | None = None,
     ) -> dict[str, UserError]:
         communicator = communicator or self._communicator
@@ -350,12 +338,12 @@ class WeightSync:
             except (TransportError, DisagreementError) as error:
                 shared = error.with_traceback(None)  # a traceback would keep the communicator alive
 
-        faults = self._servers.beside(act, route, bodies, communicator.abort)
+        faults = self._servers.beside(act, tuple(self._members), call, communicator.abort)
         if shared is None:
             return faults
         # The servers that are up only report the loss of the others.
         gone: dict[str, UserError] = {
-            a: fault for a, fault in faults.items() if isinstance(fault, UnreachableError)
+            a: fault for a, fault in faults.items() if isinstance(fault, Unreachable)
         }
         if isinstance(shared, DisagreementError) or not gone:
             raise shared
@@ -365,15 +353,12 @@ class WeightSync:
         if not self._place.is_controller:
             return {}
 
-        def prove(client: ServerClient) -> None:
-            if self._phases is not None:
-                self._phases.end_push(client, version)
-            else:
-                client.request("POST", "/resume")
+        def prove(server: InferenceServer) -> None:
+            server.serve(version)
             try:
-                check_canary(client, canary)
+                check_canary(server, canary)
             except UserError:
-                client.request("POST", "/pause?mode=abort")
+                server.pause()
                 raise
 
         return self._servers.on_each(servers, prove)

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 import pytest
 
 from rto_megatron.errors import UserError
+from rto_megatron.generation.contract import Unreachable
 from rto_megatron.generation.vllm.client.http import GenerationHttp
 from rto_megatron.generation.vllm.client.server_client import (
     Json,
     RefusedError,
     ServerClient,
     ServerFailedError,
-    UnreachableError,
 )
 
 ROUTE = "/inference/v1/generate"
@@ -119,15 +119,13 @@ def test_a_refused_connection_names_the_address_and_what_to_do() -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         address = f"http://127.0.0.1:{closed.getsockname()[1]}"
     with pytest.raises(
-        UnreachableError, match=rf"cannot reach inference server {address} \(ConnectionRefusedError.*rto pool"
+        Unreachable, match=rf"cannot reach inference server {address} \(ConnectionRefusedError.*rto pool"
     ):
         post(address)
 
 
 def test_an_address_that_is_none_is_named() -> None:
-    with pytest.raises(
-        UnreachableError, match=r"cannot reach inference server localhost:8000 .*rollout\.servers"
-    ):
+    with pytest.raises(Unreachable, match=r"cannot reach inference server localhost:8000 .*rollout\.servers"):
         post("localhost:8000")
 
 
@@ -137,7 +135,7 @@ def test_silence_ends_at_the_time_limit() -> None:
         connection.recv(1)
 
     with serving(never) as server:
-        with pytest.raises(UnreachableError, match="did not answer in time"):
+        with pytest.raises(Unreachable, match="did not answer in time"):
             post(server.address, timeout_s=0.1)
         assert len(server.requests) == 1
 
@@ -151,7 +149,7 @@ def test_a_limit_of_the_request_overrides_the_clients() -> None:
         async with GenerationHttp("t", 60) as http:
             await http.post(address, ROUTE, BODY, timeout_s=0.1)
 
-    with serving(never) as server, pytest.raises(UnreachableError, match="did not answer in time"):
+    with serving(never) as server, pytest.raises(Unreachable, match="did not answer in time"):
         asyncio.run(run(server.address))
 
 
@@ -162,7 +160,7 @@ def test_a_limit_of_the_request_overrides_the_clients() -> None:
         ("400 Bad Request", RefusedError, f"answered 400 to {ROUTE}: too long"),
         ("500 Internal Server Error", ServerFailedError, f"answered 500 to {ROUTE}: too long"),
         ("502 Bad Gateway", ServerFailedError, "answered 502"),
-        ("503 Service Unavailable", UnreachableError, f"answered 503 to {ROUTE}: too long"),
+        ("503 Service Unavailable", Unreachable, f"answered 503 to {ROUTE}: too long"),
     ],
 )
 def test_an_error_of_the_server_keeps_its_words(status: str, kind: type[UserError], words: str) -> None:
@@ -186,7 +184,7 @@ def test_an_answer_that_is_no_http_is_an_error() -> None:
         server.read(connection)
         connection.sendall(b"SSH-2.0-OpenSSH\r\n\r\n")
 
-    with serving(serve) as server, pytest.raises(UnreachableError, match="cannot reach inference server"):
+    with serving(serve) as server, pytest.raises(Unreachable, match="cannot reach inference server"):
         post(server.address)
 
 
@@ -196,7 +194,7 @@ def test_an_answer_cut_short_is_an_error_and_not_asked_again() -> None:
         connection.sendall(answer(b'{"choices": []}')[:-5])
 
     with serving(serve) as server:
-        with pytest.raises(UnreachableError, match="cannot reach inference server"):
+        with pytest.raises(Unreachable, match="cannot reach inference server"):
             post(server.address)
         assert len(server.requests) == 1
 
@@ -253,7 +251,7 @@ def test_a_dropped_connection_is_tried_again_only_once() -> None:
             server.read(connection)
 
     with serving(serve) as server:
-        with pytest.raises(UnreachableError, match="ServerDisconnectedError"):
+        with pytest.raises(Unreachable, match="ServerDisconnectedError"):
             post(server.address, times=2)
         assert (server.num_connections, len(server.requests)) == (2, 3)
 
@@ -265,7 +263,7 @@ def test_a_fresh_connection_that_drops_is_not_tried_again() -> None:
         server.read(connection)
 
     with serving(serve) as server:
-        with pytest.raises(UnreachableError, match="ServerDisconnectedError"):
+        with pytest.raises(Unreachable, match="ServerDisconnectedError"):
             post(server.address)
         assert len(server.requests) == 1
 
@@ -279,7 +277,7 @@ def test_both_tries_share_the_time_limit() -> None:
         else:
             connection.recv(1)
 
-    with serving(serve) as server, pytest.raises(UnreachableError, match="did not answer in time"):
+    with serving(serve) as server, pytest.raises(Unreachable, match="did not answer in time"):
         post(server.address, timeout_s=0.3, times=2)
 
 

@@ -9,14 +9,9 @@ import pytest
 from pool_server import PoolServer
 
 from rto_megatron.errors import UserError
+from rto_megatron.generation.contract import Unreachable
 from rto_megatron.generation.vllm.client.phases import Phase, PoolPhases
-from rto_megatron.generation.vllm.client.server_client import (
-    GENERATE_ROUTE,
-    ONE_TOKEN,
-    Json,
-    ServerClient,
-    UnreachableError,
-)
+from rto_megatron.generation.vllm.client.server_client import GENERATE_ROUTE, ONE_TOKEN, Json, ServerClient
 
 
 class SleepyServer:
@@ -190,10 +185,10 @@ def test_the_real_server_generates_nothing_between_waking_and_the_end_of_a_push(
         client.request("POST", "/resume")
         version = client.weight_version()
         phases.make_room(client)
-        with pytest.raises(UnreachableError):
+        with pytest.raises(Unreachable):
             client.request("POST", GENERATE_ROUTE, ONE_TOKEN, timeout_s=1)
         phases.begin_push(client)
-        with pytest.raises(UnreachableError):
+        with pytest.raises(Unreachable):
             client.request("POST", GENERATE_ROUTE, ONE_TOKEN, timeout_s=1)
         assert client.is_paused() and client.request("GET", "/is_sleeping")["is_sleeping"] is True
         with pytest.raises(

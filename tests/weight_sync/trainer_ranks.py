@@ -9,6 +9,7 @@ from pool_server import VOCAB_SIZE, PoolServer
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rto_megatron.generation.vllm.client.pushed_servers import AskPushedServers
 from rto_megatron.generation.vllm.client.server_client import ServerClient
 from rto_megatron.weight_sync.canary import Canary, canary_token_ids
 from rto_megatron.weight_sync.manifest import PieceSpec
@@ -98,7 +99,7 @@ class TrainerRanks:
         self.syncs = [
             WeightSync(
                 source=sources[min(rank, num_senders - 1)],
-                token=pool[0].token,
+                ask=AskPushedServers(pool[0].token),
                 place=SyncPlace(
                     is_controller=rank == 0,
                     sender=rank if rank < num_senders else None,

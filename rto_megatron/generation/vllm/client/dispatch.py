@@ -6,16 +6,12 @@ from types import TracebackType
 from typing import Self
 
 from rto_megatron.errors import UserError
-from rto_megatron.generation.contract import StaleWeights
+from rto_megatron.generation.contract import StaleWeights, Unreachable
 from rto_megatron.generation.vllm.client.answers import Answer
 from rto_megatron.generation.vllm.client.http import GenerationHttp
 from rto_megatron.generation.vllm.client.liveness import Liveness, prove_alive
 from rto_megatron.generation.vllm.client.membership import Members
-from rto_megatron.generation.vllm.client.server_client import (
-    GENERATE_ROUTE,
-    ServerFailedError,
-    UnreachableError,
-)
+from rto_megatron.generation.vllm.client.server_client import GENERATE_ROUTE, ServerFailedError
 from rto_megatron.platform.open_files import TooManyOpenFiles
 
 _FIRST_BACKOFF_S = 0.5
@@ -75,7 +71,7 @@ class Dispatch:
                     return read(address, answer)
             except StaleWeights as failure:
                 self._take_out(address, failure)
-            except (UnreachableError, ServerFailedError):
+            except (Unreachable, ServerFailedError):
                 await self._probe(address)
                 if address not in self._members.serving:
                     continue

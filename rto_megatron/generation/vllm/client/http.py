@@ -60,7 +60,7 @@ class GenerationHttp:
             timeout_s: None takes the client's limit.
 
         Raises:
-            UnreachableError: no answer, or 503.
+            Unreachable: no answer, or 503.
             RefusedError: an answer with another status than 200; ServerFailedError from 500 on.
             TooManyOpenFiles: this process can open no connection.
         """
@@ -74,7 +74,7 @@ class GenerationHttp:
         """Gets what is not JSON, whatever its status.
 
         Raises:
-            UnreachableError: no answer.
+            Unreachable: no answer.
         """
         url = address + route
         with _named(address):
@@ -106,7 +106,7 @@ class GenerationHttp:
 
 @contextmanager
 def _named(address: str) -> Iterator[None]:
-    """Turns the client's errors into UnreachableError, which names the server, unless they are this process's own."""
+    """Turns the client's errors into Unreachable, which names the server, unless they are this process's own."""
     try:
         yield
     except TimeoutError as error:

@@ -6,13 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from rto_megatron.errors import UserError
+from rto_megatron.generation.contract import Unreachable
 from rto_megatron.generation.vllm.client.http import GenerationHttp
 from rto_megatron.generation.vllm.client.server_client import (
     GENERATE_ROUTE,
     ONE_TOKEN,
     RefusedError,
     ServerClient,
-    UnreachableError,
 )
 from rto_megatron.platform.open_files import TooManyOpenFiles
 
@@ -73,7 +73,7 @@ async def _one_token(http: GenerationHttp, address: str, timeout_s: float) -> No
             # With a limit of its own that never comes first: its advice would be about generation.
             answer = await http.post(address, GENERATE_ROUTE, ONE_TOKEN, 2 * timeout_s)
     except TimeoutError as late:
-        raise UnreachableError(
+        raise Unreachable(
             f"inference server {address} did not generate one token within {timeout_s:g} s"
         ) from late
     if not answer.get("choices"):
@@ -84,7 +84,7 @@ async def _generated_tokens(http: GenerationHttp, address: str, timeout_s: float
     """Tokens the server's engine has generated since it started, or None without an answer."""
     try:
         metrics = await http.text(address, "/metrics", timeout_s)
-    except UnreachableError:
+    except Unreachable:
         return None
     lines = [line for line in metrics.splitlines() if line.startswith(_TOKEN_COUNTER)]
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines) if lines else None

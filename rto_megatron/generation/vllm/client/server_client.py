@@ -14,6 +14,7 @@ from typing import Self
 import httpx
 
 from rto_megatron.errors import UserError
+from rto_megatron.generation.contract import Unreachable
 from rto_megatron.platform.open_files import refuse_if_out_of_files
 
 GENERATE_ROUTE = "/inference/v1/generate"
@@ -22,10 +23,6 @@ _SHOWN_CHARACTERS = 1200
 Json = str | int | float | bool | None | list["Json"] | dict[str, "Json"]
 
 ONE_TOKEN: Mapping[str, Json] = {"token_ids": [0], "sampling_params": {"max_tokens": 1}}
-
-
-class UnreachableError(UserError):
-    """No usable answer came back from the server, or 503: its engine is dead; another server may still do."""
 
 
 class RefusedError(UserError):
@@ -41,17 +38,17 @@ def open_headers(token: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"}
 
 
-def not_in_time(address: str, error: Exception) -> UnreachableError:
+def not_in_time(address: str, error: Exception) -> Unreachable:
     """The error for a request that ran into its time limit."""
-    return UnreachableError(
+    return Unreachable(
         f"inference server {address} did not answer in time ({type(error).__name__}); look at its log, "
         "and raise rollout.request_timeout_s or rollout.sync_timeout_s if it is only slow"
     )
 
 
-def unreachable(address: str, error: Exception) -> UnreachableError:
+def unreachable(address: str, error: Exception) -> Unreachable:
     """The error for a request that got no answer."""
-    return UnreachableError(
+    return Unreachable(
         f"cannot reach inference server {address} ({type(error).__name__}: {error}); "
         "check that the pool is running (rto pool) and that rollout.servers names it"
     )
@@ -61,7 +58,7 @@ def parse_answer(address: str, route: str, status: int, content: bytes) -> dict[
     """Returns the JSON object of an answer with status 200.
 
     Raises:
-        UnreachableError: status 503, with the server's own words.
+        Unreachable: status 503, with the server's own words.
         RefusedError: another status, with the server's own words.
     """
     if status == 401:
@@ -73,7 +70,7 @@ def parse_answer(address: str, route: str, status: int, content: bytes) -> dict[
         said = content.decode(errors="replace")[:_SHOWN_CHARACTERS]
         message = f"inference server {address} answered {status} to {route}: {said}"
         if status == 503:
-            raise UnreachableError(message)
+            raise Unreachable(message)
         raise (ServerFailedError if status >= 500 else RefusedError)(message)
     if not content:
         return {}
@@ -133,7 +130,7 @@ class ServerClient:
             timeout_s: None takes the client's limit.
 
         Raises:
-            UnreachableError: no answer, or 503.
+            Unreachable: no answer, or 503.
             RefusedError: an answer with another status than 200.
             TooManyOpenFiles: this process can open no connection.
         """
