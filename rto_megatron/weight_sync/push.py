@@ -8,6 +8,7 @@ others. Whatever fails before the commit leaves a server with the weights it had
 import gc
 import json
 import secrets
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,10 @@ from rto_megatron.weight_sync.words import TransportError
 Share = Callable[
     [str], list[str]
 ]  # every trainer rank's text, by rank, on every rank; all ranks must call it
+
+
+# (meeting, rank, device of the wire, listener of rank 0) -> an end that has not joined
+OpenEnd = Callable[[Rendezvous, int, torch.device, socket.socket | None], Communicator]
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,7 @@ class WeightSync:
         host: this machine's address as the servers reach it; loopback keeps all of it on this machine.
         phases: of a pool on the trainer's GPUs; buckets then travel through shared memory, and every trainer rank
             is a sender. None: the pool has its own.
+        open_end: makes a sender's end of the wire.
     """
 
     def __init__(
@@ -116,6 +122,7 @@ class WeightSync:
         share: Share,
         host: str = LOOPBACK,
         phases: PoolPhases | None = None,
+        open_end: OpenEnd = open_communicator,
     ) -> None:
         assert not place.is_controller or place.sender == 0, "the controller is sender 0"
         self._source = source
@@ -126,6 +133,7 @@ class WeightSync:
         self._share = share
         self._host = host
         self._phases = phases
+        self._open_end = open_end
         self._servers = Servers(token, timeout_s)
         self._communicator: Communicator | None = None
         self._sender: Sender | None = None
@@ -288,7 +296,7 @@ class WeightSync:
         def join() -> dict[str, UserError]:
             if self._place.sender is None:
                 return {}
-            communicator = open_communicator(
+            communicator = self._open_end(
                 Rendezvous.from_json(meeting), self._place.sender, self._device, listener
             )
 

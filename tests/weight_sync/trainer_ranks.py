@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from rto_megatron.generation.vllm.client.server_client import ServerClient
 from rto_megatron.weight_sync.canary import Canary, canary_token_ids
 from rto_megatron.weight_sync.manifest import PieceSpec
-from rto_megatron.weight_sync.push import PushReport, SyncPlace, WeightSync
+from rto_megatron.weight_sync.push import OpenEnd, PushReport, SyncPlace, WeightSync
+from rto_megatron.weight_sync.shared import open_communicator
 
 TOLERANCE = 1e-4  # nats, fp32
 
@@ -88,6 +89,7 @@ class TrainerRanks:
         sources: list[ModelSource],
         num_bystanders: int = 0,
         timeout_s: float = 20,
+        open_end: OpenEnd = open_communicator,
     ) -> None:
         pool = [servers] if isinstance(servers, PoolServer) else list(servers)
         self.addresses = tuple(server.address for server in pool)
@@ -108,6 +110,7 @@ class TrainerRanks:
                 bucket_bytes=64 << 10,
                 timeout_s=timeout_s,
                 share=meeting.of_rank(rank),
+                open_end=open_end,
             )
             for rank in range(num_ranks)
         ]
