@@ -8,7 +8,6 @@ others. Whatever fails before the commit leaves a server with the weights it had
 import gc
 import json
 import secrets
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from rto_megatron.weight_sync.canary import Canary, check_canary
 from rto_megatron.weight_sync.manifest import Manifest, PieceSource
 from rto_megatron.weight_sync.sender import Sender
 from rto_megatron.weight_sync.servers import Servers, begin, require_version
-from rto_megatron.weight_sync.shared import open_communicator
+from rto_megatron.weight_sync.shared import OpenEnd, open_communicator
 from rto_megatron.weight_sync.transport import (
     LOOPBACK,
     Communicator,
@@ -35,13 +34,8 @@ from rto_megatron.weight_sync.transport import (
 )
 from rto_megatron.weight_sync.words import TransportError
 
-Share = Callable[
-    [str], list[str]
-]  # every trainer rank's text, by rank, on every rank; all ranks must call it
-
-
-# (meeting, rank, device of the wire, listener of rank 0) -> an end that has not joined
-OpenEnd = Callable[[Rendezvous, int, torch.device, socket.socket | None], Communicator]
+# every trainer rank's text, by rank, on every rank; all ranks must call it
+Share = Callable[[str], list[str]]
 
 
 @dataclass(frozen=True)

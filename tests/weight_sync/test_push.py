@@ -17,8 +17,7 @@ from rto_megatron.generation.vllm.client.vllm_pool import VllmPool
 from rto_megatron.types import Prompt, Rollout
 from rto_megatron.weight_sync.canary import canary_token_ids
 from rto_megatron.weight_sync.manifest import PieceSpec
-from rto_megatron.weight_sync.push import OpenEnd
-from rto_megatron.weight_sync.shared import open_communicator
+from rto_megatron.weight_sync.shared import OpenEnd, open_communicator
 from rto_megatron.weight_sync.transport import Broadcast, Communicator
 
 pytestmark = pytest.mark.pool

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from rto_megatron.generation.vllm.client.server_client import ServerClient
 from rto_megatron.weight_sync.canary import Canary, canary_token_ids
 from rto_megatron.weight_sync.manifest import PieceSpec
-from rto_megatron.weight_sync.push import OpenEnd, PushReport, SyncPlace, WeightSync
-from rto_megatron.weight_sync.shared import open_communicator
+from rto_megatron.weight_sync.push import PushReport, SyncPlace, WeightSync
+from rto_megatron.weight_sync.shared import OpenEnd, open_communicator
 
 TOLERANCE = 1e-4  # nats, fp32
 
