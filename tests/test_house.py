@@ -56,6 +56,14 @@ BANS = {
     r"getattr\((cfg|config|args)\b|hasattr\((cfg|config|args)\b": "configuration has a type",
     r"pypi\.org|pythonhosted|//download\.pytorch": "installation is the launcher's affair, through the usual clients",
 }
+# They break our code inside forked ranks, to show that a proof notices, or hold it up or listen there.
+BREAKERS = {
+    "planted_extension.py",
+    "test_checkpoint_faults.py",
+    "test_colocated.py",
+    "test_pushes_killed.py",
+    "test_resume_check.py",
+}
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 PICKLE_USERS = {"platform/safe_metadata.py"}  # the allow-list unpickler that checkpoint metadata needs
 
@@ -265,7 +273,7 @@ def test_constants_and_code_of_others_may_be_patched() -> None:
 
 
 def test_tests_do_not_patch_our_code() -> None:
-    paths = [path for path in (ROOT / "tests").rglob("*.py") if path != Path(__file__)]
+    paths = [path for path in (ROOT / "tests").rglob("*.py") if path.name not in (*BREAKERS, "test_house.py")]
     found = [
         f"{path.name}: unittest.mock" for path in paths if re.search(r"unittest\.mock", path.read_text())
     ]

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rto_megatron.convert.conversion_report import Plan
+from rto_megatron.convert.conversion_report import ConversionPlan
 from rto_megatron.data.tokenizer import has_sentencepiece_alone, has_tokenizer, load_plain_tokenizer
 from rto_megatron.data.vocabulary import Embedding, spare_tokens, vocabulary_problems
 from rto_megatron.errors import UserError
@@ -46,7 +46,7 @@ def tokenizer_notes(folder: Path) -> tuple[str, ...]:
     )
 
 
-def write_config(values: dict[str, object], plan: Plan, head_bias: float, folder: Path) -> None:
+def write_config(values: dict[str, object], plan: ConversionPlan, head_bias: float, folder: Path) -> None:
     """Writes the source's config.json with the dtype and architecture of what was written.
 
     Args:

@@ -10,8 +10,8 @@ from rich.table import Table
 
 from rto_megatron.convert.conversion_options import Advance, Options, is_narrower
 from rto_megatron.convert.conversion_report import (
+    ConversionPlan,
     LogitsProof,
-    Plan,
     Proof,
     recorded_digests,
     table,
@@ -117,7 +117,7 @@ def verify_pair(hf_folder: Path, megatron: Path, scalar: bool | None, proofs: Pr
     return table(plan, None, proof)
 
 
-def _require_possible(plan: Plan, proofs: Proofs) -> None:
+def _require_possible(plan: ConversionPlan, proofs: Proofs) -> None:
     """Refuses before anything is written what would fail when everything is.
 
     Raises:
@@ -138,7 +138,7 @@ def _require_possible(plan: Plan, proofs: Proofs) -> None:
 def _prove(
     model: HfModel,
     tensors: MegatronTensors,
-    plan: Plan,
+    plan: ConversionPlan,
     recorded: Mapping[str, str],
     proofs: Proofs,
     bar: Bar,

@@ -41,7 +41,7 @@ def recorded_digests(folder: Path, dtype: torch.dtype) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ConversionPlan:
     """A conversion whose source was checked: every tensor of the model is there, and nothing else but `left_aside`."""
 
     direction: str
@@ -118,7 +118,7 @@ class Proof:
     sentences: tuple[str, ...]
 
 
-def write_report(path: Path, plan: Plan, written: WrittenFolder, proof: Proof) -> None:
+def write_report(path: Path, plan: ConversionPlan, written: WrittenFolder, proof: Proof) -> None:
     """Writes conversion_report.json."""
     dtypes = plan.dtypes()
     tensors = {
@@ -146,7 +146,7 @@ def write_report(path: Path, plan: Plan, written: WrittenFolder, proof: Proof) -
     path.write_text(json.dumps(values, indent=1))
 
 
-def table(plan: Plan, written: WrittenFolder | None, proof: Proof | None) -> Table:
+def table(plan: ConversionPlan, written: WrittenFolder | None, proof: Proof | None) -> Table:
     """The short form; without `written` and `proof` of a dry run."""
     shown = Table(title=plan.direction, show_header=False)
     rows = plan.rows()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rto_megatron.convert.config_json import tokenizer_notes, vocabulary_notes, write_config
 from rto_megatron.convert.conversion_options import Advance, Options, cast
-from rto_megatron.convert.conversion_report import Plan, WrittenFolder
+from rto_megatron.convert.conversion_report import ConversionPlan, WrittenFolder
 from rto_megatron.data.tokenizer_files import carry
 from rto_megatron.models.weight_map import dtype_name
 from rto_megatron.storage import torch_dist_writer
@@ -16,7 +16,7 @@ from rto_megatron.storage.megatron_writer import MegatronWriter
 from rto_megatron.storage.not_finite import num_not_finite
 
 
-def plan_import(model: HfModel, source: Path, target: Path, options: Options) -> Plan:
+def plan_import(model: HfModel, source: Path, target: Path, options: Options) -> ConversionPlan:
     """Says what a conversion would do.
 
     Raises:
@@ -32,14 +32,14 @@ def plan_import(model: HfModel, source: Path, target: Path, options: Options) ->
     if model.head_bias():
         notes.append(f"the head's bias {model.head_bias():g} is kept in `mean` of config.json")
     notes += vocabulary_notes(source, model.shape.vocab_size, model.has_scalar_head)
-    return Plan(
+    return ConversionPlan(
         "Hugging Face -> Megatron", source, target, model.shape, model.has_scalar_head, model.dtype(), dtype,
         len(model.folder.tensors), model.left_aside, tuple(notes),
     )  # fmt: skip
 
 
 def import_weights(
-    model: HfModel, plan: Plan, folder: Path, options: Options, advance: Advance
+    model: HfModel, plan: ConversionPlan, folder: Path, options: Options, advance: Advance
 ) -> WrittenFolder:
     """Writes Megatron-LM's tree into an empty folder, with config.json and tokenizer beside it.
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rto_megatron.convert.config_json import tokenizer_notes, vocabulary_notes, write_config
 from rto_megatron.convert.conversion_options import Advance, Options, cast
-from rto_megatron.convert.conversion_report import Plan, WrittenFolder
+from rto_megatron.convert.conversion_report import ConversionPlan, WrittenFolder
 from rto_megatron.convert.megatron_source import MegatronSource
 from rto_megatron.data.tokenizer_files import carry
 from rto_megatron.storage.hf_writer import HfWriter
@@ -13,10 +13,12 @@ from rto_megatron.storage.megatron_tensors import MegatronTensors
 from rto_megatron.storage.not_finite import num_not_finite
 
 
-def plan_export(source: MegatronSource, tensors: MegatronTensors, target: Path, options: Options) -> Plan:
+def plan_export(
+    source: MegatronSource, tensors: MegatronTensors, target: Path, options: Options
+) -> ConversionPlan:
     """Says what a conversion would do."""
     notes = vocabulary_notes(source.hf_files, source.shape.vocab_size, source.has_scalar_head)
-    return Plan(
+    return ConversionPlan(
         "Megatron -> Hugging Face", source.reader.folder, target, source.shape, source.has_scalar_head,
         tensors.dtype(), options.dtype or tensors.dtype(), len(source.reader.entries), tensors.left_aside(),
         (*source.notes, *notes),
@@ -26,7 +28,7 @@ def plan_export(source: MegatronSource, tensors: MegatronTensors, target: Path, 
 def export_weights(
     source: MegatronSource,
     tensors: MegatronTensors,
-    plan: Plan,
+    plan: ConversionPlan,
     folder: Path,
     options: Options,
     advance: Advance,

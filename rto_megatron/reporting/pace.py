@@ -20,17 +20,18 @@ class Pace:
     pipeline stages without a loss have none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock  # seconds since any moment
         self._seconds = 0.0
 
     def timing[M](self, loss: Callable[[Tensor, M], LossOutput]) -> Callable[[Tensor, M], LossOutput]:
         """`loss`, which notes when it was last called; make one for each pass, right before it."""
-        reached = time.monotonic()
+        reached = self._clock()
 
         def timed(outputs: Tensor, micro: M) -> LossOutput:
             nonlocal reached
             output = loss(outputs, micro)
-            now = time.monotonic()
+            now = self._clock()
             self._seconds += now - reached
             reached = now
             return output

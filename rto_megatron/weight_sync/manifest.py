@@ -249,7 +249,7 @@ _WORD_BYTES = 8
 _GOLDEN = -7046029254386353131  # 2^64 / golden ratio as int64: spreads the weights of neighbouring words
 
 
-def digest(tensor: Tensor) -> Tensor:
+def digest(tensor: Tensor, words_per_chunk: int = _WORDS_PER_CHUNK) -> Tensor:
     """Returns sum_i w_i x_i mod 2^64 with odd weights w_i over the 8-byte words x_i of a tensor's elements in order.
 
     An odd weight is invertible, so any single changed word changes the sum; two exchanged words do unless
@@ -257,14 +257,15 @@ def digest(tensor: Tensor) -> Tensor:
 
     Args:
         tensor: any dtype and shape, on CPU or CUDA: both give the same number.
+        words_per_chunk: equal on all ranks that compare.
 
     Returns:
         int64 [], on the tensor's device, so that many digests cost one synchronisation.
     """
     words = _words(tensor)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for number, chunk in enumerate(words.split(_WORDS_PER_CHUNK)):
-        weights = _weights(tensor.device)[: chunk.numel()]
+    for number, chunk in enumerate(words.split(words_per_chunk)):
+        weights = _weights(tensor.device, words_per_chunk)[: chunk.numel()]
         # CUDA has no integer dot product; on a CPU it is several times faster than the product and sum.
         part = (chunk * weights).sum() if tensor.is_cuda else torch.dot(chunk, weights)
         total += part * (2 * number + 1)
@@ -283,7 +284,5 @@ def _words(tensor: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=2)
-def _weights(device: torch.device) -> Tensor:
-    return (
-        torch.arange(1, _WORDS_PER_CHUNK + 1, dtype=torch.int64, device=device).mul_(_GOLDEN).bitwise_or_(1)
-    )
+def _weights(device: torch.device, count: int) -> Tensor:
+    return torch.arange(1, count + 1, dtype=torch.int64, device=device).mul_(_GOLDEN).bitwise_or_(1)

@@ -22,7 +22,7 @@ from rto_megatron.weight_sync.canary import Canary, check_canary
 from rto_megatron.weight_sync.manifest import Manifest, PieceSource
 from rto_megatron.weight_sync.sender import Sender
 from rto_megatron.weight_sync.servers import Servers, require_version
-from rto_megatron.weight_sync.shared import open_communicator
+from rto_megatron.weight_sync.shared import OpenEnd, open_communicator
 from rto_megatron.weight_sync.transport import (
     LOOPBACK,
     Communicator,
@@ -32,9 +32,8 @@ from rto_megatron.weight_sync.transport import (
 )
 from rto_megatron.weight_sync.words import TransportError
 
-Share = Callable[
-    [str], list[str]
-]  # every trainer rank's text, by rank, on every rank; all ranks must call it
+# every trainer rank's text, by rank, on every rank; all ranks must call it
+Share = Callable[[str], list[str]]
 
 
 @dataclass(frozen=True)
@@ -101,6 +100,7 @@ class WeightSync:
         host: this machine's address as the servers reach it; loopback keeps all of it on this machine.
         is_shared: the pool is on the trainer's GPUs; buckets then travel through shared memory, and every trainer
             rank is a sender.
+        open_end: makes a sender's end of the wire.
     """
 
     def __init__(
@@ -114,6 +114,7 @@ class WeightSync:
         share: Share,
         host: str = LOOPBACK,
         is_shared: bool = False,
+        open_end: OpenEnd = open_communicator,
     ) -> None:
         assert not place.is_controller or place.sender == 0, "the controller is sender 0"
         self._source = source
@@ -124,6 +125,7 @@ class WeightSync:
         self._share = share
         self._host = host
         self._is_shared = is_shared
+        self._open_end = open_end
         self._servers = Servers(ask, timeout_s)
         self._communicator: Communicator | None = None
         self._sender: Sender | None = None
@@ -281,7 +283,7 @@ class WeightSync:
         def join() -> dict[str, UserError]:
             if self._place.sender is None:
                 return {}
-            communicator = open_communicator(
+            communicator = self._open_end(
                 Rendezvous.from_json(meeting), self._place.sender, self._device, listener
             )
 

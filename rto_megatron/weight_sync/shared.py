@@ -12,7 +12,7 @@ import mmap
 import os
 import socket
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -293,6 +293,8 @@ def place_of(device: torch.device) -> str:
     return f"machine {boot}, processes {Path('/proc/self/ns/pid').stat().st_ino}"
 
 
+# (meeting, rank, device of the wire, listener of rank 0) -> an end that has not joined
+OpenEnd = Callable[[Rendezvous, int, torch.device, socket.socket | None], Communicator]
 _WIRES = {"network": network, "shared": shared}
 
 

@@ -10,7 +10,6 @@ import torch
 from engine.fixed_rollouts import rollouts
 from engine.layouts import LAYOUTS, frozen, topology, trained
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.transformer import TransformerConfig
 from ranks import run_ranks
 from safetensors.torch import load_file
 from stepping import take_step
@@ -22,7 +21,6 @@ from rto_megatron.config.schema import OptimizerConfig
 from rto_megatron.data.packing import Layout
 from rto_megatron.engine.megatron import TrainedModel
 from rto_megatron.engine.weights import local_parameters
-from rto_megatron.models.modules import ScalarHead
 from rto_megatron.models.parameters import parameter_map, stage_of
 from rto_megatron.models.weight_map import merge
 from rto_megatron.trainer.reward_source import ModelReward
@@ -91,14 +89,6 @@ def _without(reduction: str) -> None:
         finalize._allreduce_non_tensor_model_parallel_grads = lambda *_, **__: None
     if reduction == "tied":
         finalize._allreduce_word_embedding_grads = lambda *_, **__: None
-    if reduction == "value_head":
-        init = ScalarHead.__init__
-
-        def untagged(self: ScalarHead, config: TransformerConfig) -> None:
-            init(self, config)
-            self.weight.sequence_parallel = False
-
-        ScalarHead.__init__ = untagged
 
 
 def _update(case: Case, root: Path) -> dict[str, dict[str, Tensor]]:
@@ -111,6 +101,8 @@ def _update(case: Case, root: Path) -> dict[str, dict[str, Tensor]]:
         )
         for name in ("policy", "critic")
     )
+    if case.disable == "value_head" and place.is_last_stage:
+        critic.module.output_layer.weight.sequence_parallel = False
     reference, dpo, reward = (
         frozen(place, root / name, FOLDERS[name][1], case.dtype) for name in ("reference", "dpo", "reward")
     )

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 
 from rto_megatron.errors import UserError
-from rto_megatron.generation.vllm import gate as module
 from rto_megatron.generation.vllm.gate import (
     TOKEN_FILE_VARIABLE,
     Application,
@@ -24,6 +23,8 @@ from rto_megatron.generation.vllm.gate import (
 
 TOKEN = "a" * 64
 AUTHORIZED = [(b"authorization", f"Bearer {TOKEN}".encode())]
+
+LOOK_S = 0.05  # between looks at the engine
 
 
 @dataclass
@@ -69,11 +70,6 @@ def talk(gate: BearerGate, kind: str, headers: Sequence[tuple[bytes, bytes]]) ->
 @pytest.fixture(autouse=True)
 def token_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(TOKEN_FILE_VARIABLE, str(write_token(tmp_path)))
-
-
-@pytest.fixture(autouse=True)
-def frequent_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_LOOK_S", 0.05)
 
 
 @pytest.fixture
@@ -154,7 +150,7 @@ class Waiting:
 def ask(app: Application, engine: Engine, kind: str = "http") -> list[Message]:
     async def within() -> list[Message]:
         async with asyncio.timeout(60):
-            return await hear(BearerGate(app), scope_of(kind, AUTHORIZED, engine))
+            return await hear(BearerGate(app, LOOK_S), scope_of(kind, AUTHORIZED, engine))
 
     return asyncio.run(within())
 
@@ -189,7 +185,9 @@ def test_a_cancellation_from_outside_reaches_the_application(is_dead: bool) -> N
     app = Waiting()
 
     async def cancel() -> None:
-        serving = asyncio.create_task(hear(BearerGate(app), scope_of("http", AUTHORIZED, Engine(is_dead))))
+        serving = asyncio.create_task(
+            hear(BearerGate(app, LOOK_S), scope_of("http", AUTHORIZED, Engine(is_dead)))
+        )
         await app.waits.wait()
         serving.cancel()
         await serving

@@ -9,7 +9,6 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from trainer.tiny_runs import configure, join
 
 from rto_megatron.config.schema import Stage
-from rto_megatron.reporting import pace
 from rto_megatron.reporting.metrics import read_metrics
 from rto_megatron.reporting.pace import RATIO, Pace, slow_rank, slowest
 from rto_megatron.trainer.offline import train_offline
@@ -32,10 +31,9 @@ def test_a_warning_needs_a_ratio_and_seconds_that_matter() -> None:
     )
 
 
-def test_the_time_of_a_pass_ends_with_its_last_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_of_a_pass_ends_with_its_last_loss() -> None:
     clock = iter([10.0, 11.0, 14.0, 100.0, 102.0])
-    monkeypatch.setattr(pace.time, "monotonic", lambda: next(clock))
-    one = Pace()
+    one = Pace(lambda: next(clock))
 
     def loss(outputs: object, micro: object) -> LossOutput:
         return LossOutput(outputs, {})  # type: ignore[arg-type]

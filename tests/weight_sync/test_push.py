@@ -17,6 +17,7 @@ from rto_megatron.generation.vllm.client.vllm_pool import VllmPool
 from rto_megatron.types import Prompt, Rollout
 from rto_megatron.weight_sync.canary import canary_token_ids
 from rto_megatron.weight_sync.manifest import PieceSpec
+from rto_megatron.weight_sync.shared import OpenEnd, open_communicator
 from rto_megatron.weight_sync.transport import Broadcast, Communicator
 
 pytestmark = pytest.mark.pool
@@ -52,8 +53,10 @@ def served_difference(server: PoolServer, model: LlamaForCausalLM) -> float:
     return (logprobs(model, canary_token_ids(VOCAB_SIZE)) - torch.tensor(got)).abs().max().item()
 
 
-def push_once(server: PoolServer, source: ModelSource, version: int) -> None:
-    ranks = TrainerRanks(server, [source])
+def push_once(
+    server: PoolServer, source: ModelSource, version: int, open_end: OpenEnd = open_communicator
+) -> None:
+    ranks = TrainerRanks(server, [source], open_end=open_end)
     try:
         ranks.push(version)
     finally:
@@ -93,25 +96,23 @@ def test_two_senders_and_a_bystander_push_one_model(pool_server: PoolServer) -> 
     ranks.close()
 
 
-def test_one_flipped_bit_on_the_wire_is_refused_and_named(
-    pool_server: PoolServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    old = tiny_llama(4)
-    push_once(pool_server, ModelSource(old), 40)
-    start = Communicator.start_broadcast
+class DamagingEnd(Communicator):
+    """Flips a bit of the third bucket that it sends, after its digests were taken."""
+
     num_sent = 0
 
-    def start_damaged(communicator: Communicator, buffer: Tensor, source: int) -> Broadcast:
-        nonlocal num_sent
-        num_sent += 1
-        if num_sent == 3:
+    def start_broadcast(self, buffer: Tensor, source: int) -> Broadcast:
+        self.num_sent += 1
+        if self.num_sent == 3:
             buffer[buffer.numel() // 2] ^= 4
-        return start(communicator, buffer, source)
+        return super().start_broadcast(buffer, source)
 
-    monkeypatch.setattr(Communicator, "start_broadcast", start_damaged)
+
+def test_one_flipped_bit_on_the_wire_is_refused_and_named(pool_server: PoolServer) -> None:
+    old = tiny_llama(4)
+    push_once(pool_server, ModelSource(old), 40)
     with pytest.raises(UserError, match=r"rank 1: arrived with other numbers than were sent: model.layers.0"):
-        push_once(pool_server, ModelSource(tiny_llama(5)), 41)
-    monkeypatch.undo()
+        push_once(pool_server, ModelSource(tiny_llama(5)), 41, DamagingEnd)
     assert_old_weights_survived(pool_server, old, 40)
 
 

@@ -11,9 +11,8 @@ from rto_megatron.generation.vllm.worker.landing import Landing
 from rto_megatron.generation.vllm.worker.receiver import Receiver, Staged
 from rto_megatron.generation.vllm.worker.regions import Place, Region, whole
 from rto_megatron.models.weight_map import Split, VocabRows, cut
-from rto_megatron.weight_sync import sender as sender_module
 from rto_megatron.weight_sync.manifest import Bucket, Manifest, PieceSpec, slot_view
-from rto_megatron.weight_sync.sender import Sender
+from rto_megatron.weight_sync.sender import Sender, agree_on_manifest
 from rto_megatron.weight_sync.transport import (
     LOOPBACK,
     Broadcast,
@@ -78,8 +77,29 @@ class DamagedEnd(Communicator):
         self.change(next(self.order), self.buffers.pop(0))
 
 
-def push(num_senders: int, needs: dict[str, tuple[Region, ...]], change: Change | None = None) -> Staged:
-    """Pushes step 0 and step 1 to one worker; returns what it staged of the last, or raises its error."""
+class ForgetfulEnd(Communicator):
+    """A sender's end whose buckets are not what the sender should have packed."""
+
+    change: Change
+    order: Iterator[Bucket]
+
+    def start_broadcast(self, buffer: Tensor, source: int) -> Broadcast:
+        self.change(next(self.order), buffer)
+        return super().start_broadcast(buffer, source)
+
+
+def push(
+    num_senders: int,
+    needs: dict[str, tuple[Region, ...]],
+    change: Change | None = None,
+    before_sending: Change | None = None,
+) -> Staged:
+    """Pushes step 0 and step 1 to one worker; returns what it staged of the last, or raises its error.
+
+    Args:
+        change: of what arrives.
+        before_sending: of what a lone sender has packed.
+    """
     listener = listen(LOOPBACK)
     world_size = num_senders + 1
     meeting = Rendezvous(LOOPBACK, listener.getsockname()[1], num_senders, world_size, "test", 10, "cpu")
@@ -91,7 +111,10 @@ def push(num_senders: int, needs: dict[str, tuple[Region, ...]], change: Change 
         return end
 
     def send(rank: int) -> None:
-        end = joined(rank)
+        end = joined(rank, Communicator if before_sending is None else ForgetfulEnd)
+        if isinstance(end, ForgetfulEnd):
+            assert before_sending is not None
+            end.change, end.order = before_sending, iter(plan.buckets() * 2)
         sender = Sender(plan, end)
         for version in (0, 1):
             sender.send(version, pieces(weights(version), rank, num_senders))
@@ -105,7 +128,7 @@ def push(num_senders: int, needs: dict[str, tuple[Region, ...]], change: Change 
             end.change, end.order, end.buffers = change, iter(plan.buckets() * 2), []
         receiver = Receiver(plan, needs, end)
         for version in (0, 1):
-            sender_module.agree_on_manifest(plan, version, end, None)
+            agree_on_manifest(plan, version, end, None)
             staged = receiver.receive(version)
             end.agree(None, staged.token)
         end.exchange("done")
@@ -174,17 +197,11 @@ def test_two_exchanged_tensors_are_both_named() -> None:
         push(1, NEEDS_WHOLE, of_second_push(exchange))
 
 
-def test_a_bucket_that_was_not_packed_again_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bucket_that_was_not_packed_again_is_named() -> None:
     """The digests are those of the weights, so a sender that forgets to copy them into the bucket is caught."""
-    original = sender_module.slot_view
-
-    def forgetful(window: Tensor, slot: object) -> Tensor:
-        view = original(window, slot)
-        return view.clone() if slot.spec.name == "k" and (view != 0).any() else view
-
-    monkeypatch.setattr(sender_module, "slot_view", forgetful)
+    stale = of_second_push(change_slot("k", lambda value: weights(0)["k"]))
     with pytest.raises(DisagreementError, match=r"than were sent: k float32"):
-        push(1, NEEDS_WHOLE)
+        push(1, NEEDS_WHOLE, before_sending=stale)
 
 
 class Loaded(torch.nn.Module):

@@ -20,12 +20,12 @@ from rto_megatron.weight_sync.shared import (
     HostWindow,
     ipc_handle,
     ipc_text,
-    open_communicator,
     open_window,
     partners,
+    shared,
 )
-from rto_megatron.weight_sync.transport import LOOPBACK, Communicator, Rendezvous, listen
-from rto_megatron.weight_sync.words import TransportError
+from rto_megatron.weight_sync.transport import LOOPBACK, Communicator, MakeWire, Rendezvous, Wire, listen
+from rto_megatron.weight_sync.words import TransportError, Words
 
 CPU = torch.device("cpu")
 
@@ -39,6 +39,7 @@ def on_ranks[T](
     work: Callable[[Communicator], T],
     timeout_s: float = 20,
     killed: int | None = None,
+    make_wire: MakeWire = shared,
 ) -> list[T | str | int]:
     """Runs `work` on forked ranks; returns what it returned, or the text of a TransportError.
 
@@ -61,7 +62,7 @@ def on_ranks[T](
         rank = int(os.environ["RANK"])
         if rank == killed and (child := os.fork()):
             return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        communicator = open_communicator(meeting, rank, CPU, listener if rank == 0 else None)
+        communicator = Communicator(meeting, rank, CPU, listener if rank == 0 else None, make_wire)
         KEPT.append(communicator)
         try:
             communicator.join()
@@ -238,11 +239,15 @@ def test_workers_find_partners_on_their_device_evenly() -> None:
         partners(["gpu 0", "gpu 1", "gpu 1", "gpu 2"], 2)
 
 
-def test_a_worker_elsewhere_is_refused_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "rto_megatron.weight_sync.shared.place_of", lambda _: "here" if os.environ["RANK"] == "0" else "there"
-    )
-    answers = on_ranks(1, 2, lambda communicator: None)
+def _elsewhere(words: Words, meeting: Rendezvous, device: torch.device) -> Wire:
+    """The shared wire, whose ranks say that they are in different places."""
+    wire = shared(words, meeting, device)
+    wire.place = "here" if words.rank == 0 else "there"
+    return wire
+
+
+def test_a_worker_elsewhere_is_refused_on_every_rank() -> None:
+    answers = on_ranks(1, 2, lambda communicator: None, make_wire=_elsewhere)
     assert answers == [answers[0]] * 2 and "is on there, where no trainer rank is" in str(answers[0])
 
 

@@ -14,6 +14,7 @@ from rto_megatron.generation.vllm.client.server_client import ServerClient
 from rto_megatron.weight_sync.canary import Canary, canary_token_ids
 from rto_megatron.weight_sync.manifest import PieceSpec
 from rto_megatron.weight_sync.push import PushReport, SyncPlace, WeightSync
+from rto_megatron.weight_sync.shared import OpenEnd, open_communicator
 
 TOLERANCE = 1e-4  # nats, fp32
 
@@ -89,6 +90,7 @@ class TrainerRanks:
         sources: list[ModelSource],
         num_bystanders: int = 0,
         timeout_s: float = 20,
+        open_end: OpenEnd = open_communicator,
     ) -> None:
         pool = [servers] if isinstance(servers, PoolServer) else list(servers)
         self.addresses = tuple(server.address for server in pool)
@@ -109,6 +111,7 @@ class TrainerRanks:
                 bucket_bytes=64 << 10,
                 timeout_s=timeout_s,
                 share=meeting.of_rank(rank),
+                open_end=open_end,
             )
             for rank in range(num_ranks)
         ]

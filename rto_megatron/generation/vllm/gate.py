@@ -72,8 +72,9 @@ def read_token(token_file: Path) -> str:
 class BearerGate:
     """ASGI middleware that passes lifespan events and requests with one right `Authorization` header."""
 
-    def __init__(self, app: Application) -> None:
+    def __init__(self, app: Application, look_s: float = _LOOK_S) -> None:
         self._app = app
+        self._look_s = look_s
         # A missing variable must stop the server from starting: open is worse than down.
         self._expected = b"Bearer " + read_token(Path(os.environ[TOKEN_FILE_VARIABLE])).encode()
 
@@ -86,7 +87,7 @@ class BearerGate:
         elif scope["type"] == "websocket":
             await self._app(scope, receive, send)
         else:
-            await _serve(self._app, scope, receive, send)
+            await _serve(self._app, scope, receive, send, self._look_s)
 
     def _is_authorized(self, scope: Scope) -> bool:
         headers = scope.get("headers", ())
@@ -103,7 +104,7 @@ async def _refuse(scope: Scope, send: Send) -> None:
     await _answer(send, 401, error, (b"www-authenticate", b"Bearer"))
 
 
-async def _serve(app: Application, scope: Scope, receive: Receive, send: Send) -> None:
+async def _serve(app: Application, scope: Scope, receive: Receive, send: Send, look_s: float) -> None:
     """Runs the application until it has answered, or until its engine is dead: then with 503 unless it had begun."""
     has_begun = False
 
@@ -115,7 +116,7 @@ async def _serve(app: Application, scope: Scope, receive: Receive, send: Send) -
     limit = asyncio.timeout(None)
     try:
         async with limit:
-            with _ended_with(cast(_Server, scope["app"]).state.engine_client, limit):
+            with _ended_with(cast(_Server, scope["app"]).state.engine_client, limit, look_s):
                 await app(scope, receive, note)
     except TimeoutError:
         if not limit.expired():
@@ -125,7 +126,7 @@ async def _serve(app: Application, scope: Scope, receive: Receive, send: Send) -
 
 
 @contextmanager
-def _ended_with(engine: Engine, limit: asyncio.Timeout) -> Iterator[None]:
+def _ended_with(engine: Engine, limit: asyncio.Timeout, look_s: float) -> Iterator[None]:
     """Lets `limit` end what runs in it soon after the engine has ended, with time to say so itself."""
     loop = asyncio.get_running_loop()
     next_look: asyncio.TimerHandle
@@ -135,9 +136,9 @@ def _ended_with(engine: Engine, limit: asyncio.Timeout) -> Iterator[None]:
         if engine.errored:
             limit.reschedule(loop.time())
         else:
-            next_look = loop.call_later(_LOOK_S, look)
+            next_look = loop.call_later(look_s, look)
 
-    next_look = loop.call_later(_LOOK_S, look)
+    next_look = loop.call_later(look_s, look)
     try:
         yield
     finally:
