@@ -143,7 +143,7 @@ def _kept(policy: TruncationPolicy, min_tokens: int, models: Path) -> ScoredRoll
         replace(r, sampled_logprobs=tuple(-0.5 - row - column for column in range(len(r.response_ids))))
         for row, r in enumerate(ROLLOUTS)
     ]
-    return score(sampled, _roles(models, place, False, False), layout, END, policy, min_tokens)
+    return score(sampled, _roles(models, place, layout, False, False), layout, END, policy, min_tokens)
 
 
 @pytest.mark.parametrize(
