@@ -15,18 +15,33 @@ from rto_megatron.platform.device import prepare  # noqa: E402
 prepare()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds `--fast`, which `launchers/test.sh --fast` hands on."""
+    parser.addoption("--fast", action="store_true", help="leave out what starts ranks, servers or programs")
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Shares the tests out over processes by file, but for those with vLLM servers, which one process runs.
 
     It begins with them, as they take the longest and leave a core to the others for much of it.
     """
+    if config.getoption("fast"):
+        slow = [item for item in items if _starts_processes(item)]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
     for item in items:
         if isinstance(item, pytest.Function) and "pool_server" in item.fixturenames:
             item.add_marker("pool")
         group = "pool" if item.get_closest_marker("pool") else item.nodeid.partition("::")[0]
         item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: item.get_closest_marker("pool") is None)
+
+
+def _starts_processes(item: pytest.Item) -> bool:
+    """Whether its file can: it has imported what does."""
+    starters = {"run_ranks", "subprocess", "pool_server", "OwnServer", "launched"}
+    return isinstance(item, pytest.Function) and not starters.isdisjoint(vars(item.module))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
