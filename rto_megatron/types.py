@@ -199,7 +199,7 @@ class TokenBatch:
     `targets_T[t]`, the token at t + 1 of the same sequence (0 at its last position).
 
     Example:
-        TokenBatch(tensor([5, 6, 7, 8, 9]), tensor([6, 7, 0, 9, 0]), (0, 3, 5), 1, (2, 4))  # 3 and 2 tokens
+        TokenBatch(tensor([5, 6, 7, 8, 9]), tensor([6, 7, 0, 9, 0]), (0, 3, 5), 1, (2, 4), 9)  # 3 and 2 tokens
     """
 
     tokens_T: Tensor  # int64
