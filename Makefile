@@ -5,7 +5,7 @@ setup: # .venv with the pinned stack; returns at once where it is there
 	bash launchers/setup.sh
 
 fast: # lint, types and the tests that start neither ranks nor servers
-	bash launchers/test.sh tests/algorithms tests/config tests/data tests/test_house.py tests/test_docs.py
+	bash launchers/test.sh --fast
 
 test: # lint, types and every test that needs no GPU
 	bash launchers/test.sh
