@@ -1,6 +1,7 @@
 """Builds Megatron's GPTModel from a shape: the one place that knows its constructor, its spec and its chatter."""
 
 import logging
+from functools import partial
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -10,12 +11,20 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
+from torch.nn import functional
 
+from rto_megatron.models.families import FAMILIES
 from rto_megatron.models.modules import PackedCoreAttention, RMSNorm, ScalarHead
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.models.weight_map import padded_vocab
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.types import TokenBatch
+
+_ACTIVATIONS = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+}
 
 
 def transformer_config(
@@ -25,7 +34,7 @@ def transformer_config(
     recompute: bool,
     moe_aux_loss_coef: float = 0.0,
 ) -> TransformerConfig:
-    """Megatron's configuration of a pre-norm, gated-SiLU, bias-free decoder; fusions that need CUDA kernels are off.
+    """Megatron's configuration of a pre-norm, gated, bias-free decoder; fusions that need CUDA kernels are off.
 
     Args:
         moe_aux_loss_coef: weight of the load-balancing loss of a mixture of experts (arXiv 2101.03961, eq. 4), mean
@@ -41,7 +50,13 @@ def transformer_config(
         normalization="RMSNorm",
         layernorm_epsilon=shape.norm_eps,
         gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
+        activation_func=_ACTIVATIONS[shape.activation],
+        window_size=None
+        if shape.window is None
+        else (shape.window - 1, 0),  # tokens before and after the own one
+        window_attn_skip_freq=[int(i in shape.windowed_layers) for i in range(shape.num_layers)]
+        if shape.windowed_layers
+        else None,
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -93,7 +108,12 @@ def _experts(shape: ModelShape) -> dict[str, object]:
     }
 
 
-def _layer_spec(config: TransformerConfig, num_experts: int | None) -> ModuleSpec:
+def layer_spec(config: TransformerConfig, num_experts: int | None) -> ModuleSpec:
+    """The modules of a layer: Megatron's local ones, with the norm and the core attention of this package.
+
+    Args:
+        num_experts: None: a dense layer.
+    """
     layer: ModuleSpec = get_gpt_layer_local_spec(
         num_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
     )
@@ -109,8 +129,9 @@ def _layer_spec(config: TransformerConfig, num_experts: int | None) -> ModuleSpe
 
 
 def _block_spec(shape: ModelShape, config: TransformerConfig, stage: int) -> TransformerBlockSubmodules:
-    dense = _layer_spec(config, None)
-    sparse = dense if shape.experts is None else _layer_spec(config, shape.experts.num)
+    make = FAMILIES[shape.family].layer_spec or layer_spec
+    dense = make(config, None)
+    sparse = dense if shape.experts is None else make(config, shape.experts.num)
     with_experts = () if shape.experts is None else shape.experts.layers
     layers = config.num_layers // config.pipeline_model_parallel_size
     own = range(stage * layers, (stage + 1) * layers)
@@ -148,6 +169,10 @@ def build_model(
         rope_scaling=shape.rope_scaling_factor is not None,
         rope_scaling_factor=shape.rope_scaling_factor or 8.0,
     )
+    if shape.embedding_scale != 1 and topology.is_first_stage:
+        model.embedding.register_forward_hook(
+            lambda module, inputs, embedded: embedded * shape.embedding_scale
+        )
     if has_scalar_head and topology.is_last_stage:
         model.output_layer = ScalarHead(config)
     return model.to(topology.device.torch_device)

@@ -43,9 +43,11 @@ def shape_of(config: HfConfig) -> ModelShape:
     if model_type not in FAMILIES:
         config.refuse(f"model_type is {model_type!r}; supported are {sorted(FAMILIES)}")
     config.refuse_set("attention_bias", "mlp_bias")
-    if config.values.get("hidden_act", "silu") != "silu":
-        config.refuse(f"hidden_act is {config.values['hidden_act']!r}; the gate here is silu")
     family = FAMILIES[model_type]
+    if config.values.get("hidden_act", "silu") not in family.activations:
+        config.refuse(
+            f"hidden_act is {config.values['hidden_act']!r}; the gate here is {' or '.join(family.activations)}"
+        )
     config.require(*_REQUIRED, *family.required)
     return family.read(config, _common_shape(config))
 
@@ -68,6 +70,7 @@ def _common_shape(config: HfConfig) -> ModelShape:
         rope_scaling_factor=_rope_scaling(config),
         is_tied=bool(values.get("tie_word_embeddings", False)),
         init_std=float(values.get("initializer_range", 0.02)),
+        activation=FAMILIES[values["model_type"]].activations[values.get("hidden_act", "silu")],
     )
 
 
@@ -115,7 +118,7 @@ def config_of(shape: ModelShape, has_scalar_head: bool, dtype: str) -> dict[str,
         "rope_scaling": scaling,
         "tie_word_embeddings": shape.is_tied,
         "initializer_range": shape.init_std,
-        "hidden_act": "silu",
+        "hidden_act": next(name for name, kind in family.activations.items() if kind == shape.activation),
     }
     return as_exported({**common, **family.config(shape)}, shape.family, has_scalar_head, dtype)
 

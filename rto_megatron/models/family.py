@@ -1,12 +1,19 @@
 """What differs between model families."""
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from rto_megatron.models.hf_config import HfConfig
-from rto_megatron.models.shape import ModelShape
+from rto_megatron.models.shape import Activation, ModelShape
 from rto_megatron.models.weight_map import MappedParameter
+
+if TYPE_CHECKING:  # `rto check` reads shapes without Megatron, which takes seconds to load
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    LayerSpec = Callable[[TransformerConfig, int | None], ModuleSpec]
 
 
 @dataclass(frozen=True)
@@ -21,6 +28,9 @@ class Family:
         read: (config.json, sizes that all families share) -> the shape; refuses what Megatron cannot express.
         config: the family's own keys of config.json; `read` undoes it.
         left_aside: names of tensors that are not weights of the model, with the reason.
+        activations: hidden_act of config.json -> what the gate computes; others are refused.
+        layer_spec: (Megatron's configuration, experts of a layer) -> the layer's modules; null: `build.layer_spec`.
+            Window, activation and embedding scale are of the shape, which `read` makes.
         not_run: why no model of this family can be built here; null: it runs.
 
     Example:
@@ -34,4 +44,6 @@ class Family:
     read: Callable[[HfConfig, ModelShape], ModelShape] = lambda config, shape: shape
     config: Callable[[ModelShape], dict[str, object]] = lambda shape: {}
     left_aside: Callable[[ModelShape], dict[re.Pattern[str], str]] = lambda shape: {}
+    activations: Mapping[str, Activation] = field(default_factory=lambda: {"silu": "silu"})
+    layer_spec: "LayerSpec | None" = None
     not_run: str | None = None

@@ -7,20 +7,28 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.nn import functional
 
 
 class PackedCoreAttention(MegatronModule):  # type: ignore[misc]  # megatron-core has no types
-    """Causal attention of the heads on this tensor rank.
+    """Causal attention of the heads on this tensor rank, in the layers with a window to the last tokens of it.
 
     Padded rows need no mask: padding is on the right, so causality alone keeps it away from real tokens.
     """
 
     def __init__(
-        self, config: TransformerConfig, *_: object, softmax_scale: float | None = None, **__: object
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        *_: object,
+        softmax_scale: float | None = None,
+        **__: object,
     ) -> None:
         super().__init__(config=config)
+        has_window = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = config.window_size[0] + 1 if has_window else None
         assert config.context_parallel_size == 1, "the local core attention has no context parallelism"
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
@@ -49,11 +57,16 @@ class PackedCoreAttention(MegatronModule):  # type: ignore[misc]  # megatron-cor
         return out.reshape(out.shape[0], -1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[b, n, s, d] -> the same."""
+        length, sees = query.shape[2], None
+        if self.window is not None and length > self.window:
+            sees = query.new_ones(length, length, dtype=torch.bool).tril().triu(1 - self.window)
         return functional.scaled_dot_product_attention(
             query,
             key,
             value,
-            is_causal=True,
+            attn_mask=sees,
+            is_causal=sees is None,
             scale=self.softmax_scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )

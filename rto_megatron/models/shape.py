@@ -1,6 +1,9 @@
 """The sizes of a model: everything that decides parameter shapes and the forward pass."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+Activation = Literal["silu", "gelu", "gelu_tanh"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class LatentAttention:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What config.json says about a decoder with RMSNorm and gated SiLU.
+    """What config.json says about a decoder with RMSNorm and a gated feed-forward network.
 
     Example:
         ModelShape("llama", 32, 4096, 14336, 32, 8, 128, 128256, 8192, 1e-5, 5e5, None, False, 0.02)
@@ -75,6 +78,10 @@ class ModelShape:
     has_qk_norm: bool = False
     experts: Experts | None = None
     latent: LatentAttention | None = None
+    activation: Activation = "silu"  # of the feed-forward gate
+    window: int | None = None  # tokens that attention sees, the own one included; null: all before
+    windowed_layers: tuple[int, ...] = ()  # those with the window; none: every layer, if there is a window
+    embedding_scale: float = 1.0  # of the token embeddings, before the first layer
 
     @property
     def is_uniform(self) -> bool:
