@@ -165,18 +165,18 @@ def write_outputs(
 
     source = open_megatron(megatron, hf_files, scalar)
     has_experts = source.shape.experts is not None
-    place = Topology.init(device, tensor, pipeline, sequence=has_experts, seed=0)
+    topology = Topology.init(device, tensor, pipeline, sequence=has_experts, seed=0)
     weights = WeightSource("megatron", source.reader.folder, hf_files)
     precision = schema.FrozenPrecisionConfig(dtype="fp32")
-    model = build_frozen("converted", weights, scalar, precision, place)
+    model = build_frozen("converted", weights, scalar, precision, topology)
     sequences = json.loads(tokens.read_text())
-    batches = [token_batch([(ids, 1)], True, place.row_multiple, device.torch_device) for ids in sequences]
+    batches = [token_batch([(ids, 1)], True, topology.row_multiple, device.torch_device) for ids in sequences]
     found = model.raw_outputs(batches)
-    if place.is_last_stage and place.tensor_rank == 0 and place.data_rank == 0:
+    if topology.is_last_stage and topology.tensor_rank == 0 and topology.data_rank == 0:
         named = {
             str(number): values[: len(ids)].contiguous().cpu()
             for number, (ids, values) in enumerate(zip(sequences, found, strict=True))
         }
         save_file(named, outputs)
-    place.barrier()
+    topology.barrier()
     destroy_process_group()

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 from rto_megatron.diagnosis.finding import Finding, Level
-from rto_megatron.generation.vllm.start.server_place import mended, place_problems
+from rto_megatron.generation.vllm.start.server_environment import environment_problems, mended
 from rto_megatron.launching.torchrun import torchrun_defaults
 
 _PREFIXES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "NVTE_", "UCX_")
@@ -72,7 +72,8 @@ def check_starts() -> list[Finding]:
         for text in mended(os.environ)[1]
     ]
     findings += [
-        Finding("starts", "problem", text, why, "do as it says") for text in place_problems([1], os.environ)
+        Finding("starts", "problem", text, why, "do as it says")
+        for text in environment_problems([1], os.environ)
     ]
     return findings or [Finding("starts", "ok", "nothing here changes what torchrun and the pool are told")]
 

@@ -24,31 +24,31 @@ def export_hf(model: Model, hf_files: Path, folder: Path) -> None:
         hf_files: holds config.json and the tokenizer of the model.
         folder: is made; an earlier export at the same place is replaced once the new one is complete.
     """
-    place = model.topology
+    topology = model.topology
     partial = folder.with_name(f".partial_{folder.name}")
-    if place.is_lead:
+    if topology.is_lead:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(hf_files, partial, ignore=shutil.ignore_patterns("*.safetensors*"))
-    place.barrier()
+    topology.barrier()
     written: dict[str, str] = {}
-    if place.data_rank == 0:
-        tensors = stage_hf_tensors(model.module, model.shape, model.has_scalar_head, place)
-        if place.tensor_rank == 0:
+    if topology.data_rank == 0:
+        tensors = stage_hf_tensors(model.module, model.shape, model.has_scalar_head, topology)
+        if topology.tensor_rank == 0:
             for number, group in enumerate(_groups(tensors)):
-                file = f"model-stage{place.pipeline_rank:03d}-{number:05d}.safetensors"
+                file = f"model-stage{topology.pipeline_rank:03d}-{number:05d}.safetensors"
                 save_file(group, partial / file, metadata={"format": "pt"})
                 written.update(dict.fromkeys(group, file))
         else:
             deque(tensors, maxlen=0)  # the other tensor ranks only take part in the gathers
-    all_written = place.gather_all(written, dict[str, str])
-    if place.is_lead:
+    all_written = topology.gather_all(written, dict[str, str])
+    if topology.is_lead:
         weight_map = {name: file for part in all_written for name, file in part.items()}
         index = {"metadata": {}, "weight_map": weight_map}
         (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
         _write_config(partial / "config.json", model)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-    place.barrier()
+    topology.barrier()
 
 
 def _groups(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:

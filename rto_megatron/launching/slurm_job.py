@@ -152,7 +152,7 @@ def plan_job(
         UserError: it cannot work.
     """
     refuse([*allocation.problems(), *_folder_problems(config, allocation)])
-    _refuse_other_place(config, allocation)
+    _refuse_other_machines(config, allocation)
     model_ranks = layout_on(config.parallel).replica_ranks
     ranks_per_node = allocation.gpus or max(1, model_ranks // allocation.trainer_nodes)
     plan, shapes = judged(
@@ -174,7 +174,7 @@ def plan_job(
     return job
 
 
-def _refuse_other_place(config: Stage, allocation: Allocation) -> None:
+def _refuse_other_machines(config: Stage, allocation: Allocation) -> None:
     if not _BODY.is_file():
         raise UserError(
             f"{_BODY} is missing; `rto slurm` needs a checkout of the repository, not the package alone"

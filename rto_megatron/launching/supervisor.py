@@ -24,7 +24,7 @@ from rto_megatron.generation.vllm.start.server import (
     stop_server,
     wait_until_ready,
 )
-from rto_megatron.generation.vllm.start.server_place import mended
+from rto_megatron.generation.vllm.start.server_environment import mended
 from rto_megatron.platform.open_files import raise_file_limit
 
 _POLL_S = 0.5

@@ -25,7 +25,7 @@ from rto_megatron.platform.open_files import TooManyOpenFiles
 from rto_megatron.reporting.progress import say
 from rto_megatron.weight_sync.canary import Canary, canary_token_ids
 from rto_megatron.weight_sync.policy_weights import PolicySource
-from rto_megatron.weight_sync.push import SyncPlace, WeightSync
+from rto_megatron.weight_sync.push import PushPart, WeightSync
 from rto_megatron.weight_sync.transport import LOOPBACK
 
 # Nats. Two right implementations differ by 3e-6 in fp32 and by up to 0.09 in bf16 over the canary's tokens; other
@@ -177,8 +177,10 @@ class PolicyPush:
         )
 
     def _canary_logprobs(self) -> list[float]:
-        place = self._policy.topology
-        batch = token_batch([(self._canary_ids, 1)], True, place.row_multiple, place.device.torch_device)
+        topology = self._policy.topology
+        batch = token_batch(
+            [(self._canary_ids, 1)], True, topology.row_multiple, topology.device.torch_device
+        )
         (logp_T,) = self._policy.token_outputs([batch])
         return logp_T[: len(self._canary_ids) - 1].tolist()
 
@@ -307,7 +309,7 @@ def open_push(
     sync = WeightSync(
         source=source,
         ask=AskPushedServers(token, phases),
-        place=SyncPlace(
+        part=PushPart(
             is_controller=topology.is_lead,
             sender=topology.data_rank * replica_ranks + source.sender
             if topology.data_rank in replicas

@@ -43,10 +43,10 @@ class Pretraining:
         """The texts of one optimizer step with their ids; all ranks must call it. The weights hold the factor."""
         if self._texts is None:
             return [], []
-        place, layout = self._setup.topology, self._setup.layout
+        topology, layout = self._setup.topology, self._setup.layout
         texts = self._texts.next_batch()
         own = torch.tensor(float(sum(len(t.response_ids) for t in texts)), device=layout.device)
-        microbatches = supervised_microbatches(texts, float(place.dp_sum(own)) / self._coef, layout)
+        microbatches = supervised_microbatches(texts, float(topology.dp_sum(own)) / self._coef, layout)
         ids = [text.id for text in texts]
         return microbatches, [ids[start : start + layout.micro] for start in range(0, len(ids), layout.micro)]
 

@@ -77,16 +77,16 @@ def weights_fingerprint(model: Model) -> str:
     A model that is loaded in float32 here and in bfloat16 there has one fingerprint; a trained model has another
     than the one it started from as soon as any weight moved by a bfloat16 step.
     """
-    place = model.topology
-    tensors = stage_hf_tensors(model.module, model.shape, model.has_scalar_head, place)
+    topology = model.topology
+    tensors = stage_hf_tensors(model.module, model.shape, model.has_scalar_head, topology)
     own: dict[str, str] = {}
-    if place.tensor_rank == 0 and place.data_rank == 0:
+    if topology.tensor_rank == 0 and topology.data_rank == 0:
         for name, tensor in tensors:
             raw = tensor.detach().to(torch.bfloat16).cpu().contiguous().view(torch.uint8)
             own[name] = hashlib.sha256(raw.numpy()).hexdigest()
-    elif place.data_rank == 0:
+    elif topology.data_rank == 0:
         deque(tensors, maxlen=0)  # the other tensor ranks only take part in the gathers
-    parts = place.gather_all(own, dict[str, str])
+    parts = topology.gather_all(own, dict[str, str])
     digests = {name: digest for part in parts for name, digest in part.items()}
     lines = "\n".join(f"{name} {digest}" for name, digest in sorted(digests.items()))
     return hashlib.sha256(lines.encode()).hexdigest()

@@ -23,18 +23,18 @@ class PolicySource:
     @property
     def sender(self) -> int:
         """This rank's index among the senders of its replica."""
-        place = self.policy.topology
-        return place.pipeline_rank * place.tensor_size + place.tensor_rank
+        topology = self.policy.topology
+        return topology.pipeline_rank * topology.tensor_size + topology.tensor_rank
 
     def specs(self) -> tuple[PieceSpec, ...]:
         """The piece of every tensor on each rank of a replica; equal on all ranks."""
-        shape, place = self.policy.shape, self.policy.topology
+        shape, topology = self.policy.shape, self.policy.topology
         dtype = self.policy.module.config.params_dtype
         specs = []
         for parameter in stored_parameters(shape, self.policy.has_scalar_head):
-            first_sender = stage_of(parameter, shape, place.pipeline_size) * place.tensor_size
+            first_sender = stage_of(parameter, shape, topology.pipeline_size) * topology.tensor_size
             dim = parameter.layout.dim
-            owners = range(1 if dim is None else place.tensor_size)
+            owners = range(1 if dim is None else topology.tensor_size)
             for rank in owners:
                 for name, size in parameter.sizes():
                     start, length = cut(size[dim or 0], rank, len(owners))

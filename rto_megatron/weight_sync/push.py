@@ -37,7 +37,7 @@ Share = Callable[[str], list[str]]
 
 
 @dataclass(frozen=True)
-class SyncPlace:
+class PushPart:
     """What one trainer rank does in a push.
 
     Args:
@@ -46,7 +46,7 @@ class SyncPlace:
         num_senders: of all trainer ranks.
 
     Example:
-        SyncPlace(is_controller=True, sender=0, num_senders=4)
+        PushPart(is_controller=True, sender=0, num_senders=4)
     """
 
     is_controller: bool
@@ -92,7 +92,7 @@ class WeightSync:
     Args:
         source: the policy's weights.
         ask: asks the servers of the engine that the pool runs.
-        place: this rank's part.
+        part: what this rank does.
         device: of the wire: a cuda device for NCCL, cpu for gloo. NCCL refuses two ranks on one GPU.
         bucket_bytes: size of a broadcast; both ends need it twice on `device`.
         timeout_s: limit of each phase, and of each broadcast.
@@ -107,7 +107,7 @@ class WeightSync:
         self,
         source: PieceSource,
         ask: AskServers,
-        place: SyncPlace,
+        part: PushPart,
         device: torch.device,
         bucket_bytes: int,
         timeout_s: float,
@@ -116,10 +116,10 @@ class WeightSync:
         is_shared: bool = False,
         open_end: OpenEnd = open_communicator,
     ) -> None:
-        assert not place.is_controller or place.sender == 0, "the controller is sender 0"
+        assert not part.is_controller or part.sender == 0, "the controller is sender 0"
         self._source = source
         self._manifest = Manifest(bucket_bytes, source.specs())
-        self._place = place
+        self._part = part
         self._device = device
         self._timeout_s = timeout_s
         self._share = share
@@ -209,16 +209,16 @@ class WeightSync:
         try:
             faults = action()
         except DisagreementError as error:
-            is_own = any(rank < self._place.num_senders for rank in error.ranks)
+            is_own = any(rank < self._part.num_senders for rank in error.ranks)
             kind, text, blamed = "own" if is_own else "shared", str(error), error.ranks
         except TransportError as error:
             kind, text = "shared", str(error)
         except (ValueError, RuntimeError, OSError) as error:
             kind, text = "own", str(error)
         lost: dict[str, str] = {}
-        if self._place.is_controller and kind == "shared":
+        if self._part.is_controller and kind == "shared":
             lost = self._guilty(text, blamed)
-        elif self._place.is_controller:
+        elif self._part.is_controller:
             lost = {address: str(fault) for address, fault in faults.items()}
         lost = {address: f"{reason} (while {doing})" for address, reason in lost.items()}
         said = [json.loads(one) for one in self._share(json.dumps([kind, text, bool(faults), lost]))]
@@ -243,13 +243,13 @@ class WeightSync:
         """
         if ranks:
             owners = [address for address, size in self._members.items() for _ in range(size)]
-            guilty = {owners[rank - self._place.num_senders] for rank in ranks}
+            guilty = {owners[rank - self._part.num_senders] for rank in ranks}
             return {address: f"inference server {address}: {text}" for address in guilty}
         # Who lost the communicator does not answer any more.
         return {address: str(fault) for address, fault in self._servers.silent(tuple(self._members)).items()}
 
     def _pause(self, servers: Sequence[str]) -> dict[str, UserError]:
-        if not self._place.is_controller:
+        if not self._part.is_controller:
             return {}
 
         return self._servers.on_each(servers, lambda server: server.begin_push())
@@ -259,15 +259,15 @@ class WeightSync:
         listener = None
         meeting = ""
         faults: dict[str, UserError] = {}
-        if self._place.is_controller and (self._communicator is None or tuple(self._members) != servers):
+        if self._part.is_controller and (self._communicator is None or tuple(self._members) != servers):
             self._members, faults = self._servers.sizes(servers)
             if not faults:
                 listener = listen(self._host)
                 meeting = Rendezvous(
                     host=self._host,
                     port=listener.getsockname()[1],
-                    num_senders=self._place.num_senders,
-                    world_size=self._place.num_senders + sum(self._members.values()),
+                    num_senders=self._part.num_senders,
+                    world_size=self._part.num_senders + sum(self._members.values()),
                     name=secrets.token_hex(8),
                     timeout_s=self._timeout_s,
                     device_type=self._device.type,
@@ -281,10 +281,10 @@ class WeightSync:
         self._leave()
 
         def join() -> dict[str, UserError]:
-            if self._place.sender is None:
+            if self._part.sender is None:
                 return {}
             communicator = self._open_end(
-                Rendezvous.from_json(meeting), self._place.sender, self._device, listener
+                Rendezvous.from_json(meeting), self._part.sender, self._device, listener
             )
 
             def joined() -> None:
@@ -296,7 +296,7 @@ class WeightSync:
         return self._phase(version, "opening the weight transfer", join)
 
     def _joins(self, meeting: str) -> Callable[[InferenceServer], None]:
-        first_ranks, rank = {}, self._place.num_senders
+        first_ranks, rank = {}, self._part.num_senders
         for address, size in self._members.items():
             first_ranks[address] = rank
             rank += size
@@ -304,7 +304,7 @@ class WeightSync:
         return lambda server: server.join(meeting, first_ranks[server.address], manifest)
 
     def _send(self, version: int) -> dict[str, UserError]:
-        sender, own = self._sender, self._place.sender
+        sender, own = self._sender, self._part.sender
         if sender is None or own is None:
             return {}
         has_pieces = any(spec.sender == own for spec in self._manifest.specs)
@@ -316,7 +316,7 @@ class WeightSync:
         if sender is None:
             return {}
         faults = self._beside(sender.confirm, lambda server: server.commit(version))
-        if not self._place.is_controller or faults:
+        if not self._part.is_controller or faults:
             return faults
         return self._servers.on_each(tuple(self._members), lambda server: require_version(server, version))
 
@@ -328,7 +328,7 @@ class WeightSync:
     ) -> dict[str, UserError]:
         communicator = communicator or self._communicator
         assert communicator is not None
-        if not self._place.is_controller:
+        if not self._part.is_controller:
             _or_abort(action, communicator)
             return {}
         shared: TransportError | DisagreementError | None = None
@@ -352,7 +352,7 @@ class WeightSync:
         return gone
 
     def _prove(self, version: int, servers: Sequence[str], canary: Canary) -> dict[str, UserError]:
-        if not self._place.is_controller:
+        if not self._part.is_controller:
             return {}
 
         def prove(server: InferenceServer) -> None:

@@ -34,23 +34,23 @@ def shared(words: Words, meeting: Rendezvous, device: torch.device) -> "TrainerW
     return WorkerWire(words, meeting, device)
 
 
-def partners(places: Sequence[str], num_senders: int) -> dict[int, int]:
-    """Worker -> the trainer rank whose window it reads: one in the same place, evenly where there are several.
+def partners(memories: Sequence[str], num_senders: int) -> dict[int, int]:
+    """Worker -> the trainer rank whose window it reads: one with the same memory, evenly where there are several.
 
     Args:
-        places: of all ranks, the trainer's first.
+        memories: of all ranks, the trainer's first.
 
     Raises:
         TransportError: a worker has none.
     """
     num_readers = [0] * num_senders
     found = {}
-    for worker in range(num_senders, len(places)):
-        candidates = [rank for rank in range(num_senders) if places[rank] == places[worker]]
+    for worker in range(num_senders, len(memories)):
+        candidates = [rank for rank in range(num_senders) if memories[rank] == memories[worker]]
         if not candidates:
             raise TransportError(
-                f"rollout.colocated: worker {worker - num_senders} of the pool is on {places[worker]}, where no "
-                f"trainer rank is; they are on {', '.join(dict.fromkeys(places[:num_senders]))}. Place every "
+                f"rollout.colocated: worker {worker - num_senders} of the pool is on {memories[worker]}, where no "
+                f"trainer rank is; they are on {', '.join(dict.fromkeys(memories[:num_senders]))}. Place every "
                 "server on the trainer's devices, or set rollout.colocated=false"
             )
         partner = min(candidates, key=lambda rank: num_readers[rank])
@@ -63,7 +63,7 @@ class TrainerWire:
     """A trainer rank's end; see `transport.Wire`."""
 
     def __init__(self, words: Words, meeting: Rendezvous, device: torch.device) -> None:
-        self.place = place_of(device)
+        self.memory = memory_of(device)
         self._words = words
         self._num_senders = meeting.num_senders
         self._device = device
@@ -76,12 +76,12 @@ class TrainerWire:
         self._window: Window | None = None
         self._num_started = 0
 
-    def join(self, places: list[str]) -> None:
+    def join(self, memories: list[str]) -> None:
         """Finds the partners and makes the trainer ranks' group."""
-        found = partners(places, self._num_senders)
+        found = partners(memories, self._num_senders)
         self._readers = tuple(worker for worker, partner in found.items() if partner == self._words.rank)
         if self._among_trainers is not None:
-            self._among_trainers.join(places)
+            self._among_trainers.join(memories)
 
     def give_up(self) -> None:
         """Ends what the trainer ranks send each other."""
@@ -137,16 +137,16 @@ class WorkerWire:
     """A worker's end; see `transport.Wire`."""
 
     def __init__(self, words: Words, meeting: Rendezvous, device: torch.device) -> None:
-        self.place = place_of(device)
+        self.memory = memory_of(device)
         self._words = words
         self._num_senders = meeting.num_senders
         self._device = device
         self._slots: tuple[Tensor, ...] = ()
         self._num_started = 0
 
-    def join(self, places: list[str]) -> None:
+    def join(self, memories: list[str]) -> None:
         """Makes sure that there is a partner; its window comes with the first bucket, whose size nobody knows yet."""
-        partners(places, self._num_senders)
+        partners(memories, self._num_senders)
 
     def give_up(self) -> None:
         """Nobody waits for a worker but through the store."""
@@ -284,7 +284,7 @@ def ipc_handle(text: str) -> IpcHandle:
     return tuple(bytes.fromhex(entry) if isinstance(entry, str) else entry for entry in json.loads(text))
 
 
-def place_of(device: torch.device) -> str:
+def memory_of(device: torch.device) -> str:
     """Names the memory that `device` can share: equal for two processes that can, on whatever machine they are."""
     if device.type == "cuda":
         return f"GPU {torch.cuda.get_device_properties(device).uuid}"

@@ -80,11 +80,11 @@ class Wire(Protocol):
     """How tensors travel; used by `Communicator` alone. May raise RuntimeError wherever a peer can be lost."""
 
     @property
-    def place(self) -> str:
+    def memory(self) -> str:
         """Stated to the other ranks before `join`."""
         ...
 
-    def join(self, places: list[str]) -> None:
+    def join(self, memories: list[str]) -> None:
         """Called by all ranks at the same time, with what they stated, by rank."""
         ...
 
@@ -110,7 +110,7 @@ class _Group(Protocol):
 class NetworkWire:
     """Broadcasts among the first `world_size` ranks."""
 
-    place = ""
+    memory = ""
 
     def __init__(self, words: Words, meeting: Rendezvous, world_size: int, device: torch.device) -> None:
         self._words = words
@@ -120,7 +120,7 @@ class NetworkWire:
         self._group: _Group | None = None
         self._listeners: list[Address] = []  # gloo's, of all ranks
 
-    def join(self, places: list[str]) -> None:
+    def join(self, memories: list[str]) -> None:
         """Makes the group."""
         store = PrefixStore("group", self._words.store)
         if self._device.type == "cuda":
@@ -198,9 +198,9 @@ class Communicator:
             TransportError: the ranks did not meet within the time limit, or cannot share memory as they should.
         """
         # All meet in the store first: a rank that waits in a half-built group blocks its peers.
-        places = self.exchange(self._wire.place)
+        memories = self.exchange(self._wire.memory)
         with self._lost_if(f"{self} could not join"):
-            self._wire.join(places)
+            self._wire.join(memories)
 
     @contextmanager
     def _lost_if(self, failure: str) -> Iterator[None]:

@@ -14,7 +14,7 @@ from rto_megatron.generation.contract import InferenceServer, NoServersLeft
 from rto_megatron.generation.vllm.worker.receiver import Receiver, Staged
 from rto_megatron.generation.vllm.worker.regions import whole
 from rto_megatron.weight_sync.manifest import Manifest
-from rto_megatron.weight_sync.push import PushReport, SyncPlace, WeightSync
+from rto_megatron.weight_sync.push import PushPart, PushReport, WeightSync
 from rto_megatron.weight_sync.sender import agree_on_manifest
 from rto_megatron.weight_sync.transport import Communicator, Rendezvous
 
@@ -106,7 +106,7 @@ def _push(servers: list[HfServer], trained: LlamaForCausalLM, versions: range) -
     """From two senders, each a stage of the model."""
     source, meeting, ask = ModelSource(trained, num_stages=2), Meeting(2), AskHfServers(servers)
     syncs = [
-        WeightSync(source, ask, SyncPlace(rank == 0, rank, 2), CPU, 64 << 10, 20, meeting.of_rank(rank))
+        WeightSync(source, ask, PushPart(rank == 0, rank, 2), CPU, 64 << 10, 20, meeting.of_rank(rank))
         for rank in range(2)
     ]
     reports = []

@@ -242,7 +242,7 @@ def test_workers_find_partners_on_their_device_evenly() -> None:
 def _elsewhere(words: Words, meeting: Rendezvous, device: torch.device) -> Wire:
     """The shared wire, whose ranks say that they are in different places."""
     wire = shared(words, meeting, device)
-    wire.place = "here" if words.rank == 0 else "there"
+    wire.memory = "here" if words.rank == 0 else "there"
     return wire
 
 

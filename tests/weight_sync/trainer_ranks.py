@@ -13,7 +13,7 @@ from rto_megatron.generation.vllm.client.pushed_servers import AskPushedServers
 from rto_megatron.generation.vllm.client.server_client import ServerClient
 from rto_megatron.weight_sync.canary import Canary, canary_token_ids
 from rto_megatron.weight_sync.manifest import PieceSpec
-from rto_megatron.weight_sync.push import PushReport, SyncPlace, WeightSync
+from rto_megatron.weight_sync.push import PushPart, PushReport, WeightSync
 from rto_megatron.weight_sync.shared import OpenEnd, open_communicator
 
 TOLERANCE = 1e-4  # nats, fp32
@@ -102,7 +102,7 @@ class TrainerRanks:
             WeightSync(
                 source=sources[min(rank, num_senders - 1)],
                 ask=AskPushedServers(pool[0].token),
-                place=SyncPlace(
+                part=PushPart(
                     is_controller=rank == 0,
                     sender=rank if rank < num_senders else None,
                     num_senders=num_senders,

@@ -20,7 +20,7 @@ import rto_megatron
 from rto_megatron.errors import UserError, refuse_if
 from rto_megatron.generation.vllm.client.server_client import ServerClient
 from rto_megatron.generation.vllm.gate import TOKEN_FILE_VARIABLE, read_token
-from rto_megatron.generation.vllm.start.server_place import mended, place_problems
+from rto_megatron.generation.vllm.start.server_environment import environment_problems, mended
 from rto_megatron.models.model_folder import code_problems, misnamed, pattern_problems
 
 Progress = Callable[[str], None]
@@ -127,7 +127,7 @@ def start_server(options: ServerOptions) -> Server:
     """
     if not (options.model / "config.json").is_file():
         raise UserError(f"{misnamed(options.model)}; rollout servers need a Hugging Face model folder")
-    problems = [*code_problems(options.model), *place_problems([options.tensor_parallel], os.environ)]
+    problems = [*code_problems(options.model), *environment_problems([options.tensor_parallel], os.environ)]
     if options.load_weights:
         problems += pattern_problems(options.model)
     refuse_if(problems, "the pool does not start")

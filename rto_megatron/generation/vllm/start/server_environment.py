@@ -44,7 +44,7 @@ def is_too_long(folder: str) -> bool:
     return len(os.fsencode(folder)) + _SOCKET_NAME > _LONGEST_SOCKET
 
 
-def place_problems(
+def environment_problems(
     tensor_sizes: Sequence[int], environment: Mapping[str, str], shared_memory: Path = Path("/dev/shm")
 ) -> list[str]:
     """Why servers of these tensor-parallel sizes would not start here, one sentence each."""

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from rto_megatron.cli.main import app
 from rto_megatron.config.addresses import without_localhost
 from rto_megatron.generation.vllm.start.server import first_error
-from rto_megatron.generation.vllm.start.server_place import mended, place_problems
+from rto_megatron.generation.vllm.start.server_environment import environment_problems, mended
 from rto_megatron.models.model_folder import pattern_problems
 
 LONG = "/scratch/" + "x" * 90
@@ -29,7 +29,7 @@ def test_sockets_have_paths_that_linux_takes(monkeypatch: pytest.MonkeyPatch) ->
     assert environment == {"VLLM_RPC_BASE_PATH": "/tmp"}
     assert LONG in said[0] and "107 bytes" in said[0]
     assert mended({"VLLM_RPC_BASE_PATH": "/s"})[0] == {"VLLM_RPC_BASE_PATH": "/s"}
-    (problem,) = place_problems([1], {"VLLM_RPC_BASE_PATH": LONG})
+    (problem,) = environment_problems([1], {"VLLM_RPC_BASE_PATH": LONG})
     assert problem.startswith(f"VLLM_RPC_BASE_PATH={LONG} is too long") and "at most 70" in problem
     monkeypatch.setattr(tempfile, "tempdir", "/tmp")
     assert mended({}) == ({}, [])
@@ -41,7 +41,7 @@ def test_too_little_shared_memory_is_named_where_workers_need_it(
 ) -> None:
     usage = type("Usage", (), {"free": 63 << 20})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    problems = place_problems(sizes, {}, tmp_path)
+    problems = environment_problems(sizes, {}, tmp_path)
     assert ["63 MiB free" in one and "--shm-size=16g" in one for one in problems] == [True] * is_refused
 
 
