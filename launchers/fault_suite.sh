@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Kills, stops and fails real launches, ten kills in one run among them, and checks what is left: about 10 minutes.
-# launchers/test.sh has the same with one kill. Usage: bash launchers/fault_suite.sh [pytest arguments]
+# launchers/slow_tests.sh has the same with one kill. Usage: bash launchers/fault_suite.sh [pytest arguments]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launchers/setup.sh

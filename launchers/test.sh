@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sets the environment up if needed, then lint, type check and all tests that need no GPU: under 18 minutes on 2 cores.
+# Sets the environment up if needed, then lint, type check and the tests that need no GPU: under 18 minutes on 2 cores.
+# launchers/slow_tests.sh has the few that take minutes each.
 # Usage: bash launchers/test.sh [pytest arguments]        TEST_PROCESSES=N shares the tests out over N processes (2).
 #        bash launchers/test.sh --fast    leaves out what starts ranks, servers or programs: under 3 minutes.
 set -euo pipefail
@@ -15,4 +16,4 @@ echo "[2/4] ruff format --check"
 echo "[3/4] mypy (about a minute the first time)"
 .venv/bin/mypy
 echo "[4/4] pytest in two processes (under 18 minutes; with --fast a few)"
-.venv/bin/python -m pytest -m "not gpu" -q -n "${TEST_PROCESSES:-2}" --dist loadgroup --no-loadscope-reorder "$@"
+.venv/bin/python -m pytest -m "not gpu and not slow" -q -n "${TEST_PROCESSES:-2}" --dist loadgroup --no-loadscope-reorder "$@"

@@ -37,11 +37,12 @@ def shape_of(config: HfConfig) -> ModelShape:
     Raises:
         UserError: as `read_shape`.
     """
-    model_type = str(config.values.get("model_type"))
+    found = config.values.get("model_type")
+    model_type = str(found)
     if model_type in REFUSED:
-        config.refuse(f"model_type is {model_type!r}: {REFUSED[model_type]}")
+        config.refuse(f"model_type is {found!r}: {REFUSED[model_type]}")
     if model_type not in FAMILIES:
-        config.refuse(f"model_type is {model_type!r}; supported are {sorted(FAMILIES)}")
+        config.refuse(f"model_type is {found!r}; supported are {sorted(FAMILIES)}")
     config.refuse_set("attention_bias", "mlp_bias")
     family = FAMILIES[model_type]
     if config.values.get("hidden_act", "silu") not in family.activations:

@@ -17,6 +17,7 @@ from rto_megatron.reporting.metrics import read_metrics
 NUM_KILLS = int(os.environ.get("RTO_FAULT_KILLS", "1"))  # launchers/fault_suite.sh has ten
 
 
+@pytest.mark.slow
 def test_killed_ranks_and_a_stopped_one_cost_an_attempt_each(files: Path, tmp_path: Path) -> None:
     whole, run_dir = tmp_path / "whole", tmp_path / "run"
     assert run_ranks(2, train, configure("sft", files, whole, "dp2", run__save_every=1)) == [None] * 2

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# The tests that launchers/test.sh leaves out, as each takes minutes: about 5 minutes on 2 cores.
+# Usage: bash launchers/slow_tests.sh [pytest arguments]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash launchers/setup.sh
+export CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+exec .venv/bin/python -m pytest -q -m "slow and not gpu" "$@"
