@@ -39,6 +39,7 @@ def test_every_command_and_option_explains_itself(command: str) -> None:
     shown = CliRunner().invoke(app, [*command.split(), "--help"], env={"COLUMNS": "200"})
     assert shown.exit_code == 0
     described = [line.strip("│ ") for line in shown.output.splitlines() if "│" in line and "--" in line]
+    assert described, shown.output
     assert all(len(line.split()) > 3 for line in described), shown.output
 
 
