@@ -137,11 +137,13 @@ def test_an_abort_ends_every_wait_with_its_reason() -> None:
 
 
 def test_a_rank_that_gives_up_ends_its_broadcasts_in_flight() -> None:
-    has_ended = threading.Event()
+    has_joined, has_ended = threading.Event(), threading.Event()
 
     def work(communicator: Communicator) -> bool:
         if communicator.rank == 0:
+            has_joined.set()
             return has_ended.wait(50)  # in the group, and sends nothing
+        assert has_joined.wait(50)
         broadcast = communicator.start_broadcast(torch.zeros(4), 0)
         communicator.give_up("the server is gone")
         with pytest.raises(RuntimeError, match="closed by peer"):  # not "Timed out"
