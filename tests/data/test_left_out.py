@@ -32,6 +32,7 @@ REASONS = (
 OPENS = TURNS + "{{ m.content.split('</think>')[-1] }}" + END + (
     "{% if add_generation_prompt %}<assistant><think>\n{% endif %}"
 )  # fmt: skip
+OPENS_AND_KEEPS = OPENS.replace("m.content.split('</think>')[-1]", "m.content")
 DATED = "{{ strftime_now('%d %b %Y') }}{% if loud %}!{% endif %}" + TURNS + "{{ m.content }}" + END + (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )  # fmt: skip
@@ -162,9 +163,10 @@ def test_reasoning_of_earlier_turns_is_counted(tokenizer: PreTrainedTokenizerBas
 def test_an_opened_thought_is_never_opened_twice(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     opening = with_template(tokenizer, OPENS)
     row = {"messages": [user("a"), assistant("<think>\nso\n</think>\n\nb")]}
-    prompt, answer, _ = sft(row, opening, tmp_path)
-    assert prompt.endswith("<assistant><think>\n")
-    assert answer == "so\n</think>\n\nb</s>"
+    for template in (with_template(tokenizer, OPENS_AND_KEEPS), opening):
+        prompt, answer, _ = sft(row, template, tmp_path)
+        assert prompt.endswith("<assistant><think>\n")
+        assert answer == "so\n</think>\n\nb</s>"
     open_row = {"messages": [user("a"), assistant("b")]}
     with pytest.raises(
         UserError, match=r"opens a thought that the answer does not close.*data\.open_thought=keep"
