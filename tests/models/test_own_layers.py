@@ -21,6 +21,7 @@ from rto_megatron.models.build import layer_spec
 from rto_megatron.models.families import FAMILIES, llama, qwen2
 from rto_megatron.models.family import Family
 from rto_megatron.models.hf_config import HfConfig
+from rto_megatron.models.modules import RMSNorm
 from rto_megatron.models.shape import ModelShape
 
 WINDOW = 3
@@ -77,6 +78,8 @@ CASES: dict[str, tuple[Family, dict[str, object]]] = {
 def _outputs(layout: str, folder: Path, packed: bool) -> list[Tensor]:
     place = topology(layout)
     model = frozen(place, folder, False)
+    norms = {type(layer.input_layernorm) for layer in model.module.decoder.layers}
+    assert norms == {RMSNorm if FAMILIES[model.shape.family].layer_spec is None else TorchNorm}
     batch = token_batch(SEQUENCES, packed, place.row_multiple, place.device.torch_device)
     (values_T,) = model.token_outputs([batch])
     starts = batch.cu_seqlens[: len(SEQUENCES)]
