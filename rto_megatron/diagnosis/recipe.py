@@ -1,4 +1,4 @@
-"""The recipe's models: all are here, fit the layout and each other, and read the same tokens."""
+"""The recipe's models and data: all models are here, fit each other and read the same tokens; files can be read."""
 
 from rto_megatron.config.schema import Stage
 from rto_megatron.diagnosis.finding import Finding

@@ -22,7 +22,6 @@ def judged(
     Raises:
         UserError: lists everything that does.
     """
-
     problems = find_problems(config, world_size, {}, origin)
     refuse(problems)  # the plan below needs a configuration whose parts fit together
     plan = plan_stage(config, world_size)
@@ -41,7 +40,6 @@ def judged(
 
 
 def _shapes(roles: Sequence[Role], assume: list[str]) -> dict[str, FoundShape]:
-
     assumed = dict(_role_and_shape(entry) for entry in assume)
     unknown = set(assumed) - {role.name for role in roles}
     if unknown:

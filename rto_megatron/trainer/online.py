@@ -19,7 +19,6 @@ from rto_megatron.parallel.topology import Topology
 from rto_megatron.reporting.samples import completions_table, show
 from rto_megatron.trainer.checked_scores import watched_gap
 from rto_megatron.trainer.connected_pool import ConnectedPool, connect_pool
-from rto_megatron.trainer.feed import go_on
 from rto_megatron.trainer.guard import Guard, ModelUpdate, Update
 from rto_megatron.trainer.known_reward import known_reward, true_return
 from rto_megatron.trainer.model_files import give_own_padding
@@ -55,11 +54,11 @@ def train_online(
     run = open_run(config, setup, roles, config.run.steps or prompts.batches_per_epoch)
     refuse_idle_policy(algorithm, run.num_steps)
     kl, table = algorithm.kl_controller, known_reward(config, setup)
+    sampler = parts.sampler(config, setup, prompts, pool or connect_pool(config.rollout, roles.policy))
     if run.state is not None:
-        go_on(prompts, run.state.data, "data.train", topology)
+        sampler.restore(run.state.data)
         pretraining.restore(run.state.pretraining)
         kl = kl.restored(run.state.kl)
-    sampler = parts.sampler(config, setup, prompts, pool or connect_pool(config.rollout, roles.policy))
     scorer = parts.scorer(config, setup, roles)
     guard = parts.guard(run, config.run.max_skipped_updates, topology)
 

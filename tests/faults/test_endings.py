@@ -75,25 +75,20 @@ def test_a_rank_that_saw_another_go_does_not_hide_why_it_went(tmp_path: Path) ->
     assert read_status(tmp_path) == why
 
 
-def test_ranks_that_are_told_to_stop_because_one_was_lost_do_not_hide_that(tmp_path: Path) -> None:
-    """SLURM tells them (srun --kill-on-bad-exit); a job that took it for the end of its time would not go on."""
-    lost, told = (
-        Status(ExitReason.INFRA_LOST_RANK, 3, "killed"),
-        Status(ExitReason.PREEMPTED, 3, "told to stop"),
-    )
-    note_status(tmp_path, lost)
-    note_status(tmp_path, told)
-    assert read_status(tmp_path) == lost
+LOST, TOLD = (Status(reason, 3, "gone") for reason in (ExitReason.INFRA_LOST_RANK, ExitReason.PREEMPTED))
 
 
-def test_ranks_that_miss_one_that_was_told_to_stop_do_not_hide_that(tmp_path: Path) -> None:
-    lost, told = (
-        Status(ExitReason.INFRA_LOST_RANK, 3, "gone"),
-        Status(ExitReason.PREEMPTED, 3, "told to stop"),
-    )
-    note_status(tmp_path, told)
-    note_status(tmp_path, lost)
-    assert read_status(tmp_path) == told
+@pytest.mark.parametrize(("first", "second"), [(LOST, TOLD), (TOLD, LOST)], ids=["lost first", "told first"])
+def test_of_a_stop_and_a_lost_rank_the_first_is_the_cause(
+    first: Status, second: Status, tmp_path: Path
+) -> None:
+    """SLURM tells ranks to stop once one is lost (srun --kill-on-bad-exit): a job must not take it for its time's end.
+
+    Ranks that miss one which was told to stop do not hide that either.
+    """
+    note_status(tmp_path, first)
+    note_status(tmp_path, second)
+    assert read_status(tmp_path) == first
 
 
 def test_a_crash_names_the_innermost_place_of_the_package(tmp_path: Path) -> None:
