@@ -24,7 +24,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rto_megatron.config.load import load_recipe
-from rto_megatron.config.schema import FrozenPrecisionConfig, ParallelConfig, ReinforcementStage
+from rto_megatron.config.schema import ReinforcementStage
+from rto_megatron.config.training import FrozenPrecisionConfig, ParallelConfig
 from rto_megatron.platform.device import prepare as prepare_device
 
 _SKIPPED = 77

@@ -34,7 +34,8 @@ from rich.console import Console
 from rich.table import Table
 from weight_sync_measures import DigestClock, PeakMemory, RawBroadcast
 
-from rto_megatron.config.schema import FrozenPrecisionConfig, RolloutConfig
+from rto_megatron.config.rollouts import RolloutConfig
+from rto_megatron.config.training import FrozenPrecisionConfig
 from rto_megatron.errors import UserError
 from rto_megatron.generation.vllm.client.server_client import ServerClient
 from rto_megatron.generation.vllm.gate import read_token

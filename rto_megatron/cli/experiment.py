@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from rto_megatron.config.training import ParallelConfig
 from rto_megatron.errors import UserError
 from rto_megatron.experiments.sample_efficiency import DESIGN
 
@@ -44,8 +45,7 @@ def sample_efficiency(
 
         typer.echo(write_report(root, design))
         return
-    from rto_megatron.config.schema import ParallelConfig
-    from rto_megatron.data.synthetic import write_models_alone
+        from rto_megatron.data.synthetic import write_models_alone
     from rto_megatron.generation.vllm.start.server import (
         ServerOptions,
         start_server,

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rto_megatron.cli.options import Overrides
+from rto_megatron.config.training import TrainParallelConfig
 from rto_megatron.errors import UserError
 
 if TYPE_CHECKING:
-    from rto_megatron.config.schema import TrainParallelConfig, TrainStage
+    from rto_megatron.config.schema import TrainStage
     from rto_megatron.proofs.resume_compare import Item
 
 type Train = Callable[["TrainStage", int], None]  # trains a configuration on so many ranks
@@ -56,7 +57,7 @@ def resume_check(
 
     Both runs are given the same responses by a script in place of a pool. The recipe's own run folder is not touched.
     """
-    from rto_megatron.config.schema import ParallelConfig
+    from rto_megatron.config.training import ParallelConfig
     from rto_megatron.platform.device import prepare
 
     device = prepare()

@@ -12,7 +12,8 @@ from rto_megatron.algorithms.reinforcement import RewardConfig
 from rto_megatron.config.facts import Facts, facts_of
 from rto_megatron.config.plan import layout_on
 from rto_megatron.config.roles import OPTIONAL_ROLES, allowed_roles, needs_dpo
-from rto_megatron.config.schema import OfflineStage, ReinforcementStage, RolloutConfig, Stage
+from rto_megatron.config.rollouts import RolloutConfig
+from rto_megatron.config.schema import OfflineStage, ReinforcementStage, Stage
 from rto_megatron.errors import UserError
 
 

@@ -4,16 +4,16 @@ from dataclasses import dataclass
 
 from rto_megatron.algorithms import ALGORITHMS
 from rto_megatron.algorithms.method import OfflineMethod
+from rto_megatron.config.rollouts import RolloutConfig
 from rto_megatron.config.schema import (
     ActorCriticStage,
     EvaluateStage,
     OfflineStage,
-    OptimizerConfig,
     ReinforcementStage,
-    RolloutConfig,
     Stage,
     TrainStage,
 )
+from rto_megatron.config.training import OptimizerConfig
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from rto_megatron.algorithms.schedule import lr_factor, warmup_steps
 from rto_megatron.config.facts import facts_of
-from rto_megatron.config.schema import OptimizerConfig, TrainStage
+from rto_megatron.config.schema import TrainStage
+from rto_megatron.config.training import OptimizerConfig
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from rto_megatron.config.facts import Facts, facts_of
 from rto_megatron.config.roles import Role, needs_dpo, roles_of
-from rto_megatron.config.schema import ParallelConfig, Stage
+from rto_megatron.config.schema import Stage
+from rto_megatron.config.training import ParallelConfig
 
 
 @dataclass(frozen=True)

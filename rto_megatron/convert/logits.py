@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from rto_megatron.config.training import FrozenPrecisionConfig
 from rto_megatron.convert.conversion_report import LogitsProof
 from rto_megatron.data.tokenizer import has_tokenizer, load_plain_tokenizer
 from rto_megatron.errors import UserError
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from safetensors.torch import save_file
 
-from rto_megatron.config import schema
 from rto_megatron.convert.megatron_source import open_megatron
 from rto_megatron.engine.source import WeightSource
 from rto_megatron.platform.device import prepare
@@ -167,7 +167,7 @@ def write_outputs(
     has_experts = source.shape.experts is not None
     topology = Topology.init(device, tensor, pipeline, sequence=has_experts, seed=0)
     weights = WeightSource("megatron", source.reader.folder, hf_files)
-    precision = schema.FrozenPrecisionConfig(dtype="fp32")
+    precision = FrozenPrecisionConfig(dtype="fp32")
     model = build_frozen("converted", weights, scalar, precision, topology)
     sequences = json.loads(tokens.read_text())
     batches = [token_batch([(ids, 1)], True, topology.row_multiple, device.torch_device) for ids in sequences]

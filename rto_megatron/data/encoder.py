@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rto_megatron.config import schema
 from rto_megatron.config.facts import facts_of
+from rto_megatron.config.inputs import ExampleDataConfig
 from rto_megatron.data.bad_rows import BadRows
 from rto_megatron.data.chat import Exchange, encode_exchange, encode_prompt, encode_text
 from rto_megatron.data.messages import Message
@@ -54,7 +55,7 @@ def limits_of(config: schema.Stage, moment: datetime | None = None) -> Limits:
     data = config.data
     template = TemplateOptions(data.template, moment)
     length, _ = facts_of(config).longest_sequence
-    if isinstance(data, schema.ExampleDataConfig):
+    if isinstance(data, ExampleDataConfig):
         template = TemplateOptions(data.template, moment, data.open_thought, data.allow_non_prefix)
     return Limits(data.max_prompt_tokens, length, data.overlong, data.bad_rows, template)
 

@@ -11,6 +11,7 @@ from rto_megatron.algorithms.method import OfflineMethod
 from rto_megatron.algorithms.reward_model import reads_margins
 from rto_megatron.config import schema
 from rto_megatron.config.facts import facts_of
+from rto_megatron.config.inputs import EvaluateDataConfig, ExampleDataConfig, PromptDataConfig
 from rto_megatron.data.bad_rows import BadRows
 from rto_megatron.data.encoder import Limits, LoadReport, limits_of, refuse_rows
 from rto_megatron.data.layouts import READERS
@@ -48,12 +49,12 @@ class DataSource:
 def data_sources(config: schema.Stage) -> list[DataSource]:
     """Every source of rows that a stage reads."""
     data = config.data
-    if isinstance(data, schema.EvaluateDataConfig):
+    if isinstance(data, EvaluateDataConfig):
         return [DataSource("data.eval", data.eval, "prompts")]
-    if isinstance(data, schema.PromptDataConfig):
+    if isinstance(data, PromptDataConfig):
         texts = [] if data.pretrain is None else [DataSource("data.pretrain", data.pretrain, "texts")]
         return [DataSource("data.train", data.train, "prompts"), *texts]
-    assert isinstance(data, schema.ExampleDataConfig)
+    assert isinstance(data, ExampleDataConfig)
     method = ALGORITHMS[config.stage]
     assert isinstance(method, OfflineMethod)
     named = {"data.train": data.train, "data.eval": data.eval}

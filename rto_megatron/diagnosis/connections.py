@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import psutil
 
-from rto_megatron.config.schema import RolloutConfig
+from rto_megatron.config.rollouts import RolloutConfig
 from rto_megatron.diagnosis.finding import Finding
 from rto_megatron.errors import UserError
 from rto_megatron.generation.vllm.client.server_client import ServerClient

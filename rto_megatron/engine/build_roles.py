@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from rto_megatron.config import schema
+from rto_megatron.config.training import FrozenPrecisionConfig, OptimizerConfig, PrecisionConfig
 from rto_megatron.engine.checkpoint import load_weights
 from rto_megatron.engine.megatron import FrozenModel, TrainedModel, training_hooks
 from rto_megatron.engine.optimizer import build_optimizer, wrap_for_training
@@ -25,7 +25,7 @@ def build_frozen(
     name: str,
     source: WeightSource,
     has_scalar_head: bool,
-    precision: schema.FrozenPrecisionConfig,
+    precision: FrozenPrecisionConfig,
     topology: Topology,
 ) -> FrozenModel:
     """A loaded model without gradients."""
@@ -43,8 +43,8 @@ def build_trained(
     name: str,
     source: WeightSource,
     has_scalar_head: bool,
-    precision: schema.PrecisionConfig,
-    optimizer: schema.OptimizerConfig,
+    precision: PrecisionConfig,
+    optimizer: OptimizerConfig,
     topology: Topology,
     seed: int,
     is_distributed_optimizer: bool,
@@ -111,7 +111,7 @@ def _told(not_finite: dict[str, int], model: FrozenModel, path: Path) -> UserErr
 
 def build_average(model: TrainedModel, source: WeightSource) -> FrozenModel:
     """An average that starts at `source`, as the model did; its name is the model's with `_ema`."""
-    precision = schema.FrozenPrecisionConfig(dtype="fp32")
+    precision = FrozenPrecisionConfig(dtype="fp32")
     return build_frozen(f"{model.name}_ema", source, model.has_scalar_head, precision, model.topology)
 
 

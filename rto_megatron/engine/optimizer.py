@@ -10,7 +10,7 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
 )
 
-from rto_megatron.config import schema
+from rto_megatron.config import training
 from rto_megatron.platform.torch_adam import prime_adam_state
 
 
@@ -25,7 +25,7 @@ def wrap_for_training(model: GPTModel, is_distributed_optimizer: bool) -> Distri
 
 
 def build_optimizer(
-    model: DistributedDataParallel, config: schema.OptimizerConfig, is_distributed_optimizer: bool
+    model: DistributedDataParallel, config: training.OptimizerConfig, is_distributed_optimizer: bool
 ) -> MegatronOptimizer:
     """Adam or plain SGD over the wrapped model, its state allocated so that a checkpoint can be loaded."""
     dtype = model.config.params_dtype

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from rto_megatron.config.facts import Facts, facts_of
 from rto_megatron.config.plan import StagePlan
 from rto_megatron.config.roles import Role, roles_of
-from rto_megatron.config.schema import FrozenPrecisionConfig, Stage, TrainStage
+from rto_megatron.config.schema import Stage, TrainStage
+from rto_megatron.config.training import FrozenPrecisionConfig
 from rto_megatron.models.parameters import fullest_stage, num_parameters
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.planning.shapes import FoundShape

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rto_megatron.config import load, schema
+from rto_megatron.config.training import RolloutRunConfig, TrainParallelConfig
 from rto_megatron.engine.saving import point_to
 from rto_megatron.errors import UserError
 from rto_megatron.generation.contract import Sampling
@@ -45,7 +46,7 @@ def whole_run(config: schema.TrainStage, k: int, run_dir: Path) -> schema.TrainS
     run = config.run.model_copy(
         update={"dir": run_dir, "steps": 2 * k, "save_every": k, "keep_checkpoints": 2}
     )
-    if isinstance(run, schema.RolloutRunConfig):
+    if isinstance(run, RolloutRunConfig):
         run = run.model_copy(update={"samples_every": None})
     changed = config.model_copy(update={"run": run})
     if isinstance(changed, schema.ReinforcementStage):
@@ -57,7 +58,7 @@ def whole_run(config: schema.TrainStage, k: int, run_dir: Path) -> schema.TrainS
 
 
 def resumed_run(
-    whole: schema.TrainStage, k: int, run_dir: Path, parallel: schema.TrainParallelConfig
+    whole: schema.TrainStage, k: int, run_dir: Path, parallel: TrainParallelConfig
 ) -> schema.TrainStage:
     """The configuration of the second run, with its folder as an attempt leaves it that is killed after step k."""
     checkpoint = run_dir / CHECKPOINTS / checkpoint_name(k)

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from rto_megatron.config import schema
+from rto_megatron.config.rollouts import RolloutConfig
 from rto_megatron.data.packing import token_batch
 from rto_megatron.engine.megatron import Model
 from rto_megatron.errors import UserError
@@ -219,7 +219,7 @@ class ConnectedPool:
             self.shared.take_from_pool()
 
 
-def connect_pool(config: schema.RolloutConfig, policy: Model) -> ConnectedPool:
+def connect_pool(config: RolloutConfig, policy: Model) -> ConnectedPool:
     """The configured pool, for pushes of one policy; all ranks must call it. No server is asked yet.
 
     Raises:
@@ -242,7 +242,7 @@ def connect_pool(config: schema.RolloutConfig, policy: Model) -> ConnectedPool:
     return ConnectedPool(pool, open_push(config, policy, pool, token, host, phases, shared), shared)
 
 
-def _pool(config: schema.RolloutConfig, token: str, is_lead: bool) -> VllmPool:
+def _pool(config: RolloutConfig, token: str, is_lead: bool) -> VllmPool:
     return VllmPool(
         config.servers,
         token,
@@ -253,7 +253,7 @@ def _pool(config: schema.RolloutConfig, token: str, is_lead: bool) -> VllmPool:
     )
 
 
-def _token(config: schema.RolloutConfig) -> str:
+def _token(config: RolloutConfig) -> str:
     if config.token_file is None:
         raise UserError("rollout.token_file is not set; name the file that `rto pool` wrote")
     return read_token(config.token_file)
@@ -285,7 +285,7 @@ def meeting_host(servers: Sequence[str]) -> str:
 
 
 def open_push(
-    config: schema.RolloutConfig,
+    config: RolloutConfig,
     policy: Model,
     pool: VllmPool | None,
     token: str,

@@ -16,6 +16,7 @@ from rto_megatron.algorithms import ALGORITHMS, kto
 from rto_megatron.algorithms.method import Method, OfflineMethod
 from rto_megatron.algorithms.reward_model import reads_margins, reward_statistics
 from rto_megatron.config import schema
+from rto_megatron.config.inputs import ExampleDataConfig
 from rto_megatron.config.learning_rate import learning_rate
 from rto_megatron.data.encoder import Limits, Loaded
 from rto_megatron.data.loader import load_demonstrations, load_judged, load_pairs
@@ -221,7 +222,7 @@ def _store_scale(means: dict[str, float], num_pairs: int, hf_files: Path, topolo
 
 
 def _held_out[E: Example, M: Microbatch](
-    task: Task[E, M], data: schema.ExampleDataConfig, setup: Setup
+    task: Task[E, M], data: ExampleDataConfig, setup: Setup
 ) -> Sequence[E]:
     if not data.eval:
         return ()

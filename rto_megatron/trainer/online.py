@@ -11,6 +11,7 @@ from rto_megatron.algorithms.reinforcement import PolicyOptimization
 from rto_megatron.config import schema
 from rto_megatron.config.facts import facts_of
 from rto_megatron.config.learning_rate import learning_rate, updates_per_step
+from rto_megatron.config.training import OptimizerConfig
 from rto_megatron.data.tokenizer import tokens_with
 from rto_megatron.engine.build_roles import build_average, build_frozen, build_trained, update_average
 from rto_megatron.engine.megatron import FrozenModel, Model, TrainedModel
@@ -164,7 +165,7 @@ def build_roles(config: schema.ReinforcementStage, setup: Setup, reward: RewardS
     """
     topology, sources, precision = setup.topology, setup.sources, config.precision
 
-    def trained(name: str, is_scalar: bool, optimizer: schema.OptimizerConfig) -> TrainedModel:
+    def trained(name: str, is_scalar: bool, optimizer: OptimizerConfig) -> TrainedModel:
         return build_trained(
             name, sources[name], is_scalar, precision, optimizer, topology, config.run.seed,
             config.parallel.distributed_optimizer, moe_aux_loss_coef=config.models.moe_aux_loss_coef,

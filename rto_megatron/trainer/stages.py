@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rto_megatron.config import schema
 from rto_megatron.config.facts import facts_of
+from rto_megatron.config.training import ParallelConfig
 from rto_megatron.errors import UserError
 from rto_megatron.platform.device import Device, prepare
 
@@ -68,7 +69,7 @@ def _collective_timeout(config: schema.Stage) -> timedelta:
 
 @contextmanager
 def ranks(
-    device: Device, parallel: schema.ParallelConfig, seed: int, timeout: timedelta = _SHORTEST_TIMEOUT
+    device: Device, parallel: ParallelConfig, seed: int, timeout: timedelta = _SHORTEST_TIMEOUT
 ) -> Iterator["Topology"]:
     """The process group of the launcher's ranks, or of this process alone.
 

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from rto_megatron.cli.main import app
 from rto_megatron.config.load import load_recipe
-from rto_megatron.config.schema import RolloutConfig
+from rto_megatron.config.rollouts import RolloutConfig
 from rto_megatron.data.tokenizer import train_tokenizer
 from rto_megatron.diagnosis import connections, disk, machine, packages, variables
 from rto_megatron.diagnosis.finding import Finding, findings_of

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from rto_megatron.config import schema
+from rto_megatron.config.training import OptimizerConfig, PrecisionConfig
 from rto_megatron.engine.build_roles import build_frozen, build_trained
 from rto_megatron.engine.megatron import FrozenModel, TrainedModel
 from rto_megatron.engine.source import find_source
@@ -31,7 +31,7 @@ def frozen(place: Topology, folder: Path, is_scalar: bool, dtype: str = "fp32") 
     """A frozen model from a folder."""
     source = find_source(folder, is_scalar, is_random=False, key="test")
     return build_frozen(
-        "reward" if is_scalar else "reference", source, is_scalar, schema.PrecisionConfig(dtype=dtype), place
+        "reward" if is_scalar else "reference", source, is_scalar, PrecisionConfig(dtype=dtype), place
     )
 
 
@@ -39,12 +39,12 @@ def trained(
     place: Topology,
     folder: Path,
     is_scalar: bool,
-    optimizer: schema.OptimizerConfig,
+    optimizer: OptimizerConfig,
     dtype: str = "fp32",
     is_distributed_optimizer: bool = False,
 ) -> TrainedModel:
     """A trained model from a folder."""
     source = find_source(folder, is_scalar, is_random=False, key="test")
     name = "critic" if is_scalar else "policy"
-    precision = schema.PrecisionConfig(dtype=dtype)
+    precision = PrecisionConfig(dtype=dtype)
     return build_trained(name, source, is_scalar, precision, optimizer, place, 1, is_distributed_optimizer)

@@ -16,7 +16,7 @@ from tiny_models import SEQUENCES, write_llama
 from torch import Tensor
 
 from rto_megatron.algorithms.sft import SFT, Config
-from rto_megatron.config.schema import OptimizerConfig, PrecisionConfig
+from rto_megatron.config.training import OptimizerConfig, PrecisionConfig
 from rto_megatron.data.packing import Layout, supervised_microbatches
 from rto_megatron.engine.build_roles import build_trained
 from rto_megatron.engine.checkpoint import begin_save, load_state, load_weights

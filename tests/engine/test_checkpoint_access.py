@@ -13,7 +13,7 @@ from engine.layouts import topology, trained
 from ranks import run_ranks
 from tiny_models import write_llama
 
-from rto_megatron.config.schema import OptimizerConfig
+from rto_megatron.config.training import OptimizerConfig
 from rto_megatron.engine.checkpoint import begin_save, load_weights
 from rto_megatron.engine.integrity import CheckpointError
 from rto_megatron.engine.recovery import find_valid

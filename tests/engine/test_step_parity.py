@@ -17,7 +17,7 @@ from tiny_models import write_llama
 from torch import Tensor
 
 from rto_megatron.algorithms import rto
-from rto_megatron.config.schema import OptimizerConfig
+from rto_megatron.config.training import OptimizerConfig
 from rto_megatron.data.packing import Layout
 from rto_megatron.engine.megatron import TrainedModel
 from rto_megatron.engine.weights import local_parameters

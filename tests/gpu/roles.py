@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rto_megatron.algorithms import dpo, reward_model, rto, sft
 from rto_megatron.algorithms.reinforcement import PolicyOptimization
-from rto_megatron.config.schema import OptimizerConfig, PrecisionConfig
+from rto_megatron.config.training import OptimizerConfig, PrecisionConfig
 from rto_megatron.data.packing import Layout, pair_microbatches, supervised_microbatches
 from rto_megatron.engine.build_roles import build_frozen, build_trained
 from rto_megatron.engine.megatron import FrozenModel, Microbatch, TrainedModel

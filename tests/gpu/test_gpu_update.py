@@ -10,7 +10,7 @@ from gpu.roles import HfModel, Prepared, gradient, master, task, trained, whole
 from stepping import take_step
 from torch import Tensor
 
-from rto_megatron.config.schema import OptimizerConfig
+from rto_megatron.config.training import OptimizerConfig
 from rto_megatron.data.packing import Layout
 from rto_megatron.engine.megatron import TrainedModel
 from rto_megatron.errors import UserError

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rto_megatron.algorithms import sft
-from rto_megatron.config.schema import OptimizerConfig
+from rto_megatron.config.training import OptimizerConfig
 from rto_megatron.data.packing import Layout, supervised_microbatches, token_batch
 from rto_megatron.engine.weights import stage_hf_tensors
 from rto_megatron.models.config_files import read_shape

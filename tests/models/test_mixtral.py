@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM, MixtralForSequenceClassification
 
 from rto_megatron.algorithms import sft
-from rto_megatron.config import schema
+from rto_megatron.config.training import OptimizerConfig, PrecisionConfig
 from rto_megatron.data.packing import Layout, supervised_microbatches, token_batch
 from rto_megatron.engine.build_roles import build_trained
 from rto_megatron.engine.export import export_hf
@@ -27,7 +27,7 @@ from rto_megatron.types import Demonstration
 
 COEF = 0.05
 EXPERTS, TOP_K = 4, 2
-SGD = schema.OptimizerConfig(kind="sgd", lr=0.5, max_grad_norm=None)
+SGD = OptimizerConfig(kind="sgd", lr=0.5, max_grad_norm=None)
 
 
 def write_mixtral(folder: Path, is_scalar: bool = False, **changes: object) -> torch.nn.Module:
@@ -102,7 +102,7 @@ def _step(
     place = topology(layout)
     source = find_source(model, False, is_random=False, key="test")
     trained = build_trained(
-        "policy", source, False, schema.PrecisionConfig(dtype="fp32"), SGD, place, 1, False,
+        "policy", source, False, PrecisionConfig(dtype="fp32"), SGD, place, 1, False,
         moe_aux_loss_coef=coef,
     )  # fmt: skip
     microbatches = _microbatches(place, len(SEQUENCES))

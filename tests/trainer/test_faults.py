@@ -15,7 +15,8 @@ from tiny_models import SEQUENCES, write_llama
 from trainer.tiny_runs import ENGINE_VOCAB, WORDS, configure, train, write_rows
 
 from rto_megatron.algorithms.sft import SFT, Config
-from rto_megatron.config.schema import OptimizerConfig, Stage
+from rto_megatron.config.schema import Stage
+from rto_megatron.config.training import OptimizerConfig
 from rto_megatron.data.packing import Layout, supervised_microbatches
 from rto_megatron.data.tokenizer import load_tokenizer, train_tokenizer
 from rto_megatron.errors import UserError

@@ -13,7 +13,7 @@ from trainer.tiny_runs import configure, train, write_files
 from transformers import LlamaForCausalLM, MinNewTokensLengthLogitsProcessor
 
 from rto_megatron.algorithms.termination import compared_ban
-from rto_megatron.config.schema import OptimizerConfig
+from rto_megatron.config.training import OptimizerConfig
 from rto_megatron.data.packing import Layout
 from rto_megatron.reporting.metrics import read_metrics
 from rto_megatron.trainer.evaluate import kl_to_reference

@@ -21,7 +21,8 @@ from trainer.tiny_runs import ENGINE_VOCAB, FailingEngine, HeldPush, configure, 
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from rto_megatron.algorithms import ppo
-from rto_megatron.config.schema import OptimizerConfig, ReinforcementStage
+from rto_megatron.config.schema import ReinforcementStage
+from rto_megatron.config.training import OptimizerConfig
 from rto_megatron.data.encoder import Limits
 from rto_megatron.data.loader import load_texts
 from rto_megatron.data.packing import Layout

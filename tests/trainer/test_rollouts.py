@@ -13,7 +13,7 @@ from tiny_models import write_llama
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from rto_megatron.algorithms.termination import TruncationPolicy
-from rto_megatron.config.schema import OptimizerConfig
+from rto_megatron.config.training import OptimizerConfig
 from rto_megatron.data.packing import Layout, response_mask
 from rto_megatron.errors import UserError
 from rto_megatron.generation.contract import Sampling

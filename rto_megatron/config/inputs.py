@@ -1,0 +1,93 @@
+"""Sections of a recipe about what a stage reads: models and data."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from rto_megatron.config.template_arguments import TemplateArguments
+from rto_megatron.config.training import Section
+
+
+class ModelsConfig(Section):
+    """A Hugging Face folder, or a run folder or checkpoint of an earlier stage, per role."""
+
+    policy: Path
+    reference: Path | None = Field(default=None, description="null: the policy's starting point")
+    critic: Path | None = Field(default=None, description="null: starts from the reward model")
+    reward: Path | None = None
+    dpo: Path | None = None
+    dpo_reference: Path | None = Field(
+        default=None, description="what the DPO model was trained against; null: the reference"
+    )
+    allow_unverified_reference: bool = Field(
+        default=False,
+        description="accept a DPO model that does not say which reference it was trained against, as released ones",
+    )
+    moe_aux_loss_coef: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of the load-balancing loss of trained mixture-of-experts models (OpenRLHF: aux_loss_coef)",
+    )
+    random_init: bool = Field(
+        default=False,
+        description="SFT only: `policy` holds config.json and a tokenizer; weights come from run.seed",
+    )
+
+
+class DataConfig(Section):
+    """Data are local .jsonl, .jsonl.gz or .parquet files, or a hub data set as `owner/name:split`."""
+
+    max_prompt_tokens: int = Field(default=1024, ge=1)
+    overlong: Literal["error", "drop", "truncate_left"] = Field(
+        default="drop", description="what happens to a prompt over the limit; drops are counted and logged"
+    )
+    bad_rows: Literal["error", "drop"] = Field(
+        default="error",
+        description="error: rows that cannot be used end the run, and all are named; drop: it goes on without them, "
+        "counted and logged",
+    )
+    template: TemplateArguments = Field(
+        default={},
+        description="arguments that the tokenizer's chat template reads, as for apply_chat_template "
+        "(enable_thinking: false)",
+    )
+
+
+class ExampleDataConfig(DataConfig):
+    """Prompts with answers."""
+
+    train: str = Field(min_length=1)
+    eval: str | None = Field(default=None, min_length=1)
+    eval_samples: int | None = Field(default=None, ge=1, description="rows of `eval` to use; null: all")
+    max_length: int = Field(default=2048, ge=2, description="prompt and answer, in tokens")
+    open_thought: Literal["error", "keep"] = Field(
+        default="error",
+        description="what happens to an answer that does not close the thought that the generation prompt opens",
+    )
+    allow_non_prefix: bool = Field(
+        default=False,
+        description="take chat templates that render a prompt otherwise than the beginning of its conversation: the "
+        "rendered prompt and the bare answer are joined",
+    )
+
+
+class PromptDataConfig(DataConfig):
+    """Prompts that the policy answers."""
+
+    train: str = Field(min_length=1)
+    pretrain: str | None = Field(
+        default=None,
+        min_length=1,
+        description="texts for a language-model loss beside the policy's (`algorithm.ptx_coef`); null: none",
+    )
+    true_reward: Path | None = Field(
+        default=None, description="the synthetic task's table: logs the true return of what was sampled"
+    )
+
+
+class EvaluateDataConfig(DataConfig):
+    """Prompts that no stage trains on."""
+
+    eval: str = Field(min_length=1, description="held-out prompts")
+    eval_samples: int | None = Field(default=None, ge=1, description="rows of `eval` to use; null: all")

@@ -1,0 +1,139 @@
+"""Sections of a recipe about the training itself: the run, its layout, precision, batches and optimizers."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """A frozen part of the configuration that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class RunConfig(Section):
+    """Where the run lives."""
+
+    dir: Path = Field(description="run folder: configuration, checkpoints, metrics and exports go here")
+    seed: int = 42
+    collective_timeout_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="how long a rank waits for another before the run counts as hung; null: half an hour, or twice "
+        "rollout.request_timeout_s if that is longer",
+    )
+
+
+class TrainRunConfig(RunConfig):
+    """How long a training stage lasts and what it leaves."""
+
+    steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="optimizer steps, or rollout steps where the policy samples; null: one epoch",
+    )
+    save_every: int | None = Field(
+        default=None, ge=1, description="steps between checkpoints; null: only at the end"
+    )
+    keep_checkpoints: int = Field(default=2, ge=1)
+    max_skipped_updates: int = Field(
+        default=3,
+        ge=1,
+        description="optimizer updates in a row refused for poisoned numbers that end the run",
+    )
+    async_save: bool = Field(
+        default=False,
+        description="write checkpoints beside the next step, from a copy in host memory; false: wait for the disk",
+    )
+    resume_from_older: bool = Field(
+        default=False,
+        description="where the newest checkpoint is damaged or gone, go on from the last valid one; false: stop",
+    )
+
+
+class OfflineRunConfig(TrainRunConfig):
+    """Offline stages evaluate on held-out data."""
+
+    eval_every: int | None = Field(
+        default=None, ge=1, description="steps between evaluations on eval data; null: only at the end"
+    )
+
+
+class RolloutRunConfig(TrainRunConfig):
+    """Stages that sample show what they sample."""
+
+    samples_every: int | None = Field(
+        default=None, ge=1, description="steps between tables of sample completions; null: none"
+    )
+
+
+class ParallelConfig(Section):
+    """Layout of every role; data parallel size is world / (tensor x pipeline)."""
+
+    tensor: int = Field(default=1, ge=1)
+    pipeline: int = Field(default=1, ge=1)
+    sequence: bool = Field(default=False, description="Megatron sequence parallelism over the tensor ranks")
+
+
+class TrainParallelConfig(ParallelConfig):
+    """The layout of optimizers too."""
+
+    distributed_optimizer: bool = Field(
+        default=False, description="shard optimizer state over data-parallel ranks"
+    )
+
+
+class FrozenPrecisionConfig(Section):
+    """How forwards compute; log-softmax is always fp32."""
+
+    dtype: Literal["fp32", "bf16"] = "bf16"
+
+
+class PrecisionConfig(FrozenPrecisionConfig):
+    """bf16 keeps fp32 master weights and accumulates gradients in fp32."""
+
+    recompute: bool = Field(
+        default=False, description="recompute activations of every layer in the backward pass"
+    )
+
+
+class BatchConfig(Section):
+    """Batch arithmetic; all counts are sequences (pairs for reward model and DPO)."""
+
+    micro: int = Field(default=1, ge=1, description="sequences or pairs per forward on one rank")
+    packed: bool = Field(
+        default=True, description="pack a micro-batch without padding; false: right-padded rows"
+    )
+
+
+class TrainBatchConfig(BatchConfig):
+    """The batches of a stage with an optimizer."""
+
+    train: int = Field(default=128, ge=1, description="global batch of one optimizer step")
+
+
+class PreferenceBatchConfig(TrainBatchConfig):
+    """The paper's preference methods have a batch of their own."""
+
+    train: int = Field(default=256, ge=1, description="global batch of one optimizer step: pairs, or answers")
+
+
+class RolloutBatchConfig(TrainBatchConfig):
+    """The batches of a stage that samples."""
+
+    rollout: int = Field(default=1024, ge=1, description="prompts per rollout step, all ranks")
+
+
+class OptimizerConfig(Section):
+    """Adam with linear warm-up and a cosine to a floor (rto.md 1.11)."""
+
+    kind: Literal["adam", "sgd"] = "adam"
+    lr: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float | None = Field(default=1.0, gt=0, description="null: no clipping")
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_fraction: float = Field(default=0.03, ge=0, lt=1)
+    min_lr_fraction: float = Field(default=0.1, ge=0, le=1)
