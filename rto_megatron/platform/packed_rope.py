@@ -1,4 +1,4 @@
-"""Rotary positions of packed sequences in one operation each, on GPUs too: megatron-core 0.19.2 turns them one by one."""
+"""Packed sequences are rotated at once, on GPUs too: megatron-core 0.19.2 turns them one by one."""
 
 import functools
 from collections.abc import Callable
