@@ -221,7 +221,7 @@ class _OnSharedDevices(ProcessGroupGloo):
         options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # a name that the stub spells otherwise
         options._devices = _gloo_devices(os.getpid())
         options._timeout = timeout
-        super().__init__(store, rank, size, options)  # type: ignore[call-overload]  # the stub lacks options
+        super().__init__(store, rank, size, options)
 
 
 @functools.cache
