@@ -7,7 +7,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
-import pytest  # noqa: E402 -- after the settings above
+import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
