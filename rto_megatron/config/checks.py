@@ -14,7 +14,7 @@ from rto_megatron.config.plan import layout_on
 from rto_megatron.config.roles import OPTIONAL_ROLES, allowed_roles, needs_dpo
 from rto_megatron.config.rollouts import RolloutConfig
 from rto_megatron.config.schema import OfflineStage, ReinforcementStage, Stage
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RecipeError, UserError
 
 
 def find_problems(
@@ -35,11 +35,11 @@ def find_problems(
     ]
 
 
-def refuse(problems: Iterable[str]) -> None:
-    """Raise one UserError that lists `problems`, if there are any."""
+def refuse(problems: Iterable[str], kind: type[UserError] = RecipeError) -> None:
+    """Raise one error of `kind` that lists `problems`, if there are any."""
     lines = [f"  {problem}" for problem in problems]
     if lines:
-        raise UserError("the configuration cannot work as it stands\n" + "\n".join(lines))
+        raise kind("the configuration cannot work as it stands\n" + "\n".join(lines))
 
 
 def _layout(config: Stage, world_size: int, origin: str) -> list[str]:
@@ -239,7 +239,7 @@ def require_pool(config: Stage) -> None:
     """Raise UserError if the stage samples and no pool server is named."""
     pool = facts_of(config).pool
     if pool is not None and not pool.servers:
-        raise UserError(
+        raise RecipeError(
             f"rollout.servers is empty, and stage {config.stage} samples from an inference pool; start one "
             "with `rto pool` and name it, or start the stage with launchers/local.sh, which does both"
         )

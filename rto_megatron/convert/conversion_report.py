@@ -10,7 +10,7 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import ConversionError
 from rto_megatron.models.config_files import architecture
 from rto_megatron.models.parameters import hf_shapes, stored_parameters
 from rto_megatron.models.shape import ModelShape
@@ -26,7 +26,7 @@ def recorded_digests(folder: Path, dtype: torch.dtype) -> dict[str, str]:
     """sha256 by name that the conversion which made `folder` noted; none without one, or of another dtype.
 
     Raises:
-        UserError: the report is damaged.
+        ConversionError: the report is damaged.
     """
     path = folder / REPORT
     if not path.is_file():
@@ -36,7 +36,9 @@ def recorded_digests(folder: Path, dtype: torch.dtype) -> dict[str, str]:
         tensors = {name: record["sha256"] for name, record in values["tensors"].items()}
         is_same = values["dtype"] == dtype_name(dtype)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error}); convert the model again, or remove it") from error
+        raise ConversionError(
+            f"{path} is damaged ({error}); convert the model again, or remove it"
+        ) from error
     return {name: digest for name, digest in tensors.items() if digest is not None and is_same}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import DataError, RecipeError
 from rto_megatron.types import Demonstration, Example, JudgedResponse, PreferencePair, Prompt
 
 
@@ -44,13 +44,13 @@ class Batches[T: Example]:
             UserError: fewer items than one global batch, or the ranks do not divide it.
         """
         if len(items) < global_batch:
-            raise UserError(
+            raise DataError(
                 f"the data has {len(items)} items, fewer than one global batch of {global_batch}; "
                 "use more data or a smaller batch"
             )
         if global_batch % dp_size:
             smaller = global_batch - global_batch % dp_size
-            raise UserError(
+            raise RecipeError(
                 f"{dp_size} data-parallel ranks do not divide the global batch of {global_batch}; "
                 f"use {smaller or dp_size} or {smaller + dp_size}"
             )
@@ -106,22 +106,22 @@ class Batches[T: Example]:
             A warning where `state` does not say what the items were, as those of older checkpoints.
 
         Raises:
-            UserError: the data has another number of items or other items, or the samples are no multiple of the
+            DataError: the data has another number of items or other items, or the samples are no multiple of the
             global batch.
         """
         if state.num_items != len(self._items):
-            raise UserError(
+            raise DataError(
                 f"the checkpoint was made with {state.num_items} items of data and there are "
                 f"{len(self._items)}; resume with the data and the length limits of the first run"
             )
         consumed = state.consumed_samples
         if consumed % self._global_batch:
-            raise UserError(
+            raise DataError(
                 f"the checkpoint has consumed {consumed} samples, no multiple of the global "
                 f"batch of {self._global_batch}; resume with the batch size of the first run"
             )
         if state.digest not in (None, self.digest):
-            raise UserError(
+            raise DataError(
                 f"the checkpoint was made with other data: {len(self._items)} items as now, but of other token ids, "
                 "order, margins or verdicts; put back file, tokenizer and chat template of the first run, or name "
                 "another run.dir to start a new run"

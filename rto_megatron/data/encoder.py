@@ -16,11 +16,11 @@ from rto_megatron.config.inputs import ExampleDataConfig
 from rto_megatron.data.bad_rows import BadRows
 from rto_megatron.data.chat import Exchange, encode_exchange, encode_prompt, encode_text
 from rto_megatron.data.messages import Message
-from rto_megatron.data.soundness import TokenizerError, TokenizerJudge, require_characters
+from rto_megatron.data.soundness import TokenizerJudge, require_characters
 from rto_megatron.data.sources import BadRow, Row, scan_rows
 from rto_megatron.data.template import ChatTemplate, TemplateOptions
 from rto_megatron.data.turns import conversation_of
-from rto_megatron.errors import UserError
+from rto_megatron.errors import DataError, RecipeError, TokenizerError, UserError
 from rto_megatron.types import EndOfSequence
 
 _REASONS = 3  # why rows were bad, in a report
@@ -40,7 +40,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         if self.max_length <= MIN_ANSWER_TOKENS:
-            raise UserError(
+            raise RecipeError(
                 f"data.max_length = {self.max_length} leaves no room for a prompt and an answer of "
                 f"{MIN_ANSWER_TOKENS} tokens; raise it"
             )
@@ -96,7 +96,7 @@ class Loaded[T]:
     report: LoadReport
 
 
-class OverlongError(UserError):
+class OverlongError(DataError):
     """A prompt over its limit, where that is an error whatever happens to bad rows."""
 
 
@@ -232,7 +232,7 @@ def load_rows[T](
 
 def _sound(row: Row | BadRow) -> Row:
     if isinstance(row, BadRow):
-        raise UserError(row.problem)
+        raise DataError(row.problem)
     return row
 
 
@@ -240,7 +240,7 @@ def refuse_rows(source: str, num_rows: int, bad: BadRows, overlong: BadRows | No
     """Does nothing without such rows.
 
     Raises:
-        UserError: names all of them.
+        DataError: names all of them.
     """
     overlong = overlong or BadRows()
     if not bad.number and not overlong.number:
@@ -248,12 +248,12 @@ def refuse_rows(source: str, num_rows: int, bad: BadRows, overlong: BadRows | No
     heading = f"{source}: {bad.number + overlong.number} of the {num_rows} rows that were read cannot be used"
     if 0 < bad.number < num_rows:
         heading += "; mend them, or set data.bad_rows=drop to go on without them"
-    raise UserError("\n  ".join([f"{heading}:", *bad.told(), *overlong.told()]))
+    raise DataError("\n  ".join([f"{heading}:", *bad.told(), *overlong.told()]))
 
 
 def _refuse_nothing(report: LoadReport, max_prompt_tokens: int, dropped_as: str | None) -> None:
     if not report.rows:
-        raise UserError(f"{report.source} holds no row; write it again, or name another file")
+        raise DataError(f"{report.source} holds no row; write it again, or name another file")
     reasons = []
     if report.dropped:
         why = (
@@ -262,4 +262,4 @@ def _refuse_nothing(report: LoadReport, max_prompt_tokens: int, dropped_as: str 
         reasons.append(f"{report.dropped} dropped {why}")
     if report.bad_rows:
         reasons.append("\n  ".join([f"{report.bad_rows} bad:", *report.reasons]))
-    raise UserError(f"{report.source}: no rows to use; {report.rows} read, {', '.join(reasons)}")
+    raise DataError(f"{report.source}: no rows to use; {report.rows} read, {', '.join(reasons)}")

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from rto_megatron.data.chat import encode_text
 from rto_megatron.data.messages import Conversation, Message
 from rto_megatron.data.template import ChatTemplate
-from rto_megatron.errors import UserError, refuse_if
+from rto_megatron.errors import DataError, UserError, refuse_if
 from rto_megatron.types import Demonstration, Example, JudgedResponse, PreferencePair, Prompt
 
 _PROBE = "a"
@@ -136,6 +136,7 @@ def require_rows(
             for token in sorted(first)
         ],
         heading,
+        DataError,
     )
 
 

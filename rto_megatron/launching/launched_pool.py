@@ -11,7 +11,7 @@ import typer
 
 from rto_megatron.config.overrides import as_override
 from rto_megatron.config.schema import EvaluateStage, ReinforcementStage
-from rto_megatron.errors import UserError
+from rto_megatron.errors import MachineError, UserError
 from rto_megatron.generation.vllm.client.server_client import ServerClient
 from rto_megatron.generation.vllm.gate import read_token
 from rto_megatron.generation.vllm.start.server import ServerOptions
@@ -117,7 +117,7 @@ def _sizes(gpus: int, choice: PoolChoice) -> list[int]:
         choice.tensor, choice.servers, choice.gpus or (None if is_counted else max(1, gpus // 2))
     )
     if not 0 < sum(sizes) < gpus:
-        raise UserError(
+        raise MachineError(
             f"this machine has {gpus} GPUs, and the pool's servers would take {sum(sizes)}; the trainer and the pool "
             "need at least one each"
         )

@@ -13,7 +13,7 @@ from rto_megatron.config.checks import find_problems, refuse
 from rto_megatron.config.plan import StagePlan, layout_on, plan_stage
 from rto_megatron.config.roles import roles_of
 from rto_megatron.config.schema import EvaluateStage, ReinforcementStage
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RecipeError
 from rto_megatron.generation.vllm.client.phases import PoolPhases
 from rto_megatron.generation.vllm.client.server_client import ServerClient
 from rto_megatron.generation.vllm.gate import read_token
@@ -164,7 +164,7 @@ def shared_sizes(
     """Tensor-parallel size of each server of a pool on the GPUs of the ranks.
 
     Raises:
-        UserError: a GPU of the pool would have no rank, or trainer and pool do not fit on a GPU together.
+        RecipeError: a GPU of the pool would have no rank, or trainer and pool do not fit on a GPU together.
     """
     if not gpus:
         return tensor_sizes(pool_tensor, pool_servers, None)
@@ -173,7 +173,7 @@ def shared_sizes(
     num_ranks = ranks or gpus
     sizes = tensor_sizes(pool_tensor, pool_servers, pool_gpus or (None if is_counted else num_ranks))
     if sum(sizes) > num_ranks:
-        raise UserError(
+        raise RecipeError(
             f"rollout.colocated: the pool's servers take {sum(sizes)} GPUs, and {num_ranks} have a trainer rank, from "
             "which a server gets its weights; start more ranks or fewer servers"
         )

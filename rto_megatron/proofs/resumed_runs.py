@@ -14,7 +14,7 @@ from pathlib import Path
 from rto_megatron.config import load, schema
 from rto_megatron.config.training import RolloutRunConfig, TrainParallelConfig
 from rto_megatron.engine.saving import point_to
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RecipeError
 from rto_megatron.generation.contract import Sampling
 from rto_megatron.generation.scripted import ScriptedEngine
 from rto_megatron.parallel.collectives import Json
@@ -31,11 +31,11 @@ def read_config(path: Path, overrides: Sequence[str]) -> schema.TrainStage:
     """The stage of a recipe, or of a run folder with the configuration that the run saved.
 
     Raises:
-        UserError: as `load_recipe`; or the stage trains nothing.
+        RecipeError: as `load_recipe`; or the stage trains nothing.
     """
     config = load.load_recipe(path / "config.yaml" if path.is_dir() else path, overrides)
     if not isinstance(config, schema.TrainStage):
-        raise UserError(
+        raise RecipeError(
             f"stage {config.stage} trains nothing, so there is nothing to resume; name a training stage"
         )
     return config

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rto_megatron.engine.finite import EmptyUpdateError, PoisonedError
 from rto_megatron.engine.megatron import Microbatch, Reading, TrainedModel
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RecipeError, UserError
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.reporting.progress import say
 from rto_megatron.trainer.run import Run
@@ -100,7 +100,7 @@ class Guard:
 
         Raises:
             NotFiniteError: on every rank, when updates have been refused so often in a row.
-            UserError: as it, where the last had no token to train on.
+            RecipeError: as it, where the last had no token to train on.
         """
         try:
             yield
@@ -148,7 +148,7 @@ class Guard:
                 f"step {step}: {in_a_row} updates in a row were refused, the last because {refusal}; {path} "
                 f"names all samples. The last checkpoint in {self._run.dir} is sound: {refusal.advice}"
             )
-            raise UserError(message) if isinstance(refusal, EmptyUpdateError) else NotFiniteError(message)
+            raise RecipeError(message) if isinstance(refusal, EmptyUpdateError) else NotFiniteError(message)
 
 
 def _as_it_is[M](loss: Callable[[Tensor, M], LossOutput]) -> Callable[[Tensor, M], LossOutput]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from rto_megatron.config import schema
 from rto_megatron.data.tokenizer import tokenizer_fingerprint
 from rto_megatron.data.true_reward import TrueReward
-from rto_megatron.errors import UserError
+from rto_megatron.errors import DataError
 from rto_megatron.trainer.setup import Setup
 from rto_megatron.types import Metrics, Rollout
 
@@ -28,7 +28,7 @@ def _load(key: str, path: Path | None, setup: Setup) -> TrueReward | None:
     table = TrueReward.load(path)
     folder = setup.sources["policy"].hf_folder
     if tokenizer_fingerprint(folder) != table.tokenizer_fingerprint:
-        raise UserError(
+        raise DataError(
             f"{key}: {path} was written for another tokenizer than the one in {folder}; name the table of the task "
             f"that the policy was trained on"
         )

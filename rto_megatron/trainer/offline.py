@@ -40,7 +40,7 @@ from rto_megatron.engine.megatron import (
     Reading,
     TrainedModel,
 )
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RecipeError
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.reporting.metrics import add, with_margin
 from rto_megatron.reporting.progress import say
@@ -152,7 +152,7 @@ def _train[E: Example, M: Microbatch](
     batches = feed(data, config.batch.train, config.run.seed, topology)
     held_out = _held_out(task, config.data, setup)
     if is_reward and not held_out:
-        raise UserError(
+        raise RecipeError(
             "data.eval is not set; a reward model keeps the mean and std of its scores on held-out pairs"
         )
     hf_files = stage_hf_files(setup.sources["policy"], config.run.dir, role, topology, setup.eos)

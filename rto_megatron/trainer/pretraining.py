@@ -11,7 +11,7 @@ from rto_megatron.config import schema
 from rto_megatron.data.batches import Batches, BatchesState
 from rto_megatron.data.loader import load_texts
 from rto_megatron.data.packing import supervised_microbatches
-from rto_megatron.errors import UserError
+from rto_megatron.errors import DataError
 from rto_megatron.trainer.feed import feed, go_on
 from rto_megatron.trainer.setup import Setup
 from rto_megatron.types import Demonstration, LossOutput, Minibatch, SupervisedMicrobatch
@@ -33,7 +33,7 @@ class Pretraining:
             loaded = load_texts(config.data.pretrain, setup.tokenizer, setup.limits)
             setup.admit(loaded)
             if len(loaded.items) < config.batch.train:
-                raise UserError(
+                raise DataError(
                     f"data.pretrain: {config.data.pretrain} has {len(loaded.items)} texts, and an optimizer step takes "
                     f"as many as responses, batch.train={config.batch.train}; name more texts"
                 )

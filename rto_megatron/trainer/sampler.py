@@ -6,7 +6,7 @@ from typing import Protocol
 from rto_megatron.config import schema
 from rto_megatron.data.batches import Batches, BatchesState
 from rto_megatron.data.loader import load_prompts
-from rto_megatron.errors import UserError
+from rto_megatron.errors import PoolError, UserError
 from rto_megatron.generation.contract import NoServersLeft, RolloutEngine, Sampling
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.trainer.connected_pool import ConnectedPool
@@ -140,11 +140,11 @@ def require_version(rollouts: Sequence[Rollout], version: int) -> None:
     """Refuses rollouts of another policy version.
 
     Raises:
-        UserError: names the first one.
+        PoolError: names the first one.
     """
     for rollout in rollouts:
         if rollout.weight_version != version:
-            raise UserError(
+            raise PoolError(
                 f"rollout {rollout.prompt_id} was sampled by policy version {rollout.weight_version}, "
                 f"expected {version}; nothing was trained on it"
             )

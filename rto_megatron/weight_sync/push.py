@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import PoolError, UserError
 from rto_megatron.generation.contract import AskServers, InferenceServer, NoServersLeft, Unreachable
 from rto_megatron.weight_sync.canary import Canary, check_canary
 from rto_megatron.weight_sync.manifest import Manifest, PieceSource
@@ -142,7 +142,7 @@ class WeightSync:
 
         Raises:
             NoServersLeft: on every rank; no server came through. All are paused and refuse to generate.
-            UserError: on every rank; the trainer's own side is at fault.
+            PoolError: on every rank; the trainer's own side is at fault.
         """
         remaining = tuple(json.loads(self._share(json.dumps(list(servers)))[0]))
         self._lost, self._seconds = {}, {}
@@ -160,7 +160,7 @@ class WeightSync:
                 break
             num_fruitless += len(self._lost) == known
             if num_fruitless > 1:
-                raise UserError(
+                raise PoolError(
                     f"push of weight version {version} failed twice with no server at fault; the pool is paused"
                 )
         pause_s, prepare_s, commit_s, canary_s = (
@@ -229,7 +229,7 @@ class WeightSync:
             gc.collect()  # an error and the frames of its traceback keep each other, and the communicator
         own = [one[1] for one in said if one[0] == "own"]
         if own:
-            raise UserError(
+            raise PoolError(
                 f"push of weight version {version} failed while {doing}; the pool is paused until a push succeeds: "
                 f"{own[0]}"
             )

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from rto_megatron.config import schema
 from rto_megatron.config.load import load_recipe
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RunFolderError
 from rto_megatron.experiments.sample_efficiency import Design
 from rto_megatron.reporting.metrics import read_metrics
 
@@ -47,12 +47,14 @@ def read_curve(root: Path, seed: int, arm: str, factor: float) -> Curve:
     """The metrics of a finished run.
 
     Raises:
-        UserError: the run is not there or not finished.
+        RunFolderError: the run is not there or not finished.
     """
     folder = seed_folder(root, seed) / run_name(arm, factor)
     rows = read_metrics(folder)
     if not (folder / "hf").is_dir() or not rows:
-        raise UserError(f"{folder} is not finished; run the experiment again, it goes on where it stopped")
+        raise RunFolderError(
+            f"{folder} is not finished; run the experiment again, it goes on where it stopped"
+        )
     config = load_recipe(folder / "config.yaml")
     assert isinstance(config, schema.ReinforcementStage)
     names = ("task/true_return", "objective/kl", "rollout/response_tokens")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RunFolderError
 from rto_megatron.experiments.sample_efficiency import Design
 from rto_megatron.experiments.sample_efficiency.arms import ARMS
 from rto_megatron.experiments.sample_efficiency.curves import (
@@ -104,10 +104,10 @@ def true_return(evaluation: Evaluation) -> float:
     """The mean true return, which every evaluation of the synthetic task has.
 
     Raises:
-        UserError: it was taken without the task's table.
+        RunFolderError: it was taken without the task's table.
     """
     if evaluation.true_return is None:
-        raise UserError(
+        raise RunFolderError(
             f"the evaluation {evaluation.name!r} has no true return; set evaluate.true_reward and evaluate it again"
         )
     return evaluation.true_return.mean

@@ -13,7 +13,7 @@ from typing import Self
 
 import httpx
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import PoolError
 from rto_megatron.generation.contract import Unreachable
 from rto_megatron.platform.open_files import refuse_if_out_of_files
 
@@ -25,7 +25,7 @@ Json = str | int | float | bool | None | list["Json"] | dict[str, "Json"]
 ONE_TOKEN: Mapping[str, Json] = {"token_ids": [0], "sampling_params": {"max_tokens": 1}}
 
 
-class RefusedError(UserError):
+class RefusedError(PoolError):
     """The server answered with an HTTP error."""
 
 
