@@ -12,7 +12,11 @@ from rto_megatron.types import LossOutput, PairMicrobatch
 
 
 class Config(BaseModel):
-    """The reward model's loss."""
+    """The reward model's loss.
+
+    Example:
+        algorithm: {margin: true}
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -25,7 +29,11 @@ def reads_margins(config: BaseModel) -> bool:
 
 
 class RewardModel:
-    """L = - log sigmoid(r_chosen - r_rejected [- margin]), mean over pairs."""
+    """L = - log sigmoid(r_chosen - r_rejected [- margin]), mean over pairs.
+
+    Example:
+        RewardModel(Config(margin=True)).loss(values_T, pairs).metrics
+    """
 
     def __init__(self, config: Config) -> None:
         self.config = config

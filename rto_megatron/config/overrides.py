@@ -24,7 +24,11 @@ _NAMES_A_KEY = re.compile(r"\$\{([\w.]+)\}")
 
 @dataclass(frozen=True)
 class Override:
-    """One `key=value`, not yet read."""
+    """One `key=value`, not yet read.
+
+    Example:
+        Override(key="optimizer.lr", value="1e-6")
+    """
 
     key: str
     value: str

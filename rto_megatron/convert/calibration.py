@@ -25,7 +25,11 @@ _COLUMNS = ("prompt", "context_messages", "messages", "chosen", "text", "respons
 
 @dataclass(frozen=True)
 class Prompts:
-    """Ids [1, tokens] of each sequence, and where they came from."""
+    """Ids [1, tokens] of each sequence, and where they came from.
+
+    Example:
+        Prompts(origin="prompts.jsonl", calibration=calibration, held_out=held_out, template_date=None).sha256()
+    """
 
     origin: str
     calibration: tuple[Tensor, ...]

@@ -41,6 +41,9 @@ class Proofs:
     Attributes:
         logits: runs both models; null: not wanted.
         layout: tensor x pipeline ranks of `logits`.
+
+    Example:
+        Proofs(digest=True, logits=None, layout=(2, 1))
     """
 
     digest: bool

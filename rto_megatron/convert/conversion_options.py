@@ -21,6 +21,9 @@ class Options:
         dtype: of the weights that are written; null: that of the source, where it is mixed the one without loss.
         max_file_bytes: of one file, unless a single tensor is larger.
         has_scalar_head: convert a reward model or critic, or a language model; null: what the source is.
+
+    Example:
+        Options(dtype=torch.bfloat16, max_file_bytes=5 * 10**9, has_scalar_head=None)
     """
 
     dtype: torch.dtype | None

@@ -44,7 +44,11 @@ def recorded_digests(folder: Path, dtype: torch.dtype) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """A conversion whose source was checked: every tensor of the model is there, and nothing else but `left_aside`."""
+    """A conversion whose source was checked: every tensor of the model is there, and nothing else but `left_aside`.
+
+    Example:
+        for label, value in plan.rows(): print(label, value)
+    """
 
     direction: str
     source: Path
@@ -85,7 +89,11 @@ class ConversionPlan:
 
 @dataclass(frozen=True)
 class WrittenFolder:
-    """What stands in the new folder beside weights."""
+    """What stands in the new folder beside weights.
+
+    Example:
+        WrittenFolder(tokenizer_files=digests, notes=(), not_finite={}, seconds=12.5)
+    """
 
     tokenizer_files: dict[str, str]  # name -> sha256
     notes: tuple[str, ...]
@@ -95,7 +103,11 @@ class WrittenFolder:
 
 @dataclass(frozen=True)
 class LogitsProof:
-    """The largest difference between Megatron's outputs and transformers', both in float32."""
+    """The largest difference between Megatron's outputs and transformers', both in float32.
+
+    Example:
+        proof.max_difference["logits"] < proof.tolerance
+    """
 
     tensor_parallel: int
     pipeline_parallel: int
@@ -113,7 +125,11 @@ class LogitsProof:
 
 @dataclass(frozen=True)
 class Proof:
-    """What was shown, in words, and the sha256 of every tensor by name where they were compared."""
+    """What was shown, in words, and the sha256 of every tensor by name where they were compared.
+
+    Example:
+        Proof(digests=digests, logits=None, sentences=("all tensors are equal",))
+    """
 
     digests: dict[str, str]
     logits: LogitsProof | None

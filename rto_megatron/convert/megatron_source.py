@@ -27,7 +27,11 @@ _EMBEDDING = "embedding.word_embeddings.weight"
 
 @dataclass(frozen=True)
 class MegatronSource:
-    """One model in Megatron's format, with everything that is needed to read it."""
+    """One model in Megatron's format, with everything that is needed to read it.
+
+    Example:
+        source.shape.num_layers, source.config["model_type"]
+    """
 
     reader: TorchDistReader
     shape: ModelShape

@@ -47,6 +47,9 @@ class Choices:
         num_prompts: sequences that calibrate the input scales.
         max_length: tokens of a sequence.
         seed: of random tokens.
+
+    Example:
+        Choices(format="fp8", prompts="prompts.jsonl", num_prompts=128, max_length=512, seed=0)
     """
 
     format: str
@@ -66,6 +69,9 @@ class QuantizationReport:
         weights_after: the weights of the folder, read back without ModelOpt, against the original.
         template_date: that the chat template printed into the prompts; None: none.
         before_to_after: the last two against each other; next to nothing where the model is float32.
+
+    Example:
+        report.bytes_after / report.bytes_before
     """
 
     source: str

@@ -32,7 +32,11 @@ _SCALE_TOLERANCE = 1e-6  # relative: one division in float32
 
 @dataclass(frozen=True)
 class QuantizedMatrices:
-    """What became of the matrices of a model."""
+    """What became of the matrices of a model.
+
+    Example:
+        QuantizedMatrices(num_quantized=224, kept=("lm_head.weight",))
+    """
 
     num_quantized: int
     kept: tuple[str, ...]

@@ -114,7 +114,12 @@ def tensor_digest(tensor: Tensor) -> str:
 
 
 class Digests:
-    """Collects digests; the tensors must not change until the thread has read them."""
+    """Collects digests; the tensors must not change until the thread has read them.
+
+    Example:
+        digests = Digests()
+        digests.add("lm_head.weight", tensor)
+    """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="digests")

@@ -13,7 +13,11 @@ from rto_megatron.types import Demonstration, Example, JudgedResponse, Preferenc
 
 @dataclass(frozen=True)
 class BatchesState:
-    """Where a walk stands, and over what; what a checkpoint keeps of it."""
+    """Where a walk stands, and over what; what a checkpoint keeps of it.
+
+    Example:
+        BatchesState(consumed_samples=640, num_items=1000)
+    """
 
     consumed_samples: int  # of all ranks
     num_items: int
@@ -27,6 +31,9 @@ class Batches[T: Example]:
     from the r-th on, so neither the global batches nor minibatches cut from them in order depend on n. What
     is left of an epoch after its last full batch is dropped; another shuffle brings it back in later epochs.
     The number of consumed samples is the whole state; the items' number and digest go with it, to know them again.
+
+    Example:
+        Batches(items, global_batch=64, seed=42, dp_rank=0, dp_size=4).next_batch()
     """
 
     def __init__(

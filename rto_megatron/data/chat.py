@@ -22,7 +22,11 @@ from rto_megatron.types import EndOfSequence
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A conversation that waits for the assistant's turn."""
+    """A conversation that waits for the assistant's turn.
+
+    Example:
+        EncodedPrompt(ids=(1, 7, 9), num_thoughts_left_out=0)
+    """
 
     ids: tuple[int, ...]
     num_thoughts_left_out: int  # reasoning of earlier turns that the template does not render
@@ -31,7 +35,11 @@ class EncodedPrompt:
 @dataclass(frozen=True)
 class Exchange:
     """A prompt and one answer to it; the answer holds no end-of-sequence token but its last one, which is one unless a
-    length limit cut the answer."""
+    length limit cut the answer.
+
+    Example:
+        Exchange(prompt_ids=(1, 7), answer_ids=(9, 2), num_cut_tokens=0)
+    """
 
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]

@@ -30,7 +30,11 @@ MIN_ANSWER_TOKENS = 2  # an answer of one token would be nothing but the end of 
 @dataclass(frozen=True)
 class Limits:
     """Length limits in tokens, what happens to a prompt over its limit and to a row that cannot be used, and how
-    conversations are rendered."""
+    conversations are rendered.
+
+    Example:
+        Limits(max_prompt_tokens=512, max_length=1024, overlong="drop")
+    """
 
     max_prompt_tokens: int
     max_length: int  # prompt and answer together; prompts without answers ignore it
@@ -62,7 +66,11 @@ def limits_of(config: schema.Stage, moment: datetime | None = None) -> Limits:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of the rows of one source; all but `source` and `reasons` are counts."""
+    """What became of the rows of one source; all but `source` and `reasons` are counts.
+
+    Example:
+        print(report.summary())
+    """
 
     source: str
     rows: int
@@ -90,7 +98,11 @@ class LoadReport:
 
 @dataclass(frozen=True)
 class Loaded[T]:
-    """Items in the order of the file, and the report."""
+    """Items in the order of the file, and the report.
+
+    Example:
+        num_examples = len(loaded.items)
+    """
 
     items: tuple[T, ...]
     report: LoadReport
@@ -102,7 +114,11 @@ class OverlongError(DataError):
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns what rows say into ids, and counts what becomes of them."""
+    """Turns what rows say into ids, and counts what becomes of them.
+
+    Example:
+        Encoder(tokenizer, limits).prompt(row, messages)
+    """
 
     tokenizer: PreTrainedTokenizerBase
     limits: Limits

@@ -28,6 +28,9 @@ class Part:
     Attributes:
         path: ("tools", number), or ("messages", number, field, ...).
         piece: of the text there: a thought in it, what follows that, or all.
+
+    Example:
+        Part(("messages", 1, "content"), piece="thought").turn == 1
     """
 
     path: _Path

@@ -32,7 +32,11 @@ NUM_ROWS = 1000  # of each file
 
 @dataclass(frozen=True)
 class DataSource:
-    """What a key of the configuration names, and the examples that the stage expects there."""
+    """What a key of the configuration names, and the examples that the stage expects there.
+
+    Example:
+        DataSource(key="data.train", source="pairs.jsonl", wanted="pairs").absence()
+    """
 
     key: str
     source: str

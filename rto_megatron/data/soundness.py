@@ -43,7 +43,11 @@ def require_characters(text: str, where: str) -> str:
 
 
 class TokenizerJudge:
-    """Judges a tokenizer by the texts that a run gives it, each with the ids that it made of them."""
+    """Judges a tokenizer by the texts that a run gives it, each with the ids that it made of them.
+
+    Example:
+        TokenizerJudge(tokenizer).judge("hello", ids, where="prompts.jsonl:1")
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         special = (number for number, token in tokenizer.added_tokens_decoder.items() if token.special)

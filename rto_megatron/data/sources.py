@@ -23,6 +23,9 @@ class Row:
 
     A column that is null is not among its columns: a table that was joined from several has nulls where one of them
     had no such column.
+
+    Example:
+        Row(where="prompts.jsonl:1", columns={"prompt": "hello"})
     """
 
     where: str
@@ -31,7 +34,11 @@ class Row:
 
 @dataclass(frozen=True)
 class BadRow:
-    """A record that could not be read, among others that can."""
+    """A record that could not be read, among others that can.
+
+    Example:
+        BadRow(where="prompts.jsonl:2", problem="not valid JSON")
+    """
 
     where: str
     problem: str

@@ -45,7 +45,11 @@ MAX_POSITIONS = 256
 
 @dataclass(frozen=True)
 class Sizes:
-    """Rows per file."""
+    """Rows per file.
+
+    Example:
+        Sizes(demonstrations=100, pairs=100, prompts=100)
+    """
 
     demonstrations: int = 6000
     eval_demonstrations: int = 256

@@ -30,6 +30,9 @@ class TemplateOptions:
         moment: when the run started, for templates that print the date; None: they print the clock's.
         open_thought: what happens to an answer that does not close the thought which the generation prompt opens.
         allow_non_prefix: take templates whose rendered prompt is not how the rendered conversation begins.
+
+    Example:
+        TemplateOptions(arguments={"enable_thinking": False}, open_thought="keep")
     """
 
     arguments: Mapping[str, object] = field(default_factory=dict)
@@ -58,6 +61,9 @@ class ChatTemplate:
 
     Raises:
         UserError: the template is no Jinja, or `options.arguments` has a name that it does not read.
+
+    Example:
+        ChatTemplate(tokenizer).text(conversation, with_header=True, where="prompts.jsonl:1")
     """
 
     tokenizer: PreTrainedTokenizerBase

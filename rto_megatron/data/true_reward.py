@@ -15,6 +15,9 @@ class TrueReward:
     The class is the one topic token in the prompt, and the token before the first response token is the
     prompt's last. Every token but the end of the sequence also costs `token_cost`; a truncated response gets
     no reward for its end, and what follows an end-of-sequence token counts nothing.
+
+    Example:
+        TrueReward.load(path).returns(prompt_ids, response_ids)
     """
 
     class_of_token: Mapping[int, int]  # topic token id -> class

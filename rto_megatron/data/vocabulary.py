@@ -23,7 +23,11 @@ _TEMPLATE = "which the chat template writes"
 
 @dataclass(frozen=True)
 class Embedding:
-    """The smallest of the embeddings that read a stage's ids."""
+    """The smallest of the embeddings that read a stage's ids.
+
+    Example:
+        Embedding("models.policy", num_rows=32000).lacks(32001)
+    """
 
     where: str  # as messages name its model
     num_rows: int  # vocab_size

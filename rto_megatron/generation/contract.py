@@ -78,6 +78,10 @@ class InferenceServer(Protocol):
     Raises:
         Unreachable: from every method; no usable answer came.
         UserError: from every method; the server did not do it.
+
+    Example:
+        server.pause()
+        server.join(rendezvous, first_rank, manifest)
     """
 
     @property
@@ -127,7 +131,11 @@ class InferenceServer(Protocol):
 
 
 class AskServers(Protocol):
-    """Asks several servers of one engine at the same time."""
+    """Asks several servers of one engine at the same time.
+
+    Example:
+        faults = ask(dict.fromkeys(addresses, 30.0), InferenceServer.pause)
+    """
 
     def __call__(
         self, timeouts: Mapping[str, float], question: Callable[[InferenceServer], object]

@@ -60,7 +60,11 @@ class ScriptedEngine:
 
 
 class RecordedEngine:
-    """Replays rollouts by prompt id and version; see `RolloutEngine` for the contract."""
+    """Replays rollouts by prompt id and version; see `RolloutEngine` for the contract.
+
+    Example:
+        RecordedEngine(rollouts).generate(prompts, sampling, version=3)
+    """
 
     def __init__(self, rollouts: Iterable[Rollout]) -> None:
         self._rollouts = {(one.weight_version, one.prompt_id): one for one in rollouts}

@@ -34,7 +34,11 @@ Prepare = Callable[[int], bool]  # before an attempt, given its number; False: t
 
 
 class Stopping:
-    """What the signals of a launch have asked for; see `listening`."""
+    """What the signals of a launch have asked for; see `listening`.
+
+    Example:
+        signal.signal(signal.SIGTERM, Stopping(run_dir).finish_step)
+    """
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
@@ -112,6 +116,9 @@ class Decision:
     Args:
         status: as the attempt left it, or REPEATED_CRASH.
         tally: for the decision on the next attempt.
+
+    Example:
+        Decision(Next.END, status, tally).is_out_of_restarts
     """
 
     next: Next

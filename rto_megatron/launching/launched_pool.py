@@ -26,7 +26,11 @@ _BACK_WITHIN_S = 600.0  # a server that ended needs so long to start again, at t
 
 @dataclass(frozen=True)
 class PoolChoice:
-    """The pool's options of the command line; None: what fits."""
+    """The pool's options of the command line; None: what fits.
+
+    Example:
+        PoolChoice(gpus=4, servers=2, tensor="2")
+    """
 
     gpus: int | None
     servers: int | None
@@ -34,7 +38,11 @@ class PoolChoice:
 
 
 class LaunchedPool:
-    """A running pool, as seen from the attempts of a run."""
+    """A running pool, as seen from the attempts of a run.
+
+    Example:
+        if pool.prepare(attempt=1): start(pool.arguments)
+    """
 
     def __init__(self, pool: Supervisor, token_file: Path, is_colocated: bool) -> None:
         self._pool = pool

@@ -42,6 +42,9 @@ class Job:
         num_servers: of the whole pool; 0: the stage needs none, or the configuration names its servers.
         pool_options: of `rto pool`, equal on all pool nodes.
         restarts: in a row without a new checkpoint.
+
+    Example:
+        job.write()
     """
 
     config: Stage

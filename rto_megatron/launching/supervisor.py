@@ -39,6 +39,9 @@ class Supervisor:
         servers: each with the options to start it again, its port among them.
         progress: receives lines for the person who waits.
         max_restarts: in a row, per server; then the server is given up.
+
+    Example:
+        Supervisor(servers, progress, max_restarts=5).is_running()
     """
 
     def __init__(

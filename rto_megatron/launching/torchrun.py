@@ -26,6 +26,9 @@ class RankFailure:
 
     Args:
         status: of its process; negative is the number of the signal that ended it.
+
+    Example:
+        RankFailure(rank=1, status=-9).signal_name == "SIGKILL"
     """
 
     rank: int

@@ -70,6 +70,9 @@ class RankEnding:
 
     It turns an error that another rank's end, full memory, a full disk or a time limit caused into a UserError. A bug
     stays the error that it is.
+
+    Example:
+        with RankEnding(run_dir): run_stage(config)
     """
 
     def __init__(self, run_dir: Path) -> None:

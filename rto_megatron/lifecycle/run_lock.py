@@ -41,6 +41,9 @@ class Heartbeat:
         beat: between two beats of a holder.
         gone: without a beat, after which a holder may be gone.
         watch: in which a holder who lives must beat.
+
+    Example:
+        Heartbeat(beat=1.0, gone=10.0, watch=3.0)
     """
 
     beat: float = 15.0
@@ -59,6 +62,9 @@ class Holder:
         job: of SLURM; empty outside.
         turn: how often the job was queued again, and the attempt.
         start: for people.
+
+    Example:
+        print(holder.host, holder.process, holder.job)
     """
 
     owner: str

@@ -13,7 +13,11 @@ NAMED_WEIGHTS = "transformers_weights"  # the file of weights that transformers 
 
 @dataclass(frozen=True)
 class HfConfig:
-    """A parsed config.json that knows where it came from, for errors."""
+    """A parsed config.json that knows where it came from, for errors.
+
+    Example:
+        HfConfig(folder / "config.json", {"model_type": "llama"}).refuse("it has no weights")
+    """
 
     path: Path
     values: dict[str, Any]  # of JSON, checked where it is read

@@ -36,6 +36,9 @@ class SharedGpu:
         num_bytes: of the GPU.
         pool_fraction: what vLLM may take of it for weights, cache and its own activations.
         pool_tensor: tensor-parallel size of a server.
+
+    Example:
+        SharedGpu(num_bytes=80 * 2**30, pool_fraction=0.4).pool_bytes
     """
 
     num_bytes: int
@@ -50,7 +53,11 @@ class SharedGpu:
 
 @dataclass(frozen=True)
 class PhaseMemory:
-    """What a GPU holds in one phase, in bytes; `parts` in the order in which they are shown."""
+    """What a GPU holds in one phase, in bytes; `parts` in the order in which they are shown.
+
+    Example:
+        PhaseMemory("sample", {"weights": 2**34, "cache": 2**33}).total
+    """
 
     name: str
     parts: Mapping[str, int]

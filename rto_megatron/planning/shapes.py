@@ -41,7 +41,11 @@ KNOWN_SHAPES = {
 
 @dataclass(frozen=True)
 class FoundShape:
-    """A shape and where it was taken from."""
+    """A shape and where it was taken from.
+
+    Example:
+        FoundShape(shape, source="config.json", folder=folder)
+    """
 
     shape: ModelShape
     source: str

@@ -16,7 +16,11 @@ from rto_megatron.platform import cpu
 
 @dataclass(frozen=True)
 class Device:
-    """Where this rank computes and how it talks to the others."""
+    """Where this rank computes and how it talks to the others.
+
+    Example:
+        Device(torch.device("cpu"), backend="gloo").is_cuda
+    """
 
     torch_device: torch.device
     backend: Literal["nccl", "gloo"]

@@ -76,7 +76,11 @@ def resumed_run(
 
 
 class ScriptedPool(ScriptedEngine):
-    """Answers by (version, prompt, how often it was asked), wherever a layout asks; notes every request."""
+    """Answers by (version, prompt, how often it was asked), wherever a layout asks; notes every request.
+
+    Example:
+        ScriptedPool(vocab_size=64).generate(prompts, sampling, version=0)
+    """
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__(vocab_size)
@@ -96,7 +100,11 @@ class ScriptedPool(ScriptedEngine):
 
 
 class ScriptedPush:
-    """Tells the script of a new version, without weights."""
+    """Tells the script of a new version, without weights.
+
+    Example:
+        ScriptedPush(ScriptedPool(64))(3)
+    """
 
     def __init__(self, pool: ScriptedPool | None) -> None:
         self._pool = pool

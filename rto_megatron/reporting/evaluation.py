@@ -41,7 +41,11 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One row of the final table."""
+    """One row of the final table.
+
+    Example:
+        print(evaluation.name, evaluation.kl.mean)
+    """
 
     name: str
     true_return: Estimate | None  # None where the task has no known reward

@@ -24,7 +24,11 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies and what it is."""
+    """Where a tensor lies and what it is.
+
+    Example:
+        StoredTensor("model.safetensors", (32000, 64), torch.bfloat16)
+    """
 
     file: str
     shape: tuple[int, ...]
@@ -32,7 +36,11 @@ class StoredTensor:
 
 
 class HfFolder:
-    """All tensors of a folder by name; reading one maps its file's pages, and copies nothing."""
+    """All tensors of a folder by name; reading one maps its file's pages, and copies nothing.
+
+    Example:
+        HfFolder(Path("models/base")).tensor("lm_head.weight")
+    """
 
     def __init__(self, path: Path) -> None:
         """Opens every file and reads its header.

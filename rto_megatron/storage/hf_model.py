@@ -23,7 +23,11 @@ _TRL_HEAD = "v_head.summary.weight"
 
 @dataclass(frozen=True)
 class StoredHead:
-    """Where a folder keeps the scalar head of a reward model or critic."""
+    """Where a folder keeps the scalar head of a reward model or critic.
+
+    Example:
+        StoredHead(weight="score.weight", bias=None)
+    """
 
     weight: str
     bias: str | None
@@ -59,7 +63,11 @@ def find_scalar_head(tensors: HfFolder, config: HfConfig) -> StoredHead | None:
 
 
 class HfModel:
-    """The tensors of one model under the names of its family's map."""
+    """The tensors of one model under the names of its family's map.
+
+    Example:
+        HfModel(Path("models/base"), has_scalar_head=False).require_complete()
+    """
 
     def __init__(self, folder: Path, has_scalar_head: bool | None) -> None:
         """Opens the folder.

@@ -15,7 +15,11 @@ REPORT = "conversion_report.json"
 
 @dataclass(frozen=True)
 class MegatronFolder:
-    """A checkpoint of weights, and the Hugging Face files that belong to it."""
+    """A checkpoint of weights, and the Hugging Face files that belong to it.
+
+    Example:
+        MegatronFolder(weights=path / "iter_0000100", hf_files=None)
+    """
 
     weights: Path
     hf_files: Path | None

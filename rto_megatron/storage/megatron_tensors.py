@@ -17,7 +17,11 @@ HEAD = "output_layer.weight"
 
 
 class MegatronTensors:
-    """Reads whole parameters, one at a time, whatever layout the checkpoint was written in."""
+    """Reads whole parameters, one at a time, whatever layout the checkpoint was written in.
+
+    Example:
+        MegatronTensors(reader, shape, has_scalar_head=False).read("lm_head.weight", (32000, 64))
+    """
 
     def __init__(self, reader: TorchDistReader, shape: ModelShape, has_scalar_head: bool) -> None:
         """Finds every parameter.

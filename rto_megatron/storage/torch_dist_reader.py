@@ -25,7 +25,11 @@ _REMEDY = "the checkpoint is damaged or incomplete; take another copy or an olde
 
 
 class TorchDistReader:
-    """The tensors of one checkpoint folder by entry."""
+    """The tensors of one checkpoint folder by entry.
+
+    Example:
+        TorchDistReader(folder).shape("embedding.word_embeddings.weight")
+    """
 
     def __init__(self, folder: Path) -> None:
         """Reads `.metadata` and compares it with the files.

@@ -31,6 +31,9 @@ class WeightFiles:
         name: the single file, or the index.
         of_tensor: tensor name -> file name, as the index says; null: there is one file alone.
         unread: other files of weights in the folder.
+
+    Example:
+        WeightFiles("model.safetensors", None, unread=()).note()
     """
 
     name: str

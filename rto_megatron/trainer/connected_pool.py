@@ -42,6 +42,9 @@ class SharedGpus:
     Args:
         pool: on the lead, whose servers `phases` moves; not used elsewhere.
         timeout_s: of one move of one server.
+
+    Example:
+        shared.give_to_pool()
     """
 
     def __init__(
@@ -93,6 +96,9 @@ class PolicyPush:
         pool: on replica leads; None elsewhere. It samples from the servers that the last push proved.
         tolerance: largest canary difference in nats.
         shared: where trainer and pool have the same GPUs.
+
+    Example:
+        seconds = PolicyPush(policy, sync, pool, tolerance=0.05)(3)
     """
 
     def __init__(
@@ -190,7 +196,11 @@ class PolicyPush:
 
 
 class Push(Protocol):
-    """Makes whatever samples hold the present weights as a version."""
+    """Makes whatever samples hold the present weights as a version.
+
+    Example:
+        metrics = push(3)
+    """
 
     def __call__(self, version: int) -> dict[str, float]:
         """See `PolicyPush.__call__`."""
@@ -206,7 +216,7 @@ class ConnectedPool:
     """The pool as the loop sees it.
 
     Example:
-        ConnectedPool(ScriptedEngine(40), push)
+        ConnectedPool(engine, push)
     """
 
     engine: RolloutEngine | None  # on replica leads

@@ -21,7 +21,11 @@ SKIPPED = "update/skipped_fraction"
 
 
 class LossChange(Protocol):
-    """Makes another loss of a loss, whatever it reads."""
+    """Makes another loss of a loss, whatever it reads.
+
+    Example:
+        changed = change(loss)
+    """
 
     def __call__[M](self, loss: Callable[[Tensor, M], LossOutput]) -> Callable[[Tensor, M], LossOutput]:
         """The loss to take in its place."""
@@ -29,7 +33,12 @@ class LossChange(Protocol):
 
 
 class Update(Protocol):
-    """One model's part of an optimizer step."""
+    """One model's part of an optimizer step.
+
+    Example:
+        update.gradients(change)
+        update.apply()
+    """
 
     @property
     def is_paced(self) -> bool:
@@ -54,6 +63,9 @@ class ModelUpdate[M: Microbatch]:
         names: ids of the samples of each micro-batch.
         reading: what the loss sees of the model; None: log-probs, or values with a scalar head.
         is_paced: see `Update`.
+
+    Example:
+        ModelUpdate(policy, microbatches, loss, names, lr=1e-6)
     """
 
     model: TrainedModel
@@ -87,6 +99,9 @@ class Guard:
     Args:
         run: its folder and metrics.
         max_skipped: refusals in a row that end the run.
+
+    Example:
+        Guard(run, max_skipped=3, topology=topology).step([update])
     """
 
     def __init__(self, run: Run, max_skipped: int, topology: Topology) -> None:

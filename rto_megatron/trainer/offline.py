@@ -75,7 +75,11 @@ type Load[E: Example] = Callable[
 
 @dataclass(frozen=True)
 class Task[E: Example, M: Microbatch]:
-    """What one offline stage does with a global batch of examples E, as micro-batches M."""
+    """What one offline stage does with a global batch of examples E, as micro-batches M.
+
+    Example:
+        microbatches = task.microbatches(examples, step)
+    """
 
     load: Load[E]
     size: Callable[[Sequence[E]], int]  # response tokens, pairs or answers: what a loss is divided by
@@ -89,7 +93,11 @@ class Task[E: Example, M: Microbatch]:
 
 @dataclass(frozen=True)
 class Trainee:
-    """The model in training and what it is compared with."""
+    """The model in training and what it is compared with.
+
+    Example:
+        Trainee("policy", model, reference=None)
+    """
 
     role: str
     model: TrainedModel

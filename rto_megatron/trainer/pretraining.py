@@ -23,6 +23,9 @@ class Pretraining:
     """Gives every optimizer step as many texts as it has responses; without texts it adds nothing.
 
     Source: OpenRLHF 0.4.4, trainer/ppo_trainer.py:training_step_actor (both gradients before one optimizer step).
+
+    Example:
+        texts = Pretraining(config, setup).microbatches()
     """
 
     def __init__(self, config: schema.ReinforcementStage, setup: Setup) -> None:

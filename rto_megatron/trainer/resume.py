@@ -44,7 +44,11 @@ _WHOLE = ("data.template",)
 
 @dataclass(frozen=True)
 class LoopState:
-    """What the next step needs beside the models, in a resumed run as in an undisturbed one."""
+    """What the next step needs beside the models, in a resumed run as in an undisturbed one.
+
+    Example:
+        LoopState(data=batches.state(), kl=controller.state()).to_json()
+    """
 
     data: BatchesState
     # A loop without texts writes an empty mapping.
@@ -60,7 +64,11 @@ class LoopState:
 
 @dataclass(frozen=True)
 class RunState:
-    """What a checkpoint keeps of its run: <checkpoint>/state.json, in which the loop's part lies flat."""
+    """What a checkpoint keeps of its run: <checkpoint>/state.json, in which the loop's part lies flat.
+
+    Example:
+        RunState(step=100, loop=loop).to_json()
+    """
 
     step: int
     loop: LoopState

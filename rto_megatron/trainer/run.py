@@ -38,6 +38,9 @@ class Run:
     Raises:
         CheckpointError: the newest checkpoint of the run folder is damaged.
         UserError: it is of a longer or differently configured run.
+
+    Example:
+        for step in run.steps(): run.log(train(step))
     """
 
     def __init__(

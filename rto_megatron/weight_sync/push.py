@@ -101,6 +101,9 @@ class WeightSync:
         is_shared: the pool is on the trainer's GPUs; buckets then travel through shared memory, and every trainer
             rank is a sender.
         open_end: makes a sender's end of the wire.
+
+    Example:
+        times = sync.push(version=3, servers=servers, canary=canary)
     """
 
     def __init__(

@@ -26,6 +26,9 @@ class Sender:
     Args:
         manifest: equal on all ranks.
         communicator: joined; this sender's rank in it is its sender index.
+
+    Example:
+        Sender(manifest, communicator).send(version=3, pieces=pieces)
     """
 
     def __init__(self, manifest: Manifest, communicator: Communicator) -> None:

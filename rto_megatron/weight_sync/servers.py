@@ -16,6 +16,9 @@ class Servers:
     Args:
         ask: of the engine that the servers run.
         timeout_s: limit of each phase of a push.
+
+    Example:
+        sizes, faults = Servers(ask, timeout_s=30.0).sizes(addresses)
     """
 
     def __init__(self, ask: AskServers, timeout_s: float) -> None:

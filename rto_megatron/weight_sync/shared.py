@@ -60,7 +60,11 @@ def partners(memories: Sequence[str], num_senders: int) -> dict[int, int]:
 
 
 class TrainerWire:
-    """A trainer rank's end; see `transport.Wire`."""
+    """A trainer rank's end; see `transport.Wire`.
+
+    Example:
+        TrainerWire(words, meeting, device).send_buffers(num_bytes=2**28)
+    """
 
     def __init__(self, words: Words, meeting: Rendezvous, device: torch.device) -> None:
         self.memory = memory_of(device)
@@ -134,7 +138,11 @@ class _Offered:
 
 
 class WorkerWire:
-    """A worker's end; see `transport.Wire`."""
+    """A worker's end; see `transport.Wire`.
+
+    Example:
+        slot = WorkerWire(words, meeting, device).slot(0)
+    """
 
     def __init__(self, words: Words, meeting: Rendezvous, device: torch.device) -> None:
         self.memory = memory_of(device)
@@ -208,7 +216,11 @@ type IpcHandle = tuple[bytes | int | bool, ...]
 
 
 class Window(Protocol):
-    """Shared memory of this process, shared for as long as this object lives."""
+    """Shared memory of this process, shared for as long as this object lives.
+
+    Example:
+        other_end.open(window.handle())
+    """
 
     memory: Tensor  # uint8
 
@@ -218,7 +230,11 @@ class Window(Protocol):
 
 
 class HostWindow:
-    """Host memory."""
+    """Host memory.
+
+    Example:
+        HostWindow(num_bytes=2**28).handle()
+    """
 
     def __init__(self, num_bytes: int) -> None:
         self._file = os.memfd_create("rto-window", os.MFD_CLOEXEC)
@@ -232,7 +248,11 @@ class HostWindow:
 
 
 class DeviceWindow:
-    """Memory of one GPU."""
+    """Memory of one GPU.
+
+    Example:
+        DeviceWindow(num_bytes=2**28, device=device).handle()
+    """
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         self.memory = torch.empty(num_bytes, dtype=torch.uint8, device=device)

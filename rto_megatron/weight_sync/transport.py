@@ -77,7 +77,12 @@ def listen(host: str) -> socket.socket:
 
 
 class Wire(Protocol):
-    """How tensors travel; used by `Communicator` alone. May raise RuntimeError wherever a peer can be lost."""
+    """How tensors travel; used by `Communicator` alone. May raise RuntimeError wherever a peer can be lost.
+
+    Example:
+        wire.join(memories)
+        wire.start(buffer, source=0)
+    """
 
     @property
     def memory(self) -> str:
@@ -108,7 +113,11 @@ class _Group(Protocol):
 
 
 class NetworkWire:
-    """Broadcasts among the first `world_size` ranks."""
+    """Broadcasts among the first `world_size` ranks.
+
+    Example:
+        NetworkWire(words, meeting, world_size=3, device=device).join(memories)
+    """
 
     memory = ""
 
@@ -167,6 +176,9 @@ class Communicator:
 
     Raises:
         TransportError: rank 0's store cannot be reached.
+
+    Example:
+        Communicator(meeting, rank=0, device=device).join()
     """
 
     def __init__(
@@ -303,7 +315,11 @@ class Communicator:
 
 @dataclass(frozen=True)
 class Broadcast:
-    """One that was begun; `deadline` is in monotonic seconds."""
+    """One that was begun; `deadline` is in monotonic seconds.
+
+    Example:
+        communicator.finish(Broadcast(in_flight, source=0, deadline=deadline))
+    """
 
     in_flight: InFlight
     source: int

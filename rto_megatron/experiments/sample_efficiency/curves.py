@@ -17,7 +17,11 @@ Series = NDArray[np.floating]
 
 @dataclass(frozen=True)
 class Curve:
-    """One run. Entry i is of the responses of step i, sampled by the policy before that step's update."""
+    """One run. Entry i is of the responses of step i, sampled by the policy before that step's update.
+
+    Example:
+        curve.smoothed(window=5).returns[-1]
+    """
 
     episodes: Series  # sampled up to and including step i
     returns: Series  # true return, mean over the responses of the step

@@ -32,7 +32,11 @@ _OFFLINE = ("sft", "reward_model", "dpo")
 
 @dataclass(frozen=True)
 class Lane:
-    """One process with one inference server of its own."""
+    """One process with one inference server of its own.
+
+    Example:
+        lane.tune(design, design.tuning_seeds)
+    """
 
     root: Path
     recipes: Path

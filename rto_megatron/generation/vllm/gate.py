@@ -32,7 +32,11 @@ Header = tuple[bytes, bytes]
 
 
 class Engine(Protocol):
-    """What vLLM's client of the engine process tells; `errored` stays true once that process has ended."""
+    """What vLLM's client of the engine process tells; `errored` stays true once that process has ended.
+
+    Example:
+        if engine.errored: answer(503)
+    """
 
     @property
     def errored(self) -> bool: ...
@@ -70,7 +74,11 @@ def read_token(token_file: Path) -> str:
 
 
 class BearerGate:
-    """ASGI middleware that passes lifespan events and requests with one right `Authorization` header."""
+    """ASGI middleware that passes lifespan events and requests with one right `Authorization` header.
+
+    Example:
+        app = BearerGate(app)
+    """
 
     def __init__(self, app: Application, look_s: float = _LOOK_S) -> None:
         self._app = app

@@ -21,6 +21,9 @@ class Members:
 
     Raises:
         UserError: no server given.
+
+    Example:
+        Members(["http://127.0.0.1:8000"]).serving
     """
 
     def __init__(self, servers: Sequence[str], announce: Announce = silent) -> None:

@@ -33,6 +33,9 @@ class Move:
         route: of the server, which does it.
         status: what the answer must say: vLLM answers 200 to a move that it did not make.
         check: further proof that it was made.
+
+    Example:
+        move.route, [phase.value for phase in move.sources]
     """
 
     name: str
@@ -73,6 +76,9 @@ class PoolPhases:
     """Moves servers through their phases and refuses a move out of turn; for the one rank that drives the pool.
 
     Different servers may be moved at the same time from different threads.
+
+    Example:
+        PoolPhases().of("http://127.0.0.1:8000") is Phase.UNSURE
     """
 
     def __init__(self) -> None:

@@ -90,7 +90,11 @@ def certificates() -> ssl.SSLContext:
 
 
 class ServerClient:
-    """Blocking requests to one server, for control and for single tokens."""
+    """Blocking requests to one server, for control and for single tokens.
+
+    Example:
+        ServerClient("http://127.0.0.1:8000", token, timeout_s=30.0).check_alive()
+    """
 
     def __init__(self, address: str, token: str, timeout_s: float) -> None:
         self.address = address

@@ -92,7 +92,11 @@ class ServerOptions:
 
 @dataclass(frozen=True)
 class Server:
-    """A started server process, the leader of its own process group."""
+    """A started server process, the leader of its own process group.
+
+    Example:
+        print(server.address, server.why_it_ended())
+    """
 
     address: str
     process: subprocess.Popen[bytes]
