@@ -23,11 +23,6 @@ class Config(BaseModel):
     margin: bool = Field(default=False, description="subtract each pair's `margin` inside the log-sigmoid")
 
 
-def reads_margins(config: BaseModel) -> bool:
-    """Whether the method of a configuration takes the pairs' margins into its loss; no other method does."""
-    return isinstance(config, Config) and config.margin
-
-
 class RewardModel:
     """L = - log sigmoid(r_chosen - r_rejected [- margin]), mean over pairs.
 

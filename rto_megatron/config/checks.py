@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from rto_megatron.algorithms import ALGORITHMS
 from rto_megatron.algorithms.kl_controller import smallest_horizon
 from rto_megatron.algorithms.method import OfflineMethod
-from rto_megatron.algorithms.reinforcement import RewardConfig
 from rto_megatron.config.facts import Facts, facts_of
 from rto_megatron.config.plan import layout_on
 from rto_megatron.config.roles import OPTIONAL_ROLES, allowed_roles, needs_dpo
@@ -30,7 +29,7 @@ def find_problems(
         *_layout(config, world_size, origin),
         *model_problems(config),
         *_lengths(config, max_positions),
-        *_kl_horizon(facts_of(config).online),
+        *_kl_horizon(facts_of(config)),
         *_pool_servers(facts_of(config).pool),
     ]
 
@@ -186,11 +185,11 @@ def _lengths(config: Stage, max_positions: Mapping[str, int]) -> list[str]:
     return problems
 
 
-def _kl_horizon(config: ReinforcementStage | None) -> list[str]:
-    if config is None or not isinstance(config.algorithm, RewardConfig):
+def _kl_horizon(facts: Facts) -> list[str]:
+    if facts.online is None or facts.kl_reward is None:
         return []
-    horizon, responses = config.algorithm.kl_horizon, config.responses_per_step
-    if config.algorithm.kl_target is None or horizon >= smallest_horizon(responses):
+    horizon, responses = facts.kl_reward.kl_horizon, facts.online.responses_per_step
+    if facts.kl_reward.kl_target is None or horizon >= smallest_horizon(responses):
         return []
     return [
         f"algorithm.kl_horizon={horizon} is not above 0.2 x {responses}, the responses of a rollout step: one could "

@@ -65,6 +65,19 @@ def load_recipe(recipe: Path, overrides: Sequence[str] = ()) -> Stage:
     return _validate(STAGES[name], tree, origin)
 
 
+def load_stage[S: Stage](recipe: Path, kind: type[S], overrides: Sequence[str] = ()) -> S:
+    """Does what `load_recipe` does, for a caller that runs one kind of stage alone.
+
+    Raises:
+        RecipeError: as `load_recipe`; or the recipe is of another kind.
+    """
+    config = load_recipe(recipe, overrides)
+    if not isinstance(config, kind):
+        known = ", ".join(name for name, stage in STAGES.items() if issubclass(stage, kind))
+        raise RecipeError(f"{recipe}: found stage {config.stage}; expected one of {known}")
+    return config
+
+
 def dump(config: BaseModel) -> str:
     """The resolved configuration as YAML that `load_recipe` reads back to an equal configuration."""
     # OmegaConf reads 1e5 as a number, which YAML 1.1 takes for text: its own writer quotes such text.

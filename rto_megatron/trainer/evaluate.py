@@ -34,7 +34,7 @@ def evaluate(config: schema.EvaluateStage, topology: Topology) -> None:
             tokenizer, or a replica would have no prompt.
     """
     setup = prepare_stage(config, topology)
-    table = known_reward(config, setup)
+    table = known_reward("evaluate.true_reward", config.evaluate.true_reward, setup)
     policy = build_frozen("policy", setup.sources["policy"], False, config.precision, topology)
     reference = build_frozen("reference", setup.sources["reference"], False, config.precision, topology)
     loaded = load_prompts(config.data.eval, setup.tokenizer, setup.limits, config.data.eval_samples)

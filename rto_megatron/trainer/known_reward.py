@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from rto_megatron.config import schema
 from rto_megatron.data.tokenizer import tokenizer_fingerprint
 from rto_megatron.data.true_reward import TrueReward
 from rto_megatron.errors import DataError
@@ -11,18 +10,15 @@ from rto_megatron.trainer.setup import Setup
 from rto_megatron.types import Metrics, Rollout
 
 
-def known_reward(config: schema.ReinforcementStage | schema.EvaluateStage, setup: Setup) -> TrueReward | None:
-    """The table that the configuration names, in the ids of the policy's tokenizer.
+def known_reward(key: str, path: Path | None, setup: Setup) -> TrueReward | None:
+    """The table that the configuration names, in the ids of the policy's tokenizer; None: it names none.
+
+    Args:
+        key: of the recipe, for errors.
 
     Raises:
-        UserError: it is missing, damaged or of another tokenizer.
+        DataError: it is missing, damaged or of another tokenizer.
     """
-    if isinstance(config, schema.EvaluateStage):
-        return _load("evaluate.true_reward", config.evaluate.true_reward, setup)
-    return _load("data.true_reward", config.data.true_reward, setup)
-
-
-def _load(key: str, path: Path | None, setup: Setup) -> TrueReward | None:
     if path is None:
         return None
     table = TrueReward.load(path)

@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from rto_megatron.algorithms import ALGORITHMS, kto
 from rto_megatron.algorithms.method import Method, OfflineMethod
-from rto_megatron.algorithms.reward_model import reads_margins, reward_statistics
+from rto_megatron.algorithms.reward_model import reward_statistics
 from rto_megatron.config import schema
+from rto_megatron.config.facts import facts_of
 from rto_megatron.config.inputs import ExampleDataConfig
 from rto_megatron.config.learning_rate import learning_rate
 from rto_megatron.data.encoder import Limits, Loaded
@@ -116,7 +117,7 @@ def train_offline(config: schema.OfflineStage, topology: Topology) -> None:
             config, setup, trainee, judgement_task(method.build(config.algorithm).loss, setup.layout, trainee)
         )
     elif _reads_pairs(method):
-        load = partial(load_pairs, has_margins=reads_margins(config.algorithm))
+        load = partial(load_pairs, has_margins=facts_of(config).reads_margins)
         loss = method.build(config.algorithm).loss
         if method.outputs == "divergence":
             _train(config, setup, trainee, divergence_task(load, loss, setup.layout, trainee))
@@ -137,7 +138,7 @@ def _reads_judgements(method: Method) -> TypeGuard[OfflineMethod[JudgedMicrobatc
 
 
 def _build(config: schema.OfflineStage, setup: Setup) -> Trainee:
-    is_reward, sources = isinstance(config, schema.RewardModelStage), setup.sources
+    is_reward, sources = facts_of(config).is_reward_model, setup.sources
     role = "reward" if is_reward else "policy"
     model = build_trained(
         role, sources["policy"], is_reward, config.precision, config.optimizer, setup.topology, config.run.seed,
@@ -154,7 +155,7 @@ def _train[E: Example, M: Microbatch](
     config: schema.OfflineStage, setup: Setup, trainee: Trainee, task: Task[E, M]
 ) -> None:
     topology, role, model = setup.topology, trainee.role, trainee.model
-    is_reward = isinstance(config, schema.RewardModelStage)
+    is_reward = facts_of(config).is_reward_model
     data = task.load(config.data.train, setup.tokenizer, setup.limits, None, setup.eos)
     setup.admit(data)
     batches = feed(data, config.batch.train, config.run.seed, topology)

@@ -54,7 +54,7 @@ def train_online(
     prompts, pretraining = load_batches(config, setup), Pretraining(config, setup)
     run = open_run(config, setup, roles, config.run.steps or prompts.batches_per_epoch)
     refuse_idle_policy(algorithm, run.num_steps)
-    kl, table = algorithm.kl_controller, known_reward(config, setup)
+    kl, table = algorithm.kl_controller, known_reward("data.true_reward", config.data.true_reward, setup)
     sampler = parts.sampler(config, setup, prompts, pool or connect_pool(config.rollout, roles.policy))
     if run.state is not None:
         sampler.restore(run.state.data)

@@ -26,18 +26,19 @@ def run_stage(config: schema.Stage) -> None:
     """
     _refuse_lone_task()
     with ranks(prepare(), config.parallel, config.run.seed, _collective_timeout(config)) as topology:
-        if isinstance(config, schema.EvaluateStage):
+        facts = facts_of(config)
+        if facts.evaluation is not None:
             from rto_megatron.trainer.evaluate import evaluate
 
-            evaluate(config, topology)
-        elif isinstance(config, schema.ReinforcementStage):
+            evaluate(facts.evaluation, topology)
+        elif facts.online is not None:
             from rto_megatron.trainer.online import train_online
 
-            train_online(config, topology)
-        elif isinstance(config, schema.OfflineStage):
+            train_online(facts.online, topology)
+        elif facts.offline is not None:
             from rto_megatron.trainer.offline import train_offline
 
-            train_offline(config, topology)
+            train_offline(facts.offline, topology)
 
 
 def _refuse_lone_task() -> None:

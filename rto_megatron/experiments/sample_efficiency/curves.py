@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rto_megatron.config import schema
-from rto_megatron.config.load import load_recipe
+from rto_megatron.config.load import load_stage
 from rto_megatron.errors import RunFolderError
 from rto_megatron.experiments.sample_efficiency import Design
 from rto_megatron.reporting.metrics import read_metrics
@@ -59,8 +59,7 @@ def read_curve(root: Path, seed: int, arm: str, factor: float) -> Curve:
         raise RunFolderError(
             f"{folder} is not finished; run the experiment again, it goes on where it stopped"
         )
-    config = load_recipe(folder / "config.yaml")
-    assert isinstance(config, schema.ReinforcementStage)
+    config = load_stage(folder / "config.yaml", schema.ReinforcementStage)
     names = ("task/true_return", "objective/kl", "rollout/response_tokens")
     returns, kl, tokens = (np.array([row[name] for row in rows]) for name in names)
     return Curve(config.responses_per_step * np.arange(1.0, len(rows) + 1), returns, kl, tokens)
