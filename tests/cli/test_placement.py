@@ -2,7 +2,7 @@
 
 import pytest
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RecipeError, UserError
 from rto_megatron.launching.launched_pool import PoolChoice, _sizes
 from rto_megatron.planning.placement import place, tensor_sizes
 
@@ -47,7 +47,7 @@ def test_what_does_not_fit_is_refused(
 
 
 def test_one_server_of_two_gpus_needs_both() -> None:
-    with pytest.raises(UserError, match="need 2 GPUs, and the pool has 1"):
+    with pytest.raises(RecipeError, match="need 2 GPUs, and the pool has 1"):
         tensor_sizes("2", 1, 1)
 
 
