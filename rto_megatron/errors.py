@@ -14,8 +14,7 @@ class UserError(ValueError):
     has none: whatever cannot work, the run is over, and its message says what to change.
 
     Example:
-        try: config = load_recipe(recipe)
-        except UserError as error: print(error, error.reason)
+        UserError("run.steps=0; expected 1 or more").about("rto.yaml").reason == "CONFIG"
     """
 
     reason: str = "CONFIG"
@@ -29,7 +28,7 @@ class RecipeError(UserError):
     """Keys of a recipe, or arguments of a command, cannot work, alone or together.
 
     Example:
-        raise RecipeError("run.steps=0; expected 1 or more")
+        RecipeError("run.steps=0; expected 1 or more")
     """
 
 
@@ -37,7 +36,7 @@ class DataError(UserError):
     """Rows, a file of data, or how both fit tokenizer and batch.
 
     Example:
-        raise DataError("pairs.jsonl:7: column 'chosen' is None, expected text; mend the row")
+        DataError("pairs.jsonl:7: column 'chosen' is None, expected text; mend the row")
     """
 
 
@@ -45,7 +44,7 @@ class TokenizerError(DataError):
     """The tokenizer or its chat template is not sound, whatever row it was seen on.
 
     Example:
-        raise TokenizerError("the tokenizer in models/base has no end-of-sequence token; set eos_token")
+        TokenizerError("the tokenizer in models/base has no end-of-sequence token; set eos_token")
     """
 
 
@@ -53,7 +52,7 @@ class ModelFolderError(UserError):
     """A folder with a model, of Hugging Face, Megatron-LM or a run, cannot be read, or holds another model.
 
     Example:
-        raise ModelFolderError("models/base has neither model.safetensors nor an index; download it again")
+        ModelFolderError("models/base has neither model.safetensors nor an index; download it again")
     """
 
 
@@ -61,7 +60,7 @@ class RunFolderError(UserError):
     """The folder of a run or evaluation is in use, is of another run, or lacks what is asked of it.
 
     Example:
-        raise RunFolderError("runs/rto is in use by process 71 on host-a; name another run.dir")
+        RunFolderError("runs/rto is in use by process 71 on host-a; name another run.dir")
     """
 
 
@@ -69,7 +68,7 @@ class ConversionError(UserError):
     """A conversion is not possible, or what it wrote is not what it read.
 
     Example:
-        raise ConversionError("models/new exists already; name a new folder")
+        ConversionError("models/new exists already; name a new folder")
     """
 
 
@@ -77,7 +76,7 @@ class PoolError(UserError):
     """An inference server, or the push of weights to the servers, failed.
 
     Example:
-        raise PoolError("inference server http://10.0.0.2:8000 holds weight version 3, expected 4")
+        PoolError("inference server http://10.0.0.2:8000 holds weight version 3, expected 4")
     """
 
 
@@ -85,7 +84,7 @@ class MachineError(UserError):
     """The machine or its packages are in the way: ports, disk, GPUs, the environment of the process.
 
     Example:
-        raise MachineError("cannot listen on 127.0.0.1:8000; stop what uses it or choose another port")
+        MachineError("cannot listen on 127.0.0.1:8000; stop what uses it or choose another port")
     """
 
 

@@ -5,13 +5,14 @@ import builtins
 import importlib
 import textwrap
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 import yaml
 from pydantic import BaseModel
+from test_house import ROOT, TREES, name, room_of
 
-ROOT = Path(__file__).parent.parent
-FILES = sorted((ROOT / "rto_megatron").rglob("*.py"))
 SECTIONS = ("algorithms", "config")  # the rooms whose classes a recipe fills
 # What an exception says stands where it is raised, and an enumeration's members are the example.
 NO_EXAMPLE = ("Error", "Exception", "Enum")
@@ -124,12 +125,17 @@ def problems_of_section(text: str, section: type[BaseModel]) -> list[str]:
     return found
 
 
+def module_of(path: Path) -> ModuleType:
+    return importlib.import_module(
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    )
+
+
 def section_of(path: Path, node: ast.ClassDef) -> type[BaseModel] | None:
     """The class of a recipe's keys; None: it is no such class."""
-    place = path.relative_to(ROOT).with_suffix("").parts
-    if place[1] not in SECTIONS:
+    if name(path).split("/")[0] not in SECTIONS:
         return None
-    kind = getattr(importlib.import_module(".".join(place).removesuffix(".__init__")), node.name)
+    kind = vars(module_of(path))[node.name]
     return kind if issubclass(kind, BaseModel) and kind.model_fields else None
 
 
@@ -149,17 +155,39 @@ def problems(path: Path, tree: ast.Module, exceptions: set[str]) -> list[str]:
 
 
 def test_every_public_class_has_an_example_that_fits_it() -> None:
-    trees = {path: ast.parse(path.read_text()) for path in FILES}
-    classes = [node for tree in trees.values() for node in tree.body if isinstance(node, ast.ClassDef)]
+    classes = [node for tree in TREES.values() for node in tree.body if isinstance(node, ast.ClassDef)]
     exceptions: set[str] = set()
     while grown := {node.name for node in classes if not needs_example(node, exceptions)} - exceptions:
         exceptions |= grown
     found = [
         f"{path.relative_to(ROOT)}: {wrong}"
-        for path, tree in trees.items()
+        for path, tree in TREES.items()
         for wrong in problems(path, tree, exceptions)
     ]
     assert not found, "\n".join(found)
+
+
+def runs_with(names: set[str], text: str) -> bool:
+    """Whether it reads these names alone: what needs a pool, a model or ranks does not run here."""
+    read = (
+        one
+        for one in ast.walk(ast.parse(text))
+        if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Load)
+    )
+    return {one.id for one in read} <= names
+
+
+def test_examples_run_where_they_need_nothing_but_the_module() -> None:
+    for path, tree in TREES.items():
+        if room_of(path) == "generation/vllm/worker":  # vLLM takes as long to import as all of the rest
+            continue
+        known = known_names(tree) | {"tensor"}
+        for node in filter(is_public, tree.body):
+            assert isinstance(node, ast.ClassDef)
+            text = example_of(node)
+            if text and section_of(path, node) is None and runs_with(known, text):
+                values = {**vars(module_of(path)), "tensor": torch.tensor}
+                exec(compile(text, f"{name(path)}:{node.name}", "exec"), values)
 
 
 _MODULE = '''

@@ -34,7 +34,7 @@ class DataSource:
     """What a key of the configuration names, and the examples that the stage expects there.
 
     Example:
-        DataSource(key="data.train", source="pairs.jsonl", wanted="pairs").absence()
+        DataSource(key="data.train", source="pairs.jsonl", wanted="pairs").absence
     """
 
     key: str

@@ -121,9 +121,10 @@ def find_sources(config: schema.Stage) -> dict[str, WeightSource]:
     if len(problems) == 1:
         raise problems[0]
     checks.refuse(map(str, problems), ModelFolderError)
-    checks.refuse(
+    own_code = [
         f"models.{role}: {problem}"
         for role, source in sources.items()
         for problem in code_problems(source.hf_folder)
-    )
+    ]
+    checks.refuse(own_code, ModelFolderError)
     return sources

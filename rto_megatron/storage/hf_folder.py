@@ -39,7 +39,7 @@ class HfFolder:
     """All tensors of a folder by name; reading one maps its file's pages, and copies nothing.
 
     Example:
-        HfFolder(Path("models/base")).tensor("lm_head.weight")
+        HfFolder(folder).tensor("lm_head.weight")
     """
 
     def __init__(self, path: Path) -> None:

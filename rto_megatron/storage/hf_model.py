@@ -66,7 +66,7 @@ class HfModel:
     """The tensors of one model under the names of its family's map.
 
     Example:
-        HfModel(Path("models/base"), has_scalar_head=False).require_complete()
+        HfModel(folder, has_scalar_head=False).require_complete()
     """
 
     def __init__(self, folder: Path, has_scalar_head: bool | None) -> None:

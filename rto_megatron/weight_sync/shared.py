@@ -233,7 +233,7 @@ class HostWindow:
     """Host memory.
 
     Example:
-        HostWindow(num_bytes=2**28).handle()
+        HostWindow(num_bytes=4096).handle()
     """
 
     def __init__(self, num_bytes: int) -> None:

@@ -131,10 +131,13 @@ def start_server(options: ServerOptions) -> Server:
     """
     if not (options.model / "config.json").is_file():
         raise ModelFolderError(f"{misnamed(options.model)}; rollout servers need a Hugging Face model folder")
-    problems = [*code_problems(options.model), *environment_problems([options.tensor_parallel], os.environ)]
-    if options.load_weights:
-        problems += pattern_problems(options.model)
-    refuse_if(problems, "the pool does not start", MachineError)
+    of_model = [
+        *code_problems(options.model),
+        *(pattern_problems(options.model) if options.load_weights else []),
+    ]
+    of_machine = environment_problems([options.tensor_parallel], os.environ)
+    kind = ModelFolderError if of_model else MachineError
+    refuse_if([*of_model, *of_machine], "the pool does not start", kind)
     ensure_token_file(options.token_file)
     port = _claim_port(options.host, options.port)
     options.log_file.parent.mkdir(parents=True, exist_ok=True)
