@@ -78,7 +78,7 @@ def phase_memory(
     bucket = largest_bucket_bytes(policy, width, tensor, bucket_bytes)
     always = {
         "trainer's models and optimizers": model_bytes(plan, shapes),
-        "window of 2 buckets": 2 * bucket,
+        "staging buffer of 2 buckets": 2 * bucket,
         "2 processes (assumed)": 2 * _PROCESS_BYTES,
     }
     weights = pool_weight_bytes(policy, width, gpu.pool_tensor)

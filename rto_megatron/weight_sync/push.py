@@ -19,6 +19,7 @@ import torch
 from rto_megatron.errors import PoolError, UserError
 from rto_megatron.generation.contract import AskServers, InferenceServer, NoServersLeft, Unreachable
 from rto_megatron.weight_sync.canary import Canary, check_canary
+from rto_megatron.weight_sync.control_channel import TransportError
 from rto_megatron.weight_sync.manifest import Manifest, PieceSource
 from rto_megatron.weight_sync.sender import Sender
 from rto_megatron.weight_sync.servers import Servers, require_version
@@ -30,7 +31,6 @@ from rto_megatron.weight_sync.transport import (
     Rendezvous,
     listen,
 )
-from rto_megatron.weight_sync.words import TransportError
 
 # every trainer rank's text, by rank, on every rank; all ranks must call it
 Share = Callable[[str], list[str]]

@@ -22,11 +22,11 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from rto_megatron.generation.vllm.worker.coverage import Coverage, load_weights, rehearse, tied_parameters
 from rto_megatron.generation.vllm.worker.landing import Landing
 from rto_megatron.generation.vllm.worker.receiver import Receiver, Staged
+from rto_megatron.weight_sync.control_channel import TransportError
 from rto_megatron.weight_sync.manifest import Manifest
 from rto_megatron.weight_sync.sender import agree_on_manifest
 from rto_megatron.weight_sync.shared import open_communicator
 from rto_megatron.weight_sync.transport import Communicator, Rendezvous
-from rto_megatron.weight_sync.words import TransportError
 
 _BACKEND = "rto"
 _log = init_logger(__name__)

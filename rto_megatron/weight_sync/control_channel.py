@@ -35,12 +35,12 @@ class InFlight(Protocol):
         ...
 
 
-class Words:
+class ControlChannel:
     """One rank's end of the store. The store's own errors are RuntimeErrors, torch's DistStoreError among them.
 
     Example:
-        words.say("ready", "yes")
-        words.hear("ready", words.deadline())
+        channel.say("ready", "yes")
+        channel.hear("ready", channel.deadline())
     """
 
     def __init__(self, store: PrefixStore, rank: int, timeout_s: float) -> None:
