@@ -153,7 +153,7 @@ class WorkerWire:
         self._num_started = 0
 
     def join(self, memories: list[str]) -> None:
-        """Makes sure that there is a partner; its staging buffer comes with the first bucket, of a size not known yet."""
+        """Makes sure that there is a partner; its staging buffer comes with the first bucket, which has the size."""
         partners(memories, self._num_senders)
 
     def give_up(self) -> None:
