@@ -18,8 +18,12 @@ from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed import BroadcastOptions, PrefixStore, TCPStore
-from torch.distributed.distributed_c10d import ProcessGroupGloo
+from torch.distributed import (
+    BroadcastOptions,
+    PrefixStore,
+    ProcessGroupGloo,  # distributed_c10d may hold the one that shares devices (P11)
+    TCPStore,
+)
 
 from rto_megatron.weight_sync.control_channel import ControlChannel, InFlight, TransportError
 from rto_megatron.weight_sync.sockets import Address, listening, shut_down
