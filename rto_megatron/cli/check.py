@@ -157,7 +157,8 @@ def _models_table(plan: "StagePlan", shapes: "Mapping[str, FoundShape]") -> Tabl
     total = activations = activation_bytes(plan, shapes)
     for role in roles:
         work = f"shares {role.shares}" if role.shares else ("trained" if role.is_trained else "frozen")
-        head = " (value head)" if role.has_value_head else ""
+        kind = "fresh value head" if role.is_head_fresh else "value head"
+        head = f" ({kind})" if role.has_value_head else ""
         found = shapes.get(role.name)
         if found is None:
             table.add_row(
