@@ -46,7 +46,3 @@ class Rater(Protocol):
             UserError: it failed, did not answer in time, or gave something else; names the source and the sample.
         """
         ...
-
-    def close(self) -> None:
-        """Ends it."""
-        ...

@@ -61,7 +61,7 @@ class FunctionRater:
             text=True,
             env=environment,
         )
-        answers = self._exchange(None, 1, _START_LIMIT_S)
+        answers, _ = self._exchange(None, 1, _START_LIMIT_S)
         if not answers or "error" in answers[0]:
             why = _end_of(answers[0]["error"]) if answers else f"no answer within {_START_LIMIT_S:.0f} s"
             self.close()
@@ -72,7 +72,8 @@ class FunctionRater:
     def rate(self, samples: Sequence[Sample]) -> list[Given]:
         """See `Rater.rate`."""
         called = self._called
-        answers = self._exchange([asdict(sample) for sample in samples], len(samples), called.timeout_s)
+        request = [asdict(sample) for sample in samples]
+        answers, is_late = self._exchange(request, len(samples), called.timeout_s)
         by_number = {answer["number"]: answer for answer in answers}
         failed = {number: answer["error"] for number, answer in by_number.items() if "error" in answer}
         if failed:
@@ -83,7 +84,7 @@ class FunctionRater:
             )
         absent = [sample.prompt_id for number, sample in enumerate(samples) if number not in by_number]
         if absent:
-            self._refuse_absent(absent)
+            self._refuse_absent(absent, is_late)
         return [
             read_given(
                 by_number[number]["value"], sample, called.pays, f"{called.key}: {called.target} returned"
@@ -92,34 +93,36 @@ class FunctionRater:
         ]
 
     def close(self) -> None:
-        """See `Rater.close`."""
+        """Ends the process, as the end of this one does too."""
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
             pipe.close()
 
-    def _refuse_absent(self, absent: Sequence[str]) -> None:
-        called, status = self._called, self._process.poll()
-        if status is None:
+    def _refuse_absent(self, absent: Sequence[str], is_late: bool) -> None:
+        called = self._called
+        if is_late:
             self._process.kill()
             what = f"took longer than {called.key}.timeout_s={called.timeout_s:g} and was ended"
-            advice = "make it faster, or raise the limit"
+            advice = "Make it faster, or raise the limit"
         else:
-            what, advice = f"ended its process with status {status}", "mend it"
+            what, advice = f"ended its process with status {self._process.wait()}", "Mend it"
         raise UserError(
             f"{called.key}: {called.target} {what}, with {listed(absent)} not scored; nothing is trained on. {advice}"
         )
 
-    def _exchange(self, request: Json | object, num_answers: int, limit_s: float) -> list[dict[str, Json]]:
-        """Sends a request, if there is one, and gives what answers come within the limit."""
+    def _exchange(
+        self, request: object | None, num_answers: int, limit_s: float
+    ) -> tuple[list[dict[str, Json]], bool]:
+        """Sends a request, if there is one; gives the answers that came, and whether more may come after the limit."""
         answers: list[dict[str, Json]] = []
         reading = Thread(target=self._read, args=(request, num_answers, answers), daemon=True)
         reading.start()
         reading.join(limit_s)
-        return list(answers)
+        return list(answers), reading.is_alive()
 
-    def _read(self, request: Json | object, num_answers: int, answers: list[dict[str, Json]]) -> None:
+    def _read(self, request: object | None, num_answers: int, answers: list[dict[str, Json]]) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             if request is not None:

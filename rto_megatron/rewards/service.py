@@ -48,9 +48,6 @@ class ServiceRater:
         """See `Rater.rate`."""
         return asyncio.run(self._rate(samples, _headers(self.source)))
 
-    def close(self) -> None:
-        """Nothing is open between calls."""
-
     @property
     def _key(self) -> str:
         return f"rewards.{self.source.name}"

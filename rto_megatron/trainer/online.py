@@ -96,7 +96,6 @@ def train_online(
         if experience is not None:
             show_samples(config, run, experience, setup, means)
     run.close("policy" if roles.average is None else "policy_ema")
-    roles.reward.close()
     # The pool is left with the trained policy; should it fail, the run is complete all the same.
     sampler.push(run.step)
     sampler.close()

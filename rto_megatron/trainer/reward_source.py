@@ -36,10 +36,6 @@ class RewardSource(Protocol):
         """
         ...
 
-    def close(self) -> None:
-        """Ends it; nothing is rated any more."""
-        ...
-
 
 @dataclass(frozen=True)
 class ModelReward:
@@ -68,9 +64,6 @@ class ModelReward:
         values = self.model.token_outputs(batches)
         return torch.cat([v[list(b.last_positions)] for v, b in zip(values, batches, strict=True)])
 
-    def close(self) -> None:
-        """See `RewardSource.close`."""
-
 
 @dataclass(frozen=True)
 class OverlongReward:
@@ -90,9 +83,6 @@ class OverlongReward:
         return overlong_punishment(
             torch.tensor(lengths, device=self.device), self.max_tokens, self.buffer_tokens
         )
-
-    def close(self) -> None:
-        """See `RewardSource.close`."""
 
 
 class OutsideReward:
@@ -142,11 +132,6 @@ class OutsideReward:
             [[*row, *([0.0] * (width - len(row)))] for row in rows], device=self._topology.device.torch_device
         )
         return grid if self._pays_tokens else grid[:, 0]
-
-    def close(self) -> None:
-        """See `RewardSource.close`."""
-        if self._rater is not None:
-            self._rater.close()
 
 
 class SampleReader:

@@ -70,11 +70,6 @@ class RewardSum:
             paid=paid if self.is_told_apart else {},
         )
 
-    def close(self) -> None:
-        """Ends every source."""
-        for term in self.terms:
-            term.source.close()
-
     def _shaped(self, raw: Tensor, term: Term) -> Tensor:
         shaped = raw
         if term.normalize == "group":
