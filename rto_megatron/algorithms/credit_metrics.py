@@ -82,7 +82,7 @@ def dpo_metrics(scored: ScoredRollouts, experience: Experience) -> Metrics:
 
 
 def source_metrics(scored: ScoredRollouts) -> Metrics:
-    """What each source of rewards gave a response, its square, and what of it was paid; nothing for a model alone."""
+    """What each source of rewards gave a response, its square, and what of it was paid."""
     num_sequences = scored.mask_BR.new_tensor(len(scored.rollouts))
     given, paid = scored.scores_by_source, scored.paid_by_source
     return to_metrics(

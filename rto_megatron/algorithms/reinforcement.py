@@ -222,5 +222,5 @@ class PolicyOptimization:
             **(value_metrics(experience) if self.value_loss is not None else {}),
             **(dpo_metrics(scored, experience) if self.needs_dpo else {}),
             **(importance_metrics(scored, experience, cap) if cap is not None else {}),
-            **source_metrics(scored),
+            **(source_metrics(scored) if scored.scores_by_source else {}),
         }

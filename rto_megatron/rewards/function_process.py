@@ -20,7 +20,7 @@ from numbers import Real
 from pathlib import Path
 from typing import TextIO
 
-from rto_megatron.rewards.contract import Sample
+from rto_megatron.rewards.sample import Sample
 
 type Function = Callable[[Sample], object]
 

@@ -11,8 +11,8 @@ from threading import Thread
 
 import rto_megatron
 from rto_megatron.errors import UserError
-from rto_megatron.rewards.contract import Given, Json, Sample
 from rto_megatron.rewards.given import Pays, listed, read_given
+from rto_megatron.rewards.sample import Given, Json, Sample
 
 _START_LIMIT_S = 120.0  # to import what the function needs
 _SHOWN_CHARACTERS = 1500  # the end of a traceback

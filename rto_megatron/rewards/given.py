@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from rto_megatron.errors import UserError
-from rto_megatron.rewards.contract import Given, Sample
+from rto_megatron.rewards.sample import Given, Sample
 
 Pays = Literal["response", "tokens", "spans"]
 _EXPECTED = {

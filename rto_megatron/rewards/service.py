@@ -12,8 +12,8 @@ import aiohttp
 
 from rto_megatron.config.rewards import ServiceSource
 from rto_megatron.errors import UserError
-from rto_megatron.rewards.contract import Given, Json, Sample
 from rto_megatron.rewards.given import listed, read_given
+from rto_megatron.rewards.sample import Given, Json, Sample
 
 _FIRST_PAUSE_S = 0.5
 _SHOWN_CHARACTERS = 500
@@ -72,6 +72,7 @@ class ServiceRater:
         heard: list[str],
     ) -> None:
         turns = asyncio.Semaphore(self.source.concurrency)
+        failures: list[UserError] = []
 
         async def ask(http: aiohttp.ClientSession, number: int, batch: tuple[Sample, ...]) -> None:
             async with turns:
@@ -86,8 +87,10 @@ class ServiceRater:
             ):
                 for number, batch in enumerate(batches):
                     group.create_task(ask(http, number, batch))
-        except ExceptionGroup as errors:
-            raise errors.exceptions[0] from None
+        except* UserError as errors:
+            failures = [one for one in errors.exceptions if isinstance(one, UserError)]
+        if failures:
+            raise failures[0]
 
     async def _persistently(
         self, http: aiohttp.ClientSession, batch: tuple[Sample, ...], heard: list[str]

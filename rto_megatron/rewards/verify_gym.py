@@ -7,7 +7,7 @@ import reasoning_gym
 from reasoning_gym.utils import extract_answer
 
 from rto_megatron.errors import UserError
-from rto_megatron.rewards.contract import Json, Sample
+from rto_megatron.rewards.sample import Json, Sample
 
 COLUMN = "reasoning_gym"  # {"task": name, "entry": what the task generated}
 

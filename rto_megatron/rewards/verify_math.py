@@ -2,7 +2,7 @@
 
 from math_verify import parse, verify
 
-from rto_megatron.rewards.contract import Sample
+from rto_megatron.rewards.sample import Sample
 
 
 def score(sample: Sample, answer: str) -> float:

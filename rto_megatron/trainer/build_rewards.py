@@ -18,8 +18,8 @@ from rto_megatron.config.rewards import (
 )
 from rto_megatron.errors import UserError
 from rto_megatron.reporting.progress import say
-from rto_megatron.rewards.contract import Rater
 from rto_megatron.rewards.function_reward import Called, FunctionRater
+from rto_megatron.rewards.sample import Rater
 from rto_megatron.rewards.service import ServiceRater, read_token
 from rto_megatron.trainer.reward_source import OutsideReward, OverlongReward, RewardSource, SampleReader
 from rto_megatron.trainer.reward_sum import RewardSum, Term, alone

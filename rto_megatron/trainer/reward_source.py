@@ -15,7 +15,7 @@ from rto_megatron.data.packing import Layout, sequence_batches
 from rto_megatron.engine.megatron import FrozenModel
 from rto_megatron.errors import UserError
 from rto_megatron.parallel.topology import Topology
-from rto_megatron.rewards.contract import Given, Rater, Sample
+from rto_megatron.rewards.sample import Given, Rater, Sample
 from rto_megatron.rewards.service import RewardServiceLost
 from rto_megatron.types import Columns, EndOfSequence, Rollout
 

@@ -7,7 +7,7 @@ import time
 
 import numpy
 
-from rto_megatron.rewards.contract import Sample
+from rto_megatron.rewards.sample import Sample
 
 
 def length(sample: Sample) -> float:

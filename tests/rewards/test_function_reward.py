@@ -7,9 +7,9 @@ import psutil
 import pytest
 
 from rto_megatron.errors import UserError
-from rto_megatron.rewards.contract import Sample
 from rto_megatron.rewards.function_reward import Called, FunctionRater
 from rto_megatron.rewards.given import Pays, read_given
+from rto_megatron.rewards.sample import Sample
 
 FILE = Path(__file__).parent / "functions.py"
 VALUES = (0.5, True, "yes", None, [1.0], [0, 1, 2.0])
