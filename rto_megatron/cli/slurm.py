@@ -9,6 +9,7 @@ import typer
 
 from rto_megatron.cli.options import Assume, Overrides, Recipe
 from rto_megatron.errors import UserError
+from rto_megatron.reporting.progress import plain
 
 if TYPE_CHECKING:
     from rto_megatron.launching.slurm_job import Job
@@ -114,6 +115,7 @@ def slurm(
     all nodes share. Before its time is up the trainer saves, and the job queues itself again and goes on.
     """
     from rto_megatron.config.load import load_recipe
+    from rto_megatron.config.reward_code import rewards_of, running_code
     from rto_megatron.launching.slurm_allocation import Allocation
     from rto_megatron.launching.slurm_job import plan_job
 
@@ -138,6 +140,8 @@ def slurm(
         preamble=preamble,
     )
     config = load_recipe(recipe, overrides or [])
+    for line in running_code(rewards_of(config)):
+        typer.echo(plain(line))
     _hand_out(plan_job(config, allocation, pool_tensor, restarts, assume or [], gpu_gib), submit)
 
 

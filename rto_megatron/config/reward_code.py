@@ -14,6 +14,7 @@ from rto_megatron.config.rewards import (
     ServiceSource,
     Source,
 )
+from rto_megatron.config.schema import ReinforcementStage, Stage
 from rto_megatron.errors import UserError
 
 # Packages that a kind of source needs -> the extra that brings them.
@@ -38,6 +39,11 @@ def with_code(sources: tuple[Source, ...]) -> tuple[Source, ...]:
     if problems:
         raise UserError("\n".join(problems))
     return tuple(found)
+
+
+def rewards_of(config: Stage) -> tuple[Source, ...]:
+    """The sources of a stage; none where it samples nothing."""
+    return config.rewards if isinstance(config, ReinforcementStage) else ()
 
 
 def running_code(sources: tuple[Source, ...]) -> list[str]:

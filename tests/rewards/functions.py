@@ -65,4 +65,4 @@ def quits(sample: Sample) -> float:
 
 
 def poisoned(sample: Sample) -> float:
-    return float("nan") if sample.prompt_id == "p1" else 0.0
+    return float("nan") if int(sample.prompt_id[1:]) % 2 else 0.0
