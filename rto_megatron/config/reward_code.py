@@ -9,19 +9,14 @@ from pathlib import Path
 
 from rto_megatron.config.rewards import (
     FunctionSource,
-    MathVerifySource,
-    ReasoningGymSource,
     ServiceSource,
     Source,
 )
 from rto_megatron.config.schema import ReinforcementStage, Stage
 from rto_megatron.errors import UserError
 
-# Packages that a kind of source needs -> the extra that brings them.
-_EXTRAS = {
-    MathVerifySource: ("math_verify", "math-verify"),
-    ReasoningGymSource: ("reasoning_gym", "reasoning-gym"),
-}
+# Kinds of sources that need a package, which is named as the kind -> the extra that brings it.
+_EXTRAS = {"math_verify": "math-verify", "reasoning_gym": "reasoning-gym"}
 
 
 def with_code(sources: tuple[Source, ...]) -> tuple[Source, ...]:
@@ -58,13 +53,16 @@ def running_code(sources: tuple[Source, ...]) -> list[str]:
 
 def missing_packages(sources: tuple[Source, ...]) -> list[str]:
     """Says which libraries of verifiers are not installed; they are looked for and not imported."""
-    return [
-        f"rewards.{source.name}: kind {source.kind} needs the package {extra}, which is not installed; "
-        f"install it with: pip install 'rto-megatron[{extra}]'"
-        for source in sources
-        for kind, (module, extra) in _EXTRAS.items()
-        if isinstance(source, kind) and PathFinder.find_spec(module) is None
-    ]
+    found = {source.name: missing_package(source.kind) for source in sources if source.kind in _EXTRAS}
+    return [f"rewards.{name}: {problem}" for name, problem in found.items() if problem is not None]
+
+
+def missing_package(kind: str) -> str | None:
+    """Why sources of a kind cannot work here; None where their library is installed."""
+    if PathFinder.find_spec(kind) is not None:
+        return None
+    extra = _EXTRAS[kind]
+    return f"the package {extra} is not installed; install it with: pip install 'rto-megatron[{extra}]'"
 
 
 def _located(source: Source) -> Source:

@@ -135,7 +135,7 @@ THEMES = (
             Metric("reward/score", "reward", "score after clip and penalty, as it is paid on the last token", ONLINE),
             Metric("reward/score_clip_fraction", "fraction", "responses whose score was clipped", ONLINE,
                    "`algorithm.score_clip`"),
-            Metric("reward/NAME/mean", "reward", "what the source NAME gives a response, tokens added", ONLINE, _LISTED),
+            Metric("reward/NAME/mean", "reward", "what source NAME gives a response, tokens added", ONLINE, _LISTED),
             Metric("reward/NAME/mean_square", "reward^2", "its square", ONLINE, _LISTED),
             Metric("reward/NAME/paid", "reward", "the same after normalisation, clip and weight", ONLINE, _LISTED),
             Metric("reward/kl_per_token", "reward", "the KL penalty of a token; 0 in GRPO, whose loss has it", ONLINE),

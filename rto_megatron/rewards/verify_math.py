@@ -21,7 +21,9 @@ def score(sample: Sample, answer: str) -> float:
             f"the row has no column {answer!r}, only {sorted(sample.columns)}; name the right one as `answer`"
         )
     right = str(sample.columns[answer])
-    wanted = parse(right) or parse(f"${right}$")
+    # Of a bare "1 + x" math-verify reads the number alone, and of the same in dollars all of it.
+    is_marked = "$" in right or "\\boxed" in right
+    wanted = (None if is_marked else parse(f"${right}$")) or parse(right)
     if not wanted:
         raise ValueError(f"math-verify reads no mathematics in column {answer!r}: {right!r}; mend the row")
     return float(verify(wanted, parse(sample.response)))
