@@ -72,6 +72,7 @@ def rows(task: str, size: int, seed: int, options: dict[str, Json]) -> Iterator[
             "prompt_id": f"{task}-{seed}-{number}",
             "prompt": entry["question"],
             "answer": answer,
+            "response": answer,  # what SFT learns
             COLUMN: {"task": task, "entry": kept},
         }
 
