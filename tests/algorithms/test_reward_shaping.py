@@ -1,9 +1,16 @@
 """What is done to the numbers of a source before they are added, against the published forms."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from algorithms.grids import no_reduction, no_vocabulary
+from algorithms.ragged import scored_rollouts
 from trl.rewards import get_soft_overlong_punishment
 
+from rto_megatron.algorithms import ALGORITHMS
+from rto_megatron.algorithms.losses import keep
+from rto_megatron.algorithms.method import OnlineMethod
 from rto_megatron.algorithms.reward_shaping import (
     normalized_in_batch,
     normalized_in_group,
@@ -46,3 +53,19 @@ def test_a_batch_is_normalised_over_all_replicas() -> None:
         answers = iter(sums)
         torch.testing.assert_close(normalized_in_batch(own.float(), lambda _, a=answers: next(a)), part)
     assert normalized_in_batch(torch.tensor([2.0]), lambda x: x).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("name", [name for name, one in ALGORITHMS.items() if isinstance(one, OnlineMethod)])
+def test_sources_that_pay_tokens_enter_the_return_of_every_method(name: str) -> None:
+    method = ALGORITHMS[name]
+    assert isinstance(method, OnlineMethod)
+    scored = scored_rollouts(8, seed=2, cut=(2, 5))
+    source_BR = keep(torch.randn(scored.mask_BR.shape, dtype=torch.float64), scored.mask_BR)
+    keys = {"lam": 1.0} if "lam" in method.config.model_fields else {}
+    algorithm = method.build(method.config(**keys), no_vocabulary)
+    without = algorithm.credit(scored, 0.1, no_reduction)
+    paid = algorithm.credit(replace(scored, source_BR=source_BR), 0.1, no_reduction)
+    # At gamma and lambda 1 the return of the first token is the sum of what follows.
+    difference_B = paid.returns_BR[:, 0] - without.returns_BR[:, 0]
+    torch.testing.assert_close(difference_B, torch.stack([row.sum() for row in source_BR]))
+    assert not torch.allclose(paid.advantages_BR, without.advantages_BR)
