@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import DataError, MachineError, RecipeError
 
 _VOCABULARY_MULTIPLE = 64  # tensor parallelism cuts the vocabulary in equal parts
 
@@ -93,15 +93,15 @@ def reasoning_gym(
     from rto_megatron.config.reward_code import missing_package
 
     if (problem := missing_package("reasoning_gym")) is not None:
-        raise UserError(problem)
+        raise MachineError(problem)
     from rto_megatron.rewards.verify_gym import rows
 
     try:
         chosen = json.loads(options)
     except ValueError as error:
-        raise UserError(f"--options {options}: is not JSON ({error})") from error
+        raise RecipeError(f"--options {options}: is not JSON ({error})") from error
     if not isinstance(chosen, dict):
-        raise UserError(f'--options {options}: give a JSON object, as in {{"min_terms": 2}}')
+        raise RecipeError(f'--options {options}: give a JSON object, as in {{"min_terms": 2}}')
     lines = [json.dumps(row) for row in rows(task, size, seed, chosen)]
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -120,4 +120,4 @@ def _texts(sources: list[str]) -> Iterator[str]:
                 is_silent = is_silent and not text.strip()
                 yield require_characters(text, row.where)
         if is_silent:
-            raise UserError(f"{source}: no row has a text in one of the columns {', '.join(TEXT_COLUMNS)}")
+            raise DataError(f"{source}: no row has a text in one of the columns {', '.join(TEXT_COLUMNS)}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rto_megatron.cli.options import Assume, Overrides, Recipe
-from rto_megatron.errors import UserError
+from rto_megatron.errors import MachineError
 from rto_megatron.reporting.progress import plain
 
 if TYPE_CHECKING:
@@ -115,7 +115,6 @@ def slurm(
     all nodes share. Before its time is up the trainer saves, and the job queues itself again and goes on.
     """
     from rto_megatron.config.load import load_recipe
-    from rto_megatron.config.reward_code import rewards_of, running_code
     from rto_megatron.launching.slurm_allocation import Allocation
     from rto_megatron.launching.slurm_job import plan_job
 
@@ -140,13 +139,15 @@ def slurm(
         preamble=preamble,
     )
     config = load_recipe(recipe, overrides or [])
-    for line in running_code(rewards_of(config)):
-        typer.echo(plain(line))
     _hand_out(plan_job(config, allocation, pool_tensor, restarts, assume or [], gpu_gib), submit)
 
 
 def _hand_out(job: "Job", submit: bool) -> None:
     """Writes the job's script, and submits it or says how."""
+    from rto_megatron.config.reward_code import rewards_of, running_code
+
+    for line in running_code(rewards_of(job.config)):
+        typer.echo(plain(line))
     script = job.write()
     nodes = job.allocation.trainer_nodes
     typer.echo(f"{script}: {nodes} nodes x {job.ranks_per_node} trainer ranks, {job.num_servers} servers")
@@ -162,14 +163,14 @@ def _sbatch(*arguments: str) -> str:
     """What sbatch prints.
 
     Raises:
-        UserError: there is no sbatch, or it refuses the script.
+        MachineError: there is no sbatch, or it refuses the script.
     """
     try:
         done = subprocess.run(["sbatch", *arguments], capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
-        raise UserError(
+        raise MachineError(
             "no sbatch on this machine; submit the script from a login node of the cluster"
         ) from error
     if done.returncode:
-        raise UserError(f"sbatch {' '.join(arguments)} refused: {done.stderr.strip()}")
+        raise MachineError(f"sbatch {' '.join(arguments)} refused: {done.stderr.strip()}")
     return done.stdout

@@ -13,7 +13,7 @@ from rto_megatron.config.rewards import (
     Source,
 )
 from rto_megatron.config.schema import ReinforcementStage, Stage
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RecipeError
 
 # Kinds of sources that need a package, which is named as the kind -> the extra that brings it.
 _EXTRAS = {"math_verify": "math-verify", "reasoning_gym": "reasoning-gym"}
@@ -23,16 +23,16 @@ def with_code(sources: tuple[Source, ...]) -> tuple[Source, ...]:
     """The sources with absolute paths and with the digest of every file of code.
 
     Raises:
-        UserError: a file is missing, does not define the function, or is not the one whose digest is given; names all.
+        RecipeError: a file is missing, does not define the function, or is not of the digest that is given; names all.
     """
     found, problems = [], []
     for source in sources:
         try:
             found.append(_located(source))
-        except UserError as error:
+        except RecipeError as error:
             problems.append(f"rewards.{source.name}: {error}")
     if problems:
-        raise UserError("\n".join(problems))
+        raise RecipeError("\n".join(problems))
     return tuple(found)
 
 
@@ -75,11 +75,11 @@ def _located(source: Source) -> Source:
     try:
         code = file.read_bytes()
     except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}); name a file that is there") from error
+        raise RecipeError(f"{file} cannot be read ({error.strerror}); name a file that is there") from error
     _require_defined(code, name, file)
     digest = hashlib.sha256(code).hexdigest()
     if source.sha256 not in (None, digest):
-        raise UserError(
+        raise RecipeError(
             f"{file} has sha256 {digest}, and the recipe expects {source.sha256}; put the file back, or set sha256 to "
             "the new digest, or to null, once you have read what it does"
         )
@@ -95,13 +95,13 @@ def _file_of(place: str) -> Path:
     for part in place.split("."):
         spec: ModuleSpec | None = PathFinder.find_spec(part, folders)
         if spec is None:
-            raise UserError(
+            raise RecipeError(
                 f"there is no module {place} ({part!r} is not found from {Path.cwd()}); a file is named by its path, "
                 "as in rewards/exact.py:score"
             )
         folders = list(spec.submodule_search_locations or ())
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
-        raise UserError(f"module {place} has no Python file; name one that has")
+        raise RecipeError(f"module {place} has no Python file; name one that has")
     return Path(spec.origin).absolute()
 
 
@@ -110,12 +110,12 @@ def _require_defined(code: bytes, name: str, file: Path) -> None:
     try:
         tree = ast.parse(code)
     except (SyntaxError, ValueError) as error:
-        raise UserError(f"{file} is not Python code: {error}") from error
+        raise RecipeError(f"{file} is not Python code: {error}") from error
     names = {name for node in tree.body for name in _bound(node)}
     if name not in names and "*" not in names:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
         hint = f"did you mean {near[0]}?" if near else f"it defines {', '.join(sorted(names)) or 'nothing'}"
-        raise UserError(f"{file} does not define {name}; {hint}")
+        raise RecipeError(f"{file} does not define {name}; {hint}")
 
 
 def _bound(node: ast.stmt) -> list[str]:

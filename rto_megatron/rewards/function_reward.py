@@ -10,7 +10,7 @@ from pathlib import Path
 from threading import Thread
 
 import rto_megatron
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RewardError
 from rto_megatron.rewards.given import Pays, listed, read_given
 from rto_megatron.rewards.sample import Given, Json, Sample
 
@@ -45,7 +45,7 @@ class FunctionRater:
     """See `Rater`; the process starts with it and imports the function.
 
     Raises:
-        UserError: the function cannot be imported.
+        RewardError: the function cannot be imported.
     """
 
     def __init__(self, called: Called) -> None:
@@ -65,7 +65,7 @@ class FunctionRater:
         if not answers or "error" in answers[0]:
             why = _end_of(answers[0]["error"]) if answers else f"no answer within {_START_LIMIT_S:.0f} s"
             self.close()
-            raise UserError(
+            raise RewardError(
                 f"{called.key}: {called.target} cannot be imported; mend the file, or name another: {why}"
             )
 
@@ -78,7 +78,7 @@ class FunctionRater:
         failed = {number: answer["error"] for number, answer in by_number.items() if "error" in answer}
         if failed:
             ids = [samples[number].prompt_id for number in failed if isinstance(number, int)]
-            raise UserError(
+            raise RewardError(
                 f"{called.key}: {called.target} failed on {listed(ids)}; nothing is trained on. Mend the function and "
                 f"start again: {_end_of(next(iter(failed.values())))}"
             )
@@ -108,7 +108,7 @@ class FunctionRater:
             advice = "Make it faster, or raise the limit"
         else:
             what, advice = f"ended its process with status {self._process.wait()}", "Mend it"
-        raise UserError(
+        raise RewardError(
             f"{called.key}: {called.target} {what}, with {listed(absent)} not scored; nothing is trained on. {advice}"
         )
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RewardError
 from rto_megatron.rewards.sample import Given, Sample
 
 Pays = Literal["response", "tokens", "spans"]
@@ -24,7 +24,7 @@ def read_given(value: object, sample: Sample, pays: Pays, who: str) -> Given:
         who: begins the message, as in "rewards.exact: exact.py:score returned".
 
     Raises:
-        UserError: it is of another type or length; names the sample.
+        RewardError: it is of another type or length; names the sample.
     """
     count = len(sample.response_ids)
     if pays == "response" and is_number(value):
@@ -37,7 +37,7 @@ def read_given(value: object, sample: Sample, pays: Pays, who: str) -> Given:
             row[end - 1] += number
         return row
     found = f"{value!r:.80}" + (f" of length {len(value)}" if isinstance(value, list) else "")
-    raise UserError(
+    raise RewardError(
         f"{who} {found} for {sample.prompt_id}, expected {_EXPECTED[pays].format(count=count)}; nothing is trained on"
     )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import aiohttp
 
 from rto_megatron.config.rewards import ServiceSource
-from rto_megatron.errors import UserError
+from rto_megatron.errors import MachineError, RewardError, UserError
 from rto_megatron.rewards.given import listed, read_given
 from rto_megatron.rewards.sample import Given, Json, Sample
 
@@ -21,13 +21,17 @@ _NO_LIMIT = aiohttp.ClientTimeout()  # the one of all requests holds
 _TOO_BUSY = (408, 429)  # of the 4xx, those that another time may answer
 
 
-class RewardServiceLost(UserError):  # noqa: N818  (a state that may pass, named for what it is)
-    """The service gave no answer: it is down, slow or fails; nothing was trained on."""
+class RewardServiceLost(RewardError):  # noqa: N818  (a state that may pass, named for what it is)
+    """The service gave no answer: it is down, slow or fails.
+
+    Example:
+        RewardServiceLost("rewards.far: http://10.0.0.2:8100/score did not score 3 samples").reason == "INFRA_NO_REWARD"
+    """
 
     reason = "INFRA_NO_REWARD"
 
 
-class _UnansweredError(UserError):
+class _UnansweredError(RewardError):
     """One request got no usable answer, and may get one if it is sent again."""
 
 
@@ -36,7 +40,7 @@ class ServiceRater:
     """See `Rater`.
 
     Raises:
-        UserError: the token is not where the configuration says.
+        MachineError: the token is not where the configuration says.
 
     Example:
         ServiceRater(ServiceSource(kind="service", url="http://127.0.0.1:8100/score")).rate([sample])
@@ -122,7 +126,7 @@ class ServiceRater:
         if status >= 500 or status in _TOO_BUSY:
             raise _UnansweredError(f"it answered {status}: {content[:_SHOWN_CHARACTERS]}")
         if status != 200:
-            raise UserError(
+            raise RewardError(
                 f"{self._key}: {url} refused a request with status {status}: {content[:_SHOWN_CHARACTERS]}; check url, "
                 "protocol and token"
             )
@@ -145,7 +149,7 @@ class ServiceRater:
             if not isinstance(values, list) or len(values) != len(batch):
                 raise ValueError(f"{len(values)} rewards for {len(batch)} samples")
         except (ValueError, TypeError, KeyError, IndexError) as error:
-            raise UserError(
+            raise RewardError(
                 f"{self._key}: {self.source.url} did not answer {listed([sample.prompt_id for sample in batch])} as "
                 f"protocol {self.source.protocol} wants ({type(error).__name__}: {error}): "
                 f"{content[:_SHOWN_CHARACTERS]}; nothing is trained on (docs/rewards.md has the protocol)"
@@ -173,12 +177,12 @@ def read_token(source: ServiceSource) -> str | None:
     """The bearer token of a service; None where it has none.
 
     Raises:
-        UserError: it is not where the configuration says.
+        MachineError: it is not where the configuration says.
     """
     key = f"rewards.{source.name}"
     if source.token_env is not None:
         if not (token := os.environ.get(source.token_env, "").strip()):
-            raise UserError(
+            raise MachineError(
                 f"{key}.token_env: the environment has no {source.token_env}; set it where ranks start"
             )
         return token
@@ -187,7 +191,7 @@ def read_token(source: ServiceSource) -> str | None:
     try:
         token = Path(source.token_file).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{key}.token_file: {source.token_file} cannot be read ({error})") from error
+        raise MachineError(f"{key}.token_file: {source.token_file} cannot be read ({error})") from error
     if not token:
-        raise UserError(f"{key}.token_file: {source.token_file} is empty; write the token into it")
+        raise MachineError(f"{key}.token_file: {source.token_file} is empty; write the token into it")
     return token

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import reasoning_gym
 from reasoning_gym.utils import extract_answer
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RecipeError
 from rto_megatron.rewards.sample import Json, Sample
 
 COLUMN = "reasoning_gym"  # {"task": name, "entry": what the task generated}
@@ -46,26 +46,26 @@ def rows(task: str, size: int, seed: int, options: dict[str, Json]) -> Iterator[
         options: of the task, as reasoning-gym names them.
 
     Raises:
-        UserError: there is no such task or option, or its entries cannot be kept as JSON.
+        RecipeError: there is no such task or option, or its entries cannot be kept as JSON.
     """
     if task not in reasoning_gym.factory.DATASETS:
-        raise UserError(
+        raise RecipeError(
             f"reasoning-gym has no task {task!r}; it has {', '.join(reasoning_gym.factory.DATASETS)}"
         )
     try:
         entries = reasoning_gym.create_dataset(task, size=size, seed=seed, **options)
     except (TypeError, ValueError, AssertionError) as error:
-        raise UserError(f"task {task} of reasoning-gym does not take these options: {error}") from error
+        raise RecipeError(f"task {task} of reasoning-gym does not take these options: {error}") from error
     for number, entry in enumerate(entries):
         try:
             kept = json.loads(json.dumps(entry))
         except TypeError as error:
-            raise UserError(
+            raise RecipeError(
                 f"task {task}: its entries cannot be kept as JSON ({error}); take another task"
             ) from error
         answer = kept["answer"]
         if answer is not None and _verified(task, kept, answer) != _verified(task, entry, answer):
-            raise UserError(
+            raise RecipeError(
                 f"task {task}: its verifier does not know its entries again as JSON; take another task"
             )
         yield {

@@ -16,7 +16,7 @@ from rto_megatron.config.rewards import (
     ServiceSource,
     Source,
 )
-from rto_megatron.errors import UserError
+from rto_megatron.errors import DataError
 from rto_megatron.reporting.progress import say
 from rto_megatron.rewards.function_reward import Called, FunctionRater
 from rto_megatron.rewards.sample import Rater
@@ -56,12 +56,12 @@ def columns_by_id(prompts: Sequence[Prompt]) -> Mapping[str, Columns]:
     """Prompt id -> columns.
 
     Raises:
-        UserError: two prompts of one id say different things, so nobody knows which a response belongs to.
+        DataError: two prompts of one id say different things, so nobody knows which a response belongs to.
     """
     found: dict[str, Columns] = {}
     for prompt in prompts:
         if found.setdefault(prompt.id, prompt.columns) != prompt.columns:
-            raise UserError(
+            raise DataError(
                 f"data.train: two rows have the id {prompt.id!r} and different columns, which rewards read by the id; "
                 "give every row a prompt_id (or id) of its own"
             )

@@ -21,7 +21,11 @@ from rto_megatron.types import Columns, EndOfSequence, Rollout
 
 
 class RewardSource(Protocol):
-    """Rates responses; the token rewards of the method come beside it."""
+    """Rates responses; the token rewards of the method come beside it.
+
+    Example:
+        scores_B = reward.scores(rollouts)
+    """
 
     def scores(self, rollouts: Sequence[Rollout]) -> Tensor:
         """Rates the responses of this replica; all ranks must call it, those of a replica with the same rollouts.
