@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from rto_megatron.algorithms import ALGORITHMS
 from rto_megatron.algorithms.kl_controller import smallest_horizon
 from rto_megatron.algorithms.method import OfflineMethod
-from rto_megatron.algorithms.reinforcement import RewardConfig
+from rto_megatron.algorithms.reinforcement import KlRewardConfig
 from rto_megatron.config.facts import Facts, facts_of
 from rto_megatron.config.plan import layout_on
 from rto_megatron.config.roles import OPTIONAL_ROLES, allowed_roles, needs_dpo
@@ -187,7 +187,7 @@ def _lengths(config: Stage, max_positions: Mapping[str, int]) -> list[str]:
 
 
 def _kl_horizon(config: ReinforcementStage | None) -> list[str]:
-    if config is None or not isinstance(config.algorithm, RewardConfig):
+    if config is None or not isinstance(config.algorithm, KlRewardConfig):
         return []
     horizon, responses = config.algorithm.kl_horizon, config.responses_per_step
     if config.algorithm.kl_target is None or horizon >= smallest_horizon(responses):

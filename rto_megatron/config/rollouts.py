@@ -10,11 +10,27 @@ from rto_megatron.config.training import Section
 
 
 class SamplingConfig(Section):
-    """Training rollouts are drawn at temperature 1, top-p 1: anything else would bias the ratio of PPO."""
+    """How responses are drawn."""
 
     max_response_tokens: int = Field(default=1024, ge=1)
     min_response_tokens: int = Field(
         default=1, ge=0, description="end-of-sequence is forbidden before this many tokens"
+    )
+    temperature: float = Field(
+        default=1.0,
+        gt=0,
+        le=10,
+        description="logits are divided by it, in the pool and in the trainer's log-probs of policy and reference",
+    )
+    top_p: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="sample from the likeliest tokens that hold this much probability; null: from all. Where the loss "
+        "has no ratio to the sampling policy, and in evaluations",
+    )
+    top_k: int | None = Field(
+        default=None, ge=1, description="sample from so many likeliest tokens; null: from all; as top_p"
     )
 
 

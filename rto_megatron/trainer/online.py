@@ -14,7 +14,7 @@ from rto_megatron.config.learning_rate import learning_rate, updates_per_step
 from rto_megatron.config.training import OptimizerConfig
 from rto_megatron.data.tokenizer import tokens_with
 from rto_megatron.engine.build_roles import build_average, build_frozen, build_trained, update_average
-from rto_megatron.engine.megatron import FrozenModel, Model, TrainedModel
+from rto_megatron.engine.megatron import ENTROPIES, FrozenModel, Model, TrainedModel
 from rto_megatron.errors import UserError
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.reporting.samples import completions_table, show
@@ -128,11 +128,13 @@ def update(
     per_pass = config.responses_per_step // config.batch.train
     per_step = updates_per_step(config)
     total = run.num_steps * per_step
-    policy_loss = beside(algorithm.policy_loss)
+    policy_loss = beside(algorithm.update_loss())
+    reading = ENTROPIES if config.algorithm.entropy_coef else None
     is_policy_due = run.step >= algorithm.critic_warmup_steps
     lrs: dict[str, float] = {}
+    longest, seed = config.sampling.max_response_tokens, config.run.seed + run.step
     steps = optimizer_minibatches(
-        experience, config.algorithm, per_pass, setup.topology, setup.layout, config.run.seed + run.step
+        experience, config.algorithm, longest, per_pass, setup.topology, setup.layout, seed
     )
     for number, one in enumerate(steps, start=run.step * per_step):
         texts, text_names = pretraining.microbatches() if is_policy_due else ([], [])
@@ -147,7 +149,7 @@ def update(
             rates["lr/policy"] = lr = learning_rate(config.optimizer, number, total)
             names = [*one.names, *text_names]
             mixed: list[Minibatch | SupervisedMicrobatch] = [*one.microbatches, *texts]
-            due.append(ModelUpdate(roles.policy, mixed, policy_loss, names, lr))
+            due.append(ModelUpdate(roles.policy, mixed, policy_loss, names, lr, reading))
         with guard.skipping():
             require_tokens(one, setup.topology)
             guard.step(due)

@@ -19,7 +19,7 @@ from rto_megatron.reporting.metrics import read_metrics
 from rto_megatron.trainer.evaluate import kl_to_reference
 from rto_megatron.trainer.reward_source import ModelReward
 from rto_megatron.trainer.scoring import Roles, score
-from rto_megatron.types import EndOfSequence, Rollout, ScoredRollouts
+from rto_megatron.types import Distribution, EndOfSequence, Rollout, ScoredRollouts
 
 END = EndOfSequence((2, 95), 2)
 MIN_TOKENS = 5
@@ -112,8 +112,8 @@ def test_policy_and_reference_leave_out_what_could_not_be_sampled(
 def _kl(models: Path) -> list[float]:
     place = topology("one")
     policy, reference = (frozen(place, models / name, False) for name in ("policy", "reference"))
-    ban = compared_ban(END, MIN_TOKENS)
-    return kl_to_reference(SAMPLED, policy, reference, Layout(3, True, 1, place.device.torch_device), ban)
+    drawn = Distribution(ban=compared_ban(END, MIN_TOKENS))
+    return kl_to_reference(SAMPLED, policy, reference, Layout(3, True, 1, place.device.torch_device), drawn)
 
 
 def test_evaluation_compares_what_could_be_sampled(models: Path) -> None:
