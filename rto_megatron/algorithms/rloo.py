@@ -48,4 +48,4 @@ def build(config: Config, vocabulary: Vocabulary) -> PolicyOptimization:
     )
 
 
-METHOD = OnlineMethod(Config, build, has_critic=False, has_dpo=True)
+METHOD = OnlineMethod(Config, build, has_critic=False, has_dpo=True, has_ratio=False)

@@ -13,6 +13,7 @@ from rto_megatron.config.facts import Facts, facts_of
 from rto_megatron.config.plan import layout_on
 from rto_megatron.config.roles import OPTIONAL_ROLES, allowed_roles, needs_dpo
 from rto_megatron.config.rollouts import RolloutConfig
+from rto_megatron.config.sampling_checks import sampling_problems
 from rto_megatron.config.schema import OfflineStage, ReinforcementStage, Stage
 from rto_megatron.errors import UserError
 
@@ -31,6 +32,7 @@ def find_problems(
         *model_problems(config),
         *_lengths(config, max_positions),
         *_kl_horizon(facts_of(config).online),
+        *(sampling_problems(online) if (online := facts_of(config).online) is not None else ()),
         *_pool_servers(facts_of(config).pool),
     ]
 

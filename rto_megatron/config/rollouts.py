@@ -33,6 +33,11 @@ class SamplingConfig(Section):
         default=None, ge=1, description="sample from so many likeliest tokens; null: from all; as top_p"
     )
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether every token that is not forbidden can be sampled."""
+        return self.top_p is None and self.top_k is None
+
 
 class RolloutConfig(Section):
     """How the trainer reaches the inference pool."""

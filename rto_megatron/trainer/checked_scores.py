@@ -84,8 +84,11 @@ class Scorer:
     def opinions(self, sampled: Sequence[Rollout], step: int) -> ScoredRollouts:
         """What the models say, whatever it is; all ranks must call it."""
         config, setup = self._config, self._setup
-        min_tokens = config.sampling.min_response_tokens
-        return score(sampled, self._roles, setup.layout, setup.eos, config.algorithm.truncated, min_tokens)
+        how, truncated = config.sampling, config.algorithm.truncated
+        return score(
+            sampled, self._roles, setup.layout, setup.eos, truncated, how.min_response_tokens,
+            how.temperature, how.is_whole,
+        )  # fmt: skip
 
 
 def watched_gap(

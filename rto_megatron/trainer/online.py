@@ -20,6 +20,7 @@ from rto_megatron.parallel.topology import Topology
 from rto_megatron.reporting.samples import completions_table, show
 from rto_megatron.trainer.checked_scores import watched_gap
 from rto_megatron.trainer.connected_pool import ConnectedPool, connect_pool
+from rto_megatron.trainer.dynamic_sampler import full_batches
 from rto_megatron.trainer.guard import Guard, ModelUpdate, Update
 from rto_megatron.trainer.known_reward import known_reward, true_return
 from rto_megatron.trainer.model_files import give_own_padding
@@ -60,6 +61,7 @@ def train_online(
         sampler.restore(run.state.data)
         pretraining.restore(run.state.pretraining)
         kl = kl.restored(run.state.kl)
+    sampler = full_batches(sampler, config, setup, roles, run.record)
     scorer = parts.scorer(config, setup, roles)
     guard = parts.guard(run, config.run.max_skipped_updates, topology)
 

@@ -235,19 +235,6 @@ def test_keys_without_effect_are_refused(name, keys, says):
         ALGORITHMS[name].config(**keys)
 
 
-def test_importance_of_the_pool_weighs_every_loss():
-    """A weight of 2 on all tokens doubles loss and gradient of what does not come from the KL or the entropy."""
-    for name in ("gspo", "cispo", "rloo"):
-        algorithm = _build(name)
-        experience = algorithm.credit(scored_rollouts(COUNT, seed=4), 0.0, no_reduction)
-        weighting = algorithm.config.loss_weights
-        (one,) = step_minibatches(experience, weighting, range(COUNT), COUNT, True)
-        logp_T = (one.logp_old_T + 1e-3).requires_grad_()
-        plain = algorithm.policy_loss(logp_T, one).loss
-        vars(one)["pool_importance_T"].mul_(2)
-        close(algorithm.policy_loss(logp_T, one).loss, 2 * plain.item())
-
-
 def test_the_loss_without_a_ratio_is_minus_the_weighted_log_prob():
     algorithm = _build("rloo")
     experience = algorithm.credit(scored_rollouts(COUNT, seed=4), 0.1, no_reduction)

@@ -21,6 +21,7 @@ def request_body(prompt: Prompt, sampling: Sampling, seed: int) -> Answer:
             "min_tokens": sampling.min_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
+            "top_k": sampling.top_k or 0,
             "seed": seed,
             "stop_token_ids": list(sampling.eos_ids),
             "ignore_eos": True,
