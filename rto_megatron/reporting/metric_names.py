@@ -7,7 +7,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from rto_megatron.algorithms import ALGORITHMS
+from rto_megatron.algorithms.grpo import RelativeConfig
 from rto_megatron.algorithms.method import OfflineMethod, OnlineMethod
+from rto_megatron.algorithms.reinforcement import ClipConfig, GroupConfig
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,16 @@ KTO = _group("KTO", ["kto"])
 ONLINE = _group("online", _ONLINE)
 CRITIC = _group("with a critic", (n for n, method in _ONLINE.items() if method.has_critic))
 DPO_REWARD = _group("with a DPO reward", (n for n, method in _ONLINE.items() if method.has_dpo))
-GRPO = _group("GRPO", ["grpo"])
-GROUPS = (ALL, LANGUAGE, OFFLINE, ANSWERS, PAIRS, REWARD, TDPO, KTO, ONLINE, CRITIC, DPO_REWARD, GRPO)
+CLIPPED = _group("but RLOO", (name for name, method in _ONLINE.items() if method.has_ratio))
+SURROGATE = _group(
+    "with a clipped surrogate", (n for n, m in _ONLINE.items() if issubclass(m.config, ClipConfig))
+)
+KL_IN_LOSS = _group(
+    "GRPO and its kin", (n for n, m in _ONLINE.items() if issubclass(m.config, RelativeConfig))
+)
+GROUPED = _group("that compare groups", (n for n, m in _ONLINE.items() if issubclass(m.config, GroupConfig)))
+GROUPS = (ALL, LANGUAGE, OFFLINE, ANSWERS, PAIRS, REWARD, TDPO, KTO, ONLINE, CRITIC, DPO_REWARD, CLIPPED, SURROGATE,
+          KL_IN_LOSS, GROUPED)  # fmt: skip
 
 _CLIPPED = "`optimizer.max_grad_norm`"
 _EXPERTS = "`models.moe_aux_loss_coef`, and a model with experts"
@@ -121,6 +131,10 @@ THEMES = (
             Metric("objective/kl_coef", "", "coefficient of the KL penalty in this step", ONLINE),
             Metric("rollout/response_tokens", "tokens", "length of a response", ONLINE),
             Metric("rollout/truncated_fraction", "fraction", "responses that the length limit cut", ONLINE),
+            Metric("rollout/informative_fraction", "fraction", "sampled groups whose scores differ", GROUPED,
+                   "`algorithm.max_sampling_rounds`"),
+            Metric("rollout/sampling_rounds", "rounds", "batches of prompts that the step sampled until it was full",
+                   GROUPED, "`algorithm.max_sampling_rounds`"),
             Metric("task/true_return", "return", "known reward of the synthetic task", ONLINE, "`data.true_reward`"),
         ),
     ),
@@ -132,7 +146,7 @@ THEMES = (
             Metric("reward/score", "reward", "score after clip and penalty, as it is paid on the last token", ONLINE),
             Metric("reward/score_clip_fraction", "fraction", "responses whose score was clipped", ONLINE,
                    "`algorithm.score_clip`"),
-            Metric("reward/kl_per_token", "reward", "the KL penalty of a token; 0 in GRPO, whose loss has it", ONLINE),
+            Metric("reward/kl_per_token", "reward", "the KL penalty of a token; 0 where the loss has it", ONLINE),
             Metric("reward/dpo_per_token", "reward", "the DPO reward of a token, scaled and clipped", DPO_REWARD,
                    "`algorithm.beta_dpo` above 0"),
             Metric("reward/dpo_clip_fraction", "fraction", "tokens whose DPO reward was clipped", DPO_REWARD,
@@ -153,11 +167,15 @@ THEMES = (
         (
             Metric("loss/policy_avg", "reward", "the clipped surrogate", ONLINE),
             Metric("loss/value_avg", "reward^2", "half the squared error of the returns, clipped", CRITIC),
-            Metric("loss/kl_avg", "nats", "KL to the reference (k3) inside the loss, before its weight", GRPO),
+            Metric("loss/kl_avg", "nats", "KL to the reference (k3) inside the loss, before its weight", KL_IN_LOSS),
             Metric("loss/ptx_avg", "nats", "language-model loss before its weight; absent while the critic warms up",
                    ONLINE, "`data.pretrain`"),
             Metric("policy/approxkl_avg", "nats", "half the squared log-ratio to the policy that sampled", ONLINE),
-            Metric("policy/clipfrac_avg", "fraction", "tokens on which the clip of the ratio binds", ONLINE),
+            Metric("policy/clipfrac_avg", "fraction", "tokens on which the clip of the ratio binds", CLIPPED),
+            Metric("policy/dual_clipfrac_avg", "fraction", "tokens on which the bound of a negative advantage binds",
+                   SURROGATE, "`algorithm.dual_clip`"),
+            Metric("policy/entropy_avg", "nats", "entropy of the policy at a token", ONLINE,
+                   "`algorithm.entropy_coef` above 0"),
             Metric("val/ratio", "ratio", "probability of a token against the policy that sampled it", ONLINE),
             Metric("val/clipfrac_avg", "fraction", "tokens on which the clip of the value binds", CRITIC),
         ),
