@@ -204,7 +204,8 @@ def _kl_horizon(config: ReinforcementStage | None) -> list[str]:
 def _appends_end(facts: Facts) -> bool:
     """Whether the reward model reads one token more than was sampled (algorithms.termination)."""
     return facts.evaluation is not None or (
-        facts.online is not None and facts.online.algorithm.truncated != "compat"
+        facts.online is not None
+        and (facts.online.algorithm.truncated != "compat" or bool(facts.online.sampling.stop))
     )
 
 

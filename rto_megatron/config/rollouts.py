@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, field_validator
 
 from rto_megatron.config.addresses import without_localhost
 from rto_megatron.config.training import Section
@@ -32,6 +32,19 @@ class SamplingConfig(Section):
     top_k: int | None = Field(
         default=None, ge=1, description="sample from so many likeliest tokens; null: from all; as top_p"
     )
+
+    stop: tuple[str, ...] = Field(
+        default=(), description="a response ends behind the token that completes one of these texts"
+    )
+
+    @field_validator("stop")
+    @classmethod
+    def _refuse_empty_text(cls, stop: tuple[str, ...]) -> tuple[str, ...]:
+        if "" in stop:
+            raise ValueError(
+                "an empty text is in every response; give texts of at least one character, or none"
+            )
+        return stop
 
     @property
     def is_whole(self) -> bool:
@@ -88,6 +101,18 @@ class TrainRolloutConfig(RolloutConfig):
         gt=0,
         description="nats; a mean difference between the log-probs of pool and trainer above it is warned of at every "
         "step. The default is for bf16, 5 times its usual gap; null: no alarm",
+    )
+
+
+class HeldOutConfig(Section):
+    """How a stage that samples answers held-out prompts (`data.eval`), every `run.eval_every` steps."""
+
+    num_samples: int = Field(default=1, ge=1, description="responses per prompt")
+    temperature: float = Field(default=1.0, ge=0, le=10, description="of evaluations; 0: the likeliest token")
+    top_p: float | None = Field(default=None, gt=0, lt=1, description="of evaluations; null: all tokens")
+    top_k: int | None = Field(default=None, ge=1, description="of evaluations; null: all tokens")
+    pass_score: float | None = Field(
+        default=None, description="a response with at least this score passes, for pass@k; null: no pass@k"
     )
 
 

@@ -8,7 +8,22 @@ from rto_megatron.config.schema import ReinforcementStage
 
 def sampling_problems(config: ReinforcementStage) -> list[str]:
     """One sentence for each."""
-    return [*_likeliest(config), *_rounds(config)]
+    return [*_likeliest(config), *_rounds(config), *_held_out(config)]
+
+
+def _held_out(config: ReinforcementStage) -> list[str]:
+    how, data = config.evaluate, config.data
+    if data.eval is not None:
+        if how.temperature == 0 and how.num_samples > 1:
+            return [
+                f"evaluate.temperature=0 takes the likeliest tokens, so that all of evaluate.num_samples="
+                f"{how.num_samples} responses would be the same; raise the first or set the second to 1"
+            ]
+        return []
+    keys = [f"evaluate.{key}" for key, value in how if value != type(how).model_fields[key].default]
+    keys += ["data.eval_samples"] * (data.eval_samples is not None)
+    keys += ["run.eval_every"] * (config.run.eval_every is not None)
+    return [f"{key} has no effect without data.eval; remove it or name held-out prompts" for key in keys]
 
 
 def _likeliest(config: ReinforcementStage) -> list[str]:

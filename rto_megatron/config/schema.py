@@ -19,11 +19,17 @@ from rto_megatron.config.inputs import (
     ModelsConfig,
     PromptDataConfig,
 )
-from rto_megatron.config.rollouts import EvaluateConfig, RolloutConfig, SamplingConfig, TrainRolloutConfig
+from rto_megatron.config.rollouts import (
+    EvaluateConfig,
+    HeldOutConfig,
+    RolloutConfig,
+    SamplingConfig,
+    TrainRolloutConfig,
+)
 from rto_megatron.config.training import (
     BatchConfig,
+    EvaluatedRunConfig,
     FrozenPrecisionConfig,
-    OfflineRunConfig,
     OptimizerConfig,
     ParallelConfig,
     PrecisionConfig,
@@ -63,7 +69,7 @@ class TrainStage(StageConfig):
 class OfflineStage(TrainStage):
     """Trains on a fixed data set."""
 
-    run: OfflineRunConfig
+    run: EvaluatedRunConfig
     data: ExampleDataConfig
     algorithm: BaseModel
 
@@ -86,6 +92,7 @@ class ReinforcementStage(TrainStage):
     batch: RolloutBatchConfig = RolloutBatchConfig()
     sampling: SamplingConfig = SamplingConfig()
     rollout: TrainRolloutConfig = TrainRolloutConfig()
+    evaluate: HeldOutConfig = HeldOutConfig()
     algorithm: reinforcement.Config
 
     @property

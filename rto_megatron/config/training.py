@@ -52,15 +52,15 @@ class TrainRunConfig(RunConfig):
     )
 
 
-class OfflineRunConfig(TrainRunConfig):
-    """Offline stages evaluate on held-out data."""
+class EvaluatedRunConfig(TrainRunConfig):
+    """Stages that train evaluate on held-out data."""
 
     eval_every: int | None = Field(
         default=None, ge=1, description="steps between evaluations on eval data; null: only at the end"
     )
 
 
-class RolloutRunConfig(TrainRunConfig):
+class RolloutRunConfig(EvaluatedRunConfig):
     """Stages that sample show what they sample."""
 
     samples_every: int | None = Field(

@@ -3,6 +3,7 @@
 docs/metrics.md is this table as text. A test runs every stage and holds what it wrote against the table.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -89,6 +90,7 @@ GROUPED = _group("that compare groups", (n for n, m in _ONLINE.items() if issubc
 GROUPS = (ALL, LANGUAGE, OFFLINE, ANSWERS, PAIRS, REWARD, TDPO, KTO, ONLINE, CRITIC, DPO_REWARD, CLIPPED, SURROGATE,
           KL_IN_LOSS, GROUPED)  # fmt: skip
 
+_HELD_OUT = "`data.eval`"
 _CLIPPED = "`optimizer.max_grad_norm`"
 _EXPERTS = "`models.moe_aux_loss_coef`, and a model with experts"
 POOL = "a pool of vLLM servers"
@@ -181,6 +183,20 @@ THEMES = (
         ),
     ),
     Theme(
+        "Evaluations of stages that sample",
+        "Means over the responses to `data.eval`, at every `run.eval_every`-th step and at the last one, of the policy as "
+        "the step leaves it.",
+        (
+            Metric("eval/score", "score", "what the reward gives, before clip and penalty", ONLINE, _HELD_OUT),
+            Metric("eval/response_tokens", "tokens", "length of a response", ONLINE, _HELD_OUT),
+            Metric("eval/truncated_fraction", "fraction", "responses that the length limit cut", ONLINE, _HELD_OUT),
+            Metric("eval/true_return", "return", "known reward of the synthetic task", ONLINE,
+                   "`data.eval` and `data.true_reward`"),
+            Metric("eval/pass_at_K", "fraction", "prompts of which one of K responses passes, for the powers of two up to "
+                   "`evaluate.num_samples` and that number", ONLINE, "`data.eval` and `evaluate.pass_score`"),
+        ),
+    ),
+    Theme(
         "Optimizers",
         "Gradient norms are taken before clipping. The learning rates of a rollout step are those of its last update.",
         (
@@ -231,6 +247,11 @@ THEMES = (
         ),
     ),
 )  # fmt: skip
+
+
+def listed_name(name: str) -> str:
+    """The name under which the table has a name of the log."""
+    return re.sub(r"^eval/pass_at_\d+$", "eval/pass_at_K", name)
 
 
 def metrics_of(stage: str) -> dict[str, Metric]:

@@ -3,7 +3,7 @@
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -13,6 +13,7 @@ from rto_megatron.data.packing import token_batch
 from rto_megatron.engine.megatron import Model
 from rto_megatron.errors import UserError
 from rto_megatron.generation.contract import NoServersLeft, RolloutEngine, Unreachable
+from rto_megatron.generation.stop_strings import Decode, StoppingEngine
 from rto_megatron.generation.vllm.client.liveness import Liveness, failures_of
 from rto_megatron.generation.vllm.client.phases import PoolPhases
 from rto_megatron.generation.vllm.client.pushed_servers import AskPushedServers
@@ -212,6 +213,12 @@ class ConnectedPool:
     engine: RolloutEngine | None  # on replica leads
     push: Push
     shared: SharedGpus | None = None  # where trainer and pool have the same GPUs
+
+    def stopping_at(self, strings: tuple[str, ...], decode: Decode) -> "ConnectedPool":
+        """The same pool, whose responses end at some texts too."""
+        if not strings or self.engine is None:
+            return self
+        return replace(self, engine=StoppingEngine(self.engine, strings, decode))
 
     def rest(self) -> None:
         """Ends sampling until the next push; all ranks must call it."""

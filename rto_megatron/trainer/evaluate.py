@@ -44,7 +44,7 @@ def evaluate(config: schema.EvaluateStage, topology: Topology) -> None:
             f"{len(loaded.items)} prompts cannot be shared by {topology.data_size} replicas; raise "
             f"data.eval_samples, name more prompts, or start fewer ranks"
         )
-    sampler = connect_pool(config.rollout, policy)
+    sampler = connect_pool(config.rollout, policy).stopping_at(config.sampling.stop, setup.decode)
     sampler.push(0)
     begin_steps()
     own = loaded.items[topology.data_rank :: topology.data_size]
@@ -54,7 +54,7 @@ def evaluate(config: schema.EvaluateStage, topology: Topology) -> None:
     sampler.rest()
     sampler.push.close()
     ban = compared_ban(setup.eos, config.sampling.min_response_tokens)
-    drawn = Distribution(config.sampling.temperature or 1.0, ban)
+    drawn = Distribution(config.sampling.temperature, ban)
     values = {
         "kl": kl_to_reference(rollouts, policy, reference, setup.layout, drawn),
         "tokens": [float(len(r.response_ids)) for r in rollouts],

@@ -22,6 +22,7 @@ from rto_megatron.trainer.checked_scores import watched_gap
 from rto_megatron.trainer.connected_pool import ConnectedPool, connect_pool
 from rto_megatron.trainer.dynamic_sampler import full_batches
 from rto_megatron.trainer.guard import Guard, ModelUpdate, Update
+from rto_megatron.trainer.held_out import held_out
 from rto_megatron.trainer.known_reward import known_reward, true_return
 from rto_megatron.trainer.model_files import give_own_padding
 from rto_megatron.trainer.parts import Parts, planned_parts
@@ -30,7 +31,7 @@ from rto_megatron.trainer.reference import require_trained_reference
 from rto_megatron.trainer.resume import LoopState
 from rto_megatron.trainer.reward_source import ModelReward, RewardSource
 from rto_megatron.trainer.run import Run
-from rto_megatron.trainer.sampler import load_batches
+from rto_megatron.trainer.sampler import Sampler, load_batches
 from rto_megatron.trainer.scoring import Roles
 from rto_megatron.trainer.setup import Setup, prepare_stage, stage_hf_files
 from rto_megatron.trainer.update import optimizer_minibatches, require_tokens
@@ -56,12 +57,12 @@ def train_online(
     run = open_run(config, setup, roles, config.run.steps or prompts.batches_per_epoch)
     refuse_idle_policy(algorithm, run.num_steps)
     kl, table = algorithm.kl_controller, known_reward(config, setup)
-    sampler = parts.sampler(config, setup, prompts, pool or connect_pool(config.rollout, roles.policy))
+    pool = stopping(pool or connect_pool(config.rollout, roles.policy), config, setup)
+    sampler = open_sampler(config, setup, roles, run, parts.sampler(config, setup, prompts, pool))
+    evaluation = held_out(config, setup, pool, table)
     if run.state is not None:
-        sampler.restore(run.state.data)
         pretraining.restore(run.state.pretraining)
         kl = kl.restored(run.state.kl)
-    sampler = full_batches(sampler, config, setup, roles, run.record)
     scorer = parts.scorer(config, setup, roles)
     guard = parts.guard(run, config.run.max_skipped_updates, topology)
 
@@ -86,6 +87,7 @@ def train_online(
         if experience is not None:
             with run.timed("update"):
                 lrs = update(config, run, roles, algorithm, experience, pretraining, setup, guard)
+        run.record(evaluation.measured(run, roles))
         means = run.log({**lrs, **times, **gap, "objective/kl_coef": kl.coef})
         if experience is not None:
             kl = kl.update(means["policy/kl_per_token"], config.responses_per_step)
@@ -105,6 +107,20 @@ def build_algorithm(
     method = ALGORITHMS[config.stage]
     assert isinstance(method, OnlineMethod)
     return method.build(config.algorithm, partial(tokens_with, tokenizer))
+
+
+def stopping(pool: ConnectedPool, config: schema.ReinforcementStage, setup: Setup) -> ConnectedPool:
+    """The pool, whose responses end at the recipe's texts too."""
+    return pool.stopping_at(config.sampling.stop, setup.decode)
+
+
+def open_sampler(
+    config: schema.ReinforcementStage, setup: Setup, roles: Roles, run: Run, sampler: Sampler
+) -> Sampler:
+    """The sampler where the run stands; one that fills its batches, where the method asks for it."""
+    if run.state is not None:
+        sampler.restore(run.state.data)
+    return full_batches(sampler, config, setup, roles, run.record)
 
 
 def refuse_idle_policy(algorithm: PolicyOptimization, num_steps: int) -> None:
@@ -223,4 +239,4 @@ def show_samples(
     critic = f", the critic explains {explained} of the variance of returns"
     has_critic = facts_of(config).critic_optimizer is not None
     title = f"{config.stage} step {run.step}{critic if has_critic else ''}"
-    show(completions_table(experience, lambda ids: str(setup.tokenizer.decode(list(ids))), 4, title))
+    show(completions_table(experience, setup.decode, 4, title))

@@ -1,4 +1,4 @@
-"""Dynamic sampling: a batch is full of groups whose scores differ, the same on any number of replicas, or a clear error."""
+"""Dynamic sampling: batches are full of groups whose scores differ, the same on any number of replicas."""
 
 import shutil
 from collections.abc import Sequence
@@ -142,7 +142,7 @@ def test_a_run_samples_until_its_batches_are_full_and_resumes_exactly(files: Pat
     entries = read_metrics(tmp_path / "whole")
     assert max(entry["rollout/sampling_rounds"] for entry in entries) > 1
     for entry in entries:
-        assert 0 < entry["rollout/informative_fraction"] < 1
+        assert 0 < entry["rollout/informative_fraction"] <= 1
         assert entry["objective/scores"] == 0.5  # each group of two holds a 0 and a 1
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     shutil.rmtree(tmp_path / "resumed/checkpoints/step_000002")

@@ -19,7 +19,7 @@ from rto_megatron.algorithms.reinforcement import GroupConfig
 from rto_megatron.config.schema import Stage
 from rto_megatron.data.tokenizer import tokenizer_fingerprint
 from rto_megatron.data.true_reward import TrueReward
-from rto_megatron.reporting.metric_names import POOL, THEMES, metrics_of
+from rto_megatron.reporting.metric_names import POOL, THEMES, listed_name, metrics_of
 from rto_megatron.reporting.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent.parent
@@ -50,7 +50,12 @@ def _everything(stage: str, files: Path, root: Path) -> Stage:
     if not isinstance(ALGORITHMS[stage], OnlineMethod):
         name = "sft.jsonl" if stage == "sft" else "pairs.jsonl"
         return _plain(stage, files, run_dir, data__eval=str(files / name))
-    texts = {"data__pretrain": str(root / "texts.jsonl"), "data__true_reward": root / "true_reward.json"}
+    held_out = {"data__eval": str(files / "prompts.jsonl"), "evaluate__pass_score": 0.0}
+    texts = {
+        **held_out,
+        "data__pretrain": str(root / "texts.jsonl"),
+        "data__true_reward": root / "true_reward.json",
+    }
     config, options = ALGORITHMS[stage].config, {"pool_importance_cap": 2.0, **EVERY_OPTION}
     known = {f"algorithm__{key}": value for key, value in options.items() if key in config.model_fields}
     if issubclass(config, GroupConfig):
@@ -61,7 +66,7 @@ def _everything(stage: str, files: Path, root: Path) -> Stage:
 def _names(run_dir: Path) -> set[str]:
     entries = read_metrics(run_dir)
     assert len(entries) == 2
-    return {name for entry in entries for name in entry} - {"step", "time"}
+    return {listed_name(name) for entry in entries for name in entry} - {"step", "time"}
 
 
 @pytest.fixture(scope="module")
