@@ -184,16 +184,16 @@ THEMES = (
     ),
     Theme(
         "Evaluations of stages that sample",
-        "Means over the responses to `data.eval`, at every `run.eval_every`-th step and at the last one, of the policy as "
-        "the step leaves it.",
+        "Means over the responses to `data.eval`, at every `run.eval_every`-th step and at the last one, of the policy "
+        "as the step leaves it.",
         (
             Metric("eval/score", "score", "what the reward gives, before clip and penalty", ONLINE, _HELD_OUT),
             Metric("eval/response_tokens", "tokens", "length of a response", ONLINE, _HELD_OUT),
             Metric("eval/truncated_fraction", "fraction", "responses that the length limit cut", ONLINE, _HELD_OUT),
             Metric("eval/true_return", "return", "known reward of the synthetic task", ONLINE,
                    "`data.eval` and `data.true_reward`"),
-            Metric("eval/pass_at_K", "fraction", "prompts of which one of K responses passes, for the powers of two up to "
-                   "`evaluate.num_samples` and that number", ONLINE, "`data.eval` and `evaluate.pass_score`"),
+            Metric("eval/pass_at_K", "fraction", "prompts of which one of K responses passes, for the powers of two up "
+                   "to `evaluate.num_samples` and that number", ONLINE, "`data.eval` and `evaluate.pass_score`"),
         ),
     ),
     Theme(

@@ -135,8 +135,8 @@ KL_IN_REWARD = [*WITH_CRITIC, "reinforce_pp", "rto_reinforce_pp", "rloo"]
 @pytest.mark.parametrize(
     ("stage", "key", "readers"),
     [
-        *(("rto", key, OFFLINE) for key in ("data.max_length", "run.eval_every")),
-        *(("ppo", key, [*OFFLINE, "evaluate"]) for key in ("data.eval", "data.eval_samples")),
+        ("rto", "data.max_length", OFFLINE),
+        ("dpo", "evaluate.temperature", [*ONLINE, "evaluate"]),
         ("ppo", "algorithm.beta_dpo", WITH_DPO),
         *(("dpo", key, ONLINE) for key in ("run.samples_every", "batch.rollout", "data.pretrain")),
         ("dpo", "critic_optimizer.lr", WITH_CRITIC),
@@ -144,6 +144,7 @@ KL_IN_REWARD = [*WITH_CRITIC, "reinforce_pp", "rto_reinforce_pp", "rloo"]
             ("evaluate", key, [*OFFLINE, *ONLINE])
             for key in (
                 "run.steps",
+                "run.eval_every",
                 "run.save_every",
                 "run.keep_checkpoints",
                 "batch.train",
