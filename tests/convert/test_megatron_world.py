@@ -99,7 +99,7 @@ def _require_near(differences: list[dict[str, float]]) -> None:
     assert {name: d for name, d in worst.items() if not d < TOLERANCE} == {}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["one", "tp2_pp2", "ep2"])
 def test_what_we_write_loads_in_megatron(layout: str, converted: dict[str, Converted]) -> None:
     """With Megatron's default strictness, which refuses a missing parameter or extra state."""
     place = LAYOUTS[layout]

@@ -130,6 +130,7 @@ def strike_during_push(well: PoolServer, struck: OwnServer, version: int, strike
     return report.lost[struck.pool.address]
 
 
+@pytest.mark.slow
 def test_a_push_goes_on_without_a_server_whose_engine_is_killed(
     pool_server: PoolServer, sharded_server: OwnServer
 ) -> None:
@@ -140,6 +141,7 @@ def test_a_push_goes_on_without_a_server_whose_engine_is_killed(
     sharded_server.process.wait(60)  # raises, where a supervisor would wait for ever
 
 
+@pytest.mark.slow
 def test_a_push_goes_on_without_a_server_that_is_killed(
     pool_server: PoolServer, single_server: OwnServer
 ) -> None:
