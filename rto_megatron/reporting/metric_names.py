@@ -226,6 +226,8 @@ THEMES = (
                    "`algorithm.pool_importance_cap`"),
             Metric("pool/importance_capped_fraction", "fraction", "tokens whose weight the cap lowered", ONLINE,
                    "`algorithm.pool_importance_cap`"),
+            Metric("pool/prefix_hit_fraction", "fraction", "prompt tokens that a server had in its cache, most often "
+                   "of another response to the prompt", ONLINE, POOL),
             Metric("pool/servers", "servers", "servers that hold the step's weights, proved", ONLINE, POOL),
         ),
     ),

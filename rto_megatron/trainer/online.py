@@ -87,7 +87,7 @@ def train_online(
         if experience is not None:
             with run.timed("update"):
                 lrs = update(config, run, roles, algorithm, experience, pretraining, setup, guard)
-        run.record(evaluation.measured(run, roles))
+        run.record({**evaluation.measured(run, roles), **pool.measured()})
         means = run.log({**lrs, **times, **gap, "objective/kl_coef": kl.coef})
         if experience is not None:
             kl = kl.update(means["policy/kl_per_token"], config.responses_per_step)

@@ -55,6 +55,7 @@ def test_every_sampling_method_trains_with_the_pool(
             rollout__logprob_gap_alarm=TOLERANCE,
             rollout__sync_timeout_s=60.0,
             sampling__max_response_tokens=16,
+            sampling__temperature=0.8,
             algorithm__pool_importance_cap=2.0,
             **delimiters.get(name, {}),
         )
