@@ -12,7 +12,11 @@ from rto_megatron.algorithms.reinforcement import PolicyOptimization
 
 
 class Config(RelativeConfig):
-    """No lower bound, as in the paper, which keeps its upper one to itself: that of ScaleRL (arXiv 2510.13786)."""
+    """No lower bound, as in the paper, which keeps its upper one to itself: that of ScaleRL (arXiv 2510.13786).
+
+    Example:
+        algorithm: {clip_eps_high: 4.0}
+    """
 
     clip_eps: float | None = Field(
         default=None, gt=0, lt=1, description="the ratio is at least 1 - it; null: no lower bound"

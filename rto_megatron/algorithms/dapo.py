@@ -12,7 +12,11 @@ from rto_megatron.algorithms.reinforcement import ClipConfig, PolicyOptimization
 
 
 class Config(RelativeConfig, ClipConfig):
-    """The paper's clip and group; no KL. As many rounds as in verl's recipe."""
+    """The paper's clip and group; no KL. As many rounds as in verl's recipe.
+
+    Example:
+        algorithm: {samples_per_prompt: 16, clip_eps_high: 0.28, max_sampling_rounds: 10}
+    """
 
     samples_per_prompt: int = Field(
         default=16, ge=2, description="responses sampled for each prompt: a group"

@@ -9,7 +9,11 @@ from rto_megatron.algorithms.reinforcement import ClipConfig, PolicyOptimization
 
 
 class Config(RelativeConfig, ClipConfig):
-    """A token weighs the same in short and long responses; no KL, as in the paper."""
+    """A token weighs the same in short and long responses; no KL, as in the paper.
+
+    Example:
+        algorithm: {samples_per_prompt: 8, loss_weights: constant}
+    """
 
     loss_weights: WeightingName = Field(
         default="constant",

@@ -16,13 +16,21 @@ from rto_megatron.algorithms.token_rewards import score_rewards
 
 
 class RelativeConfig(GroupConfig, OptionalDpoConfig):
-    """What GRPO's kin share: the KL is a term of the loss, not of the reward."""
+    """What GRPO's kin share: the KL is a term of the loss, not of the reward.
+
+    Example:
+        algorithm: {samples_per_prompt: 8, beta_dpo: 0.05}
+    """
 
     beta_kl: float = Field(default=0.0, ge=0, description="weight of the KL term of the loss; 0: none")
 
 
 class Config(RelativeConfig, ClipConfig):
-    """DeepSeekMath's KL weight."""
+    """DeepSeekMath's KL weight.
+
+    Example:
+        algorithm: {beta_kl: 0.04, samples_per_prompt: 8}
+    """
 
     beta_kl: float = Field(default=0.04, ge=0, description="weight of the KL term of the loss")
 

@@ -9,7 +9,11 @@ from rto_megatron.algorithms.reinforcement import ClipConfig, PolicyOptimization
 
 
 class Config(RelativeConfig, ClipConfig):
-    """The paper's clip, narrow as a mean over tokens moves little; no KL."""
+    """The paper's clip, narrow as a mean over tokens moves little; no KL.
+
+    Example:
+        algorithm: {clip_eps: 3.0e-4, clip_eps_high: 4.0e-4}
+    """
 
     clip_eps: float = Field(default=3e-4, gt=0, lt=1, description="epsilon of the policy's clip")
     clip_eps_high: float | None = Field(

@@ -40,6 +40,9 @@ class Config(BaseModel):
     """What every method has; defaults are the paper's (App. D) and, where it is silent, the released code's.
 
     The exception is `truncated`: the released code does what is called `compat` here.
+
+    Example:
+        algorithm: {beta_kl: 0.1, samples_per_prompt: 4, loss_weights: token_mean}
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -125,7 +128,11 @@ class Config(BaseModel):
 
 
 class ClipConfig(BaseModel):
-    """The keys of methods with a clipped surrogate."""
+    """The keys of methods with a clipped surrogate.
+
+    Example:
+        algorithm: {clip_eps: 0.2, clip_eps_high: 0.28, dual_clip: 3.0}
+    """
 
     clip_eps: float = Field(default=0.2, gt=0, lt=1, description="epsilon of the policy's clip")
     clip_eps_high: float | None = Field(
@@ -144,7 +151,11 @@ class ClipConfig(BaseModel):
 
 
 class KlRewardConfig(Config):
-    """The keys of methods whose KL penalty is part of the token reward."""
+    """The keys of methods whose KL penalty is part of the token reward.
+
+    Example:
+        algorithm: {beta_kl: 0.1, kl_target: 6.0, kl_horizon: 10000}
+    """
 
     kl_target: float | None = Field(
         default=None,
@@ -175,13 +186,21 @@ class KlRewardConfig(Config):
 
 
 class RewardConfig(KlRewardConfig):
-    """The keys of methods that discount token rewards."""
+    """The keys of methods that discount token rewards.
+
+    Example:
+        algorithm: {beta_kl: 0.1, gamma: 0.99}
+    """
 
     gamma: float = Field(default=1.0, ge=0, le=1, description="discount per token")
 
 
 class GroupConfig(Config):
-    """The keys of methods that compare the responses to a prompt."""
+    """The keys of methods that compare the responses to a prompt.
+
+    Example:
+        algorithm: {samples_per_prompt: 8, max_sampling_rounds: 4}
+    """
 
     samples_per_prompt: int = Field(default=8, ge=2, description="responses sampled for each prompt: a group")
     max_sampling_rounds: int | None = Field(
@@ -196,6 +215,9 @@ class DpoRewardConfig(BaseModel):
     """The keys of methods with a DPO reward.
 
     The released script clips the DPO reward at 0.05 and the paper names no clip: the default is the script's.
+
+    Example:
+        algorithm: {beta_dpo: 0.05, dpo_clip: 10.0}
     """
 
     beta_dpo: float = Field(
@@ -223,7 +245,11 @@ class DpoRewardConfig(BaseModel):
 
 
 class OptionalDpoConfig(DpoRewardConfig):
-    """The same keys in methods that are known without a DPO reward: it is off until `beta_dpo` is set."""
+    """The same keys in methods that are known without a DPO reward: it is off until `beta_dpo` is set.
+
+    Example:
+        algorithm: {beta_dpo: 0.05}
+    """
 
     beta_dpo: float = Field(
         default=0.0, ge=0, description="weight of RTO's DPO reward per token; 0: none, and no DPO model"
@@ -245,7 +271,11 @@ Estimator = Callable[[ScoredRollouts, TokenRewards, Tensor, AllSum], tuple[Tenso
 
 @dataclass(frozen=True)
 class PolicyOptimization:
-    """Credit assignment and losses of one method."""
+    """Credit assignment and losses of one method.
+
+    Example:
+        experience = method.credit(scored, kl_coef=0.1, all_sum=topology.data_sum)
+    """
 
     config: Config
     token_reward: TokenReward

@@ -17,7 +17,11 @@ from rto_megatron.algorithms.reinforcement import (
 
 
 class Config(KlRewardConfig, GroupConfig, OptionalDpoConfig):
-    """The paper's group; the log-prob of a response is a sum over its tokens, whatever its length."""
+    """The paper's group; the log-prob of a response is a sum over its tokens, whatever its length.
+
+    Example:
+        algorithm: {beta_kl: 0.01, samples_per_prompt: 4}
+    """
 
     samples_per_prompt: int = Field(default=4, ge=2, description="responses sampled for each prompt: a group")
     loss_weights: WeightingName = Field(

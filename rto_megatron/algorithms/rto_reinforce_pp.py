@@ -7,7 +7,11 @@ from rto_megatron.algorithms.method import OnlineMethod
 
 
 class Config(reinforce_pp.Config):
-    """REINFORCE++'s keys with the weight of RTO."""
+    """REINFORCE++'s keys with the weight of RTO.
+
+    Example:
+        algorithm: {beta_kl: 0.05, beta_dpo: 0.05}
+    """
 
     beta_dpo: float = Field(
         default=0.05, ge=0, description="weight of RTO's DPO reward per token; 0: none, and no DPO model"

@@ -10,7 +10,11 @@ from rto_megatron.config.training import Section
 
 
 class SamplingConfig(Section):
-    """How responses are drawn."""
+    """How responses are drawn.
+
+    Example:
+        sampling: {max_response_tokens: 1024, temperature: 0.8}
+    """
 
     max_response_tokens: int = Field(default=1024, ge=1)
     min_response_tokens: int = Field(
@@ -53,7 +57,11 @@ class SamplingConfig(Section):
 
 
 class RolloutConfig(Section):
-    """How the trainer reaches the inference pool."""
+    """How the trainer reaches the inference pool.
+
+    Example:
+        rollout: {colocated: true, gpu_memory_fraction: 0.4}
+    """
 
     servers: tuple[Annotated[str, AfterValidator(without_localhost)], ...] = Field(
         default=(), description="addresses of the pool's servers; the launcher fills them in"
@@ -94,7 +102,11 @@ class RolloutConfig(Section):
 
 
 class TrainRolloutConfig(RolloutConfig):
-    """The pool of a stage that trains on what it samples."""
+    """The pool of a stage that trains on what it samples.
+
+    Example:
+        rollout: {logprob_gap_alarm: 0.05}
+    """
 
     logprob_gap_alarm: float | None = Field(
         default=0.05,
@@ -105,7 +117,11 @@ class TrainRolloutConfig(RolloutConfig):
 
 
 class HeldOutConfig(Section):
-    """How a stage that samples answers held-out prompts (`data.eval`), every `run.eval_every` steps."""
+    """How a stage that samples answers held-out prompts (`data.eval`), every `run.eval_every` steps.
+
+    Example:
+        evaluate: {num_samples: 4, temperature: 0.7, pass_score: 1.0}
+    """
 
     num_samples: int = Field(default=1, ge=1, description="responses per prompt")
     temperature: float = Field(default=1.0, ge=0, le=10, description="of evaluations; 0: the likeliest token")
@@ -117,7 +133,11 @@ class HeldOutConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """The stage `evaluate`: sample held-out prompts, score them and measure the distance to the reference."""
+    """The stage `evaluate`: sample held-out prompts, score them and measure the distance to the reference.
+
+    Example:
+        evaluate: {name: rto, num_samples: 4}
+    """
 
     name: str = Field(description="row of the final table")
     true_reward: Path | None = Field(

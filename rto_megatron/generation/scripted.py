@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import DataError
 from rto_megatron.generation.contract import Sampling, StaleWeights, request_seed
 from rto_megatron.types import Prompt, Rollout
 
@@ -60,7 +60,11 @@ class ScriptedEngine:
 
 
 class RecordedEngine:
-    """Replays rollouts by prompt id and version; see `RolloutEngine` for the contract."""
+    """Replays rollouts by prompt id and version; see `RolloutEngine` for the contract.
+
+    Example:
+        RecordedEngine(rollouts).generate(prompts, sampling, version=3)
+    """
 
     def __init__(self, rollouts: Iterable[Rollout]) -> None:
         self._rollouts = {(one.weight_version, one.prompt_id): one for one in rollouts}
@@ -75,7 +79,7 @@ class RecordedEngine:
     def _find(self, prompt: Prompt, version: int) -> Rollout:
         found = self._rollouts.get((version, prompt.id))
         if found is None or found.prompt_ids != prompt.token_ids:
-            raise UserError(
+            raise DataError(
                 f"the recording of weight version {version} has no rollout of prompt {prompt.id} as given"
             )
         return found
@@ -90,7 +94,7 @@ def load_rollouts(path: Path) -> list[Rollout]:
     """Reads `save_rollouts`.
 
     Raises:
-        UserError: a line is no rollout.
+        DataError: a line is no rollout.
     """
     rollouts = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
@@ -107,7 +111,7 @@ def load_rollouts(path: Path) -> list[Rollout]:
                 )
             )
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
+            raise DataError(
                 f"{path}:{number} is not a recorded rollout ({error}); record it again"
             ) from error
     return rollouts

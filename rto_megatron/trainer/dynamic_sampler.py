@@ -16,7 +16,7 @@ from rto_megatron.algorithms.groups import informative
 from rto_megatron.algorithms.reinforcement import GroupConfig
 from rto_megatron.config import schema
 from rto_megatron.data.batches import BatchesState
-from rto_megatron.errors import UserError
+from rto_megatron.errors import DataError
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.trainer.sampler import Sampler
 from rto_megatron.trainer.scoring import Roles, close_rollouts
@@ -78,7 +78,7 @@ class DynamicSampler:
         """See `Sampler.draw`.
 
         Raises:
-            UserError: on every rank; the limit was reached before the batch was full.
+            DataError: on every rank; the limit was reached before the batch was full.
         """
         own: list[Group] = []  # this replica's groups that teach something
         places: list[
@@ -101,7 +101,7 @@ class DynamicSampler:
             if len(places) >= self._num_groups:
                 self._record({"rollout/sampling_rounds": (number, 1.0)})
                 return tuple(chain.from_iterable(self._dealt(own, places[: self._num_groups])))
-        raise UserError(self._complaint(step, len(places)))
+        raise DataError(self._complaint(step, len(places)))
 
     def _judged(self, drawn: Sequence[Rollout]) -> tuple[list[Group], list[bool]]:
         groups = [list(group) for group in batched(drawn, self._group_size)]

@@ -10,7 +10,7 @@ from rto_megatron.config import schema
 from rto_megatron.config.run_folder import make_run_folder
 from rto_megatron.data.loader import load_prompts
 from rto_megatron.data.true_reward import TrueReward
-from rto_megatron.errors import UserError
+from rto_megatron.errors import DataError
 from rto_megatron.generation.contract import NoServersLeft, Sampling
 from rto_megatron.reporting.progress import say
 from rto_megatron.trainer.connected_pool import ConnectedPool
@@ -120,14 +120,14 @@ def held_out(
     """Loads the held-out prompts, if the recipe names some; all ranks must call it.
 
     Raises:
-        UserError: on every rank; there are fewer than replicas.
+        DataError: on every rank; there are fewer than replicas.
     """
     if config.data.eval is None:
         return HeldOut(config, setup, pool, (), table)
     loaded = load_prompts(config.data.eval, setup.tokenizer, setup.limits, config.data.eval_samples)
     setup.admit(loaded)
     if len(loaded.items) < setup.topology.data_size:
-        raise UserError(
+        raise DataError(
             f"data.eval: {len(loaded.items)} prompts cannot be shared by {setup.topology.data_size} replicas; raise "
             "data.eval_samples, name more prompts, or start fewer ranks"
         )

@@ -6,7 +6,7 @@ from typing import Protocol
 from rto_megatron.config import schema
 from rto_megatron.data.batches import Batches, BatchesState
 from rto_megatron.data.loader import load_prompts
-from rto_megatron.errors import UserError
+from rto_megatron.errors import PoolError, UserError
 from rto_megatron.generation.contract import NoServersLeft, RolloutEngine, Sampling
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.trainer.connected_pool import ConnectedPool
@@ -19,6 +19,10 @@ class Sampler(Protocol):
     """Gives the loop its rollouts; every rank has one, and all ranks call its methods together.
 
     It owns the prompts: it may ask for more of them than a step trains on, and choose, or draw ahead of the trainer.
+
+    Example:
+        sampler.push(version=3)
+        sampled = sampler.draw(step=3)
     """
 
     def push(self, version: int) -> dict[str, float]:
@@ -54,7 +58,11 @@ class Sampler(Protocol):
 
 
 class OnPolicySampler:
-    """Draws every response of a step with the weights of that step, prompts in the order of the loader."""
+    """Draws every response of a step with the weights of that step, prompts in the order of the loader.
+
+    Example:
+        OnPolicySampler(config, setup, prompts, pool).draw(step=3)
+    """
 
     def __init__(
         self, config: schema.ReinforcementStage, setup: Setup, prompts: Batches[Prompt], pool: ConnectedPool
@@ -149,11 +157,11 @@ def require_version(rollouts: Sequence[Rollout], version: int) -> None:
     """Refuses rollouts of another policy version.
 
     Raises:
-        UserError: names the first one.
+        PoolError: names the first one.
     """
     for rollout in rollouts:
         if rollout.weight_version != version:
-            raise UserError(
+            raise PoolError(
                 f"rollout {rollout.prompt_id} was sampled by policy version {rollout.weight_version}, "
                 f"expected {version}; nothing was trained on it"
             )

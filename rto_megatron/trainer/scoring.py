@@ -23,7 +23,11 @@ from rto_megatron.types import (
 
 @dataclass(frozen=True)
 class Roles:
-    """The models of a reinforcement method."""
+    """The models of a reinforcement method.
+
+    Example:
+        roles.policy.shape, roles.reward.scores(rollouts)
+    """
 
     policy: TrainedModel
     average: FrozenModel | None  # of the policy; None where none is kept

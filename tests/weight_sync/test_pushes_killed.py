@@ -47,7 +47,7 @@ def end_once_loaded(sender: Sender) -> None:
     """Dies when every worker has loaded the push and waits for the senders' word."""
     communicator = sender._communicator
     workers = range(communicator.num_senders, communicator.world_size)
-    while not communicator._words.are_said(
+    while not communicator._channel.are_said(
         [f"{communicator._num_statements + 1}/{rank}" for rank in workers]
     ):
         time.sleep(0.01)
