@@ -54,7 +54,7 @@ class DynamicSampler:
         record: takes sums for the logs.
 
     Example:
-        DynamicSampler(OnPolicySampler(config, setup, prompts, pool), config, 10, scores, topology, run.record)
+        DynamicSampler(sampler, config, 10, scores, topology, run.record)
     """
 
     def __init__(
