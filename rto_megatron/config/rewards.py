@@ -21,7 +21,7 @@ class SourceSection(Section):
     """What every source has.
 
     Example:
-        print(source.name, source.weight)
+        {name: exact, weight: 0.5, clip: 1.0}
     """
 
     name: str = Field(description="under which it is logged, as reward/NAME/mean; default: the kind")
@@ -46,7 +46,7 @@ class ResponseSource(SourceSection):
     """A source of one number a response.
 
     Example:
-        is_compared = source.normalize == "group"
+        {name: exact, normalize: group}
     """
 
     normalize: Literal["group", "batch"] | None = Field(
@@ -60,7 +60,7 @@ class OutsideSource(ResponseSource):
     """A source outside the trainer's ranks.
 
     Example:
-        seconds = source.timeout_s
+        {name: exact, timeout_s: 30}
     """
 
     timeout_s: float = Field(
@@ -75,7 +75,7 @@ class PayingSource(OutsideSource):
     """A source that can pay tokens.
 
     Example:
-        pays_tokens = source.pays != "response"
+        {name: exact, pays: tokens}
     """
 
     pays: Literal["response", "tokens", "spans"] = Field(
@@ -97,7 +97,7 @@ class ModelSource(ResponseSource):
     """The reward model that `models.reward` names, normalised with the mean and std of its config.json.
 
     Example:
-        ModelSource(kind="model", weight=0.5)
+        {kind: model, weight: 0.5}
     """
 
     kind: Literal["model"]
@@ -108,7 +108,7 @@ class FunctionSource(PayingSource):
     """A Python function, called with one sample at a time in a process of its own.
 
     Example:
-        FunctionSource(kind="function", name="short", function="rules.py:short", pays="tokens")
+        {kind: function, name: short, function: "rules.py:short", pays: tokens}
     """
 
     kind: Literal["function"]
@@ -134,7 +134,7 @@ class ServiceSource(PayingSource):
     """An HTTP service; docs/rewards.md has its protocol.
 
     Example:
-        ServiceSource(kind="service", url="http://10.0.0.2:8100/score", token_env="SCORER_TOKEN")
+        {kind: service, url: "http://10.0.0.2:8100/score", token_env: SCORER_TOKEN}
     """
 
     kind: Literal["service"]
@@ -185,7 +185,7 @@ class MathVerifySource(OutsideSource):
     """1 where math-verify finds the response's answer equal to a column of the prompt's row, else 0.
 
     Example:
-        MathVerifySource(kind="math_verify", answer="gold")
+        {kind: math_verify, answer: gold}
     """
 
     kind: Literal["math_verify"]
@@ -197,7 +197,7 @@ class ReasoningGymSource(OutsideSource):
     """What reasoning-gym gives the response, 0 to 1; prompts as `rto reasoning-gym` writes them.
 
     Example:
-        ReasoningGymSource(kind="reasoning_gym", answer_tag="answer")
+        {kind: reasoning_gym, answer_tag: answer}
     """
 
     kind: Literal["reasoning_gym"]
@@ -213,7 +213,7 @@ class OverlongSource(SourceSection):
     """DAPO's soft punishment of length: 0, then down to -1 over the last tokens before the length limit.
 
     Example:
-        OverlongSource(kind="overlong", buffer_tokens=256)
+        {kind: overlong, buffer_tokens: 256}
     """
 
     kind: Literal["overlong"]
