@@ -99,6 +99,9 @@ class OutsideReward:
 
     Raises:
         UserError: on every rank, when a rater cannot be started.
+
+    Example:
+        OutsideReward(lambda: rater, reader, topology, pays_tokens=False).scores(rollouts)
     """
 
     def __init__(
@@ -143,6 +146,9 @@ class SampleReader:
 
     Args:
         columns: id and tokens of a prompt -> what its row says.
+
+    Example:
+        SampleReader(tokenizer, {("p7", (1, 5)): {"answer": "4"}}).sample(rollout).columns["answer"]
     """
 
     def __init__(
