@@ -34,18 +34,34 @@ def _outside(name: str, files: Path, place: Topology, pays: Pays = "response") -
     return OutsideReward(lambda: FunctionRater(called), reader, place, pays != "response")
 
 
-def _rated(layout: str, files: Path) -> tuple[int, Rewards]:
-    place = topology(layout)
-    terms = (
+def _terms(files: Path, place: Topology) -> tuple[Term, ...]:
+    return (
         Term("length", _outside("length", files, place), 0.5, "batch"),
         Term("column", _outside("column", files, place), -0.25, "group", clip=0.5),
         Term("long", OverlongReward(LONGEST, LONGEST - 1, place.device.torch_device), 3.0),
         Term("first", _outside("first_token", files, place, "tokens"), 2.0),
         Term("halves", _outside("halves", files, place, "spans"), 1.0, clip=1.5),
     )
+
+
+def _rated(layout: str, files: Path) -> tuple[int, Rewards]:
+    place = topology(layout)
     half = len(ROLLOUTS) // place.data_size
     own = ROLLOUTS[place.data_rank * half : (place.data_rank + 1) * half]
-    return place.data_rank, RewardSum(terms, 2, place).rate(own)
+    return place.data_rank, RewardSum(_terms(files, place), 2, place).rate(own)
+
+
+def _rated_alone(files: Path) -> Tensor:
+    place = topology("one")
+    return RewardSum(_terms(files, place), 2, place).unnormalized().rate(ROLLOUTS[:3]).score_B
+
+
+def test_what_is_held_out_is_not_normalised(files: Path) -> None:
+    """Three responses are no pairs, and no batch of a step."""
+    (found_B,) = run_ranks(1, _rated_alone, files)
+    column = torch.tensor([0.0, -0.5, -0.5])  # 0, -2 and -4, clipped
+    wanted_B = 0.5 * LENGTHS[:3] - 0.25 * column + 3.0 * (1 - LENGTHS[:3]) / (LONGEST - 1)
+    torch.testing.assert_close(found_B, wanted_B)
 
 
 def _scores_by_hand() -> Tensor:
