@@ -94,6 +94,7 @@ GROUPED = _group("that compare groups", (n for n, m in _ONLINE.items() if issubc
 GROUPS = (ALL, LANGUAGE, OFFLINE, ANSWERS, PAIRS, REWARD, TDPO, KTO, ONLINE, CRITIC, DPO_REWARD, CLIPPED, SURROGATE,
           KL_IN_LOSS, GROUPED)  # fmt: skip
 
+_LISTED = "`rewards`"
 _HELD_OUT = "`data.eval`"
 _CLIPPED = "`optimizer.max_grad_norm`"
 _EXPERTS = "`models.moe_aux_loss_coef`, and a model with experts"
@@ -130,7 +131,8 @@ THEMES = (
         "What was sampled",
         "Means over the responses of the step. KL is estimated on the sampled tokens, with the policy that sampled.",
         (
-            Metric("objective/scores", "score", "the reward model's normalised score, before clip and penalty", ONLINE),
+            Metric("objective/scores", "score", "the reward model's normalised score, or the sum of all sources in "
+                   "`rewards`, before clip and penalty", ONLINE),
             Metric("objective/kl", "nats", "log(policy / reference) summed over a response", ONLINE),
             Metric("objective/entropy", "nats", "minus the log-prob of a response", ONLINE),
             Metric("objective/rlhf_reward", "reward", "score after clip and penalty, less the KL penalty", ONLINE),
@@ -146,12 +148,15 @@ THEMES = (
     ),
     Theme(
         "Rewards, advantages and values",
-        "`reward/score` is a mean over responses, the others are means over tokens; advantages and values count the "
-        "tokens that are trained on.",
+        "`reward/score` and the numbers of sources (`reward/NAME/...`, NAME as in `rewards`) are means over responses, "
+        "the others are means over tokens; advantages and values count the tokens that are trained on.",
         (
             Metric("reward/score", "reward", "score after clip and penalty, as it is paid on the last token", ONLINE),
             Metric("reward/score_clip_fraction", "fraction", "responses whose score was clipped", ONLINE,
                    "`algorithm.score_clip`"),
+            Metric("reward/NAME/mean", "reward", "what source NAME gives a response, tokens added", ONLINE, _LISTED),
+            Metric("reward/NAME/mean_square", "reward^2", "its square", ONLINE, _LISTED),
+            Metric("reward/NAME/paid", "reward", "the same after normalisation, clip and weight", ONLINE, _LISTED),
             Metric("reward/kl_per_token", "reward", "the KL penalty of a token; 0 where the loss has it", ONLINE),
             Metric("reward/dpo_per_token", "reward", "the DPO reward of a token, scaled and clipped", DPO_REWARD,
                    "`algorithm.beta_dpo` above 0"),
@@ -191,7 +196,10 @@ THEMES = (
         "Means over the responses to `data.eval`, at every `run.eval_every`-th step and at the last one, of the policy "
         "as the step leaves it.",
         (
-            Metric("eval/score", "score", "what the reward gives, before clip and penalty", ONLINE, _HELD_OUT),
+            Metric("eval/score", "score", "sum of the sources by weight, none normalised over a batch or group", ONLINE,
+                   _HELD_OUT),
+            Metric("eval/reward/NAME", "reward", "what source NAME gives a response, tokens added", ONLINE,
+                   "`data.eval` and `rewards`"),
             Metric("eval/response_tokens", "tokens", "length of a response", ONLINE, _HELD_OUT),
             Metric("eval/truncated_fraction", "fraction", "responses that the length limit cut", ONLINE, _HELD_OUT),
             Metric("eval/true_return", "return", "known reward of the synthetic task", ONLINE,
@@ -256,8 +264,10 @@ THEMES = (
 
 
 def listed_name(name: str) -> str:
-    """The name under which the table has a name of the log."""
-    return re.sub(r"^eval/pass_at_\d+$", "eval/pass_at_K", name)
+    """The name under which the table has a name of the log: sources of rewards are called NAME in it."""
+    name = re.sub(r"^eval/pass_at_\d+$", "eval/pass_at_K", name)
+    name = re.sub(r"^eval/reward/.+$", "eval/reward/NAME", name)
+    return re.sub(r"^reward/[^/]+/", "reward/NAME/", name)
 
 
 def metrics_of(stage: str) -> dict[str, Metric]:

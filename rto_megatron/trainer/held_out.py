@@ -1,12 +1,13 @@
 """Evaluations on held-out prompts during a run that samples: scores, lengths, pass@k; every response is kept."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import batched, zip_longest
 from math import comb
 
 from rto_megatron.config import schema
+from rto_megatron.config.rewards import reads_columns
 from rto_megatron.config.run_folder import make_run_folder
 from rto_megatron.data.loader import load_prompts
 from rto_megatron.data.true_reward import TrueReward
@@ -14,6 +15,7 @@ from rto_megatron.errors import DataError
 from rto_megatron.generation.contract import NoServersLeft, Sampling
 from rto_megatron.reporting.progress import say
 from rto_megatron.trainer.connected_pool import ConnectedPool
+from rto_megatron.trainer.reward_sum import RewardSum
 from rto_megatron.trainer.run import Run
 from rto_megatron.trainer.sampler import sample
 from rto_megatron.trainer.scoring import Roles, close_rollouts
@@ -21,6 +23,7 @@ from rto_megatron.trainer.setup import Setup
 from rto_megatron.types import Metrics, Prompt, Rollout
 
 FOLDER = "evaluations"
+_UNSEEN = "eval/"
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class HeldOut:
     """The prompts of `data.eval` and how they are answered; every rank has one, and all call its methods together.
 
     Example:
-        run.record(HeldOut(config, setup, pool, prompts, table).measured(run, roles))
+        run.record(HeldOut(config, setup, pool, unseen_prompts(config, setup), table).measured(run, roles))
     """
 
     config: schema.ReinforcementStage
@@ -56,9 +59,13 @@ class HeldOut:
             say(f"warning: step {step} is not evaluated: {failure}", topology.is_lead)
             return {}
         closed = close_rollouts(drawn, self.setup.eos, self.config.algorithm.truncated)
-        scores = roles.reward.scores(closed).tolist()
-        self._keep(step, drawn, scores)
-        return self._sums(drawn, scores)
+        rewards = _unnormalized(roles.reward).rate(closed)
+        total_B, tokens_BR = rewards.score_B, rewards.source_BR
+        scores = (total_B if tokens_BR is None else total_B + tokens_BR.sum(dim=1)).tolist()
+        given = {name: given_B.tolist() for name, given_B in rewards.given.items()}
+        self._keep(step, drawn, scores, given)
+        sources = {f"eval/reward/{name}": (sum(all_of), float(len(drawn))) for name, all_of in given.items()}
+        return {**self._sums(drawn, scores), **sources}
 
     def _sampling(self) -> Sampling:
         how, config = self.config.evaluate, self.config
@@ -89,18 +96,25 @@ class HeldOut:
                 sums[f"eval/pass_at_{k}"] = (sum(chances), float(len(chances)))
         return sums
 
-    def _keep(self, step: int, drawn: Sequence[Rollout], scores: Sequence[float]) -> None:
+    def _keep(
+        self,
+        step: int,
+        drawn: Sequence[Rollout],
+        scores: Sequence[float],
+        given: Mapping[str, Sequence[float]],
+    ) -> None:
         """Writes <run>/evaluations/step_N.jsonl, one response a line, in the order of the prompts."""
         topology, decode = self.setup.topology, self.setup.decode
         own: list[dict[str, str | float]] = [
             {
-                "prompt_id": rollout.prompt_id,
+                "prompt_id": rollout.prompt_id.removeprefix(_UNSEEN),
                 "prompt": decode(rollout.prompt_ids),
                 "response": decode(rollout.response_ids),
                 "finish_reason": rollout.finish_reason,
                 "score": score,
+                **{f"reward/{name}": all_of[place] for name, all_of in given.items()},
             }
-            for rollout, score in zip(drawn, scores, strict=True)
+            for place, (rollout, score) in enumerate(zip(drawn, scores, strict=True))
         ]
         groups = [list(group) for group in batched(own, self.config.evaluate.num_samples)]
         shares = topology.gather(groups, list[list[dict[str, str | float]]])
@@ -114,24 +128,29 @@ class HeldOut:
             (folder / f"step_{step:06d}.jsonl").write_text(text, encoding="utf-8")
 
 
-def held_out(
-    config: schema.ReinforcementStage, setup: Setup, pool: ConnectedPool, table: TrueReward | None
-) -> HeldOut:
-    """Loads the held-out prompts, if the recipe names some; all ranks must call it.
+def unseen_prompts(config: schema.ReinforcementStage, setup: Setup) -> list[Prompt]:
+    """The held-out prompts, if the recipe names some, with ids that no prompt of the training has; all ranks call it.
 
     Raises:
         DataError: on every rank; there are fewer than replicas.
     """
-    if config.data.eval is None:
-        return HeldOut(config, setup, pool, (), table)
-    loaded = load_prompts(config.data.eval, setup.tokenizer, setup.limits, config.data.eval_samples)
+    data = config.data
+    if data.eval is None:
+        return []
+    keeps_columns = reads_columns(config.rewards)
+    loaded = load_prompts(data.eval, setup.tokenizer, setup.limits, data.eval_samples, keeps_columns)
     setup.admit(loaded)
     if len(loaded.items) < setup.topology.data_size:
         raise DataError(
             f"data.eval: {len(loaded.items)} prompts cannot be shared by {setup.topology.data_size} replicas; raise "
             "data.eval_samples, name more prompts, or start fewer ranks"
         )
-    return HeldOut(config, setup, pool, loaded.items, table)
+    return [replace(prompt, id=f"{_UNSEEN}{prompt.id}") for prompt in loaded.items]
+
+
+def _unnormalized(reward: RewardSum) -> RewardSum:
+    """The sources at their weights: what is normalised over a batch or group says nothing across steps."""
+    return replace(reward, terms=tuple(replace(term, normalize=None) for term in reward.terms))
 
 
 def pass_ks(num_samples: int) -> list[int]:

@@ -60,7 +60,8 @@ def _everything(stage: str, files: Path, root: Path) -> Stage:
     known = {f"algorithm__{key}": value for key, value in options.items() if key in config.model_fields}
     if issubclass(config, GroupConfig):
         known |= {"algorithm__samples_per_prompt": 2, "batch__rollout": 4}
-    return _plain(stage, files, run_dir, **known, **texts)
+    rewards = [{"kind": "model"}, {"kind": "overlong", "buffer_tokens": 4}]
+    return _plain(stage, files, run_dir, rewards=rewards, **known, **texts)
 
 
 def _names(run_dir: Path) -> set[str]:
