@@ -182,6 +182,10 @@ class TokenRewards:
         total_BR = self.score_BR + self.kl_BR + self.dpo_BR
         return total_BR if self.source_BR is None else total_BR + self.source_BR
 
+    def dense_BR(self) -> Tensor:  # noqa: N802 -- named like the tensors
+        """What tokens are paid for themselves: the DPO reward and that of sources, shape [B, R]."""
+        return self.dpo_BR if self.source_BR is None else self.dpo_BR + self.source_BR
+
 
 @dataclass(frozen=True)
 class Rewards:

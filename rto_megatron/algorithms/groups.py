@@ -2,10 +2,10 @@
 
 Legend: B responses of this rank, those to one prompt side by side; R response positions.
 
-What is compared is the outcome of a response: its score, what sources that pay tokens give it in all, and its KL
-penalty where the reward has one. RTO's DPO reward is paid by token beside it: the sum of what is still to come, each
-reward less a baseline of the group's mean token rewards, as PRIME does with the same kind of reward. Without it the
-estimators are GRPO's, Dr. GRPO's and RLOO's.
+What is compared is the outcome of a response: its score, and its KL penalty where the reward has one. RTO's DPO
+reward and what sources pay tokens stand beside it: the sum of what is still to come, each reward less a baseline of the
+group's mean token rewards, as PRIME does with the same kind of reward. Without them the estimators are GRPO's,
+Dr. GRPO's and RLOO's.
 
 Source: arXiv 2402.03300, section 4.1.2 (GRPO); 2503.20783, section 3.2 (Dr. GRPO); 2402.14740, eq. 7 (RLOO);
 2502.01456, eq. 5 (PRIME: leave-one-out outcome plus returns of token rewards).
@@ -45,11 +45,6 @@ def deviation_of_group(x_B: Tensor, group_size: int) -> Tensor:
     return x_B.view(-1, group_size).std(dim=1).repeat_interleave(group_size) + _STD_FLOOR
 
 
-def group_advantages(x_B: Tensor, group_size: int) -> Tensor:
-    """(x - mean of its group) / (standard deviation of its group, unbiased, + 1e-4), shape [B]; GRPO's own."""
-    return (x_B - mean_of_group(x_B, group_size)) / deviation_of_group(x_B, group_size)
-
-
 def group_estimator(group_size: int, baseline: Baseline, is_scaled: bool) -> Estimator:
     """Outcomes and token rewards less their baselines; over the deviation of the group's returns if `is_scaled`."""
 
@@ -57,20 +52,17 @@ def group_estimator(group_size: int, baseline: Baseline, is_scaled: bool) -> Est
         scored: ScoredRollouts, rewards: TokenRewards, mask_BR: Tensor, all_sum: AllSum
     ) -> tuple[Tensor, Tensor]:
         all_BR = scored.mask_BR
-        outcome_BR = rewards.score_BR + rewards.kl_BR
-        if rewards.source_BR is not None:
-            outcome_BR = outcome_BR + rewards.source_BR
-        outcome_B = outcome_BR.sum(dim=1)
-        dpo_BR = keep(rewards.dpo_BR, all_BR)
-        typical_B = baseline(dpo_BR.sum(dim=1) / all_BR.sum(dim=1), group_size)
+        outcome_B = (rewards.score_BR + rewards.kl_BR).sum(dim=1)
+        dense_BR = keep(rewards.dense_BR(), all_BR)
+        typical_B = baseline(dense_BR.sum(dim=1) / all_BR.sum(dim=1), group_size)
         relative_BR = (outcome_B - baseline(outcome_B, group_size)).unsqueeze(1) + returns_to_go(
-            dpo_BR - typical_B.unsqueeze(1), all_BR, gamma=1.0
+            dense_BR - typical_B.unsqueeze(1), all_BR, gamma=1.0
         )
         if is_scaled:
             relative_BR = relative_BR / deviation_of_group(
-                outcome_B + dpo_BR.sum(dim=1), group_size
+                outcome_B + dense_BR.sum(dim=1), group_size
             ).unsqueeze(1)
-        returns_BR = outcome_B.unsqueeze(1) + returns_to_go(dpo_BR, all_BR, gamma=1.0)
+        returns_BR = outcome_B.unsqueeze(1) + returns_to_go(dense_BR, all_BR, gamma=1.0)
         return keep(relative_BR, mask_BR), keep(returns_BR, all_BR)
 
     return advantages

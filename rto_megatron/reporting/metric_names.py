@@ -196,9 +196,8 @@ THEMES = (
         "Means over the responses to `data.eval`, at every `run.eval_every`-th step and at the last one, of the policy "
         "as the step leaves it.",
         (
-            Metric("eval/score", "score", "sum of the sources by weight, none normalised over a batch or group", ONLINE,
-                   _HELD_OUT),
-            Metric("eval/reward/NAME", "reward", "what source NAME gives a response, tokens added", ONLINE,
+            Metric("eval/score", "score", "what the reward gives, before clip and penalty", ONLINE, _HELD_OUT),
+            Metric("eval/reward/NAME/mean", "reward", "what source NAME gives a response, tokens added", ONLINE,
                    "`data.eval` and `rewards`"),
             Metric("eval/response_tokens", "tokens", "length of a response", ONLINE, _HELD_OUT),
             Metric("eval/truncated_fraction", "fraction", "responses that the length limit cut", ONLINE, _HELD_OUT),
@@ -264,10 +263,8 @@ THEMES = (
 
 
 def listed_name(name: str) -> str:
-    """The name under which the table has a name of the log: sources of rewards are called NAME in it."""
-    name = re.sub(r"^eval/pass_at_\d+$", "eval/pass_at_K", name)
-    name = re.sub(r"^eval/reward/.+$", "eval/reward/NAME", name)
-    return re.sub(r"^reward/[^/]+/", "reward/NAME/", name)
+    """The name under which the table has a name of the log: its NAME is any source of rewards, its K a number."""
+    return re.sub(r"^eval/pass_at_\d+$", "eval/pass_at_K", re.sub(r"\breward/[^/]+/", "reward/NAME/", name))
 
 
 def metrics_of(stage: str) -> dict[str, Metric]:

@@ -40,10 +40,7 @@ def full_batches(
         return sampler
 
     def scores(drawn: Sequence[Rollout]) -> Tensor:
-        rewards = roles.reward.rate(close_rollouts(drawn, setup.eos, algorithm.truncated))
-        return (
-            rewards.score_B if rewards.source_BR is None else rewards.score_B + rewards.source_BR.sum(dim=1)
-        )
+        return roles.reward.rate(close_rollouts(drawn, setup.eos, algorithm.truncated)).score_B
 
     return DynamicSampler(sampler, config, algorithm.max_sampling_rounds, scores, setup.topology, record)
 

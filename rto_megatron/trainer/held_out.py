@@ -1,7 +1,7 @@
 """Evaluations on held-out prompts during a run that samples: scores, lengths, pass@k; every response is kept."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import batched, zip_longest
 from math import comb
@@ -15,12 +15,11 @@ from rto_megatron.errors import DataError
 from rto_megatron.generation.contract import NoServersLeft, Sampling
 from rto_megatron.reporting.progress import say
 from rto_megatron.trainer.connected_pool import ConnectedPool
-from rto_megatron.trainer.reward_sum import RewardSum
 from rto_megatron.trainer.run import Run
 from rto_megatron.trainer.sampler import sample
 from rto_megatron.trainer.scoring import Roles, close_rollouts
 from rto_megatron.trainer.setup import Setup
-from rto_megatron.types import Metrics, Prompt, Rollout
+from rto_megatron.types import Metrics, Prompt, Rewards, Rollout
 
 FOLDER = "evaluations"
 _UNSEEN = "eval/"
@@ -31,7 +30,7 @@ class HeldOut:
     """The prompts of `data.eval` and how they are answered; every rank has one, and all call its methods together.
 
     Example:
-        run.record(HeldOut(config, setup, pool, unseen_prompts(config, setup), table).measured(run, roles))
+        run.record(HeldOut(config, setup, pool, prompts, table).measured(run, roles))
     """
 
     config: schema.ReinforcementStage
@@ -59,13 +58,9 @@ class HeldOut:
             say(f"warning: step {step} is not evaluated: {failure}", topology.is_lead)
             return {}
         closed = close_rollouts(drawn, self.setup.eos, self.config.algorithm.truncated)
-        rewards = _unnormalized(roles.reward).rate(closed)
-        total_B, tokens_BR = rewards.score_B, rewards.source_BR
-        scores = (total_B if tokens_BR is None else total_B + tokens_BR.sum(dim=1)).tolist()
-        given = {name: given_B.tolist() for name, given_B in rewards.given.items()}
-        self._keep(step, drawn, scores, given)
-        sources = {f"eval/reward/{name}": (sum(all_of), float(len(drawn))) for name, all_of in given.items()}
-        return {**self._sums(drawn, scores), **sources}
+        rewards = roles.reward.unnormalized().rate(closed)
+        self._keep(step, drawn, rewards)
+        return self._sums(drawn, rewards)
 
     def _sampling(self) -> Sampling:
         how, config = self.config.evaluate, self.config
@@ -79,13 +74,15 @@ class HeldOut:
             seed=config.run.seed * 1009 + self.setup.topology.data_rank + (1 << 80),
         )
 
-    def _sums(self, drawn: Sequence[Rollout], scores: Sequence[float]) -> Metrics:
-        count, config = float(len(drawn)), self.config.evaluate
+    def _sums(self, drawn: Sequence[Rollout], rewards: Rewards) -> Metrics:
+        count, config, scores = float(len(drawn)), self.config.evaluate, rewards.score_B.tolist()
         sums = {
             "eval/score": (sum(scores), count),
             "eval/response_tokens": (float(sum(len(r.response_ids) for r in drawn)), count),
             "eval/truncated_fraction": (float(sum(r.finish_reason == "length" for r in drawn)), count),
         }
+        for name, given_B in rewards.given.items():
+            sums[f"eval/reward/{name}/mean"] = (float(given_B.sum()), count)
         if self.table is not None:
             returns = [self.table.returns(r.prompt_ids, r.response_ids) for r in drawn]
             sums["eval/true_return"] = (sum(returns), count)
@@ -96,15 +93,10 @@ class HeldOut:
                 sums[f"eval/pass_at_{k}"] = (sum(chances), float(len(chances)))
         return sums
 
-    def _keep(
-        self,
-        step: int,
-        drawn: Sequence[Rollout],
-        scores: Sequence[float],
-        given: Mapping[str, Sequence[float]],
-    ) -> None:
+    def _keep(self, step: int, drawn: Sequence[Rollout], rewards: Rewards) -> None:
         """Writes <run>/evaluations/step_N.jsonl, one response a line, in the order of the prompts."""
         topology, decode = self.setup.topology, self.setup.decode
+        given = {f"reward/{name}": given_B.tolist() for name, given_B in rewards.given.items()}
         own: list[dict[str, str | float]] = [
             {
                 "prompt_id": rollout.prompt_id.removeprefix(_UNSEEN),
@@ -112,9 +104,9 @@ class HeldOut:
                 "response": decode(rollout.response_ids),
                 "finish_reason": rollout.finish_reason,
                 "score": score,
-                **{f"reward/{name}": all_of[place] for name, all_of in given.items()},
+                **{name: numbers[number] for name, numbers in given.items()},
             }
-            for place, (rollout, score) in enumerate(zip(drawn, scores, strict=True))
+            for number, (rollout, score) in enumerate(zip(drawn, rewards.score_B.tolist(), strict=True))
         ]
         groups = [list(group) for group in batched(own, self.config.evaluate.num_samples)]
         shares = topology.gather(groups, list[list[dict[str, str | float]]])
@@ -128,29 +120,26 @@ class HeldOut:
             (folder / f"step_{step:06d}.jsonl").write_text(text, encoding="utf-8")
 
 
-def unseen_prompts(config: schema.ReinforcementStage, setup: Setup) -> list[Prompt]:
-    """The held-out prompts, if the recipe names some, with ids that no prompt of the training has; all ranks call it.
+def load_held_out(config: schema.ReinforcementStage, setup: Setup) -> tuple[Prompt, ...]:
+    """The held-out prompts of all replicas, none if the recipe names none; all ranks must call it.
 
     Raises:
         DataError: on every rank; there are fewer than replicas.
     """
-    data = config.data
-    if data.eval is None:
-        return []
+    if config.data.eval is None:
+        return ()
     keeps_columns = reads_columns(config.rewards)
-    loaded = load_prompts(data.eval, setup.tokenizer, setup.limits, data.eval_samples, keeps_columns)
+    loaded = load_prompts(
+        config.data.eval, setup.tokenizer, setup.limits, config.data.eval_samples, keeps_columns
+    )
     setup.admit(loaded)
     if len(loaded.items) < setup.topology.data_size:
         raise DataError(
             f"data.eval: {len(loaded.items)} prompts cannot be shared by {setup.topology.data_size} replicas; raise "
             "data.eval_samples, name more prompts, or start fewer ranks"
         )
-    return [replace(prompt, id=f"{_UNSEEN}{prompt.id}") for prompt in loaded.items]
-
-
-def _unnormalized(reward: RewardSum) -> RewardSum:
-    """The sources at their weights: what is normalised over a batch or group says nothing across steps."""
-    return replace(reward, terms=tuple(replace(term, normalize=None) for term in reward.terms))
+    # Rewards read columns by the id, and rows of both files may be numbered alike.
+    return tuple(replace(prompt, id=f"{_UNSEEN}{prompt.id}") for prompt in loaded.items)
 
 
 def pass_ks(num_samples: int) -> list[int]:

@@ -25,7 +25,7 @@ from rto_megatron.trainer.checked_scores import watched_gap
 from rto_megatron.trainer.connected_pool import ConnectedPool, connect_pool
 from rto_megatron.trainer.dynamic_sampler import full_batches
 from rto_megatron.trainer.guard import Guard, ModelUpdate, Update
-from rto_megatron.trainer.held_out import HeldOut, unseen_prompts
+from rto_megatron.trainer.held_out import HeldOut, load_held_out
 from rto_megatron.trainer.known_reward import known_reward, true_return
 from rto_megatron.trainer.model_files import give_own_padding
 from rto_megatron.trainer.parts import Parts, planned_parts
@@ -54,8 +54,8 @@ def train_online(
     """
     parts = parts or planned_parts()
     setup = prepare_stage(config, topology)
-    prompts, unseen = load_batches(config, setup), unseen_prompts(config, setup)
-    roles = build_roles(config, setup, [*prompts.items, *unseen], parts.reward)
+    prompts, held_out = load_batches(config, setup), load_held_out(config, setup)
+    roles = build_roles(config, setup, [*prompts.items, *held_out], parts.reward)
     require_trained_reference(config, setup.sources, roles)
     algorithm = parts.algorithm or build_algorithm(config, setup.tokenizer)
     pretraining = Pretraining(config, setup)
@@ -64,7 +64,7 @@ def train_online(
     kl, table = algorithm.kl_controller, known_reward("data.true_reward", config.data.true_reward, setup)
     pool = stopping(pool or connect_pool(config.rollout, roles.policy), config, setup)
     sampler = open_sampler(config, setup, roles, run, parts.sampler(config, setup, prompts, pool))
-    evaluation = HeldOut(config, setup, pool, unseen, table)
+    evaluation = HeldOut(config, setup, pool, held_out, table)
     if run.state is not None:
         pretraining.restore(run.state.pretraining)
         kl = kl.restored(run.state.kl)
@@ -86,7 +86,8 @@ def train_online(
             gap = watched_gap(scored, topology, config.rollout.logprob_gap_alarm, step + 1)
             # 4. token rewards, then advantages
             experience = algorithm.credit(scored, kl.coef, topology.dp_sum)
-            run.record({**algorithm.credit_metrics(scored, experience), **true_return(sampled, table)})
+            run.record(algorithm.credit_metrics(scored, experience))
+            run.record(true_return(sampled, table))
         # 5. PPO epochs
         if experience is not None:
             with run.timed("update"):

@@ -50,17 +50,17 @@ def _everything(stage: str, files: Path, root: Path) -> Stage:
     if not isinstance(ALGORITHMS[stage], OnlineMethod):
         name = "sft.jsonl" if stage == "sft" else "pairs.jsonl"
         return _plain(stage, files, run_dir, data__eval=str(files / name))
-    held_out = {"data__eval": str(files / "prompts.jsonl"), "evaluate__pass_score": 0.0}
     texts = {
-        **held_out,
+        "data__eval": str(files / "prompts.jsonl"),
+        "evaluate__pass_score": 0.0,
         "data__pretrain": str(root / "texts.jsonl"),
         "data__true_reward": root / "true_reward.json",
     }
+    rewards = [{"kind": "model"}, {"kind": "overlong", "buffer_tokens": 4}]
     config, options = ALGORITHMS[stage].config, {"pool_importance_cap": 2.0, **EVERY_OPTION}
     known = {f"algorithm__{key}": value for key, value in options.items() if key in config.model_fields}
     if issubclass(config, GroupConfig):
         known |= {"algorithm__samples_per_prompt": 2, "batch__rollout": 4}
-    rewards = [{"kind": "model"}, {"kind": "overlong", "buffer_tokens": 4}]
     return _plain(stage, files, run_dir, rewards=rewards, **known, **texts)
 
 
