@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import batched, zip_longest
 from math import comb
 
@@ -22,6 +22,7 @@ from rto_megatron.trainer.setup import Setup
 from rto_megatron.types import Metrics, Prompt, Rewards, Rollout
 
 FOLDER = "evaluations"
+_UNSEEN = "eval/"
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class HeldOut:
         given = {f"reward/{name}": given_B.tolist() for name, given_B in rewards.given.items()}
         own: list[dict[str, str | float]] = [
             {
-                "prompt_id": rollout.prompt_id,
+                "prompt_id": rollout.prompt_id.removeprefix(_UNSEEN),
                 "prompt": decode(rollout.prompt_ids),
                 "response": decode(rollout.response_ids),
                 "finish_reason": rollout.finish_reason,
@@ -137,7 +138,8 @@ def load_held_out(config: schema.ReinforcementStage, setup: Setup) -> tuple[Prom
             f"data.eval: {len(loaded.items)} prompts cannot be shared by {setup.topology.data_size} replicas; raise "
             "data.eval_samples, name more prompts, or start fewer ranks"
         )
-    return tuple(loaded.items)
+    # Rewards read columns by the id, and rows of both files may be numbered alike.
+    return tuple(replace(prompt, id=f"{_UNSEEN}{prompt.id}") for prompt in loaded.items)
 
 
 def pass_ks(num_samples: int) -> list[int]:
