@@ -99,10 +99,13 @@ class Config(BaseModel):
     @model_validator(mode="after")
     def _refuse_ignored_mode(self) -> Self:
         mode = self.pool_importance_mode
-        if self.pool_importance_cap is None and mode != type(self).model_fields["pool_importance_mode"].default:
+        if (
+            self.pool_importance_cap is None
+            and mode != type(self).model_fields["pool_importance_mode"].default
+        ):
             raise ValueError(
-                f"pool_importance_mode={mode!r} has no effect without pool_importance_cap; remove it or set a cap (2 for "
-                "tokens, as verl, or 3 for sequences, as TRL)"
+                f"pool_importance_mode={mode!r} has no effect without pool_importance_cap; remove it or set a cap (2 "
+                "for tokens, as verl, or 3 for sequences, as TRL)"
             )
         return self
 

@@ -17,6 +17,7 @@ from rto_megatron.engine.build_roles import build_average, build_frozen, build_t
 from rto_megatron.engine.megatron import FrozenModel, Model, TrainedModel
 from rto_megatron.errors import UserError
 from rto_megatron.parallel.topology import Topology
+from rto_megatron.reporting.rates import rates
 from rto_megatron.reporting.samples import completions_table, show
 from rto_megatron.trainer.checked_scores import watched_gap
 from rto_megatron.trainer.connected_pool import ConnectedPool, connect_pool
@@ -24,6 +25,7 @@ from rto_megatron.trainer.guard import Guard, ModelUpdate, Update
 from rto_megatron.trainer.known_reward import known_reward, true_return
 from rto_megatron.trainer.model_files import give_own_padding
 from rto_megatron.trainer.parts import Parts, planned_parts
+from rto_megatron.trainer.pool_requests import ages, require_age
 from rto_megatron.trainer.pretraining import Pretraining, beside
 from rto_megatron.trainer.reference import require_trained_reference
 from rto_megatron.trainer.resume import LoopState
@@ -57,19 +59,22 @@ def train_online(
     kl, table = algorithm.kl_controller, known_reward(config, setup)
     sampler = parts.sampler(config, setup, prompts, pool or connect_pool(config.rollout, roles.policy))
     if run.state is not None:
-        sampler.restore(run.state.data)
+        sampler.restore(run.state.data, run.ahead)
         pretraining.restore(run.state.pretraining)
         kl = kl.restored(run.state.kl)
     scorer = parts.scorer(config, setup, roles)
     guard = parts.guard(run, config.run.max_skipped_updates, topology)
+    speed = partial(rates, num_responses=config.responses_per_step, epochs=config.algorithm.epochs)
 
     for step in run.steps():
         # 1. pi_old <- pi_theta, proved
         with run.saved_without_pool(), run.timed("push"):
-            times = sampler.push(step)
-        # 2. y ~ pi_old(. | x), from the pool that holds exactly this step's weights
+            times = sampler.begin(step)
+        # 2. y ~ pi_old(. | x), from the pool that holds this step's weights, or those of `ahead` steps before
         with run.saved_without_pool(), run.timed("sample"):
             sampled = sampler.draw(step)
+        require_age(sampled, step, config.rollout.ahead, topology)
+        run.record({**sampler.measured(), **ages(sampled, step)})
         experience, gap, lrs = None, {}, {}
         with guard.skipping():
             # 3. every model's opinion, without gradients
@@ -84,10 +89,10 @@ def train_online(
         if experience is not None:
             with run.timed("update"):
                 lrs = update(config, run, roles, algorithm, experience, pretraining, setup, guard)
-        means = run.log({**lrs, **times, **gap, "objective/kl_coef": kl.coef})
+        means = run.log({**lrs, **times, **gap, "objective/kl_coef": kl.coef}, speed)
         if experience is not None:
             kl = kl.update(means["policy/kl_per_token"], config.responses_per_step)
-        run.finish(LoopState(sampler.state(), pretraining.state(), kl.state()))
+        run.finish(LoopState(sampler.state(), pretraining.state(), kl.state()), sampler.ahead())
         if experience is not None:
             show_samples(config, run, experience, setup, means)
     run.close("policy" if roles.average is None else "policy_ema")
