@@ -190,8 +190,8 @@ THEMES = (
             Metric("pool/logprob_gap_mean", "nats", "|log-prob of the pool - log-prob of the trainer|, mean; with "
                    "`rollout.ahead` what the policy learnt since then is in it", ONLINE),
             Metric("pool/logprob_gap_max", "nats", "the largest of them", ONLINE),
-            Metric("pool/logprob_gap_alarm", "0 or 1", "whether the mean is above the alarm; absent where rollouts have "
-                   "an age", ONLINE,
+            Metric("pool/logprob_gap_alarm", "0 or 1", "whether the mean is above the alarm; absent where rollouts "
+                   "have an age", ONLINE,
                    "`rollout.logprob_gap_alarm`"),
             Metric("pool/importance_mean", "ratio", "weight of a token's policy loss that corrects the gap", ONLINE,
                    "`algorithm.pool_importance_cap`"),
