@@ -25,7 +25,7 @@ from rto_megatron.trainer.guard import Guard, ModelUpdate, Update
 from rto_megatron.trainer.known_reward import known_reward, true_return
 from rto_megatron.trainer.model_files import give_own_padding
 from rto_megatron.trainer.parts import Parts, planned_parts
-from rto_megatron.trainer.pool_requests import ages, require_age
+from rto_megatron.trainer.pool_requests import taken
 from rto_megatron.trainer.pretraining import Pretraining, beside
 from rto_megatron.trainer.reference import require_trained_reference
 from rto_megatron.trainer.resume import LoopState
@@ -73,8 +73,7 @@ def train_online(
         # 2. y ~ pi_old(. | x), from the pool that holds this step's weights, or those of `ahead` steps before
         with run.saved_without_pool(), run.timed("sample"):
             sampled = sampler.draw(step)
-        require_age(sampled, step, config.rollout.ahead, topology)
-        run.record({**sampler.measured(), **ages(sampled, step)})
+        run.record({**sampler.measured(), **taken(sampled, step, config.rollout.ahead, topology)})
         experience, gap, lrs = None, {}, {}
         with guard.skipping():
             # 3. every model's opinion, without gradients

@@ -83,11 +83,16 @@ def require_version(rollouts: Sequence[Rollout], newest: int, oldest: int | None
             )
 
 
-def require_age(rollouts: Sequence[Rollout], step: int, ahead: int, topology: Topology) -> None:
-    """Refuses rollouts that are more than `ahead` steps older than the weights of a step; all ranks must call it.
+def taken(rollouts: Sequence[Rollout], step: int, ahead: int, topology: Topology) -> Metrics:
+    """Admits a step's rollouts, none of which may be more than `ahead` steps older than its weights.
+
+    All ranks must call it.
+
+    Returns:
+        ages, and lengths of prompts, for the logs.
 
     Raises:
-        UserError: on every rank; names the first one.
+        UserError: on every rank; names the first that is older.
     """
     failure = None
     try:
@@ -95,10 +100,6 @@ def require_age(rollouts: Sequence[Rollout], step: int, ahead: int, topology: To
     except UserError as raised:
         failure = raised
     topology.raise_together(failure)
-
-
-def ages(rollouts: Sequence[Rollout], step: int) -> Metrics:
-    """By how many steps the weights that sampled are older than those of the step; lengths of prompts; for the logs."""
     age = sum(step - rollout.weight_version for rollout in rollouts)
     tokens = sum(len(rollout.prompt_ids) for rollout in rollouts)
     count = float(len(rollouts))
