@@ -3,8 +3,8 @@
 
 Usage: .venv/bin/python tools/ahead_returns.py DIR
 
-A true return is that of a step's own responses, as they were sampled; a quarter is the mean over a quarter of the steps.
-Columns after them are means over the run. ± is the standard error over seeds.
+A true return is that of a step's own responses, as they were sampled; a quarter is the mean over that part of the
+steps. Columns after them are means over the run. ± is the standard error over seeds.
 """
 
 import argparse
@@ -57,7 +57,9 @@ def told(values: Sequence[float]) -> str:
 
 def main() -> None:
     """Prints the table, and the last quarter of every seed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("root", type=Path, help="folder of the experiment")
     root = parser.parse_args().root
     table = Table("ahead", "seeds", "episodes", *COLUMNS)
@@ -66,7 +68,9 @@ def main() -> None:
     for ahead in range(3):
         runs = sorted(path for path in root.glob(f"ahead{ahead}-seed*") if (path / "hf").is_dir())
         if not runs:
-            raise UserError(f"{root} holds no finished run of rollout.ahead={ahead}; run the experiment first")
+            raise UserError(
+                f"{root} holds no finished run of rollout.ahead={ahead}; run the experiment first"
+            )
         rows = [read_metrics(run) for run in runs]
         episodes = {round(sum(r["time/samples_per_s"] * r["time/step_s"] for r in one)) for one in rows}
         cells = (told([column(one) for one in rows]) for column in COLUMNS.values())
