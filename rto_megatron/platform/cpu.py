@@ -8,11 +8,14 @@ GPT, dense or with experts, over TP, PP, SP and DP, DDP, the distributed optimiz
 import contextlib
 import functools
 import logging
+import os
 import sys
 from collections.abc import Callable, Set
+from datetime import timedelta
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroupGloo, Store, distributed_c10d
 from torch.utils._device import _device_constructors
 
 from rto_megatron.platform.patches import apply_missing, replace
@@ -211,6 +214,33 @@ def p10_compile() -> None:
     replace(torch, "compile", _compile_when_called(torch.compile))
 
 
+class _OnSharedDevices(ProcessGroupGloo):
+    """A group whose connections all other groups' event loops serve too."""
+
+    def __init__(self, store: Store, rank: int, size: int, timeout: timedelta) -> None:
+        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # a name that the stub spells otherwise
+        options._devices = _gloo_devices(os.getpid())
+        options._timeout = timeout
+        super().__init__(store, rank, size, options)
+
+
+@functools.cache
+def _gloo_devices(process: int) -> list[ProcessGroupGloo.Device]:
+    """Those that gloo would choose, made once in a process: a forked one has not the threads of its parent."""
+    names = os.environ.get("GLOO_SOCKET_IFNAME")
+    if names is None:
+        return [ProcessGroupGloo.create_default_device()]
+    return [ProcessGroupGloo.create_device(interface=name) for name in names.split(",")]
+
+
+def p11_gloo_devices() -> None:
+    """All process groups share gloo's devices, each of which is a thread that wakes up a hundred times a second.
+
+    Call sites: the two dozen groups of parallel_state.initialize_model_parallel.
+    """
+    replace(distributed_c10d, "ProcessGroupGloo", _OnSharedDevices)
+
+
 def _is_not_about_the_generator(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("CPU RNG state changed")
 
@@ -226,6 +256,7 @@ PATCHES: dict[str, Callable[[], None]] = {
     "P7": p7_type_names,
     "P8": p8_rng_tracker,
     "P9": p9_side_streams,
+    "P11": p11_gloo_devices,
 }
 
 

@@ -41,8 +41,9 @@ def prepare() -> Device:
     device = _choose_device()
     cpu.install()
     # Their modules import megatron.core, which must find the patches of cpu in place.
-    from rto_megatron.platform import safe_metadata, sync_save, torch_adam
+    from rto_megatron.platform import packed_rope, safe_metadata, sync_save, torch_adam
 
+    packed_rope.install()
     torch_adam.install()
     safe_metadata.install()
     sync_save.install()
