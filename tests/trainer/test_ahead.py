@@ -160,6 +160,8 @@ def test_the_pool_samples_while_the_trainer_scores(files: Path, tmp_path: Path) 
     run_ranks(1, _meet, config)
     entries = read_metrics(tmp_path)
     assert ages(tmp_path) == [0, 1, 1]
+    # With the weights of a step before, the gap to the pool says nothing about the pool.
+    assert ["pool/logprob_gap_alarm" in entry for entry in entries] == [True, False, False]
     for entry in entries:
         assert entry["time/step_s"] > entry["time/pool_wait_s"] >= 0
         assert entry["time/samples_per_s"] == pytest.approx(8 / entry["time/step_s"])
