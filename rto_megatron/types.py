@@ -242,7 +242,11 @@ class PairMicrobatch:
 
 @dataclass(frozen=True)
 class DivergenceMicrobatch(PairMicrobatch):
-    """Pairs on which the policy is compared with the reference's whole distribution."""
+    """Pairs on which the policy is compared with the reference's whole distribution.
+
+    Example:
+        microbatch.reference_hidden_TH.shape
+    """
 
     reference_hidden_TH: Tensor  # [T, hidden size], the reference's final states; empty but on the last stage
 

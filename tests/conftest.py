@@ -6,18 +6,22 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
-pytest_plugins = ["pool_server"]
 
-import pytest  # noqa: E402 -- after the settings above
-
-from rto_megatron.platform.device import prepare  # noqa: E402
-
-prepare()
+import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds `--fast`, which `launchers/test.sh --fast` hands on."""
     parser.addoption("--fast", action="store_true", help="leave out what starts ranks, servers or programs")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Prepares the processes that run tests; one that only shares them out need not load what they do."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        from rto_megatron.platform.device import prepare
+
+        prepare()
+        config.pluginmanager.import_plugin("pool_server")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -145,6 +145,17 @@ def test_megatron_state_and_schedules_have_one_user_each() -> None:
             assert room_of(path) == "engine", name(path)
 
 
+def test_errors_for_users_have_a_subject() -> None:
+    # The launcher says what a rank wrote into the run's status, of whatever subject that was.
+    made = [
+        name(path)
+        for path, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "UserError" and name(path) != "errors.py"
+    ]
+    assert made == ["cli/launch.py"]
+
+
 def test_no_two_test_files_share_a_name() -> None:
     # pytest imports test files by their bare name, and only a run of the whole suite meets both.
     names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]

@@ -14,7 +14,7 @@ from rto_megatron.cli.main import _report
 from rto_megatron.config.checks import find_problems
 from rto_megatron.config.load import dump, load_recipe
 from rto_megatron.config.run_folder import make_run_folder, open_folder_warning
-from rto_megatron.errors import UserError
+from rto_megatron.errors import ModelFolderError, RecipeError, UserError
 from rto_megatron.experiments.sample_efficiency.page import _html_table
 from rto_megatron.generation.vllm.start.server import ServerOptions, start_server
 from rto_megatron.reporting.evaluation import Estimate, Evaluation, final_table
@@ -157,7 +157,7 @@ def test_a_page_holds_text_of_others_as_text() -> None:
 def test_hostile_recipes_are_refused(text: str, said: str, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
-    with pytest.raises(UserError, match=said.replace("*", r"\*")):
+    with pytest.raises(RecipeError, match=said.replace("*", r"\*")):
         load_recipe(path)
 
 
@@ -174,7 +174,7 @@ def test_a_model_that_brings_code_is_neither_trained_nor_served(
     config = configure("sft", files, tmp_path / "run", models__policy=folder)
     (error,) = run_ranks(1, train, config)
     assert f"models.policy: {folder / name} names code that comes with the model" in str(error)
-    with pytest.raises(UserError, match="auto_map"):
+    with pytest.raises(ModelFolderError, match="auto_map"):
         start_server(
             ServerOptions(folder, tmp_path / "token", tmp_path / "log", dtype="fp32", max_model_len=8)
         )

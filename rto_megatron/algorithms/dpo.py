@@ -16,7 +16,11 @@ from rto_megatron.types import LossOutput, PairMicrobatch
 
 
 class Config(BaseModel):
-    """The defaults of the RTO paper (App. D)."""
+    """The defaults of the RTO paper (App. D).
+
+    Example:
+        algorithm: {beta: 0.1, loss: ipo}
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -46,6 +50,9 @@ class DPO:
 
     D is the difference, chosen minus rejected, of log pi(y|x) - log pi_ref(y|x), summed over the response. IPO takes
     the same sum; TRL's takes the mean over the tokens, so its beta is not comparable.
+
+    Example:
+        DPO(Config(beta=0.1)).loss(logp_T, pairs).metrics
     """
 
     def __init__(self, config: Config) -> None:

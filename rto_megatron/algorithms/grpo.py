@@ -16,7 +16,11 @@ _STD_FLOOR = 1e-4  # as TRL adds it: a group of equal scores teaches nothing ins
 
 
 class Config(reinforcement.Config):
-    """DeepSeekMath's KL weight; the KL is a term of the loss, not of the reward."""
+    """DeepSeekMath's KL weight; the KL is a term of the loss, not of the reward.
+
+    Example:
+        algorithm: {beta_kl: 0.04, samples_per_prompt: 8}
+    """
 
     beta_kl: float = Field(default=0.04, ge=0, description="weight of the KL term of the loss")
     samples_per_prompt: int = Field(default=8, ge=2, description="responses sampled for each prompt: a group")

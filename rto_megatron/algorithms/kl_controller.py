@@ -7,7 +7,11 @@ from typing import Self
 
 @dataclass(frozen=True)
 class KLController:
-    """`coef` multiplies the KL penalty of the coming step; `target` None keeps it fixed."""
+    """`coef` multiplies the KL penalty of the coming step; `target` None keeps it fixed.
+
+    Example:
+        KLController(coef=0.1, target=6.0, horizon=10_000).update(mean_kl, num_sequences=512)
+    """
 
     coef: float
     target: float | None  # nats per token

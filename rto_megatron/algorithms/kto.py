@@ -10,7 +10,11 @@ from rto_megatron.types import JudgedMicrobatch, LossOutput
 
 
 class Config(BaseModel):
-    """The paper's defaults."""
+    """The paper's defaults.
+
+    Example:
+        algorithm: {beta: 0.1, undesirable_weight: 1.33}
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -32,6 +36,9 @@ class KTO:
 
     The first for desirable answers, the second for undesirable ones. r is log pi(y|x) - log pi_ref(y|x), summed over
     the response; z0, without gradient, is the KL from the reference as `kl_baseline` estimates it.
+
+    Example:
+        KTO(Config(beta=0.1)).loss(logp_T, judged).metrics
     """
 
     def __init__(self, config: Config) -> None:

@@ -66,7 +66,11 @@ def token_mean_weights(mask_BR: Tensor, num_tokens: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Weighting:
-    """A rule for `Minibatch.weight_T`: a rank's share of the denominator, and the weights from the whole."""
+    """A rule for `Minibatch.weight_T`: a rank's share of the denominator, and the weights from the whole.
+
+    Example:
+        weighting.weights(mask_BR, weighting.count(mask_BR).sum().item())
+    """
 
     count: Callable[[Tensor], Tensor]
     weights: Callable[[Tensor, float], Tensor]

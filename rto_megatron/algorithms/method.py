@@ -16,7 +16,11 @@ Vocabulary = Callable[
 
 
 class OfflineAlgorithm[M: SupervisedMicrobatch | PairMicrobatch | JudgedMicrobatch](Protocol):
-    """A loss on a fixed data set."""
+    """A loss on a fixed data set.
+
+    Example:
+        loss = algorithm.loss(logp_T, microbatch)
+    """
 
     def loss(self, outputs: Tensor, micro: M) -> LossOutput:
         """The weighted loss of one micro-batch from the model's outputs, which `OfflineMethod.outputs` names."""
@@ -25,7 +29,11 @@ class OfflineAlgorithm[M: SupervisedMicrobatch | PairMicrobatch | JudgedMicrobat
 
 @dataclass(frozen=True)
 class OfflineMethod[M: SupervisedMicrobatch | PairMicrobatch | JudgedMicrobatch]:
-    """A method on a fixed data set."""
+    """A method on a fixed data set.
+
+    Example:
+        OfflineMethod(config=config, build=build, examples="pairs", reference="required")
+    """
 
     config: type[BaseModel]
     build: Callable[..., OfflineAlgorithm[M]]  # of a `config`
@@ -39,7 +47,11 @@ class OfflineMethod[M: SupervisedMicrobatch | PairMicrobatch | JudgedMicrobatch]
 
 @dataclass(frozen=True)
 class OnlineMethod:
-    """A method on responses that the policy samples itself."""
+    """A method on responses that the policy samples itself.
+
+    Example:
+        OnlineMethod(config=config, build=build, has_critic=False)
+    """
 
     config: type[reinforcement.Config]
     build: Callable[..., reinforcement.PolicyOptimization]  # of a `config` and a `Vocabulary`

@@ -15,7 +15,11 @@ from rto_megatron.types import ScoredRollouts, TokenRewards
 
 
 class Config(RewardConfig):
-    """Adds the critic's keys."""
+    """Adds the critic's keys.
+
+    Example:
+        algorithm: {beta_kl: 0.1, lam: 0.95, value_clip: 0.2}
+    """
 
     lam: float = Field(default=0.95, ge=0, le=1, description="lambda of generalised advantage estimation")
     value_clip: float | None = Field(

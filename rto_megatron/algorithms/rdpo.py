@@ -15,7 +15,11 @@ from rto_megatron.types import LossOutput, PairMicrobatch
 
 
 class Config(BaseModel):
-    """The defaults of the RTO paper (App. D)."""
+    """The defaults of the RTO paper (App. D).
+
+    Example:
+        algorithm: {beta: 0.1, alpha: 0.01}
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -34,6 +38,9 @@ class RDPO:
     D as in DPO. The sign: r - alpha |y| under a KL constraint is maximised by pi ~ pi_ref exp((r - alpha |y|) / beta),
     so r = beta log(pi / pi_ref) + alpha |y| + const, and Bradley-Terry on r has a plus. A longer chosen answer
     thus starts with a larger margin and is pushed less.
+
+    Example:
+        RDPO(Config(beta=0.1, alpha=0.01)).loss(logp_T, pairs).metrics
     """
 
     def __init__(self, config: Config) -> None:

@@ -13,7 +13,11 @@ from rto_megatron.types import ScoredRollouts, TokenRewards
 
 
 class Config(RewardConfig):
-    """Nothing of its own."""
+    """Nothing of its own.
+
+    Example:
+        algorithm: {beta_kl: 0.01, gamma: 1.0}
+    """
 
 
 def critic_free(

@@ -31,6 +31,9 @@ class Config(BaseModel):
     """What every method has; defaults are the paper's (App. D) and, where it is silent, the released code's.
 
     The exception is `truncated`: the released code does what is called `compat` here.
+
+    Example:
+        algorithm: {beta_kl: 0.1, samples_per_prompt: 4, loss_weights: token_mean}
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -131,7 +134,11 @@ class Config(BaseModel):
 
 
 class RewardConfig(Config):
-    """The keys of methods whose KL penalty is part of the token reward."""
+    """The keys of methods whose KL penalty is part of the token reward.
+
+    Example:
+        algorithm: {beta_kl: 0.1, kl_target: 6.0, kl_horizon: 10000}
+    """
 
     kl_target: float | None = Field(
         default=None,
@@ -166,6 +173,9 @@ class DpoRewardConfig(BaseModel):
     """The keys of methods with a DPO reward.
 
     The released script clips the DPO reward at 0.05 and the paper names no clip: the default is the script's.
+
+    Example:
+        algorithm: {beta_dpo: 0.05, dpo_clip: 10.0}
     """
 
     beta_dpo: float = Field(
@@ -192,7 +202,11 @@ Loss = Callable[[Tensor, Minibatch], LossOutput]  # (outputs [T], micro-batch)
 
 @dataclass(frozen=True)
 class PolicyOptimization:
-    """Credit assignment and losses of one method."""
+    """Credit assignment and losses of one method.
+
+    Example:
+        experience = method.credit(scored, kl_coef=0.1, all_sum=topology.data_sum)
+    """
 
     config: Config
     token_reward: TokenReward

@@ -12,20 +12,23 @@ from rto_megatron.types import LossOutput, PairMicrobatch
 
 
 class Config(BaseModel):
-    """The reward model's loss."""
+    """The reward model's loss.
+
+    Example:
+        algorithm: {margin: true}
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     margin: bool = Field(default=False, description="subtract each pair's `margin` inside the log-sigmoid")
 
 
-def reads_margins(config: BaseModel) -> bool:
-    """Whether the method of a configuration takes the pairs' margins into its loss; no other method does."""
-    return isinstance(config, Config) and config.margin
-
-
 class RewardModel:
-    """L = - log sigmoid(r_chosen - r_rejected [- margin]), mean over pairs."""
+    """L = - log sigmoid(r_chosen - r_rejected [- margin]), mean over pairs.
+
+    Example:
+        RewardModel(Config(margin=True)).loss(values_T, pairs).metrics
+    """
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -10,7 +10,11 @@ from rto_megatron.algorithms.token_rewards import Redistribution, as_it_is
 
 
 class Config(ppo.Config, DpoRewardConfig):
-    """PPO's keys and the two of the DPO reward."""
+    """PPO's keys and the two of the DPO reward.
+
+    Example:
+        algorithm: {beta_kl: 0.05, beta_dpo: 0.05}
+    """
 
 
 def with_dpo_reward(config: Config, redistribute: Redistribution) -> PolicyOptimization:

@@ -7,7 +7,11 @@ from rto_megatron.algorithms.token_rewards import as_it_is
 
 
 class Config(RewardConfig, DpoRewardConfig):
-    """REINFORCE++'s keys and the two of the DPO reward."""
+    """REINFORCE++'s keys and the two of the DPO reward.
+
+    Example:
+        algorithm: {beta_kl: 0.05, beta_dpo: 0.05}
+    """
 
 
 def build(config: Config, vocabulary: Vocabulary) -> PolicyOptimization:

@@ -15,7 +15,11 @@ from rto_megatron.algorithms.token_rewards import at_sentence_ends
 
 
 class Config(rto.Config):
-    """RTO's keys and what ends a sentence."""
+    """RTO's keys and what ends a sentence.
+
+    Example:
+        algorithm: {beta_dpo: 0.05, delimiters: [".", ";"]}
+    """
 
     delimiters: tuple[str, ...] = Field(
         default=(".", "!", "?", "\n"),

@@ -9,13 +9,21 @@ from rto_megatron.types import LossOutput, SupervisedMicrobatch
 
 
 class Config(BaseModel):
-    """Supervised fine-tuning has nothing to choose."""
+    """Supervised fine-tuning has nothing to choose.
+
+    Example:
+        SFT(Config())
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class SFT:
-    """L = - (1/N) sum log pi(y_t | .) over the N response tokens of the global batch."""
+    """L = - (1/N) sum log pi(y_t | .) over the N response tokens of the global batch.
+
+    Example:
+        SFT(Config()).loss(logp_T, demonstrations).metrics
+    """
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -12,7 +12,11 @@ from rto_megatron.types import LossOutput, PairMicrobatch
 
 
 class Config(BaseModel):
-    """The defaults of the RTO paper (App. D)."""
+    """The defaults of the RTO paper (App. D).
+
+    Example:
+        algorithm: {beta: 2.0, gamma: 1.0, loss: hinge}
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -44,6 +48,9 @@ class SimPO:
 
     m = beta (log pi(y_w|x) / |y_w| - log pi(y_l|x) / |y_l|) - gamma; |y| counts the tokens of a response,
     end-of-sequence included.
+
+    Example:
+        SimPO(Config(beta=2.0, gamma=1.0)).loss(logp_T, pairs).metrics
     """
 
     def __init__(self, config: Config) -> None:

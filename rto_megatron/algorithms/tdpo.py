@@ -14,7 +14,11 @@ from rto_megatron.types import LossOutput, PairMicrobatch
 
 
 class Config(BaseModel):
-    """The defaults of the RTO paper (App. D)."""
+    """The defaults of the RTO paper (App. D).
+
+    Example:
+        algorithm: {beta: 0.1, alpha: 0.5, variant: 2}
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -41,6 +45,9 @@ class TDPO:
 
     Means over pairs. u is DPO's difference of log-ratios; D_w and D_l are the chosen and the rejected answer's
     sum over response positions of KL(pi_ref || pi) over the whole vocabulary; sg stops the gradient.
+
+    Example:
+        TDPO(Config(variant=2)).loss(outputs_3T, pairs).metrics
     """
 
     def __init__(self, config: Config) -> None:

@@ -23,7 +23,11 @@ _PROMPT_ID = -1
 
 @dataclass(frozen=True)
 class ClosedSequence:
-    """A sequence of L positions, [left padding | prompt | response | right padding], end-of-sequence set."""
+    """A sequence of L positions, [left padding | prompt | response | right padding], end-of-sequence set.
+
+    Example:
+        ClosedSequence(token_ids=(5, 9, 2), attention_mask=(1, 1, 1), action_mask=(0, 1, 1))
+    """
 
     token_ids: tuple[int, ...]  # L
     attention_mask: tuple[int, ...]  # L; 1 from the first ordinary token through the end-of-sequence

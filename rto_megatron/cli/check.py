@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rto_megatron.cli.options import Assume, Overrides, Recipe
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -96,12 +96,12 @@ def _split(config: "Stage", gpus: int, pool_gpus: int | None) -> tuple[int, int]
         return layout_on(config.parallel).world_size, 0
     if facts.is_colocated:
         if pool_gpus is not None:
-            raise UserError("--pool-gpus has no effect with rollout.colocated=true; remove it")
+            raise RecipeError("--pool-gpus has no effect with rollout.colocated=true; remove it")
         return gpus, gpus
     samples = facts.pool is not None
     pool = pool_gpus if pool_gpus is not None else (gpus // 2 if samples else 0)
     if pool >= gpus or (pool == 0 and samples):
-        raise UserError(
+        raise RecipeError(
             f"--gpus {gpus} --pool-gpus {pool}: leaves {max(gpus - pool, 0)} for the trainer and {pool} for "
             f"the pool; stage {config.stage} needs at least one for each"
         )
@@ -200,7 +200,7 @@ def _print_phases(
     """The memory of trainer and pool in each phase.
 
     Raises:
-        UserError: they do not fit, or there is nothing to judge.
+        RecipeError: they do not fit, or there is nothing to judge.
     """
     from rto_megatron.config.checks import refuse
     from rto_megatron.planning.colocated_memory import SharedGpu, memory_problems, phase_memory
@@ -208,9 +208,9 @@ def _print_phases(
 
     pool = plan.facts.pool
     if pool is None or not pool.colocated or pool.gpu_memory_fraction is None:
-        raise UserError("--gpu-gib judges a pool on the trainer's GPUs; it needs rollout.colocated=true")
+        raise RecipeError("--gpu-gib judges a pool on the trainer's GPUs; it needs rollout.colocated=true")
     if "policy" not in shapes:
-        raise UserError("--gpu-gib needs the policy's shape; name it with --assume policy=SHAPE")
+        raise RecipeError("--gpu-gib needs the policy's shape; name it with --assume policy=SHAPE")
     gpu = SharedGpu(int(gpu_gib * 2**30), pool.gpu_memory_fraction, pool_tensor)
     phases = phase_memory(plan, shapes, gpu)
     table = Table("in a GPU's memory", title=f"phases of a step on a GPU of {gpu_gib:g} GiB")

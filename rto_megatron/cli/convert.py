@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RecipeError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -148,7 +148,7 @@ def _options(dtype: str, max_shard_size: str, head: str) -> "Options":
     dtypes = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)", max_shard_size.upper())
     if match is None or float(match[1]) <= 0:
-        raise UserError(f"--max-shard-size {max_shard_size}: expected a size such as 5GB, 500MB or 2GiB")
+        raise RecipeError(f"--max-shard-size {max_shard_size}: expected a size such as 5GB, 500MB or 2GiB")
     return Options(dtypes[dtype], int(float(match[1]) * _UNITS[match[2]]), _is_scalar(head))
 
 
@@ -161,7 +161,7 @@ def _proofs(verify: str, tensor: int, pipeline: int) -> "Proofs":
 
     if verify != "logits":
         if (tensor, pipeline) != (1, 1):
-            raise UserError(
+            raise RecipeError(
                 f"--tensor {tensor} --pipeline {pipeline} are of --verify logits alone; what is written loads at "
                 "any layout"
             )

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import DataError
 
 _VOCABULARY_MULTIPLE = 64  # tensor parallelism cuts the vocabulary in equal parts
 
@@ -87,4 +87,4 @@ def _texts(sources: list[str]) -> Iterator[str]:
                 is_silent = is_silent and not text.strip()
                 yield require_characters(text, row.where)
         if is_silent:
-            raise UserError(f"{source}: no row has a text in one of the columns {', '.join(TEXT_COLUMNS)}")
+            raise DataError(f"{source}: no row has a text in one of the columns {', '.join(TEXT_COLUMNS)}")

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from rto_megatron.config.training import ParallelConfig
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RecipeError
 from rto_megatron.experiments.sample_efficiency import DESIGN
 
 
@@ -79,5 +79,5 @@ def _chosen(seeds: str | None, known: tuple[int, ...]) -> tuple[int, ...]:
     by_name = {str(seed): seed for seed in known}
     names = seeds.split(",")
     if not set(names) <= set(by_name):
-        raise UserError(f"--seeds {seeds}: the design has the seeds {','.join(by_name)}")
+        raise RecipeError(f"--seeds {seeds}: the design has the seeds {','.join(by_name)}")
     return tuple(by_name[name] for name in names)

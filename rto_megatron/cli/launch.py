@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rto_megatron.cli.options import Overrides, Recipe
-from rto_megatron.errors import UserError
+from rto_megatron.errors import PoolError, UserError
 from rto_megatron.reporting.progress import plain
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def _run(
         if not sampling.rollout.colocated:
             free_gpus -= len(devices)
         if not prepare(1):
-            raise UserError("the pool's servers ended before a rank was started; their logs say why")
+            raise PoolError("the pool's servers ended before a rank was started; their logs say why")
     model_ranks = layout_on(config.parallel).replica_ranks
     num_ranks = ranks or max(1, free_gpus // model_ranks) * model_ranks
     return run_attempts(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RecipeError
 
 if TYPE_CHECKING:
     from rto_megatron.generation.vllm.start.server import NodeGroup, ServerOptions
@@ -108,13 +108,13 @@ def _group(nodes: int, node_rank: int, leader: str | None) -> "NodeGroup | None"
     from rto_megatron.generation.vllm.start.server import NodeGroup
 
     if nodes == 1 and (leader is not None or node_rank > 0):
-        raise UserError(
+        raise RecipeError(
             "--leader and --node-rank belong to a server on several machines; name their number in --nodes"
         )
     if nodes == 1:
         return None
     if leader is None or node_rank >= nodes:
-        raise UserError(
+        raise RecipeError(
             f"--nodes {nodes} --node-rank {node_rank} --leader {leader}: a server on several machines needs --leader "
             "HOST:PORT and ranks below --nodes"
         )

@@ -9,7 +9,7 @@ import typer
 
 from rto_megatron.cli.options import Overrides
 from rto_megatron.config.training import TrainParallelConfig
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RecipeError
 
 if TYPE_CHECKING:
     from rto_megatron.config.schema import TrainStage
@@ -98,7 +98,7 @@ def _layout(config: "TrainStage", resume_at: str | None, replicas: int) -> "tupl
         return own, layout_on(own).replica_ranks * replicas
     sizes = resume_at.split("x")
     if len(sizes) != 3 or not all(size.isdigit() and int(size) for size in sizes):
-        raise UserError(
+        raise RecipeError(
             f"--resume-at {resume_at}: expected tensor x pipeline x data-parallel size, as in 1x2x1"
         )
     tensor, pipeline, data = map(int, sizes)
@@ -125,7 +125,7 @@ def run_both(
     from rto_megatron.proofs.resumed_runs import resumed_run, whole_run
 
     if (root / "whole").exists() or (root / "resumed").exists():
-        raise UserError(f"--scratch {root} holds the runs of an earlier check; name a new folder")
+        raise RecipeError(f"--scratch {root} holds the runs of an earlier check; name a new folder")
     whole = whole_run(config, k, root / "whole")
     train(whole, layout_on(whole.parallel).replica_ranks * replicas)
     train(resumed_run(whole, k, root / "resumed", parallel), num_ranks)

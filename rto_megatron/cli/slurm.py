@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rto_megatron.cli.options import Assume, Overrides, Recipe
-from rto_megatron.errors import UserError
+from rto_megatron.errors import MachineError
 
 if TYPE_CHECKING:
     from rto_megatron.launching.slurm_job import Job
@@ -158,14 +158,14 @@ def _sbatch(*arguments: str) -> str:
     """What sbatch prints.
 
     Raises:
-        UserError: there is no sbatch, or it refuses the script.
+        MachineError: there is no sbatch, or it refuses the script.
     """
     try:
         done = subprocess.run(["sbatch", *arguments], capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
-        raise UserError(
+        raise MachineError(
             "no sbatch on this machine; submit the script from a login node of the cluster"
         ) from error
     if done.returncode:
-        raise UserError(f"sbatch {' '.join(arguments)} refused: {done.stderr.strip()}")
+        raise MachineError(f"sbatch {' '.join(arguments)} refused: {done.stderr.strip()}")
     return done.stdout

@@ -8,13 +8,12 @@ from collections.abc import Iterable, Mapping
 from rto_megatron.algorithms import ALGORITHMS
 from rto_megatron.algorithms.kl_controller import smallest_horizon
 from rto_megatron.algorithms.method import OfflineMethod
-from rto_megatron.algorithms.reinforcement import RewardConfig
 from rto_megatron.config.facts import Facts, facts_of
 from rto_megatron.config.plan import layout_on
 from rto_megatron.config.roles import OPTIONAL_ROLES, allowed_roles, needs_dpo
 from rto_megatron.config.rollouts import RolloutConfig
 from rto_megatron.config.schema import OfflineStage, ReinforcementStage, Stage
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RecipeError, UserError
 
 
 def find_problems(
@@ -30,17 +29,17 @@ def find_problems(
         *_layout(config, world_size, origin),
         *model_problems(config),
         *_lengths(config, max_positions),
-        *_kl_horizon(facts_of(config).online),
+        *_kl_horizon(facts_of(config)),
         *_pool_servers(facts_of(config).pool),
         *_ahead(facts_of(config).online),
     ]
 
 
-def refuse(problems: Iterable[str]) -> None:
-    """Raise one UserError that lists `problems`, if there are any."""
+def refuse(problems: Iterable[str], kind: type[UserError] = RecipeError) -> None:
+    """Raise one error of `kind` that lists `problems`, if there are any."""
     lines = [f"  {problem}" for problem in problems]
     if lines:
-        raise UserError("the configuration cannot work as it stands\n" + "\n".join(lines))
+        raise kind("the configuration cannot work as it stands\n" + "\n".join(lines))
 
 
 def _layout(config: Stage, world_size: int, origin: str) -> list[str]:
@@ -187,11 +186,11 @@ def _lengths(config: Stage, max_positions: Mapping[str, int]) -> list[str]:
     return problems
 
 
-def _kl_horizon(config: ReinforcementStage | None) -> list[str]:
-    if config is None or not isinstance(config.algorithm, RewardConfig):
+def _kl_horizon(facts: Facts) -> list[str]:
+    if facts.online is None or facts.kl_reward is None:
         return []
-    horizon, responses = config.algorithm.kl_horizon, config.responses_per_step
-    if config.algorithm.kl_target is None or horizon >= smallest_horizon(responses):
+    horizon, responses = facts.kl_reward.kl_horizon, facts.online.responses_per_step
+    if facts.kl_reward.kl_target is None or horizon >= smallest_horizon(responses):
         return []
     return [
         f"algorithm.kl_horizon={horizon} is not above 0.2 x {responses}, the responses of a rollout step: one could "
@@ -263,7 +262,7 @@ def require_pool(config: Stage) -> None:
     """Raise UserError if the stage samples and no pool server is named."""
     pool = facts_of(config).pool
     if pool is not None and not pool.servers:
-        raise UserError(
+        raise RecipeError(
             f"rollout.servers is empty, and stage {config.stage} samples from an inference pool; start one "
             "with `rto pool` and name it, or start the stage with launchers/local.sh, which does both"
         )

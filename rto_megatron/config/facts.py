@@ -2,14 +2,16 @@
 
 from dataclasses import dataclass
 
-from rto_megatron.algorithms import ALGORITHMS
+from rto_megatron.algorithms import ALGORITHMS, reward_model
 from rto_megatron.algorithms.method import OfflineMethod
+from rto_megatron.algorithms.reinforcement import RewardConfig
 from rto_megatron.config.rollouts import RolloutConfig
 from rto_megatron.config.schema import (
     ActorCriticStage,
     EvaluateStage,
     OfflineStage,
     ReinforcementStage,
+    RewardModelStage,
     Stage,
     TrainStage,
 )
@@ -49,6 +51,23 @@ class Facts:
     def critic_optimizer(self) -> OptimizerConfig | None:
         """None where no critic is trained."""
         return self.online.critic_optimizer if isinstance(self.online, ActorCriticStage) else None
+
+    @property
+    def is_reward_model(self) -> bool:
+        """Whether a reward model is trained: from a language model, with a head of its own."""
+        return isinstance(self.offline, RewardModelStage)
+
+    @property
+    def reads_margins(self) -> bool:
+        """Whether the method takes the pairs' margins into its loss; only a reward model's does."""
+        algorithm = None if self.offline is None else self.offline.algorithm
+        return isinstance(algorithm, reward_model.Config) and algorithm.margin
+
+    @property
+    def kl_reward(self) -> RewardConfig | None:
+        """The algorithm's keys where it pays a KL penalty as a reward."""
+        algorithm = None if self.online is None else self.online.algorithm
+        return algorithm if isinstance(algorithm, RewardConfig) else None
 
     @property
     def longest_sequence(self) -> tuple[int, str]:

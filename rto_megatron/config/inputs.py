@@ -10,7 +10,11 @@ from rto_megatron.config.training import Section
 
 
 class ModelsConfig(Section):
-    """A Hugging Face folder, or a run folder or checkpoint of an earlier stage, per role."""
+    """A Hugging Face folder, or a run folder or checkpoint of an earlier stage, per role.
+
+    Example:
+        models: {policy: runs/sft, reward: runs/reward, dpo: runs/dpo}
+    """
 
     policy: Path
     reference: Path | None = Field(default=None, description="null: the policy's starting point")
@@ -36,7 +40,11 @@ class ModelsConfig(Section):
 
 
 class DataConfig(Section):
-    """Data are local .jsonl, .jsonl.gz or .parquet files, or a hub data set as `owner/name:split`."""
+    """Data are local .jsonl, .jsonl.gz or .parquet files, or a hub data set as `owner/name:split`.
+
+    Example:
+        data: {max_prompt_tokens: 512, overlong: drop}
+    """
 
     max_prompt_tokens: int = Field(default=1024, ge=1)
     overlong: Literal["error", "drop", "truncate_left"] = Field(
@@ -55,7 +63,11 @@ class DataConfig(Section):
 
 
 class ExampleDataConfig(DataConfig):
-    """Prompts with answers."""
+    """Prompts with answers.
+
+    Example:
+        data: {train: pairs.jsonl, eval: held_out.jsonl, max_length: 1024}
+    """
 
     train: str = Field(min_length=1)
     eval: str | None = Field(default=None, min_length=1)
@@ -73,7 +85,11 @@ class ExampleDataConfig(DataConfig):
 
 
 class PromptDataConfig(DataConfig):
-    """Prompts that the policy answers."""
+    """Prompts that the policy answers.
+
+    Example:
+        data: {train: prompts.jsonl, max_prompt_tokens: 512}
+    """
 
     train: str = Field(min_length=1)
     pretrain: str | None = Field(
@@ -87,7 +103,11 @@ class PromptDataConfig(DataConfig):
 
 
 class EvaluateDataConfig(DataConfig):
-    """Prompts that no stage trains on."""
+    """Prompts that no stage trains on.
+
+    Example:
+        data: {eval: prompts.jsonl, eval_samples: 256}
+    """
 
     eval: str = Field(min_length=1, description="held-out prompts")
     eval_samples: int | None = Field(default=None, ge=1, description="rows of `eval` to use; null: all")

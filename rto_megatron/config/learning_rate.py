@@ -10,7 +10,11 @@ from rto_megatron.config.training import OptimizerConfig
 
 @dataclass(frozen=True)
 class Rates:
-    """What a schedule comes to over a run."""
+    """What a schedule comes to over a run.
+
+    Example:
+        Rates(first=1e-7, highest=1e-6, last=0.0, num_updates=1000, num_warmup=30)
+    """
 
     first: float
     highest: float

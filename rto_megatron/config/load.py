@@ -31,7 +31,7 @@ from rto_megatron.config.problems import Origin, all_keys, describe, suggestion
 from rto_megatron.config.recipes import require_recipe
 from rto_megatron.config.run_folder import make_run_folder
 from rto_megatron.config.schema import STAGES, Stage
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RecipeError
 
 Tree = dict[str, object]
 
@@ -49,13 +49,13 @@ def load_recipe(recipe: Path, overrides: Sequence[str] = ()) -> Stage:
     Relative paths are taken from the current directory, not from the recipe's folder.
 
     Raises:
-        UserError: the file, an override or any key is wrong; all problems are listed, one a line.
+        RecipeError: the file, an override or any key is wrong; all problems are listed, one a line.
     """
     tree, origin = _read(recipe, overrides)
     name = tree.get("stage")
     if not isinstance(name, str) or name not in STAGES:
         hint = suggestion(str(name), STAGES)
-        raise UserError(
+        raise RecipeError(
             f"{origin.of('stage')}: stage: found {name!r}; must be one of {', '.join(STAGES)}{hint}"
         )
     for key in _LOCAL_PATHS:
@@ -63,6 +63,19 @@ def load_recipe(recipe: Path, overrides: Sequence[str] = ()) -> Stage:
     for key in (*_PATHS_OR_HUB_NAMES, *(f"models.{role}" for role in _MODELS)):
         _make_absolute(tree, key, only_if_present=True)
     return _validate(STAGES[name], tree, origin)
+
+
+def load_stage[S: Stage](recipe: Path, kind: type[S], overrides: Sequence[str] = ()) -> S:
+    """Does what `load_recipe` does, for a caller that runs one kind of stage alone.
+
+    Raises:
+        RecipeError: as `load_recipe`; or the recipe is of another kind.
+    """
+    config = load_recipe(recipe, overrides)
+    if not isinstance(config, kind):
+        known = ", ".join(name for name, stage in STAGES.items() if issubclass(stage, kind))
+        raise RecipeError(f"{recipe}: found stage {config.stage}; expected one of {known}")
+    return config
 
 
 def dump(config: BaseModel) -> str:
@@ -86,7 +99,7 @@ def _validate(stage: type[Stage], tree: Tree, origin: Origin) -> Stage:
     except ValidationError as error:
         problems = [describe(entry, stage, origin) for entry in error.errors(include_url=False)]
     count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-    raise UserError(
+    raise RecipeError(
         f"{origin.recipe}: {count} in the configuration\n" + "\n".join(f"  {p}" for p in problems)
     )
 
@@ -99,21 +112,21 @@ def _read(recipe: Path, overrides: Sequence[str]) -> tuple[Tree, Origin]:
         lines = dict(_lines(yaml.compose(text, Loader=yaml.SafeLoader)))
         from_file = OmegaConf.create(text)
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise UserError(f"{recipe}: cannot be read as YAML: {error}") from error
+        raise RecipeError(f"{recipe}: cannot be read as YAML: {error}") from error
     if not isinstance(from_file, DictConfig) or not from_file:
-        raise UserError(f"{recipe}: holds no `key: value` pairs; see launchers/recipes for examples")
+        raise RecipeError(f"{recipe}: holds no `key: value` pairs; see launchers/recipes for examples")
     given = [split(override) for override in overrides]
     origin = Origin(recipe, lines, frozenset(override.key for override in given))
     try:
         text_of_stage = _text_keys(from_file, given)
         tree = merged(from_file, given, text_of_stage)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{' '.join(overrides)}: cannot be applied to {recipe}: {error}") from error
+        raise RecipeError(f"{' '.join(overrides)}: cannot be applied to {recipe}: {error}") from error
     _refuse_unknown_interpolations(from_file, tree, origin)
     try:
         resolved = _resolved(tree, text_of_stage)
     except OmegaConfBaseException as error:
-        raise UserError(f"{recipe}: {error}") from error
+        raise RecipeError(f"{recipe}: {error}") from error
     _refuse_empty_text(resolved, text_of_stage, origin)
     return {key: value for key, value in resolved.items() if key != VARIABLES}, origin
 
@@ -166,7 +179,7 @@ def _refuse_empty_text(tree: Tree, text: frozenset[str], origin: Origin) -> None
         if value == "" and (key in text or is_variable(key))
     ]
     if problems:
-        raise UserError("\n".join(problems))
+        raise RecipeError("\n".join(problems))
 
 
 def _refuse_bombs(recipe: Path, text: str) -> None:
@@ -175,12 +188,12 @@ def _refuse_bombs(recipe: Path, text: str) -> None:
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         line = event.start_mark.line + 1
         if isinstance(event, yaml.AliasEvent):
-            raise UserError(
+            raise RecipeError(
                 f"{recipe}:{line}: found the alias *{event.anchor}; recipes have none, write ${{vars.name}} instead"
             )
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _DEEPEST:
-            raise UserError(f"{recipe}:{line}: is nested deeper than {_DEEPEST} levels, recipes have three")
+            raise RecipeError(f"{recipe}:{line}: is nested deeper than {_DEEPEST} levels, recipes have three")
 
 
 def _refuse_unknown_interpolations(from_file: DictConfig, tree: DictConfig, origin: Origin) -> None:
@@ -188,7 +201,7 @@ def _refuse_unknown_interpolations(from_file: DictConfig, tree: DictConfig, orig
     used = {name for _, name in _references(tree)}
     for key, name in _references(tree):
         if ":" in name:
-            raise UserError(
+            raise RecipeError(
                 f"{origin.of(key)}: {key}: found ${{{name}}}; only names of keys may stand in ${{...}}, and \\${{ is a "
                 "plain ${"
             )
@@ -199,7 +212,7 @@ def _refuse_unknown_interpolations(from_file: DictConfig, tree: DictConfig, orig
         own = f"{VARIABLES}.{name}"
         if not any(one == own or one.startswith(f"{own}.") for one in known):
             hint = suggestion(str(name), [n.removeprefix(f"{VARIABLES}.") for n in known])
-            raise UserError(f"{origin.of(own)}: {own}: no key uses ${{{own}}}{hint}")
+            raise RecipeError(f"{origin.of(own)}: {own}: no key uses ${{{own}}}{hint}")
 
 
 def _references(tree: DictConfig) -> list[tuple[str, str]]:

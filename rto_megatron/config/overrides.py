@@ -15,7 +15,7 @@ from typing import Annotated, Literal, Union, get_args, get_origin
 from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RecipeError
 
 VARIABLES = "vars"
 _OPENING = r"(\\*)\$\{"
@@ -24,7 +24,11 @@ _NAMES_A_KEY = re.compile(r"\$\{([\w.]+)\}")
 
 @dataclass(frozen=True)
 class Override:
-    """One `key=value`, not yet read."""
+    """One `key=value`, not yet read.
+
+    Example:
+        Override(key="optimizer.lr", value="1e-6")
+    """
 
     key: str
     value: str
@@ -34,11 +38,11 @@ def split(override: str) -> Override:
     """Cuts at the first `=`.
 
     Raises:
-        UserError: there is none, or no dotted key before it.
+        RecipeError: there is none, or no dotted key before it.
     """
     key, equals, value = override.partition("=")
     if not equals or not re.fullmatch(r"[\w.]+", key):
-        raise UserError(
+        raise RecipeError(
             f"{override!r}: an override is written key=value with a dotted key, as in optimizer.lr=1e-6"
         )
     return Override(key, value)

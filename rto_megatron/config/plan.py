@@ -10,7 +10,11 @@ from rto_megatron.config.training import ParallelConfig
 
 @dataclass(frozen=True)
 class RankLayout:
-    """How a model lies on the trainer's ranks."""
+    """How a model lies on the trainer's ranks.
+
+    Example:
+        RankLayout(tensor=2, pipeline=2, data=4).world_size == 16
+    """
 
     tensor: int
     pipeline: int
@@ -36,7 +40,11 @@ def layout_on(parallel: ParallelConfig, world_size: int | None = None) -> RankLa
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Batch arithmetic of one stage; all counts are sequences, or pairs where the stage reads pairs."""
+    """Batch arithmetic of one stage; all counts are sequences, or pairs where the stage reads pairs.
+
+    Example:
+        BatchPlan(train_per_rank=8, num_microbatches=4, rollout_per_rank=32, updates_per_rollout=4)
+    """
 
     train_per_rank: int  # 0 where the stage does not train
     num_microbatches: int  # of an optimizer step; 0 where the stage does not train

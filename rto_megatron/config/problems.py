@@ -13,7 +13,11 @@ from rto_megatron.config.schema import STAGES
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a key's value comes from: a line of the recipe or an override on the command line."""
+    """Where a key's value comes from: a line of the recipe or an override on the command line.
+
+    Example:
+        Origin(Path("rto.yaml"), {"run.steps": 7}, frozenset()).of("run.steps")
+    """
 
     recipe: Path
     lines: Mapping[str, int]  # dotted key -> line of the recipe

@@ -5,23 +5,23 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import rto_megatron
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RecipeError
 
 _OURS = Path(rto_megatron.__file__).parents[1] / "launchers" / "recipes"
 _SHOWN = 6
 
 
 def require_recipe(recipe: Path) -> None:
-    """Raises UserError where `recipe` is no file; names the recipes that may be meant."""
+    """Raises RecipeError where `recipe` is no file; names the recipes that may be meant."""
     if recipe.is_file():
         return
     if recipe.is_dir():
         inside = sorted(path for path in recipe.iterdir() if path.suffix in (".yaml", ".yml"))
         told = f"; it holds {_listed(inside)}" if inside else ""
-        raise UserError(f"{recipe} is a folder; give the path of a YAML file{told}")
+        raise RecipeError(f"{recipe} is a folder; give the path of a YAML file{told}")
     near = _near(recipe, recipe.parent.glob("*.yaml"))
     meant = f"; did you mean {near[0]}?" if near else _of_ours(recipe)
-    raise UserError(f"{recipe}: no such recipe; give the path of a YAML file{meant}")
+    raise RecipeError(f"{recipe}: no such recipe; give the path of a YAML file{meant}")
 
 
 def _of_ours(recipe: Path) -> str:

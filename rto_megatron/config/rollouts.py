@@ -10,7 +10,11 @@ from rto_megatron.config.training import Section
 
 
 class SamplingConfig(Section):
-    """Training rollouts are drawn at temperature 1, top-p 1: anything else would bias the ratio of PPO."""
+    """Training rollouts are drawn at temperature 1, top-p 1: anything else would bias the ratio of PPO.
+
+    Example:
+        sampling: {max_response_tokens: 1024, min_response_tokens: 4}
+    """
 
     max_response_tokens: int = Field(default=1024, ge=1)
     min_response_tokens: int = Field(
@@ -19,7 +23,11 @@ class SamplingConfig(Section):
 
 
 class RolloutConfig(Section):
-    """How the trainer reaches the inference pool."""
+    """How the trainer reaches the inference pool.
+
+    Example:
+        rollout: {colocated: true, gpu_memory_fraction: 0.4}
+    """
 
     servers: tuple[Annotated[str, AfterValidator(without_localhost)], ...] = Field(
         default=(), description="addresses of the pool's servers; the launcher fills them in"
@@ -60,7 +68,11 @@ class RolloutConfig(Section):
 
 
 class TrainRolloutConfig(RolloutConfig):
-    """The pool of a stage that trains on what it samples."""
+    """The pool of a stage that trains on what it samples.
+
+    Example:
+        rollout: {logprob_gap_alarm: 0.05}
+    """
 
     ahead: int = Field(
         default=0,
@@ -78,7 +90,11 @@ class TrainRolloutConfig(RolloutConfig):
 
 
 class EvaluateConfig(Section):
-    """The stage `evaluate`: sample held-out prompts, score them and measure the distance to the reference."""
+    """The stage `evaluate`: sample held-out prompts, score them and measure the distance to the reference.
+
+    Example:
+        evaluate: {name: rto, num_samples: 4}
+    """
 
     name: str = Field(description="row of the final table")
     true_reward: Path | None = Field(

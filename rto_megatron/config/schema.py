@@ -39,7 +39,11 @@ from rto_megatron.config.training import (
 
 
 class StageConfig(Section):
-    """What every stage has."""
+    """What every stage has.
+
+    Example:
+        {stage: evaluate, run: {dir: runs/eval}, models: {policy: runs/rto}}
+    """
 
     stage: str
     run: RunConfig
@@ -51,7 +55,11 @@ class StageConfig(Section):
 
 
 class TrainStage(StageConfig):
-    """What every stage with an optimizer has."""
+    """What every stage with an optimizer has.
+
+    Example:
+        {stage: sft, run: {dir: runs/sft, steps: 100}, optimizer: {lr: 1.0e-5}}
+    """
 
     run: TrainRunConfig
     parallel: TrainParallelConfig = TrainParallelConfig()
@@ -61,7 +69,11 @@ class TrainStage(StageConfig):
 
 
 class OfflineStage(TrainStage):
-    """Trains on a fixed data set."""
+    """Trains on a fixed data set.
+
+    Example:
+        {stage: dpo, data: {train: pairs.jsonl}, algorithm: {beta: 0.1}}
+    """
 
     run: OfflineRunConfig
     data: ExampleDataConfig
@@ -69,17 +81,29 @@ class OfflineStage(TrainStage):
 
 
 class RewardModelStage(OfflineStage):
-    """Trains a scalar head."""
+    """Trains a scalar head.
+
+    Example:
+        {stage: reward_model, data: {train: pairs.jsonl, eval: held_out.jsonl}}
+    """
 
 
 class PreferenceStage(OfflineStage):
-    """DPO and its kin."""
+    """DPO and its kin.
+
+    Example:
+        {stage: dpo, batch: {train: 64}, algorithm: {beta: 0.1}}
+    """
 
     batch: PreferenceBatchConfig = PreferenceBatchConfig()
 
 
 class ReinforcementStage(TrainStage):
-    """Trains on what the policy samples."""
+    """Trains on what the policy samples.
+
+    Example:
+        {stage: grpo, sampling: {max_response_tokens: 512}, algorithm: {samples_per_prompt: 8}}
+    """
 
     run: RolloutRunConfig
     data: PromptDataConfig
@@ -95,13 +119,21 @@ class ReinforcementStage(TrainStage):
 
 
 class ActorCriticStage(ReinforcementStage):
-    """With a critic beside the policy."""
+    """With a critic beside the policy.
+
+    Example:
+        {stage: rto, optimizer: {lr: 5.0e-7}, critic_optimizer: {lr: 9.0e-6}}
+    """
 
     critic_optimizer: OptimizerConfig
 
 
 class EvaluateStage(StageConfig):
-    """Measures a policy on prompts that no stage trains on."""
+    """Measures a policy on prompts that no stage trains on.
+
+    Example:
+        {stage: evaluate, data: {eval: prompts.jsonl}, evaluate: {name: rto}}
+    """
 
     stage: Literal["evaluate"]
     data: EvaluateDataConfig

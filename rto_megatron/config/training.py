@@ -7,13 +7,21 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Section(BaseModel):
-    """A frozen part of the configuration that refuses keys it does not know."""
+    """A frozen part of the configuration that refuses keys it does not know.
+
+    Example:
+        class SamplingConfig(Section): max_response_tokens: int = 1024
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
 class RunConfig(Section):
-    """Where the run lives."""
+    """Where the run lives.
+
+    Example:
+        run: {dir: runs/eval, seed: 7}
+    """
 
     dir: Path = Field(description="run folder: configuration, checkpoints, metrics and exports go here")
     seed: int = 42
@@ -26,7 +34,11 @@ class RunConfig(Section):
 
 
 class TrainRunConfig(RunConfig):
-    """How long a training stage lasts and what it leaves."""
+    """How long a training stage lasts and what it leaves.
+
+    Example:
+        run: {dir: runs/sft, steps: 200, save_every: 50}
+    """
 
     steps: int | None = Field(
         default=None,
@@ -53,7 +65,11 @@ class TrainRunConfig(RunConfig):
 
 
 class OfflineRunConfig(TrainRunConfig):
-    """Offline stages evaluate on held-out data."""
+    """Offline stages evaluate on held-out data.
+
+    Example:
+        run: {dir: runs/dpo, eval_every: 20}
+    """
 
     eval_every: int | None = Field(
         default=None, ge=1, description="steps between evaluations on eval data; null: only at the end"
@@ -61,7 +77,11 @@ class OfflineRunConfig(TrainRunConfig):
 
 
 class RolloutRunConfig(TrainRunConfig):
-    """Stages that sample show what they sample."""
+    """Stages that sample show what they sample.
+
+    Example:
+        run: {dir: runs/rto, samples_every: 10}
+    """
 
     samples_every: int | None = Field(
         default=None, ge=1, description="steps between tables of sample completions; null: none"
@@ -69,7 +89,11 @@ class RolloutRunConfig(TrainRunConfig):
 
 
 class ParallelConfig(Section):
-    """Layout of every role; data parallel size is world / (tensor x pipeline)."""
+    """Layout of every role; data parallel size is world / (tensor x pipeline).
+
+    Example:
+        parallel: {tensor: 4, pipeline: 2, sequence: true}
+    """
 
     tensor: int = Field(default=1, ge=1)
     pipeline: int = Field(default=1, ge=1)
@@ -77,7 +101,11 @@ class ParallelConfig(Section):
 
 
 class TrainParallelConfig(ParallelConfig):
-    """The layout of optimizers too."""
+    """The layout of optimizers too.
+
+    Example:
+        parallel: {tensor: 4, distributed_optimizer: true}
+    """
 
     distributed_optimizer: bool = Field(
         default=False, description="shard optimizer state over data-parallel ranks"
@@ -85,13 +113,21 @@ class TrainParallelConfig(ParallelConfig):
 
 
 class FrozenPrecisionConfig(Section):
-    """How forwards compute; log-softmax is always fp32."""
+    """How forwards compute; log-softmax is always fp32.
+
+    Example:
+        precision: {dtype: bf16}
+    """
 
     dtype: Literal["fp32", "bf16"] = "bf16"
 
 
 class PrecisionConfig(FrozenPrecisionConfig):
-    """bf16 keeps fp32 master weights and accumulates gradients in fp32."""
+    """bf16 keeps fp32 master weights and accumulates gradients in fp32.
+
+    Example:
+        precision: {dtype: bf16, recompute: true}
+    """
 
     recompute: bool = Field(
         default=False, description="recompute activations of every layer in the backward pass"
@@ -99,7 +135,11 @@ class PrecisionConfig(FrozenPrecisionConfig):
 
 
 class BatchConfig(Section):
-    """Batch arithmetic; all counts are sequences (pairs for reward model and DPO)."""
+    """Batch arithmetic; all counts are sequences (pairs for reward model and DPO).
+
+    Example:
+        batch: {micro: 4, packed: true}
+    """
 
     micro: int = Field(default=1, ge=1, description="sequences or pairs per forward on one rank")
     packed: bool = Field(
@@ -108,25 +148,41 @@ class BatchConfig(Section):
 
 
 class TrainBatchConfig(BatchConfig):
-    """The batches of a stage with an optimizer."""
+    """The batches of a stage with an optimizer.
+
+    Example:
+        batch: {train: 64, micro: 4}
+    """
 
     train: int = Field(default=128, ge=1, description="global batch of one optimizer step")
 
 
 class PreferenceBatchConfig(TrainBatchConfig):
-    """The paper's preference methods have a batch of their own."""
+    """The paper's preference methods have a batch of their own.
+
+    Example:
+        batch: {train: 32, micro: 2}
+    """
 
     train: int = Field(default=256, ge=1, description="global batch of one optimizer step: pairs, or answers")
 
 
 class RolloutBatchConfig(TrainBatchConfig):
-    """The batches of a stage that samples."""
+    """The batches of a stage that samples.
+
+    Example:
+        batch: {rollout: 128, train: 32, micro: 4}
+    """
 
     rollout: int = Field(default=1024, ge=1, description="prompts per rollout step, all ranks")
 
 
 class OptimizerConfig(Section):
-    """Adam with linear warm-up and a cosine to a floor (rto.md 1.11)."""
+    """Adam with linear warm-up and a cosine to a floor (rto.md 1.11).
+
+    Example:
+        optimizer: {lr: 5.0e-7, schedule: constant, max_grad_norm: 1.0}
+    """
 
     kind: Literal["adam", "sgd"] = "adam"
     lr: float = Field(gt=0)

@@ -17,7 +17,7 @@ from rto_megatron.data.template import ChatTemplate, TemplateOptions
 from rto_megatron.data.tokenizer import load_tokenizer
 from rto_megatron.data.turns import conversation_of, turns, with_system
 from rto_megatron.data.vocabulary import Embedding, require_rows
-from rto_megatron.errors import UserError
+from rto_megatron.errors import DataError
 
 NUM_HELD_OUT = 8
 _COLUMNS = ("prompt", "context_messages", "messages", "chosen", "text", "response", "completion")
@@ -25,7 +25,11 @@ _COLUMNS = ("prompt", "context_messages", "messages", "chosen", "text", "respons
 
 @dataclass(frozen=True)
 class Prompts:
-    """Ids [1, tokens] of each sequence, and where they came from."""
+    """Ids [1, tokens] of each sequence, and where they came from.
+
+    Example:
+        Prompts(origin="prompts.jsonl", calibration=calibration, held_out=held_out, template_date=None).sha256()
+    """
 
     origin: str
     calibration: tuple[Tensor, ...]
@@ -54,7 +58,7 @@ def read_prompts(
     """The first `num_prompts` rows calibrate, the next NUM_HELD_OUT measure; each is cut to `max_length` tokens.
 
     Raises:
-        UserError: the source cannot be read, has no column of text, holds too few rows, the tokenizer makes nothing of
+        DataError: the source cannot be read, has no column of text, holds too few rows, the tokenizer makes nothing of
             a text, or there is a token that the model has no row for.
     """
     tokenizer = load_tokenizer(tokenizer_folder)
@@ -82,7 +86,7 @@ def read_prompts(
 
     found = tuple(islice(encoded(), wanted))
     if len(found) < wanted:
-        raise UserError(
+        raise DataError(
             f"{source} has {len(found)} rows; expected {wanted}: {num_prompts} for calibration and {NUM_HELD_OUT} held "
             "out; lower --num-prompts or give more rows"
         )
@@ -102,6 +106,6 @@ def _column(row: Row) -> str:
             return column
         if isinstance(value, list) and value and all(isinstance(t, dict) and "content" in t for t in value):
             return column
-    raise UserError(
+    raise DataError(
         f"{row.where}: found the columns {sorted(row.columns)}, expected text or messages in one of {list(_COLUMNS)}"
     )

@@ -22,7 +22,7 @@ from rto_megatron.convert.hf_to_megatron import import_weights, plan_import
 from rto_megatron.convert.megatron_source import MegatronSource, open_megatron, require_hugging_face
 from rto_megatron.convert.megatron_to_hf import export_weights, plan_export
 from rto_megatron.convert.verify import verify_digests
-from rto_megatron.errors import refuse_if
+from rto_megatron.errors import ConversionError, refuse_if
 from rto_megatron.models.layout_checks import check_layout
 from rto_megatron.models.weight_map import dtype_name
 from rto_megatron.storage.hf_model import HfModel
@@ -41,6 +41,9 @@ class Proofs:
     Attributes:
         logits: runs both models; null: not wanted.
         layout: tensor x pipeline ranks of `logits`.
+
+    Example:
+        Proofs(digest=True, logits=None, layout=(2, 1))
     """
 
     digest: bool
@@ -132,7 +135,7 @@ def _require_possible(plan: ConversionPlan, proofs: Proofs) -> None:
             f"--dtype rounds {dtype_name(plan.source_dtype)} to {dtype_name(plan.dtype)}, which moves the outputs; "
             "prove the conversion without --dtype"
         )
-    refuse_if(problems, "--verify logits is not possible, --verify digest is")
+    refuse_if(problems, "--verify logits is not possible, --verify digest is", ConversionError)
 
 
 def _prove(

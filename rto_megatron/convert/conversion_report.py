@@ -10,7 +10,7 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import ConversionError
 from rto_megatron.models.config_files import architecture
 from rto_megatron.models.parameters import hf_shapes, stored_parameters
 from rto_megatron.models.shape import ModelShape
@@ -26,7 +26,7 @@ def recorded_digests(folder: Path, dtype: torch.dtype) -> dict[str, str]:
     """sha256 by name that the conversion which made `folder` noted; none without one, or of another dtype.
 
     Raises:
-        UserError: the report is damaged.
+        ConversionError: the report is damaged.
     """
     path = folder / REPORT
     if not path.is_file():
@@ -36,13 +36,19 @@ def recorded_digests(folder: Path, dtype: torch.dtype) -> dict[str, str]:
         tensors = {name: record["sha256"] for name, record in values["tensors"].items()}
         is_same = values["dtype"] == dtype_name(dtype)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error}); convert the model again, or remove it") from error
+        raise ConversionError(
+            f"{path} is damaged ({error}); convert the model again, or remove it"
+        ) from error
     return {name: digest for name, digest in tensors.items() if digest is not None and is_same}
 
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """A conversion whose source was checked: every tensor of the model is there, and nothing else but `left_aside`."""
+    """A conversion whose source was checked: every tensor of the model is there, and nothing else but `left_aside`.
+
+    Example:
+        for label, value in plan.rows(): print(label, value)
+    """
 
     direction: str
     source: Path
@@ -83,7 +89,11 @@ class ConversionPlan:
 
 @dataclass(frozen=True)
 class WrittenFolder:
-    """What stands in the new folder beside weights."""
+    """What stands in the new folder beside weights.
+
+    Example:
+        WrittenFolder(tokenizer_files=digests, notes=(), not_finite={}, seconds=12.5)
+    """
 
     tokenizer_files: dict[str, str]  # name -> sha256
     notes: tuple[str, ...]
@@ -93,7 +103,11 @@ class WrittenFolder:
 
 @dataclass(frozen=True)
 class LogitsProof:
-    """The largest difference between Megatron's outputs and transformers', both in float32."""
+    """The largest difference between Megatron's outputs and transformers', both in float32.
+
+    Example:
+        proof.max_difference["logits"] < proof.tolerance
+    """
 
     tensor_parallel: int
     pipeline_parallel: int
@@ -111,7 +125,11 @@ class LogitsProof:
 
 @dataclass(frozen=True)
 class Proof:
-    """What was shown, in words, and the sha256 of every tensor by name where they were compared."""
+    """What was shown, in words, and the sha256 of every tensor by name where they were compared.
+
+    Example:
+        Proof(digests=digests, logits=None, sentences=("all tensors are equal",))
+    """
 
     digests: dict[str, str]
     logits: LogitsProof | None

@@ -19,7 +19,7 @@ from transformers import (
 from rto_megatron.convert.calibration import Prompts
 from rto_megatron.convert.logits_error import outputs
 from rto_megatron.convert.quantized_folder import FP4_MAX, FP8_MAX
-from rto_megatron.errors import UserError
+from rto_megatron.errors import ConversionError
 from rto_megatron.models.hf_config import HfConfig
 
 # format -> (ModelOpt's settings, largest input / scale)
@@ -41,7 +41,7 @@ def build(folder: Path, config: HfConfig, weights: dict[str, Tensor]) -> PreTrai
     )
     wrong = {what: sorted(loading[what]) for what in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(wrong.values()):
-        raise UserError(f"{folder}: transformers cannot fill {kind.__name__} from its tensors: {wrong}")
+        raise ConversionError(f"{folder}: transformers cannot fill {kind.__name__} from its tensors: {wrong}")
     placed: PreTrainedModel = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     return placed
 

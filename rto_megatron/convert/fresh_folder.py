@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import ConversionError, MachineError, UserError
 
 
 @contextmanager
@@ -38,7 +38,7 @@ def fresh_folder(target: Path) -> Iterator[Path]:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            raise UserError(
+            raise MachineError(
                 f"the disk of {target.parent} is full; free some or name another target"
             ) from error
         require_absent(target)
@@ -47,21 +47,23 @@ def fresh_folder(target: Path) -> Iterator[Path]:
 
 
 def require_absent(target: Path) -> None:
-    """Raises UserError: there is something already, or there can be nothing."""
+    """Raises ConversionError: there is something already, or there can be nothing."""
     try:
         is_there = target.exists() or target.is_symlink()
     except OSError as error:
         raise _cannot_make(target, error) from error
     if is_there:
-        raise UserError(f"{target} exists already, and a conversion never overwrites; name a new folder")
+        raise ConversionError(
+            f"{target} exists already, and a conversion never overwrites; name a new folder"
+        )
 
 
 def require_space(target: Path, nbytes: int) -> None:
-    """Raises UserError: the disk has less room than that."""
+    """Raises MachineError: the disk has less room than that."""
     parent = next(folder for folder in (target.absolute(), *target.absolute().parents) if folder.is_dir())
     usage = shutil.disk_usage(parent)
     if usage.total and usage.free < nbytes:  # some file systems do not say how large they are
-        raise UserError(
+        raise MachineError(
             f"the disk of {parent} has {usage.free / 1e9:.1f} GB free, and the weights take "
             f"{nbytes / 1e9:.1f} GB; free some or name another target"
         )
@@ -75,13 +77,15 @@ def _locked(folder: Path, target: Path) -> Iterator[None]:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise UserError(f"another process is writing {target}; wait for it, or name a new folder") from None
+        raise ConversionError(
+            f"another process is writing {target}; wait for it, or name a new folder"
+        ) from None
     finally:
         os.close(opened)
 
 
 def _cannot_make(folder: Path, error: OSError) -> UserError:
-    return UserError(f"cannot make the folder {folder} ({error.strerror}); name another target")
+    return ConversionError(f"cannot make the folder {folder} ({error.strerror}); name another target")
 
 
 def _sync(path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from rto_megatron.config.training import FrozenPrecisionConfig
 from rto_megatron.convert.conversion_report import LogitsProof
 from rto_megatron.data.tokenizer import has_tokenizer, load_plain_tokenizer
-from rto_megatron.errors import UserError
+from rto_megatron.errors import ConversionError
 from rto_megatron.models.families.blocks import SCALAR_HEAD
 from rto_megatron.storage.hf_model import HfModel
 
@@ -50,7 +50,7 @@ def prove_logits(
         tensor, pipeline: a layout that `models.checks.check_layout` has no objection to.
 
     Raises:
-        UserError: an output differs too much.
+        ConversionError: an output differs too much.
     """
     model = HfModel(hf_folder, scalar)
     sequences = _sequences(hf_folder, model.shape.vocab_size)
@@ -78,7 +78,7 @@ def prove_logits(
     tolerance = TOLERANCE * max(1.0, largest)
     # Written so that a NaN is refused.
     if not all(difference <= tolerance for difference in differences.values()):
-        raise UserError(
+        raise ConversionError(
             f"the outputs of {megatron} at TP{tensor} x PP{pipeline} differ from transformers' of {hf_folder} by "
             f"{differences}, of at most {largest:.3g}; expected less than {tolerance:.1e}. If the digests agree, "
             "Megatron computes this model otherwise than transformers: please report it with the config.json"

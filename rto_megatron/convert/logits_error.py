@@ -16,6 +16,9 @@ class LogitsError:
     Attributes:
         mean_kl_nats: mean over tokens of KL(base || other).
         top1_agreement: share of tokens whose most likely successor is the same.
+
+    Example:
+        LogitsError(num_outputs=4096, mean_abs=0.01, max_abs=0.2, mean_kl_nats=1e-4, top1_agreement=0.99)
     """
 
     num_outputs: int

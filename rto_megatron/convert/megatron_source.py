@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rto_megatron.engine.source import find_source
-from rto_megatron.errors import UserError
+from rto_megatron.errors import ModelFolderError
 from rto_megatron.models.config_files import config_of, shape_of
 from rto_megatron.models.hf_config import read_config
 from rto_megatron.models.model_folder import misnamed
@@ -27,7 +27,11 @@ _EMBEDDING = "embedding.word_embeddings.weight"
 
 @dataclass(frozen=True)
 class MegatronSource:
-    """One model in Megatron's format, with everything that is needed to read it."""
+    """One model in Megatron's format, with everything that is needed to read it.
+
+    Example:
+        source.shape.num_layers, source.config["model_type"]
+    """
 
     reader: TorchDistReader
     shape: ModelShape
@@ -45,10 +49,10 @@ def open_megatron(path: Path, hf_files: Path | None, scalar: bool | None) -> Meg
         scalar: look for a reward model or critic, or for a language model; null: what there is.
 
     Raises:
-        UserError: nothing usable there, or config.json describes another model than the checkpoint's arguments.
+        ModelFolderError: nothing usable there, or config.json describes another model than the checkpoint's arguments.
     """
     if not path.is_dir():
-        raise UserError(
+        raise ModelFolderError(
             f"{misnamed(path)}; expected a Megatron checkpoint, a run folder or one of its checkpoints"
         )
     found = find_megatron(path) or _of_run(path, scalar)
@@ -57,7 +61,7 @@ def open_megatron(path: Path, hf_files: Path | None, scalar: bool | None) -> Meg
     is_scalar = has_scalar_head(reader)
     if scalar is not None and scalar != is_scalar:
         kinds = {True: "a reward model or critic", False: "a language model"}
-        raise UserError(f"{found.weights} holds {kinds[is_scalar]}; --head asks for {kinds[scalar]}")
+        raise ModelFolderError(f"{found.weights} holds {kinds[is_scalar]}; --head asks for {kinds[scalar]}")
     files = hf_files or found.hf_files
     if files is None:
         return _from_args(path, reader, is_scalar)
@@ -74,20 +78,20 @@ def require_hugging_face(path: Path, instead: str) -> None:
         instead: the command that takes what `path` is.
 
     Raises:
-        UserError: `path` is a Megatron checkpoint, a run or one of its checkpoints.
+        ModelFolderError: `path` is a Megatron checkpoint, a run or one of its checkpoints.
     """
     if not path.is_dir() or (path / "config.json").is_file():
         return
     is_run = (path / CHECKPOINTS).is_dir() or (path / WEIGHTS).is_dir() or any(path.glob(f"*/{WEIGHTS}"))
     if is_run or find_megatron(path) is not None:
-        raise UserError(
+        raise ModelFolderError(
             f"{path} is a Megatron checkpoint or a run folder; expected a Hugging Face folder. It is taken by {instead}"
         )
 
 
 def _of_run(path: Path, scalar: bool | None) -> MegatronFolder:
     if (path / "config.json").is_file():
-        raise UserError(
+        raise ModelFolderError(
             f"{path} is a Hugging Face folder; expected a Megatron checkpoint or a run folder. The other way round is "
             f"rto convert hf-to-megatron {path} TARGET"
         )
@@ -99,7 +103,7 @@ def _of_run(path: Path, scalar: bool | None) -> MegatronFolder:
         role = find_source(path, is_scalar, is_random=False, key="SOURCE").path
     problem = first_problem(role)
     if problem is not None:
-        raise UserError(problem)
+        raise ModelFolderError(problem)
     found = find_megatron(role / WEIGHTS)
     assert found is not None
     return found
@@ -108,16 +112,18 @@ def _of_run(path: Path, scalar: bool | None) -> MegatronFolder:
 def _from_args(path: Path, reader: TorchDistReader, is_scalar: bool) -> MegatronSource:
     args = read_args(reader.folder)
     if args is None:
-        raise UserError(
+        raise ModelFolderError(
             f"{path} has no config.json beside it and no Megatron-LM arguments in it; name a folder with the model's "
             "config.json and tokenizer as --hf-files"
         )
     shape = shape_of_args(args, path)
     if _EMBEDDING not in reader.entries:
-        raise UserError(f"{path} has no {_EMBEDDING}; expected the checkpoint of a language or reward model")
+        raise ModelFolderError(
+            f"{path} has no {_EMBEDDING}; expected the checkpoint of a language or reward model"
+        )
     rows = reader.shape(_EMBEDDING)[0]
     if shape.vocab_size > rows:
-        raise UserError(
+        raise ModelFolderError(
             f"{path}: the embedding has {rows} rows, its arguments say vocab_size={shape.vocab_size}"
         )
     notes = (

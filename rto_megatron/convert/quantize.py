@@ -24,7 +24,7 @@ from rto_megatron.convert.fresh_folder import fresh_folder, require_absent
 from rto_megatron.convert.logits_error import LogitsError, compare, outputs
 from rto_megatron.convert.megatron_source import open_megatron
 from rto_megatron.data.tokenizer_files import carry
-from rto_megatron.errors import UserError
+from rto_megatron.errors import ConversionError, MachineError
 from rto_megatron.models.hf_config import HfConfig, read_config
 from rto_megatron.models.weight_map import dtype_name
 from rto_megatron.storage.hf_folder import HfFolder
@@ -47,6 +47,9 @@ class Choices:
         num_prompts: sequences that calibrate the input scales.
         max_length: tokens of a sequence.
         seed: of random tokens.
+
+    Example:
+        Choices(format="fp8", prompts="prompts.jsonl", num_prompts=128, max_length=512, seed=0)
     """
 
     format: str
@@ -66,6 +69,9 @@ class QuantizationReport:
         weights_after: the weights of the folder, read back without ModelOpt, against the original.
         template_date: that the chat template printed into the prompts; None: none.
         before_to_after: the last two against each other; next to nothing where the model is float32.
+
+    Example:
+        report.bytes_after / report.bytes_before
     """
 
     source: str
@@ -100,7 +106,7 @@ def quantize_checkpoint(source: Path, target: Path, choices: Choices) -> Quantiz
     """
     require_absent(target)
     if choices.format == "nvfp4" and not torch.cuda.is_available():
-        raise UserError(
+        raise MachineError(
             "--format nvfp4 needs a CUDA device: ModelOpt quantises FP4 inputs with CUDA kernels, and none was found; "
             "use --format fp8 or a machine with a GPU"
         )
@@ -199,7 +205,7 @@ def _require_faithful(report: QuantizationReport) -> None:
     before, after = report.weights_before.mean_abs, report.weights_after.mean_abs
     # Written so that a NaN is refused.
     if not after <= _MAX_LOSS_RATIO * before:
-        raise UserError(
+        raise ConversionError(
             f"the written weights move the outputs by {after:g} in the mean, those of the quantised model by "
             f"{before:g}; expected at most {_MAX_LOSS_RATIO:g} times that. The target was not made; its files are "
             "beside it as .partial_*"

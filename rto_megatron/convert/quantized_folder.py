@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rto_megatron.errors import refuse_if
+from rto_megatron.errors import ConversionError, refuse_if
 from rto_megatron.storage.hf_folder import HfFolder
 from rto_megatron.storage.weight_files import unreadable
 
@@ -32,7 +32,11 @@ _SCALE_TOLERANCE = 1e-6  # relative: one division in float32
 
 @dataclass(frozen=True)
 class QuantizedMatrices:
-    """What became of the matrices of a model."""
+    """What became of the matrices of a model.
+
+    Example:
+        QuantizedMatrices(num_quantized=224, kept=("lm_head.weight",))
+    """
 
     num_quantized: int
     kept: tuple[str, ...]
@@ -92,7 +96,9 @@ def prove(source: HfFolder, tensors: dict[str, Tensor], input_scales: Collection
     problems = [*_name_problems(source, tensors), *_input_scale_problems(tensors, input_scales)]
     if not problems:
         problems = [problem for name in source.tensors for problem in _value_problems(name, source, tensors)]
-    refuse_if(problems, f"the quantised export is not that of {source.path}; do not serve it")
+    refuse_if(
+        problems, f"the quantised export is not that of {source.path}; do not serve it", ConversionError
+    )
     quantized = {name for name, tensor in tensors.items() if is_quantized(tensor)}
     kept = [
         name for name, stored in source.tensors.items() if len(stored.shape) == 2 and name not in quantized

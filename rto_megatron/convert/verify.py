@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rto_megatron.convert.conversion_options import Advance
-from rto_megatron.errors import UserError, refuse_if
+from rto_megatron.errors import ConversionError, refuse_if
 from rto_megatron.models.weight_map import QkvRows
 from rto_megatron.storage.hf_model import HfModel
 from rto_megatron.storage.megatron_tensors import MegatronTensors
@@ -40,7 +40,7 @@ def verify_digests(
         sha256 by name of what both hold.
 
     Raises:
-        UserError: names every tensor that differs, and says what it holds instead where that can be seen.
+        ConversionError: names every tensor that differs, and says what it holds instead where that can be seen.
     """
     wrong: dict[str, _Found] = {}
     with Digests() as digests:
@@ -58,7 +58,9 @@ def verify_digests(
             if isinstance(parameter.layout, QkvRows) and is_right:
                 whole = megatron.whole(parameter).to(wanted)
                 if not _same_bits(parameter.layout.shard(theirs, 0, 1), whole):
-                    raise UserError(f"{parameter.megatron} is not what {', '.join(parameter.hf)} make up")
+                    raise ConversionError(
+                        f"{parameter.megatron} is not what {', '.join(parameter.hf)} make up"
+                    )
         known = digests.by_name()
     holder = {digest: name for name, digest in known.items()}
     problems = [f"{name} {_difference(name, found, known, holder)}" for name, found in wrong.items()]
@@ -69,7 +71,7 @@ def verify_digests(
         if name in known and known[name] != noted and name not in wrong
     ]
     places = f"{hf.folder.path} and {megatron.folder}"
-    refuse_if(problems, f"{len(problems)} of {len(known)} tensors differ between {places}")
+    refuse_if(problems, f"{len(problems)} of {len(known)} tensors differ between {places}", ConversionError)
     return known
 
 
@@ -112,7 +114,12 @@ def tensor_digest(tensor: Tensor) -> str:
 
 
 class Digests:
-    """Collects digests; the tensors must not change until the thread has read them."""
+    """Collects digests; the tensors must not change until the thread has read them.
+
+    Example:
+        digests = Digests()
+        digests.add("lm_head.weight", tensor)
+    """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="digests")

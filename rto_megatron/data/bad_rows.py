@@ -8,7 +8,12 @@ _SHOWN = 20  # reasons, and places of one reason
 
 @dataclass
 class BadRows:
-    """Grows while a source is read."""
+    """Grows while a source is read.
+
+    Example:
+        bad = BadRows()
+        bad.add("pairs.jsonl:7", "column 'chosen' is missing")
+    """
 
     number: int = 0
     places: dict[str, list[str]] = field(default_factory=dict)  # reason -> `where` of each row

@@ -7,13 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import DataError, RecipeError
 from rto_megatron.types import Demonstration, Example, JudgedResponse, PreferencePair, Prompt
 
 
 @dataclass(frozen=True)
 class BatchesState:
-    """Where a walk stands, and over what; what a checkpoint keeps of it."""
+    """Where a walk stands, and over what; what a checkpoint keeps of it.
+
+    Example:
+        BatchesState(consumed_samples=640, num_items=1000)
+    """
 
     consumed_samples: int  # of all ranks
     num_items: int
@@ -27,6 +31,9 @@ class Batches[T: Example]:
     from the r-th on, so neither the global batches nor minibatches cut from them in order depend on n. What
     is left of an epoch after its last full batch is dropped; another shuffle brings it back in later epochs.
     The number of consumed samples is the whole state; the items' number and digest go with it, to know them again.
+
+    Example:
+        Batches(items, global_batch=64, seed=42, dp_rank=0, dp_size=4).next_batch()
     """
 
     def __init__(
@@ -44,13 +51,13 @@ class Batches[T: Example]:
             UserError: fewer items than one global batch, or the ranks do not divide it.
         """
         if len(items) < global_batch:
-            raise UserError(
+            raise DataError(
                 f"the data has {len(items)} items, fewer than one global batch of {global_batch}; "
                 "use more data or a smaller batch"
             )
         if global_batch % dp_size:
             smaller = global_batch - global_batch % dp_size
-            raise UserError(
+            raise RecipeError(
                 f"{dp_size} data-parallel ranks do not divide the global batch of {global_batch}; "
                 f"use {smaller or dp_size} or {smaller + dp_size}"
             )
@@ -106,22 +113,22 @@ class Batches[T: Example]:
             A warning where `state` does not say what the items were, as those of older checkpoints.
 
         Raises:
-            UserError: the data has another number of items or other items, or the samples are no multiple of the
+            DataError: the data has another number of items or other items, or the samples are no multiple of the
             global batch.
         """
         if state.num_items != len(self._items):
-            raise UserError(
+            raise DataError(
                 f"the checkpoint was made with {state.num_items} items of data and there are "
                 f"{len(self._items)}; resume with the data and the length limits of the first run"
             )
         consumed = state.consumed_samples
         if consumed % self._global_batch:
-            raise UserError(
+            raise DataError(
                 f"the checkpoint has consumed {consumed} samples, no multiple of the global "
                 f"batch of {self._global_batch}; resume with the batch size of the first run"
             )
         if state.digest not in (None, self.digest):
-            raise UserError(
+            raise DataError(
                 f"the checkpoint was made with other data: {len(self._items)} items as now, but of other token ids, "
                 "order, margins or verdicts; put back file, tokenizer and chat template of the first run, or name "
                 "another run.dir to start a new run"

@@ -16,13 +16,17 @@ from rto_megatron.data.left_out import Part, left_out, refuse
 from rto_megatron.data.messages import Conversation
 from rto_megatron.data.template import ChatTemplate
 from rto_megatron.data.thoughts import Answer, answer_after
-from rto_megatron.errors import UserError
+from rto_megatron.errors import DataError
 from rto_megatron.types import EndOfSequence
 
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A conversation that waits for the assistant's turn."""
+    """A conversation that waits for the assistant's turn.
+
+    Example:
+        EncodedPrompt(ids=(1, 7, 9), num_thoughts_left_out=0)
+    """
 
     ids: tuple[int, ...]
     num_thoughts_left_out: int  # reasoning of earlier turns that the template does not render
@@ -31,7 +35,11 @@ class EncodedPrompt:
 @dataclass(frozen=True)
 class Exchange:
     """A prompt and one answer to it; the answer holds no end-of-sequence token but its last one, which is one unless a
-    length limit cut the answer."""
+    length limit cut the answer.
+
+    Example:
+        Exchange(prompt_ids=(1, 7), answer_ids=(9, 2), num_cut_tokens=0)
+    """
 
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
@@ -102,7 +110,7 @@ def _sorted(lost: list[Part], trained: int | None) -> tuple[list[Part], list[Par
 def _require_agreed(template: ChatTemplate, conversation: Conversation, answer: Answer, where: str) -> None:
     """Refuses what only a setting of the run allows."""
     if answer.is_apart and not template.options.allow_non_prefix:
-        raise UserError(
+        raise DataError(
             f"{where}: the chat template renders the prompt, with its generation header, otherwise than the beginning "
             "of the conversation, so that the answer would be trained after another text than it is sampled after; "
             "take a template that does not, or set data.allow_non_prefix=true to join the rendered prompt and the "
@@ -110,12 +118,12 @@ def _require_agreed(template: ChatTemplate, conversation: Conversation, answer: 
         )
     fields = sorted(conversation.messages[-1].fields)
     if answer.is_apart and fields:
-        raise UserError(
+        raise DataError(
             f"{where}: the answer has {', '.join(fields)}, and the chat template does not render it behind its prompt "
             "(data.allow_non_prefix joins the content alone); remove these fields, or take another template"
         )
     if answer.is_open and template.options.open_thought == "error":
-        raise UserError(
+        raise DataError(
             f"{where}: the generation prompt opens a thought that the answer does not close, so that the model would "
             "learn to answer inside its thoughts; write the reasoning and its closing tag before the answer, or set "
             "data.open_thought=keep to train it as it is"

@@ -16,11 +16,11 @@ from rto_megatron.config.inputs import ExampleDataConfig
 from rto_megatron.data.bad_rows import BadRows
 from rto_megatron.data.chat import Exchange, encode_exchange, encode_prompt, encode_text
 from rto_megatron.data.messages import Message
-from rto_megatron.data.soundness import TokenizerError, TokenizerJudge, require_characters
+from rto_megatron.data.soundness import TokenizerJudge, require_characters
 from rto_megatron.data.sources import BadRow, Row, scan_rows
 from rto_megatron.data.template import ChatTemplate, TemplateOptions
 from rto_megatron.data.turns import conversation_of
-from rto_megatron.errors import UserError
+from rto_megatron.errors import DataError, RecipeError, TokenizerError, UserError
 from rto_megatron.types import EndOfSequence
 
 _REASONS = 3  # why rows were bad, in a report
@@ -30,7 +30,11 @@ MIN_ANSWER_TOKENS = 2  # an answer of one token would be nothing but the end of 
 @dataclass(frozen=True)
 class Limits:
     """Length limits in tokens, what happens to a prompt over its limit and to a row that cannot be used, and how
-    conversations are rendered."""
+    conversations are rendered.
+
+    Example:
+        Limits(max_prompt_tokens=512, max_length=1024, overlong="drop")
+    """
 
     max_prompt_tokens: int
     max_length: int  # prompt and answer together; prompts without answers ignore it
@@ -40,7 +44,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         if self.max_length <= MIN_ANSWER_TOKENS:
-            raise UserError(
+            raise RecipeError(
                 f"data.max_length = {self.max_length} leaves no room for a prompt and an answer of "
                 f"{MIN_ANSWER_TOKENS} tokens; raise it"
             )
@@ -62,7 +66,11 @@ def limits_of(config: schema.Stage, moment: datetime | None = None) -> Limits:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of the rows of one source; all but `source` and `reasons` are counts."""
+    """What became of the rows of one source; all but `source` and `reasons` are counts.
+
+    Example:
+        print(report.summary())
+    """
 
     source: str
     rows: int
@@ -90,19 +98,27 @@ class LoadReport:
 
 @dataclass(frozen=True)
 class Loaded[T]:
-    """Items in the order of the file, and the report."""
+    """Items in the order of the file, and the report.
+
+    Example:
+        num_examples = len(loaded.items)
+    """
 
     items: tuple[T, ...]
     report: LoadReport
 
 
-class OverlongError(UserError):
+class OverlongError(DataError):
     """A prompt over its limit, where that is an error whatever happens to bad rows."""
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns what rows say into ids, and counts what becomes of them."""
+    """Turns what rows say into ids, and counts what becomes of them.
+
+    Example:
+        Encoder(tokenizer, limits).prompt(row, messages)
+    """
 
     tokenizer: PreTrainedTokenizerBase
     limits: Limits
@@ -232,7 +248,7 @@ def load_rows[T](
 
 def _sound(row: Row | BadRow) -> Row:
     if isinstance(row, BadRow):
-        raise UserError(row.problem)
+        raise DataError(row.problem)
     return row
 
 
@@ -240,7 +256,7 @@ def refuse_rows(source: str, num_rows: int, bad: BadRows, overlong: BadRows | No
     """Does nothing without such rows.
 
     Raises:
-        UserError: names all of them.
+        DataError: names all of them.
     """
     overlong = overlong or BadRows()
     if not bad.number and not overlong.number:
@@ -248,12 +264,12 @@ def refuse_rows(source: str, num_rows: int, bad: BadRows, overlong: BadRows | No
     heading = f"{source}: {bad.number + overlong.number} of the {num_rows} rows that were read cannot be used"
     if 0 < bad.number < num_rows:
         heading += "; mend them, or set data.bad_rows=drop to go on without them"
-    raise UserError("\n  ".join([f"{heading}:", *bad.told(), *overlong.told()]))
+    raise DataError("\n  ".join([f"{heading}:", *bad.told(), *overlong.told()]))
 
 
 def _refuse_nothing(report: LoadReport, max_prompt_tokens: int, dropped_as: str | None) -> None:
     if not report.rows:
-        raise UserError(f"{report.source} holds no row; write it again, or name another file")
+        raise DataError(f"{report.source} holds no row; write it again, or name another file")
     reasons = []
     if report.dropped:
         why = (
@@ -262,4 +278,4 @@ def _refuse_nothing(report: LoadReport, max_prompt_tokens: int, dropped_as: str 
         reasons.append(f"{report.dropped} dropped {why}")
     if report.bad_rows:
         reasons.append("\n  ".join([f"{report.bad_rows} bad:", *report.reasons]))
-    raise UserError(f"{report.source}: no rows to use; {report.rows} read, {', '.join(reasons)}")
+    raise DataError(f"{report.source}: no rows to use; {report.rows} read, {', '.join(reasons)}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import ModelFolderError
 from rto_megatron.types import EndOfSequence
 
 GENERATION_CONFIG = "generation_config.json"
@@ -62,9 +62,11 @@ def _ids(path: Path) -> list[int]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path} is no JSON ({error}); restore it") from error
+        raise ModelFolderError(f"{path} is no JSON ({error}); restore it") from error
     found = values.get("eos_token_id") if isinstance(values, dict) else None
     ids = found if isinstance(found, list) else [] if found is None else [found]
     if any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
-        raise UserError(f"{path}: eos_token_id is {found!r:.80}, expected a token id or a list of token ids")
+        raise ModelFolderError(
+            f"{path}: eos_token_id is {found!r:.80}, expected a token id or a list of token ids"
+        )
     return ids

@@ -18,7 +18,7 @@ from rto_megatron.data.messages import Message
 from rto_megatron.data.other_layouts import Examples, name_layout
 from rto_megatron.data.rows import completed, conversation, first_column, label, prompt_messages, text
 from rto_megatron.data.sources import Row
-from rto_megatron.errors import UserError
+from rto_megatron.errors import DataError, UserError
 
 TEXT_COLUMNS = (
     "system", "prompt", "context_messages", "messages", "chosen", "rejected", "response", "completion", "text",
@@ -89,7 +89,7 @@ def _pair(row: Row) -> tuple[list[Message], list[Message]]:
     chosen = conversation(row, "chosen")
     rejected = conversation(row, "rejected")
     if chosen[:-1] != rejected[:-1]:
-        raise UserError(
+        raise DataError(
             f"{row.where}: chosen and rejected do not answer the same prompt; "
             "all messages but the last have to be equal"
         )

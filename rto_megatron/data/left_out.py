@@ -13,7 +13,7 @@ from typing import Literal
 from rto_megatron.data.messages import CALLS, REASONING, Conversation, Message
 from rto_megatron.data.template import ChatTemplate
 from rto_megatron.data.thoughts import split_thought
-from rto_megatron.errors import UserError
+from rto_megatron.errors import DataError, UserError
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _FIELDS = ("role", "content", *CALLS, *REASONING, "name", "tool_call_id")
@@ -28,6 +28,9 @@ class Part:
     Attributes:
         path: ("tools", number), or ("messages", number, field, ...).
         piece: of the text there: a thought in it, what follows that, or all.
+
+    Example:
+        Part(("messages", 1, "content"), piece="thought").turn == 1
     """
 
     path: _Path
@@ -77,7 +80,7 @@ def refuse(template: ChatTemplate, conversation: Conversation, lost: Sequence[Pa
     """Refuses a row of which the template leaves something out.
 
     Raises:
-        UserError: names what is lost and what the template renders.
+        DataError: names what is lost and what the template renders.
     """
     if not lost:
         return
@@ -89,7 +92,7 @@ def refuse(template: ChatTemplate, conversation: Conversation, lost: Sequence[Pa
         *([f"of a turn it reads {', '.join(template.read_fields(_FIELDS))}"] if fields else []),
         *(["it reads no tools"] if "tools" not in template.variables and lost[0].turn is None else []),
     ]
-    raise UserError(
+    raise DataError(
         f"{where}: the tokenizer's chat template leaves out {', '.join(names)}"
         + "".join(f"; {sentence}" for sentence in knows)
         + ": change the data, or take a template that renders it"

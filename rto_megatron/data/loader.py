@@ -14,7 +14,7 @@ from rto_megatron.data.encoder import Encoder, Limits, Loaded, load_rows
 from rto_megatron.data.layouts import read_demonstration, read_judgements, read_pair, read_prompt, read_text
 from rto_megatron.data.rows import margin, row_id
 from rto_megatron.data.sources import Row
-from rto_megatron.errors import UserError
+from rto_megatron.errors import DataError
 from rto_megatron.types import Demonstration, EndOfSequence, JudgedResponse, PreferencePair, Prompt
 
 
@@ -117,7 +117,7 @@ def load_judged(
         others = (rows[index - back][0] for back in range(1, len(rows)))
         other = next((one for one in others if one.prompt_ids != row[0].prompt_ids), None)
         if other is None:
-            raise UserError(f"{source}: all rows answer one prompt; the KL baseline of KTO needs another one")
+            raise DataError(f"{source}: all rows answer one prompt; the KL baseline of KTO needs another one")
         for answer in row:
             room = limits.max_length - len(answer.prompt_ids)
             answers.append(replace(answer, unrelated_ids=encoder.fitted(other.response_ids, room)))

@@ -8,7 +8,6 @@ from transformers import PreTrainedTokenizerBase
 
 from rto_megatron.algorithms import ALGORITHMS
 from rto_megatron.algorithms.method import OfflineMethod
-from rto_megatron.algorithms.reward_model import reads_margins
 from rto_megatron.config import schema
 from rto_megatron.config.facts import facts_of
 from rto_megatron.config.inputs import EvaluateDataConfig, ExampleDataConfig, PromptDataConfig
@@ -32,7 +31,11 @@ NUM_ROWS = 1000  # of each file
 
 @dataclass(frozen=True)
 class DataSource:
-    """What a key of the configuration names, and the examples that the stage expects there."""
+    """What a key of the configuration names, and the examples that the stage expects there.
+
+    Example:
+        DataSource(key="data.train", source="pairs.jsonl", wanted="pairs").absence
+    """
 
     key: str
     source: str
@@ -79,8 +82,7 @@ def look(
     limits = limits_of(config)
     if tokenizer is None:
         return _layout_alone(data, limits)
-    offline = facts_of(config).offline
-    has_margins = offline is not None and reads_margins(offline.algorithm)
+    has_margins = facts_of(config).reads_margins
     source = data.source
     report: LoadReport
     match data.wanted:

@@ -17,6 +17,9 @@ class Message:
     Attributes:
         content: empty where the row has none.
         fields: what the turn has beside role and content, such as `tool_calls`; none is null.
+
+    Example:
+        Message(role="user", content="hello").turn()
     """
 
     role: str
@@ -37,6 +40,9 @@ class Conversation:
     Attributes:
         tools: JSON schemas of what the assistant may call.
         arguments: of the template, for this row alone.
+
+    Example:
+        Conversation((Message("user", "2 + 2?"), Message("assistant", "4"))).prompt
     """
 
     messages: tuple[Message, ...]

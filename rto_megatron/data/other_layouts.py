@@ -3,7 +3,7 @@
 from typing import Literal, TypeGuard
 
 from rto_megatron.data.sources import Row
-from rto_megatron.errors import UserError
+from rto_megatron.errors import DataError, UserError
 
 Examples = Literal["prompts", "pairs", "demonstrations", "judgements", "texts"]
 
@@ -23,7 +23,7 @@ def name_layout(row: Row, wanted: Examples, error: UserError) -> UserError:
     layout = _layout(row.columns, wanted)
     if layout is None:
         return error
-    return UserError(
+    return DataError(
         f"{row.where}: this looks like {layout}, which is not read; write {_COLUMNS[wanted]} (docs/methods.md, Layouts "
         "of data)"
     )

@@ -39,7 +39,11 @@ PADDING_ID = 0
 
 @dataclass(frozen=True)
 class Layout:
-    """How sequences become micro-batches on one rank."""
+    """How sequences become micro-batches on one rank.
+
+    Example:
+        Layout(micro=4, packed=True, multiple_of=8, device=torch.device("cuda", 0))
+    """
 
     micro: int  # sequences, or pairs, per micro-batch; the last micro-batch may hold fewer
     packed: bool  # one packed row; otherwise right-padded rows

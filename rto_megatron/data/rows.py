@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rto_megatron.data.messages import Message
 from rto_megatron.data.sources import Row
 from rto_megatron.data.turns import require_prompt, turns, with_system
-from rto_megatron.errors import UserError
+from rto_megatron.errors import DataError
 
 
 def row_id(row: Row) -> str:
@@ -20,7 +20,7 @@ def first_column(row: Row, candidates: Sequence[str], what: str) -> str:
     for column in candidates:
         if column in row.columns:
             return column
-    raise UserError(
+    raise DataError(
         f"{row.where}: found the columns {sorted(row.columns)}, "
         f"expected one of {list(candidates)} for {what}; rename a column (a null is no column)"
     )
@@ -29,7 +29,7 @@ def first_column(row: Row, candidates: Sequence[str], what: str) -> str:
 def text(row: Row, column: str) -> str:
     value = row.columns.get(column)
     if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{row.where}: column {column!r} is {value!r:.60}, expected text that is not empty")
+        raise DataError(f"{row.where}: column {column!r} is {value!r:.60}, expected text that is not empty")
     return value
 
 
@@ -38,7 +38,7 @@ def prompt_messages(row: Row, column: str) -> list[Message]:
         return with_system(row, [Message("user", text(row, column))])
     messages = turns(row, column)
     if messages[-1].role == "assistant":
-        raise UserError(
+        raise DataError(
             f"{row.where}: {column!r} ends with an assistant message; a prompt has to end before the answer"
         )
     if column != "prompt":
@@ -49,7 +49,7 @@ def prompt_messages(row: Row, column: str) -> list[Message]:
 def conversation(row: Row, column: str) -> list[Message]:
     messages = turns(row, column)
     if len(messages) < 2 or messages[-1].role != "assistant":
-        raise UserError(
+        raise DataError(
             f"{row.where}: {column!r} has the roles {[message.role for message in messages]}; "
             "expected a prompt and a last message of the assistant"
         )
@@ -71,7 +71,7 @@ def _number(row: Row, column: str) -> float:
     value = row.columns[column]
     # Half of float32's range, so that a difference of two stays in it; NaN is in no range.
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e38:
-        raise UserError(f"{row.where}: column {column!r} is {value!r:.60}, expected a finite number")
+        raise DataError(f"{row.where}: column {column!r} is {value!r:.60}, expected a finite number")
     return float(value)
 
 
@@ -82,7 +82,7 @@ def completed(row: Row) -> list[Message]:
         return [*prompt, Message("assistant", text(row, "completion"))]
     completion = turns(row, "completion")
     if completion[-1].role != "assistant":
-        raise UserError(
+        raise DataError(
             f"{row.where}: 'completion' has the roles {[message.role for message in completion]}; expected a last "
             "message of the assistant, which is what the label judges"
         )
@@ -92,5 +92,5 @@ def completed(row: Row) -> list[Message]:
 def label(row: Row) -> bool:
     label = row.columns["label"]
     if not isinstance(label, bool):
-        raise UserError(f"{row.where}: column 'label' is {label!r:.60}, expected true or false")
+        raise DataError(f"{row.where}: column 'label' is {label!r:.60}, expected true or false")
     return label

@@ -6,13 +6,9 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import DataError, TokenizerError
 
 NUM_GIVEN_BACK = 32  # texts of a source that a byte-level tokenizer must give back
-
-
-class TokenizerError(UserError):
-    """The tokenizer is not sound, whatever row it was seen on."""
 
 
 def require_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -33,13 +29,13 @@ def require_characters(text: str, where: str) -> str:
     """The text itself.
 
     Raises:
-        UserError: half of a character stands in it, which no tokenizer takes and no file can hold.
+        DataError: half of a character stands in it, which no tokenizer takes and no file can hold.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         before = text[max(0, error.start - 20) : error.start]
-        raise UserError(
+        raise DataError(
             f"{where}: the text holds a lone surrogate, \\u{ord(text[error.start]):04x}, behind {before!r}: half of a "
             "character that was cut in two; remove it, or write the whole character"
         ) from error
@@ -47,7 +43,11 @@ def require_characters(text: str, where: str) -> str:
 
 
 class TokenizerJudge:
-    """Judges a tokenizer by the texts that a run gives it, each with the ids that it made of them."""
+    """Judges a tokenizer by the texts that a run gives it, each with the ids that it made of them.
+
+    Example:
+        TokenizerJudge(tokenizer).judge("hello", ids, where="prompts.jsonl:1")
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         special = (number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
@@ -84,7 +84,7 @@ class TokenizerJudge:
             return
         is_unknown = self._unk_id is not None and self._unk_id in ids
         became = "nothing but unknown tokens" if is_unknown else "no token at all"
-        raise UserError(
+        raise DataError(
             f"{where}: the tokenizer makes {became} of {text!r:.60}; it lacks the vocabulary of this text: take the "
             "tokenizer that belongs to the model, or remove the row"
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import DataError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+:\w+")
@@ -23,6 +23,9 @@ class Row:
 
     A column that is null is not among its columns: a table that was joined from several has nulls where one of them
     had no such column.
+
+    Example:
+        Row(where="prompts.jsonl:1", columns={"prompt": "hello"})
     """
 
     where: str
@@ -31,7 +34,11 @@ class Row:
 
 @dataclass(frozen=True)
 class BadRow:
-    """A record that could not be read, among others that can."""
+    """A record that could not be read, among others that can.
+
+    Example:
+        BadRow(where="prompts.jsonl:2", problem="not valid JSON")
+    """
 
     where: str
     problem: str
@@ -41,11 +48,11 @@ def read_rows(source: str) -> Iterator[Row]:
     """Reads as `scan_rows` does, up to the first row that cannot be read.
 
     Raises:
-        UserError: as `scan_rows`, or names that row.
+        DataError: as `scan_rows`, or names that row.
     """
     for row in scan_rows(source):
         if isinstance(row, BadRow):
-            raise UserError(f"{row.where}: {row.problem}")
+            raise DataError(f"{row.where}: {row.problem}")
         yield row
 
 
@@ -59,19 +66,19 @@ def scan_rows(source: str) -> Iterator[Row | BadRow]:
     `owner/name:split`.
 
     Raises:
-        UserError: the source does not exist, is empty, damaged or cut short, or is of another kind than its name says.
+        DataError: the source does not exist, is empty, damaged or cut short, or is of another kind than its name says.
     """
     path = Path(source)
     if is_file(source):
         if not path.is_file():
-            raise UserError(f"data file {source} does not exist (working directory {Path.cwd()})")
+            raise DataError(f"data file {source} does not exist (working directory {Path.cwd()})")
         require_kind(path)
         if source.endswith((".jsonl", ".jsonl.gz")):
             return _json_lines(path)
         return _json_list(path) if source.endswith(".json") else _parquet(path)
     if HUB_NAME.fullmatch(source):
         return _hub(source)
-    raise UserError(
+    raise DataError(
         f"data source {source!r} is neither a file ending in {', '.join(SUFFIXES)} "
         "nor a hub data set written as owner/name:split"
     )
@@ -86,7 +93,7 @@ def _json_lines(path: Path) -> Iterator[Row | BadRow]:
                 if text.strip():
                     yield _parsed(f"{path}:{number}", text)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(
+        raise DataError(
             f"{path} is not a complete gzip file ({error}); {number} lines could be read; fetch it again"
         ) from error
 
@@ -95,7 +102,7 @@ def _decoded(path: Path, line: bytes, number: int) -> str:
     try:
         return line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(
+        raise DataError(
             f"{path} is not UTF-8 text in line {number} ({error}); convert it to UTF-8"
         ) from error
 
@@ -122,15 +129,15 @@ def _json_list(path: Path) -> Iterator[Row | BadRow]:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
-            raise UserError(
+            raise DataError(
                 f"{path}:{error.lineno}: a second JSON value follows the first; a .json file holds one list of "
                 "objects: if this one has an object a line, rename it to .jsonl"
             ) from error
-        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from error
+        raise DataError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error}); convert it to UTF-8") from error
+        raise DataError(f"{path} is not UTF-8 text ({error}); convert it to UTF-8") from error
     if not isinstance(values, list):
-        raise UserError(
+        raise DataError(
             f"{path}: found one JSON {type(values).__name__}, expected a list of objects; if the file has an object a "
             "line, rename it to .jsonl"
         )
@@ -149,7 +156,7 @@ def _parquet(path: Path) -> Iterator[Row | BadRow]:
                     yield BadRow(where, columns) if isinstance(columns, str) else _checked(where, columns)
     except (pyarrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(
+        raise DataError(
             f"{path} is not a complete parquet file: what follows row {number} cannot be read ({reason}); fetch it "
             "again, or write it anew from its source"
         ) from error
@@ -173,7 +180,7 @@ def _hub(source: str) -> Iterator[Row | BadRow]:
     try:
         table = datasets.load_dataset(name, split=split)
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError, ValueError) as error:
-        raise UserError(
+        raise DataError(
             f"data set {name!r}, split {split!r}, could not be loaded from the hub ({error}); "
             "check both names and the network, or give a local file"
         ) from error
@@ -206,19 +213,19 @@ def require_kind(path: Path) -> None:
     """Refuses a file that is empty or of another kind than its name says; what it cannot tell it lets pass.
 
     Raises:
-        UserError: it cannot be read; or says what the file really is and what to do.
+        DataError: it cannot be read; or says what the file really is and what to do.
     """
     try:
         with path.open("rb") as opened:
             head = opened.read(_HEAD)
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error}); let this user read it") from error
+        raise DataError(f"{path} cannot be read ({error}); let this user read it") from error
     if not head:
-        raise UserError(f"{path} is empty: it has 0 bytes; write it again, or name another file")
+        raise DataError(f"{path} is empty: it has 0 bytes; write it again, or name another file")
     expected = _EXPECTED[path.suffix]
     starts = (head, head.removeprefix(_BOM).lstrip())
     known = (entry for start in starts for magic, entry in _KINDS.items() if start.startswith(magic))
     found, advice = next(known, (expected, ""))
     # A .json file that begins with an object may hold nothing else: only its reader can tell.
     if found != expected and (found, expected) != (_LINES, _LIST):
-        raise UserError(f"{path} is named {path.suffix}, for {expected}, but is {found}; {advice}")
+        raise DataError(f"{path} is named {path.suffix}, for {expected}, but is {found}; {advice}")

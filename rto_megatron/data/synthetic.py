@@ -37,7 +37,7 @@ from rto_megatron.data.tokenizer import (
     train_tokenizer,
 )
 from rto_megatron.data.true_reward import TrueReward
-from rto_megatron.errors import UserError
+from rto_megatron.errors import DataError
 
 VOCAB_SIZE = 96  # tensor parallelism splits it over 2, 4, ... ranks
 MAX_POSITIONS = 256
@@ -45,7 +45,11 @@ MAX_POSITIONS = 256
 
 @dataclass(frozen=True)
 class Sizes:
-    """Rows per file."""
+    """Rows per file.
+
+    Example:
+        Sizes(demonstrations=100, pairs=100, prompts=100)
+    """
 
     demonstrations: int = 6000
     eval_demonstrations: int = 256
@@ -109,7 +113,7 @@ def _draw_requests(count: int, rng: np.random.Generator) -> list[_Request]:
     shape = (len(REQUESTS), len(TOPICS), len(SUBJECTS), len(SUBJECTS))
     available = int(np.prod(shape))
     if count > available:
-        raise UserError(
+        raise DataError(
             f"{count} distinct prompts are wanted and the synthetic task has {available}; ask for fewer"
         )
     requests = []

@@ -33,7 +33,11 @@ SHARED_VARIANCE = 0.75  # of each table: common to all classes; the rest is a cl
 
 @dataclass(frozen=True)
 class Style:
-    """The words that responses are made of, and how long they get."""
+    """The words that responses are made of, and how long they get.
+
+    Example:
+        Style(words=("yes", "no"), min_words=3, max_words=9, stop_probability=0.2, token_cost=0.1)
+    """
 
     words: tuple[str, ...]
     min_words: int
@@ -58,7 +62,11 @@ STYLES = {"short": SHORT, "long": LONG}
 
 @dataclass(frozen=True)
 class Language:
-    """The text source and the reward of its transitions."""
+    """The text source and the reward of its transitions.
+
+    Example:
+        words = language.sample(topic, rng)
+    """
 
     style: Style
     source: NDArray[np.float64]  # [C, W + 1, W] probabilities of the next word by the one before

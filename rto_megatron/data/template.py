@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rto_megatron.data.messages import Conversation, Turn, with_argument_text
 from rto_megatron.data.soundness import require_characters
-from rto_megatron.errors import UserError
+from rto_megatron.errors import DataError, TokenizerError
 
 _CLOCK = "strftime_now"
 # What transformers gives to every template, beside the special tokens.
@@ -30,6 +30,9 @@ class TemplateOptions:
         moment: when the run started, for templates that print the date; None: they print the clock's.
         open_thought: what happens to an answer that does not close the thought which the generation prompt opens.
         allow_non_prefix: take templates whose rendered prompt is not how the rendered conversation begins.
+
+    Example:
+        TemplateOptions(arguments={"enable_thinking": False}, open_thought="keep")
     """
 
     arguments: Mapping[str, object] = field(default_factory=dict)
@@ -58,6 +61,9 @@ class ChatTemplate:
 
     Raises:
         UserError: the template is no Jinja, or `options.arguments` has a name that it does not read.
+
+    Example:
+        ChatTemplate(tokenizer).text(conversation, with_header=True, where="prompts.jsonl:1")
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -73,7 +79,7 @@ class ChatTemplate:
         gets them as OpenAI's interface writes them (arguments as JSON text, null content).
 
         Raises:
-            UserError: the template refuses the conversation, or does not read the row's arguments.
+            DataError: the template refuses the conversation, or does not read the row's arguments.
         """
         self._refuse_unread(conversation.arguments, f"{where}: column chat_template_kwargs")
         turns = [message.turn() for message in conversation.messages]
@@ -87,7 +93,7 @@ class ChatTemplate:
                     return self._rendered([_openai(turn) for turn in turns], conversation, with_header)
                 except _RefusedError:
                     pass  # the first refusal is of the documented form
-            raise UserError(
+            raise DataError(
                 f"{where}: the tokenizer's chat template refuses the roles {conversation.roles} ({refusal}); change "
                 "the data or the template"
             ) from refusal
@@ -119,7 +125,7 @@ class ChatTemplate:
         try:
             return tuple(environment.parse(text) for text in self._texts())
         except jinja2.TemplateSyntaxError as error:
-            raise UserError(
+            raise TokenizerError(
                 f"the tokenizer's chat template is no Jinja template (line {error.lineno}: {error}); take the one of "
                 "the model's publisher"
             ) from error
@@ -135,7 +141,7 @@ class ChatTemplate:
         if not arguments or not (unread := sorted(arguments.keys() - self.variables)):
             return
         known = sorted(self.variables - _ALWAYS - self.tokenizer.special_tokens_map.keys())
-        raise UserError(
+        raise DataError(
             f"{what}: the tokenizer's chat template does not read {', '.join(unread)}; it reads "
             f"{', '.join(known) or 'no argument'}: remove what has no effect"
         )

@@ -10,7 +10,11 @@ _PARTS = re.compile(rf"((?:\s*<{_TAG}>)*)(.*)(</{_TAG}>)(.*)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Reply:
-    """The text of an assistant's turn, cut at its last closing tag; without one, all of it is `rest`."""
+    """The text of an assistant's turn, cut at its last closing tag; without one, all of it is `rest`.
+
+    Example:
+        Reply(opening="<think>", thought="add them", closing="</think>", rest="4").text
+    """
 
     opening: str  # tags
     thought: str
@@ -32,6 +36,9 @@ class Answer:
         is_apart: the rendered prompt is not how the rendered conversation begins.
         is_open: the prompt opens a thought that the text does not close.
         has_thought_back: the template had left the thought out of the conversation, and the prompt asks for one.
+
+    Example:
+        Answer("4", is_apart=True)
     """
 
     text: str

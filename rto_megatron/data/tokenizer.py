@@ -27,7 +27,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, SentencePieceBackend
 
 from rto_megatron.data.soundness import require_vocabulary
-from rto_megatron.errors import UserError
+from rto_megatron.errors import TokenizerError
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 SPACE = "▁"
@@ -56,11 +56,13 @@ def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int, byte_fa
         byte_fallback: spell unknown characters as bytes (any text survives), else they become `<unk>`.
 
     Raises:
-        UserError: the texts are empty, or hold more distinct characters than the vocabulary has room for.
+        TokenizerError: the texts are empty, or hold more distinct characters than the vocabulary has room for.
     """
     lines = [line for text in texts for line in text.splitlines() if line.strip()]
     if not lines:
-        raise UserError("training a tokenizer needs text, and all the texts are empty; check the data files")
+        raise TokenizerError(
+            "training a tokenizer needs text, and all the texts are empty; check the data files"
+        )
     written = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -88,7 +90,7 @@ def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int, byte_fa
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise UserError(
+        raise TokenizerError(
             f"SentencePiece could not train a vocabulary of {vocab_size} on {len(lines)} lines: {error}; "
             "a larger vocab_size or byte_fallback=True makes room for every character"
         ) from error
@@ -151,11 +153,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     the ids that SentencePiece gives it; tokenizer_config.json's `legacy` and `add_prefix_space` are not applied.
 
     Raises:
-        UserError: no such folder or no tokenizer in it, no chat template, or no end-of-sequence token.
+        TokenizerError: no such folder or no tokenizer in it, no chat template, or no end-of-sequence token.
     """
     tokenizer = load_plain_tokenizer(folder)
     if tokenizer.chat_template is None:
-        raise UserError(
+        raise TokenizerError(
             f"the tokenizer in {folder} has no chat template; add chat_template to its tokenizer_config.json"
         )
     return tokenizer
@@ -176,10 +178,10 @@ def load_plain_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Loads what `load_tokenizer` does for a model that may have no chat template, as a base model or a reward model.
 
     Raises:
-        UserError: no such folder or no tokenizer in it, an empty vocabulary, or no end-of-sequence token.
+        TokenizerError: no such folder or no tokenizer in it, an empty vocabulary, or no end-of-sequence token.
     """
     if not folder.is_dir():
-        raise UserError(f"tokenizer folder {folder} does not exist; give a Hugging Face model folder")
+        raise TokenizerError(f"tokenizer folder {folder} does not exist; give a Hugging Face model folder")
     tokenizer: PreTrainedTokenizerBase
     try:
         if has_sentencepiece_alone(folder):
@@ -191,13 +193,13 @@ def load_plain_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         else:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(
+        raise TokenizerError(
             f"no tokenizer could be loaded from {folder} ({error}); "
             f"the folder needs tokenizer.json and tokenizer_config.json, or SentencePiece's {SENTENCEPIECE_FILE}"
         ) from error
     require_vocabulary(tokenizer, folder)
     if tokenizer.eos_token_id is None:
-        raise UserError(
+        raise TokenizerError(
             f"the tokenizer in {folder} has no end-of-sequence token; "
             "set eos_token in its tokenizer_config.json"
         )
@@ -224,7 +226,7 @@ def _load_sentencepiece(folder: Path) -> _SentencePieceTokenizer:
     try:
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
     except RuntimeError as error:
-        raise UserError(
+        raise TokenizerError(
             f"{model_file} is no SentencePiece model ({error}); Llama 3's is a tiktoken file: "
             "use a folder that has tokenizer.json"
         ) from error
@@ -261,14 +263,14 @@ def tokens_with(tokenizer: PreTrainedTokenizerBase, strings: Iterable[str]) -> f
     """Ids of the tokens whose text holds one of `strings`; special tokens do not count.
 
     Raises:
-        UserError: there is none.
+        TokenizerError: there is none.
     """
     wanted = tuple(strings)
     texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
     found = {token for token, text in enumerate(texts) if any(string in text for string in wanted)}
     ids = frozenset(found - set(tokenizer.all_special_ids))
     if not ids:
-        raise UserError(
+        raise TokenizerError(
             f"no token of the vocabulary holds one of {list(wanted)}; name text that the data have"
         )
     return ids

@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from rto_megatron.data.folders import regular_file
-from rto_megatron.errors import UserError
+from rto_megatron.errors import TokenizerError
 
 # transformers' folder for further templates; the other one is not read by transformers 5, but was carried before.
 _TEMPLATES = ("additional_chat_templates", "chat_templates")
@@ -43,11 +43,14 @@ def carry(source: Path, target: Path) -> dict[str, str]:
         File name, relative to both folders, -> sha256 of the bytes that were written.
 
     Raises:
-        UserError: no such folder, both are one, or a file is no regular file or leads out of the folder.
+        TokenizerError: no such folder, or both are one.
+        ModelFolderError: a file is no regular file or leads out of the folder.
     """
     files = _files(source)
     if target.exists() and target.resolve() == source.resolve():
-        raise UserError(f"cannot carry the tokenizer of {source} into itself; give another target folder")
+        raise TokenizerError(
+            f"cannot carry the tokenizer of {source} into itself; give another target folder"
+        )
     digests = {}
     for name, path in files.items():
         content = path.read_bytes()
@@ -63,7 +66,7 @@ def require_unchanged(folder: Path, recorded: dict[str, str]) -> None:
     """Compare the files of a folder with what `carry` returned for it.
 
     Raises:
-        UserError: a file changed, is missing or is extra, or cannot be read as `carry` would; names it.
+        TokenizerError: a file changed, is missing or is extra, or cannot be read as `carry` would; names it.
     """
     found = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in _files(folder).items()}
     problems = [
@@ -76,7 +79,7 @@ def require_unchanged(folder: Path, recorded: dict[str, str]) -> None:
         ),
     ]
     if problems:
-        raise UserError(
+        raise TokenizerError(
             f"the tokenizer files of {folder} are not those that were recorded: {'; '.join(problems)}; "
             "restore them, or convert the checkpoint again"
         )
@@ -85,7 +88,7 @@ def require_unchanged(folder: Path, recorded: dict[str, str]) -> None:
 def _files(folder: Path) -> dict[str, Path]:
     """Name -> resolved path of every file that matches a pattern, in the order of the names."""
     if not folder.is_dir():
-        raise UserError(f"tokenizer folder {folder} does not exist; give a Hugging Face model folder")
+        raise TokenizerError(f"tokenizer folder {folder} does not exist; give a Hugging Face model folder")
     root = folder.resolve()
     listed = [*root.iterdir(), *(path for name in _TEMPLATES for path in (root / name).glob("*"))]
     names = sorted(path.relative_to(root).as_posix() for path in listed)

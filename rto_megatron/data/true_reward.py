@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,9 @@ class TrueReward:
     The class is the one topic token in the prompt, and the token before the first response token is the
     prompt's last. Every token but the end of the sequence also costs `token_cost`; a truncated response gets
     no reward for its end, and what follows an end-of-sequence token counts nothing.
+
+    Example:
+        TrueReward.load(path).returns(prompt_ids, response_ids)
     """
 
     class_of_token: Mapping[int, int]  # topic token id -> class
@@ -31,11 +34,11 @@ class TrueReward:
         """The class of a prompt.
 
         Raises:
-            UserError: the prompt does not hold exactly one kind of topic token.
+            DataError: the prompt does not hold exactly one kind of topic token.
         """
         classes = {self.class_of_token[token] for token in prompt_ids if token in self.class_of_token}
         if len(classes) != 1:
-            raise UserError(
+            raise DataError(
                 f"the true reward needs one topic in a prompt, found {len(classes)} in {list(prompt_ids)}; "
                 f"topic ids are {sorted(self.class_of_token)}: use the prompts written with the table"
             )
@@ -78,10 +81,10 @@ class TrueReward:
         """Read a table that `save` wrote.
 
         Raises:
-            UserError: no such file, or not a table.
+            DataError: no such file, or not a table.
         """
         if not path.is_file():
-            raise UserError(f"true reward {path} does not exist; write the synthetic task first")
+            raise DataError(f"true reward {path} does not exist; write the synthetic task first")
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
             return cls(
@@ -96,7 +99,7 @@ class TrueReward:
                 tokenizer_fingerprint=str(document["tokenizer_fingerprint"]),
             )
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
+            raise DataError(
                 f"{path} is not a true-reward table ({type(error).__name__}: {error}); "
                 "write the synthetic task again"
             ) from error

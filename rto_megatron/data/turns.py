@@ -12,7 +12,7 @@ from rto_megatron.data.messages import (
     without_nulls,
 )
 from rto_megatron.data.sources import Row
-from rto_megatron.errors import UserError
+from rto_megatron.errors import DataError
 
 _SYSTEM = ("system", "system_prompt")
 _ARGUMENTS = "chat_template_kwargs"  # TRL's name
@@ -24,21 +24,21 @@ def turns(row: Row, column: str) -> list[Message]:
     """The messages of a column; fields that are null are absent.
 
     Raises:
-        UserError: there is none, or one has no role, no text, or calls that are no list.
+        DataError: there is none, or one has no role, no text, or calls that are no list.
     """
     value = row.columns.get(column)
     expected = "expected a list of messages {'role': ..., 'content': ...}"
     if column not in row.columns:
-        raise UserError(f"{row.where}: column {column!r} is missing, found {sorted(row.columns)}; {expected}")
+        raise DataError(f"{row.where}: column {column!r} is missing, found {sorted(row.columns)}; {expected}")
     if not isinstance(value, list) or not value:
-        raise UserError(f"{row.where}: column {column!r} is {value!r:.60}; {expected}")
+        raise DataError(f"{row.where}: column {column!r} is {value!r:.60}; {expected}")
     messages = []
     for number, turn in enumerate(value):
         message = _message(turn)
         if message is None:
-            raise UserError(f"{row.where}: message {number} of {column!r} is {turn!r:.60}; {expected}")
+            raise DataError(f"{row.where}: message {number} of {column!r} is {turn!r:.60}; {expected}")
         if not message.content.strip() and message.role in _SPOKEN and not _calls(message):
-            raise UserError(
+            raise DataError(
                 f"{row.where}: message {number} ({message.role}) of {column!r} is empty; remove the row"
             )
         messages.append(message)
@@ -72,18 +72,18 @@ def with_system(row: Row, messages: Sequence[Message]) -> list[Message]:
     """The messages, after a turn with the text of the row's column `system`, if it has one.
 
     Raises:
-        UserError: the column holds no text, or the messages begin with another system turn.
+        DataError: the column holds no text, or the messages begin with another system turn.
     """
     column = next((name for name in _SYSTEM if row.columns.get(name) is not None), None)
     if column is None:
         return list(messages)
     content = row.columns[column]
     if not isinstance(content, str):
-        raise UserError(f"{row.where}: column {column!r} is {content!r:.60}, expected text")
+        raise DataError(f"{row.where}: column {column!r} is {content!r:.60}, expected text")
     if messages[0].role != "system":
         return [Message("system", content), *messages]
     if messages[0].content != content:
-        raise UserError(
+        raise DataError(
             f"{row.where}: column {column!r} is {content!r:.60}, and the messages begin with the system turn "
             f"{messages[0].content!r:.60}; keep one"
         )
@@ -96,7 +96,7 @@ def require_prompt(row: Row, column: str, messages: Sequence[Message]) -> None:
     A text agrees that is one of the user's turns, or holds the texts of all turns.
 
     Raises:
-        UserError: names both.
+        DataError: names both.
     """
     prompt = row.columns.get("prompt")
     if prompt is None:
@@ -109,7 +109,7 @@ def require_prompt(row: Row, column: str, messages: Sequence[Message]) -> None:
         asked = [text for message, text in zip(messages, texts, strict=True) if message.role not in _UNASKED]
         is_same = said in asked or (len(texts) > 1 and all(text in said for text in texts))
     if not is_same:
-        raise UserError(
+        raise DataError(
             f"{row.where}: column 'prompt' is {prompt!r:.80}, and {column!r} answers "
             f"{[message.turn() for message in messages]!r:.80}; make them agree, or remove the column 'prompt'"
         )
@@ -130,7 +130,7 @@ def _tools(row: Row) -> tuple[dict[str, object], ...]:
     if tools is None or tools == "":
         return ()
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise UserError(
+        raise DataError(
             f"{row.where}: column 'tools' is {row.columns['tools']!r:.60}, expected a list of JSON schemas "
             "{'type': 'function', 'function': {...}}"
         )
@@ -142,7 +142,7 @@ def _arguments(row: Row) -> Mapping[str, object]:
     if value is None:
         return {}
     if not isinstance(value, dict) or any(name in RESERVED for name in value):
-        raise UserError(
+        raise DataError(
             f"{row.where}: column {_ARGUMENTS!r} is {value!r:.60}, expected a mapping of arguments that the chat "
             f"template reads, without {', '.join(RESERVED)}"
         )

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from rto_megatron.data.chat import encode_text
 from rto_megatron.data.messages import Conversation, Message
 from rto_megatron.data.template import ChatTemplate
-from rto_megatron.errors import UserError, refuse_if
+from rto_megatron.errors import DataError, UserError, refuse_if
 from rto_megatron.types import Demonstration, Example, JudgedResponse, PreferencePair, Prompt
 
 _PROBE = "a"
@@ -23,7 +23,11 @@ _TEMPLATE = "which the chat template writes"
 
 @dataclass(frozen=True)
 class Embedding:
-    """The smallest of the embeddings that read a stage's ids."""
+    """The smallest of the embeddings that read a stage's ids.
+
+    Example:
+        Embedding("models.policy", num_rows=32000).lacks(32001)
+    """
 
     where: str  # as messages name its model
     num_rows: int  # vocab_size
@@ -136,6 +140,7 @@ def require_rows(
             for token in sorted(first)
         ],
         heading,
+        DataError,
     )
 
 

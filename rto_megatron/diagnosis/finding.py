@@ -31,6 +31,9 @@ class Finding:
 
     Args:
         where: the ranks that found it, with their machines; empty where there is one rank.
+
+    Example:
+        Finding("disk", "problem", "3 GB are free", why="a checkpoint takes 16", fix="make room")
     """
 
     check: str

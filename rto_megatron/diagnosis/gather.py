@@ -21,7 +21,11 @@ _LARGEST_CLOCK_DIFFERENCE_S = 2.0
 
 @dataclass(frozen=True)
 class RankReport:
-    """What one rank found and is."""
+    """What one rank found and is.
+
+    Example:
+        [report.host for report in reports if report.findings]
+    """
 
     rank: int
     host: str

@@ -11,7 +11,7 @@ from rto_megatron.engine.megatron import FrozenModel, TrainedModel, training_hoo
 from rto_megatron.engine.optimizer import build_optimizer, wrap_for_training
 from rto_megatron.engine.source import WeightSource
 from rto_megatron.engine.weights import hf_reader, load_hf_tensors, megatron_reader, random_reader
-from rto_megatron.errors import UserError
+from rto_megatron.errors import ModelFolderError, UserError
 from rto_megatron.models.build import build_model, transformer_config
 from rto_megatron.models.families.blocks import EMBEDDING
 from rto_megatron.parallel.topology import Topology
@@ -99,7 +99,7 @@ def _told(not_finite: dict[str, int], model: FrozenModel, path: Path) -> UserErr
     found = f"{path} holds {described(not_finite)}"
     is_tied = model.shape.is_tied and not model.has_scalar_head
     if not_finite.keys() != {EMBEDDING} or is_tied:
-        return UserError(
+        return ModelFolderError(
             f"{found}; every output of the model would be NaN. It diverged, or was damaged while it was saved or "
             "merged: fetch it again, or take an earlier checkpoint"
         )

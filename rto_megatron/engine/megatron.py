@@ -37,7 +37,11 @@ type Loss[M: Microbatch] = Callable[[Tensor, M], LossOutput]
 
 @dataclass(frozen=True)
 class Reading[M: Microbatch]:
-    """What a loss sees of a model's raw output: `num_rows` float32 numbers for every position."""
+    """What a loss sees of a model's raw output: `num_rows` float32 numbers for every position.
+
+    Example:
+        Reading(num_rows=1, read=read)
+    """
 
     num_rows: int
     read: Callable[["Model", M, Tensor], Tensor]  # (model, micro-batch, raw output) -> [T], or [num_rows, T]
@@ -45,7 +49,11 @@ class Reading[M: Microbatch]:
 
 @dataclass(frozen=True)
 class FrozenModel:
-    """A model without gradients: the reference, the DPO model, the reward model, the average of a policy."""
+    """A model without gradients: the reference, the DPO model, the reward model, the average of a policy.
+
+    Example:
+        logprobs = reference.token_outputs(batches)
+    """
 
     name: str
     shape: ModelShape
@@ -114,7 +122,12 @@ class FrozenModel:
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model with an optimizer: the policy, the critic, and the models of the offline stages."""
+    """A model with an optimizer: the policy, the critic, and the models of the offline stages.
+
+    Example:
+        policy.gradients(microbatches, loss, names)
+        policy.apply(lr=1e-6)
+    """
 
     name: str
     shape: ModelShape

@@ -23,7 +23,11 @@ DAMAGED = "damaged_"  # <run>/checkpoints/damaged_step_<step>: what a resume fro
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint all of whose files are those that were saved."""
+    """A checkpoint all of whose files are those that were saved.
+
+    Example:
+        for warning in found.warnings: print(warning)
+    """
 
     path: Path
     state: dict[str, Json]

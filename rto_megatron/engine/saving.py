@@ -38,7 +38,11 @@ _ALLOWANCE = 1 << 20
 
 
 class Saving:
-    """One checkpoint on its way; all ranks must call its methods together."""
+    """One checkpoint on its way; all ranks must call its methods together.
+
+    Example:
+        saving = Saving(run_dir, step=100, keep=2, topology=topology)
+    """
 
     def __init__(self, run_dir: Path, step: int, keep: int, topology: Topology) -> None:
         self._run_dir, self._step, self._keep, self._topology = run_dir, step, keep, topology

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Literal
 
 from rto_megatron.config import checks, schema
+from rto_megatron.config.facts import facts_of
 from rto_megatron.config.roles import roles_of
-from rto_megatron.errors import UserError
+from rto_megatron.errors import ModelFolderError, UserError
 from rto_megatron.models.config_files import read_shape
 from rto_megatron.models.model_folder import code_problems, misnamed, misnamed_folder
 from rto_megatron.models.shape import ModelShape
@@ -64,34 +65,34 @@ def find_source(path: Path, has_scalar_head: bool, is_random: bool, key: str) ->
         key: the configuration key, for errors.
 
     Raises:
-        UserError: nothing usable there; says what was found.
+        ModelFolderError: nothing usable there; says what was found.
     """
     if not path.is_dir():
-        raise UserError(f"{key}: {misnamed(path)}")
+        raise ModelFolderError(f"{key}: {misnamed(path)}")
     if (path / "config.json").is_file():
         if not is_random and (problem := adapter_problem(path)) is not None:
-            raise UserError(f"{key}: {problem}")
+            raise ModelFolderError(f"{key}: {problem}")
         return WeightSource("random" if is_random else "hugging_face", path, path)
     megatron = find_megatron(path)
     if megatron is not None:
         if megatron.hf_files is None:
-            raise UserError(
+            raise ModelFolderError(
                 f"{key}: {path} is a Megatron-LM checkpoint without config.json and tokenizer; put them into "
                 f"{path / HF_FILES}, or convert it (rto convert megatron-to-hf {path} DIR) and name DIR"
             )
         require_tokenizer_of_conversion(megatron)
         return WeightSource("random" if is_random else "megatron", megatron.weights, megatron.hf_files)
     if (problem := pointer_problem(path)) is not None:
-        raise UserError(f"{key}: {problem}; put it back, or name one of the checkpoints that are left")
+        raise ModelFolderError(f"{key}: {problem}; put it back, or name one of the checkpoints that are left")
     roles = SCALAR_ROLES if has_scalar_head else LANGUAGE_ROLES
     role = find_role(path, roles)
     if role is not None:
         return WeightSource("checkpoint", role, role / HF_FILES)
     checkpoint = checkpoint_of(path)
     if checkpoint == path and (known := misnamed_folder(path)) is not None:
-        raise UserError(f"{key}: {known}")
+        raise ModelFolderError(f"{key}: {known}")
     found = sorted(p.name for p in (checkpoint or path).iterdir())[:8]
-    raise UserError(
+    raise ModelFolderError(
         f"{key}: {checkpoint or path} holds neither config.json nor a finished checkpoint of "
         f"{' or '.join(roles)}; found {found}"
     )
@@ -110,7 +111,7 @@ def find_sources(config: schema.Stage) -> dict[str, WeightSource]:
         if role.shares is not None:
             continue
         # A reward model is trained from a language model.
-        is_scalar = role.has_value_head and not isinstance(config, schema.RewardModelStage)
+        is_scalar = role.has_value_head and not facts_of(config).is_reward_model
         try:
             sources[role.name] = find_source(
                 role.path, is_scalar, config.models.random_init, key=f"models.{role.name}"
@@ -119,10 +120,11 @@ def find_sources(config: schema.Stage) -> dict[str, WeightSource]:
             problems.append(error)
     if len(problems) == 1:
         raise problems[0]
-    checks.refuse(map(str, problems))
-    checks.refuse(
+    checks.refuse(map(str, problems), ModelFolderError)
+    own_code = [
         f"models.{role}: {problem}"
         for role, source in sources.items()
         for problem in code_problems(source.hf_folder)
-    )
+    ]
+    checks.refuse(own_code, ModelFolderError)
     return sources

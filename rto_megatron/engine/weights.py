@@ -9,7 +9,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from rto_megatron.engine.source import WeightSource
-from rto_megatron.errors import UserError
+from rto_megatron.errors import ModelFolderError
 from rto_megatron.models.families.blocks import SCALAR_HEAD
 from rto_megatron.models.hf_config import read_config
 from rto_megatron.models.parameters import parameter_map, stage_of, stored_parameters
@@ -113,11 +113,11 @@ def hf_reader(folder: Path, has_scalar_head: bool, fresh_head_seed: int | None =
         fresh_head_seed: the folder is a language model; draw the scalar head from this seed.
 
     Raises:
-        UserError: as `HfModel`; reading a tensor raises it for a missing one or another shape.
+        ModelFolderError: as `HfModel`; reading a tensor raises it for a missing one or another shape.
     """
     model = HfModel(folder, has_scalar_head and fresh_head_seed is None)
     if model.head_bias():
-        raise UserError(
+        raise ModelFolderError(
             f"{folder}: the scalar head has a bias; convert the model (rto convert hf-to-megatron), which keeps it in "
             "the mean of the scores"
         )

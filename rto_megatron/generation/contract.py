@@ -5,21 +5,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import PoolError, UserError
 from rto_megatron.types import Prompt, Rollout
 
 
-class StaleWeights(UserError):  # noqa: N818  (a state the loop handles, named for what it is)
+class StaleWeights(PoolError):  # noqa: N818  (a state the loop handles, named for what it is)
     """The engine does not hold, or cannot prove that it holds, the requested policy version."""
 
 
-class NoServersLeft(UserError):  # noqa: N818  (a state the loop handles, named for what it is)
+class NoServersLeft(PoolError):  # noqa: N818  (a state the loop handles, named for what it is)
     """Every server of the pool is out; the message gives each one's last reason."""
 
     reason = "INFRA_NO_GENERATOR"
 
 
-class Unreachable(UserError):  # noqa: N818  (a state that is handled, named for what it is)
+class Unreachable(PoolError):  # noqa: N818  (a state that is handled, named for what it is)
     """No usable answer came back from a server, or that its engine is dead; another server may still do."""
 
 
@@ -78,6 +78,10 @@ class InferenceServer(Protocol):
     Raises:
         Unreachable: from every method; no usable answer came.
         UserError: from every method; the server did not do it.
+
+    Example:
+        server.pause()
+        server.join(rendezvous, first_rank, manifest)
     """
 
     @property
@@ -127,7 +131,11 @@ class InferenceServer(Protocol):
 
 
 class AskServers(Protocol):
-    """Asks several servers of one engine at the same time."""
+    """Asks several servers of one engine at the same time.
+
+    Example:
+        faults = ask(dict.fromkeys(addresses, 30.0), InferenceServer.pause)
+    """
 
     def __call__(
         self, timeouts: Mapping[str, float], question: Callable[[InferenceServer], object]

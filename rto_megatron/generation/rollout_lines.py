@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import DataError
 from rto_megatron.types import Rollout
 
 
@@ -23,7 +23,7 @@ def load_rollouts(path: Path) -> list[Rollout]:
     """Reads `save_rollouts`.
 
     Raises:
-        UserError: a line is no rollout.
+        DataError: a line is no rollout.
     """
     rollouts = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
@@ -40,7 +40,7 @@ def load_rollouts(path: Path) -> list[Rollout]:
                 )
             )
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
+            raise DataError(
                 f"{path}:{number} is not a recorded rollout ({error}); record it again"
             ) from error
     return rollouts

@@ -4,7 +4,7 @@ import math
 import random
 from collections.abc import Iterable, Sequence
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import DataError
 from rto_megatron.generation.contract import Sampling, StaleWeights, request_seed
 from rto_megatron.types import Prompt, Rollout
 
@@ -57,7 +57,11 @@ class ScriptedEngine:
 
 
 class RecordedEngine:
-    """Replays rollouts by prompt id and version; see `RolloutEngine` for the contract."""
+    """Replays rollouts by prompt id and version; see `RolloutEngine` for the contract.
+
+    Example:
+        RecordedEngine(rollouts).generate(prompts, sampling, version=3)
+    """
 
     def __init__(self, rollouts: Iterable[Rollout]) -> None:
         self._rollouts = {(one.weight_version, one.prompt_id): one for one in rollouts}
@@ -72,7 +76,7 @@ class RecordedEngine:
     def _find(self, prompt: Prompt, version: int) -> Rollout:
         found = self._rollouts.get((version, prompt.id))
         if found is None or found.prompt_ids != prompt.token_ids:
-            raise UserError(
+            raise DataError(
                 f"the recording of weight version {version} has no rollout of prompt {prompt.id} as given"
             )
         return found

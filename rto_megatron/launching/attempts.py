@@ -16,7 +16,7 @@ from types import FrameType
 
 import typer
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RunFolderError
 from rto_megatron.launching.torchrun import RankFailure, has_ranks, kill_ranks
 from rto_megatron.lifecycle.ending import MEMORY_KNOBS, finished_steps
 from rto_megatron.lifecycle.stacks import drop_empty
@@ -34,7 +34,11 @@ Prepare = Callable[[int], bool]  # before an attempt, given its number; False: t
 
 
 class Stopping:
-    """What the signals of a launch have asked for; see `listening`."""
+    """What the signals of a launch have asked for; see `listening`.
+
+    Example:
+        signal.signal(signal.SIGTERM, Stopping(run_dir).finish_step)
+    """
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
@@ -112,6 +116,9 @@ class Decision:
     Args:
         status: as the attempt left it, or REPEATED_CRASH.
         tally: for the decision on the next attempt.
+
+    Example:
+        Decision(Next.END, status, tally).is_out_of_restarts
     """
 
     next: Next
@@ -215,7 +222,7 @@ def _read_tally(path: Path) -> Tally:
         found = json.loads(path.read_text())
         return Tally(int(found["restarts_left"]), str(found["fingerprint"]), str(found["checkpoint"]))
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
+        raise RunFolderError(
             f"{path}: found no tally of the attempts before this one ({type(error).__name__}: {error}); expected what "
             "the decision on the last attempt wrote; submit the job again, which begins a new count"
         ) from error

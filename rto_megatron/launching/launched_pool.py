@@ -11,7 +11,7 @@ import typer
 
 from rto_megatron.config.overrides import as_override
 from rto_megatron.config.schema import EvaluateStage, ReinforcementStage
-from rto_megatron.errors import UserError
+from rto_megatron.errors import MachineError, UserError
 from rto_megatron.generation.vllm.client.server_client import ServerClient
 from rto_megatron.generation.vllm.gate import read_token
 from rto_megatron.generation.vllm.start.server import ServerOptions
@@ -26,7 +26,11 @@ _BACK_WITHIN_S = 600.0  # a server that ended needs so long to start again, at t
 
 @dataclass(frozen=True)
 class PoolChoice:
-    """The pool's options of the command line; None: what fits."""
+    """The pool's options of the command line; None: what fits.
+
+    Example:
+        PoolChoice(gpus=4, servers=2, tensor="2")
+    """
 
     gpus: int | None
     servers: int | None
@@ -34,7 +38,11 @@ class PoolChoice:
 
 
 class LaunchedPool:
-    """A running pool, as seen from the attempts of a run."""
+    """A running pool, as seen from the attempts of a run.
+
+    Example:
+        if pool.prepare(attempt=1): start(pool.arguments)
+    """
 
     def __init__(self, pool: Supervisor, token_file: Path, is_colocated: bool) -> None:
         self._pool = pool
@@ -117,7 +125,7 @@ def _sizes(gpus: int, choice: PoolChoice) -> list[int]:
         choice.tensor, choice.servers, choice.gpus or (None if is_counted else max(1, gpus // 2))
     )
     if not 0 < sum(sizes) < gpus:
-        raise UserError(
+        raise MachineError(
             f"this machine has {gpus} GPUs, and the pool's servers would take {sum(sizes)}; the trainer and the pool "
             "need at least one each"
         )

@@ -27,6 +27,9 @@ class Allocation:
         cpus_per_task: of a node, where it is shared; exclusive nodes give all.
         memory: of a node; None: all of an exclusive one, else the site's default.
         preamble: bash that every node runs before a step.
+
+    Example:
+        Allocation(nodes=4, pool_nodes=1, gpus_per_node=8, time="12:00:00").trainer_nodes == 3
     """
 
     nodes: int

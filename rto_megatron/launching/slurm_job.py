@@ -15,7 +15,7 @@ from rto_megatron.config.load import dump
 from rto_megatron.config.plan import StagePlan, layout_on
 from rto_megatron.config.run_folder import make_run_folder
 from rto_megatron.config.schema import Stage
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RecipeError
 from rto_megatron.launching.slurm_allocation import Allocation, directives, log_pattern, text_problems
 from rto_megatron.planning.colocated_memory import pool_weight_bytes
 from rto_megatron.planning.judgement import judged
@@ -42,6 +42,9 @@ class Job:
         num_servers: of the whole pool; 0: the stage needs none, or the configuration names its servers.
         pool_options: of `rto pool`, equal on all pool nodes.
         restarts: in a row without a new checkpoint.
+
+    Example:
+        job.write()
     """
 
     config: Stage
@@ -176,31 +179,31 @@ def plan_job(
 
 def _refuse_other_machines(config: Stage, allocation: Allocation) -> None:
     if not _BODY.is_file():
-        raise UserError(
+        raise RecipeError(
             f"{_BODY} is missing; `rto slurm` needs a checkout of the repository, not the package alone"
         )
     facts = facts_of(config)
     if facts.is_colocated:
-        raise UserError(
+        raise RecipeError(
             "rollout.colocated=true: a job on several nodes gives the pool nodes of its own; set it to false, or run "
             "`rto launch` as a job on one node"
         )
     if allocation.trainer_nodes < 1:
-        raise UserError(
+        raise RecipeError(
             f"--nodes {allocation.nodes} --pool-nodes {allocation.pool_nodes}: leaves no node for the trainer; --nodes "
             "counts those of the pool too"
         )
     has_servers = facts.pool is not None and bool(facts.pool.servers)
     if facts.pool is not None and not has_servers and allocation.pool_nodes == 0:
-        raise UserError(
+        raise RecipeError(
             f"stage {config.stage} samples from an inference pool; give it nodes with --pool-nodes"
         )
     if allocation.pool_nodes and facts.pool is None:
-        raise UserError(
+        raise RecipeError(
             f"--pool-nodes {allocation.pool_nodes}: stage {config.stage} needs no pool; remove it"
         )
     if allocation.pool_nodes and has_servers:
-        raise UserError("rollout.servers names a pool that runs already; remove it or --pool-nodes")
+        raise RecipeError("rollout.servers names a pool that runs already; remove it or --pool-nodes")
 
 
 def _folder_problems(config: Stage, allocation: Allocation) -> list[str]:
@@ -230,18 +233,18 @@ def _servers(allocation: Allocation, pool_tensor: int) -> tuple[int, int]:
     """Nodes of a server, and servers on each such group of nodes.
 
     Raises:
-        UserError: servers do not fill nodes, or nodes servers.
+        RecipeError: servers do not fill nodes, or nodes servers.
     """
     gpus, nodes = allocation.gpus, allocation.pool_nodes
     if gpus == 0 or nodes == 0:
         return 1, 1
     if gpus % pool_tensor and pool_tensor % gpus:
-        raise UserError(
+        raise RecipeError(
             f"--pool-tensor {pool_tensor} does not fit nodes of {gpus} GPUs: it must divide them, or be a multiple"
         )
     server_nodes = max(1, pool_tensor // gpus)
     if nodes % server_nodes:
-        raise UserError(
+        raise RecipeError(
             f"--pool-tensor {pool_tensor} takes {server_nodes} nodes of {gpus} GPUs for each server, and --pool-nodes "
             f"{nodes} is no multiple of that"
         )

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import NoReturn
 from urllib.parse import urlsplit
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import PoolError, UserError
 from rto_megatron.generation.vllm.start.server import (
     Progress,
     Server,
@@ -39,6 +39,9 @@ class Supervisor:
         servers: each with the options to start it again, its port among them.
         progress: receives lines for the person who waits.
         max_restarts: in a row, per server; then the server is given up.
+
+    Example:
+        Supervisor(servers, progress, max_restarts=5).is_running()
     """
 
     def __init__(
@@ -159,7 +162,7 @@ def serve_pool(
         progress: receives lines for the person who waits.
 
     Raises:
-        UserError: a server did not start, or all of them ended too often.
+        PoolError: a server did not start, or all of them ended too often.
     """
     signal.signal(signal.SIGTERM, _exit_on_signal)
     signal.signal(signal.SIGINT, _exit_on_signal)
@@ -176,14 +179,14 @@ def serve_pool(
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             if address_file is not None:
                 address_file.unlink(missing_ok=True)
-    raise UserError("every inference server of this pool ended too often; the reason of each is above")
+    raise PoolError("every inference server of this pool ended too often; the reason of each is above")
 
 
 def serve_part(options: ServerOptions, progress: Progress = print) -> NoReturn:
     """Runs one machine's part of a larger server, one without HTTP, until SIGTERM or SIGINT.
 
     Raises:
-        UserError: it ended by itself, as when its leader ends.
+        PoolError: it ended by itself, as when its leader ends.
     """
     signal.signal(signal.SIGTERM, _exit_on_signal)
     signal.signal(signal.SIGINT, _exit_on_signal)
@@ -196,7 +199,7 @@ def serve_part(options: ServerOptions, progress: Progress = print) -> NoReturn:
         server.process.wait()
     finally:
         stop_server(server)
-    raise UserError(f"this machine's part of an inference server ended; {server.why_it_ended()}")
+    raise PoolError(f"this machine's part of an inference server ended; {server.why_it_ended()}")
 
 
 def _exit_on_signal(signum: int, frame: FrameType | None) -> None:

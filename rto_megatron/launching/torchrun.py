@@ -13,7 +13,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
 from torch.distributed.run import main as torchrun
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import MachineError
 from rto_megatron.lifecycle.stacks import ranks_of
 from rto_megatron.platform.network import MEETING, meet
 
@@ -26,6 +26,9 @@ class RankFailure:
 
     Args:
         status: of its process; negative is the number of the signal that ended it.
+
+    Example:
+        RankFailure(rank=1, status=-9).signal_name == "SIGKILL"
     """
 
     rank: int
@@ -79,12 +82,12 @@ def refuse_several_machines(recipe: str) -> list[str]:
     """What torchrun's variables ask of a launch on one machine: names of those that are not used.
 
     Raises:
-        UserError: they ask for several machines, each of which would train by itself.
+        MachineError: they ask for several machines, each of which would train by itself.
     """
     found = torchrun_defaults()
     nodes = found.get("PET_NNODES", "1")
     if nodes not in ("1", "1:1"):
-        raise UserError(
+        raise MachineError(
             f"PET_NNODES={nodes} says that this is one of several machines of a job, as Kubeflow does, and `rto "
             f"launch` runs on one alone. Run on each: torchrun -m rto_megatron.cli.main train {recipe} (a stage "
             "that samples also needs rollout.servers and rollout.token_file of an `rto pool`); or, to use this machine "

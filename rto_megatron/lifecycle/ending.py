@@ -11,7 +11,7 @@ from typing import Self
 import torch
 
 import rto_megatron
-from rto_megatron.errors import UserError
+from rto_megatron.errors import MachineError, UserError
 from rto_megatron.lifecycle.stacks import keep_all_stacks, kept_stacks
 from rto_megatron.lifecycle.status import (
     STACKS,
@@ -41,25 +41,25 @@ MEMORY_KNOBS = (
 )
 
 
-class LostRank(UserError):  # noqa: N818  (a state of the run, told like a user's error)
+class LostRank(MachineError):  # noqa: N818  (a state of the run, told like a user's error)
     """Another rank is gone."""
 
     reason = "INFRA_LOST_RANK"
 
 
-class Hang(UserError):  # noqa: N818
+class Hang(MachineError):  # noqa: N818
     """A collective ran out of time."""
 
     reason = "HANG"
 
 
-class OutOfMemory(UserError):  # noqa: N818
+class OutOfMemory(MachineError):  # noqa: N818
     """The GPU or the host has no memory left."""
 
     reason = "OOM"
 
 
-class NoSpace(UserError):  # noqa: N818
+class NoSpace(MachineError):  # noqa: N818
     """A disk is full."""
 
     reason = "DISK"
@@ -70,6 +70,9 @@ class RankEnding:
 
     It turns an error that another rank's end, full memory, a full disk or a time limit caused into a UserError. A bug
     stays the error that it is.
+
+    Example:
+        with RankEnding(run_dir): run_stage(config)
     """
 
     def __init__(self, run_dir: Path) -> None:

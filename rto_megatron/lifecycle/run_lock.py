@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from rto_megatron.config.run_folder import make_run_folder, missing_folders
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RunFolderError, UserError
 from rto_megatron.lifecycle.status import attempt_number, drop_refused
 from rto_megatron.lifecycle.stopping import STOP_FILE
 from rto_megatron.reporting.progress import say
@@ -41,6 +41,9 @@ class Heartbeat:
         beat: between two beats of a holder.
         gone: without a beat, after which a holder may be gone.
         watch: in which a holder who lives must beat.
+
+    Example:
+        Heartbeat(beat=1.0, gone=10.0, watch=3.0)
     """
 
     beat: float = 15.0
@@ -59,6 +62,9 @@ class Holder:
         job: of SLURM; empty outside.
         turn: how often the job was queued again, and the attempt.
         start: for people.
+
+    Example:
+        print(holder.host, holder.process, holder.job)
     """
 
     owner: str
@@ -83,7 +89,7 @@ def held(run_dir: Path, pace: Heartbeat = Heartbeat()) -> Iterator[str]:
     A folder that is not there is made, and goes again where the run was refused before it left anything in it.
 
     Raises:
-        UserError: another run holds it, or it cannot be written.
+        RunFolderError: another run holds it, or it cannot be written.
     """
     me, missing = _myself(), missing_folders(run_dir)
     path = run_dir / LOCK_FILE
@@ -91,7 +97,9 @@ def held(run_dir: Path, pace: Heartbeat = Heartbeat()) -> Iterator[str]:
         make_run_folder(run_dir)
         _take(path, me, pace)
     except OSError as error:
-        raise UserError(f"{run_dir} cannot be written ({error.strerror}); name another run.dir") from error
+        raise RunFolderError(
+            f"{run_dir} cannot be written ({error.strerror}); name another run.dir"
+        ) from error
     ended = threading.Event()
     beating = threading.Thread(target=_beat, args=(path, me, pace, ended), name="run lock", daemon=True)
     beating.start()
@@ -255,7 +263,7 @@ def _put_aside(path: Path, found: Holder | None) -> None:
 def _refusal(path: Path, found: Holder | None) -> UserError:
     who = found or "a process that has not said who it is"
     stop = shlex.quote(str(path.with_name(STOP_FILE)))
-    return UserError(
+    return RunFolderError(
         f"{path.parent} is in use: {who}. Two runs in one folder would mix their metrics and checkpoints: name another "
         f"run.dir, or end that run first (`touch {stop}` makes it save and end). If it is gone for certain, remove "
         f"{shlex.quote(str(path))}"

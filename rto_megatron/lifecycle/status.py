@@ -46,6 +46,9 @@ class Status:
         message: for people.
         attempt: 1 is the first of a launch.
         fingerprint: of a crash; two alike at the same step are the same crash.
+
+    Example:
+        Status(ExitReason.OOM, step=12, message="rank 0 is out of memory")
     """
 
     reason: ExitReason

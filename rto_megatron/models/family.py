@@ -34,7 +34,7 @@ class Family:
         not_run: why no model of this family can be built here; null: it runs.
 
     Example:
-        FAMILIES["llama"].architectures[False]
+        family.architectures[False]
     """
 
     architectures: dict[bool, str]

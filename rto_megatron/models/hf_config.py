@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import ModelFolderError
 from rto_megatron.models.model_folder import misnamed
 
 NAMED_WEIGHTS = "transformers_weights"  # the file of weights that transformers loads before any other
@@ -13,7 +13,11 @@ NAMED_WEIGHTS = "transformers_weights"  # the file of weights that transformers 
 
 @dataclass(frozen=True)
 class HfConfig:
-    """A parsed config.json that knows where it came from, for errors."""
+    """A parsed config.json that knows where it came from, for errors.
+
+    Example:
+        HfConfig(folder / "config.json", {"model_type": "llama"}).refuse("it has no weights")
+    """
 
     path: Path
     values: dict[str, Any]  # of JSON, checked where it is read
@@ -30,17 +34,17 @@ class HfConfig:
         return rope.get("rope_theta") or self.values.get("rope_theta")
 
     def require(self, *keys: str) -> None:
-        """Raises UserError: a key is absent or null."""
+        """Raises ModelFolderError: a key is absent or null."""
         missing = [key for key in keys if self.values.get(key) is None]
         if missing:
             family = self.values.get("model_type")
-            raise UserError(
+            raise ModelFolderError(
                 f"{self.path} has no {', '.join(missing)}; expected the config.json of a {family} model"
             )
 
     def refuse(self, reason: str) -> None:
-        """Raises UserError: the model cannot be expressed, for `reason`."""
-        raise UserError(f"{self.path}: {reason}")
+        """Raises ModelFolderError: the model cannot be expressed, for `reason`."""
+        raise ModelFolderError(f"{self.path}: {reason}")
 
     def refuse_set(self, *keys: str) -> None:
         """Raises UserError: one of these switches is on, and the family here does not have it."""
@@ -63,15 +67,15 @@ def read_config(folder: Path) -> HfConfig:
     """Parses `folder`/config.json.
 
     Raises:
-        UserError: it is absent, not JSON, or not an object.
+        ModelFolderError: it is absent, not JSON, or not an object.
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise UserError(misnamed(folder))
+        raise ModelFolderError(misnamed(folder))
     try:
         config = json.loads(path.read_text())
     except ValueError as error:  # JSON, or UTF-8
-        raise UserError(f"{path} is not valid JSON ({error}); fetch or write it again") from error
+        raise ModelFolderError(f"{path} is not valid JSON ({error}); fetch or write it again") from error
     if not isinstance(config, dict):
-        raise UserError(f"{path} holds a JSON {type(config).__name__}, expected an object")
+        raise ModelFolderError(f"{path} holds a JSON {type(config).__name__}, expected an object")
     return HfConfig(path, config)

@@ -16,6 +16,9 @@ class PackedCoreAttention(MegatronModule):  # type: ignore[misc]  # megatron-cor
     """Causal attention of the heads on this tensor rank, in the layers with a window to the last tokens of it.
 
     Padded rows need no mask: padding is on the right, so causality alone keeps it away from real tokens.
+
+    Example:
+        output = attention.forward(query, key, value, mask, packed_seq_params=packed)
     """
 
     def __init__(
@@ -77,6 +80,9 @@ class RMSNorm(torch.nn.Module):
 
     The weight is replicated over tensor ranks; with sequence parallelism each rank sees a part of the tokens, so the
     weight carries Megatron's `sequence_parallel` tag, by which its gradient is summed over tensor ranks.
+
+    Example:
+        RMSNorm(config, hidden_size=64, eps=1e-5)(x)
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
@@ -98,6 +104,9 @@ class ScalarHead(MegatronModule):  # type: ignore[misc]  # megatron-core has no 
     With sequence parallelism every tensor rank sees its own part of the tokens: the weight is tagged so that its
     gradient is summed over tensor ranks, and the gathered output's gradient is cut, not summed, because each rank
     computes the same loss.
+
+    Example:
+        values = ScalarHead(config)(hidden)[0]
     """
 
     def __init__(self, config: TransformerConfig) -> None:

@@ -14,7 +14,11 @@ TensorReader = Callable[[str, tuple[int, ...]], Tensor]  # (Hugging Face name, e
 
 
 class ShardLayout(Protocol):
-    """An invertible way from Hugging Face tensors to the shard of one tensor rank."""
+    """An invertible way from Hugging Face tensors to the shard of one tensor rank.
+
+    Example:
+        own = layout.shard([tensor], rank=1, size=2)
+    """
 
     @property
     def dim(self) -> int | None:
@@ -29,7 +33,11 @@ class ShardLayout(Protocol):
 
 @dataclass(frozen=True)
 class Replicated:
-    """Every rank holds the whole tensor."""
+    """Every rank holds the whole tensor.
+
+    Example:
+        Replicated().shard([norm], rank=1, size=2)
+    """
 
     @property
     def dim(self) -> None:
@@ -44,7 +52,11 @@ class Replicated:
 
 @dataclass(frozen=True)
 class Split:
-    """Cut along one dimension (0: column-parallel, 1: row-parallel)."""
+    """Cut along one dimension (0: column-parallel, 1: row-parallel).
+
+    Example:
+        Split(0).shard([embedding], rank=1, size=2)
+    """
 
     dim: int
 
@@ -109,7 +121,11 @@ class QkvRows(_Rows):
 
 @dataclass(frozen=True)
 class GateUpRows(_Rows):
-    """gate, up -> each rank holds [its rows of gate | its rows of up]."""
+    """gate, up -> each rank holds [its rows of gate | its rows of up].
+
+    Example:
+        GateUpRows().shard([gate, up], rank=1, size=2)
+    """
 
     def shard(self, tensors: Sequence[Tensor], rank: int, size: int) -> Tensor:
         return torch.cat([t.chunk(size)[rank] for t in tensors])
@@ -137,7 +153,11 @@ def merge(layout: ShardLayout, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True)
 class MappedParameter:
-    """One Megatron parameter (layers numbered over the whole model) and the Hugging Face tensors that it holds."""
+    """One Megatron parameter (layers numbered over the whole model) and the Hugging Face tensors that it holds.
+
+    Example:
+        MappedParameter("final_norm", ("model.norm.weight",), ((64,),), Replicated(), layer=None)
+    """
 
     megatron: str
     hf: tuple[str, ...]

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch.distributed as dist
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import MachineError
 
 _LIMIT_S = 600.0  # ranks of one job start minutes apart where machines read Python from one disk
 _FIRST_WORD_S = 30.0
@@ -18,7 +18,7 @@ _LONGEST_PAUSE_S = 1.0
 _AGENT_HAS_STORE = "TORCHELASTIC_USE_AGENT_STORE"
 
 
-class AbsentRanks(UserError):  # noqa: N818  (a state of the run, told like a user's error)
+class AbsentRanks(MachineError):  # noqa: N818  (a state of the run, told like a user's error)
     """Not all ranks that the launcher announced have come."""
 
     reason = "INFRA_LOST_RANK"

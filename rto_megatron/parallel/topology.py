@@ -9,7 +9,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import SUBJECTS, RecipeError, UserError
 from rto_megatron.parallel import collectives
 from rto_megatron.parallel.meeting import join_ranks
 from rto_megatron.platform.device import Device
@@ -52,13 +52,13 @@ class Topology:
 
         Raises:
             AbsentRanks: not all ranks came.
-            UserError: the number of ranks is no multiple of tensor x pipeline.
+            RecipeError: the number of ranks is no multiple of tensor x pipeline.
         """
         if not dist.is_initialized():
             join_ranks(device.backend, timeout)
         world = dist.get_world_size()
         if world % (tensor * pipeline):
-            raise UserError(
+            raise RecipeError(
                 f"{world} ranks were started, but parallel.tensor x parallel.pipeline = {tensor} x {pipeline} = "
                 f"{tensor * pipeline}; start a multiple of {tensor * pipeline} ranks"
             )
@@ -190,7 +190,7 @@ class Topology:
 
         Args:
             kinds: classes that the error keeps, special ones before general ones; equal on all ranks. An error of
-                another class is raised as a plain UserError.
+                another class is raised as one of its subject.
 
         Raises:
             UserError: the error of the lowest rank that has one.
@@ -198,7 +198,7 @@ class Topology:
         Example:
             topology.raise_together(error, DiskFull, CheckpointError)
         """
-        kinds = (*kinds, UserError)
+        kinds = (*kinds, *SUBJECTS, UserError)
         own: list[tuple[int, str]] = []  # none, or one
         if error is not None:
             own = [(next(number for number, kind in enumerate(kinds) if isinstance(error, kind)), str(error))]

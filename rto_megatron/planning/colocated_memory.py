@@ -13,7 +13,7 @@ from rto_megatron.config.checks import find_problems, refuse
 from rto_megatron.config.plan import StagePlan, layout_on, plan_stage
 from rto_megatron.config.roles import roles_of
 from rto_megatron.config.schema import EvaluateStage, ReinforcementStage
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RecipeError
 from rto_megatron.generation.vllm.client.phases import PoolPhases
 from rto_megatron.generation.vllm.client.server_client import ServerClient
 from rto_megatron.generation.vllm.gate import read_token
@@ -36,6 +36,9 @@ class SharedGpu:
         num_bytes: of the GPU.
         pool_fraction: what vLLM may take of it for weights, cache and its own activations.
         pool_tensor: tensor-parallel size of a server.
+
+    Example:
+        SharedGpu(num_bytes=80 * 2**30, pool_fraction=0.4).pool_bytes
     """
 
     num_bytes: int
@@ -50,7 +53,11 @@ class SharedGpu:
 
 @dataclass(frozen=True)
 class PhaseMemory:
-    """What a GPU holds in one phase, in bytes; `parts` in the order in which they are shown."""
+    """What a GPU holds in one phase, in bytes; `parts` in the order in which they are shown.
+
+    Example:
+        PhaseMemory("sample", {"weights": 2**34, "cache": 2**33}).total
+    """
 
     name: str
     parts: Mapping[str, int]
@@ -71,7 +78,7 @@ def phase_memory(
     bucket = largest_bucket_bytes(policy, width, tensor, bucket_bytes)
     always = {
         "trainer's models and optimizers": model_bytes(plan, shapes),
-        "window of 2 buckets": 2 * bucket,
+        "staging buffer of 2 buckets": 2 * bucket,
         "2 processes (assumed)": 2 * _PROCESS_BYTES,
     }
     weights = pool_weight_bytes(policy, width, gpu.pool_tensor)
@@ -164,7 +171,7 @@ def shared_sizes(
     """Tensor-parallel size of each server of a pool on the GPUs of the ranks.
 
     Raises:
-        UserError: a GPU of the pool would have no rank, or trainer and pool do not fit on a GPU together.
+        RecipeError: a GPU of the pool would have no rank, or trainer and pool do not fit on a GPU together.
     """
     if not gpus:
         return tensor_sizes(pool_tensor, pool_servers, None)
@@ -173,7 +180,7 @@ def shared_sizes(
     num_ranks = ranks or gpus
     sizes = tensor_sizes(pool_tensor, pool_servers, pool_gpus or (None if is_counted else num_ranks))
     if sum(sizes) > num_ranks:
-        raise UserError(
+        raise RecipeError(
             f"rollout.colocated: the pool's servers take {sum(sizes)} GPUs, and {num_ranks} have a trainer rank, from "
             "which a server gets its weights; start more ranks or fewer servers"
         )

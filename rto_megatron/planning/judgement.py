@@ -6,7 +6,7 @@ from rto_megatron.config.checks import find_problems, refuse
 from rto_megatron.config.plan import StagePlan, plan_stage
 from rto_megatron.config.roles import Role
 from rto_megatron.config.schema import Stage
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RecipeError
 from rto_megatron.models.layout_checks import check_experts, check_layout
 from rto_megatron.planning.shapes import FoundShape, find_shape
 
@@ -43,7 +43,7 @@ def _shapes(roles: Sequence[Role], assume: list[str]) -> dict[str, FoundShape]:
     assumed = dict(_role_and_shape(entry) for entry in assume)
     unknown = set(assumed) - {role.name for role in roles}
     if unknown:
-        raise UserError(
+        raise RecipeError(
             f"--assume {min(unknown)}=...: this stage has the roles {', '.join(r.name for r in roles)}"
         )
     found = {role.name: find_shape(role.path, assumed.get(role.name), role.name) for role in roles}
@@ -53,5 +53,5 @@ def _shapes(roles: Sequence[Role], assume: list[str]) -> dict[str, FoundShape]:
 def _role_and_shape(entry: str) -> tuple[str, str]:
     role, equals, shape = entry.partition("=")
     if not equals:
-        raise UserError(f"--assume {entry}: is written ROLE=SHAPE, as in policy=llama-3-8b")
+        raise RecipeError(f"--assume {entry}: is written ROLE=SHAPE, as in policy=llama-3-8b")
     return role, shape

@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LookedAt:
-    """What was found at one key of the configuration."""
+    """What was found at one key of the configuration.
+
+    Example:
+        LookedAt("data.train", "does not exist", is_problem=True)
+    """
 
     key: str
     found: str

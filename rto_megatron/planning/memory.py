@@ -26,7 +26,11 @@ _GRADIENT_BYTES = 4  # float32
 
 @dataclass(frozen=True)
 class RoleCost:
-    """Cost of one role on the fullest rank."""
+    """Cost of one role on the fullest rank.
+
+    Example:
+        RoleCost(parameters=8 * 10**9, parameters_per_rank=2 * 10**9, bytes_per_rank=16 * 10**9)
+    """
 
     parameters: int
     parameters_per_rank: int

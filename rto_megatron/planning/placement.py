@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 from rto_megatron.config.schema import EvaluateStage, ReinforcementStage
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RecipeError
 
 
 def max_model_len(config: ReinforcementStage | EvaluateStage) -> int:
@@ -22,20 +22,20 @@ def tensor_sizes(given: str, num_servers: int | None, num_gpus: int | None) -> l
         num_gpus: for the whole pool; None: as many as the servers take.
 
     Raises:
-        UserError: no numbers, or they contradict the counts.
+        RecipeError: no numbers, or they contradict the counts.
     """
     parts = given.split(",")
     if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        raise UserError(f"tensor-parallel sizes {given!r}: expected numbers from 1 on, as in 2 or 1,2")
+        raise RecipeError(f"tensor-parallel sizes {given!r}: expected numbers from 1 on, as in 2 or 1,2")
     sizes = [int(part) for part in parts]
     if len(sizes) == 1:
         sizes *= num_servers or max(1, (num_gpus or sizes[0]) // sizes[0])
     if num_servers is not None and len(sizes) != num_servers:
-        raise UserError(
+        raise RecipeError(
             f"{num_servers} servers have {len(sizes)} tensor-parallel sizes, {given}; name one each"
         )
     if num_gpus is not None and sum(sizes) > num_gpus:
-        raise UserError(
+        raise RecipeError(
             f"{len(sizes)} servers with tensor-parallel sizes {','.join(map(str, sizes))} need {sum(sizes)} GPUs, and "
             f"the pool has {num_gpus}; start fewer or smaller servers"
         )

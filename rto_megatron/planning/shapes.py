@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import ModelFolderError, RecipeError
 from rto_megatron.models.config_files import read_shape
 from rto_megatron.models.model_folder import misnamed, misnamed_folder
 from rto_megatron.models.shape import ModelShape
@@ -41,7 +41,11 @@ KNOWN_SHAPES = {
 
 @dataclass(frozen=True)
 class FoundShape:
-    """A shape and where it was taken from."""
+    """A shape and where it was taken from.
+
+    Example:
+        FoundShape(shape, source="config.json", folder=folder)
+    """
 
     shape: ModelShape
     source: str
@@ -56,14 +60,14 @@ def find_shape(model: Path, assumed: str | None, role: str = "policy") -> FoundS
         role: of the stage; critic and reward look for a scalar model, the others for a language model.
 
     Raises:
-        UserError: config.json is there and cannot be used, or `assumed` is no embedded shape.
+        RecipeError: config.json is there and cannot be used, or `assumed` is no embedded shape.
     """
     folder = _folder_with_config(model, SCALAR_ROLES if role in SCALAR_ROLES else LANGUAGE_ROLES)
     if folder is not None:
         return FoundShape(read_shape(folder), "config.json", folder)
     if assumed is not None:
         if assumed not in KNOWN_SHAPES:
-            raise UserError(
+            raise RecipeError(
                 f"--assume {assumed}: no such embedded shape; known are {', '.join(KNOWN_SHAPES)}"
             )
         return FoundShape(KNOWN_SHAPES[assumed], f"assumed {assumed}")
@@ -76,7 +80,7 @@ def hugging_face_folder(model: Path) -> Path:
     """The folder with the config.json of language model `model`: a model folder, a run folder or a checkpoint.
 
     Raises:
-        UserError: it is not on this machine.
+        ModelFolderError: it is not on this machine.
     """
     folder = _folder_with_config(model, LANGUAGE_ROLES)
     if folder is None:
@@ -84,7 +88,7 @@ def hugging_face_folder(model: Path) -> Path:
         unknown = (
             f"{model} has no config.json and no checkpoint of a policy; run the stage that makes it first"
         )
-        raise UserError(f"models.policy: {known or unknown}")
+        raise ModelFolderError(f"models.policy: {known or unknown}")
     return folder
 
 

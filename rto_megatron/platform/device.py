@@ -10,13 +10,17 @@ from typing import Literal
 
 import torch
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import MachineError
 from rto_megatron.platform import cpu
 
 
 @dataclass(frozen=True)
 class Device:
-    """Where this rank computes and how it talks to the others."""
+    """Where this rank computes and how it talks to the others.
+
+    Example:
+        Device(torch.device("cpu"), backend="gloo").is_cuda
+    """
 
     torch_device: torch.device
     backend: Literal["nccl", "gloo"]
@@ -57,7 +61,7 @@ def _choose_device() -> Device:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     num_gpus = torch.cuda.device_count()
     if local_rank >= num_gpus:
-        raise UserError(
+        raise MachineError(
             f"LOCAL_RANK={local_rank}, but this machine shows {num_gpus} GPUs; "
             f"start at most {num_gpus} ranks per machine"
         )
@@ -71,19 +75,19 @@ def require_usable_apex() -> None:
     """Refuse an installed `apex` that would be imported by megatron.core and break it.
 
     Raises:
-        UserError: `apex` is PyPI's web toolkit, or NVIDIA's apex without TransformerEngine.
+        MachineError: `apex` is PyPI's web toolkit, or NVIDIA's apex without TransformerEngine.
     """
     apex = importlib.util.find_spec("apex")
     if apex is None:
         return
     folders = [Path(folder) for folder in apex.submodule_search_locations or ()]
     if not any((folder / "multi_tensor_apply").is_dir() for folder in folders):
-        raise UserError(
+        raise MachineError(
             f"the package `apex` at {apex.origin or folders} is not NVIDIA's but an unrelated one that has "
             "the same name on PyPI; remove it: pip uninstall apex"
         )
     if importlib.util.find_spec("transformer_engine") is None:
-        raise UserError(
+        raise MachineError(
             f"NVIDIA apex is installed at {apex.origin} without TransformerEngine: megatron-core then builds "
             "apex's norm, which has no RMSNorm; install transformer-engine, or pip uninstall apex"
         )

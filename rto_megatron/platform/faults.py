@@ -11,7 +11,7 @@ import os
 import signal
 from pathlib import Path
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import MachineError
 
 SITES = (
     "before_gen",
@@ -70,7 +70,7 @@ def _faults(plan: str) -> list[str]:
     for fault in faults:
         site, step, rank, kind = (*fault.split(":"), "", "", "")[:4]
         if site not in SITES or kind not in KINDS or not (step.isdigit() and rank.isdigit()):
-            raise UserError(
+            raise MachineError(
                 f"RTO_FAULT: {fault!r} is not site:step:rank:kind with a site of {', '.join(SITES)} and a kind of "
                 f"{', '.join(KINDS)}"
             )
@@ -80,7 +80,7 @@ def _faults(plan: str) -> list[str]:
 def _log_file() -> Path:
     path = os.environ.get("RTO_FAULT_LOG")
     if not path:
-        raise UserError("RTO_FAULT needs RTO_FAULT_LOG, a file that remembers what fired; name one")
+        raise MachineError("RTO_FAULT needs RTO_FAULT_LOG, a file that remembers what fired; name one")
     return Path(path)
 
 

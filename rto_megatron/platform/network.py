@@ -16,7 +16,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
 )
 
 from rto_megatron.config.addresses import without_localhost
-from rto_megatron.errors import UserError
+from rto_megatron.errors import MachineError
 
 MEETING = "rto"  # the name of `meet` as a rendezvous backend
 _STORE_TIMEOUT = timedelta(seconds=60)
@@ -29,7 +29,7 @@ def interface_address(name: str) -> str:
     """The IPv4 address of a network interface of this machine.
 
     Raises:
-        UserError: there is no such interface, or it has no such address.
+        MachineError: there is no such interface, or it has no such address.
     """
     addresses = {
         one: str(entry.address)
@@ -39,7 +39,7 @@ def interface_address(name: str) -> str:
     }
     if name not in addresses:
         known = ", ".join(f"{one} ({address})" for one, address in addresses.items())
-        raise UserError(
+        raise MachineError(
             f"network interface {name!r} of {socket.gethostname()} has no IPv4 address; found {known}"
         )
     return addresses[name]
@@ -98,11 +98,11 @@ def meet(params: RendezvousParameters) -> RendezvousHandler:
     The machine whose `local_addr` is the endpoint's address has the store.
 
     Raises:
-        UserError: nobody listens at the endpoint within ten minutes, or this machine has no address.
+        MachineError: nobody listens at the endpoint within ten minutes, or this machine has no address.
     """
     host, _, port = without_localhost(params.endpoint).rpartition(":")
     if params.local_addr is None:
-        raise UserError("torchrun was started without --local-addr; give it this machine's address")
+        raise MachineError("torchrun was started without --local-addr; give it this machine's address")
     store = _meeting_store(host, int(port), is_here=params.local_addr == host)
     handler: RendezvousHandler = _MeetingHandler.from_backend(
         params.run_id,
@@ -130,7 +130,7 @@ def wait_for_listener(host: str, port: int, limit_s: float) -> None:
     """Returns once somebody listens there. Unlike TCPStore's own wait, a signal of this process ends it.
 
     Raises:
-        UserError: nobody does within the limit; with the last error.
+        MachineError: nobody does within the limit; with the last error.
     """
     deadline = time.monotonic() + limit_s
     while True:
@@ -139,7 +139,7 @@ def wait_for_listener(host: str, port: int, limit_s: float) -> None:
                 return
         except OSError as error:
             if time.monotonic() > deadline:
-                raise UserError(
+                raise MachineError(
                     f"nobody listens at the meeting point {host}:{port} after {limit_s:.0f} s ({error}); check that "
                     "the machine of that address has started its part, and that this one reaches it"
                 ) from error

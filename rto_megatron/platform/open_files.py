@@ -5,7 +5,7 @@ import os
 import resource
 from collections.abc import Iterator
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import MachineError
 
 _MOST = 1 << 20  # Linux's own ceiling; a hard limit can be unlimited, which it would refuse as a soft one
 _KEPT_BACK = 64  # for checkpoints, logs and the sockets of a weight push
@@ -13,7 +13,7 @@ _OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
 _ADVICE = "raise the hard limit (ulimit -Hn; LimitNOFILE= of a service, --ulimit nofile= of a container)"
 
 
-class TooManyOpenFiles(UserError):  # noqa: N818  (a state of this machine, told like a user's error)
+class TooManyOpenFiles(MachineError):  # noqa: N818  (a state of this machine, told like a user's error)
     """This process, or the machine, may open no more files."""
 
 

@@ -21,7 +21,7 @@ import torch
 from torch.distributed.checkpoint import default_planner, filesystem, metadata, planner
 from torch.distributed.checkpoint.api import CheckpointException
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import ModelFolderError, UserError
 from rto_megatron.platform.patches import apply_missing, replace
 
 _ALLOWED_CLASSES = (
@@ -70,7 +70,7 @@ class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str) -> object:
         allowed = _ALLOWED.get((module_name, global_name))
         if allowed is None:
-            raise UserError(
+            raise ModelFolderError(
                 f"the checkpoint's .metadata names {module_name}.{global_name}, which no checkpoint of this "
                 "program holds; nothing of it was run. Use a checkpoint that you know to be unchanged"
             )
@@ -92,7 +92,7 @@ def read_metadata(stream: BinaryIO) -> metadata.Metadata:
     """Unpickle the contents of a `.metadata` file, building nothing but checkpoint metadata.
 
     Raises:
-        UserError: it names a class or function outside the allow-list, or does not hold checkpoint metadata.
+        ModelFolderError: it names a class or function outside the allow-list, or does not hold checkpoint metadata.
     """
     try:
         pickled = stream.read()
@@ -101,9 +101,11 @@ def read_metadata(stream: BinaryIO) -> metadata.Metadata:
     except UserError:
         raise
     except (pickle.UnpicklingError, *_DAMAGED) as error:
-        raise UserError(f"the checkpoint's .metadata is damaged ({error}); use another one") from error
+        raise ModelFolderError(f"the checkpoint's .metadata is damaged ({error}); use another one") from error
     if not isinstance(content, metadata.Metadata):
-        raise UserError(f"the checkpoint's .metadata holds {type(content).__name__} instead of Metadata")
+        raise ModelFolderError(
+            f"the checkpoint's .metadata holds {type(content).__name__} instead of Metadata"
+        )
     return content
 
 
@@ -141,25 +143,25 @@ def safe_reading(folder: Path) -> Iterator[None]:
         folder: the torch_dist checkpoint.
 
     Raises:
-        UserError: `.metadata` is absent, or it or a byte object holds what must not be unpickled.
+        ModelFolderError: `.metadata` is absent, or it or a byte object holds what must not be unpickled.
         RuntimeError: torch could not read the checkpoint for another reason, such as a missing file.
     """
     path = folder / ".metadata"
     if not path.is_file():
-        raise UserError(
+        raise ModelFolderError(
             f"{folder} holds no .metadata: not a torch_dist checkpoint, or one whose save did not end"
         )
     with path.open("rb") as stream:
         try:
             read_metadata(stream)
         except UserError as error:
-            raise UserError(f"{folder}: {error}") from error
+            raise error.about(str(folder)) from error
     try:
         yield
     except CheckpointException as failure:
         for refused, _ in failure.failures.values():
             if isinstance(refused, UserError):
-                raise UserError(f"{folder}: {refused}") from failure
+                raise refused.about(str(folder)) from failure
         raise RuntimeError(f"{folder}: {failure}") from failure
 
 
@@ -195,7 +197,7 @@ def s2_byte_objects() -> None:
         try:
             content = torch.load(value, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
-            raise UserError(
+            raise ModelFolderError(
                 f"the checkpoint's object {read_item.storage_index.fqn} cannot be read ({reason(error)}). Use a "
                 "checkpoint that you know to be unchanged"
             ) from error

@@ -27,7 +27,12 @@ def install() -> None:
 
 
 class ShardWriter:
-    """This rank's part of one torch_dist folder, planned; use `plan_shards`."""
+    """This rank's part of one torch_dist folder, planned; use `plan_shards`.
+
+    Example:
+        writer = ShardWriter(request)
+        writer.copy()
+    """
 
     def __init__(self, request: AsyncRequest) -> None:
         self._request = request

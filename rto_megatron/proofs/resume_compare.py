@@ -31,7 +31,11 @@ _CLOCK = "time"  # metrics of the machine, not of the training, begin with it
 
 @dataclass(frozen=True)
 class Item:
-    """One row of the comparison."""
+    """One row of the comparison.
+
+    Example:
+        Item("policy", difference=1e-7, where="layers.0").is_within(1e-6)
+    """
 
     name: str
     difference: (

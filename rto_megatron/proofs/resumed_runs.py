@@ -12,9 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from rto_megatron.config import load, schema
+from rto_megatron.config.facts import facts_of
 from rto_megatron.config.training import RolloutRunConfig, TrainParallelConfig
 from rto_megatron.engine.saving import point_to
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RecipeError
 from rto_megatron.generation.contract import Sampling
 from rto_megatron.generation.scripted import ScriptedEngine
 from rto_megatron.parallel.collectives import Json
@@ -31,14 +32,15 @@ def read_config(path: Path, overrides: Sequence[str]) -> schema.TrainStage:
     """The stage of a recipe, or of a run folder with the configuration that the run saved.
 
     Raises:
-        UserError: as `load_recipe`; or the stage trains nothing.
+        RecipeError: as `load_recipe`; or the stage trains nothing.
     """
     config = load.load_recipe(path / "config.yaml" if path.is_dir() else path, overrides)
-    if not isinstance(config, schema.TrainStage):
-        raise UserError(
+    training = facts_of(config).training
+    if training is None:
+        raise RecipeError(
             f"stage {config.stage} trains nothing, so there is nothing to resume; name a training stage"
         )
-    return config
+    return training
 
 
 def whole_run(config: schema.TrainStage, k: int, run_dir: Path) -> schema.TrainStage:
@@ -49,9 +51,9 @@ def whole_run(config: schema.TrainStage, k: int, run_dir: Path) -> schema.TrainS
     if isinstance(run, RolloutRunConfig):
         run = run.model_copy(update={"samples_every": None})
     changed = config.model_copy(update={"run": run})
-    if isinstance(changed, schema.ReinforcementStage):
+    if (online := facts_of(changed).online) is not None:
         # The script's own probabilities are not the policy's.
-        rollout = changed.rollout.model_copy(update={"logprob_gap_alarm": None})
+        rollout = online.rollout.model_copy(update={"logprob_gap_alarm": None})
         changed = changed.model_copy(update={"rollout": rollout})
     load.save(changed, run_dir)
     return changed
@@ -76,7 +78,11 @@ def resumed_run(
 
 
 class ScriptedPool(ScriptedEngine):
-    """Answers by (version, prompt, how often it was asked), wherever a layout asks; notes every request."""
+    """Answers by (version, prompt, how often it was asked), wherever a layout asks; notes every request.
+
+    Example:
+        ScriptedPool(vocab_size=64).generate(prompts, sampling, version=0)
+    """
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__(vocab_size)
@@ -96,7 +102,11 @@ class ScriptedPool(ScriptedEngine):
 
 
 class ScriptedPush:
-    """Tells the script of a new version, without weights."""
+    """Tells the script of a new version, without weights.
+
+    Example:
+        ScriptedPush(ScriptedPool(64))(3)
+    """
 
     def __init__(self, pool: ScriptedPool | None) -> None:
         self._pool = pool
@@ -123,14 +133,13 @@ def run_observed(config: schema.TrainStage) -> None:
         from rto_megatron.trainer.offline import train_offline
         from rto_megatron.trainer.online import train_online
 
-        pool = None
-        if isinstance(config, schema.ReinforcementStage):
+        pool, facts = None, facts_of(config)
+        if facts.online is not None:
             source = find_source(config.models.policy, False, config.models.random_init, "models.policy")
             pool = ScriptedPool(source.shape().vocab_size) if topology.is_replica_lead else None
-            train_online(config, topology, ConnectedPool(pool, ScriptedPush(pool)))
-        else:
-            assert isinstance(config, schema.OfflineStage)
-            train_offline(config, topology)
+            train_online(facts.online, topology, ConnectedPool(pool, ScriptedPush(pool)))
+        elif facts.offline is not None:
+            train_offline(facts.offline, topology)
         folder = config.run.dir / OBSERVED
         folder.mkdir(exist_ok=True)
         observed = {"generators": generator_states(), "requests": pool.requests if pool else []}

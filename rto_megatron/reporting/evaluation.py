@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rto_megatron.config.run_folder import make_run_folder
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RunFolderError
 from rto_megatron.reporting.progress import plain
 
 FILE_NAME = "evaluation.json"
@@ -41,7 +41,11 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One row of the final table."""
+    """One row of the final table.
+
+    Example:
+        print(evaluation.name, evaluation.kl.mean)
+    """
 
     name: str
     true_return: Estimate | None  # None where the task has no known reward
@@ -64,11 +68,11 @@ def read_evaluations(root: Path) -> list[Evaluation]:
     """The evaluations in `root` and its folders, ordered SFT, DPO, PPO, RTO, others.
 
     Raises:
-        UserError: there is none, or one cannot be read.
+        RunFolderError: there is none, or one cannot be read.
     """
     files = sorted(root.rglob(FILE_NAME))
     if not files:
-        raise UserError(
+        raise RunFolderError(
             f"{root}: holds no {FILE_NAME}, neither itself nor in a folder; run the evaluate recipe first"
         )
     order = {"sft": 0, "dpo": 1, "ppo": 2, "rto": 3}
@@ -80,11 +84,11 @@ def read_evaluation(run_dir: Path) -> Evaluation:
     """The evaluation in `run_dir`.
 
     Raises:
-        UserError: it is missing or cannot be read.
+        RunFolderError: it is missing or cannot be read.
     """
     file = run_dir / FILE_NAME
     if not file.is_file():
-        raise UserError(f"{file} does not exist; run the evaluate recipe first")
+        raise RunFolderError(f"{file} does not exist; run the evaluate recipe first")
     return _read(file)
 
 
@@ -140,7 +144,7 @@ def _read(file: Path) -> Evaluation:
             num_responses=entry["num_responses"],
         )
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(
+        raise RunFolderError(
             f"{file}: is not a complete evaluation ({error}); run the evaluate recipe again"
         ) from error
 

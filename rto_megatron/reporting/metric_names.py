@@ -44,7 +44,11 @@ class Metric:
 
 @dataclass(frozen=True)
 class Theme:
-    """Metrics that are read together."""
+    """Metrics that are read together.
+
+    Example:
+        for metric in theme.metrics: print(metric.name)
+    """
 
     title: str
     note: str

@@ -64,6 +64,9 @@ class MetricLog:
 
     Open it on the lead rank only. Entries after `resumed_step` are dropped, so that a run that was stopped
     between two checkpoints and goes on from the earlier one has every step once.
+
+    Example:
+        MetricLog(run_dir).write(step=1, values={"train/loss": 0.5})
     """
 
     def __init__(self, run_dir: Path, resumed_step: int = 0) -> None:

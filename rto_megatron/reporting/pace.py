@@ -18,6 +18,10 @@ class Pace:
 
     Gradients are reduced after that. Tensor-parallel ranks meet in every layer and so share the pace of their slowest;
     pipeline stages without a loss have none.
+
+    Example:
+        pace = Pace()
+        model.gradients(microbatches, pace.timing(loss), names)
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

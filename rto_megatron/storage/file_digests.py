@@ -21,7 +21,11 @@ def checkpoint_name(step: int) -> str:
 
 @dataclass(frozen=True)
 class FileDigest:
-    """What a file must be."""
+    """What a file must be.
+
+    Example:
+        FileDigest(size=4, sha256=hashlib.sha256(b"text").hexdigest())
+    """
 
     size: int  # bytes
     sha256: str
@@ -29,7 +33,11 @@ class FileDigest:
 
 @dataclass(frozen=True)
 class CheckpointManifest:
-    """What a checkpoint must be."""
+    """What a checkpoint must be.
+
+    Example:
+        CheckpointManifest(step=100, files={"config.json": digest}).to_json()
+    """
 
     step: int
     files: dict[str, FileDigest]  # by path below the checkpoint

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rto_megatron.data.folders import regular_file
-from rto_megatron.errors import UserError
+from rto_megatron.errors import ModelFolderError
 from rto_megatron.storage.weight_files import find_weights, unreadable
 
 _HEADER_LENGTH, _MAX_HEADER = 8, 100_000_000  # bytes, of the safetensors format
@@ -24,7 +24,11 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies and what it is."""
+    """Where a tensor lies and what it is.
+
+    Example:
+        StoredTensor("model.safetensors", (32000, 64), torch.bfloat16)
+    """
 
     file: str
     shape: tuple[int, ...]
@@ -32,7 +36,11 @@ class StoredTensor:
 
 
 class HfFolder:
-    """All tensors of a folder by name; reading one maps its file's pages, and copies nothing."""
+    """All tensors of a folder by name; reading one maps its file's pages, and copies nothing.
+
+    Example:
+        HfFolder(folder).tensor("lm_head.weight")
+    """
 
     def __init__(self, path: Path) -> None:
         """Opens every file and reads its header.
@@ -69,7 +77,9 @@ class HfFolder:
             part = opened.get_slice(name)
             kind = part.get_dtype()
             if kind not in DTYPES:
-                raise UserError(f"{self.path / file}: {name} is {kind}; expected one of {', '.join(DTYPES)}")
+                raise ModelFolderError(
+                    f"{self.path / file}: {name} is {kind}; expected one of {', '.join(DTYPES)}"
+                )
             tensors[name] = StoredTensor(file, tuple(part.get_shape()), DTYPES[kind])
         return tensors
 
@@ -77,13 +87,13 @@ class HfFolder:
         for name, file in listed.items():
             found = self.tensors.get(name)
             if found is None or found.file != file:
-                raise UserError(
+                raise ModelFolderError(
                     f"{self.path / self.weights.name} says that {name} is in {file}, which does not hold it; fetch or "
                     "export the model again"
                 )
         extra = sorted(self.tensors.keys() - listed.keys())
         if extra:
-            raise UserError(
+            raise ModelFolderError(
                 f"{self.path / self.tensors[extra[0]].file} holds {extra[0]}, which {self.weights.name} does not list "
                 f"({len(extra)} such tensors); fetch or export the model again"
             )
@@ -97,15 +107,15 @@ class HfFolder:
         """See `models.weight_map.TensorReader`.
 
         Raises:
-            UserError: there is no such tensor, or its shape is another.
+            ModelFolderError: there is no such tensor, or its shape is another.
         """
         stored = self.tensors.get(name)
         if stored is None:
-            raise UserError(
+            raise ModelFolderError(
                 f"{self.path} has no tensor {name}; found {len(self.tensors)} tensors, e.g. {sorted(self.tensors)[:3]}"
             )
         if stored.shape != size:
-            raise UserError(f"{self.path}: {name} has shape {stored.shape}, config.json says {size}")
+            raise ModelFolderError(f"{self.path}: {name} has shape {stored.shape}, config.json says {size}")
         return self.tensor(name)
 
     def close(self) -> None:

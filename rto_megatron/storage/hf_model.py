@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rto_megatron.errors import UserError, refuse_if
+from rto_megatron.errors import ModelFolderError, refuse_if
 from rto_megatron.models.config_files import shape_of
 from rto_megatron.models.families import FAMILIES
 from rto_megatron.models.families.blocks import EMBEDDING, LM_HEAD, SCALAR_HEAD
@@ -23,7 +23,11 @@ _TRL_HEAD = "v_head.summary.weight"
 
 @dataclass(frozen=True)
 class StoredHead:
-    """Where a folder keeps the scalar head of a reward model or critic."""
+    """Where a folder keeps the scalar head of a reward model or critic.
+
+    Example:
+        StoredHead(weight="score.weight", bias=None)
+    """
 
     weight: str
     bias: str | None
@@ -33,7 +37,7 @@ def find_scalar_head(tensors: HfFolder, config: HfConfig) -> StoredHead | None:
     """The head: transformers' `score`, OpenRLHF's `value_head` or own prefix, TRL's `v_head`, verl's one-row `lm_head`.
 
     Raises:
-        UserError: several names that could be it, or more labels than one.
+        ModelFolderError: several names that could be it, or more labels than one.
     """
     prefix = str(config.values.get("value_head_prefix", "value_head"))
     one_row = (1, config.values.get("hidden_size"))
@@ -44,20 +48,26 @@ def find_scalar_head(tensors: HfFolder, config: HfConfig) -> StoredHead | None:
     if not found:
         return None
     if len(found) > 1:
-        raise UserError(f"{tensors.path} has the heads {found}; expected one of them")
+        raise ModelFolderError(f"{tensors.path} has the heads {found}; expected one of them")
     if tensors.tensors[found[0]].shape != one_row:
-        raise UserError(
+        raise ModelFolderError(
             f"{tensors.path}: {found[0]} has shape {tensors.tensors[found[0]].shape}; a reward model or critic has "
             f"one label, {one_row}"
         )
     bias = found[0].removesuffix(".weight") + ".bias"
     if bias in tensors.tensors and tensors.tensors[bias].shape != (1,):
-        raise UserError(f"{tensors.path}: {bias} has shape {tensors.tensors[bias].shape}, expected (1,)")
+        raise ModelFolderError(
+            f"{tensors.path}: {bias} has shape {tensors.tensors[bias].shape}, expected (1,)"
+        )
     return StoredHead(found[0], bias if bias in tensors.tensors else None)
 
 
 class HfModel:
-    """The tensors of one model under the names of its family's map."""
+    """The tensors of one model under the names of its family's map.
+
+    Example:
+        HfModel(folder, has_scalar_head=False).require_complete()
+    """
 
     def __init__(self, folder: Path, has_scalar_head: bool | None) -> None:
         """Opens the folder.
@@ -66,17 +76,17 @@ class HfModel:
             has_scalar_head: read a reward model or critic, or a language model; null: what the folder is.
 
         Raises:
-            UserError: config.json or the files cannot be used, or the folder is both and nobody said which.
+            ModelFolderError: config.json or the files cannot be used, or the folder is both and nobody said which.
         """
         self.config = read_config(folder)
         self.shape = shape_of(self.config)
         require_known(self.config)
         self.folder = HfFolder(folder)
         if (problem := foreign_names(self.folder.tensors)) is not None:
-            raise UserError(f"{folder}: {problem}")
+            raise ModelFolderError(f"{folder}: {problem}")
         head = find_scalar_head(self.folder, self.config)
         if has_scalar_head is None and head is not None and self._has_language_head(head):
-            raise UserError(
+            raise ModelFolderError(
                 f"{folder} has a language head and the scalar head {head.weight}; say which model is meant "
                 "(--head language or --head scalar)"
             )
@@ -108,10 +118,10 @@ class HfModel:
         """See `models.weight_map.TensorReader`; FP8 blocks are dequantised to bfloat16.
 
         Raises:
-            UserError: a missing tensor or another shape.
+            ModelFolderError: a missing tensor or another shape.
         """
         if name in (LM_HEAD, SCALAR_HEAD) and (problem := self._unknown_head()) is not None:
-            raise UserError(f"{self.folder.path}: {problem}")
+            raise ModelFolderError(f"{self.folder.path}: {problem}")
         stored = self.stored_name(name)
         tensor = self.folder.read(stored, size)
         if tensor.dtype == torch.float8_e4m3fn:
@@ -168,12 +178,12 @@ class HfModel:
         return self.folder.tensors.keys() - wanted - {name + SCALE_SUFFIX for name in wanted}
 
     def require_complete(self) -> None:
-        """Raises UserError: all problems at once."""
+        """Raises ModelFolderError: all problems at once."""
         if (problem := self._unknown_head()) is not None:
-            raise UserError(f"{self.folder.path}: {problem}")
+            raise ModelFolderError(f"{self.folder.path}: {problem}")
         kind = "reward model" if self.has_scalar_head else "language model"
         heading = f"{self.folder.path} does not hold the {self.shape.family} {kind} of its config.json"
-        refuse_if(self.problems(), heading)
+        refuse_if(self.problems(), heading, ModelFolderError)
 
     def _unknown_head(self) -> str | None:
         """What to say where the wanted head is missing and another one is there."""

@@ -29,7 +29,12 @@ class _Shard:
 
 
 class HfWriter:
-    """A set of shards whose tensors arrive in any order, each once."""
+    """A set of shards whose tensors arrive in any order, each once.
+
+    Example:
+        writer = HfWriter(folder, specs, max_shard_bytes=5 * 10**9)
+        writer.write("lm_head.weight", tensor)
+    """
 
     def __init__(
         self, folder: Path, specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], max_shard_bytes: int

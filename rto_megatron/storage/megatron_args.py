@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rto_megatron.errors import UserError, refuse_if
+from rto_megatron.errors import ModelFolderError, refuse_if
 from rto_megatron.models.families import FAMILIES
 from rto_megatron.models.hf_config import HfConfig
 from rto_megatron.models.shape import Experts, ModelShape
@@ -156,7 +156,7 @@ def shape_of_args(args: argparse.Namespace, where: Path) -> ModelShape:
         where: the checkpoint, for errors.
 
     Raises:
-        UserError: the model is of no family, or an argument is absent; names all of them.
+        ModelFolderError: the model is of no family, or an argument is absent; names all of them.
     """
     values = vars(args)
     wrong = [
@@ -165,11 +165,11 @@ def shape_of_args(args: argparse.Namespace, where: Path) -> ModelShape:
         if values.get(k, want) != want
     ]
     wrong += [f"no {key}" for key in _NEEDED if values.get(key) is None]
-    refuse_if(wrong, f"{where} was trained as no model type of {sorted(FAMILIES)} can be")
+    refuse_if(wrong, f"{where} was trained as no model type of {sorted(FAMILIES)} can be", ModelFolderError)
     shape = _shape(values)
     family = next((name for name, family in FAMILIES.items() if family.holds(shape)), None)
     if family is None:
-        raise UserError(
+        raise ModelFolderError(
             f"{where} was trained with parts that no model type of {sorted(FAMILIES)} has together: qkv bias "
             f"{shape.has_qkv_bias}, norms on q and k {shape.has_qk_norm}, {shape.experts or 'no experts'}"
         )
@@ -192,7 +192,7 @@ def require_agreement(config: HfConfig, shape: ModelShape, is_scalar: bool, weig
         for name, value in described.items()
         if name not in ignored and value != trained[name]
     ]
-    refuse_if(differing, f"{config.path} does not describe the model in {weights}")
+    refuse_if(differing, f"{config.path} does not describe the model in {weights}", ModelFolderError)
 
 
 def _shape(values: dict[str, Any]) -> ModelShape:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import ModelFolderError
 from rto_megatron.platform.device import prepare
 from rto_megatron.platform.safe_metadata import UNREADABLE, reason, safe_reading
 
@@ -12,7 +12,7 @@ def read_args(weights: Path) -> argparse.Namespace | None:
     """The arguments of the run that wrote a torch_dist checkpoint; None if it kept none.
 
     Raises:
-        UserError: they cannot be read without running what they hold.
+        ModelFolderError: they cannot be read without running what they hold.
     """
     prepare()
     from megatron.core import dist_checkpointing
@@ -21,6 +21,6 @@ def read_args(weights: Path) -> argparse.Namespace | None:
         try:
             common = dist_checkpointing.load_common_state_dict(weights)
         except UNREADABLE as error:
-            raise UserError(f"{weights}: the common state cannot be read ({reason(error)})") from error
+            raise ModelFolderError(f"{weights}: the common state cannot be read ({reason(error)})") from error
     args = common.get("args") if isinstance(common, dict) else None
     return args if isinstance(args, argparse.Namespace) else None

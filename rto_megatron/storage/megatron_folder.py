@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rto_megatron.data.tokenizer_files import require_unchanged
-from rto_megatron.errors import UserError
+from rto_megatron.errors import ModelFolderError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
@@ -15,7 +15,11 @@ REPORT = "conversion_report.json"
 
 @dataclass(frozen=True)
 class MegatronFolder:
-    """A checkpoint of weights, and the Hugging Face files that belong to it."""
+    """A checkpoint of weights, and the Hugging Face files that belong to it.
+
+    Example:
+        MegatronFolder(weights=path / "iter_0000100", hf_files=None)
+    """
 
     weights: Path
     hf_files: Path | None
@@ -25,16 +29,18 @@ def find_megatron(path: Path) -> MegatronFolder | None:
     """What `path` holds; None if it is nothing of Megatron's.
 
     Raises:
-        UserError: the tracker file is damaged, or the iteration that it names is not there.
+        ModelFolderError: the tracker file is damaged, or the iteration that it names is not there.
     """
     weights = path
     if (path / TRACKER).is_file():
         tracked = (path / TRACKER).read_text(errors="replace").strip()
         if tracked != RELEASE and not tracked.isdecimal():
-            raise UserError(f"{path / TRACKER} holds {tracked[:40]!r}; expected 'release' or an iteration")
+            raise ModelFolderError(
+                f"{path / TRACKER} holds {tracked[:40]!r}; expected 'release' or an iteration"
+            )
         weights = path / (RELEASE if tracked == RELEASE else f"iter_{int(tracked):07d}")
         if not weights.is_dir():
-            raise UserError(
+            raise ModelFolderError(
                 f"{path / TRACKER} names {weights.name}, which is not there; name the folder of an iteration"
             )
     elif not any((path / name).exists() for name in ("metadata.json", ".metadata")) and not any(
@@ -49,7 +55,7 @@ def require_tokenizer_of_conversion(folder: MegatronFolder) -> None:
     """Compares the tokenizer beside the weights with the hashes that their conversion recorded.
 
     Raises:
-        UserError: a file changed, or the report is damaged.
+        ModelFolderError: a file changed, or the report is damaged.
     """
     report = folder.weights.parent / REPORT
     if folder.hf_files is None or not report.is_file():
@@ -57,5 +63,5 @@ def require_tokenizer_of_conversion(folder: MegatronFolder) -> None:
     try:
         recorded = dict(json.loads(report.read_text())["tokenizer_files"])
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{report} is damaged ({error}); convert the model again") from error
+        raise ModelFolderError(f"{report} is damaged ({error}); convert the model again") from error
     require_unchanged(folder.hf_files, recorded)

@@ -25,7 +25,11 @@ NOT_WEIGHTS = re.compile(
 
 @dataclass(frozen=True)
 class CheckpointSlot:
-    """A place in a checkpoint: an entry, and the leading indices (layer, expert) of the parameter inside it."""
+    """A place in a checkpoint: an entry, and the leading indices (layer, expert) of the parameter inside it.
+
+    Example:
+        CheckpointSlot("decoder.layers.mlp.linear_fc1.weight", index=(3,), sizes=(24,))
+    """
 
     key: str
     index: tuple[int, ...] = ()

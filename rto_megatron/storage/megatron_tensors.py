@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rto_megatron.errors import UserError, refuse_if
+from rto_megatron.errors import ModelFolderError, refuse_if
 from rto_megatron.models.parameters import stored_parameters
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.models.weight_map import GateUpRows, MappedParameter, VocabRows, merge
@@ -17,7 +17,11 @@ HEAD = "output_layer.weight"
 
 
 class MegatronTensors:
-    """Reads whole parameters, one at a time, whatever layout the checkpoint was written in."""
+    """Reads whole parameters, one at a time, whatever layout the checkpoint was written in.
+
+    Example:
+        MegatronTensors(reader, shape, has_scalar_head=False).read("lm_head.weight", (32000, 64))
+    """
 
     def __init__(self, reader: TorchDistReader, shape: ModelShape, has_scalar_head: bool) -> None:
         """Finds every parameter.
@@ -37,7 +41,11 @@ class MegatronTensors:
             for key in sorted(reader.entries.keys() - used)
             if not NOT_WEIGHTS.match(key)
         ]
-        refuse_if(problems, f"{reader.folder} does not hold the {shape.family} model of config.json")
+        refuse_if(
+            problems,
+            f"{reader.folder} does not hold the {shape.family} model of config.json",
+            ModelFolderError,
+        )
 
     def _find(self, parameter: MappedParameter, shape: ModelShape) -> list[str]:
         candidates = slots(parameter, shape)
@@ -104,7 +112,7 @@ class MegatronTensors:
             self._latest = (parameter.megatron, self.hf(parameter))
         tensor = self._latest[1][parameter.hf.index(name)]
         if tuple(tensor.shape) != size:
-            raise UserError(
+            raise ModelFolderError(
                 f"{self.folder}: {name} has shape {tuple(tensor.shape)}, expected {size} by the model's "
                 "config.json; take the checkpoint's own"
             )

@@ -11,7 +11,11 @@ from rto_megatron.storage.torch_dist_writer import TorchDistWriter
 
 
 class MegatronWriter:
-    """Puts parameters where Megatron-LM with TransformerEngine looks for them."""
+    """Puts parameters where Megatron-LM with TransformerEngine looks for them.
+
+    Example:
+        MegatronWriter(writer, shape).write(parameter, tensors)
+    """
 
     def __init__(self, writer: TorchDistWriter, shape: ModelShape) -> None:
         self._writer, self._shape = writer, shape

@@ -13,6 +13,9 @@ class SlicedFile(io.FileIO):
 
     One large write out of mapped pages takes twice as long, and its fsync too: the kernel faults the pages in one by
     one between its copies.
+
+    Example:
+        with SlicedFile(path, "wb") as file: file.write(content)
     """
 
     def write(self, data: Buffer, /) -> int:

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import ModelFolderError, UserError
 from rto_megatron.platform import safe_metadata
 from rto_megatron.storage.mapped_tensor import mapped_tensor
 
@@ -25,14 +25,18 @@ _REMEDY = "the checkpoint is damaged or incomplete; take another copy or an olde
 
 
 class TorchDistReader:
-    """The tensors of one checkpoint folder by entry."""
+    """The tensors of one checkpoint folder by entry.
+
+    Example:
+        TorchDistReader(folder).shape("embedding.word_embeddings.weight")
+    """
 
     def __init__(self, folder: Path) -> None:
         """Reads `.metadata` and compares it with the files.
 
         Raises:
-            UserError: not a torch_dist checkpoint, a missing or shortened file, an entry with a hole, or contents
-                that may not be unpickled.
+            ModelFolderError: not a torch_dist checkpoint, a missing or shortened file, an entry with a hole, or
+                contents that may not be unpickled.
         """
         self.folder = folder
         _require_torch_dist(folder)
@@ -41,13 +45,13 @@ class TorchDistReader:
             with (folder / ".metadata").open("rb") as stream:
                 metadata = safe_metadata.read_metadata(stream)
         except UserError as error:
-            raise UserError(f"{folder}: {error}") from error
+            raise error.about(str(folder)) from error
         try:
             self._adopt(metadata)
         except UserError:
             raise
         except (AttributeError, TypeError, ValueError, LookupError) as error:
-            raise UserError(f"{folder}/.metadata is damaged ({error}); {_REMEDY}") from error
+            raise ModelFolderError(f"{folder}/.metadata is damaged ({error}); {_REMEDY}") from error
         self._mapped: dict[str, mmap.mmap] = {}
         self._by_layer: dict[str, dict[int | None, list[ChunkStorageMetadata]]] = {}
 
@@ -69,14 +73,14 @@ class TorchDistReader:
             path = self.folder / name
             if name not in sizes:
                 if Path(name).name != name or path.is_symlink():
-                    raise UserError(
+                    raise ModelFolderError(
                         f"{self.folder}/.metadata names {name}, which is not a plain file of the folder"
                     )
                 if not path.is_file():
-                    raise UserError(f"{path} is missing, it holds {index.fqn}; {_REMEDY}")
+                    raise ModelFolderError(f"{path} is missing, it holds {index.fqn}; {_REMEDY}")
                 sizes[name] = path.stat().st_size
             if place.offset < 0 or place.length < 0 or place.offset + place.length > sizes[name]:
-                raise UserError(
+                raise ModelFolderError(
                     f"{path} has {sizes[name]} bytes, and {index.fqn} should end at byte "
                     f"{place.offset + place.length}; {_REMEDY}"
                 )
@@ -93,12 +97,12 @@ class TorchDistReader:
                 for start, size, whole in zip(chunk.offsets, chunk.sizes, entry.size, strict=True)
             )
             if place is None or place.length < nbytes or not fits:
-                raise UserError(
+                raise ModelFolderError(
                     f"{self.folder}: the chunk of {key} at {tuple(chunk.offsets)} is not stored whole; {_REMEDY}"
                 )
             volume += math.prod(chunk.sizes)
         if volume != math.prod(entry.size):
-            raise UserError(
+            raise ModelFolderError(
                 f"{self.folder}: {key} has shape {tuple(entry.size)}, {math.prod(entry.size)} numbers, and "
                 f"{volume} are stored; {_REMEDY}"
             )
@@ -115,7 +119,7 @@ class TorchDistReader:
         """A box out of an entry, whatever chunks it was written in; a single chunk is mapped, several are copied.
 
         Raises:
-            UserError: chunks overlap, or a chunk's bytes are not the tensor that the metadata announce.
+            ModelFolderError: chunks overlap, or a chunk's bytes are not the tensor that the metadata announce.
         """
         entry = self.entries[key]
         pieces = [
@@ -124,7 +128,7 @@ class TorchDistReader:
             if (overlap := _overlap(chunk, offsets, sizes)) is not None
         ]
         if not _fill([overlap for _, overlap in pieces], sizes):
-            raise UserError(
+            raise ModelFolderError(
                 f"{self.folder}: the part {sizes} of {key} at {offsets} is recorded twice or has holes; {_REMEDY}"
             )
         if len(pieces) == 1:
@@ -157,11 +161,11 @@ class TorchDistReader:
         try:
             tensor = mapped_tensor(pages, place.offset, place.length)
         except safe_metadata.UNREADABLE as error:
-            raise UserError(
+            raise ModelFolderError(
                 f"{self.folder}: {key} cannot be read ({safe_metadata.reason(error)}); {_REMEDY}"
             ) from error
         if tensor.shape != chunk.sizes or tensor.dtype != self.dtype(key):
-            raise UserError(
+            raise ModelFolderError(
                 f"{self.folder}: the chunk of {key} at {tuple(chunk.offsets)} is {tensor.dtype} "
                 f"{tuple(tensor.shape)}, .metadata says {self.dtype(key)} {tuple(chunk.sizes)}; {_REMEDY}"
             )
@@ -211,15 +215,15 @@ def _require_torch_dist(folder: Path) -> None:
         try:
             backend = json.loads(path.read_text()).get("sharded_backend")
         except (ValueError, AttributeError) as error:
-            raise UserError(f"{path} is damaged ({error}); {_REMEDY}") from error
+            raise ModelFolderError(f"{path} is damaged ({error}); {_REMEDY}") from error
         if backend != "torch_dist":
-            raise UserError(f"{path}: the format is {backend!r}; expected torch_dist")
+            raise ModelFolderError(f"{path}: the format is {backend!r}; expected torch_dist")
     elif any(folder.glob("mp_rank_*")):
-        raise UserError(
+        raise ModelFolderError(
             f"{folder} is in Megatron-LM's legacy format, whose files are pickles and never read here; load it in "
             "Megatron-LM and save it with --ckpt-format torch_dist"
         )
     if not path.is_file() or not (folder / ".metadata").is_file():
-        raise UserError(
+        raise ModelFolderError(
             f"{folder} has no metadata.json and .metadata: not a torch_dist checkpoint, or one whose save did not end"
         )

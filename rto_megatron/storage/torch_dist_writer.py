@@ -26,7 +26,12 @@ from rto_megatron.storage.sliced_file import SlicedFile
 
 
 class TorchDistWriter:
-    """One checkpoint folder in the making; use `opened`."""
+    """One checkpoint folder in the making; use `opened`.
+
+    Example:
+        writer = TorchDistWriter(folder, max_file_bytes=10**9)
+        writer.tensor("norm", (64,), (0,), chunk)
+    """
 
     def __init__(self, folder: Path, max_file_bytes: int) -> None:
         self._folder, self._max_file_bytes = folder, max_file_bytes

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rto_megatron.data.folders import regular_file
-from rto_megatron.errors import UserError
+from rto_megatron.errors import ModelFolderError, UserError
 from rto_megatron.models.hf_config import NAMED_WEIGHTS, read_config
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -31,6 +31,9 @@ class WeightFiles:
         name: the single file, or the index.
         of_tensor: tensor name -> file name, as the index says; null: there is one file alone.
         unread: other files of weights in the folder.
+
+    Example:
+        WeightFiles("model.safetensors", None, unread=()).note()
     """
 
     name: str
@@ -52,13 +55,13 @@ def find_weights(folder: Path) -> WeightFiles:
     """The file that config.json names, else the single file, else the index.
 
     Raises:
-        UserError: none of them, an adapter beside them, or an index that is damaged or names files elsewhere.
+        ModelFolderError: none of them, an adapter beside them, or an index that is damaged or names files elsewhere.
     """
     if (problem := adapter_problem(folder)) is not None:
-        raise UserError(problem)
+        raise ModelFolderError(problem)
     name = _named(folder) or next((n for n in (SINGLE, INDEX) if (folder / n).is_file()), None)
     if name is None:
-        raise UserError(f"{folder} has neither {SINGLE} nor {INDEX}{_remedy(folder)}")
+        raise ModelFolderError(f"{folder} has neither {SINGLE} nor {INDEX}{_remedy(folder)}")
     of_tensor = _index(folder, name) if name.endswith(".index.json") else None
     read = {name, *(of_tensor or {}).values()}
     found = {path.name for pattern in _WEIGHTS for path in folder.glob(pattern)}
@@ -99,7 +102,9 @@ def _index(folder: Path, name: str) -> dict[str, str]:
         raise unreadable(index, error) from error
     outside = sorted({file for file in names.values() if Path(file).name != file})
     if outside:
-        raise UserError(f"{index} names files outside its folder: {outside[:3]}; expected plain file names")
+        raise ModelFolderError(
+            f"{index} names files outside its folder: {outside[:3]}; expected plain file names"
+        )
     return names
 
 
@@ -118,6 +123,6 @@ def unreadable(path: Path, error: Exception, lost: Sequence[str] = ()) -> UserEr
     """What to say about a file that cannot be read, and about tensors that are lost with it."""
     more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
     tensors = f", which loses {', '.join(sorted(lost)[:_SHOWN])}{more}" if lost else ""
-    return UserError(
+    return ModelFolderError(
         f"{path} is missing or damaged ({type(error).__name__}: {error}){tensors}; fetch or export the model again"
     )

@@ -30,7 +30,11 @@ from rto_megatron.types import Metrics, Prompt, Rollout
 
 @dataclass(frozen=True)
 class AskedBatch:
-    """A batch that the pool was asked for and that was not handed out."""
+    """A batch that the pool was asked for and that was not handed out.
+
+    Example:
+        AskedBatch(background.submit(partial(ask, engine, request)), behind=prompts.state())
+    """
 
     answer: Future[PoolAnswer] | None  # on replica leads
     behind: BatchesState  # where the prompts stand behind it
@@ -41,6 +45,9 @@ class AheadSampler:
     """Draws up to `rollout.ahead` batches before the step that trains on them; see `Sampler`.
 
     On replica leads a thread asks the pool. It meets no other rank: ranks share what it got when a batch is taken.
+
+    Example:
+        AheadSampler(config, setup, prompts, pool).draw(step=0)
     """
 
     def __init__(

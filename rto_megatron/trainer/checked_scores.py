@@ -59,7 +59,11 @@ def broken_scores(scored: ScoredRollouts, score_limit: float | None) -> Found:
 
 
 class Scorer:
-    """Scores sampled responses, and refuses what must not be trained on."""
+    """Scores sampled responses, and refuses what must not be trained on.
+
+    Example:
+        scored = Scorer(config, setup, roles).score(sampled, step=3)
+    """
 
     def __init__(self, config: ReinforcementStage, setup: Setup, roles: Roles) -> None:
         self._config = config

@@ -11,7 +11,7 @@ import torch
 from rto_megatron.config.rollouts import RolloutConfig
 from rto_megatron.data.packing import token_batch
 from rto_megatron.engine.megatron import Model
-from rto_megatron.errors import UserError
+from rto_megatron.errors import MachineError, PoolError, RecipeError, UserError
 from rto_megatron.generation.contract import NoServersLeft, RolloutEngine, Unreachable
 from rto_megatron.generation.vllm.client.liveness import Liveness, failures_of
 from rto_megatron.generation.vllm.client.phases import PoolPhases
@@ -42,6 +42,9 @@ class SharedGpus:
     Args:
         pool: on the lead, whose servers `phases` moves; not used elsewhere.
         timeout_s: of one move of one server.
+
+    Example:
+        shared.give_to_pool()
     """
 
     def __init__(
@@ -81,7 +84,7 @@ class SharedGpus:
         for address, failure in failures.items():
             members.take_out(address, failure)
         kept: list[UserError] = [one for one in failures.values() if not isinstance(one, Unreachable)]
-        return UserError(f"the pool keeps memory that the trainer needs: {kept[0]}") if kept else None
+        return PoolError(f"the pool keeps memory that the trainer needs: {kept[0]}") if kept else None
 
 
 class PolicyPush:
@@ -93,6 +96,9 @@ class PolicyPush:
         pool: on replica leads; None elsewhere. It samples from the servers that the last push proved.
         tolerance: largest canary difference in nats.
         shared: where trainer and pool have the same GPUs.
+
+    Example:
+        seconds = PolicyPush(policy, sync, pool, tolerance=0.05)(3)
     """
 
     def __init__(
@@ -150,7 +156,7 @@ class PolicyPush:
             if self._pool is not None:
                 for address, reason in seen.items():
                     if address in self._pool.members.serving:
-                        self._pool.members.take_out(address, UserError(reason))
+                        self._pool.members.take_out(address, PoolError(reason))
 
     def _alive(self) -> tuple[str, ...]:
         """What the lead finds alive among all configured servers."""
@@ -171,7 +177,7 @@ class PolicyPush:
         """At its first push of all a run has met no server: the recipe or the pool is wrong, and no restart helps."""
         if self._has_pushed or attempt_number() > 1:
             return NoServersLeft(reasons)
-        return UserError(
+        return PoolError(
             f"none of rollout.servers answers, and nothing was done yet: {reasons}; correct the addresses, or start "
             "the pool first (rto pool)"
         )
@@ -190,7 +196,11 @@ class PolicyPush:
 
 
 class Push(Protocol):
-    """Makes whatever samples hold the present weights as a version."""
+    """Makes whatever samples hold the present weights as a version.
+
+    Example:
+        metrics = push(3)
+    """
 
     def __call__(self, version: int) -> dict[str, float]:
         """See `PolicyPush.__call__`."""
@@ -206,7 +216,7 @@ class ConnectedPool:
     """The pool as the loop sees it.
 
     Example:
-        ConnectedPool(ScriptedEngine(40), push)
+        ConnectedPool(engine, push)
     """
 
     engine: RolloutEngine | None  # on replica leads
@@ -255,7 +265,7 @@ def _pool(config: RolloutConfig, token: str, is_lead: bool) -> VllmPool:
 
 def _token(config: RolloutConfig) -> str:
     if config.token_file is None:
-        raise UserError("rollout.token_file is not set; name the file that `rto pool` wrote")
+        raise RecipeError("rollout.token_file is not set; name the file that `rto pool` wrote")
     return read_token(config.token_file)
 
 
@@ -266,7 +276,7 @@ def meeting_host(servers: Sequence[str]) -> str:
     is elsewhere.
 
     Raises:
-        UserError: there is no way to it, or its name is unknown.
+        MachineError: there is no way to it, or its name is unknown.
     """
     elsewhere = [host for host in map(host_of, servers) if not is_loopback(host)]
     if os.environ.get("LOCAL_WORLD_SIZE", "1") != os.environ.get("WORLD_SIZE", "1"):
@@ -277,7 +287,7 @@ def meeting_host(servers: Sequence[str]) -> str:
         try:
             probe.connect((elsewhere[0], 9))  # picks the route, sends nothing
         except OSError as error:
-            raise UserError(
+            raise MachineError(
                 f"this machine finds no way to {elsewhere[0]} ({error.strerror}); correct the address in "
                 "rollout.servers, or name the machine by an address that this one reaches"
             ) from error

@@ -9,7 +9,7 @@ from rto_megatron.data.loader import load_prompts
 from rto_megatron.data.packing import Layout, response_mask, rollout_batches, rollout_grid
 from rto_megatron.engine.build_roles import build_frozen
 from rto_megatron.engine.megatron import Model
-from rto_megatron.errors import UserError
+from rto_megatron.errors import DataError
 from rto_megatron.lifecycle.starting import begin_steps
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.reporting.evaluation import Estimate, Evaluation, estimate, save_evaluation
@@ -30,17 +30,17 @@ def evaluate(config: schema.EvaluateStage, topology: Topology) -> None:
     """Writes <run>/evaluation.json: true return, score, KL to the reference and length, per prompt, then averaged.
 
     Raises:
-        UserError: on every rank, before anything is sampled, when the true reward is missing or of another
+        DataError: on every rank, before anything is sampled, when the true reward is missing or of another
             tokenizer, or a replica would have no prompt.
     """
     setup = prepare_stage(config, topology)
-    table = known_reward(config, setup)
+    table = known_reward("evaluate.true_reward", config.evaluate.true_reward, setup)
     policy = build_frozen("policy", setup.sources["policy"], False, config.precision, topology)
     reference = build_frozen("reference", setup.sources["reference"], False, config.precision, topology)
     loaded = load_prompts(config.data.eval, setup.tokenizer, setup.limits, config.data.eval_samples)
     setup.admit(loaded)
     if len(loaded.items) < topology.data_size:
-        raise UserError(
+        raise DataError(
             f"{len(loaded.items)} prompts cannot be shared by {topology.data_size} replicas; raise "
             f"data.eval_samples, name more prompts, or start fewer ranks"
         )

@@ -12,7 +12,7 @@ def feed[T: Example](loaded: Loaded[T], global_batch: int, seed: int, topology: 
     """This replica's share of every global batch; says what no pass gets to.
 
     Raises:
-        UserError: fewer items than one global batch, or the ranks do not divide it.
+        DataError: fewer items than one global batch, or the ranks do not divide it.
     """
     batches = Batches(loaded.items, global_batch, seed, topology.data_rank, topology.data_size)
     if batches.num_left_over:
@@ -32,11 +32,11 @@ def go_on[T: Example](batches: Batches[T], state: BatchesState, key: str, topolo
         key: of the data in the configuration.
 
     Raises:
-        UserError: these are not the data of the checkpoint.
+        DataError: these are not the data of the checkpoint.
     """
     try:
         warning = batches.restore(state)
     except UserError as error:
-        raise UserError(f"{key}: {error}") from error
+        raise error.about(key) from error
     if warning is not None:
         say(f"warning: {key}: {warning}", topology.is_lead)

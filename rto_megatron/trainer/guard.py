@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rto_megatron.engine.finite import EmptyUpdateError, PoisonedError
 from rto_megatron.engine.megatron import Microbatch, Reading, TrainedModel
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RecipeError, UserError
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.reporting.progress import say
 from rto_megatron.trainer.run import Run
@@ -21,7 +21,11 @@ SKIPPED = "update/skipped_fraction"
 
 
 class LossChange(Protocol):
-    """Makes another loss of a loss, whatever it reads."""
+    """Makes another loss of a loss, whatever it reads.
+
+    Example:
+        changed = change(loss)
+    """
 
     def __call__[M](self, loss: Callable[[Tensor, M], LossOutput]) -> Callable[[Tensor, M], LossOutput]:
         """The loss to take in its place."""
@@ -29,7 +33,12 @@ class LossChange(Protocol):
 
 
 class Update(Protocol):
-    """One model's part of an optimizer step."""
+    """One model's part of an optimizer step.
+
+    Example:
+        update.gradients(change)
+        update.apply()
+    """
 
     @property
     def is_paced(self) -> bool:
@@ -54,6 +63,9 @@ class ModelUpdate[M: Microbatch]:
         names: ids of the samples of each micro-batch.
         reading: what the loss sees of the model; None: log-probs, or values with a scalar head.
         is_paced: see `Update`.
+
+    Example:
+        ModelUpdate(policy, microbatches, loss, names, lr=1e-6)
     """
 
     model: TrainedModel
@@ -87,6 +99,9 @@ class Guard:
     Args:
         run: its folder and metrics.
         max_skipped: refusals in a row that end the run.
+
+    Example:
+        Guard(run, max_skipped=3, topology=topology).step([update])
     """
 
     def __init__(self, run: Run, max_skipped: int, topology: Topology) -> None:
@@ -100,7 +115,7 @@ class Guard:
 
         Raises:
             NotFiniteError: on every rank, when updates have been refused so often in a row.
-            UserError: as it, where the last had no token to train on.
+            RecipeError: as it, where the last had no token to train on.
         """
         try:
             yield
@@ -148,7 +163,7 @@ class Guard:
                 f"step {step}: {in_a_row} updates in a row were refused, the last because {refusal}; {path} "
                 f"names all samples. The last checkpoint in {self._run.dir} is sound: {refusal.advice}"
             )
-            raise UserError(message) if isinstance(refusal, EmptyUpdateError) else NotFiniteError(message)
+            raise RecipeError(message) if isinstance(refusal, EmptyUpdateError) else NotFiniteError(message)
 
 
 def _as_it_is[M](loss: Callable[[Tensor, M], LossOutput]) -> Callable[[Tensor, M], LossOutput]:

@@ -3,32 +3,28 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from rto_megatron.config import schema
 from rto_megatron.data.tokenizer import tokenizer_fingerprint
 from rto_megatron.data.true_reward import TrueReward
-from rto_megatron.errors import UserError
+from rto_megatron.errors import DataError
 from rto_megatron.trainer.setup import Setup
 from rto_megatron.types import Metrics, Rollout
 
 
-def known_reward(config: schema.ReinforcementStage | schema.EvaluateStage, setup: Setup) -> TrueReward | None:
-    """The table that the configuration names, in the ids of the policy's tokenizer.
+def known_reward(key: str, path: Path | None, setup: Setup) -> TrueReward | None:
+    """The table that the configuration names, in the ids of the policy's tokenizer; None: it names none.
+
+    Args:
+        key: of the recipe, for errors.
 
     Raises:
-        UserError: it is missing, damaged or of another tokenizer.
+        DataError: it is missing, damaged or of another tokenizer.
     """
-    if isinstance(config, schema.EvaluateStage):
-        return _load("evaluate.true_reward", config.evaluate.true_reward, setup)
-    return _load("data.true_reward", config.data.true_reward, setup)
-
-
-def _load(key: str, path: Path | None, setup: Setup) -> TrueReward | None:
     if path is None:
         return None
     table = TrueReward.load(path)
     folder = setup.sources["policy"].hf_folder
     if tokenizer_fingerprint(folder) != table.tokenizer_fingerprint:
-        raise UserError(
+        raise DataError(
             f"{key}: {path} was written for another tokenizer than the one in {folder}; name the table of the task "
             f"that the policy was trained on"
         )

@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from rto_megatron.algorithms import ALGORITHMS, kto
 from rto_megatron.algorithms.method import Method, OfflineMethod
-from rto_megatron.algorithms.reward_model import reads_margins, reward_statistics
+from rto_megatron.algorithms.reward_model import reward_statistics
 from rto_megatron.config import schema
+from rto_megatron.config.facts import facts_of
 from rto_megatron.config.inputs import ExampleDataConfig
 from rto_megatron.config.learning_rate import learning_rate
 from rto_megatron.data.encoder import Limits, Loaded
@@ -40,7 +41,7 @@ from rto_megatron.engine.megatron import (
     Reading,
     TrainedModel,
 )
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RecipeError
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.reporting.metrics import add, with_margin
 from rto_megatron.reporting.progress import say
@@ -75,7 +76,11 @@ type Load[E: Example] = Callable[
 
 @dataclass(frozen=True)
 class Task[E: Example, M: Microbatch]:
-    """What one offline stage does with a global batch of examples E, as micro-batches M."""
+    """What one offline stage does with a global batch of examples E, as micro-batches M.
+
+    Example:
+        microbatches = task.microbatches(examples, step)
+    """
 
     load: Load[E]
     size: Callable[[Sequence[E]], int]  # response tokens, pairs or answers: what a loss is divided by
@@ -89,7 +94,11 @@ class Task[E: Example, M: Microbatch]:
 
 @dataclass(frozen=True)
 class Trainee:
-    """The model in training and what it is compared with."""
+    """The model in training and what it is compared with.
+
+    Example:
+        Trainee("policy", model, reference=None)
+    """
 
     role: str
     model: TrainedModel
@@ -108,7 +117,7 @@ def train_offline(config: schema.OfflineStage, topology: Topology) -> None:
             config, setup, trainee, judgement_task(method.build(config.algorithm).loss, setup.layout, trainee)
         )
     elif _reads_pairs(method):
-        load = partial(load_pairs, has_margins=reads_margins(config.algorithm))
+        load = partial(load_pairs, has_margins=facts_of(config).reads_margins)
         loss = method.build(config.algorithm).loss
         if method.outputs == "divergence":
             _train(config, setup, trainee, divergence_task(load, loss, setup.layout, trainee))
@@ -129,7 +138,7 @@ def _reads_judgements(method: Method) -> TypeGuard[OfflineMethod[JudgedMicrobatc
 
 
 def _build(config: schema.OfflineStage, setup: Setup) -> Trainee:
-    is_reward, sources = isinstance(config, schema.RewardModelStage), setup.sources
+    is_reward, sources = facts_of(config).is_reward_model, setup.sources
     role = "reward" if is_reward else "policy"
     model = build_trained(
         role, sources["policy"], is_reward, config.precision, config.optimizer, setup.topology, config.run.seed,
@@ -146,13 +155,13 @@ def _train[E: Example, M: Microbatch](
     config: schema.OfflineStage, setup: Setup, trainee: Trainee, task: Task[E, M]
 ) -> None:
     topology, role, model = setup.topology, trainee.role, trainee.model
-    is_reward = isinstance(config, schema.RewardModelStage)
+    is_reward = facts_of(config).is_reward_model
     data = task.load(config.data.train, setup.tokenizer, setup.limits, None, setup.eos)
     setup.admit(data)
     batches = feed(data, config.batch.train, config.run.seed, topology)
     held_out = _held_out(task, config.data, setup)
     if is_reward and not held_out:
-        raise UserError(
+        raise RecipeError(
             "data.eval is not set; a reward model keeps the mean and std of its scores on held-out pairs"
         )
     hf_files = stage_hf_files(setup.sources["policy"], config.run.dir, role, topology, setup.eos)

@@ -15,7 +15,7 @@ from rto_megatron.config.training import OptimizerConfig
 from rto_megatron.data.tokenizer import tokens_with
 from rto_megatron.engine.build_roles import build_average, build_frozen, build_trained, update_average
 from rto_megatron.engine.megatron import FrozenModel, Model, TrainedModel
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RecipeError
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.reporting.rates import rates
 from rto_megatron.reporting.samples import completions_table, show
@@ -56,7 +56,7 @@ def train_online(
     prompts, pretraining = load_batches(config, setup), Pretraining(config, setup)
     run = open_run(config, setup, roles, config.run.steps or prompts.batches_per_epoch)
     refuse_idle_policy(algorithm, run.num_steps)
-    kl, table = algorithm.kl_controller, known_reward(config, setup)
+    kl, table = algorithm.kl_controller, known_reward("data.true_reward", config.data.true_reward, setup)
     sampler = parts.sampler(config, setup, prompts, pool or connect_pool(config.rollout, roles.policy))
     if run.state is not None:
         sampler.restore(run.state.data, run.ahead)
@@ -110,9 +110,9 @@ def build_algorithm(
 
 
 def refuse_idle_policy(algorithm: PolicyOptimization, num_steps: int) -> None:
-    """Raises UserError where the critic's warm-up is the whole run."""
+    """Raises RecipeError where the critic's warm-up is the whole run."""
     if algorithm.critic_warmup_steps >= num_steps:
-        raise UserError(
+        raise RecipeError(
             f"algorithm.critic_warmup_steps={algorithm.critic_warmup_steps} leaves no step for the policy in a run of "
             f"{num_steps}; lower it or raise run.steps"
         )

@@ -37,7 +37,7 @@ class Parts:
         reward: None: the reward model that the configuration names.
 
     Example:
-        train_online(config, topology, parts=replace(planned_parts(), reward=LengthReward()))
+        Parts(reward=reward, guard=PlantedGuard)
     """
 
     algorithm: PolicyOptimization | None = None

@@ -33,7 +33,11 @@ class PlantedEngine:
 
 @dataclass(frozen=True)
 class PlantedSampler:
-    """A sampler with faults before and after it draws."""
+    """A sampler with faults before and after it draws.
+
+    Example:
+        PlantedSampler(sampler).draw(step=3)
+    """
 
     inner: Sampler
 
@@ -74,7 +78,11 @@ class PlantedSampler:
 
 
 class PlantedScorer(Scorer):
-    """Puts a NaN among the policy's log-probs where the plan wants one."""
+    """Puts a NaN among the policy's log-probs where the plan wants one.
+
+    Example:
+        PlantedScorer(config, setup, roles).opinions(sampled, step=3)
+    """
 
     def opinions(self, sampled: Sequence[Rollout], step: int) -> ScoredRollouts:
         """See `Scorer.opinions`."""
@@ -87,7 +95,11 @@ class PlantedScorer(Scorer):
 
 
 class PlantedGuard(Guard):
-    """Poisons a loss, and fires between the gradients and the steps of the optimizers."""
+    """Poisons a loss, and fires between the gradients and the steps of the optimizers.
+
+    Example:
+        PlantedGuard(run, max_skipped=3, topology=topology).apply([update])
+    """
 
     def loss_change(self, update: Update) -> LossChange:
         """See `Guard.loss_change`."""

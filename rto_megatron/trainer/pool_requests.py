@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import PoolError, UserError
 from rto_megatron.generation.contract import NoServersLeft, RolloutEngine, Sampling
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.types import Metrics, Prompt, Rollout
@@ -28,7 +28,7 @@ class PoolAnswer:
     """What became of a request, on the rank that asked.
 
     Example:
-        PoolAnswer((), UserError("the pool is gone"), seconds=0.5)
+        PoolAnswer((), PoolError("the pool is gone"), seconds=0.5)
     """
 
     rollouts: tuple[Rollout, ...]  # of one version; none after a failure
@@ -71,13 +71,13 @@ def require_version(rollouts: Sequence[Rollout], newest: int, oldest: int | None
         oldest: None: as `newest`.
 
     Raises:
-        UserError: names the first one.
+        PoolError: names the first one.
     """
     first = newest if oldest is None else oldest
     for rollout in rollouts:
         if not first <= rollout.weight_version <= newest:
             expected = str(newest) if first == newest else f"{first} to {newest}"
-            raise UserError(
+            raise PoolError(
                 f"rollout {rollout.prompt_id} was sampled by policy version {rollout.weight_version}, "
                 f"expected {expected}; nothing was trained on it"
             )
@@ -92,12 +92,12 @@ def taken(rollouts: Sequence[Rollout], step: int, ahead: int, topology: Topology
         ages, and lengths of prompts, for the logs.
 
     Raises:
-        UserError: on every rank; names the first that is older.
+        PoolError: on every rank; names the first that is older.
     """
     failure = None
     try:
         require_version(rollouts, step, step - ahead)
-    except UserError as raised:
+    except PoolError as raised:
         failure = raised
     topology.raise_together(failure)
     age = sum(step - rollout.weight_version for rollout in rollouts)

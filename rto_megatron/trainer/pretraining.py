@@ -11,7 +11,7 @@ from rto_megatron.config import schema
 from rto_megatron.data.batches import Batches, BatchesState
 from rto_megatron.data.loader import load_texts
 from rto_megatron.data.packing import supervised_microbatches
-from rto_megatron.errors import UserError
+from rto_megatron.errors import DataError
 from rto_megatron.trainer.feed import feed, go_on
 from rto_megatron.trainer.setup import Setup
 from rto_megatron.types import Demonstration, LossOutput, Minibatch, SupervisedMicrobatch
@@ -23,6 +23,9 @@ class Pretraining:
     """Gives every optimizer step as many texts as it has responses; without texts it adds nothing.
 
     Source: OpenRLHF 0.4.4, trainer/ppo_trainer.py:training_step_actor (both gradients before one optimizer step).
+
+    Example:
+        texts = Pretraining(config, setup).microbatches()
     """
 
     def __init__(self, config: schema.ReinforcementStage, setup: Setup) -> None:
@@ -33,7 +36,7 @@ class Pretraining:
             loaded = load_texts(config.data.pretrain, setup.tokenizer, setup.limits)
             setup.admit(loaded)
             if len(loaded.items) < config.batch.train:
-                raise UserError(
+                raise DataError(
                     f"data.pretrain: {config.data.pretrain} has {len(loaded.items)} texts, and an optimizer step takes "
                     f"as many as responses, batch.train={config.batch.train}; name more texts"
                 )

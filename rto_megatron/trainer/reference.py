@@ -12,7 +12,7 @@ from rto_megatron.config import schema
 from rto_megatron.engine.megatron import FrozenModel, Model
 from rto_megatron.engine.source import WeightSource
 from rto_megatron.engine.weights import stage_hf_tensors
-from rto_megatron.errors import UserError
+from rto_megatron.errors import ModelFolderError, RunFolderError
 from rto_megatron.trainer.scoring import Roles
 from rto_megatron.trainer.setup import REFERENCE_FINGERPRINT, note_in_config
 
@@ -21,12 +21,12 @@ def note_reference(folder: Path, reference: FrozenModel) -> None:
     """Records in `folder`/config.json what the model in training is compared with; all ranks must call it.
 
     Raises:
-        UserError: on every rank, when the run goes on and was compared with another reference before.
+        RunFolderError: on every rank, when the run goes on and was compared with another reference before.
     """
     fingerprint = weights_fingerprint(reference)
     recorded = json.loads((folder / "config.json").read_text()).get(REFERENCE_FINGERPRINT, fingerprint)
     if recorded != fingerprint:
-        raise UserError(
+        raise RunFolderError(
             f"the run in {folder.parents[1]} was trained against a reference with fingerprint {recorded[:12]}, and "
             f"models.reference has {fingerprint[:12]}: its weights changed; restore them or name another run.dir"
         )
@@ -42,7 +42,7 @@ def require_trained_reference(
     """Refuses a DPO model whose reference is not the one it is compared with here; all ranks must call it.
 
     Raises:
-        UserError: on every rank; another reference, or none recorded and that is not allowed.
+        ModelFolderError: on every rank; another reference, or none recorded and that is not allowed.
     """
     if roles.dpo is None:
         return
@@ -51,14 +51,14 @@ def require_trained_reference(
     if recorded is None:
         if config.models.allow_unverified_reference:
             return
-        raise UserError(
+        raise ModelFolderError(
             f"models.dpo: {folder}/config.json does not say which reference the model was trained against, as models "
             f"from elsewhere do not; if it is models.{_reference_key(config)}, set "
             f"models.allow_unverified_reference=true"
         )
     found = weights_fingerprint(roles.dpo_reference or roles.reference)
     if recorded != found:
-        raise UserError(
+        raise ModelFolderError(
             f"models.dpo: the model in {folder} was trained against a reference with fingerprint {recorded[:12]}, but "
             f"models.{_reference_key(config)} has {found[:12]}; its log-ratio would be no reward. Name the model it "
             f"started from as models.dpo_reference, or train it against this one"

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from rto_megatron.config import schema
 from rto_megatron.data.batches import BatchesState
 from rto_megatron.engine.integrity import CheckpointError
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RunFolderError
 from rto_megatron.generation.rollout_lines import load_rollouts, rollout_lines
 from rto_megatron.parallel.collectives import Json
 from rto_megatron.types import Rollout
@@ -54,7 +54,11 @@ _WHOLE = ("data.template",)
 
 @dataclass(frozen=True)
 class LoopState:
-    """What the next step needs beside the models, in a resumed run as in an undisturbed one."""
+    """What the next step needs beside the models, in a resumed run as in an undisturbed one.
+
+    Example:
+        LoopState(data=batches.state(), kl=controller.state()).to_json()
+    """
 
     data: BatchesState
     # A loop without texts writes an empty mapping.
@@ -70,7 +74,11 @@ class LoopState:
 
 @dataclass(frozen=True)
 class RunState:
-    """What a checkpoint keeps of its run: <checkpoint>/state.json, in which the loop's part lies flat."""
+    """What a checkpoint keeps of its run: <checkpoint>/state.json, in which the loop's part lies flat.
+
+    Example:
+        RunState(step=100, loop=loop).to_json()
+    """
 
     step: int
     loop: LoopState
@@ -137,7 +145,7 @@ def require_same(saved: Mapping[str, Json], wanted: dict[str, Json], run_dir: Pa
         wanted: `fixed_keys` of this one.
 
     Raises:
-        UserError: lists every key with both values.
+        RunFolderError: lists every key with both values.
     """
     known = {**_BEFORE_THE_KEY, **saved} if saved else saved
     changes = [
@@ -146,7 +154,7 @@ def require_same(saved: Mapping[str, Json], wanted: dict[str, Json], run_dir: Pa
         if key in known and known[key] != value
     ]
     if changes:
-        raise UserError(
+        raise RunFolderError(
             f"{run_dir} holds a checkpoint of a run that was configured differently:\n"
             + "\n".join(changes)
             + "\nset these keys back to resume it, or name another run.dir to start a new run"

@@ -14,7 +14,11 @@ from rto_megatron.types import EndOfSequence, Rollout
 
 
 class RewardSource(Protocol):
-    """Scores whole responses; the token rewards of the method come beside it."""
+    """Scores whole responses; the token rewards of the method come beside it.
+
+    Example:
+        scores_B = reward.scores(rollouts)
+    """
 
     def scores(self, rollouts: Sequence[Rollout]) -> Tensor:
         """Scores the responses of this replica; every rank of the replica calls it with the same rollouts.

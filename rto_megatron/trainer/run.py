@@ -13,7 +13,7 @@ from rto_megatron.engine.export import export_hf
 from rto_megatron.engine.megatron import Model
 from rto_megatron.engine.recovery import find_valid
 from rto_megatron.engine.saving import Saving
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RunFolderError
 from rto_megatron.generation.contract import NoServersLeft
 from rto_megatron.lifecycle.starting import begin_steps
 from rto_megatron.lifecycle.stopping import Preempted, is_asked_to_stop
@@ -46,6 +46,9 @@ class Run:
     Raises:
         CheckpointError: the newest checkpoint of the run folder is damaged.
         UserError: it is of a longer or differently configured run.
+
+    Example:
+        for step in run.steps(): run.log(train(step))
     """
 
     def __init__(
@@ -89,7 +92,7 @@ class Run:
         state = read_state(found.state, found.path)
         self.state, self.step, self.refused_in_a_row = state.loop, state.step, state.refused_in_a_row
         if self.step > self.num_steps:
-            raise UserError(
+            raise RunFolderError(
                 f"{self.dir} already holds step {self.step}, more than the {self.num_steps} steps asked for; "
                 f"raise run.steps or name another run.dir"
             )

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rto_megatron.config import schema
 from rto_megatron.data.template import ChatTemplate, TemplateOptions
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RunFolderError
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.reporting.progress import say
 from rto_megatron.storage.checkpoints import latest_checkpoint
@@ -56,7 +56,7 @@ def _read(path: Path, text: str) -> datetime:
     try:
         return datetime.fromisoformat(text)
     except ValueError as error:
-        raise UserError(
+        raise RunFolderError(
             f"{path} holds {text!r:.40}, expected the moment of the run's start, such as 2026-01-31T09:30:00; write "
             "that, or remove the file to take the clock's"
         ) from error

@@ -23,6 +23,10 @@ class Sampler(Protocol):
     """Gives the loop its rollouts; every rank has one, and all ranks call its methods together.
 
     It owns the prompts: it may ask for more of them than a step trains on, and choose, or draw ahead of the trainer.
+
+    Example:
+        sampler.begin(step=3)
+        sampled = sampler.draw(step=3)
     """
 
     def begin(self, step: int) -> dict[str, float]:
@@ -73,7 +77,11 @@ class Sampler(Protocol):
 
 
 class OnPolicySampler:
-    """Draws every response of a step with the weights of that step, prompts in the order of the loader."""
+    """Draws every response of a step with the weights of that step, prompts in the order of the loader.
+
+    Example:
+        OnPolicySampler(config, setup, prompts, pool).draw(step=0)
+    """
 
     def __init__(
         self, config: schema.ReinforcementStage, setup: Setup, prompts: Batches[Prompt], pool: ConnectedPool

@@ -16,7 +16,11 @@ from rto_megatron.types import EndOfSequence, Rollout, ScoredRollouts, TokenBatc
 
 @dataclass(frozen=True)
 class Roles:
-    """The models of a reinforcement method."""
+    """The models of a reinforcement method.
+
+    Example:
+        roles.policy.shape, roles.reward.scores(rollouts)
+    """
 
     policy: TrainedModel
     average: FrozenModel | None  # of the policy; None where none is kept

@@ -36,7 +36,11 @@ REFERENCE_FINGERPRINT = "reference_fingerprint"
 
 @dataclass(frozen=True)
 class Setup:
-    """A stage's surroundings, checked."""
+    """A stage's surroundings, checked.
+
+    Example:
+        setup.admit(loaded)
+    """
 
     topology: Topology
     sources: dict[str, WeightSource]  # role -> where its weights are

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rto_megatron.config import schema
 from rto_megatron.config.facts import facts_of
 from rto_megatron.config.training import ParallelConfig
-from rto_megatron.errors import UserError
+from rto_megatron.errors import MachineError, UserError
 from rto_megatron.platform.device import Device, prepare
 
 if TYPE_CHECKING:
@@ -26,18 +26,19 @@ def run_stage(config: schema.Stage) -> None:
     """
     _refuse_lone_task()
     with ranks(prepare(), config.parallel, config.run.seed, _collective_timeout(config)) as topology:
-        if isinstance(config, schema.EvaluateStage):
+        facts = facts_of(config)
+        if facts.evaluation is not None:
             from rto_megatron.trainer.evaluate import evaluate
 
-            evaluate(config, topology)
-        elif isinstance(config, schema.ReinforcementStage):
+            evaluate(facts.evaluation, topology)
+        elif facts.online is not None:
             from rto_megatron.trainer.online import train_online
 
-            train_online(config, topology)
-        elif isinstance(config, schema.OfflineStage):
+            train_online(facts.online, topology)
+        elif facts.offline is not None:
             from rto_megatron.trainer.offline import train_offline
 
-            train_offline(config, topology)
+            train_offline(facts.offline, topology)
 
 
 def _refuse_lone_task() -> None:
@@ -46,13 +47,13 @@ def _refuse_lone_task() -> None:
         return
     tasks = os.environ.get("SLURM_NTASKS", "1")
     if tasks != "1":
-        raise UserError(
+        raise MachineError(
             f"SLURM started {tasks} tasks without RANK and WORLD_SIZE; start one task per machine "
             "(srun --ntasks-per-node=1) that runs torchrun, and torchrun starts the ranks"
         )
     nodes = os.environ.get("PET_NNODES", "1")
     if nodes not in ("1", "1:1"):
-        raise UserError(
+        raise MachineError(
             f"PET_NNODES={nodes} says that this is one of several machines of a job, as Kubeflow does, and there is no "
             "RANK; run on each of them: torchrun -m rto_megatron.cli.main train RECIPE"
         )

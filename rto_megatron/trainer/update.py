@@ -15,7 +15,11 @@ from rto_megatron.types import Experience, Minibatch
 
 @dataclass(frozen=True)
 class OptimizerStep:
-    """This replica's share of one optimizer step."""
+    """This replica's share of one optimizer step.
+
+    Example:
+        OptimizerStep(microbatches, names, is_empty=False)
+    """
 
     microbatches: list[Minibatch]
     names: list[list[str]]  # ids of the samples of each micro-batch

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import PoolError
 from rto_megatron.generation.contract import InferenceServer
 
 
@@ -35,7 +35,7 @@ def check_canary(server: InferenceServer, canary: Canary) -> None:
     """Compares one server with the trainer.
 
     Raises:
-        UserError: with the numbers.
+        PoolError: with the numbers.
     """
     expected = canary.expected_logprobs
     got = server.prompt_logprobs(list(canary.token_ids))
@@ -47,7 +47,7 @@ def check_canary(server: InferenceServer, canary: Canary) -> None:
         range(len(differences)), key=lambda at: math.inf if math.isnan(differences[at]) else differences[at]
     )
     mean = sum(differences) / len(differences)
-    raise UserError(
+    raise PoolError(
         f"inference server {server.address} computes other log-probs than the trainer: mean difference {mean:.4f}, "
         f"largest {differences[worst]:.4f} nats (trainer {expected[worst]:.4f}, server {got[worst]:.4f}) at canary "
         f"token {worst + 1}, tolerance {canary.tolerance} (rollout.logprob_tolerance)"

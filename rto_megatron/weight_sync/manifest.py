@@ -65,7 +65,11 @@ class PieceSpec:
 
 
 class PieceSource(Protocol):
-    """The trainer's weights under Hugging Face names, in the pieces that its ranks hold."""
+    """The trainer's weights under Hugging Face names, in the pieces that its ranks hold.
+
+    Example:
+        for piece in source.pieces(sender=0): send(piece)
+    """
 
     def specs(self) -> tuple[PieceSpec, ...]:
         """Every piece of the model, identical on every rank, without moving data."""
@@ -78,7 +82,11 @@ class PieceSource(Protocol):
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one piece lies in a bucket, in bytes."""
+    """Where one piece lies in a bucket, in bytes.
+
+    Example:
+        Slot(spec, offset=4096)
+    """
 
     spec: PieceSpec
     offset: int
@@ -86,7 +94,11 @@ class Slot:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Pieces of one sender that travel in one broadcast; `num_bytes` is a multiple of the alignment."""
+    """Pieces of one sender that travel in one broadcast; `num_bytes` is a multiple of the alignment.
+
+    Example:
+        Bucket(sender=0, slots=(slot,), num_bytes=8192).buffer_bytes
+    """
 
     sender: int
     slots: tuple[Slot, ...]

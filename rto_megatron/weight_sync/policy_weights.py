@@ -15,6 +15,9 @@ class PolicySource:
     """Plays the family's weight map backward; see `weight_sync.manifest.PieceSource`.
 
     Sender p x (tensor ranks) + t is tensor rank t of pipeline stage p; it sends what it holds, nothing is gathered.
+
+    Example:
+        PolicySource(policy).specs()
     """
 
     def __init__(self, policy: Model) -> None:

@@ -16,9 +16,10 @@ from typing import Literal
 
 import torch
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import PoolError, UserError
 from rto_megatron.generation.contract import AskServers, InferenceServer, NoServersLeft, Unreachable
 from rto_megatron.weight_sync.canary import Canary, check_canary
+from rto_megatron.weight_sync.control_channel import TransportError
 from rto_megatron.weight_sync.manifest import Manifest, PieceSource
 from rto_megatron.weight_sync.sender import Sender
 from rto_megatron.weight_sync.servers import Servers, require_version
@@ -30,7 +31,6 @@ from rto_megatron.weight_sync.transport import (
     Rendezvous,
     listen,
 )
-from rto_megatron.weight_sync.words import TransportError
 
 # every trainer rank's text, by rank, on every rank; all ranks must call it
 Share = Callable[[str], list[str]]
@@ -101,6 +101,9 @@ class WeightSync:
         is_shared: the pool is on the trainer's GPUs; buckets then travel through shared memory, and every trainer
             rank is a sender.
         open_end: makes a sender's end of the wire.
+
+    Example:
+        times = sync.push(version=3, servers=servers, canary=canary)
     """
 
     def __init__(
@@ -142,7 +145,7 @@ class WeightSync:
 
         Raises:
             NoServersLeft: on every rank; no server came through. All are paused and refuse to generate.
-            UserError: on every rank; the trainer's own side is at fault.
+            PoolError: on every rank; the trainer's own side is at fault.
         """
         remaining = tuple(json.loads(self._share(json.dumps(list(servers)))[0]))
         self._lost, self._seconds = {}, {}
@@ -160,7 +163,7 @@ class WeightSync:
                 break
             num_fruitless += len(self._lost) == known
             if num_fruitless > 1:
-                raise UserError(
+                raise PoolError(
                     f"push of weight version {version} failed twice with no server at fault; the pool is paused"
                 )
         pause_s, prepare_s, commit_s, canary_s = (
@@ -229,7 +232,7 @@ class WeightSync:
             gc.collect()  # an error and the frames of its traceback keep each other, and the communicator
         own = [one[1] for one in said if one[0] == "own"]
         if own:
-            raise UserError(
+            raise PoolError(
                 f"push of weight version {version} failed while {doing}; the pool is paused until a push succeeds: "
                 f"{own[0]}"
             )

@@ -26,6 +26,9 @@ class Sender:
     Args:
         manifest: equal on all ranks.
         communicator: joined; this sender's rank in it is its sender index.
+
+    Example:
+        Sender(manifest, communicator).send(version=3, pieces=pieces)
     """
 
     def __init__(self, manifest: Manifest, communicator: Communicator) -> None:
@@ -49,16 +52,16 @@ class Sender:
         agree_on_manifest(self._manifest, version, self._communicator, None)
         fault: str | None = None
 
-        def window_of(number: int, bucket: Bucket) -> Tensor:
+        def filled(number: int, bucket: Bucket) -> Tensor:
             nonlocal fault
-            window = self._buffers[number % 2][: bucket.buffer_bytes]
+            staged = self._buffers[number % 2][: bucket.buffer_bytes]
             if bucket.sender == self._communicator.rank:
-                fault = _pack(bucket, pieces, window) or fault
-            return window
+                fault = _pack(bucket, pieces, staged) or fault
+            return staged
 
         declared = [
-            digests(bucket, window).to("cpu", copy=True)
-            for bucket, window in broadcast_each(self._communicator, self._manifest.buckets(), window_of)
+            digests(bucket, staged).to("cpu", copy=True)
+            for bucket, staged in broadcast_each(self._communicator, self._manifest.buckets(), filled)
         ]
         if fault is None and next(pieces, None) is not None:
             fault = "the weight source yields more pieces than it declared"
@@ -107,7 +110,7 @@ def _explain(manifest: Manifest, version: int, communicator: Communicator) -> Ca
     return explain
 
 
-def _pack(bucket: Bucket, pieces: Iterator[tuple[str, Tensor]], window: Tensor) -> str | None:
+def _pack(bucket: Bucket, pieces: Iterator[tuple[str, Tensor]], staged: Tensor) -> str | None:
     """Fills a bucket. A fault is returned, not raised: the other ranks already wait for the broadcast.
 
     The digests are those of the source, not of the bucket: a bucket that was filled wrongly will not match them.
@@ -121,9 +124,9 @@ def _pack(bucket: Bucket, pieces: Iterator[tuple[str, Tensor]], window: Tensor) 
             break
         piece = piece.detach()
         of_pieces.append(digest(piece))
-        slot_view(window, slot).copy_(piece)
+        slot_view(staged, slot).copy_(piece)
     if fault is None:
-        digests(bucket, window).copy_(torch.stack(of_pieces))
+        digests(bucket, staged).copy_(torch.stack(of_pieces))
     return fault
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import PoolError, UserError
 from rto_megatron.generation.contract import AskServers, InferenceServer
 
 _ANSWER_MARGIN_S = 15  # a server reports a time-out of its own before the request that carries it is given up
@@ -16,6 +16,9 @@ class Servers:
     Args:
         ask: of the engine that the servers run.
         timeout_s: limit of each phase of a push.
+
+    Example:
+        sizes, faults = Servers(ask, timeout_s=30.0).sizes(addresses)
     """
 
     def __init__(self, ask: AskServers, timeout_s: float) -> None:
@@ -73,7 +76,7 @@ class Servers:
 
 
 def require_version(server: InferenceServer, version: int) -> None:
-    """Raises UserError where a server holds another version."""
+    """Raises PoolError where a server holds another version."""
     held = server.weight_version()
     if held != str(version):
-        raise UserError(f"inference server {server.address} holds weight version {held}, expected {version}")
+        raise PoolError(f"inference server {server.address} holds weight version {held}, expected {version}")

@@ -1,10 +1,10 @@
-"""The wire of a pool that shares the trainer's devices: each worker reads buckets from a trainer rank's window.
+"""The wire of a pool that shares the trainer's devices: each worker reads buckets from a trainer rank's staging buffer.
 
-A window is two slots of the largest bucket's size, however large. It is where the trainer rank packs and
+A staging buffer is two slots of the largest bucket's size, however large. It is where the trainer rank packs and
 receives its buckets, so that sharing costs no copy on that side. Trainer ranks form a group of their own, over
-which every bucket reaches every window that is read; a worker reads the window of its partner, a trainer rank
+which every bucket reaches every staging buffer that is read; a worker reads that of its partner, a trainer rank
 on the same device. The store says which bucket is ready and who has read it: a broadcast ends for a trainer
-rank when all readers of its window are done, and only then may the slot be filled again.
+rank when all readers of its staging buffer are done, and only then may the slot be filled again.
 """
 
 import json
@@ -20,22 +20,22 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from rto_megatron.weight_sync.control_channel import ControlChannel, InFlight, TransportError
 from rto_megatron.weight_sync.transport import Communicator, NetworkWire, Rendezvous, network
-from rto_megatron.weight_sync.words import InFlight, TransportError, Words
 
 _NUM_SLOTS = 2
 _ALIGNMENT = 512  # bytes
 
 
-def shared(words: Words, meeting: Rendezvous, device: torch.device) -> "TrainerWire | WorkerWire":
+def shared(channel: ControlChannel, meeting: Rendezvous, device: torch.device) -> "TrainerWire | WorkerWire":
     """This rank's end of the wire between trainer and pool on the same devices."""
-    if words.rank < meeting.num_senders:
-        return TrainerWire(words, meeting, device)
-    return WorkerWire(words, meeting, device)
+    if channel.rank < meeting.num_senders:
+        return TrainerWire(channel, meeting, device)
+    return WorkerWire(channel, meeting, device)
 
 
 def partners(memories: Sequence[str], num_senders: int) -> dict[int, int]:
-    """Worker -> the trainer rank whose window it reads: one with the same memory, evenly where there are several.
+    """Worker -> the trainer rank from whose staging buffer it reads: one with the same memory, evenly shared out.
 
     Args:
         memories: of all ranks, the trainer's first.
@@ -60,26 +60,30 @@ def partners(memories: Sequence[str], num_senders: int) -> dict[int, int]:
 
 
 class TrainerWire:
-    """A trainer rank's end; see `transport.Wire`."""
+    """A trainer rank's end; see `transport.Wire`.
 
-    def __init__(self, words: Words, meeting: Rendezvous, device: torch.device) -> None:
+    Example:
+        TrainerWire(channel, meeting, device).send_buffers(num_bytes=2**28)
+    """
+
+    def __init__(self, channel: ControlChannel, meeting: Rendezvous, device: torch.device) -> None:
         self.memory = memory_of(device)
-        self._words = words
+        self._channel = channel
         self._num_senders = meeting.num_senders
         self._device = device
         self._among_trainers: NetworkWire | None = None
         if meeting.num_senders > 1:
             self._among_trainers = NetworkWire(
-                words, replace(meeting, world_size=meeting.num_senders), meeting.num_senders, device
+                channel, replace(meeting, world_size=meeting.num_senders), meeting.num_senders, device
             )
         self._readers: tuple[int, ...] = ()
-        self._window: Window | None = None
+        self._staging: StagingBuffer | None = None
         self._num_started = 0
 
     def join(self, memories: list[str]) -> None:
         """Finds the partners and makes the trainer ranks' group."""
         found = partners(memories, self._num_senders)
-        self._readers = tuple(worker for worker, partner in found.items() if partner == self._words.rank)
+        self._readers = tuple(worker for worker, partner in found.items() if partner == self._channel.rank)
         if self._among_trainers is not None:
             self._among_trainers.join(memories)
 
@@ -89,63 +93,67 @@ class TrainerWire:
             self._among_trainers.give_up()
 
     def send_buffers(self, num_bytes: int) -> tuple[Tensor, Tensor]:
-        """The window's slots; tells its readers where it is."""
-        assert self._window is None, "a sender asks for its buffers once"
+        """The staging buffer's slots; tells its readers where it is."""
+        assert self._staging is None, "a sender asks for its buffers once"
         slot_bytes = max(1, -(-num_bytes // _ALIGNMENT)) * _ALIGNMENT
         on_gpu = self._device.type == "cuda"
         size = _NUM_SLOTS * slot_bytes
-        self._window = DeviceWindow(size, self._device) if on_gpu else HostWindow(size)
+        self._staging = DeviceStagingBuffer(size, self._device) if on_gpu else HostStagingBuffer(size)
         for reader in self._readers:
-            self._words.say(_window_key(reader), json.dumps([slot_bytes, self._window.handle()]))
-        first, second = self._window.memory.split(slot_bytes)
+            self._channel.say(_staging_key(reader), json.dumps([slot_bytes, self._staging.handle()]))
+        first, second = self._staging.memory.split(slot_bytes)
         return first[:num_bytes], second[:num_bytes]
 
     def start(self, buffer: Tensor, source: int) -> InFlight:
         """Fills the slot, from another trainer rank if need be, and tells the readers."""
-        assert self._window is not None
-        starts = [slot.data_ptr() for slot in self._window.memory.chunk(_NUM_SLOTS)]
-        assert buffer.data_ptr() in starts, "a sender broadcasts from its window"
+        assert self._staging is not None
+        starts = [slot.data_ptr() for slot in self._staging.memory.chunk(_NUM_SLOTS)]
+        assert buffer.data_ptr() in starts, "a sender broadcasts from its staging buffer"
         if self._among_trainers is not None:
             in_flight = self._among_trainers.start(buffer, source)
-            self._words.wait_for(in_flight, source, self._words.deadline())
+            self._channel.wait_for(in_flight, source, self._channel.deadline())
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
         number, self._num_started = self._num_started, self._num_started + 1
         for reader in self._readers:
-            self._words.say(_ready_key(reader, number), str(starts.index(buffer.data_ptr())))
-        return _Offered(self._words, self._readers, number)
+            self._channel.say(_ready_key(reader, number), str(starts.index(buffer.data_ptr())))
+        return _Offered(self._channel, self._readers, number)
 
 
 @dataclass(frozen=True)
 class _Offered:
-    """A bucket in a trainer rank's window."""
+    """A bucket in a trainer rank's staging buffer."""
 
-    words: Words
+    channel: ControlChannel
     readers: tuple[int, ...]
     number: int
 
     def is_completed(self) -> bool:
-        return self.words.are_said([_done_key(reader, self.number) for reader in self.readers])
+        return self.channel.are_said([_done_key(reader, self.number) for reader in self.readers])
 
     def wait(self) -> None:
         # A run would pile them up in the store.
         for reader in self.readers:
-            self.words.forget([_ready_key(reader, self.number), _done_key(reader, self.number)])
+            self.channel.forget([_ready_key(reader, self.number), _done_key(reader, self.number)])
 
 
 class WorkerWire:
-    """A worker's end; see `transport.Wire`."""
+    """A worker's end; see `transport.Wire`.
 
-    def __init__(self, words: Words, meeting: Rendezvous, device: torch.device) -> None:
+    Example:
+        slot = WorkerWire(channel, meeting, device).slot(0)
+    """
+
+    def __init__(self, channel: ControlChannel, meeting: Rendezvous, device: torch.device) -> None:
         self.memory = memory_of(device)
-        self._words = words
+        self._channel = channel
         self._num_senders = meeting.num_senders
         self._device = device
         self._slots: tuple[Tensor, ...] = ()
         self._num_started = 0
 
     def join(self, memories: list[str]) -> None:
-        """Makes sure that there is a partner; its window comes with the first bucket, whose size nobody knows yet."""
+        """Makes sure that there is a partner; its staging buffer comes with the first bucket, which has the size."""
         partners(memories, self._num_senders)
 
     def give_up(self) -> None:
@@ -158,21 +166,21 @@ class WorkerWire:
     def start(self, buffer: Tensor, source: int) -> InFlight:
         """Awaits a bucket of the partner's."""
         number, self._num_started = self._num_started, self._num_started + 1
-        return _Awaited(self, self._words, buffer, number)
+        return _Awaited(self, self._channel, buffer, number)
 
     def slot(self, number: int) -> Tensor:
-        """The slot of the partner's window that holds a bucket which is ready."""
+        """The slot of the partner's staging buffer that holds a bucket which is ready."""
         if not self._slots:
-            # A window is made known before its first bucket is.
-            slot_bytes, handle = json.loads(self._words.hear(_window_key(self._words.rank)))
-            self._slots = open_window(handle, self._device).split(slot_bytes)
-        return self._slots[int(self._words.hear(_ready_key(self._words.rank, number)))]
+            # A staging buffer is made known before its first bucket is.
+            slot_bytes, handle = json.loads(self._channel.hear(_staging_key(self._channel.rank)))
+            self._slots = open_staging_buffer(handle, self._device).split(slot_bytes)
+        return self._slots[int(self._channel.hear(_ready_key(self._channel.rank, number)))]
 
     def leave(self, number: int) -> None:
         """Tells the partner that a bucket was read."""
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
-        self._words.say(_done_key(self._words.rank, number))
+        self._channel.say(_done_key(self._channel.rank, number))
 
 
 @dataclass(frozen=True)
@@ -180,20 +188,20 @@ class _Awaited:
     """A bucket that a worker will read into its buffer."""
 
     wire: WorkerWire
-    words: Words
+    channel: ControlChannel
     buffer: Tensor
     number: int
 
     def is_completed(self) -> bool:
-        return self.words.are_said([_ready_key(self.words.rank, self.number)])
+        return self.channel.are_said([_ready_key(self.channel.rank, self.number)])
 
     def wait(self) -> None:
         self.buffer.copy_(self.wire.slot(self.number)[: self.buffer.numel()])
         self.wire.leave(self.number)
 
 
-def _window_key(reader: int) -> str:
-    return f"window/{reader}"
+def _staging_key(reader: int) -> str:
+    return f"staging/{reader}"
 
 
 def _ready_key(reader: int, number: int) -> str:
@@ -207,8 +215,12 @@ def _done_key(reader: int, number: int) -> str:
 type IpcHandle = tuple[bytes | int | bool, ...]
 
 
-class Window(Protocol):
-    """Shared memory of this process, shared for as long as this object lives."""
+class StagingBuffer(Protocol):
+    """Shared memory of this process, shared for as long as this object lives.
+
+    Example:
+        other_end.open(staging.handle())
+    """
 
     memory: Tensor  # uint8
 
@@ -217,11 +229,15 @@ class Window(Protocol):
         ...
 
 
-class HostWindow:
-    """Host memory."""
+class HostStagingBuffer:
+    """Host memory.
+
+    Example:
+        HostStagingBuffer(num_bytes=4096).handle()
+    """
 
     def __init__(self, num_bytes: int) -> None:
-        self._file = os.memfd_create("rto-window", os.MFD_CLOEXEC)
+        self._file = os.memfd_create("rto-staging", os.MFD_CLOEXEC)
         weakref.finalize(self, os.close, self._file)
         os.ftruncate(self._file, num_bytes)
         self.memory = _mapped(self._file, num_bytes)
@@ -231,8 +247,12 @@ class HostWindow:
         return json.dumps([os.getpid(), self._file, os.fstat(self._file).st_ino])
 
 
-class DeviceWindow:
-    """Memory of one GPU."""
+class DeviceStagingBuffer:
+    """Memory of one GPU.
+
+    Example:
+        DeviceStagingBuffer(num_bytes=2**28, device=device).handle()
+    """
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         self.memory = torch.empty(num_bytes, dtype=torch.uint8, device=device)
@@ -242,8 +262,8 @@ class DeviceWindow:
         return ipc_text(self.memory.untyped_storage()._share_cuda_())
 
 
-def open_window(handle: str, device: torch.device) -> Tensor:
-    """The memory of another process's window, uint8; on the same device where that is a GPU.
+def open_staging_buffer(handle: str, device: torch.device) -> Tensor:
+    """The memory of another process's staging buffer, uint8; on the same device where that is a GPU.
 
     Raises:
         RuntimeError: it is gone, or belongs to another user.

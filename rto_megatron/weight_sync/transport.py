@@ -1,6 +1,6 @@
 """The communicator of one weight push: every sending trainer rank and every worker of every server.
 
-Words go through the key-value store of the rendezvous, tensors over a wire: by broadcast, over NCCL on CUDA
+Control messages go through the key-value store of the rendezvous, tensors over a wire: by broadcast, over NCCL on CUDA
 devices and over gloo on CPUs, or through memory that trainer and pool share (shared.py). Both ends use this
 file: the groups are made from torch alone, so that trainer ranks never import vLLM. Nothing waits longer
 than the time limit, or for a peer known to be lost.
@@ -18,11 +18,15 @@ from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed import BroadcastOptions, PrefixStore, TCPStore
-from torch.distributed.distributed_c10d import ProcessGroupGloo
+from torch.distributed import (
+    BroadcastOptions,
+    PrefixStore,
+    ProcessGroupGloo,  # distributed_c10d may hold the one that shares devices (P11)
+    TCPStore,
+)
 
+from rto_megatron.weight_sync.control_channel import ControlChannel, InFlight, TransportError
 from rto_megatron.weight_sync.sockets import Address, listening, shut_down
-from rto_megatron.weight_sync.words import InFlight, TransportError, Words
 
 LOOPBACK = "127.0.0.1"
 _DEVICE_TRIES = 10
@@ -77,7 +81,12 @@ def listen(host: str) -> socket.socket:
 
 
 class Wire(Protocol):
-    """How tensors travel; used by `Communicator` alone. May raise RuntimeError wherever a peer can be lost."""
+    """How tensors travel; used by `Communicator` alone. May raise RuntimeError wherever a peer can be lost.
+
+    Example:
+        wire.join(memories)
+        wire.start(buffer, source=0)
+    """
 
     @property
     def memory(self) -> str:
@@ -108,12 +117,18 @@ class _Group(Protocol):
 
 
 class NetworkWire:
-    """Broadcasts among the first `world_size` ranks."""
+    """Broadcasts among the first `world_size` ranks.
+
+    Example:
+        NetworkWire(channel, meeting, world_size=3, device=device).join(memories)
+    """
 
     memory = ""
 
-    def __init__(self, words: Words, meeting: Rendezvous, world_size: int, device: torch.device) -> None:
-        self._words = words
+    def __init__(
+        self, channel: ControlChannel, meeting: Rendezvous, world_size: int, device: torch.device
+    ) -> None:
+        self._channel = channel
         self._meeting = meeting
         self._world_size = world_size
         self._device = device
@@ -122,15 +137,15 @@ class NetworkWire:
 
     def join(self, memories: list[str]) -> None:
         """Makes the group."""
-        store = PrefixStore("group", self._words.store)
+        store = PrefixStore("group", self._channel.store)
         if self._device.type == "cuda":
-            self._group = _nccl(self._meeting, store, self._words.rank, self._world_size, self._device)
+            self._group = _nccl(self._meeting, store, self._channel.rank, self._world_size, self._device)
             return
         device, address = _gloo_device(self._meeting.host)
-        self._words.say(f"listener/{self._words.rank}", json.dumps(address))
-        said = [self._words.hear(f"listener/{rank}") for rank in range(self._world_size)]
+        self._channel.say(f"listener/{self._channel.rank}", json.dumps(address))
+        said = [self._channel.hear(f"listener/{rank}") for rank in range(self._world_size)]
         self._listeners = [(host, port) for host, port in map(json.loads, said)]
-        self._group = _gloo(self._meeting, store, self._words.rank, self._world_size, device)
+        self._group = _gloo(self._meeting, store, self._channel.rank, self._world_size, device)
 
     def send_buffers(self, num_bytes: int) -> tuple[Tensor, Tensor]:
         """See `Communicator.send_buffers`."""
@@ -152,12 +167,12 @@ class NetworkWire:
         shut_down(self._listeners)
 
 
-MakeWire = Callable[[Words, Rendezvous, torch.device], Wire]
+MakeWire = Callable[[ControlChannel, Rendezvous, torch.device], Wire]
 
 
-def network(words: Words, meeting: Rendezvous, device: torch.device) -> Wire:
+def network(channel: ControlChannel, meeting: Rendezvous, device: torch.device) -> Wire:
     """The wire between all ranks."""
-    return NetworkWire(words, meeting, meeting.world_size, device)
+    return NetworkWire(channel, meeting, meeting.world_size, device)
 
 
 class Communicator:
@@ -167,6 +182,9 @@ class Communicator:
 
     Raises:
         TransportError: rank 0's store cannot be reached.
+
+    Example:
+        Communicator(meeting, rank=0, device=device).join()
     """
 
     def __init__(
@@ -183,10 +201,10 @@ class Communicator:
         self.device = device
         self._num_statements = 0
         try:
-            self._words = Words(_store(meeting, listener), rank, meeting.timeout_s)
+            self._channel = ControlChannel(_store(meeting, listener), rank, meeting.timeout_s)
         except RuntimeError as error:
             raise TransportError(f"{self} could not reach the meeting point: {error}") from None
-        self._wire = make_wire(self._words, meeting, device)
+        self._wire = make_wire(self._channel, meeting, device)
 
     def __str__(self) -> str:
         return f"weight transfer: rank {self.rank} of {self.world_size}"
@@ -225,7 +243,7 @@ class Communicator:
     def abort(self, reason: str) -> str:
         """Makes every rank that waits, or ever will, give up; from any thread. Returns the first reason."""
         try:
-            return self._words.abort(reason)
+            return self._channel.abort(reason)
         except RuntimeError:
             return reason  # the store died with rank 0, which every rank notices by itself
 
@@ -246,7 +264,7 @@ class Communicator:
         Raises:
             TransportError: a peer is gone.
         """
-        deadline = self._words.deadline()
+        deadline = self._channel.deadline()
         with self._lost_if(f"weight transfer: broadcast from rank {source} failed"):
             return Broadcast(self._wire.start(buffer, source), source, deadline)
 
@@ -257,7 +275,7 @@ class Communicator:
             TransportError: not done within the time limit, or a peer is gone.
         """
         with self._lost_if(f"weight transfer: broadcast from rank {broadcast.source} failed"):
-            self._words.wait_for(broadcast.in_flight, broadcast.source, broadcast.deadline)
+            self._channel.wait_for(broadcast.in_flight, broadcast.source, broadcast.deadline)
 
     def broadcast(self, buffer: Tensor, source: int) -> None:
         """`start_broadcast` and `finish`."""
@@ -271,12 +289,12 @@ class Communicator:
         """
         self._num_statements += 1
         heard: list[str] = []
-        deadline = self._words.deadline()
+        deadline = self._channel.deadline()
         with self._lost_if(f"{self} cannot be heard"):
-            self._words.say(f"{self._num_statements}/{self.rank}", statement)
+            self._channel.say(f"{self._num_statements}/{self.rank}", statement)
         for rank in range(self.world_size):
             with self._lost_if(f"weight transfer: nothing heard from rank {rank}"):
-                heard.append(self._words.hear(f"{self._num_statements}/{rank}", deadline))
+                heard.append(self._channel.hear(f"{self._num_statements}/{rank}", deadline))
         return heard
 
     def agree(self, error: str | None, token: str = "", explain: Callable[[], str] | None = None) -> None:
@@ -303,7 +321,11 @@ class Communicator:
 
 @dataclass(frozen=True)
 class Broadcast:
-    """One that was begun; `deadline` is in monotonic seconds."""
+    """One that was begun; `deadline` is in monotonic seconds.
+
+    Example:
+        communicator.finish(Broadcast(in_flight, source=0, deadline=deadline))
+    """
 
     in_flight: InFlight
     source: int

@@ -11,7 +11,7 @@ from rto_megatron.cli.main import app
 from rto_megatron.config.load import load_recipe
 from rto_megatron.config.plan import plan_stage
 from rto_megatron.config.roles import Role, roles_of
-from rto_megatron.errors import UserError
+from rto_megatron.errors import ModelFolderError, RecipeError
 from rto_megatron.models.parameters import num_parameters
 from rto_megatron.planning.memory import activation_bytes, role_cost
 from rto_megatron.planning.shapes import KNOWN_SHAPES, find_shape, hugging_face_folder
@@ -113,7 +113,7 @@ def test_rto_with_its_own_dpo_reference_holds_one_more_model() -> None:
 
 def test_heads_layers_and_lengths_are_checked_against_the_shapes() -> None:
     overrides = ["parallel.tensor=16", "parallel.pipeline=5", "data.max_prompt_tokens=9000"]
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(RecipeError) as caught:
         check(str(RECIPES / "llama3_8b" / "rto.yaml"), *overrides, "--gpus", "160", "--pool-gpus", "80")
     message = str(caught.value)
     assert "parallel.tensor=16 does not divide num_key_value_heads=8" in message
@@ -152,7 +152,7 @@ def test_checkpoints_and_unfinished_runs_are_models_too(tmp_path: Path) -> None:
         assert language is not None
         assert scalar is not None
         assert (language.shape.num_layers, scalar.shape.num_layers) == (layers, layers + 4)
-    with pytest.raises(UserError, match="no checkpoint of a policy; run the stage"):
+    with pytest.raises(ModelFolderError, match="no checkpoint of a policy; run the stage"):
         hugging_face_folder(tmp_path / "checkpoints")
 
 
@@ -187,7 +187,7 @@ def test_shape_comes_from_config_json_before_any_assumption(tmp_path: Path) -> N
     ],
 )
 def test_options_that_make_no_sense_are_refused(arguments: list[str], part: str) -> None:
-    with pytest.raises(UserError, match=part):
+    with pytest.raises(RecipeError, match=part):
         check(str(RECIPES / "llama3_8b" / "rto.yaml"), *arguments)
 
 
@@ -196,6 +196,6 @@ def test_options_that_make_no_sense_are_refused(arguments: list[str], part: str)
     [("runs/quickstart/sft", "run the stage that makes it first"), ("acme/llama", "hf download acme/llama")],
 )
 def test_only_a_name_that_the_hub_could_have_is_offered_for_download(model: str, words: str) -> None:
-    with pytest.raises(UserError, match=words) as caught:
+    with pytest.raises(ModelFolderError, match=words) as caught:
         hugging_face_folder(Path(model))
     assert ("hf download" in str(caught.value)) == (model == "acme/llama")

@@ -9,7 +9,7 @@ from rto_megatron.cli.main import app
 from rto_megatron.config.load import load_recipe
 from rto_megatron.config.plan import plan_stage
 from rto_megatron.config.schema import ReinforcementStage
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RecipeError
 from rto_megatron.planning.colocated_memory import (
     SharedGpu,
     cache_bytes_per_token,
@@ -124,5 +124,5 @@ def test_servers_of_a_cpu_machine_take_no_gpus() -> None:
 
 
 def test_a_server_without_a_trainer_rank_on_its_gpu_is_refused() -> None:
-    with pytest.raises(UserError, match="take 8 GPUs, and 4 have a trainer rank"):
+    with pytest.raises(RecipeError, match="take 8 GPUs, and 4 have a trainer rank"):
         shared_sizes(config(), 8, 4, None, 8, "1")

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rto_megatron.cli.main import app
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RecipeError
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "launchers" / "recipes"
@@ -60,7 +60,7 @@ def test_mistakes_give_messages_with_status_2_and_no_traceback(tmp_path: Path) -
 
 @pytest.mark.parametrize("stage", ["ppo", "rto", "evaluate"])
 def test_stage_that_samples_asks_for_its_pool_before_anything_is_loaded(stage: str) -> None:
-    with pytest.raises(UserError, match=r"rollout\.servers is empty"):
+    with pytest.raises(RecipeError, match=r"rollout\.servers is empty"):
         CliRunner().invoke(
             app, ["train", str(RECIPES / "quickstart" / f"{stage}.yaml")], catch_exceptions=False
         )

@@ -27,7 +27,7 @@ from rto_megatron.diagnosis import connections, disk, machine, packages, variabl
 from rto_megatron.diagnosis.finding import Finding, findings_of
 from rto_megatron.diagnosis.gather import compare_clocks
 from rto_megatron.diagnosis.recipe import check_models
-from rto_megatron.errors import UserError
+from rto_megatron.errors import ModelFolderError
 from rto_megatron.generation.vllm.gate import TOKEN_FILE_VARIABLE, BearerGate, Receive, Scope, Send
 from rto_megatron.storage.file_digests import MANIFEST, CheckpointManifest, file_digests, file_names
 
@@ -285,7 +285,7 @@ def test_missing_models_and_foreign_tokenizers_are_all_named(tmp_path: Path, tin
     foreign = configure("rto", tiny_files, tmp_path / "run", models__dpo=tmp_path / "dpo")
     assert "models.dpo: the tokenizer" in the("problem", check_models(foreign, 1)).found
     absent = {f"models__{role}": tmp_path / role for role in ("reward", "critic")}
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(ModelFolderError) as caught:
         check_models(configure("rto", tiny_files, tmp_path / "run", **absent), 1)
     assert all(
         f"models.{role}: {tmp_path / role} does not exist" in str(caught.value)

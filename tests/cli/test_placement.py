@@ -2,7 +2,7 @@
 
 import pytest
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import MachineError, RecipeError, UserError
 from rto_megatron.launching.launched_pool import PoolChoice, _sizes
 from rto_megatron.planning.placement import place, tensor_sizes
 
@@ -29,25 +29,25 @@ def test_servers_fill_what_the_pool_gets(
 
 
 @pytest.mark.parametrize(
-    ("gpus", "pool_gpus", "servers", "tensor", "words"),
+    ("gpus", "pool_gpus", "servers", "tensor", "kind", "words"),
     [
-        (1, None, None, "1", "this machine has 1 GPUs, and the pool's servers would take 1"),
-        (4, None, 2, "2", "this machine has 4 GPUs, and the pool's servers would take 4"),
-        (8, 3, None, "2,2", "need 4 GPUs, and the pool has 3"),
-        (8, None, 3, "1,2", "3 servers have 2 tensor-parallel sizes, 1,2; name one each"),
-        (8, None, None, "two", "expected numbers from 1 on"),
-        (0, None, None, "0", "expected numbers from 1 on"),
+        (1, None, None, "1", MachineError, "this machine has 1 GPUs, and the pool's servers would take 1"),
+        (4, None, 2, "2", MachineError, "this machine has 4 GPUs, and the pool's servers would take 4"),
+        (8, 3, None, "2,2", RecipeError, "need 4 GPUs, and the pool has 3"),
+        (8, None, 3, "1,2", RecipeError, "3 servers have 2 tensor-parallel sizes, 1,2; name one each"),
+        (8, None, None, "two", RecipeError, "expected numbers from 1 on"),
+        (0, None, None, "0", RecipeError, "expected numbers from 1 on"),
     ],
 )
 def test_what_does_not_fit_is_refused(
-    gpus: int, pool_gpus: int | None, servers: int | None, tensor: str, words: str
+    gpus: int, pool_gpus: int | None, servers: int | None, tensor: str, kind: type[UserError], words: str
 ) -> None:
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(kind, match=words):
         _sizes(gpus, PoolChoice(pool_gpus, servers, tensor))
 
 
 def test_one_server_of_two_gpus_needs_both() -> None:
-    with pytest.raises(UserError, match="need 2 GPUs, and the pool has 1"):
+    with pytest.raises(RecipeError, match="need 2 GPUs, and the pool has 1"):
         tensor_sizes("2", 1, 1)
 
 

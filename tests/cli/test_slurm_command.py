@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from rto_megatron.cli.main import app
 from rto_megatron.config.load import load_recipe
-from rto_megatron.errors import UserError
+from rto_megatron.errors import MachineError, RecipeError
 from rto_megatron.launching.attempts import Next
 from rto_megatron.launching.slurm_job import ROOT, Allocation, Job, plan_job
 
@@ -151,7 +151,7 @@ def test_a_container_sees_the_checkout_and_the_run(tmp_path: Path) -> None:
 def test_what_cannot_work_is_refused(
     model: Path, stage: str, allocation: Allocation, keys: tuple[str, ...], tensor: int, part: str
 ) -> None:
-    with pytest.raises(UserError, match=re.escape(part)):
+    with pytest.raises(RecipeError, match=re.escape(part)):
         plan(stage, allocation, *keys, tensor=tensor, model=model)
 
 
@@ -159,10 +159,10 @@ def test_models_that_do_not_fit_are_refused(tmp_path: Path, model: Path) -> None
     plan("rto", EIGHT, f"vars.root={tmp_path}", gib=80, model=model)
     # 8.03e9 parameters x 2 bytes = 15.0 GiB of weights on the pool's GPU.
     with pytest.raises(
-        UserError, match=r"the pool's weights take 15\.0 GiB of a GPU's 10\.0 GiB; raise --pool-tensor"
+        RecipeError, match=r"the pool's weights take 15\.0 GiB of a GPU's 10\.0 GiB; raise --pool-tensor"
     ):
         plan("rto", EIGHT, f"vars.root={tmp_path}", gib=10, model=model)
-    with pytest.raises(UserError, match=r"the trainer takes \d+\.\d GiB of a GPU's 10\.0 GiB"):
+    with pytest.raises(RecipeError, match=r"the trainer takes \d+\.\d GiB of a GPU's 10\.0 GiB"):
         plan("rto", EIGHT, f"vars.root={tmp_path}", gib=10, tensor=8, model=model)
 
 
@@ -177,5 +177,5 @@ def test_submitting_without_slurm_says_so(tmp_path: Path, monkeypatch: pytest.Mo
         "8",
         f"vars.root={tmp_path}",
     ]
-    with pytest.raises(UserError, match="no sbatch on this machine"):
+    with pytest.raises(MachineError, match="no sbatch on this machine"):
         CliRunner().invoke(app, [*command, "--submit"], catch_exceptions=False)

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from rto_megatron.cli.main import app
 from rto_megatron.config.load import load_recipe
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RecipeError
 from rto_megatron.launching.slurm_job import ROOT
 
 SFT = ROOT / "launchers" / "recipes" / "llama3_8b" / "sft.yaml"
@@ -75,7 +75,7 @@ def test_gpus_are_asked_for_once_and_each_has_a_rank(
 
 
 def test_gpus_of_a_gres_are_judged_against_the_layout(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"4 x 1 = 4 does not divide the 6 ranks \(2 nodes x 3 GPUs\)"):
+    with pytest.raises(RecipeError, match=r"4 x 1 = 4 does not divide the 6 ranks \(2 nodes x 3 GPUs\)"):
         slurm(recipe_in(tmp_path, tmp_path), "--gres", "gpu:3", "parallel.tensor=4")
 
 
@@ -133,7 +133,7 @@ def test_the_site_gets_what_it_wants_to_know(tmp_path: Path) -> None:
 def test_what_is_unknown_or_contradicts_itself_is_refused(
     tmp_path: Path, options: list[str], parts: list[str]
 ) -> None:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(RecipeError) as caught:
         slurm(recipe_in(tmp_path, tmp_path), *options)
     assert all(part in str(caught.value) for part in parts), caught.value
     assert not (tmp_path / "sft").exists()
@@ -152,7 +152,7 @@ def test_what_is_unknown_or_contradicts_itself_is_refused(
 def test_a_preamble_that_cannot_do_what_it_says_is_refused(tmp_path: Path, text: str, part: str) -> None:
     preamble = tmp_path / "modules.sh"
     preamble.write_text(text)
-    with pytest.raises(UserError, match=re.escape(part)):
+    with pytest.raises(RecipeError, match=re.escape(part)):
         slurm(recipe_in(tmp_path, tmp_path), "--preamble", str(preamble))
 
 
@@ -174,9 +174,9 @@ def test_paths_reach_sbatch_and_bash_as_they_are(tmp_path: Path, monkeypatch: py
 
 
 def test_a_run_folder_that_slurm_cannot_log_into_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"SLURM writes no log into a path with a backslash"):
+    with pytest.raises(RecipeError, match=r"SLURM writes no log into a path with a backslash"):
         slurm(recipe_in(tmp_path / "a\\b", tmp_path))
-    with pytest.raises(UserError, match=r"run\.dir: found .*; a line break"):
+    with pytest.raises(RecipeError, match=r"run\.dir: found .*; a line break"):
         slurm(recipe_in(tmp_path / "a\n#SBATCH --uid=0", tmp_path))
 
 
@@ -206,7 +206,7 @@ def test_pyxis_refuses_folders_whose_names_it_would_split(tmp_path: Path) -> Non
     for name in ("a b", "a,b"):
         (tmp_path / name).mkdir()
         with pytest.raises(
-            UserError, match=re.escape(f"pyxis cannot show {tmp_path / name}, as a comma, colon or space")
+            RecipeError, match=re.escape(f"pyxis cannot show {tmp_path / name}, as a comma, colon or space")
         ):
             slurm(recipe_in(tmp_path, tmp_path), *options, "--mount", str(tmp_path / name))
     script = slurm(recipe_in(tmp_path, tmp_path), *options)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from rto_megatron.cli.main import app
 from rto_megatron.config.schema import Stage
 from rto_megatron.diagnosis.recipe import check_models
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RecipeError
 
 EXTRA = "<|extra|>"
 
@@ -48,7 +48,7 @@ def test_a_token_that_every_run_reads_is_a_problem(tiny_files: Path, policy: Pat
     words = (
         f"models.policy: the token '{EXTRA}' (id 96), the end-of-sequence token, has no row in the embedding"
     )
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(RecipeError) as caught:
         _check(config, tmp_path / "sft.yaml")
     assert words in str(caught.value)
     assert [words in finding.found for finding in check_models(config, 1)] == [True]
@@ -62,7 +62,7 @@ def test_a_model_smaller_than_the_policy_is_a_problem_where_the_policy_samples(
     shutil.copytree(tiny_files / "tokenizer", larger, dirs_exist_ok=True)
     changes = {"models__policy": larger, "models__reference": larger}
     config = configure("ppo", tiny_files, tmp_path / "run", **changes)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(RecipeError) as caught:
         _check(config, tmp_path / "ppo.yaml")
     for role in ("reward", "critic"):
         words = f"models.{role} has vocab_size=96 and models.policy, whose samples it reads, 104"

@@ -11,7 +11,7 @@ from rto_megatron.config.load import load_recipe
 from rto_megatron.config.plan import plan_stage
 from rto_megatron.config.roles import roles_of
 from rto_megatron.config.schema import Stage
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RecipeError
 
 RECIPES = Path(__file__).parents[2] / "launchers" / "recipes" / "llama3_8b"
 
@@ -70,7 +70,7 @@ def test_batch_arithmetic_of_the_released_script() -> None:
 def test_each_mismatch_is_named_with_a_way_out(config: Stage, world_size: int, part: str) -> None:
     problems = find_problems(config, world_size, {"policy": 8192, "reward": 8192})
     assert [problem for problem in problems if part in problem], problems
-    with pytest.raises(UserError):
+    with pytest.raises(RecipeError):
         refuse(problems)
 
 
@@ -207,7 +207,7 @@ def test_responses_of_a_step_are_prompts_times_samples() -> None:
 def test_sampling_stage_needs_servers_and_others_do_not() -> None:
     require_pool(dpo())
     require_pool(rto("rollout.servers=[http://127.0.0.1:8000]"))
-    with pytest.raises(UserError, match=r"launchers/local\.sh"):
+    with pytest.raises(RecipeError, match=r"launchers/local\.sh"):
         require_pool(rto())
 
 

@@ -8,7 +8,7 @@ from rto_megatron.algorithms import ALGORITHMS, rto
 from rto_megatron.algorithms.method import OfflineMethod, OnlineMethod
 from rto_megatron.config.load import dump, load_recipe, save
 from rto_megatron.config.schema import STAGES, ActorCriticStage, ReinforcementStage
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RecipeError
 
 SOUND = """
 stage: rto
@@ -83,7 +83,7 @@ def test_saved_configuration_loads_to_the_same(tmp_path: Path) -> None:
 def test_all_problems_are_listed_with_place_value_and_nearest_name(tmp_path: Path) -> None:
     text = SOUND.replace("critic_optimizer: {lr: 9.0e-6}", "precision: {dtype: bf61}\nbatsh: {train: 4}")
     recipe = write(tmp_path, text.replace("reward: r", "rewrd: r"))
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(RecipeError) as caught:
         load_recipe(recipe, ["parallel.tensor=0", "parallel.tensr=2", "warmup_fraction=0.1"])
     message = str(caught.value)
     assert "7 problems" in message
@@ -115,7 +115,7 @@ def test_all_problems_are_listed_with_place_value_and_nearest_name(tmp_path: Pat
     ],
 )
 def test_what_cannot_be_read_is_explained(tmp_path: Path, text: str, overrides: list[str], part: str) -> None:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(RecipeError) as caught:
         load_recipe(write(tmp_path, text), overrides)
     assert part in str(caught.value)
 
@@ -175,7 +175,7 @@ def test_key_that_the_stage_does_not_read_is_refused_with_the_stages_that_do(
     stage: str, key: str, readers: list[str]
 ) -> None:
     recipe = Path(__file__).parents[2] / "launchers" / "recipes" / "quickstart" / f"{stage}.yaml"
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(RecipeError) as caught:
         load_recipe(recipe, [f"{key}=1"])
     assert "1 problem " in str(caught.value)
     assert str(caught.value).endswith(f"; only the stages {', '.join(readers)} read it")
@@ -230,7 +230,7 @@ SMOOTHED = [name for name in OFFLINE if "label_smoothing" in ALGORITHMS[name].co
 def test_label_smoothing_is_a_probability_below_one_half(stage: str, value: float, tmp_path: Path) -> None:
     recipe = write(tmp_path, minimal(stage))
     rule = "less than 0.5" if value > 0 else "greater than or equal to 0"
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(RecipeError) as caught:
         load_recipe(recipe, [f"algorithm.label_smoothing={value}"])
     assert f"algorithm.label_smoothing: found {value}; must be {rule}" in str(caught.value)
     for allowed in (0.0, 0.49):
@@ -243,26 +243,26 @@ def test_the_methods_with_label_smoothing_are_those_of_pairs_with_bradley_terry(
 
 @pytest.mark.parametrize("stage", ["reinforce_pp", "grpo"])
 def test_bootstrap_needs_a_critic(stage: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"found 'bootstrap'; must be 'compat', 'penalise' or 'mask'"):
+    with pytest.raises(RecipeError, match=r"found 'bootstrap'; must be 'compat', 'penalise' or 'mask'"):
         load_recipe(write(tmp_path, minimal(stage)), ["algorithm.truncated=bootstrap"])
     load_recipe(write(tmp_path, minimal("ppo")), ["algorithm.truncated=bootstrap"])
 
 
 def test_a_clip_that_no_score_reaches_is_refused(tmp_path: Path) -> None:
     recipe = write(tmp_path, minimal("ppo"))
-    with pytest.raises(UserError, match="score_clip=10 has no effect with score_limit=5"):
+    with pytest.raises(RecipeError, match="score_clip=10 has no effect with score_limit=5"):
         load_recipe(recipe, ["algorithm.score_limit=5"])
     load_recipe(recipe, ["algorithm.score_limit=5", "algorithm.score_clip=null"])
 
 
 def test_a_group_has_at_least_two_responses(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"samples_per_prompt: found 1; must be greater than or equal to 2"):
+    with pytest.raises(RecipeError, match=r"samples_per_prompt: found 1; must be greater than or equal to 2"):
         load_recipe(write(tmp_path, minimal("grpo")), ["algorithm.samples_per_prompt=1"])
 
 
 def test_missing_recipe_suggests_its_neighbour(tmp_path: Path) -> None:
     write(tmp_path, SOUND)
-    with pytest.raises(UserError, match=r"did you mean .*/recipe\.yaml\?"):
+    with pytest.raises(RecipeError, match=r"did you mean .*/recipe\.yaml\?"):
         load_recipe(tmp_path / "recip.yaml")
 
 

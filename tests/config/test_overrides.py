@@ -9,7 +9,7 @@ from rto_megatron.config import schema
 from rto_megatron.config.load import dump, load_recipe
 from rto_megatron.config.overrides import as_override
 from rto_megatron.config.schema import STAGES, ActorCriticStage
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RecipeError
 
 # What YAML would cut, read as something else or refuse; and what names no key of the recipe.
 NASTY = [
@@ -75,10 +75,10 @@ def test_null_unsets_text_and_an_empty_text_is_refused(tmp_path: Path) -> None:
     assert load_recipe(recipe, ["models.reference=Null"]).models.reference == Path("Null")
     for key in ("run.dir", "models.reference", "data.train", "vars.root"):
         with pytest.raises(
-            UserError, match=rf"command line: {key}: is empty; give a value, or null for none"
+            RecipeError, match=rf"command line: {key}: is empty; give a value, or null for none"
         ):
             load_recipe(recipe, [f"{key}="])
-    with pytest.raises(UserError, match=r"recipe\.yaml:3: run\.dir: is empty"):
+    with pytest.raises(RecipeError, match=r"recipe\.yaml:3: run\.dir: is empty"):
         load_recipe(
             write(tmp_path, SOUND.replace("${vars.root}/rto", "").replace("vars: {root: runs/x}\n", ""))
         )
@@ -90,10 +90,10 @@ def test_an_override_may_name_other_keys_as_a_recipe_may(tmp_path: Path) -> None
     assert str(config.run.dir) == "/r/[a/rto #2"
     assert str(load_recipe(recipe, [r"run.dir=/r/\${vars.root}"]).run.dir) == "/r/${vars.root}"
     with pytest.raises(
-        UserError, match=r"run\.dir: found \$\{oc\.env:HOME\}; only names of keys may stand in"
+        RecipeError, match=r"run\.dir: found \$\{oc\.env:HOME\}; only names of keys may stand in"
     ):
         load_recipe(recipe, ["run.dir=${oc.env:HOME}"])
-    with pytest.raises(UserError, match=r"vars\.rot"):
+    with pytest.raises(RecipeError, match=r"vars\.rot"):
         load_recipe(recipe, ["run.dir=${vars.rot}"])
 
 
@@ -131,9 +131,9 @@ def test_a_variable_whose_users_were_overridden_is_no_mistake(tmp_path: Path) ->
     assert str(load_recipe(recipe, ["run.dir=/x"]).run.dir) == "/x"
     nested = SOUND.replace("{root: runs/x}", "{a: {b: runs/x}}").replace("vars.root", "vars.a.b")
     assert load_recipe(write(tmp_path, nested)).run.dir == Path.cwd() / "runs/x/rto"
-    with pytest.raises(UserError, match=r"recipe\.yaml:3: vars\.other: no key uses"):
+    with pytest.raises(RecipeError, match=r"recipe\.yaml:3: vars\.other: no key uses"):
         load_recipe(write(tmp_path, SOUND.replace("{root: ", "{other: 1, root: ")), ["run.dir=/x"])
-    with pytest.raises(UserError, match=r"command line: vars\.extra: no key uses"):
+    with pytest.raises(RecipeError, match=r"command line: vars\.extra: no key uses"):
         load_recipe(write(tmp_path, SOUND), ["run.dir=/x", "vars.extra=1"])
 
 
@@ -168,15 +168,19 @@ def test_a_recipe_that_is_not_there_is_answered_with_those_that_are(
     monkeypatch.chdir(tmp_path)
     for given in ("rto.yaml", "rto"):
         with pytest.raises(
-            UserError, match=r"no such recipe.*recipes of that name: .*/launchers/recipes/.*/rto\.yaml"
+            RecipeError, match=r"no such recipe.*recipes of that name: .*/launchers/recipes/.*/rto\.yaml"
         ):
             load_recipe(Path(given))
-    with pytest.raises(UserError, match=r"recipes of that name: \S*/launchers/recipes/quickstart/sft\.yaml$"):
+    with pytest.raises(
+        RecipeError, match=r"recipes of that name: \S*/launchers/recipes/quickstart/sft\.yaml$"
+    ):
         load_recipe(Path("quickstart/sft"))
-    with pytest.raises(UserError, match=r"recipes of that name: .*/reward_model\.yaml"):
+    with pytest.raises(RecipeError, match=r"recipes of that name: .*/reward_model\.yaml"):
         load_recipe(Path("reward-model.yaml"))
-    with pytest.raises(UserError, match=r"recipes are in .*/launchers/recipes/\*: .*quickstart"):
+    with pytest.raises(RecipeError, match=r"recipes are in .*/launchers/recipes/\*: .*quickstart"):
         load_recipe(Path("qqqqqq.yaml"))
     write(tmp_path, SOUND)
-    with pytest.raises(UserError, match=r"is a folder; give the path of a YAML file; it holds recipe\.yaml"):
+    with pytest.raises(
+        RecipeError, match=r"is a folder; give the path of a YAML file; it holds recipe\.yaml"
+    ):
         load_recipe(Path())

@@ -13,7 +13,7 @@ from tiny_families import write_family
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import ModelFolderError
 
 type Tensors = dict[str, Tensor]
 
@@ -89,7 +89,7 @@ def test_a_value_head_beside_a_language_model_is_told_apart(models: Path, tmp_pa
 
     source = _changed(models / "language", tmp_path / "trl", as_trl)
     with pytest.raises(
-        UserError, match=r"has a language head and the scalar head v_head\.summary\.weight; say"
+        ModelFolderError, match=r"has a language head and the scalar head v_head\.summary\.weight; say"
     ):
         convert("hf-to-megatron", source, tmp_path / "m")
     back = _through_megatron(source, "--head", "scalar")
@@ -108,13 +108,15 @@ def test_a_value_head_beside_a_language_model_is_told_apart(models: Path, tmp_pa
 
 
 def test_a_language_head_is_never_taken_for_a_scalar_one(models: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"score\.weight \(1, 64\) is missing") as caught:
+    with pytest.raises(ModelFolderError, match=r"score\.weight \(1, 64\) is missing") as caught:
         convert("hf-to-megatron", models / "language", tmp_path / "m", "--head", "scalar")
     assert "reward model" in str(caught.value)
     convert("hf-to-megatron", models / "language", tmp_path / "m")
-    with pytest.raises(UserError, match=r"holds a language model; --head asks for a reward model or critic"):
+    with pytest.raises(
+        ModelFolderError, match=r"holds a language model; --head asks for a reward model or critic"
+    ):
         convert("megatron-to-hf", tmp_path / "m", tmp_path / "hf", "--head", "scalar")
-    with pytest.raises(UserError, match=r"lm_head\.weight .* is missing"):
+    with pytest.raises(ModelFolderError, match=r"lm_head\.weight .* is missing"):
         convert("hf-to-megatron", models / "scalar", tmp_path / "n", "--head", "language")
 
 
@@ -137,7 +139,7 @@ def test_heads_that_are_not_one_number_are_refused(
     models: Path, tmp_path: Path, change: Callable[[Tensors], None], message: str
 ) -> None:
     source = _changed(models / "scalar", tmp_path / "rm", change)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ModelFolderError, match=message):
         convert("hf-to-megatron", source, tmp_path / "m")
 
 
@@ -151,7 +153,7 @@ def test_a_tied_head_may_be_stored_twice_but_not_differ(models: Path, tmp_path: 
 
     back = _through_megatron(_changed(models / "tied", tmp_path / "twice", stored_twice))
     assert "lm_head.weight" not in load_file(back / "model.safetensors")
-    with pytest.raises(UserError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+    with pytest.raises(ModelFolderError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
         convert("hf-to-megatron", _changed(models / "tied", tmp_path / "differs", differing), tmp_path / "m")
 
 
@@ -213,7 +215,7 @@ def test_deepseeks_fp8_blocks_are_multiplied_out(tmp_path: Path) -> None:
         del tensors[f"{quantized}_scale_inv"]
 
     without = _changed(source, tmp_path / "unscaled", without_scale)
-    with pytest.raises(UserError, match=r"up_proj\.weight is FP8 and .*_scale_inv is missing"):
+    with pytest.raises(ModelFolderError, match=r"up_proj\.weight is FP8 and .*_scale_inv is missing"):
         convert("hf-to-megatron", without, tmp_path / "m")
 
 
@@ -221,5 +223,5 @@ def test_other_quantisations_are_refused(models: Path, tmp_path: Path) -> None:
     source = _changed(
         models / "language", tmp_path / "awq", lambda t: None, quantization_config={"quant_method": "awq"}
     )
-    with pytest.raises(UserError, match=r"quantization_config is .*awq.*unquantised release"):
+    with pytest.raises(ModelFolderError, match=r"quantization_config is .*awq.*unquantised release"):
         convert("hf-to-megatron", source, tmp_path / "m")

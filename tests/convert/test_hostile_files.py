@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 from tiny_families import write_family
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import ModelFolderError, UserError
 from rto_megatron.platform.safe_metadata import UNREADABLE
 from rto_megatron.storage.hf_folder import HfFolder
 from rto_megatron.storage.mapped_tensor import mapped_tensor
@@ -69,7 +69,7 @@ def megatron(models: Path, tmp_path: Path) -> Path:
 def require_refused(command: str, source: Path, message: str) -> None:
     """The command ends with the message, and its target does not appear."""
     target = source.parent / "target"
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ModelFolderError, match=message):
         convert(command, source, target)
     assert not target.exists()
 
@@ -270,7 +270,7 @@ def test_metadata_with_wrong_contents_is_a_user_error(megatron: Path) -> None:
     def refused(change: Callable[[Metadata], object]) -> None:
         whole = (weights / ".metadata").read_bytes()
         edit_metadata(weights, lambda metadata: change(metadata) and None)
-        with pytest.raises(UserError, match=r"release.*damaged"):
+        with pytest.raises(ModelFolderError, match=r"release.*damaged"):
             TorchDistReader(weights)
         (weights / ".metadata").write_bytes(whole)
 

@@ -14,7 +14,7 @@ from tiny_families import write_family
 from rto_megatron.convert.conversion import Bar, Proofs, convert_to_hf, convert_to_megatron
 from rto_megatron.convert.conversion_options import Advance, Options
 from rto_megatron.convert.megatron_source import open_megatron
-from rto_megatron.errors import UserError
+from rto_megatron.errors import ConversionError, ModelFolderError
 
 OPTIONS, PROOFS = Options(None, 100_000, None), Proofs(digest=True, logits=None)
 
@@ -67,7 +67,7 @@ def test_killed_import_leaves_no_target_and_starts_again(
     )
     assert not target.exists()
     assert partial.is_dir()
-    with pytest.raises(UserError):
+    with pytest.raises(ModelFolderError):
         convert("verify", models / "llama", partial / "release" if moment[0] == "convert" else target)
     (partial / "left_over").write_text("of the first try")
     convert("hf-to-megatron", models / "llama", target)
@@ -86,7 +86,7 @@ def test_killed_export_leaves_no_target_and_starts_again(
     assert not target.exists()
     assert partial.is_dir()
     if moment[0] == "convert":
-        with pytest.raises(UserError):
+        with pytest.raises(ModelFolderError):
             convert("verify", partial, models / "llama_megatron")
     convert("megatron-to-hf", models / "llama_megatron", target)
     convert("verify", target, models / "llama_megatron")
@@ -96,7 +96,7 @@ def test_killed_export_leaves_no_target_and_starts_again(
 def test_refused_conversion_leaves_nothing(models: Path, tmp_path: Path) -> None:
     write_family(tmp_path / "llama", "llama", num_hidden_layers=1)
     edit_hf(tmp_path / "llama", lambda tensors: tensors.popitem())
-    with pytest.raises(UserError, match="is missing"):
+    with pytest.raises(ModelFolderError, match="is missing"):
         convert("hf-to-megatron", tmp_path / "llama", tmp_path / "target")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llama"]
 
@@ -123,7 +123,7 @@ def test_existing_target_is_refused_and_left_as_it_is(
     KINDS[kind](target)
     before = [(path, path.lstat().st_mtime_ns) for path in (target, *tmp_path.rglob("*"))]
     with pytest.raises(
-        UserError, match="target exists already, and a conversion never overwrites; name a new folder"
+        ConversionError, match="target exists already, and a conversion never overwrites; name a new folder"
     ):
         convert(command, models / ("llama" if command == "hf-to-megatron" else "llama_megatron"), target)
     assert [(path, path.lstat().st_mtime_ns) for path in (target, *tmp_path.rglob("*"))] == before
@@ -138,7 +138,7 @@ def test_target_that_appears_meanwhile_is_not_replaced(models: Path, tmp_path: P
             a_folder(target)
         yield lambda nbytes: None
 
-    with pytest.raises(UserError, match="target exists already"):
+    with pytest.raises(ConversionError, match="target exists already"):
         convert_to_megatron(models / "llama", target, OPTIONS, PROOFS, bar, dry_run=False)
     assert [path.name for path in target.iterdir()] == ["precious"]
 
@@ -146,13 +146,13 @@ def test_target_that_appears_meanwhile_is_not_replaced(models: Path, tmp_path: P
 @pytest.mark.parametrize("where", ["file/target", "/proc/target", "x" * 300])
 def test_place_that_cannot_be_written_is_a_user_error(models: Path, tmp_path: Path, where: str) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot make the folder .*name another target"):
+    with pytest.raises(ConversionError, match=r"cannot make the folder .*name another target"):
         convert("hf-to-megatron", models / "llama", tmp_path / where)
 
 
 def test_file_in_the_way_of_the_partial_folder_is_a_user_error(models: Path, tmp_path: Path) -> None:
     (tmp_path / ".partial_target").write_text("mine")
-    with pytest.raises(UserError, match=r"cannot make the folder \S*\.partial_target \(File exists\)"):
+    with pytest.raises(ConversionError, match=r"cannot make the folder \S*\.partial_target \(File exists\)"):
         convert("hf-to-megatron", models / "llama", tmp_path / "target")
     assert (tmp_path / ".partial_target").read_text() == "mine"
 

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from rto_megatron.convert.conversion import Proofs, convert_to_hf, convert_to_megatron
 from rto_megatron.convert.conversion_options import Advance, Options
 from rto_megatron.convert.megatron_source import open_megatron
-from rto_megatron.errors import UserError
+from rto_megatron.errors import ConversionError, ModelFolderError
 from rto_megatron.storage.weight_files import SINGLE
 
 Q, OUT = "model.layers.1.self_attn.q_proj.weight", "model.layers.1.self_attn.o_proj.weight"
@@ -59,7 +59,7 @@ def copy(models: Path, tmp_path: Path) -> Callable[[str], Path]:
 def require_refused(command: str, source: Path, message: str) -> None:
     """The command ends with the message, and its target does not appear."""
     target = source.parent / "target"
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ModelFolderError, match=message):
         convert(command, source, target)
     assert not target.exists()
 
@@ -258,7 +258,7 @@ def test_damaged_checkpoint_is_refused_and_the_entry_named(
     plant, message = UNREADABLE[fault]
     plant(megatron / "release")
     require_refused("megatron-to-hf", megatron, message)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ModelFolderError, match=message):
         convert("verify", models / "llama", megatron)
 
 
@@ -356,7 +356,7 @@ def test_checkpoint_with_other_numbers_is_refused_by_verify(
     rewrite(megatron / "release", lambda t: None)
     convert("verify", models / name, megatron)
     rewrite(megatron / "release", plant)
-    with pytest.raises(UserError, match=f"(?s){message}"):
+    with pytest.raises(ConversionError, match=f"(?s){message}"):
         convert("verify", hf, megatron)
 
 
@@ -372,7 +372,7 @@ def test_one_flipped_bit_is_refused_by_verify(models: Path, copy: Callable[[str]
     path, start = numbers_of(megatron / "release", key)
     flip(path, start + 100)
     with pytest.raises(
-        UserError, match=rf"(?s)1 of 21 tensors differ.*{names[key]}\.weight has other numbers"
+        ConversionError, match=rf"(?s)1 of 21 tensors differ.*{names[key]}\.weight has other numbers"
     ):
         convert("verify", models / "llama", megatron)
 
@@ -397,7 +397,9 @@ def test_byte_that_turns_over_before_the_proof_stops_an_import(copy: Callable[[s
     target, partial = source.parent / "target", source.parent / ".partial_target"
     bar = corrupting("verify", lambda: flip(*numbers_of(partial / "release", FC2, 1)))
     options, proofs = Options(None, 10**9, None), Proofs(digest=True, logits=None)
-    with pytest.raises(UserError, match=rf"(?s)1 of 21 tensors differ.*{DOWN.format(1)} has other numbers"):
+    with pytest.raises(
+        ConversionError, match=rf"(?s)1 of 21 tensors differ.*{DOWN.format(1)} has other numbers"
+    ):
         convert_to_megatron(source, target, options, proofs, bar, dry_run=False)
     assert not target.exists()
     assert partial.is_dir()
@@ -412,7 +414,7 @@ def test_byte_that_turns_over_before_the_proof_stops_an_export(copy: Callable[[s
 
     options, proofs = Options(None, 10**9, None), Proofs(digest=True, logits=None)
     opened = open_megatron(source, None, None)
-    with pytest.raises(UserError, match=r"(?s)1 of 21 tensors differ.*weight has other numbers"):
+    with pytest.raises(ConversionError, match=r"(?s)1 of 21 tensors differ.*weight has other numbers"):
         convert_to_hf(opened, target, options, proofs, corrupting("verify", corrupt), dry_run=False)
     assert not target.exists()
     assert partial.is_dir()
@@ -424,7 +426,7 @@ def test_byte_that_turned_over_since_the_conversion_stops_an_export(copy: Callab
     path, start = numbers_of(megatron / "release", "decoder.final_layernorm.weight")
     flip(path, start)
     message = r"1 of 21 tensors differ.*\n  model\.norm\.weight is not what the conversion_report\.json"
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ConversionError, match=message):
         convert("megatron-to-hf", megatron, megatron.parent / "target")
     assert not (megatron.parent / "target").exists()
 
@@ -434,7 +436,7 @@ def test_folder_that_changed_since_it_was_exported_is_not_imported(copy: Callabl
     convert("megatron-to-hf", exported.parent / "llama_megatron", exported)
     convert("hf-to-megatron", exported, exported.parent / "again")
     flip(exported / SINGLE, (exported / SINGLE).stat().st_size - 256)
-    with pytest.raises(UserError, match=r"is not what the conversion_report\.json"):
+    with pytest.raises(ConversionError, match=r"is not what the conversion_report\.json"):
         convert("hf-to-megatron", exported, exported.parent / "target")
     (exported / "conversion_report.json").unlink()
     convert("hf-to-megatron", exported, exported.parent / "target")
@@ -443,7 +445,7 @@ def test_folder_that_changed_since_it_was_exported_is_not_imported(copy: Callabl
 def test_message_lists_the_first_twenty_of_many(models: Path, copy: Callable[[str], Path]) -> None:
     megatron = copy("llama_megatron")
     rewrite(megatron / "release", lambda t: [x.add_(1) for x in t.values()])
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(ConversionError) as caught:
         convert("verify", models / "llama", megatron)
     assert len(re.findall("has other numbers", str(caught.value))) == 20
     assert str(caught.value).endswith("and 1 more")

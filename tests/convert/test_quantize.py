@@ -17,7 +17,7 @@ from rto_megatron.cli.main import app
 from rto_megatron.convert import quantized_folder
 from rto_megatron.convert.quantize import REPORT, Choices, QuantizationReport, quantize_checkpoint
 from rto_megatron.data.synthetic import write_synthetic_task
-from rto_megatron.errors import UserError
+from rto_megatron.errors import ConversionError, MachineError, ModelFolderError, TokenizerError
 
 TOOL = Path(__file__).parents[2] / "tools" / "quantize_checkpoint.py"
 RANDOM = Choices("fp8", None, num_prompts=8, max_length=32, seed=3)
@@ -122,17 +122,17 @@ def test_a_refusal_of_the_tool_is_one_message_and_status_2(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="FP4 is made on CUDA devices")
 def test_fp4_without_cuda_is_refused(tmp_path: Path) -> None:
     write_llama(tmp_path / "source")
-    with pytest.raises(UserError, match="nvfp4 needs a CUDA device"):
+    with pytest.raises(MachineError, match="nvfp4 needs a CUDA device"):
         quantize_checkpoint(tmp_path / "source", tmp_path / "target", Choices("nvfp4", None, 4, 16, 0))
 
 
 def test_refusals_say_what_to_do(llama: tuple[Path, Path, QuantizationReport], tmp_path: Path) -> None:
     source, target, _ = llama
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(ConversionError, match="exists already"):
         quantize_checkpoint(source, target, RANDOM)
-    with pytest.raises(UserError, match="quantised already"):
+    with pytest.raises(ModelFolderError, match="quantised already"):
         quantize_checkpoint(target, tmp_path / "again", RANDOM)
-    with pytest.raises(UserError, match="max_position_embeddings=256 is below --max-length 300"):
+    with pytest.raises(ModelFolderError, match="max_position_embeddings=256 is below --max-length 300"):
         quantize_checkpoint(source, tmp_path / "long", Choices("fp8", None, 4, 300, 0))
-    with pytest.raises(UserError, match="no tokenizer"):
+    with pytest.raises(TokenizerError, match="no tokenizer"):
         quantize_checkpoint(source, tmp_path / "text", Choices("fp8", "prompts.jsonl", 4, 16, 0))

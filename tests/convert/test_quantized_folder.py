@@ -12,7 +12,7 @@ from tiny_models import write_llama
 
 from rto_megatron.convert import quantized_folder
 from rto_megatron.convert.quantize import Choices, quantize_checkpoint
-from rto_megatron.errors import UserError
+from rto_megatron.errors import ConversionError
 from rto_megatron.storage.hf_folder import HfFolder
 
 MATRIX = "model.layers.1.self_attn.k_proj"
@@ -96,7 +96,7 @@ def test_a_damaged_export_is_noticed(
     quantized_folder.prove(HfFolder(source), tensors, scales)
     damage(tensors)
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ConversionError, match=message):
         quantized_folder.prove(HfFolder(source), quantized_folder.read_tensors(tmp_path), scales)
 
 

@@ -22,7 +22,7 @@ from rto_megatron.convert.conversion import Proofs, convert_to_megatron, silent
 from rto_megatron.convert.conversion_options import Options
 from rto_megatron.convert.fresh_folder import require_space
 from rto_megatron.convert.logits import prove_logits
-from rto_megatron.errors import UserError
+from rto_megatron.errors import ConversionError, MachineError, ModelFolderError, RecipeError
 from rto_megatron.models.families import FAMILIES
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
@@ -83,24 +83,24 @@ def test_outputs_of_another_model_are_refused(models: Path, tmp_path: Path) -> N
     tensors[first], tensors[last] = tensors[last], tensors[first]
     (tmp_path / "config.json").write_text((models / "llama/config.json").read_text())
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"differ from transformers' .* expected less than"):
+    with pytest.raises(ConversionError, match=r"differ from transformers' .* expected less than"):
         prove_logits(tmp_path, models / "llama-megatron", False, 1, 1, _forked)
 
 
 def test_what_cannot_be_built_is_told_to_be_proved_by_digest(models: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"(?s)--verify digest is:.*multi-head latent attention"):
+    with pytest.raises(ConversionError, match=r"(?s)--verify digest is:.*multi-head latent attention"):
         convert("hf-to-megatron", models / "deepseek_v3", tmp_path / "m", "--verify", "logits", "--dry-run")
 
 
 def test_what_would_fail_at_the_end_is_refused_at_the_beginning(models: Path, tmp_path: Path) -> None:
     logits = ("--verify", "logits", "--dry-run")
-    with pytest.raises(UserError, match=r"--dtype rounds float32 to bfloat16"):
+    with pytest.raises(ConversionError, match=r"--dtype rounds float32 to bfloat16"):
         convert("hf-to-megatron", models / "qwen2", tmp_path / "m", "--dtype", "bf16", *logits)
-    with pytest.raises(UserError, match=r"parallel\.tensor=3 does not divide"):
+    with pytest.raises(RecipeError, match=r"parallel\.tensor=3 does not divide"):
         convert("hf-to-megatron", models / "qwen2", tmp_path / "m", "--tensor", "3", *logits)
-    with pytest.raises(UserError, match=r"--tensor 2 --pipeline 1 are of --verify logits alone"):
+    with pytest.raises(RecipeError, match=r"--tensor 2 --pipeline 1 are of --verify logits alone"):
         convert("hf-to-megatron", models / "qwen2", tmp_path / "m", "--tensor", "2")
-    with pytest.raises(UserError, match=r"GB free, and the weights take"):
+    with pytest.raises(MachineError, match=r"GB free, and the weights take"):
         require_space(tmp_path / "not" / "yet", 1 << 60)
 
 
@@ -112,7 +112,7 @@ def test_a_number_that_does_not_fit_is_named(models: Path, tmp_path: Path) -> No
     tensors["model.layers.1.mlp.down_proj.weight"][3, 4] = 70000.0
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     with pytest.raises(
-        UserError, match=r"layers\.1\.mlp\.down_proj\.weight holds 70000, which float16 cannot"
+        ConversionError, match=r"layers\.1\.mlp\.down_proj\.weight holds 70000, which float16 cannot"
     ):
         convert("hf-to-megatron", source, tmp_path / "m", "--dtype", "fp16")
 
@@ -127,7 +127,7 @@ def _with_a_nan(count: int, arguments: Sequence[str]) -> None:
 
 
 def test_a_nan_is_no_proof(models: Path) -> None:
-    with pytest.raises(UserError, match=r"differ from transformers' .*nan"):
+    with pytest.raises(ConversionError, match=r"differ from transformers' .*nan"):
         prove_logits(models / "llama", models / "llama-megatron", False, 1, 1, _with_a_nan)
 
 
@@ -203,13 +203,13 @@ def test_a_dry_run_checks_and_writes_nothing(models: Path, tmp_path: Path) -> No
     tensors = load_file(models / "qwen2/model.safetensors")
     del tensors["model.norm.weight"]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"model\.norm\.weight \(64,\) is missing"):
+    with pytest.raises(ModelFolderError, match=r"model\.norm\.weight \(64,\) is missing"):
         convert("hf-to-megatron", tmp_path, tmp_path / "m", "--dry-run")
 
 
 @pytest.mark.parametrize("size", ["5", "GB", "0GB", "5TB"])
 def test_a_size_that_is_none_is_refused(models: Path, tmp_path: Path, size: str) -> None:
-    with pytest.raises(UserError, match=rf"--max-shard-size {size}: expected a size such as 5GB"):
+    with pytest.raises(RecipeError, match=rf"--max-shard-size {size}: expected a size such as 5GB"):
         convert("hf-to-megatron", models / "qwen2", tmp_path / "m", "--max-shard-size", size)
 
 

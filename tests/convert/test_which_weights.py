@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rto_megatron.convert.logits import prove_logits
 from rto_megatron.data.tokenizer import train_tokenizer
-from rto_megatron.errors import UserError
+from rto_megatron.errors import ModelFolderError
 from rto_megatron.storage.weight_files import INDEX, SINGLE
 
 NORM = "model.norm.weight"
@@ -94,7 +94,9 @@ def test_a_file_that_config_json_names_must_lie_in_the_folder(folder: Path, tmp_
     config = json.loads((folder / "config.json").read_text())
     for name in ("../other.safetensors", "other.bin", 3):
         (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": name}))
-        with pytest.raises(UserError, match=r"transformers_weights is .*; expected a safetensors file"):
+        with pytest.raises(
+            ModelFolderError, match=r"transformers_weights is .*; expected a safetensors file"
+        ):
             convert("hf-to-megatron", folder, tmp_path / "m")
 
 
@@ -108,7 +110,7 @@ def test_states_of_trainers_are_no_weights(folder: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
 def test_an_adapter_beside_the_weights_is_refused_by_name(folder: Path, tmp_path: Path, name: str) -> None:
     (folder / name).write_text("{}")
-    with pytest.raises(UserError, match=rf"holds an adapter \({name}\).*merge_and_unload"):
+    with pytest.raises(ModelFolderError, match=rf"holds an adapter \({name}\).*merge_and_unload"):
         convert("hf-to-megatron", folder, tmp_path / "m")
 
 

@@ -12,7 +12,7 @@ from convert.convert_faults import Tensors, edit_hf
 from safetensors.torch import load_file, save_file
 from tiny_families import write_family
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import ModelFolderError
 from rto_megatron.storage.weight_files import SINGLE
 
 
@@ -27,7 +27,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _refusal(*arguments: str | Path) -> str:
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(ModelFolderError) as refused:
         convert(*arguments)
     assert "\n" not in str(refused.value), "one sentence"
     return str(refused.value)
@@ -156,7 +156,7 @@ def test_names_of_another_program_are_one_sentence(models: Path, tmp_path: Path,
     change, message = NAMES[names]
     folder = Path(shutil.copytree(models / "language", tmp_path / "hf"))
     edit_hf(folder, change)
-    with pytest.raises(UserError, match=message) as refused:
+    with pytest.raises(ModelFolderError, match=message) as refused:
         convert("hf-to-megatron", folder, tmp_path / "m")
     assert len(str(refused.value)) < 500 and "\n" not in str(refused.value)
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rto_megatron.data.encoder import Limits
 from rto_megatron.data.loader import load_demonstrations, load_judged, load_pairs, load_prompts, load_texts
-from rto_megatron.errors import UserError
+from rto_megatron.errors import DataError
 
 STRICT = Limits(200, 400, "error")
 LENIENT = Limits(200, 400, "error", bad_rows="drop")
@@ -23,7 +23,7 @@ GOOD = demonstration("the dog")
 
 
 def refusal(load: Callable[..., object], *arguments: object) -> list[str]:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(DataError) as caught:
         load(*arguments)
     return str(caught.value).splitlines()
 

@@ -1,7 +1,7 @@
 import pytest
 
 from rto_megatron.data.batches import Batches, BatchesState
-from rto_megatron.errors import UserError
+from rto_megatron.errors import DataError, RecipeError
 from rto_megatron.types import Prompt
 
 ITEMS = [Prompt(f"prompt {number}", (number,)) for number in range(23)]
@@ -67,18 +67,18 @@ def test_restore_moves_back_too() -> None:
 
 
 def test_fewer_items_than_a_batch_is_an_error() -> None:
-    with pytest.raises(UserError, match="5 items, fewer than one global batch of 6"):
+    with pytest.raises(DataError, match="5 items, fewer than one global batch of 6"):
         Batches(ITEMS[:5], 6, seed=0)
 
 
 def test_ranks_that_do_not_divide_the_batch_are_an_error() -> None:
-    with pytest.raises(UserError, match=r"4 data-parallel ranks do not divide .* 6; use 4 or 8"):
+    with pytest.raises(RecipeError, match=r"4 data-parallel ranks do not divide .* 6; use 4 or 8"):
         Batches(ITEMS, 6, seed=0, dp_rank=0, dp_size=4)
 
 
 def test_restoring_with_other_data_or_batch_is_an_error() -> None:
     batches = Batches(ITEMS, 6, seed=0)
-    with pytest.raises(UserError, match="22 items of data and there are 23"):
+    with pytest.raises(DataError, match="22 items of data and there are 23"):
         batches.restore(BatchesState(6, 22))
-    with pytest.raises(UserError, match="no multiple of the global batch"):
+    with pytest.raises(DataError, match="no multiple of the global batch"):
         batches.restore(BatchesState(8, 23))

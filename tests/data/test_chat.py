@@ -7,7 +7,7 @@ from rto_megatron.data import chat
 from rto_megatron.data.chat import Exchange
 from rto_megatron.data.messages import Conversation, Message
 from rto_megatron.data.template import ChatTemplate, TemplateOptions
-from rto_megatron.errors import UserError
+from rto_megatron.errors import DataError
 
 QUESTION = [Message("user", "the fox")]
 BOS, EOS = 1, 2
@@ -53,7 +53,7 @@ MERGING = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generatio
 
 def test_a_template_that_is_no_prefix_is_tokenized_apart(tokenizer: PreTrainedTokenizerBase) -> None:
     merging = with_template(tokenizer, MERGING)
-    with pytest.raises(UserError, match=r"here: .*renders the prompt.*data\.allow_non_prefix=true"):
+    with pytest.raises(DataError, match=r"here: .*renders the prompt.*data\.allow_non_prefix=true"):
         encode_exchange(merging, QUESTION, "he dog", "here")
     exchange = encode_exchange(merging, QUESTION, "he dog", "here", APART)
     assert exchange.is_apart
@@ -103,5 +103,5 @@ def test_a_start_token_that_only_the_tokenizer_adds_is_kept(tokenizer: PreTraine
 
 def test_a_template_that_refuses_roles_is_an_error_with_a_place(tokenizer: PreTrainedTokenizerBase) -> None:
     changed = with_template(tokenizer, "{{ raise_exception('no system role') }}")
-    with pytest.raises(UserError, match=r"data\.jsonl:4: .*\['user'\] \(no system role\)"):
+    with pytest.raises(DataError, match=r"data\.jsonl:4: .*\['user'\] \(no system role\)"):
         encode_prompt(changed, QUESTION, "data.jsonl:4")

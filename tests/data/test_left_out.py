@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from rto_megatron.data.encoder import Limits
 from rto_megatron.data.loader import load_demonstrations, load_judged, load_pairs, load_prompts
 from rto_megatron.data.template import TemplateOptions
-from rto_megatron.errors import UserError
+from rto_megatron.errors import DataError
 
 TURNS = (
     "{% for m in messages %}{% if m.role in ['system', 'user', 'tool'] %}<{{ m.role }}>{{ m.content }}"
@@ -126,7 +126,7 @@ def test_what_the_template_drops_is_refused(
     tokenizer: PreTrainedTokenizerBase,
     tmp_path: Path,
 ) -> None:
-    with pytest.raises(UserError, match=words) as refused:
+    with pytest.raises(DataError, match=words) as refused:
         sft(row, with_template(tokenizer, template), tmp_path)
     assert "sft.jsonl:1: " in str(refused.value)
 
@@ -169,7 +169,7 @@ def test_an_opened_thought_is_never_opened_twice(tokenizer: PreTrainedTokenizerB
         assert answer == "so\n</think>\n\nb</s>"
     open_row = {"messages": [user("a"), assistant("b")]}
     with pytest.raises(
-        UserError, match=r"opens a thought that the answer does not close.*data\.open_thought=keep"
+        DataError, match=r"opens a thought that the answer does not close.*data\.open_thought=keep"
     ):
         sft(open_row, opening, tmp_path)
     _, answer, report = sft(open_row, opening, tmp_path, open_thought="keep")
@@ -204,7 +204,7 @@ def test_a_prompt_that_is_not_what_is_answered_is_refused(
     for prompt in ("the fox", [user("the fox")]):
         source = write_lines(tmp_path / "pairs.jsonl", [{"prompt": prompt, **pair}])
         with pytest.raises(
-            UserError, match=r"pairs\.jsonl:1: column 'prompt' is .*the fox.*'chosen' answers"
+            DataError, match=r"pairs\.jsonl:1: column 'prompt' is .*the fox.*'chosen' answers"
         ):
             load_pairs(source, tokenizer, limits())
     for prompt in ("a", [user("a")]):
@@ -227,7 +227,7 @@ def test_earlier_turns_of_a_completion_belong_to_the_prompt(
     )
     assert str(tokenizer.decode(first.response_ids)) == "b</s>"
     rows[0]["completion"] = completion[:2]
-    with pytest.raises(UserError, match=r"'completion' has the roles \['assistant', 'tool'\]"):
+    with pytest.raises(DataError, match=r"'completion' has the roles \['assistant', 'tool'\]"):
         load_judged(write_lines(tmp_path / "kto.jsonl", rows), tokenizer, limits())
 
 
@@ -241,5 +241,5 @@ def test_arguments_of_the_recipe_reach_the_template_and_others_are_refused(
     assert "03 Feb 2025!<user>" in sft(row, dated, tmp_path, moment=moment, arguments={"loud": True})[0]
     own = {**row, "chat_template_kwargs": {"loud": True}}
     assert "03 Feb 2025!<user>" in sft(own, dated, tmp_path, moment=moment)[0]
-    with pytest.raises(UserError, match=r"data\.template: .* does not read quiet; it reads loud"):
+    with pytest.raises(DataError, match=r"data\.template: .* does not read quiet; it reads loud"):
         sft(row, dated, tmp_path, arguments={"quiet": True})

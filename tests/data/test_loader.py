@@ -18,7 +18,7 @@ from rto_megatron.data.loader import (
     load_texts,
 )
 from rto_megatron.data.tokenizer import load_tokenizer
-from rto_megatron.errors import UserError
+from rto_megatron.errors import DataError, RecipeError
 
 LIMITS = Limits(max_prompt_tokens=200, max_length=400, overlong="error")
 EOS = 2
@@ -186,7 +186,7 @@ def test_overlong_prompt_error_names_line_and_limit(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     source = write_lines(tmp_path / "p.jsonl", [{"prompt": "the fox"}, {"prompt": "the fox " * 50}])
-    with pytest.raises(UserError, match=r"p\.jsonl:2: the prompt has \d+ tokens, over the limit of 20"):
+    with pytest.raises(DataError, match=r"p\.jsonl:2: the prompt has \d+ tokens, over the limit of 20"):
         load_prompts(source, tokenizer, Limits(20, 400, "error"))
 
 
@@ -208,7 +208,7 @@ def test_a_prompt_leaves_room_for_an_answer(tokenizer: PreTrainedTokenizerBase, 
 
 
 def test_limits_without_room_are_refused() -> None:
-    with pytest.raises(UserError, match="max_length = 2"):
+    with pytest.raises(RecipeError, match="max_length = 2"):
         Limits(100, 2, "drop")
 
 
@@ -255,7 +255,7 @@ def test_a_bad_row_is_named_by_file_and_line(
 ) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text(json.dumps(pair_row()) + "\n\n" + BAD_PAIRS[message] + "\n")
-    with pytest.raises(UserError, match=rf"bad\.jsonl:3: .*{message}"):
+    with pytest.raises(DataError, match=rf"bad\.jsonl:3: .*{message}"):
         load_pairs(str(path), tokenizer, LIMITS, has_margins=True)
 
 
@@ -263,9 +263,9 @@ def test_wrong_prompt_columns_say_what_is_expected(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     source = write_lines(tmp_path / "p.jsonl", [{"instruction": "a"}])
-    with pytest.raises(UserError, match=r"p\.jsonl:1: found the columns \['instruction'\], expected one of"):
+    with pytest.raises(DataError, match=r"p\.jsonl:1: found the columns \['instruction'\], expected one of"):
         load_prompts(source, tokenizer, LIMITS)
-    with pytest.raises(UserError, match="for demonstrations"):
+    with pytest.raises(DataError, match="for demonstrations"):
         load_demonstrations(source, tokenizer, LIMITS)
 
 
@@ -273,37 +273,37 @@ def test_a_prompt_that_is_answered_already_is_refused(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     source = write_lines(tmp_path / "p.jsonl", [{"context_messages": [user("a"), assistant("b")]}])
-    with pytest.raises(UserError, match=r"p\.jsonl:1: .* ends with an assistant message"):
+    with pytest.raises(DataError, match=r"p\.jsonl:1: .* ends with an assistant message"):
         load_prompts(source, tokenizer, LIMITS)
 
 
 def test_no_prompts_left_is_an_error(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     source = write_lines(tmp_path / "p.jsonl", [{"prompt": "the fox " * 50}])
-    with pytest.raises(UserError, match="no rows to use; 1 read, 1 dropped"):
+    with pytest.raises(DataError, match="no rows to use; 1 read, 1 dropped"):
         load_prompts(source, tokenizer, Limits(20, 400, "drop"))
 
 
 def test_sources_that_cannot_be_read(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(DataError, match="does not exist"):
         load_prompts(str(tmp_path / "missing.jsonl"), tokenizer, LIMITS)
-    with pytest.raises(UserError, match="owner/name:split"):
+    with pytest.raises(DataError, match="owner/name:split"):
         load_prompts("some.csv", tokenizer, LIMITS)
     rows = "".join(json.dumps({"prompt": f"fox {i}"}) + "\n" for i in range(500)).encode()
     truncated = tmp_path / "cut.jsonl.gz"
     truncated.write_bytes(gzip.compress(rows)[:-40])
-    with pytest.raises(UserError, match=r"cut\.jsonl\.gz is not a complete gzip file"):
+    with pytest.raises(DataError, match=r"cut\.jsonl\.gz is not a complete gzip file"):
         load_prompts(str(truncated), tokenizer, LIMITS)
     (tmp_path / "fake.jsonl.gz").write_bytes(rows)
-    with pytest.raises(UserError, match=r"for gzip, but is JSON objects, one a line; rename it to \.jsonl"):
+    with pytest.raises(DataError, match=r"for gzip, but is JSON objects, one a line; rename it to \.jsonl"):
         load_prompts(str(tmp_path / "fake.jsonl.gz"), tokenizer, LIMITS)
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
-    with pytest.raises(UserError, match=r"bad\.parquet is not a complete parquet file"):
+    with pytest.raises(DataError, match=r"bad\.parquet is not a complete parquet file"):
         load_prompts(str(tmp_path / "bad.parquet"), tokenizer, LIMITS)
     (tmp_path / "bad.json").write_text('[{"prompt": "a"},\n oops]')
-    with pytest.raises(UserError, match=r"bad\.json:2: not valid JSON"):
+    with pytest.raises(DataError, match=r"bad\.json:2: not valid JSON"):
         load_prompts(str(tmp_path / "bad.json"), tokenizer, LIMITS)
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é"}\n'.encode("latin-1"))
-    with pytest.raises(UserError, match=r"latin\.jsonl is not UTF-8"):
+    with pytest.raises(DataError, match=r"latin\.jsonl is not UTF-8"):
         load_prompts(str(tmp_path / "latin.jsonl"), tokenizer, LIMITS)
 
 
@@ -314,7 +314,7 @@ def test_an_unreachable_hub_data_set_is_named(
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="'nobody/nothing', split 'train', could not be loaded"):
+    with pytest.raises(DataError, match="'nobody/nothing', split 'train', could not be loaded"):
         load_prompts("nobody/nothing:train", tokenizer, LIMITS)
 
 
@@ -385,14 +385,14 @@ def test_a_label_that_is_not_a_truth_value_is_named(
         {"prompt": "a", "completion": "b", "label": True},
         {"prompt": "c", "completion": "d", "label": label},
     ]
-    with pytest.raises(UserError, match=r"v\.jsonl:2: column 'label' is .*, expected true or false"):
+    with pytest.raises(DataError, match=r"v\.jsonl:2: column 'label' is .*, expected true or false"):
         load_judged(write_lines(tmp_path / "v.jsonl", rows), tokenizer, LIMITS)
 
 
 def test_verdicts_on_one_prompt_alone_are_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     for rows in ([pair_row()], [pair_row("x", "a", "b"), pair_row("x", "c", "d")]):
         with pytest.raises(
-            UserError, match=r"all rows answer one prompt; the KL baseline of KTO needs another"
+            DataError, match=r"all rows answer one prompt; the KL baseline of KTO needs another"
         ):
             load_judged(write_lines(tmp_path / "pairs.jsonl", rows), tokenizer, LIMITS)
 
@@ -401,7 +401,7 @@ def test_rows_without_verdicts_say_what_is_expected(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     source = write_lines(tmp_path / "v.jsonl", [{"prompt": "a", "completion": "b"}])
-    with pytest.raises(UserError, match=r"expected one of \['chosen', 'label'\] for answers with verdicts"):
+    with pytest.raises(DataError, match=r"expected one of \['chosen', 'label'\] for answers with verdicts"):
         load_judged(source, tokenizer, LIMITS)
 
 
@@ -459,7 +459,7 @@ def test_a_text_without_a_token_to_predict_is_dropped(
 def test_a_text_that_is_none_is_named(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, row: dict[str, object]
 ) -> None:
-    with pytest.raises(UserError, match=r"t\.jsonl:1: column 'text' is .* expected text that is not empty"):
+    with pytest.raises(DataError, match=r"t\.jsonl:1: column 'text' is .* expected text that is not empty"):
         load_texts(write_lines(tmp_path / "t.jsonl", [row]), tokenizer, LIMITS)
-    with pytest.raises(UserError, match=r"expected one of \['text'\] for texts"):
+    with pytest.raises(DataError, match=r"expected one of \['text'\] for texts"):
         load_texts(write_lines(tmp_path / "t.jsonl", [{"prompt": "a"}]), tokenizer, LIMITS)

@@ -11,7 +11,7 @@ import pytest
 from data.written_rows import demonstration, write_lines
 
 from rto_megatron.data.sources import BadRow, read_rows, scan_rows
-from rto_megatron.errors import UserError
+from rto_megatron.errors import DataError
 
 ROWS = [demonstration("the dog"), demonstration("a dog")]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -68,7 +68,7 @@ WRONG_NAMES: dict[str, tuple[str, Callable[[Path], bytes], str]] = {
 def test_a_file_is_named_for_what_it_is(case: str, tmp_path: Path) -> None:
     name, content, message = WRONG_NAMES[case]
     (tmp_path / name).write_bytes(content(tmp_path / "other.parquet"))
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(DataError) as caught:
         list(scan_rows(str(tmp_path / name)))
     assert message in str(caught.value)
     assert str(tmp_path / name) in str(caught.value)
@@ -80,7 +80,7 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytes
 
     source = write_lines(tmp_path / "rows.jsonl", ROWS)
     monkeypatch.setattr(Path, "open", refuse)  # root may read everything
-    with pytest.raises(UserError, match=r"rows\.jsonl cannot be read .*Permission denied"):
+    with pytest.raises(DataError, match=r"rows\.jsonl cannot be read .*Permission denied"):
         list(scan_rows(source))
 
 
@@ -90,7 +90,7 @@ def test_a_damaged_parquet_file_is_named_with_the_last_whole_row(tmp_path: Path)
     content[10:40] = bytes(30)
     path.write_bytes(content)
     with pytest.raises(
-        UserError, match=r"damaged\.parquet is not a complete parquet file: what follows row 0"
+        DataError, match=r"damaged\.parquet is not a complete parquet file: what follows row 0"
     ):
         list(scan_rows(str(path)))
 

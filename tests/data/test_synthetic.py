@@ -12,7 +12,7 @@ from rto_megatron.data.synthetic import Sizes, write_synthetic_task
 from rto_megatron.data.synthetic_source import SHORT, TOPICS, WORDS, draw_language
 from rto_megatron.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from rto_megatron.data.true_reward import TrueReward
-from rto_megatron.errors import UserError
+from rto_megatron.errors import DataError
 
 LIMITS = Limits(64, 128, "error")
 SIZES = {"prompts": (100, 30), "preferences": (800, 40), "sft": (400, 20)}
@@ -100,14 +100,14 @@ def test_the_table_survives_the_disk(tmp_path: Path) -> None:
 
 
 def test_prompts_without_one_topic_and_bad_tables_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="found 0"):
+    with pytest.raises(DataError, match="found 0"):
         table().returns((1, 6), (10,))
-    with pytest.raises(UserError, match="found 2"):
+    with pytest.raises(DataError, match="found 2"):
         table().returns((50, 51, 6), (10,))
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(DataError, match="does not exist"):
         TrueReward.load(tmp_path / "none.json")
     (tmp_path / "bad.json").write_text("{}")
-    with pytest.raises(UserError, match="not a true-reward table"):
+    with pytest.raises(DataError, match="not a true-reward table"):
         TrueReward.load(tmp_path / "bad.json")
 
 
@@ -167,5 +167,5 @@ def test_the_same_seed_writes_the_same_files(tmp_path: Path, task_folder: Path) 
 
 
 def test_too_many_prompts_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="ask for fewer"):
+    with pytest.raises(DataError, match="ask for fewer"):
         write_synthetic_task(tmp_path, 0, Sizes(prompts=100_000))

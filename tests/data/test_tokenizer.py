@@ -27,7 +27,7 @@ from rto_megatron.data.tokenizer import (
     tokens_with,
     train_tokenizer,
 )
-from rto_megatron.errors import UserError
+from rto_megatron.errors import TokenizerError, UserError
 
 SAMPLES = (
     "The quick brown fox.",
@@ -179,9 +179,9 @@ def test_unknown_characters_without_byte_fallback_match_too(tmp_path: Path) -> N
 
 
 def test_a_missing_or_empty_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(TokenizerError, match="does not exist"):
         load_tokenizer(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="no tokenizer could be loaded"):
+    with pytest.raises(TokenizerError, match="no tokenizer could be loaded"):
         load_tokenizer(tmp_path)
 
 
@@ -196,14 +196,14 @@ def test_a_tokenizer_without_what_training_needs_is_refused(
     document = json.loads((folder / "tokenizer_config.json").read_text())
     del document[key]
     (folder / "tokenizer_config.json").write_text(json.dumps(document))
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(TokenizerError, match=message):
         load_tokenizer(folder)
 
 
 def test_training_errors_say_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="needs text"):
+    with pytest.raises(TokenizerError, match="needs text"):
         train_tokenizer(["", " \n "], tmp_path / "t", vocab_size=300, byte_fallback=True)
-    with pytest.raises(UserError, match="larger vocab_size"):
+    with pytest.raises(TokenizerError, match="larger vocab_size"):
         train_tokenizer(["one two"], tmp_path / "t", vocab_size=20, byte_fallback=True)
 
 
@@ -229,7 +229,7 @@ def test_special_tokens_hold_no_text(tokenizer: PreTrainedTokenizerBase) -> None
 
 
 def test_text_that_no_token_holds_is_an_error(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(UserError, match=r"no token of the vocabulary holds one of \['zzz', '</s>'\]"):
+    with pytest.raises(TokenizerError, match=r"no token of the vocabulary holds one of \['zzz', '</s>'\]"):
         tokens_with(tokenizer, iter(("zzz", "</s>")))
 
 
@@ -349,7 +349,7 @@ def test_special_tokens_come_from_the_model_and_then_from_the_configuration(tmp_
 def test_special_tokens_without_a_name_in_the_model_are_none(tmp_path: Path) -> None:
     write_sentencepiece(tmp_path / "t", bos_id=-1, eos_id=-1)
     configure(tmp_path / "t", chat_template=INST)
-    with pytest.raises(UserError, match="no end-of-sequence token"):
+    with pytest.raises(TokenizerError, match="no end-of-sequence token"):
         load_tokenizer(tmp_path / "t")
     configure(tmp_path / "t", chat_template=INST, eos_token="<unk>")
     tokenizer = load_tokenizer(tmp_path / "t")
@@ -389,11 +389,11 @@ def test_a_conversation_of_a_folder_with_sentencepiece_alone(tmp_path: Path) -> 
 
 def test_a_folder_with_sentencepiece_alone_needs_a_template_and_a_sentencepiece_model(tmp_path: Path) -> None:
     write_sentencepiece(tmp_path / "t")
-    with pytest.raises(UserError, match="no chat template"):
+    with pytest.raises(TokenizerError, match="no chat template"):
         load_tokenizer(tmp_path / "t")
     encoding_fingerprint(tmp_path / "t")
     (tmp_path / "t" / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")  # tiktoken's format
-    with pytest.raises(UserError, match="no SentencePiece model"):
+    with pytest.raises(TokenizerError, match="no SentencePiece model"):
         load_tokenizer(tmp_path / "t")
 
 

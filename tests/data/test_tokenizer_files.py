@@ -7,7 +7,7 @@ import pytest
 
 from rto_megatron.data.tokenizer import encoding_fingerprint
 from rto_megatron.data.tokenizer_files import carry, require_unchanged
-from rto_megatron.errors import UserError
+from rto_megatron.errors import ModelFolderError, TokenizerError
 
 CARRIED = {
     "tokenizer.model": b"\x00\xff\n",
@@ -95,7 +95,7 @@ def test_a_difference_is_named(source: Path, tmp_path: Path, change: str, messag
         (target / "merges.txt").unlink()
     else:
         write(target, {"vocab.txt" if change == "extra" else "chat_templates/rag.jinja": b"x"})
-    with pytest.raises(UserError, match=f"{message}; restore them") as caught:
+    with pytest.raises(TokenizerError, match=f"{message}; restore them") as caught:
         require_unchanged(target, digests)
     assert "tokenizer.model" not in str(caught.value)
 
@@ -114,7 +114,7 @@ def test_a_link_that_leads_out_of_the_folder_is_refused(source: Path, tmp_path: 
             Path("../outside/secret") if through == "relative" else tmp_path / "outside" / "secret"
         )
     for call in (lambda: carry(source, tmp_path / "target"), lambda: require_unchanged(source, {})):
-        with pytest.raises(UserError, match=rf"source/{name} is a link to .*, outside the folder"):
+        with pytest.raises(ModelFolderError, match=rf"source/{name} is a link to .*, outside the folder"):
             call()
     assert not (tmp_path / "target").exists()
 
@@ -155,29 +155,29 @@ def test_a_snapshot_may_link_to_its_own_blobs_only(tmp_path: Path, target: str) 
     snapshot = hub / "models--org--name" / "snapshots" / "0a1b"
     snapshot.mkdir(parents=True)
     (snapshot / "tokenizer.json").symlink_to(hub / target)
-    with pytest.raises(UserError, match="outside the folder"):
+    with pytest.raises(ModelFolderError, match="outside the folder"):
         carry(snapshot, tmp_path / "target")
 
 
 def test_what_is_no_file_is_refused(source: Path, tmp_path: Path) -> None:
     (source / "tekken.json").unlink()
     (source / "tekken.json").mkdir()
-    with pytest.raises(UserError, match=r"tekken.json is not a regular file"):
+    with pytest.raises(ModelFolderError, match=r"tekken.json is not a regular file"):
         carry(source, tmp_path / "target")
     (source / "tekken.json").rmdir()
     os.mkfifo(source / "tekken.json")
-    with pytest.raises(UserError, match=r"tekken.json is not a regular file"):
+    with pytest.raises(ModelFolderError, match=r"tekken.json is not a regular file"):
         carry(source, tmp_path / "target")
     (source / "tekken.json").unlink()
     (source / "tekken.json").symlink_to("gone")
-    with pytest.raises(UserError, match=r"tekken.json leads nowhere"):
+    with pytest.raises(ModelFolderError, match=r"tekken.json leads nowhere"):
         carry(source, tmp_path / "target")
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(TokenizerError, match="does not exist"):
         carry(tmp_path / "nowhere", tmp_path / "target")
 
 
 def test_neither_the_source_nor_what_a_target_links_to_is_overwritten(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="into itself"):
+    with pytest.raises(TokenizerError, match="into itself"):
         carry(source, source / "other" / "..")
     assert (source / "tokenizer.json").read_bytes() == CARRIED["tokenizer.json"]
     write(tmp_path, {"precious": b"p"})

@@ -16,7 +16,7 @@ from rto_megatron.data.vocabulary import (
     token_ids,
     vocabulary_problems,
 )
-from rto_megatron.errors import UserError
+from rto_megatron.errors import DataError
 from rto_megatron.types import Demonstration, JudgedResponse, PreferencePair, Prompt
 
 
@@ -116,7 +116,7 @@ def test_every_token_of_the_data_is_named_with_its_first_row(folder: Path) -> No
     tokenizer, embedding = load_plain_tokenizer(folder), _beyond(folder)
     number = embedding.num_rows
     rows = [("a", (1, 2)), ("b", (number + 1, 3)), ("c", (number, number + 1))]
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(DataError) as caught:
         require_rows("data.jsonl", rows, tokenizer, embedding)
     heading, *lines = str(caught.value).splitlines()
     assert heading.startswith(f"data.jsonl: models.reward has no row in the embedding (vocab_size={number})")

@@ -20,6 +20,7 @@ from rto_megatron.config.training import OptimizerConfig, PrecisionConfig
 from rto_megatron.data.packing import Layout, supervised_microbatches
 from rto_megatron.engine.build_roles import build_trained
 from rto_megatron.engine.checkpoint import begin_save, load_state, load_weights
+from rto_megatron.engine.integrity import CheckpointError
 from rto_megatron.engine.megatron import Model, TrainedModel
 from rto_megatron.engine.recovery import Found, find_valid
 from rto_megatron.engine.source import find_source
@@ -176,7 +177,7 @@ def test_old_checkpoints_are_removed_and_none_is_overwritten(folders: Path, tmp_
     before = _contents(tmp_path)
 
     def again() -> str:
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(CheckpointError) as caught:
             _save("dp2", folders, ("policy",), tmp_path, (10,))
         return str(caught.value)
 
@@ -273,7 +274,7 @@ def test_a_checkpoint_of_another_model_is_refused(folders: Path, run_dir: Path) 
         shape = replace(model.shape, num_layers=model.shape.num_layers + 2)
         config = transformer_config(shape, model.topology, torch.float32, recompute=False)
         deeper = replace(model, shape=shape, module=build_model(shape, config, model.topology, True))
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(CheckpointError) as caught:
             load_weights(run_dir / "checkpoints/step_000001/critic", deeper)
         return str(caught.value)
 

@@ -20,7 +20,7 @@ from rto_megatron.engine.checkpoint import begin_save, load_weights
 from rto_megatron.engine.integrity import CheckpointError, DiskFull
 from rto_megatron.engine.recovery import find_valid
 from rto_megatron.engine.source import find_source
-from rto_megatron.errors import UserError
+from rto_megatron.errors import ModelFolderError
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.platform.sync_save import ShardWriter
 
@@ -127,7 +127,7 @@ def test_a_first_save_that_is_killed_is_no_checkpoint(model_folder: Path, tmp_pa
         run_ranks(1, killed)
     assert _names(tmp_path) == [".partial_step_000001"]
     assert _both(tmp_path) == (None, ())
-    with pytest.raises(UserError, match=r"models\.policy: .* no|neither"):
+    with pytest.raises(ModelFolderError, match=r"models\.policy: .* no|neither"):
         find_source(tmp_path, has_scalar_head=False, is_random=False, key="models.policy")
 
 
@@ -245,7 +245,7 @@ def test_a_pointer_without_any_checkpoint_is_no_fresh_run(two_steps: Path, tmp_p
     nothing, (error,) = _both(tmp_path, takes_older=True)
     assert nothing is None
     assert "latest holds 'step_000004', and no checkpoint is beside it" in error
-    with pytest.raises(UserError, match=r"models\.policy: .*latest holds 'step_000004', and no"):
+    with pytest.raises(ModelFolderError, match=r"models\.policy: .*latest holds 'step_000004', and no"):
         find_source(tmp_path, has_scalar_head=False, is_random=False, key="models.policy")
 
 

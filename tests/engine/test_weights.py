@@ -15,7 +15,7 @@ from tiny_models import write_llama
 from rto_megatron.data.packing import token_batch
 from rto_megatron.engine import export
 from rto_megatron.engine.source import find_source
-from rto_megatron.errors import UserError
+from rto_megatron.errors import ModelFolderError, UserError
 
 
 def _rename_head(folder: Path, name: str) -> None:
@@ -170,7 +170,9 @@ def test_foreign_names_are_one_sentence_in_the_trainer_too(tmp_path: Path) -> No
 def test_an_adapter_beside_the_weights_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     write_llama(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"models\.policy: .* holds an adapter \(adapter_config\.json\)"):
+    with pytest.raises(
+        ModelFolderError, match=r"models\.policy: .* holds an adapter \(adapter_config\.json\)"
+    ):
         find_source(tmp_path, False, is_random=False, key="models.policy")
     assert find_source(tmp_path, False, is_random=True, key="models.policy").kind == "random"
 

@@ -14,7 +14,7 @@ from rto_megatron.algorithms import ALGORITHMS, ppo, rto
 from rto_megatron.cli.main import app
 from rto_megatron.config.load import load_recipe, save
 from rto_megatron.data.true_reward import TrueReward
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RecipeError, RunFolderError
 from rto_megatron.experiments.sample_efficiency import DESIGN, Design
 from rto_megatron.experiments.sample_efficiency.arms import (
     ARMS,
@@ -174,7 +174,7 @@ def test_report_has_hand_computed_numbers(tmp_path: Path) -> None:
 def test_an_unfinished_run_is_named(tmp_path: Path) -> None:
     _write_experiment(tmp_path)
     (seed_folder(tmp_path, 1) / "semi_rto_x0.33" / "hf").rmdir()
-    with pytest.raises(UserError, match=r"semi_rto_x0\.33 is not finished"):
+    with pytest.raises(RunFolderError, match=r"semi_rto_x0\.33 is not finished"):
         write_report(tmp_path, DESIGN_2)
 
 
@@ -182,7 +182,7 @@ def test_an_unfinished_run_is_named(tmp_path: Path) -> None:
     ("arguments", "part"), [(["--seeds", "7"], "the design has the seeds"), (["--seeds", "a"], "0,1")]
 )
 def test_seeds_outside_the_design_are_refused(arguments: list[str], part: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=part):
+    with pytest.raises(RecipeError, match=part):
         CliRunner().invoke(
             app, ["sample-efficiency", str(tmp_path), "--phase", "tune", *arguments], catch_exceptions=False
         )

@@ -77,6 +77,7 @@ def launch(
     return status, prepared
 
 
+@pytest.mark.slow
 def test_ten_kills_in_a_row_leave_the_result_of_an_undisturbed_run(
     whole: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

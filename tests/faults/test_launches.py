@@ -61,6 +61,7 @@ def test_a_run_that_is_told_to_stop_saves_and_ends(files: Path, tmp_path: Path) 
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_a_signal_that_plain_torchrun_hands_on_saves_and_ends_the_run(files: Path, tmp_path: Path) -> None:
     launch = endless(files, tmp_path / "run", ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"])
     wait_until(lambda: bool(read_metrics(launch.run_dir)), launch)
@@ -71,6 +72,7 @@ def test_a_signal_that_plain_torchrun_hands_on_saves_and_ends_the_run(files: Pat
     assert (launch.run_dir / f"checkpoints/step_{step:06d}").is_dir()
 
 
+@pytest.mark.slow
 def test_a_signal_that_ends_plain_torchrun_leaves_no_rank(files: Path, tmp_path: Path) -> None:
     """Its default for SIGUSR1: ranks of others live on without an agent."""
     launch = endless(files, tmp_path / "run", [])

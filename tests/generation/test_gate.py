@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import PoolError
 from rto_megatron.generation.vllm.gate import (
     TOKEN_FILE_VARIABLE,
     Application,
@@ -108,17 +108,17 @@ def test_a_gate_without_token_file_does_not_start(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_token_others_can_read_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="chmod 600"):
+    with pytest.raises(PoolError, match="chmod 600"):
         read_token(write_token(tmp_path, mode=0o640))
 
 
 def test_a_short_token_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds 5 characters"):
+    with pytest.raises(PoolError, match="holds 5 characters"):
         read_token(write_token(tmp_path, token="short"))
 
 
 def test_a_missing_token_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no token file at"):
+    with pytest.raises(PoolError, match="no token file at"):
         read_token(tmp_path / "none")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rto_megatron.cli.pool import _group
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RecipeError
 from rto_megatron.generation.vllm.start.server import NodeGroup, ServerOptions, _command, _environment
 
 OPTIONS = ServerOptions(
@@ -49,7 +49,7 @@ def test_workers_talk_on_the_address_that_the_server_listens_on() -> None:
     ("nodes", "rank", "leader"), [(1, 1, None), (1, 0, "n1:1"), (2, 0, None), (2, 2, "n1:1")]
 )
 def test_contradictory_groups_are_refused(nodes: int, rank: int, leader: str | None) -> None:
-    with pytest.raises(UserError, match="on several machines"):
+    with pytest.raises(RecipeError, match="on several machines"):
         _group(nodes, rank, leader)
 
 

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from pool_server import PoolServer
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import PoolError
 from rto_megatron.generation.contract import Unreachable
 from rto_megatron.generation.vllm.client.phases import Phase, PoolPhases
 from rto_megatron.generation.vllm.client.server_client import GENERATE_ROUTE, ONE_TOKEN, Json, ServerClient
@@ -116,7 +116,7 @@ def test_without_the_version_of_a_proved_push_the_cache_stays_asleep_and_the_ser
     phases = PoolPhases()
     server.version = "3"
     phases.begin_push(client)
-    with pytest.raises(UserError, match="holds weight version 3, expected 4; it stays paused"):
+    with pytest.raises(PoolError, match="holds weight version 3, expected 4; it stays paused"):
         phases.end_push(client, 4)
     assert server.asleep == {"kv_cache"} and server.paused
     phases.begin_push(client)  # a push that failed is tried again, from discarded weights
@@ -129,21 +129,21 @@ def test_moves_out_of_turn_are_refused_before_the_server_hears_of_them(
     server: SleepyServer, client: ServerClient
 ) -> None:
     phases = PoolPhases()
-    with pytest.raises(UserError, match="is in no known phase and cannot be given its cache"):
+    with pytest.raises(PoolError, match="is in no known phase and cannot be given its cache"):
         phases.end_push(client, 0)
     phases.begin_push(client)
     server.version = "0"
     phases.end_push(client, 0)
     heard = len(server.routes)
-    with pytest.raises(UserError, match="serves; it must be put to sleep before the next weight push"):
+    with pytest.raises(PoolError, match="serves; it must be put to sleep before the next weight push"):
         phases.begin_push(client)
     with pytest.raises(
-        UserError, match="is serving and cannot be given its cache; it must be receiving weights"
+        PoolError, match="is serving and cannot be given its cache; it must be receiving weights"
     ):
         phases.end_push(client, 0)
     assert len(server.routes) == heard
     phases.make_room(client)
-    with pytest.raises(UserError, match="is asleep and cannot be given its cache"):
+    with pytest.raises(PoolError, match="is asleep and cannot be given its cache"):
         phases.end_push(client, 0)
 
 
@@ -152,13 +152,13 @@ def test_a_move_that_the_server_did_not_make_is_not_believed(
 ) -> None:
     phases = PoolPhases()
     server.is_deaf = True
-    with pytest.raises(UserError, match="was not put to sleep: POST /sleep"):
+    with pytest.raises(PoolError, match="was not put to sleep: POST /sleep"):
         phases.begin_push(client)
     server.is_deaf = False
     phases.begin_push(client)
     server.is_deaf = True
     server.version = "1"
-    with pytest.raises(UserError, match=r"was not given its cache: POST /wake_up.* answered 'sleeping'"):
+    with pytest.raises(PoolError, match=r"was not given its cache: POST /wake_up.* answered 'sleeping'"):
         phases.end_push(client, 1)
     assert phases.of(server.address) is Phase.UNSURE
 
@@ -192,7 +192,7 @@ def test_the_real_server_generates_nothing_between_waking_and_the_end_of_a_push(
             client.request("POST", GENERATE_ROUTE, ONE_TOKEN, timeout_s=1)
         assert client.is_paused() and client.request("GET", "/is_sleeping")["is_sleeping"] is True
         with pytest.raises(
-            UserError, match=f"holds weight version {version}, expected 999999; it stays paused"
+            PoolError, match=f"holds weight version {version}, expected 999999; it stays paused"
         ):
             phases.end_push(client, 999_999)
         assert client.is_paused()

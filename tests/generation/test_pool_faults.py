@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from generation.canned import Answer, canned_servers, choice
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import ModelFolderError, PoolError, RecipeError
 from rto_megatron.generation.contract import NoServersLeft, Sampling, StaleWeights
 from rto_megatron.generation.vllm.client.vllm_pool import VllmPool
 from rto_megatron.generation.vllm.start.server import (
@@ -46,20 +46,20 @@ def test_a_missing_part_of_a_response_is_an_error(serve: Serve, part: str) -> No
     incomplete = choice([7, 8, 9])
     del incomplete[part]
     address = serve(incomplete)
-    with pytest.raises(UserError, match=rf"{address} sent a response without '{part}'"):
+    with pytest.raises(PoolError, match=rf"{address} sent a response without '{part}'"):
         VllmPool([address], "t", 5, retries=0).generate([PROMPT], SAMPLING, 4)
 
 
 @pytest.mark.parametrize("part", ["token_ids", "logprobs", "weight_versions"])
 def test_a_part_of_another_type_is_an_error(serve: Serve, part: str) -> None:
     address = serve(choice([7, 8, 9]) | {part: 7})
-    with pytest.raises(UserError, match=rf"{address} sent a response without a part of the right type"):
+    with pytest.raises(PoolError, match=rf"{address} sent a response without a part of the right type"):
         VllmPool([address], "t", 5, retries=0).generate([PROMPT], SAMPLING, 4)
 
 
 def test_fewer_logprobs_than_tokens_are_an_error(serve: Serve) -> None:
     short = choice([7, 8, 9]) | {"logprobs": {"content": [{"token_id": 7, "logprob": -1.0}]}}
-    with pytest.raises(UserError, match=r"sent 3 tokens and log-probs of 1"):
+    with pytest.raises(PoolError, match=r"sent 3 tokens and log-probs of 1"):
         VllmPool([serve(short)], "t", 5, retries=0).generate([PROMPT], SAMPLING, 4)
 
 
@@ -79,7 +79,7 @@ def test_ends_that_contradict_the_request_are_errors(serve: Serve) -> None:
         (choice([7, 8], "length"), "after 2 of 3 tokens; start the pool with a larger --max-model-len"),
         (choice([7, 8], "abort"), "ended prompt prompt-0 with reason 'abort'"),
     ):
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(PoolError, match=words):
             VllmPool([serve(generated)], "t", 5, retries=0).generate([PROMPT], SAMPLING, 4)
 
 
@@ -89,12 +89,12 @@ def test_a_dead_port_is_named_with_what_to_do() -> None:
 
 
 def test_a_pool_without_servers_is_refused() -> None:
-    with pytest.raises(UserError, match=r"rollout\.servers is empty"):
+    with pytest.raises(RecipeError, match=r"rollout\.servers is empty"):
         VllmPool([], "t", 5)
 
 
 def test_a_folder_without_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"has no config.json"):
+    with pytest.raises(ModelFolderError, match=r"has no config.json"):
         start_server(ServerOptions(tmp_path, tmp_path / "token", tmp_path / "log"))
 
 
@@ -103,7 +103,7 @@ def test_a_server_that_dies_shows_the_first_error_of_its_log(tmp_path: Path) -> 
     (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["NoSuchModel"]}')
     server = start_server(ServerOptions(tmp_path, tmp_path / "token", tmp_path / "log"))
     try:
-        with pytest.raises(UserError, match=r"(?s)ended while starting; the first error in .*NoSuchModel"):
+        with pytest.raises(PoolError, match=r"(?s)ended while starting; the first error in .*NoSuchModel"):
             wait_until_ready(server, timeout_s=120)
     finally:
         stop_server(server)

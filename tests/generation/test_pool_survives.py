@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from generation.canned import Answer, CannedServer, canned_servers, choice
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import PoolError, UserError
 from rto_megatron.generation.contract import NoServersLeft, Sampling, StaleWeights, request_seed
 from rto_megatron.generation.vllm.client.liveness import Liveness
 from rto_megatron.generation.vllm.client.membership import Members
@@ -172,7 +172,7 @@ def test_errors_of_a_live_server_are_retried_elsewhere_and_then_raised(start: St
     assert len(pool.members.serving) == 2
     alone = pool_of(weak, retries=2)
     before = weak.seeds.count(unlucky)
-    with pytest.raises(UserError, match="answered 503"):
+    with pytest.raises(PoolError, match="answered 503"):
         alone.generate(PROMPTS, SAMPLING, 4)
     assert weak.seeds.count(unlucky) - before == 3
     assert alone.members.serving == (weak.address,)
@@ -208,7 +208,7 @@ def test_a_request_that_takes_too_long_is_sent_to_another_server(start: Start) -
 
 def test_a_refused_request_is_not_sent_again(start: Start) -> None:
     server = start(lambda seed: 400 if seed == SEEDS[2] else by_seed(seed))
-    with pytest.raises(UserError, match="answered 400"):
+    with pytest.raises(PoolError, match="answered 400"):
         pool_of(server).generate(PROMPTS, SAMPLING, 4)
     assert server.seeds.count(SEEDS[2]) == 1
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import DataError
 from rto_megatron.generation.contract import RolloutEngine, Sampling, StaleWeights, request_seed
 from rto_megatron.generation.rollout_lines import load_rollouts, save_rollouts
 from rto_megatron.generation.scripted import RecordedEngine, ScriptedEngine
@@ -73,11 +73,11 @@ def test_a_broken_recording_is_named_with_its_line(tmp_path: Path) -> None:
     save_rollouts(tmp_path / "rollouts.jsonl", ScriptedEngine(30).generate(PROMPTS[:1], SAMPLING, 0))
     with (tmp_path / "rollouts.jsonl").open("a") as file:
         file.write('{"prompt_id": "x"}\n')
-    with pytest.raises(UserError, match=r"rollouts.jsonl:2 is not a recorded rollout"):
+    with pytest.raises(DataError, match=r"rollouts.jsonl:2 is not a recorded rollout"):
         load_rollouts(tmp_path / "rollouts.jsonl")
 
 
 def test_an_unrecorded_prompt_is_named() -> None:
     engine = RecordedEngine(ScriptedEngine(30).generate(PROMPTS[:2], SAMPLING, 0))
-    with pytest.raises(UserError, match="prompt-5"):
+    with pytest.raises(DataError, match="prompt-5"):
         engine.generate(PROMPTS[4:6][::-1], SAMPLING, 0)

@@ -12,7 +12,7 @@ from rto_megatron.engine.export import export_hf
 from rto_megatron.generation.vllm.client.server_client import ServerClient
 from rto_megatron.weight_sync.canary import canary_token_ids
 
-pytestmark = pytest.mark.pool
+pytestmark = [pytest.mark.pool, pytest.mark.slow]
 
 
 def _export(layout: str, source: Path, folder: Path) -> None:

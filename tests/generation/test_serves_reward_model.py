@@ -17,7 +17,7 @@ from rto_megatron.data.tokenizer import train_tokenizer
 from rto_megatron.engine.export import export_hf
 from rto_megatron.generation.vllm.start.server import ServerOptions, _environment
 
-pytestmark = pytest.mark.pool
+pytestmark = [pytest.mark.pool, pytest.mark.slow]
 
 MEAN, STD = -0.75, 2.5
 TOLERANCE = 1e-4

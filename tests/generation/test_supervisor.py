@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import ModelFolderError
 from rto_megatron.generation.vllm.start.server import Server, ServerOptions
 from rto_megatron.launching.supervisor import Supervisor, supervised
 
@@ -88,6 +88,6 @@ def test_closing_stops_a_server_and_starts_none(options: ServerOptions) -> None:
 def test_a_start_that_fails_stops_the_servers_that_did_start(options: ServerOptions, tmp_path: Path) -> None:
     wrong = ServerOptions(tmp_path / "absent", options.token_file, options.log_file)
     before = {one.pid for one in psutil.Process().children()}
-    with pytest.raises(UserError, match="absent does not exist"), supervised([options, wrong], print):
+    with pytest.raises(ModelFolderError, match="absent does not exist"), supervised([options, wrong], print):
         raise AssertionError("not reached")
     assert {one.pid for one in psutil.Process().children()} <= before

@@ -9,7 +9,7 @@ from pool_server import PoolServer, tiny_llama
 from transformers import LlamaForCausalLM
 from weight_sync.trainer_ranks import ModelSource, TrainerRanks
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import MachineError, PoolError
 from rto_megatron.generation.contract import Sampling
 from rto_megatron.generation.vllm.client.server_client import ServerClient
 from rto_megatron.generation.vllm.client.vllm_pool import VllmPool
@@ -90,13 +90,13 @@ def test_greedy_takes_the_most_likely_token(pool: VllmPool) -> None:
 
 
 def test_a_response_that_does_not_fit_the_server_is_an_error(pool: VllmPool) -> None:
-    with pytest.raises(UserError, match=r"max-model-len|maximum|context"):
+    with pytest.raises(PoolError, match=r"max-model-len|maximum|context"):
         pool.generate(PROMPTS[:1], Sampling(max_tokens=400, eos_ids=(479,)), VERSION)
     pool.check_alive()
 
 
 def test_a_wrong_token_is_named_on_every_route(pool_server: PoolServer) -> None:
-    with pytest.raises(UserError, match="refused the token"):
+    with pytest.raises(PoolError, match="refused the token"):
         VllmPool([pool_server.address], "b" * 64, 10).check_alive()
     for route in (
         "/health",
@@ -115,7 +115,7 @@ def test_a_second_server_on_a_taken_port_is_refused(pool_server: PoolServer, tmp
     port = int(pool_server.address.rsplit(":", 1)[1])
     log_file = pool_server.token_file.with_name("second.log")
     options = ServerOptions(pool_server.model, pool_server.token_file, log_file, port=port)
-    with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port}"):
+    with pytest.raises(MachineError, match=f"cannot listen on 127.0.0.1:{port}"):
         start_server(options)
 
 

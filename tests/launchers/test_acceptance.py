@@ -35,6 +35,7 @@ def test_layouts_pass_over_gloo(tmp_path: Path) -> None:
     assert all(layout in parity for layout in ("dp2", "tp2", "tp2_sp", "pp2"))
 
 
+@pytest.mark.slow
 def test_collectives_pass_over_gloo_and_absent_kernels_are_skipped(tmp_path: Path) -> None:
     shown = acceptance(tmp_path, "collectives,kernels")
     assert shown.returncode == 0, shown.stdout + shown.stderr
@@ -44,6 +45,7 @@ def test_collectives_pass_over_gloo_and_absent_kernels_are_skipped(tmp_path: Pat
     assert "no GPU" in row(shown, "TransformerEngine")
 
 
+@pytest.mark.slow
 def test_a_check_that_hangs_fails_in_the_table(tmp_path: Path) -> None:
     shown = acceptance(tmp_path, "collectives", LIMIT_S="0.2")
     assert shown.returncode == 1

@@ -110,6 +110,7 @@ def processes_of(job: str) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_a_job_survives_a_killed_rank_and_the_end_of_its_time(cluster: Path, tmp_path: Path) -> None:
     faults = {"RTO_FAULT": "opt_step:3:1:kill", "RTO_FAULT_LOG": str(tmp_path / "faults")}
     script, run_dir = write_job(tmp_path, **faults, NOTES=str(tmp_path))

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rto_megatron.cli.main import app
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RunFolderError
 from rto_megatron.launching.attempts import ATTEMPTS_FILE, Next, Tally, decide, decide_in_job
 from rto_megatron.lifecycle.status import ExitReason, Status, read_status, write_status
 
@@ -132,5 +132,5 @@ def test_a_checkpoint_between_two_crashes_gives_all_restarts_again(tmp_path: Pat
 def test_a_decision_without_the_count_of_those_before_is_refused(content: str | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / ATTEMPTS_FILE).write_text(content)
-    with pytest.raises(UserError, match=r"attempts\.json: found no tally.*submit the job again"):
+    with pytest.raises(RunFolderError, match=r"attempts\.json: found no tally.*submit the job again"):
         decide_in_job(tmp_path, 2, 3, is_time_up=False)

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from tiny_families import COMMON, VARIANTS, write_family
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import ModelFolderError
 from rto_megatron.models.config_files import config_of, read_shape
 from rto_megatron.models.families import FAMILIES
 from rto_megatron.models.layout_checks import check_layout
@@ -92,7 +92,7 @@ def test_the_number_of_experts_has_two_names(tmp_path: Path) -> None:
     new = read_shape(_config(tmp_path, "qwen3_moe"))
     assert "num_local_experts" in json.loads((tmp_path / "config.json").read_text())
     assert read_shape(_config(tmp_path, "qwen3_moe", "num_local_experts", num_experts=4)) == new
-    with pytest.raises(UserError, match="has no num_experts;"):
+    with pytest.raises(ModelFolderError, match="has no num_experts;"):
         read_shape(_config(tmp_path, "qwen3_moe", "num_local_experts"))
 
 
@@ -105,7 +105,7 @@ def test_a_null_head_dimension_is_hidden_size_over_heads(name: str, tmp_path: Pa
 def test_missing_keys_are_named_all_at_once(name: str, tmp_path: Path) -> None:
     own = FAMILIES[name].required
     folder = _config(tmp_path, name, "hidden_size", "rms_norm_eps", *own)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(ModelFolderError) as caught:
         read_shape(folder)
     assert f"has no {', '.join(('hidden_size', 'rms_norm_eps', *own))}; expected" in str(caught.value)
 
@@ -113,10 +113,10 @@ def test_missing_keys_are_named_all_at_once(name: str, tmp_path: Path) -> None:
 def test_a_window_counts_where_it_cuts(tmp_path: Path) -> None:
     read_shape(_config(tmp_path, "mistral", sliding_window=None))
     read_shape(_config(tmp_path, "mistral", sliding_window=256))
-    with pytest.raises(UserError, match="sliding_window=255 is below max_position_embeddings=256"):
+    with pytest.raises(ModelFolderError, match="sliding_window=255 is below max_position_embeddings=256"):
         read_shape(_config(tmp_path, "mistral", sliding_window=255))
     # Absent is transformers' default for Mistral, which cuts in a model of 8192 positions.
-    with pytest.raises(UserError, match="sliding_window=4096 is below"):
+    with pytest.raises(ModelFolderError, match="sliding_window=4096 is below"):
         read_shape(_config(tmp_path, "mistral", "sliding_window", max_position_embeddings=8192))
 
 
@@ -130,7 +130,7 @@ def test_a_window_of_qwen_counts_only_when_it_is_used(name: str, tmp_path: Path)
         {"use_sliding_window": True, "max_window_layers": 4},
         {"layer_types": ["full_attention", "sliding_attention"] * 2},
     ):
-        with pytest.raises(UserError, match="sliding_window=32 is below"):
+        with pytest.raises(ModelFolderError, match="sliding_window=32 is below"):
             read_shape(_config(tmp_path, name, "layer_types", **{"sliding_window": 32, **used}))
 
 
@@ -157,7 +157,7 @@ def test_a_window_of_qwen_counts_only_when_it_is_used(name: str, tmp_path: Path)
 def test_what_megatron_cannot_express_is_refused(
     name: str, changes: dict[str, object], message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(ModelFolderError, match=message) as caught:
         read_shape(_config(tmp_path, name, **changes))
     assert str(tmp_path / "config.json") in str(caught.value)
 
@@ -177,7 +177,7 @@ def test_one_expert_a_token_without_normalisation_is_accepted(tmp_path: Path) ->
     ],
 )
 def test_gemma_is_refused_with_what_is_missing(model_type: str, missing: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"model_type is '{model_type}': .*lack.*{missing}"):
+    with pytest.raises(ModelFolderError, match=f"model_type is '{model_type}': .*lack.*{missing}"):
         read_shape(_written(tmp_path, {"model_type": model_type}))
 
 

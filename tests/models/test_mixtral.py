@@ -20,7 +20,7 @@ from rto_megatron.engine.build_roles import build_trained
 from rto_megatron.engine.export import export_hf
 from rto_megatron.engine.source import find_source
 from rto_megatron.engine.weights import stage_hf_tensors
-from rto_megatron.errors import UserError
+from rto_megatron.errors import ModelFolderError
 from rto_megatron.models.config_files import read_shape
 from rto_megatron.models.layout_checks import check_experts
 from rto_megatron.types import Demonstration
@@ -170,5 +170,5 @@ def test_what_cannot_be_trained_is_said(folder: Path) -> None:
 
 def test_a_sliding_window_that_would_cut_is_refused(tmp_path: Path) -> None:
     write_mixtral(tmp_path, sliding_window=32)
-    with pytest.raises(UserError, match="sliding_window=32 is below"):
+    with pytest.raises(ModelFolderError, match="sliding_window=32 is below"):
         read_shape(tmp_path)

@@ -8,7 +8,7 @@ import pytest
 from models.shapes import SHAPE
 from tiny_models import llama_config
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import ModelFolderError
 from rto_megatron.models.config_files import read_shape
 from rto_megatron.models.layout_checks import check_layout
 
@@ -70,20 +70,20 @@ def test_older_keys_and_absent_ones_have_transformers_meaning(tmp_path: Path) ->
 def test_what_megatron_cannot_express_is_refused(
     tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(ModelFolderError, match=message) as caught:
         read_shape(_write(tmp_path, **changes))
     assert str(tmp_path / "config.json") in str(caught.value)
 
 
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"has no config\.json; expected a Hugging Face model folder"):
+    with pytest.raises(ModelFolderError, match=r"has no config\.json; expected a Hugging Face model folder"):
         read_shape(tmp_path)
 
 
 @pytest.mark.parametrize("text", ['{"model_type": "llama", "num_hid', "[]", '{"model_type": "llama"}'])
 def test_a_damaged_config_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UserError, match=r"config\.json"):
+    with pytest.raises(ModelFolderError, match=r"config\.json"):
         read_shape(tmp_path)
 
 

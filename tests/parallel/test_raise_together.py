@@ -4,7 +4,7 @@ import pytest
 from ranks import run_ranks
 
 from rto_megatron.engine.integrity import SAVING_ERRORS, CheckpointError, DiskFull
-from rto_megatron.errors import UserError
+from rto_megatron.errors import DataError, TokenizerError, UserError
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.platform.device import prepare
 
@@ -26,10 +26,11 @@ def _raised(errors: tuple[UserError | None, UserError | None], kinds: tuple[type
     ("errors", "kinds", "expected"),
     [
         ((None, None), SAVING_ERRORS, "nothing"),
-        ((None, UserError("")), (), "UserError: "),
+        ((None, DataError("")), (), "DataError: "),
         ((None, DiskFull("is full")), SAVING_ERRORS, "DiskFull: is full"),
         ((CheckpointError("is cut"), DiskFull("is full")), SAVING_ERRORS, "CheckpointError: is cut"),
         ((None, _OddError("is odd")), SAVING_ERRORS, "CheckpointError: is odd"),
+        ((TokenizerError("is empty"), None), SAVING_ERRORS, "TokenizerError: is empty"),
         ((DiskFull("is full"), None), (), "UserError: is full"),
     ],
 )

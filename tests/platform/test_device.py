@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import MachineError
 from rto_megatron.platform.device import prepare, require_usable_apex
 
 REPOSITORY = Path(__file__).parents[2]
@@ -40,7 +40,7 @@ def test_with_cuda_the_device_is_the_local_rank():
 
 def test_the_web_toolkit_named_apex_is_refused(tmp_path, monkeypatch):
     _install(tmp_path, "apex", monkeypatch)
-    with pytest.raises(UserError, match="not NVIDIA's"):
+    with pytest.raises(MachineError, match="not NVIDIA's"):
         require_usable_apex()
 
 
@@ -48,7 +48,7 @@ def test_the_web_toolkit_named_apex_is_refused(tmp_path, monkeypatch):
 def test_nvidia_apex_without_transformer_engine_is_refused(tmp_path, monkeypatch):
     _install(tmp_path, "apex", monkeypatch)
     (tmp_path / "apex" / "multi_tensor_apply").mkdir()
-    with pytest.raises(UserError, match="without TransformerEngine"):
+    with pytest.raises(MachineError, match="without TransformerEngine"):
         require_usable_apex()
 
 

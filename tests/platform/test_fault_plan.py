@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import MachineError
 from rto_megatron.platform import faults
 
 
@@ -69,12 +69,12 @@ def test_kinds_that_end_the_process(kind: str, status: int, log: Path) -> None:
 )
 def test_a_plan_that_cannot_be_read_is_refused(plan: str, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RTO_FAULT", plan)
-    with pytest.raises(UserError, match="site:step:rank:kind"):
+    with pytest.raises(MachineError, match="site:step:rank:kind"):
         faults.at("fwd_bwd", 1)
 
 
 def test_a_plan_needs_its_log(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RTO_FAULT", "fwd_bwd:1:0:nan")
     monkeypatch.delenv("RTO_FAULT_LOG", raising=False)
-    with pytest.raises(UserError, match="RTO_FAULT_LOG"):
+    with pytest.raises(MachineError, match="RTO_FAULT_LOG"):
         faults.at("fwd_bwd", 1)

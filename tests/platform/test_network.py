@@ -9,7 +9,7 @@ from torch.distributed.elastic.rendezvous import (
     rendezvous_handler_registry,
 )
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import MachineError
 from rto_megatron.platform.network import MEETING, interface_address, listening_store, meet
 
 
@@ -23,7 +23,7 @@ def listens_on(port: int) -> set[str]:
 
 def test_an_interface_has_its_address_and_an_unknown_one_names_those_there_are() -> None:
     assert interface_address("lo") == "127.0.0.1"
-    with pytest.raises(UserError, match=r"'ib7' of .* has no IPv4 address; found .*lo \(127\.0\.0\.1\)"):
+    with pytest.raises(MachineError, match=r"'ib7' of .* has no IPv4 address; found .*lo \(127\.0\.0\.1\)"):
         interface_address("ib7")
 
 

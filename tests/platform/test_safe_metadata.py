@@ -9,15 +9,15 @@ from tiny_gpt import Touch, poison_metadata
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import FileSystemReader
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import ModelFolderError
 from rto_megatron.platform.safe_metadata import read_metadata, safe_reading
 
 
 def test_poisoned_metadata_is_refused_by_name_and_not_run(tmp_path):
     poison_metadata(tmp_path, Touch(tmp_path / "touched"))
-    with pytest.raises(UserError, match=r"posix\.mknod"), safe_reading(tmp_path):
+    with pytest.raises(ModelFolderError, match=r"posix\.mknod"), safe_reading(tmp_path):
         pytest.fail("entered the context")
-    with pytest.raises(UserError, match=r"posix\.mknod"):
+    with pytest.raises(ModelFolderError, match=r"posix\.mknod"):
         FileSystemReader(tmp_path).read_metadata()
     assert not (tmp_path / "touched").exists()
 
@@ -25,7 +25,7 @@ def test_poisoned_metadata_is_refused_by_name_and_not_run(tmp_path):
 def test_poisoned_object_is_refused_by_name_and_not_run(tmp_path):
     checkpoint.save({"state": Touch(tmp_path / "touched")}, checkpoint_id=tmp_path, no_dist=True)
     with (
-        pytest.raises(UserError, match=r"object state cannot be read \(it names posix\.mknod"),
+        pytest.raises(ModelFolderError, match=r"object state cannot be read \(it names posix\.mknod"),
         safe_reading(tmp_path),
     ):
         checkpoint.load({"state": b""}, checkpoint_id=tmp_path, no_dist=True)
@@ -53,7 +53,7 @@ def test_missing_data_is_an_ordinary_exception(tmp_path):
 def test_dotted_global_names_do_not_reach_past_the_allow_list():
     # Protocol 4 looks up each part of a dotted name, so torch.Size's attributes must not open a way out.
     stream = io.BytesIO(b"\x80\x04\x8c\x05torch\x8c\x10serialization.os\x93.")
-    with pytest.raises(UserError, match=r"torch\.serialization\.os"):
+    with pytest.raises(ModelFolderError, match=r"torch\.serialization\.os"):
         read_metadata(stream)
 
 
@@ -62,10 +62,10 @@ def test_dotted_global_names_do_not_reach_past_the_allow_list():
 )
 def test_damaged_metadata_is_a_user_error(tmp_path, content):
     (tmp_path / ".metadata").write_bytes(content)
-    with pytest.raises(UserError, match=r"\.metadata"), safe_reading(tmp_path):
+    with pytest.raises(ModelFolderError, match=r"\.metadata"), safe_reading(tmp_path):
         pytest.fail("entered the context")
 
 
 def test_folder_without_metadata_is_a_user_error(tmp_path):
-    with pytest.raises(UserError, match=r"holds no \.metadata"), safe_reading(tmp_path):
+    with pytest.raises(ModelFolderError, match=r"holds no \.metadata"), safe_reading(tmp_path):
         pytest.fail("entered the context")

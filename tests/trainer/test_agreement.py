@@ -16,7 +16,7 @@ from trainer.tiny_runs import ENGINE_VOCAB, HeldPush, configure, join
 
 from rto_megatron.config.load import load_recipe
 from rto_megatron.config.schema import ReinforcementStage
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RecipeError
 from rto_megatron.generation.contract import Sampling
 from rto_megatron.generation.scripted import ScriptedEngine
 from rto_megatron.reporting.metrics import read_metrics
@@ -97,7 +97,7 @@ RECIPE = Path(__file__).parents[2] / "launchers" / "recipes" / "llama3_8b" / "rt
     ],
 )
 def test_values_without_a_meaning_are_refused(override: str, part: str) -> None:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(RecipeError) as caught:
         load_recipe(RECIPE, [override])
     assert f"{override.partition('=')[0]}: {part}" in str(caught.value)
 

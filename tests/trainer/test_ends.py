@@ -16,7 +16,7 @@ from rto_megatron.config.checks import find_problems
 from rto_megatron.config.schema import ReinforcementStage
 from rto_megatron.data.eos import read_eos, with_eos
 from rto_megatron.data.tokenizer import load_tokenizer
-from rto_megatron.errors import UserError
+from rto_megatron.errors import ModelFolderError
 from rto_megatron.generation.contract import Sampling
 from rto_megatron.generation.scripted import ScriptedEngine
 from rto_megatron.trainer.connected_pool import ConnectedPool
@@ -39,7 +39,7 @@ def test_the_set_is_the_tokenizers_and_the_generation_configs(files: Path, tmp_p
     assert eos == EndOfSequence((EOS, PAD), EOS)
     assert f"names [{WORD}, {10**6}], which are no special tokens" in warnings[0]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ["2"]}))
-    with pytest.raises(UserError, match=r"eos_token_id is \['2'\], expected a token id"):
+    with pytest.raises(ModelFolderError, match=r"eos_token_id is \['2'\], expected a token id"):
         read_eos(folder, load_tokenizer(folder), vocab_size=96)
 
 

@@ -19,7 +19,7 @@ from rto_megatron.config.schema import Stage
 from rto_megatron.config.training import OptimizerConfig
 from rto_megatron.data.packing import Layout, supervised_microbatches
 from rto_megatron.data.tokenizer import load_tokenizer, train_tokenizer
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RecipeError, UserError
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.platform.device import prepare
 from rto_megatron.trainer.setup import prepare_stage
@@ -131,7 +131,7 @@ def test_a_pool_that_dies_ends_every_rank(files: Path, tmp_path: Path) -> None:
 
 def refused(config: Stage, place: Topology) -> str:
     """The error of `prepare_stage`."""
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(RecipeError) as caught:
         prepare_stage(config, place)
     return str(caught.value)
 

@@ -15,7 +15,7 @@ from trainer.tiny_runs import configure, join, train, write_rows
 
 from rto_megatron.config.schema import EvaluateStage
 from rto_megatron.data.packing import token_batch
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RecipeError
 from rto_megatron.trainer.evaluate import evaluate
 
 EXTRA = "<|extra|>"
@@ -126,7 +126,7 @@ def test_every_model_must_read_what_a_larger_policy_samples(
 
 
 def _evaluated(config: EvaluateStage) -> str:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(RecipeError) as caught:
         evaluate(config, join(config))
     return str(caught.value)
 

@@ -10,7 +10,7 @@ from trainer.test_resume import assert_equal_runs, read_checkpoint
 from trainer.tiny_runs import ENGINE_VOCAB, HeldPush, configure, join
 
 from rto_megatron.config.schema import ReinforcementStage
-from rto_megatron.errors import UserError
+from rto_megatron.errors import MachineError, PoolError, UserError
 from rto_megatron.generation.contract import NoServersLeft, Sampling
 from rto_megatron.generation.scripted import ScriptedEngine
 from rto_megatron.trainer.connected_pool import ConnectedPool
@@ -97,15 +97,19 @@ def test_a_pool_that_never_served_leaves_no_checkpoint(files: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("server", "words"),
+    ("server", "kind", "words"),
     [
-        ("http://127.0.0.1:{port}", "none of rollout.servers answers, and nothing was done yet"),
-        ("http://localhost:{port}", "inference server http://127.0.0.1:"),
-        ("http://no-such-machine.invalid:8000", "this machine finds no way to no-such-machine.invalid"),
+        ("http://127.0.0.1:{port}", PoolError, "none of rollout.servers answers, and nothing was done yet"),
+        ("http://localhost:{port}", PoolError, "inference server http://127.0.0.1:"),
+        (
+            "http://no-such-machine.invalid:8000",
+            MachineError,
+            "this machine finds no way to no-such-machine.invalid",
+        ),
     ],
 )
 def test_an_address_where_nobody_is_ends_the_run_at_once(
-    server: str, words: str, files: Path, tmp_path: Path
+    server: str, kind: type[UserError], words: str, files: Path, tmp_path: Path
 ) -> None:
     """It ends as a mistake of the recipe does, for which `rto launch` starts no second attempt."""
     (tmp_path / "token").write_text("t" * 64)
@@ -118,7 +122,7 @@ def test_an_address_where_nobody_is_ends_the_run_at_once(
     def ended() -> tuple[str, str]:
         assert isinstance(config, ReinforcementStage)
         place = join(config)
-        with pytest.raises(UserError) as refused:
+        with pytest.raises(kind) as refused:
             train_online(config, place)
         return refused.value.reason, str(refused.value)
 

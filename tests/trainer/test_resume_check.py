@@ -17,7 +17,7 @@ from rto_megatron.config.schema import TrainStage
 from rto_megatron.data.batches import Batches
 from rto_megatron.engine.checkpoint import load_weights
 from rto_megatron.engine.megatron import Model
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RecipeError
 from rto_megatron.proofs.resume_compare import Item, compare, compare_layouts
 from rto_megatron.proofs.resumed_runs import read_config, resumed_run, run_observed, whole_run
 from rto_megatron.trainer import online, run, sampler
@@ -210,7 +210,7 @@ def test_what_a_resume_loses_is_named(loss: str, whole: TrainStage, tmp_path: Pa
 
 def test_a_stage_that_trains_nothing_is_refused(tmp_path: Path) -> None:
     recipe = Path("launchers/recipes/quickstart/evaluate.yaml")
-    with pytest.raises(UserError, match="stage evaluate trains nothing"):
+    with pytest.raises(RecipeError, match="stage evaluate trains nothing"):
         read_config(recipe, ["evaluate.name=x", "models.policy=x"])
 
 
@@ -218,5 +218,5 @@ def test_runs_of_an_earlier_check_are_not_mixed_in(files: Path, tmp_path: Path) 
     (tmp_path / "whole").mkdir()
     config = configure("sft", files, tmp_path / "run")
     assert isinstance(config, TrainStage)
-    with pytest.raises(UserError, match="holds the runs of an earlier check"):
+    with pytest.raises(RecipeError, match="holds the runs of an earlier check"):
         run_both(config, 1, 1, config.parallel, 1, tmp_path, _train)

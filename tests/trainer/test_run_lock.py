@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rto_megatron.cli.main import app
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RunFolderError
 from rto_megatron.lifecycle.run_lock import LOCK_FILE, Heartbeat, held, held_by_rank, require_free
 from rto_megatron.lifecycle.status import ExitReason, Status, write_status
 
@@ -81,7 +81,9 @@ def test_a_folder_has_one_run_and_the_dead_hold_nothing(
         assert (found["process"], found["host"]) == (process.pid, os.uname().nodename)
         age(run_dir / LOCK_FILE, 10**6)  # who is seen to live needs no beat
         with (
-            pytest.raises(UserError, match=rf"is in use: process {process.pid} of .*, since 20") as caught,
+            pytest.raises(
+                RunFolderError, match=rf"is in use: process {process.pid} of .*, since 20"
+            ) as caught,
             held(run_dir),
         ):
             pass
@@ -90,9 +92,9 @@ def test_a_folder_has_one_run_and_the_dead_hold_nothing(
         monkeypatch.setenv("WORLD_SIZE", "2")
         for rank in ("0", "1"):
             monkeypatch.setenv("RANK", rank)
-            with pytest.raises(UserError, match="is in use"), held_by_rank(run_dir):
+            with pytest.raises(RunFolderError, match="is in use"), held_by_rank(run_dir):
                 pass
-        with pytest.raises(UserError, match="is in use"):
+        with pytest.raises(RunFolderError, match="is in use"):
             require_free(run_dir)
         assert {
             path: path.stat().st_mtime_ns for path in run_dir.iterdir() if path.name != LOCK_FILE
@@ -114,7 +116,7 @@ def test_a_number_of_a_process_that_is_used_again_is_another_process(tmp_path: P
 
 def test_a_holder_on_another_machine_is_gone_after_missed_beats(tmp_path: Path) -> None:
     path = left_behind(tmp_path)
-    with pytest.raises(UserError, match=r"is in use: process \d+ of node7"), held(tmp_path, QUICK):
+    with pytest.raises(RunFolderError, match=r"is in use: process \d+ of node7"), held(tmp_path, QUICK):
         pass
     age(path, 181)
     require_free(tmp_path)
@@ -130,7 +132,7 @@ def test_a_clock_that_jumped_takes_no_folder_from_the_living(tmp_path: Path) -> 
     age(path, 3600)
     beats = threading.Timer(0.1, os.utime, [path])
     beats.start()
-    with pytest.raises(UserError, match="is in use"), held(tmp_path, QUICK):
+    with pytest.raises(RunFolderError, match="is in use"), held(tmp_path, QUICK):
         pass
     beats.join()
 
@@ -139,7 +141,7 @@ def test_a_lock_that_nobody_wrote_to_the_end_is_held_for_a_while(tmp_path: Path)
     path = tmp_path / LOCK_FILE
     path.write_text('{"owner": ')
     with (
-        pytest.raises(UserError, match="in use: a process that has not said who it is"),
+        pytest.raises(RunFolderError, match="in use: a process that has not said who it is"),
         held(tmp_path, QUICK),
     ):
         pass
@@ -182,7 +184,7 @@ def test_the_same_job_goes_on_at_once(
         with held(tmp_path):
             assert json.loads(path.read_text())["boot"] != "another"
     else:
-        with pytest.raises(UserError, match="is in use"), held(tmp_path):
+        with pytest.raises(RunFolderError, match="is in use"), held(tmp_path):
             pass
 
 
@@ -230,7 +232,7 @@ def test_ranks_are_at_home_where_their_launch_holds_the_folder(
             with held_by_rank(tmp_path):
                 pass
             monkeypatch.setenv("RTO_LAUNCH", "another")
-            with pytest.raises(UserError, match="is in use"), held_by_rank(tmp_path):
+            with pytest.raises(RunFolderError, match="is in use"), held_by_rank(tmp_path):
                 pass
         assert (tmp_path / LOCK_FILE).read_text() == text
 
@@ -250,7 +252,7 @@ def test_ranks_that_torchrun_started_share_what_their_lead_holds(
         with held_by_rank(tmp_path):
             pass
         monkeypatch.setenv("RANK", "0")
-        with pytest.raises(UserError, match="is in use"), held_by_rank(tmp_path):
+        with pytest.raises(RunFolderError, match="is in use"), held_by_rank(tmp_path):
             pass
 
 
@@ -315,7 +317,7 @@ def test_a_folder_that_was_made_for_a_refused_run_goes_again(
 def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (
-        pytest.raises(UserError, match=r"cannot be written \(File exists\); name another run\.dir"),
+        pytest.raises(RunFolderError, match=r"cannot be written \(File exists\); name another run\.dir"),
         held(tmp_path / "file"),
     ):
         pass

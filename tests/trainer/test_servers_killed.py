@@ -24,7 +24,7 @@ from rto_megatron.generation.vllm.client.server_client import ServerClient, open
 from rto_megatron.reporting.metrics import read_metrics
 from rto_megatron.trainer.online import train_online
 
-pytestmark = pytest.mark.pool
+pytestmark = [pytest.mark.pool, pytest.mark.slow]
 
 
 @dataclass(frozen=True)

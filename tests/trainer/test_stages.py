@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import MachineError
 from rto_megatron.trainer.connected_pool import meeting_host
 from rto_megatron.trainer.stages import _refuse_lone_task
 
@@ -13,7 +13,7 @@ from rto_megatron.trainer.stages import _refuse_lone_task
 def test_srun_without_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("SLURM_NTASKS", "8")
-    with pytest.raises(UserError, match="SLURM started 8 tasks without RANK"):
+    with pytest.raises(MachineError, match="SLURM started 8 tasks without RANK"):
         _refuse_lone_task()
     monkeypatch.setenv("RANK", "0")
     _refuse_lone_task()

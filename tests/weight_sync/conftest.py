@@ -3,23 +3,19 @@
 from collections.abc import Iterator
 
 import pytest
-from own_servers import OwnServer, own_servers
+from own_servers import OwnServer, own_server
 from pool_server import PoolServer
 
 
 @pytest.fixture(scope="session")
-def pair(pool_server: PoolServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[OwnServer]]:
-    with own_servers(pool_server, tmp_path_factory.mktemp("own"), tensor_parallel=[2, 1]) as servers:
-        yield servers
-
-
-@pytest.fixture(scope="session")
-def sharded_server(pair: list[OwnServer]) -> OwnServer:
+def sharded_server(pool_server: PoolServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnServer]:
     """Two tensor ranks, where the session's server has one."""
-    return pair[0]
+    with own_server(pool_server, tmp_path_factory.mktemp("sharded"), tensor_parallel=2) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
-def single_server(pair: list[OwnServer]) -> OwnServer:
+def single_server(pool_server: PoolServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnServer]:
     """One rank."""
-    return pair[1]
+    with own_server(pool_server, tmp_path_factory.mktemp("single"), tensor_parallel=1) as server:
+        yield server

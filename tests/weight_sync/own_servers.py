@@ -1,8 +1,8 @@
 """vLLM servers of a test's own beside the session's, whose token and model they have: to be spoilt and killed."""
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,42 +50,32 @@ class OwnServer:
 
 
 @contextmanager
-def own_servers(
-    session: PoolServer, folder: Path, tensor_parallel: Sequence[int]
-) -> Iterator[list[OwnServer]]:
-    """Servers with so many tensor ranks, started together: imports take most of a start.
+def own_server(session: PoolServer, folder: Path, tensor_parallel: int) -> Iterator[OwnServer]:
+    """A server with so many tensor ranks.
 
     Args:
-        session: whose token and model they have.
+        session: whose token and model it has.
     """
-    with ExitStack() as stack:
-        started = []
-        for number, size in enumerate(tensor_parallel):
-            own = folder / str(number)
-            own.mkdir()
-            options = ServerOptions(
-                model=session.model,
-                token_file=session.token_file,
-                log_file=own / "server.log",
-                dtype="fp32",
-                max_model_len=256,
-                tensor_parallel=size,
-                worker_extension="planted_extension.PlantedExtension",
-            )
-            with pytest.MonkeyPatch.context() as environment:
-                environment.setenv("PYTHONPATH", str(Path(__file__).parent))
-                environment.setenv(PLANT_FILE_VARIABLE, str(own / "plant.json"))
-                server = start_server(options)
-            stack.callback(stop_server, server)
-            started.append((server, own))
-        for server, _ in started:
-            wait_until_ready(server, timeout_s=600)
-        yield [
-            OwnServer(
-                PoolServer(server.address, session.token, session.token_file, session.model),
-                psutil.Process(server.process.pid),
-                server.log_file,
-                own / "plant.json",
-            )
-            for server, own in started
-        ]
+    options = ServerOptions(
+        model=session.model,
+        token_file=session.token_file,
+        log_file=folder / "server.log",
+        dtype="fp32",
+        max_model_len=256,
+        tensor_parallel=tensor_parallel,
+        worker_extension="planted_extension.PlantedExtension",
+    )
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PYTHONPATH", str(Path(__file__).parent))
+        environment.setenv(PLANT_FILE_VARIABLE, str(folder / "plant.json"))
+        server = start_server(options)
+    try:
+        wait_until_ready(server, timeout_s=600)
+        yield OwnServer(
+            PoolServer(server.address, session.token, session.token_file, session.model),
+            psutil.Process(server.process.pid),
+            server.log_file,
+            folder / "plant.json",
+        )
+    finally:
+        stop_server(server)

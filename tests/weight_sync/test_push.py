@@ -10,7 +10,7 @@ from torch import Tensor
 from trainer_ranks import TOLERANCE, ModelSource, TrainerRanks, canary_of
 from transformers import LlamaForCausalLM
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import PoolError
 from rto_megatron.generation.contract import NoServersLeft, Sampling, StaleWeights
 from rto_megatron.generation.vllm.client.server_client import ServerClient
 from rto_megatron.generation.vllm.client.vllm_pool import VllmPool
@@ -111,7 +111,7 @@ class DamagingEnd(Communicator):
 def test_one_flipped_bit_on_the_wire_is_refused_and_named(pool_server: PoolServer) -> None:
     old = tiny_llama(4)
     push_once(pool_server, ModelSource(old), 40)
-    with pytest.raises(UserError, match=r"rank 1: arrived with other numbers than were sent: model.layers.0"):
+    with pytest.raises(PoolError, match=r"rank 1: arrived with other numbers than were sent: model.layers.0"):
         push_once(pool_server, ModelSource(tiny_llama(5)), 41, DamagingEnd)
     assert_old_weights_survived(pool_server, old, 40)
 
@@ -127,7 +127,7 @@ def test_a_push_without_one_tensor_is_refused_and_named(pool_server: PoolServer)
     old = tiny_llama(4)
     push_once(pool_server, ModelSource(old), 50)
     words = r"model.layers.1.self_attn.qkv_proj.weight would get 24576 of its 32768 numbers"
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(PoolError, match=words):
         push_once(pool_server, WithoutOne(tiny_llama(5)), 51)
     assert_old_weights_survived(pool_server, old, 50)
 
@@ -136,12 +136,12 @@ def test_a_push_in_another_dtype_or_shape_is_refused_and_named(pool_server: Pool
     old = tiny_llama(4)
     push_once(pool_server, ModelSource(old), 60)
     with pytest.raises(
-        UserError, match=r"embed_tokens.weight is torch.float32 here and torch.bfloat16 in the push"
+        PoolError, match=r"embed_tokens.weight is torch.float32 here and torch.bfloat16 in the push"
     ):
         push_once(pool_server, ModelSource(tiny_llama(5).bfloat16()), 61)
     other = tiny_llama(5)
     other.resize_token_embeddings(VOCAB_SIZE + 8)
-    with pytest.raises(UserError, match=r"embed_tokens.weight float32 \[488, 128\] cannot be loaded"):
+    with pytest.raises(PoolError, match=r"embed_tokens.weight float32 \[488, 128\] cannot be loaded"):
         push_once(pool_server, ModelSource(other), 62)
     assert_old_weights_survived(pool_server, old, 60)
 
@@ -156,7 +156,7 @@ def test_senders_with_different_manifests_are_refused_and_named(pool_server: Poo
     push_once(pool_server, ModelSource(old), 70)
     new = tiny_llama(5)
     ranks = TrainerRanks(pool_server, [ModelSource(new, 2), Renamed(new, 2)])
-    with pytest.raises(UserError, match=r"ranks \[1\] hold another weight manifest .* lm_head.wait"):
+    with pytest.raises(PoolError, match=r"ranks \[1\] hold another weight manifest .* lm_head.wait"):
         ranks.push(71)
     ranks.close()
     assert_old_weights_survived(pool_server, old, 70)
@@ -180,7 +180,7 @@ def test_a_sender_that_fails_midway_leaves_a_pool_that_can_be_pushed_to_again(
     # A push that waits for this limit fails: its ranks wait 120 s for each other.
     ranks = TrainerRanks(pool_server, [source, source], timeout_s=200)
     with pytest.raises(
-        UserError, match=r"push of weight version 81 failed while sending.*: out of memory while gathering"
+        PoolError, match=r"push of weight version 81 failed while sending.*: out of memory while gathering"
     ):
         ranks.push(81)
     with pytest.raises(StaleWeights, match="holds weight version 80"):

@@ -47,7 +47,7 @@ def end_once_loaded(sender: Sender) -> None:
     """Dies when every worker has loaded the push and waits for the senders' word."""
     communicator = sender._communicator
     workers = range(communicator.num_senders, communicator.world_size)
-    while not communicator._words.are_said(
+    while not communicator._channel.are_said(
         [f"{communicator._num_statements + 1}/{rank}" for rank in workers]
     ):
         time.sleep(0.01)
@@ -130,6 +130,7 @@ def strike_during_push(well: PoolServer, struck: OwnServer, version: int, strike
     return report.lost[struck.pool.address]
 
 
+@pytest.mark.slow
 def test_a_push_goes_on_without_a_server_whose_engine_is_killed(
     pool_server: PoolServer, sharded_server: OwnServer
 ) -> None:
@@ -140,6 +141,7 @@ def test_a_push_goes_on_without_a_server_whose_engine_is_killed(
     sharded_server.process.wait(60)  # raises, where a supervisor would wait for ever
 
 
+@pytest.mark.slow
 def test_a_push_goes_on_without_a_server_that_is_killed(
     pool_server: PoolServer, single_server: OwnServer
 ) -> None:

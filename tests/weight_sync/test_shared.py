@@ -14,18 +14,18 @@ from torch import Tensor
 
 from rto_megatron.generation.vllm.worker.receiver import Receiver, Staged
 from rto_megatron.generation.vllm.worker.regions import whole
+from rto_megatron.weight_sync.control_channel import ControlChannel, TransportError
 from rto_megatron.weight_sync.manifest import Manifest, PieceSpec
 from rto_megatron.weight_sync.sender import Sender
 from rto_megatron.weight_sync.shared import (
-    HostWindow,
+    HostStagingBuffer,
     ipc_handle,
     ipc_text,
-    open_window,
+    open_staging_buffer,
     partners,
     shared,
 )
 from rto_megatron.weight_sync.transport import LOOPBACK, Communicator, MakeWire, Rendezvous, Wire, listen
-from rto_megatron.weight_sync.words import TransportError, Words
 
 CPU = torch.device("cpu")
 
@@ -172,20 +172,20 @@ def test_many_buckets_leave_no_words_behind_in_the_store() -> None:
         for number in range(50):
             communicator.broadcast(buffers[number % 2], 0)
         communicator.exchange("")
-        return communicator._words.store.num_keys()
+        return communicator._channel.store.num_keys()
 
     one, other = on_ranks(1, 2, work)
     assert isinstance(one, int) and one < 12, (one, other)
 
 
-def test_a_window_has_no_name_that_could_outlive_its_processes() -> None:
-    window = HostWindow(1 << 20)
-    process, file, _ = json.loads(window.handle())
+def test_a_staging_buffer_has_no_name_that_could_outlive_its_processes() -> None:
+    staging = HostStagingBuffer(1 << 20)
+    process, file, _ = json.loads(staging.handle())
     there = Path(f"/proc/{process}/fd/{file}")
-    assert there.readlink().name == "memfd:rto-window (deleted)"
-    mapped = open_window(window.handle(), CPU)
-    window.memory.fill_(7)
-    del window
+    assert there.readlink().name == "memfd:rto-staging (deleted)"
+    mapped = open_staging_buffer(staging.handle(), CPU)
+    staging.memory.fill_(7)
+    del staging
     assert not there.exists()  # closed with its owner, and the reader's memory lives on
     assert mapped.unique().tolist() == [7]
     num_open = len(list(Path("/proc/self/fd").iterdir()))
@@ -239,10 +239,10 @@ def test_workers_find_partners_on_their_device_evenly() -> None:
         partners(["gpu 0", "gpu 1", "gpu 1", "gpu 2"], 2)
 
 
-def _elsewhere(words: Words, meeting: Rendezvous, device: torch.device) -> Wire:
+def _elsewhere(channel: ControlChannel, meeting: Rendezvous, device: torch.device) -> Wire:
     """The shared wire, whose ranks say that they are in different places."""
-    wire = shared(words, meeting, device)
-    wire.memory = "here" if words.rank == 0 else "there"
+    wire = shared(channel, meeting, device)
+    wire.memory = "here" if channel.rank == 0 else "there"
     return wire
 
 
@@ -257,9 +257,9 @@ def test_a_cuda_handle_survives_as_text() -> None:
 
 
 def test_another_file_than_the_shared_one_is_refused() -> None:
-    window = HostWindow(64)
-    process, file, inode = json.loads(window.handle())
+    staging = HostStagingBuffer(64)
+    process, file, inode = json.loads(staging.handle())
     with pytest.raises(RuntimeError, match="is another file"):
-        open_window(json.dumps([process, file, inode + 1]), CPU)
+        open_staging_buffer(json.dumps([process, file, inode + 1]), CPU)
     with pytest.raises(RuntimeError, match="cannot open the memory"):
-        open_window(json.dumps([process, 999, inode]), CPU)
+        open_staging_buffer(json.dumps([process, 999, inode]), CPU)

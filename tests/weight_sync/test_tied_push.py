@@ -13,7 +13,7 @@ from rto_megatron.generation.vllm.client.server_client import ServerClient
 from rto_megatron.weight_sync.canary import canary_token_ids
 from rto_megatron.weight_sync.manifest import PieceSpec
 
-pytestmark = pytest.mark.pool
+pytestmark = [pytest.mark.pool, pytest.mark.slow]
 
 
 def tiny_qwen(seed: int) -> Qwen2ForCausalLM:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from rto_megatron.weight_sync.control_channel import TransportError
 from rto_megatron.weight_sync.manifest import Manifest, PieceSpec
 from rto_megatron.weight_sync.sender import Sender, agree_on_manifest
 from rto_megatron.weight_sync.transport import (
@@ -17,7 +18,6 @@ from rto_megatron.weight_sync.transport import (
     Rendezvous,
     listen,
 )
-from rto_megatron.weight_sync.words import TransportError
 
 
 def spec(name: str, length: int) -> PieceSpec:

@@ -8,7 +8,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Design:
-    """What is run."""
+    """What is run.
+
+    Example:
+        Design(seeds=(1, 2, 3), factors=(0.5, 1.0, 2.0))
+    """
 
     seeds: tuple[int, ...] = (
         0,

@@ -19,7 +19,11 @@ Control = Callable[[PolicyOptimization, TrueReward], PolicyOptimization]
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train from the same models on the same prompts."""
+    """One way to train from the same models on the same prompts.
+
+    Example:
+        Arm(name="rto", stage="rto", tuned_as="rto", overrides=("algorithm.beta_dpo=0.05",))
+    """
 
     name: str
     stage: str

@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rto_megatron.config import schema
-from rto_megatron.config.load import load_recipe
-from rto_megatron.errors import UserError
+from rto_megatron.config.load import load_stage
+from rto_megatron.errors import RunFolderError
 from rto_megatron.experiments.sample_efficiency import Design
 from rto_megatron.reporting.metrics import read_metrics
 
@@ -17,7 +17,11 @@ Series = NDArray[np.floating]
 
 @dataclass(frozen=True)
 class Curve:
-    """One run. Entry i is of the responses of step i, sampled by the policy before that step's update."""
+    """One run. Entry i is of the responses of step i, sampled by the policy before that step's update.
+
+    Example:
+        curve.smoothed(window=5).returns[-1]
+    """
 
     episodes: Series  # sampled up to and including step i
     returns: Series  # true return, mean over the responses of the step
@@ -47,14 +51,15 @@ def read_curve(root: Path, seed: int, arm: str, factor: float) -> Curve:
     """The metrics of a finished run.
 
     Raises:
-        UserError: the run is not there or not finished.
+        RunFolderError: the run is not there or not finished.
     """
     folder = seed_folder(root, seed) / run_name(arm, factor)
     rows = read_metrics(folder)
     if not (folder / "hf").is_dir() or not rows:
-        raise UserError(f"{folder} is not finished; run the experiment again, it goes on where it stopped")
-    config = load_recipe(folder / "config.yaml")
-    assert isinstance(config, schema.ReinforcementStage)
+        raise RunFolderError(
+            f"{folder} is not finished; run the experiment again, it goes on where it stopped"
+        )
+    config = load_stage(folder / "config.yaml", schema.ReinforcementStage)
     names = ("task/true_return", "objective/kl", "rollout/response_tokens")
     returns, kl, tokens = (np.array([row[name] for row in rows]) for name in names)
     return Curve(config.responses_per_step * np.arange(1.0, len(rows) + 1), returns, kl, tokens)

@@ -8,7 +8,7 @@ from pathlib import Path
 from rto_megatron.algorithms import ALGORITHMS
 from rto_megatron.algorithms.method import OnlineMethod
 from rto_megatron.config import schema
-from rto_megatron.config.load import load_recipe
+from rto_megatron.config.load import load_stage
 from rto_megatron.config.overrides import as_override
 from rto_megatron.data.synthetic import SIZES_LONG, write_synthetic_task
 from rto_megatron.data.synthetic_source import LONG
@@ -32,7 +32,11 @@ _OFFLINE = ("sft", "reward_model", "dpo")
 
 @dataclass(frozen=True)
 class Lane:
-    """One process with one inference server of its own."""
+    """One process with one inference server of its own.
+
+    Example:
+        lane.tune(design, design.tuning_seeds)
+    """
 
     root: Path
     recipes: Path
@@ -66,8 +70,7 @@ class Lane:
             (folder / "task" / ".complete").touch()
         for stage in _OFFLINE:
             if not (folder / stage / "hf").exists():
-                config = self._load(stage, folder, f"run.seed={seed}", *self.overrides)
-                assert isinstance(config, schema.OfflineStage)
+                config = self._load(schema.OfflineStage, stage, folder, f"run.seed={seed}", *self.overrides)
                 with held(config.run.dir):
                     train_offline(config, self.topology)
         for system in ("sft", "dpo"):
@@ -81,6 +84,7 @@ class Lane:
         method = ALGORITHMS[arm.stage]
         has_dpo = isinstance(method, OnlineMethod) and method.has_dpo
         config = self._load(
+            schema.ReinforcementStage,
             "reinforcement",
             folder,
             f"vars.method={arm.stage}",
@@ -91,7 +95,6 @@ class Lane:
             *self._pool(),
             *self.overrides,
         )
-        assert isinstance(config, schema.ReinforcementStage)
         lr = config.optimizer.lr * factor
         config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"lr": lr})})
         algorithm = None
@@ -107,8 +110,9 @@ class Lane:
 
     def _evaluate(self, system: str, folder: Path) -> None:
         if not (folder / "evaluations" / system / FILE_NAME).exists():
-            config = self._load("evaluate", folder, f"vars.system={system}", *self._pool())
-            assert isinstance(config, schema.EvaluateStage)
+            config = self._load(
+                schema.EvaluateStage, "evaluate", folder, f"vars.system={system}", *self._pool()
+            )
             with held(config.run.dir):
                 evaluate(config, self.topology)
 
@@ -117,8 +121,10 @@ class Lane:
             "rollout.token_file", self.token_file
         )
 
-    def _load(self, recipe: str, folder: Path, *overrides: str) -> schema.Stage:
-        return load_recipe(self.recipes / f"{recipe}.yaml", [as_override("vars.root", folder), *overrides])
+    def _load[S: schema.Stage](self, kind: type[S], recipe: str, folder: Path, *overrides: str) -> S:
+        return load_stage(
+            self.recipes / f"{recipe}.yaml", kind, [as_override("vars.root", folder), *overrides]
+        )
 
 
 def smaller(design: Design, seeds: int) -> Design:

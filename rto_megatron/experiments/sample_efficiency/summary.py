@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RunFolderError
 from rto_megatron.experiments.sample_efficiency import Design
 from rto_megatron.experiments.sample_efficiency.arms import ARMS
 from rto_megatron.experiments.sample_efficiency.curves import (
@@ -21,7 +21,11 @@ from rto_megatron.reporting.evaluation import Evaluation, read_evaluation
 
 @dataclass(frozen=True)
 class SeedResult:
-    """One arm on one seed; an offline point has no curve."""
+    """One arm on one seed; an offline point has no curve.
+
+    Example:
+        SeedResult(evaluation, curve=None, episodes=None, at_matched_kl=None)
+    """
 
     evaluation: Evaluation  # of the final policy, on held-out prompts
     curve: Curve | None
@@ -31,7 +35,11 @@ class SeedResult:
 
 @dataclass(frozen=True)
 class ArmResult:
-    """One arm on all seeds, in the design's order."""
+    """One arm on all seeds, in the design's order.
+
+    Example:
+        ArmResult(name="rto", factor=1.0, seeds=(seed_result,))
+    """
 
     name: str
     factor: float | None  # of the recipe's learning rate; None for offline points
@@ -40,7 +48,11 @@ class ArmResult:
 
 @dataclass(frozen=True)
 class TuningResult:
-    """PPO or RTO at one learning rate on the tuning seeds: what the choice was made on."""
+    """PPO or RTO at one learning rate on the tuning seeds: what the choice was made on.
+
+    Example:
+        TuningResult(name="ppo", factor=2.0, returns=(0.4, 0.5), episodes=(900.0, None))
+    """
 
     name: str
     factor: float
@@ -104,10 +116,10 @@ def true_return(evaluation: Evaluation) -> float:
     """The mean true return, which every evaluation of the synthetic task has.
 
     Raises:
-        UserError: it was taken without the task's table.
+        RunFolderError: it was taken without the task's table.
     """
     if evaluation.true_return is None:
-        raise UserError(
+        raise RunFolderError(
             f"the evaluation {evaluation.name!r} has no true return; set evaluate.true_reward and evaluate it again"
         )
     return evaluation.true_return.mean

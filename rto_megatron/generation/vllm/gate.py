@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, cast
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import PoolError
 
 TOKEN_FILE_VARIABLE = "RTO_POOL_TOKEN_FILE"
 MIN_TOKEN_LENGTH = 32
@@ -32,7 +32,11 @@ Header = tuple[bytes, bytes]
 
 
 class Engine(Protocol):
-    """What vLLM's client of the engine process tells; `errored` stays true once that process has ended."""
+    """What vLLM's client of the engine process tells; `errored` stays true once that process has ended.
+
+    Example:
+        if engine.errored: answer(503)
+    """
 
     @property
     def errored(self) -> bool: ...
@@ -52,17 +56,17 @@ def read_token(token_file: Path) -> str:
     """Reads the bearer token of a pool.
 
     Raises:
-        UserError: the file is missing, readable by others, or holds no proper token.
+        PoolError: the file is missing, readable by others, or holds no proper token.
     """
     if not token_file.is_file():
-        raise UserError(
+        raise PoolError(
             f"no token file at {token_file}; point rollout.token_file at the one the pool was started with"
         )
     if token_file.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise UserError(f"{token_file} is accessible to other users; run: chmod 600 {token_file}")
+        raise PoolError(f"{token_file} is accessible to other users; run: chmod 600 {token_file}")
     token = token_file.read_text().strip()
     if len(token) < MIN_TOKEN_LENGTH:
-        raise UserError(
+        raise PoolError(
             f"{token_file} holds {len(token)} characters, expected at least {MIN_TOKEN_LENGTH}; "
             "delete it and start the pool again to have one made"
         )
@@ -70,7 +74,11 @@ def read_token(token_file: Path) -> str:
 
 
 class BearerGate:
-    """ASGI middleware that passes lifespan events and requests with one right `Authorization` header."""
+    """ASGI middleware that passes lifespan events and requests with one right `Authorization` header.
+
+    Example:
+        app = BearerGate(app)
+    """
 
     def __init__(self, app: Application, look_s: float = _LOOK_S) -> None:
         self._app = app

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RunFolderError
 from rto_megatron.reporting.evaluation import (
     Estimate,
     Evaluation,
@@ -42,11 +42,11 @@ def test_evaluations_are_read_back_in_the_order_of_the_stages(tmp_path: Path) ->
 
 
 def test_missing_and_cut_evaluations_are_explained(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="run the evaluate recipe first"):
+    with pytest.raises(RunFolderError, match="run the evaluate recipe first"):
         read_evaluations(tmp_path)
     path = save_evaluation(row("SFT", 1.0), tmp_path)
     path.write_text(path.read_text()[:40])
-    with pytest.raises(UserError, match="is not a complete evaluation"):
+    with pytest.raises(RunFolderError, match="is not a complete evaluation"):
         read_evaluations(tmp_path)
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import PoolError
 from rto_megatron.generation.contract import Sampling, StaleWeights
 from rto_megatron.generation.vllm.client.server_client import Json, ServerFailedError
 from rto_megatron.types import FinishReason, Prompt, Rollout
@@ -59,13 +59,13 @@ def to_rollout(address: str, answer: Answer, prompt: Prompt, sampling: Sampling,
 def _finish_reason(address: str, choice: _Choice, prompt: Prompt, sampling: Sampling) -> FinishReason:
     if choice.finish_reason == "stop":
         if choice.token_ids[-1] not in sampling.eos_ids:
-            raise UserError(
+            raise PoolError(
                 f"inference server {address} stopped prompt {prompt.id} at token {choice.token_ids[-1]}, "
                 f"expected one of the end-of-sequence tokens {list(sampling.eos_ids)}"
             )
         return "stop"
     if len(choice.token_ids) != sampling.max_tokens:
-        raise UserError(
+        raise PoolError(
             f"inference server {address} cut prompt {prompt.id} ({len(prompt.token_ids)} tokens) after "
             f"{len(choice.token_ids)} of {sampling.max_tokens} tokens; start the pool with a "
             "larger --max-model-len"
@@ -91,12 +91,12 @@ def _read_choice(address: str, answer: Answer, prompt_id: str) -> _Choice:
         spans = [_as_dict(one) for one in _as_list(choice["weight_versions"])]
         versions = tuple(str(span["version"]) for span in spans)
     except (KeyError, IndexError, TypeError) as error:
-        raise UserError(
+        raise PoolError(
             f"inference server {address} sent a response without {error}; "
             "rto-megatron needs the vLLM version of its requirements"
         ) from error
     if not token_ids or tuple(token_id for token_id, _ in scored) != token_ids:
-        raise UserError(
+        raise PoolError(
             f"inference server {address} sent {len(token_ids)} tokens and log-probs of {len(scored)}, expected one each"
         )
     return _Choice(token_ids, tuple(logprob for _, logprob in scored), finish_reason, versions)

@@ -27,6 +27,9 @@ class Dispatch:
         members: whom to ask; servers that fail are taken out of it.
         retries: how often a request that failed on a live server is sent again.
         liveness: when a silent server has to prove itself.
+
+    Example:
+        Dispatch(http, members, retries=3, liveness=liveness).ask(body, read)
     """
 
     def __init__(self, http: GenerationHttp, members: Members, retries: int, liveness: Liveness) -> None:

@@ -30,6 +30,9 @@ class GenerationHttp:
     Args:
         token: the pool's bearer token.
         timeout_s: limit of one request, queueing in the server included.
+
+    Example:
+        GenerationHttp(token, timeout_s=600.0)
     """
 
     def __init__(self, token: str, timeout_s: float) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import PoolError, RecipeError, UserError
 from rto_megatron.generation.contract import NoServersLeft, StaleWeights
 
 Announce = Callable[[str], None]
@@ -21,11 +21,14 @@ class Members:
 
     Raises:
         UserError: no server given.
+
+    Example:
+        Members(["http://127.0.0.1:8000"]).serving
     """
 
     def __init__(self, servers: Sequence[str], announce: Announce = silent) -> None:
         if not servers:
-            raise UserError("rollout.servers is empty; start a pool (rto pool) and name its addresses")
+            raise RecipeError("rollout.servers is empty; start a pool (rto pool) and name its addresses")
         self.configured = tuple(servers)
         self._announce = announce
         self._out: dict[str, UserError] = {}
@@ -57,8 +60,8 @@ class Members:
         """
         for address in self.configured:
             if address not in serving:
-                known = self._out.get(address, UserError("it took no part in the last weight push"))
-                self.take_out(address, UserError(lost[address]) if address in lost else known)
+                known = self._out.get(address, PoolError("it took no part in the last weight push"))
+                self.take_out(address, PoolError(lost[address]) if address in lost else known)
             elif self._out.pop(address, None) is not None:
                 self._announce(f"inference server {address} serves again: it holds the pushed weights")
 

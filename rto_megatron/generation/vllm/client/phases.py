@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import PoolError
 from rto_megatron.generation.vllm.client.server_client import RefusedError, ServerClient
 
 
@@ -33,6 +33,9 @@ class Move:
         route: of the server, which does it.
         status: what the answer must say: vLLM answers 200 to a move that it did not make.
         check: further proof that it was made.
+
+    Example:
+        move.route, [phase.value for phase in move.sources]
     """
 
     name: str
@@ -73,6 +76,9 @@ class PoolPhases:
     """Moves servers through their phases and refuses a move out of turn; for the one rank that drives the pool.
 
     Different servers may be moved at the same time from different threads.
+
+    Example:
+        PoolPhases().of("http://127.0.0.1:8000") is Phase.UNSURE
     """
 
     def __init__(self) -> None:
@@ -86,10 +92,10 @@ class PoolPhases:
         """Gives a server memory for the weights of a push, and nothing else; it cannot generate.
 
         Raises:
-            UserError: it serves, or did not do it.
+            PoolError: it serves, or did not do it.
         """
         if self.of(client.address) is Phase.SERVING:
-            raise UserError(
+            raise PoolError(
                 f"inference server {client.address} serves; it must be put to sleep before the next weight push"
             )
         self._move(client, SLEEP)
@@ -99,12 +105,12 @@ class PoolPhases:
         """Lets a server generate again, once all its workers have loaded and proved the weights of `version`.
 
         Raises:
-            UserError: it was not in a push, holds another version, or did not do it.
+            PoolError: it was not in a push, holds another version, or did not do it.
         """
         self._require(client, WAKE_CACHE)
         held = client.weight_version()
         if held != str(version):
-            raise UserError(
+            raise PoolError(
                 f"inference server {client.address} holds weight version {held}, expected {version}; it stays paused"
             )
         self._move(client, WAKE_CACHE)
@@ -121,7 +127,7 @@ class PoolPhases:
         phase = self.of(client.address)
         if phase not in move.sources:
             allowed = " or ".join(sorted(source.value for source in move.sources))
-            raise UserError(
+            raise PoolError(
                 f"inference server {client.address} is {phase.value} and cannot be {move.name}; it must be {allowed}"
             )
 

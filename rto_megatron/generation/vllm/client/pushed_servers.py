@@ -16,6 +16,9 @@ class PushedServer:
 
     Args:
         phases: of a pool on the trainer's GPUs; None: the pool has its own.
+
+    Example:
+        PushedServer(client).weight_version()
     """
 
     client: ServerClient
@@ -82,6 +85,9 @@ class AskPushedServers:
     Args:
         token: the pool's bearer token.
         phases: see `PushedServer`.
+
+    Example:
+        faults = AskPushedServers(token)(dict.fromkeys(addresses, 30.0), PushedServer.pause)
     """
 
     token: str

@@ -13,7 +13,7 @@ from typing import Self
 
 import httpx
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import PoolError
 from rto_megatron.generation.contract import Unreachable
 from rto_megatron.platform.open_files import refuse_if_out_of_files
 
@@ -25,7 +25,7 @@ Json = str | int | float | bool | None | list["Json"] | dict[str, "Json"]
 ONE_TOKEN: Mapping[str, Json] = {"token_ids": [0], "sampling_params": {"max_tokens": 1}}
 
 
-class RefusedError(UserError):
+class RefusedError(PoolError):
     """The server answered with an HTTP error."""
 
 
@@ -90,7 +90,11 @@ def certificates() -> ssl.SSLContext:
 
 
 class ServerClient:
-    """Blocking requests to one server, for control and for single tokens."""
+    """Blocking requests to one server, for control and for single tokens.
+
+    Example:
+        ServerClient("http://127.0.0.1:8000", token, timeout_s=30.0).check_alive()
+    """
 
     def __init__(self, address: str, token: str, timeout_s: float) -> None:
         self.address = address

@@ -36,6 +36,9 @@ class VllmPool:
 
     Raises:
         UserError: no server given.
+
+    Example:
+        VllmPool(servers, token, timeout_s=600.0).generate(prompts, sampling, version=3)
     """
 
     def __init__(

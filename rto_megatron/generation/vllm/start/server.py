@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 import rto_megatron
-from rto_megatron.errors import UserError, refuse_if
+from rto_megatron.errors import MachineError, ModelFolderError, PoolError, UserError, refuse_if
 from rto_megatron.generation.vllm.client.server_client import ServerClient
 from rto_megatron.generation.vllm.gate import TOKEN_FILE_VARIABLE, read_token
 from rto_megatron.generation.vllm.start.server_environment import environment_problems, mended
@@ -92,7 +92,11 @@ class ServerOptions:
 
 @dataclass(frozen=True)
 class Server:
-    """A started server process, the leader of its own process group."""
+    """A started server process, the leader of its own process group.
+
+    Example:
+        print(server.address, server.why_it_ended())
+    """
 
     address: str
     process: subprocess.Popen[bytes]
@@ -126,11 +130,14 @@ def start_server(options: ServerOptions) -> Server:
         UserError: no model there, the port is taken, the token file is not private, or vLLM cannot run here.
     """
     if not (options.model / "config.json").is_file():
-        raise UserError(f"{misnamed(options.model)}; rollout servers need a Hugging Face model folder")
-    problems = [*code_problems(options.model), *environment_problems([options.tensor_parallel], os.environ)]
-    if options.load_weights:
-        problems += pattern_problems(options.model)
-    refuse_if(problems, "the pool does not start")
+        raise ModelFolderError(f"{misnamed(options.model)}; rollout servers need a Hugging Face model folder")
+    of_model = [
+        *code_problems(options.model),
+        *(pattern_problems(options.model) if options.load_weights else []),
+    ]
+    of_machine = environment_problems([options.tensor_parallel], os.environ)
+    kind = ModelFolderError if of_model else MachineError
+    refuse_if([*of_model, *of_machine], "the pool does not start", kind)
     ensure_token_file(options.token_file)
     port = _claim_port(options.host, options.port)
     options.log_file.parent.mkdir(parents=True, exist_ok=True)
@@ -152,18 +159,18 @@ def wait_until_ready(server: Server, timeout_s: float = 600, progress: Progress 
     """Returns when the server has generated a token; reports the seconds waited about every 5 s.
 
     Raises:
-        UserError: the server ended or took longer than `timeout_s`, with the end of its log.
+        PoolError: the server ended or took longer than `timeout_s`, with the end of its log.
     """
     started = reported = time.monotonic()
     with ServerClient(server.address, read_token(server.token_file), timeout_s=30) as client:
         while True:
             if server.process.poll() is not None:
-                raise UserError(
+                raise PoolError(
                     f"inference server {server.address} ended while starting; {server.why_it_ended()}"
                 )
             waited = time.monotonic() - started
             if waited > timeout_s:
-                raise UserError(
+                raise PoolError(
                     f"inference server {server.address} not ready after {waited:.0f} s; {server.why_it_ended()}"
                 )
             try:
@@ -197,7 +204,7 @@ def _claim_port(host: str, port: int | None) -> int:
         try:
             probe.bind((host, port or 0))
         except OSError as error:
-            raise UserError(
+            raise MachineError(
                 f"cannot listen on {host}:{port} ({error.strerror}); stop what uses it or choose another port"
             ) from error
         claimed: int = probe.getsockname()[1]

@@ -28,6 +28,9 @@ class Coverage:
     Args:
         problems: everything that would go wrong, in words.
         places: tensor name -> every box that this worker's parameters take of it, and where it goes.
+
+    Example:
+        if not coverage.problems: receive(coverage.needs)
     """
 
     problems: tuple[str, ...]

@@ -17,7 +17,11 @@ _SHOWN = 5
 
 
 class Copies(TorchDispatchMode):
-    """Records every `copy_` as (target, source), after it happened."""
+    """Records every `copy_` as (target, source), after it happened.
+
+    Example:
+        with Copies(print): model.load_weights(tensors)
+    """
 
     def __init__(self, on_copy: Callable[[Tensor, Tensor], None] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch left it so
@@ -65,6 +69,10 @@ class Landing:
         model: about to be loaded.
         expected: tensor name -> box -> digest of what arrived for it, int64 [].
         places: tensor name -> every box that must be written, and where.
+
+    Example:
+        with landing.watch(): model.load_weights(tensors)
+        problems = landing.faults()
     """
 
     def __init__(

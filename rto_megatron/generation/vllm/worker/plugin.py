@@ -22,11 +22,11 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from rto_megatron.generation.vllm.worker.coverage import Coverage, load_weights, rehearse, tied_parameters
 from rto_megatron.generation.vllm.worker.landing import Landing
 from rto_megatron.generation.vllm.worker.receiver import Receiver, Staged
+from rto_megatron.weight_sync.control_channel import TransportError
 from rto_megatron.weight_sync.manifest import Manifest
 from rto_megatron.weight_sync.sender import agree_on_manifest
 from rto_megatron.weight_sync.shared import open_communicator
 from rto_megatron.weight_sync.transport import Communicator, Rendezvous
-from rto_megatron.weight_sync.words import TransportError
 
 _BACKEND = "rto"
 _log = init_logger(__name__)
@@ -34,7 +34,11 @@ _log = init_logger(__name__)
 
 @dataclass(kw_only=True)
 class InitInfo(WeightTransferInitInfo):
-    """Body of /init_weight_transfer_engine: the meeting point, this server's first rank and what will be pushed."""
+    """Body of /init_weight_transfer_engine: the meeting point, this server's first rank and what will be pushed.
+
+    Example:
+        InitInfo(rendezvous=rendezvous, first_rank=1, manifest=manifest)
+    """
 
     rendezvous: str
     first_rank: int
@@ -43,13 +47,21 @@ class InitInfo(WeightTransferInitInfo):
 
 @dataclass(kw_only=True)
 class UpdateInfo(WeightTransferUpdateInfo):
-    """Body of /update_weights: the version to prepare."""
+    """Body of /update_weights: the version to prepare.
+
+    Example:
+        UpdateInfo(version=3)
+    """
 
     version: int = -1
 
 
 class RtoWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
-    """The receiving end of a push in one worker."""
+    """The receiving end of a push in one worker.
+
+    Example:
+        WeightTransferEngineFactory.register_engine("rto", RtoWeightTransferEngine)
+    """
 
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
@@ -193,7 +205,11 @@ class RtoWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
 
 class RtoWorkerExtension:
-    """Mixed into vLLM's worker, which offers its methods under /collective_rpc."""
+    """Mixed into vLLM's worker, which offers its methods under /collective_rpc.
+
+    Example:
+        worker.leave_weight_update()
+    """
 
     _weight_update_active: bool  # the worker's own
 

@@ -36,6 +36,9 @@ class Staged:
         token: hash of the version and of every piece's digest; equal on all ranks.
         boxes: tensor name -> box that this worker needs -> its numbers, in host memory.
         expected: tensor name -> box -> digest of the numbers.
+
+    Example:
+        model.load_weights(staged.tensors(tensors))
     """
 
     token: str
@@ -68,6 +71,9 @@ class Receiver:
         manifest: equal on all ranks.
         needs: tensor name -> the boxes that this worker loads.
         communicator: joined.
+
+    Example:
+        staged = Receiver(manifest, needs, communicator).receive(version=3)
     """
 
     def __init__(

@@ -115,7 +115,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Written:
-    """A parameter as the loader filled it; vLLM's reload drops its memory once the numbers are in their last place."""
+    """A parameter as the loader filled it; vLLM's reload drops its memory once the numbers are in their last place.
+
+    Example:
+        written.has_layout_of(tensor)
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -128,7 +132,11 @@ class Written:
 
 
 class WrittenParameters:
-    """The parameters of a model that are being written, by their memory."""
+    """The parameters of a model that are being written, by their memory.
+
+    Example:
+        WrittenParameters(model).place(target)
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._slots = {name: (module, own) for name, module, own, _ in owned_parameters(model)}

@@ -20,7 +20,11 @@ class SilenceError(RuntimeError):
 
 
 class InFlight(Protocol):
-    """A broadcast that was begun; torch's `Work` is one."""
+    """A broadcast that was begun; torch's `Work` is one.
+
+    Example:
+        if in_flight.is_completed(): in_flight.wait()
+    """
 
     def is_completed(self) -> bool:
         """Whether `wait` returns at once."""
@@ -31,8 +35,13 @@ class InFlight(Protocol):
         ...
 
 
-class Words:
-    """One rank's end of the store. The store's own errors are RuntimeErrors, torch's DistStoreError among them."""
+class ControlChannel:
+    """One rank's end of the store. The store's own errors are RuntimeErrors, torch's DistStoreError among them.
+
+    Example:
+        channel.say("ready", "yes")
+        channel.hear("ready", channel.deadline())
+    """
 
     def __init__(self, store: PrefixStore, rank: int, timeout_s: float) -> None:
         self.store = store
