@@ -96,8 +96,9 @@ class PickyAhead:
         self.restore, self.close = inner.restore, inner.close
 
     def draw(self, step: int) -> tuple[Rollout, ...]:
-        """See `Sampler.draw`."""
-        return longer_half([*self._draw(step), *self._draw(step)])
+        """See `Sampler.draw`; three batches where two are ahead, so that a step takes more than there is."""
+        first, *others = (self._draw(step) for _ in range(3))
+        return longer_half([*first, *max(others, key=lambda drawn: len(drawn[0].response_ids))])
 
 
 def _draws(config: ReinforcementStage, sampler: MakeSampler) -> list[list[str]]:
