@@ -44,7 +44,7 @@ def test_two_replicas_sample_ahead_of_a_push(
     assert first["pool/logprob_gap_max"] < TOLERANCE
     for entry in others:
         assert entry["pool/logprob_gap_mean"] > 10 * TOLERANCE
-        assert entry["pool/importance_mean"] == pytest.approx(1, abs=0.5) != 1.0
+        assert 1e-4 < abs(entry["pool/importance_mean"] - 1) < 0.5
     with ServerClient(pool_server.address, pool_server.token, 60) as client:
         assert client.weight_version() == "3"
 
