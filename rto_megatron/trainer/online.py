@@ -1,6 +1,6 @@
 """PPO, RTO and every other method that learns from its own samples: the loop of the paper's Algorithm 2."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from transformers import PreTrainedTokenizerBase
@@ -69,7 +69,6 @@ def train_online(
         kl = kl.restored(run.state.kl)
     scorer = parts.scorer(config, setup, roles)
     guard = parts.guard(run, config.run.max_skipped_updates, topology)
-    speed = partial(rates, num_responses=config.responses_per_step, epochs=config.algorithm.epochs)
 
     for step in run.steps():
         # 1. pi_old <- pi_theta, proved
@@ -93,7 +92,7 @@ def train_online(
         if experience is not None:
             with run.timed("update"):
                 lrs = update(config, run, roles, algorithm, experience, pretraining, setup, guard)
-        means = run.log({**lrs, **times, **gap, "objective/kl_coef": kl.coef}, speed)
+        means = run.log({**lrs, **times, **gap, "objective/kl_coef": kl.coef}, rates_of(config))
         if experience is not None:
             kl = kl.update(means["policy/kl_per_token"], config.responses_per_step)
         run.finish(LoopState(sampler.state(), pretraining.state(), kl.state()), sampler.ahead())
@@ -103,6 +102,11 @@ def train_online(
     # The pool is left with the trained policy; should it fail, the run is complete all the same.
     sampler.push(run.step)
     sampler.close()
+
+
+def rates_of(config: schema.ReinforcementStage) -> Callable[[Mapping[str, float]], dict[str, float]]:
+    """What makes the rates of a step of its metrics."""
+    return partial(rates, num_responses=config.responses_per_step, epochs=config.algorithm.epochs)
 
 
 def build_algorithm(
