@@ -16,7 +16,7 @@ from rto_megatron.config.roles import roles_of
 from rto_megatron.config.training import OptimizerConfig
 from rto_megatron.data.tokenizer import tokens_with
 from rto_megatron.engine.build_roles import build_average, build_frozen, build_trained, update_average
-from rto_megatron.engine.megatron import FrozenModel, Model, TrainedModel
+from rto_megatron.engine.megatron import ENTROPIES, FrozenModel, Model, TrainedModel
 from rto_megatron.errors import RecipeError
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.reporting.rates import rates
@@ -24,7 +24,9 @@ from rto_megatron.reporting.samples import completions_table, show
 from rto_megatron.trainer.build_rewards import build_rewards
 from rto_megatron.trainer.checked_scores import watched_gap
 from rto_megatron.trainer.connected_pool import ConnectedPool, connect_pool
+from rto_megatron.trainer.dynamic_sampler import full_batches
 from rto_megatron.trainer.guard import Guard, ModelUpdate, Update
+from rto_megatron.trainer.held_out import HeldOut, load_held_out
 from rto_megatron.trainer.known_reward import known_reward, true_return
 from rto_megatron.trainer.model_files import give_own_padding
 from rto_megatron.trainer.parts import Parts, planned_parts
@@ -35,7 +37,7 @@ from rto_megatron.trainer.resume import LoopState
 from rto_megatron.trainer.reward_source import ModelReward, RewardSource
 from rto_megatron.trainer.reward_sum import alone
 from rto_megatron.trainer.run import Run
-from rto_megatron.trainer.sampler import load_batches
+from rto_megatron.trainer.sampler import Sampler, load_batches
 from rto_megatron.trainer.scoring import Roles
 from rto_megatron.trainer.setup import Setup, prepare_stage, stage_hf_files
 from rto_megatron.trainer.update import optimizer_minibatches, require_tokens
@@ -54,17 +56,18 @@ def train_online(
     """
     parts = parts or planned_parts()
     setup = prepare_stage(config, topology)
-    prompts = load_batches(config, setup)
-    roles = build_roles(config, setup, prompts.items, parts.reward)
+    prompts, held_out = load_batches(config, setup), load_held_out(config, setup)
+    roles = build_roles(config, setup, [*prompts.items, *held_out], parts.reward)
     require_trained_reference(config, setup.sources, roles)
     algorithm = parts.algorithm or build_algorithm(config, setup.tokenizer)
     pretraining = Pretraining(config, setup)
     run = open_run(config, setup, roles, config.run.steps or prompts.batches_per_epoch)
     refuse_idle_policy(algorithm, run.num_steps)
     kl, table = algorithm.kl_controller, known_reward("data.true_reward", config.data.true_reward, setup)
-    sampler = parts.sampler(config, setup, prompts, pool or connect_pool(config.rollout, roles.policy))
+    pool = stopping(pool or connect_pool(config.rollout, roles.policy), config, setup)
+    sampler = open_sampler(config, setup, roles, run, parts.sampler(config, setup, prompts, pool))
+    evaluation = HeldOut(config, setup, pool, sampler.push, held_out, table)
     if run.state is not None:
-        sampler.restore(run.state.data, run.ahead)
         pretraining.restore(run.state.pretraining)
         kl = kl.restored(run.state.kl)
     scorer = parts.scorer(config, setup, roles)
@@ -92,6 +95,7 @@ def train_online(
         if experience is not None:
             with run.timed("update"):
                 lrs = update(config, run, roles, algorithm, experience, pretraining, setup, guard)
+        run.record({**evaluation.measured(run, roles), **pool.measured()})
         means = run.log({**lrs, **times, **gap, "objective/kl_coef": kl.coef}, rates_of(config))
         if experience is not None:
             kl = kl.update(means["policy/kl_per_token"], config.responses_per_step)
@@ -118,6 +122,20 @@ def build_algorithm(
     return method.build(config.algorithm, partial(tokens_with, tokenizer))
 
 
+def stopping(pool: ConnectedPool, config: schema.ReinforcementStage, setup: Setup) -> ConnectedPool:
+    """The pool, whose responses end at the recipe's texts too."""
+    return pool.stopping_at(config.sampling.stop, setup.decode)
+
+
+def open_sampler(
+    config: schema.ReinforcementStage, setup: Setup, roles: Roles, run: Run, sampler: Sampler
+) -> Sampler:
+    """The sampler where the run stands; one that fills its batches, where the method asks for it."""
+    if run.state is not None:
+        sampler.restore(run.state.data, run.ahead)
+    return full_batches(sampler, config, setup, roles, run.record)
+
+
 def refuse_idle_policy(algorithm: PolicyOptimization, num_steps: int) -> None:
     """Raises RecipeError where the critic's warm-up is the whole run."""
     if algorithm.critic_warmup_steps >= num_steps:
@@ -141,11 +159,13 @@ def update(
     per_pass = config.responses_per_step // config.batch.train
     per_step = updates_per_step(config)
     total = run.num_steps * per_step
-    policy_loss = beside(algorithm.policy_loss)
+    policy_loss = beside(algorithm.update_loss())
+    reading = ENTROPIES if config.algorithm.entropy_coef else None
     is_policy_due = run.step >= algorithm.critic_warmup_steps
     lrs: dict[str, float] = {}
+    longest, seed = config.sampling.max_response_tokens, config.run.seed + run.step
     steps = optimizer_minibatches(
-        experience, config.algorithm, per_pass, setup.topology, setup.layout, config.run.seed + run.step
+        experience, config.algorithm, longest, per_pass, setup.topology, setup.layout, seed
     )
     for number, one in enumerate(steps, start=run.step * per_step):
         texts, text_names = pretraining.microbatches() if is_policy_due else ([], [])
@@ -160,7 +180,7 @@ def update(
             rates["lr/policy"] = lr = learning_rate(config.optimizer, number, total)
             names = [*one.names, *text_names]
             mixed: list[Minibatch | SupervisedMicrobatch] = [*one.microbatches, *texts]
-            due.append(ModelUpdate(roles.policy, mixed, policy_loss, names, lr))
+            due.append(ModelUpdate(roles.policy, mixed, policy_loss, names, lr, reading))
         with guard.skipping():
             require_tokens(one, setup.topology)
             guard.step(due)
@@ -242,4 +262,4 @@ def show_samples(
     critic = f", the critic explains {explained} of the variance of returns"
     has_critic = facts_of(config).critic_optimizer is not None
     title = f"{config.stage} step {run.step}{critic if has_critic else ''}"
-    show(completions_table(experience, lambda ids: str(setup.tokenizer.decode(list(ids))), 4, title))
+    show(completions_table(experience, setup.decode, 4, title))

@@ -38,6 +38,7 @@ _FREE = (
     "data.true_reward",
     "models.allow_unverified_reference",
     "rollout",
+    "evaluate",
 )
 # What the samples depend on, of sections that are free otherwise.
 _FIXED = ("rollout.ahead",)
