@@ -7,7 +7,7 @@ responses, the rest over tokens.
 from collections.abc import Mapping
 
 from rto_megatron.algorithms.losses import count_tokens, keep, to_metrics
-from rto_megatron.algorithms.pool_importance import pool_log_ratio
+from rto_megatron.algorithms.pool_importance import ImportanceMode, pool_ratio
 from rto_megatron.algorithms.token_rewards import kl_k1, kl_k3, truncated_rows
 from rto_megatron.types import Experience, Metrics, ScoredRollouts
 
@@ -97,11 +97,13 @@ def source_metrics(scored: ScoredRollouts) -> Metrics:
     )
 
 
-def importance_metrics(scored: ScoredRollouts, experience: Experience, cap: float) -> Metrics:
-    """The weights of the policy loss that correct for the pool, and the fraction that `cap` lowered; trained tokens."""
+def importance_metrics(
+    scored: ScoredRollouts, experience: Experience, cap: float, mode: ImportanceMode
+) -> Metrics:
+    """The weights of the policy loss that correct for the pool, and the fraction above `cap`; trained tokens."""
     trained_BR = experience.mask_BR
     weights_BR = keep(experience.pool_importance_BR, trained_BR)
-    is_capped_BR = keep(pool_log_ratio(scored).exp() > cap, trained_BR)
+    is_capped_BR = keep(pool_ratio(scored, mode) > cap, trained_BR)
     num_trained = count_tokens(trained_BR)
     return to_metrics(
         {

@@ -24,7 +24,7 @@ from rto_megatron.algorithms.credit_metrics import (
 from rto_megatron.algorithms.kl_controller import KLController
 from rto_megatron.algorithms.losses import WeightingName, keep
 from rto_megatron.algorithms.policy_losses import Loss, clipped_policy_loss, with_entropy
-from rto_megatron.algorithms.pool_importance import pool_importance
+from rto_megatron.algorithms.pool_importance import ImportanceMode, pool_importance
 from rto_megatron.algorithms.token_rewards import (
     Redistribution,
     TokenReward,
@@ -96,6 +96,11 @@ class Config(BaseModel):
         description="weigh a token's policy loss by min(pi_old / pi_pool, cap), which corrects for the gap between the "
         "pool's log-probs and the trainer's (verl, OpenRLHF: 2); null: no weight",
     )
+    pool_importance_mode: ImportanceMode = Field(
+        default="token_truncate",
+        description="the ratio is a `token`'s or a response's (`sequence`: the product over its tokens), and one above "
+        "the cap is lowered to it (`truncate`) or trains nothing (`mask`)",
+    )
 
     @field_validator("pool_importance_cap")
     @classmethod
@@ -106,6 +111,19 @@ class Config(BaseModel):
                 "learning rate; give at least 1, or null for no weight"
             )
         return cap
+
+    @model_validator(mode="after")
+    def _refuse_ignored_mode(self) -> Self:
+        mode = self.pool_importance_mode
+        if (
+            self.pool_importance_cap is None
+            and mode != type(self).model_fields["pool_importance_mode"].default
+        ):
+            raise ValueError(
+                f"pool_importance_mode={mode!r} has no effect without pool_importance_cap; remove it or set a cap (2 "
+                "for tokens, as verl, or 3 for sequences, as TRL)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _refuse_ignored_clip(self) -> Self:
@@ -311,7 +329,9 @@ class PolicyOptimization:
             mask_BR=mask_BR,
             logp_old_BR=scored.logp_old_BR,
             logp_ref_BR=scored.logp_ref_BR,
-            pool_importance_BR=pool_importance(scored, config.pool_importance_cap),
+            pool_importance_BR=pool_importance(
+                scored, config.pool_importance_cap, config.pool_importance_mode
+            ),
             values_BR=scored.values_BR,
             advantages_BR=advantages_BR,
             returns_BR=returns_BR,
@@ -321,12 +341,12 @@ class PolicyOptimization:
 
     def credit_metrics(self, scored: ScoredRollouts, experience: Experience) -> Metrics:
         """Sums for the logs of this rank's rollouts."""
-        cap = self.config.pool_importance_cap
+        cap, mode = self.config.pool_importance_cap, self.config.pool_importance_mode
         return {
             **credit_metrics(scored, experience),
             **(clip_metrics(scored, self.config.score_clip) if self.config.score_clip is not None else {}),
             **(value_metrics(experience) if self.value_loss is not None else {}),
             **(dpo_metrics(scored, experience) if self.needs_dpo else {}),
-            **(importance_metrics(scored, experience, cap) if cap is not None else {}),
+            **(importance_metrics(scored, experience, cap, mode) if cap is not None else {}),
             **(source_metrics(scored) if scored.scores_by_source else {}),
         }

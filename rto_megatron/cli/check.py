@@ -124,7 +124,9 @@ def _layout_table(plan: "StagePlan", pool_gpus: int) -> Table:
     if facts.pool is not None:
         own = "the trainer's GPUs, in turn" if facts.is_colocated else f"{pool_gpus} GPUs of its own"
         where = own if pool_gpus else "one server on the CPU"
-        table.add_row("inference pool", f"{where}; receives the policy's weights after every step")
+        ahead = 0 if facts.online is None else facts.online.rollout.ahead
+        every = "after every step" if ahead < 2 else f"after every {ahead} steps"
+        table.add_row("inference pool", f"{where}; receives the policy's weights {every}")
     if (training := facts.training) is not None:
         table.add_row("steps", str(training.run.steps or "one epoch of the data"))
         table.add_row(
@@ -140,6 +142,10 @@ def _layout_table(plan: "StagePlan", pool_gpus: int) -> Table:
             f"{online.batch.rollout} prompts{each} = {layout.data} x {batches.rollout_per_rank}; "
             f"{batches.updates_per_rollout} optimizer steps per pass",
         )
+        if online.rollout.ahead:
+            table.add_row(
+                "rollouts", f"up to {online.rollout.ahead} steps older than the weights that they train"
+            )
     for name, rates in known_rates(training).items() if training is not None else ():
         table.add_row(
             f"{name}.lr",

@@ -34,6 +34,7 @@ def find_problems(
         *_kl_horizon(facts_of(config)),
         *(sampling_problems(facts.online) if (facts := facts_of(config)).online is not None else ()),
         *_pool_servers(facts_of(config).pool),
+        *_ahead(facts_of(config).online),
     ]
 
 
@@ -197,6 +198,29 @@ def _kl_horizon(facts: Facts) -> list[str]:
         "take beta_kl to 0 or below, and a negative one pays for divergence; the smallest that works is "
         f"algorithm.kl_horizon={smallest_horizon(responses)}"
     ]
+
+
+def _ahead(config: ReinforcementStage | None) -> list[str]:
+    if config is None or config.rollout.ahead == 0:
+        return []
+    ahead, steps = config.rollout.ahead, config.run.steps
+    problems = []
+    if config.algorithm.pool_importance_cap is None:
+        problems.append(
+            f"rollout.ahead={ahead} trains on rollouts of older weights and needs their correction; set "
+            "algorithm.pool_importance_cap=2, as verl and slime (or 3 with pool_importance_mode=sequence_mask, as TRL)"
+        )
+    if config.rollout.colocated:
+        problems.append(
+            f"rollout.ahead={ahead} cannot work with rollout.colocated=true: a pool on the trainer's GPUs sleeps while "
+            "the trainer trains; give the pool GPUs of its own, or set rollout.ahead=0"
+        )
+    if steps is not None and ahead >= steps:
+        problems.append(
+            f"rollout.ahead={ahead} is not below run.steps={steps}, so no step trains on rollouts that old; set "
+            f"rollout.ahead to {steps - 1} at most"
+        )
+    return problems
 
 
 def _appends_end(facts: Facts) -> bool:

@@ -108,6 +108,13 @@ class TrainRolloutConfig(RolloutConfig):
         rollout: {logprob_gap_alarm: 0.05}
     """
 
+    ahead: int = Field(
+        default=0,
+        ge=0,
+        description="steps by which rollouts may be older than the weights they train: the pool samples so many "
+        "batches while the trainer trains (verl's one-step-off: 1); 0: trainer and pool wait for each other",
+    )
+
     logprob_gap_alarm: float | None = Field(
         default=0.05,
         gt=0,

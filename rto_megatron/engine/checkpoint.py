@@ -45,6 +45,7 @@ def begin_save(
     hf_folders: dict[str, Path],
     state: Json,
     keep: int,
+    texts: Mapping[str, str] | None = None,
 ) -> Saving:
     """Prepares <run_dir>/checkpoints/step_<step>, which stands when `finish` of what is returned has returned.
 
@@ -55,12 +56,13 @@ def begin_save(
         hf_folders: role -> folder with config.json and tokenizer, copied in.
         state: whatever else a resume needs, as JSON.
         keep: how many checkpoints stay; older ones are removed after this one stands.
+        texts: name -> contents of files beside the state, on the lead; None: there are none.
 
     Raises:
         CheckpointError: on every rank; the checkpoint exists already, or there is no room for it.
     """
     saving = Saving(run_dir, step, keep, next(iter(models.values())).topology)
-    saving.prepare({role: hf_folders[role] for role in models}, state)
+    saving.prepare({role: hf_folders[role] for role in models}, state, texts or {})
     saving.plan({role: _whole_state(model, is_loading=False) for role, model in models.items()})
     return saving
 

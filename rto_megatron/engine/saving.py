@@ -52,8 +52,11 @@ class Saving:
         self._num_bytes = 0
         self._writing: Future[dict[str, FileDigest]] | None = None
 
-    def prepare(self, hf_folders: Mapping[str, Path], state: Json) -> None:
+    def prepare(self, hf_folders: Mapping[str, Path], state: Json, texts: Mapping[str, str]) -> None:
         """Makes the folder aside, with everything but the weights.
+
+        Args:
+            texts: name -> contents of further files, on the lead.
 
         Raises:
             CheckpointError: the checkpoint exists, or the folder cannot be made.
@@ -61,12 +64,14 @@ class Saving:
         error = None
         if self._topology.is_lead:
             try:
-                error = patiently(self._make_folder, hf_folders, json.dumps(state))
+                error = patiently(self._make_folder, hf_folders, {**texts, STATE: json.dumps(state)})
             except OSError as failure:
                 error = self._failed(failure)
         self._topology.raise_together(error, *SAVING_ERRORS)
 
-    def _make_folder(self, hf_folders: Mapping[str, Path], state: str) -> CheckpointError | None:
+    def _make_folder(
+        self, hf_folders: Mapping[str, Path], texts: Mapping[str, str]
+    ) -> CheckpointError | None:
         if self.final.exists():
             return CheckpointError(
                 f"{self.final} exists already, and a checkpoint is never overwritten; name another run.dir"
@@ -80,7 +85,8 @@ class Saving:
             shutil.copytree(
                 folder, self._partial / role / HF_FILES, ignore=shutil.ignore_patterns("*.safetensors*")
             )
-        (self._partial / STATE).write_text(state)
+        for name, text in texts.items():
+            (self._partial / name).write_text(text)
         return None
 
     def plan(self, states: Mapping[str, ShardedStateDict]) -> None:

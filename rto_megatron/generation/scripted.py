@@ -1,11 +1,8 @@
 """Rollout engines without a model, for tests and for replaying a recorded step."""
 
-import json
 import math
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
-from pathlib import Path
 
 from rto_megatron.errors import DataError
 from rto_megatron.generation.contract import Sampling, StaleWeights, request_seed
@@ -83,38 +80,6 @@ class RecordedEngine:
                 f"the recording of weight version {version} has no rollout of prompt {prompt.id} as given"
             )
         return found
-
-
-def save_rollouts(path: Path, rollouts: Iterable[Rollout]) -> None:
-    """Writes rollouts as JSON lines."""
-    path.write_text("".join(json.dumps(asdict(rollout)) + "\n" for rollout in rollouts))
-
-
-def load_rollouts(path: Path) -> list[Rollout]:
-    """Reads `save_rollouts`.
-
-    Raises:
-        DataError: a line is no rollout.
-    """
-    rollouts = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            rollouts.append(
-                Rollout(
-                    prompt_id=row["prompt_id"],
-                    prompt_ids=tuple(row["prompt_ids"]),
-                    response_ids=tuple(row["response_ids"]),
-                    sampled_logprobs=tuple(row["sampled_logprobs"]),
-                    finish_reason=row["finish_reason"],
-                    weight_version=row["weight_version"],
-                )
-            )
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{path}:{number} is not a recorded rollout ({error}); record it again"
-            ) from error
-    return rollouts
 
 
 def _require_version(held: int, version: int) -> None:

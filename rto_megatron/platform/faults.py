@@ -15,6 +15,7 @@ from rto_megatron.errors import MachineError
 
 SITES = (
     "before_gen",
+    "in_gen",
     "after_gen",
     "logprob",
     "fwd_bwd",

@@ -223,10 +223,10 @@ def _observed(run_dir: Path, k: int) -> dict[str, Json]:
         seen = json.loads(path.read_text())
         generators[f"rank {int(path.stem)}"] = seen["generators"]
         if seen["requests"]:
+            # One version answers several where rollouts are drawn ahead.
+            late = [request for request in seen["requests"] if request["version"] >= k]
             requests[f"rank {int(path.stem)}"] = {
-                f"version {request['version']}": request
-                for request in seen["requests"]
-                if request["version"] >= k
+                f"request {n} of version {one['version']}": one for n, one in enumerate(late)
             }
     found: dict[str, Json] = {"random generators": generators}
     return {**found, "prompts, versions and seeds of requests": requests} if requests else found

@@ -138,6 +138,9 @@ THEMES = (
             Metric("objective/rlhf_reward", "reward", "score after clip and penalty, less the KL penalty", ONLINE),
             Metric("objective/kl_coef", "", "coefficient of the KL penalty in this step", ONLINE),
             Metric("rollout/response_tokens", "tokens", "length of a response", ONLINE),
+            Metric("rollout/prompt_tokens", "tokens", "length of its prompt", ONLINE),
+            Metric("rollout/age_steps", "steps", "by which the weights that sampled are older than the step's; at most "
+                   "`rollout.ahead`", ONLINE),
             Metric("rollout/truncated_fraction", "fraction", "responses that the length limit cut", ONLINE),
             Metric("rollout/informative_fraction", "fraction", "sampled groups whose scores differ", GROUPED,
                    "`algorithm.max_sampling_rounds`"),
@@ -229,27 +232,39 @@ THEMES = (
         "Agreement with the pool",
         "Over the tokens that the pool sampled.",
         (
-            Metric("pool/logprob_gap_mean", "nats", "|log-prob of the pool - log-prob of the trainer|, mean", ONLINE),
+            Metric("pool/logprob_gap_mean", "nats", "|log-prob of the pool - log-prob of the trainer|, mean; with "
+                   "`rollout.ahead` what the policy learnt since then is in it", ONLINE),
             Metric("pool/logprob_gap_max", "nats", "the largest of them", ONLINE),
-            Metric("pool/logprob_gap_alarm", "0 or 1", "whether the mean is above the alarm", ONLINE,
+            Metric("pool/logprob_gap_alarm", "0 or 1", "whether the mean is above the alarm; absent where rollouts "
+                   "have an age", ONLINE,
                    "`rollout.logprob_gap_alarm`"),
             Metric("pool/importance_mean", "ratio", "weight of a token's policy loss that corrects the gap", ONLINE,
                    "`algorithm.pool_importance_cap`"),
-            Metric("pool/importance_capped_fraction", "fraction", "tokens whose weight the cap lowered", ONLINE,
+            Metric("pool/importance_capped_fraction", "fraction", "tokens whose ratio is above the cap", ONLINE,
                    "`algorithm.pool_importance_cap`"),
             Metric("pool/prefix_hit_fraction", "fraction", "prompt tokens that a server had in its cache, most often "
                    "of another response to the prompt", ONLINE, POOL),
-            Metric("pool/servers", "servers", "servers that hold the step's weights, proved", ONLINE, POOL),
+            Metric("pool/servers", "servers", "servers that hold the pushed weights, proved", ONLINE, POOL),
         ),
     ),
     Theme(
         "Time and traffic",
         "`time/*` are means over the data-parallel replicas, `sync/*` are those of the rank that drives the push.",
         (
-            Metric("time/push_s", "s", "step 1: weights to the pool", ONLINE),
+            Metric("time/push_s", "s", "step 1: weights to the pool, once nothing is in flight", ONLINE),
             Metric("time/sample_s", "s", "step 2: responses from the pool", ONLINE),
+            Metric("time/generate_s", "s", "what the pool took for the batch of the step, whenever that was; absent "
+                   "where a checkpoint held it", ONLINE),
+            Metric("time/pool_wait_s", "s", "that the trainer waited for responses, before a push or a save "
+                   "too", ONLINE),
             Metric("time/score_s", "s", "step 3: forwards of all models", ONLINE),
             Metric("time/update_s", "s", "step 5: optimizer steps", ONLINE),
+            Metric("time/step_s", "s", "the whole step up to its log", ALL),
+            Metric("time/samples_per_s", "responses/s", "responses of the step over its time", ONLINE),
+            Metric("time/sample_tokens_per_s", "tokens/s", "tokens of responses over `time/generate_s`", ONLINE),
+            Metric("time/score_tokens_per_s", "tokens/s", "tokens of prompts and responses over "
+                   "`time/score_s`", ONLINE),
+            Metric("time/update_tokens_per_s", "tokens/s", "the same, times the passes, over `time/update_s`", ONLINE),
             Metric("time/slowest_rank_ratio", "ratio", "seconds that the slowest rank computed, over the median rank's",
                    ALL, "two ranks that compute a loss"),
             Metric("sync/pause_s", "s", "of a push: pausing the servers and meeting them", ONLINE, POOL),

@@ -111,8 +111,16 @@ class Scorer:
 def watched_gap(
     scored: ScoredRollouts, topology: Topology, threshold: float | None, step: int
 ) -> dict[str, float]:
-    """`pool_gap` and `gap_alarm` together; all ranks must call this."""
+    """`pool_gap`, and `gap_alarm` where the step's own weights sampled; all ranks must call this.
+
+    With older weights what the policy learnt since then is in the gap, and the push's canary alone speaks for the pool.
+
+    Args:
+        step: counted from 1.
+    """
     gap = pool_gap(scored, topology)
+    if topology.any(any(rollout.weight_version != step - 1 for rollout in scored.rollouts)):
+        return gap
     return gap | gap_alarm(gap, threshold, step, topology.is_lead)
 
 

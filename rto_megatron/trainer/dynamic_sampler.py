@@ -18,7 +18,7 @@ from rto_megatron.config import schema
 from rto_megatron.data.batches import BatchesState
 from rto_megatron.errors import DataError
 from rto_megatron.parallel.topology import Topology
-from rto_megatron.trainer.sampler import Sampler
+from rto_megatron.trainer.sampler import KeepAhead, Sampler
 from rto_megatron.trainer.scoring import Roles, close_rollouts
 from rto_megatron.trainer.setup import Setup
 from rto_megatron.types import Metrics, Rollout
@@ -131,17 +131,29 @@ class DynamicSampler:
             "or algorithm.samples_per_prompt, lower batch.rollout, or set max_sampling_rounds to null to train on all"
         )
 
+    def begin(self, step: int) -> dict[str, float]:
+        """See `Sampler.begin`."""
+        return self._inner.begin(step)
+
     def push(self, version: int) -> dict[str, float]:
         """See `Sampler.push`."""
         return self._inner.push(version)
+
+    def measured(self) -> Metrics:
+        """See `Sampler.measured`."""
+        return self._inner.measured()
 
     def state(self) -> BatchesState:
         """See `Sampler.state`."""
         return self._inner.state()
 
-    def restore(self, state: BatchesState) -> None:
+    def ahead(self) -> KeepAhead:
+        """See `Sampler.ahead`."""
+        return self._inner.ahead()
+
+    def restore(self, state: BatchesState, ahead: Sequence[Rollout] = ()) -> None:
         """See `Sampler.restore`."""
-        self._inner.restore(state)
+        self._inner.restore(state, ahead)
 
     def close(self) -> None:
         """See `Sampler.close`."""

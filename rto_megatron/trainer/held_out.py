@@ -1,7 +1,7 @@
 """Evaluations on held-out prompts during a run that samples: scores, lengths, pass@k; every response is kept."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import batched, zip_longest
 from math import comb
@@ -30,12 +30,13 @@ class HeldOut:
     """The prompts of `data.eval` and how they are answered; every rank has one, and all call its methods together.
 
     Example:
-        run.record(HeldOut(config, setup, pool, prompts, table).measured(run, roles))
+        run.record(HeldOut(config, setup, pool, sampler.push, prompts, table).measured(run, roles))
     """
 
     config: schema.ReinforcementStage
     setup: Setup
     pool: ConnectedPool
+    push: Callable[[int], dict[str, float]]  # of the sampler, which waits for what it has in flight
     prompts: Sequence[Prompt]  # of all replicas; empty: there is nothing to evaluate
     table: TrueReward | None
 
@@ -51,7 +52,7 @@ class HeldOut:
         own = self.prompts[topology.data_rank :: topology.data_size]
         repeated = [prompt for prompt in own for _ in range(self.config.evaluate.num_samples)]
         try:
-            self.pool.push(step)
+            self.push(step)
             drawn = sample(topology, self.pool.engine, repeated, self._sampling(), step)
             self.pool.rest()
         except NoServersLeft as failure:

@@ -1,6 +1,6 @@
 """PPO, RTO and every other method that learns from its own samples: the loop of the paper's Algorithm 2."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +19,7 @@ from rto_megatron.engine.build_roles import build_average, build_frozen, build_t
 from rto_megatron.engine.megatron import ENTROPIES, FrozenModel, Model, TrainedModel
 from rto_megatron.errors import RecipeError
 from rto_megatron.parallel.topology import Topology
+from rto_megatron.reporting.rates import rates
 from rto_megatron.reporting.samples import completions_table, show
 from rto_megatron.trainer.build_rewards import build_rewards
 from rto_megatron.trainer.checked_scores import watched_gap
@@ -29,6 +30,7 @@ from rto_megatron.trainer.held_out import HeldOut, load_held_out
 from rto_megatron.trainer.known_reward import known_reward, true_return
 from rto_megatron.trainer.model_files import give_own_padding
 from rto_megatron.trainer.parts import Parts, planned_parts
+from rto_megatron.trainer.pool_requests import taken
 from rto_megatron.trainer.pretraining import Pretraining, beside
 from rto_megatron.trainer.reference import require_trained_reference
 from rto_megatron.trainer.resume import LoopState
@@ -64,7 +66,7 @@ def train_online(
     kl, table = algorithm.kl_controller, known_reward("data.true_reward", config.data.true_reward, setup)
     pool = stopping(pool or connect_pool(config.rollout, roles.policy), config, setup)
     sampler = open_sampler(config, setup, roles, run, parts.sampler(config, setup, prompts, pool))
-    evaluation = HeldOut(config, setup, pool, held_out, table)
+    evaluation = HeldOut(config, setup, pool, sampler.push, held_out, table)
     if run.state is not None:
         pretraining.restore(run.state.pretraining)
         kl = kl.restored(run.state.kl)
@@ -74,10 +76,11 @@ def train_online(
     for step in run.steps():
         # 1. pi_old <- pi_theta, proved
         with run.saved_without_pool(), run.timed("push"):
-            times = sampler.push(step)
-        # 2. y ~ pi_old(. | x), from the pool that holds exactly this step's weights
+            times = sampler.begin(step)
+        # 2. y ~ pi_old(. | x), from the pool that holds this step's weights, or those of `ahead` steps before
         with run.saved_without_pool(), run.timed("sample"):
             sampled = sampler.draw(step)
+        run.record({**sampler.measured(), **taken(sampled, step, config.rollout.ahead, topology)})
         experience, gap, lrs = None, {}, {}
         with guard.skipping():
             # 3. every model's opinion, without gradients
@@ -93,16 +96,21 @@ def train_online(
             with run.timed("update"):
                 lrs = update(config, run, roles, algorithm, experience, pretraining, setup, guard)
         run.record({**evaluation.measured(run, roles), **pool.measured()})
-        means = run.log({**lrs, **times, **gap, "objective/kl_coef": kl.coef})
+        means = run.log({**lrs, **times, **gap, "objective/kl_coef": kl.coef}, rates_of(config))
         if experience is not None:
             kl = kl.update(means["policy/kl_per_token"], config.responses_per_step)
-        run.finish(LoopState(sampler.state(), pretraining.state(), kl.state()))
+        run.finish(LoopState(sampler.state(), pretraining.state(), kl.state()), sampler.ahead())
         if experience is not None:
             show_samples(config, run, experience, setup, means)
     run.close("policy" if roles.average is None else "policy_ema")
     # The pool is left with the trained policy; should it fail, the run is complete all the same.
     sampler.push(run.step)
     sampler.close()
+
+
+def rates_of(config: schema.ReinforcementStage) -> Callable[[Mapping[str, float]], dict[str, float]]:
+    """What makes the rates of a step of its metrics."""
+    return partial(rates, num_responses=config.responses_per_step, epochs=config.algorithm.epochs)
 
 
 def build_algorithm(
@@ -124,7 +132,7 @@ def open_sampler(
 ) -> Sampler:
     """The sampler where the run stands; one that fills its batches, where the method asks for it."""
     if run.state is not None:
-        sampler.restore(run.state.data)
+        sampler.restore(run.state.data, run.ahead)
     return full_batches(sampler, config, setup, roles, run.record)
 
 

@@ -6,11 +6,29 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from rto_megatron.data.batches import BatchesState
+from rto_megatron.generation.contract import RolloutEngine, Sampling
 from rto_megatron.platform import faults
 from rto_megatron.trainer.checked_scores import Scorer
 from rto_megatron.trainer.guard import Guard, LossChange, Update
-from rto_megatron.trainer.sampler import Sampler
-from rto_megatron.types import LossOutput, Metrics, Rollout, ScoredRollouts
+from rto_megatron.trainer.sampler import KeepAhead, Sampler
+from rto_megatron.types import LossOutput, Metrics, Prompt, Rollout, ScoredRollouts
+
+
+@dataclass(frozen=True)
+class PlantedEngine:
+    """An engine with a fault while it samples: beside the training where rollouts are drawn ahead.
+
+    Example:
+        PlantedEngine(ScriptedEngine(40))
+    """
+
+    inner: RolloutEngine
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[Rollout]:
+        """See `RolloutEngine.generate`."""
+        rollouts = self.inner.generate(prompts, sampling, version)
+        faults.at("in_gen", version + 1)
+        return rollouts
 
 
 @dataclass(frozen=True)
@@ -23,6 +41,10 @@ class PlantedSampler:
 
     inner: Sampler
 
+    def begin(self, step: int) -> dict[str, float]:
+        """See `Sampler.begin`."""
+        return self.inner.begin(step)
+
     def push(self, version: int) -> dict[str, float]:
         """See `Sampler.push`."""
         return self.inner.push(version)
@@ -34,13 +56,21 @@ class PlantedSampler:
         faults.at("after_gen", step + 1)
         return rollouts
 
+    def measured(self) -> Metrics:
+        """See `Sampler.measured`."""
+        return self.inner.measured()
+
     def state(self) -> BatchesState:
         """See `Sampler.state`."""
         return self.inner.state()
 
-    def restore(self, state: BatchesState) -> None:
+    def ahead(self) -> KeepAhead:
+        """See `Sampler.ahead`."""
+        return self.inner.ahead()
+
+    def restore(self, state: BatchesState, ahead: Sequence[Rollout] = ()) -> None:
         """See `Sampler.restore`."""
-        self.inner.restore(state)
+        self.inner.restore(state, ahead)
 
     def close(self) -> None:
         """See `Sampler.close`."""

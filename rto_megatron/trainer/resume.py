@@ -12,7 +12,9 @@ from rto_megatron.config.rewards import Source
 from rto_megatron.data.batches import BatchesState
 from rto_megatron.engine.integrity import CheckpointError
 from rto_megatron.errors import RunFolderError
+from rto_megatron.generation.rollout_lines import load_rollouts, rollout_lines
 from rto_megatron.parallel.collectives import Json
+from rto_megatron.types import Rollout
 
 # Where and how a run is computed, watched and stored, not what it computes. `run.steps` is the exception: it may
 # grow, and the learning-rate schedule of the steps still to do follows the new length.
@@ -38,12 +40,18 @@ _FREE = (
     "rollout",
     "evaluate",
 )
-
+# What the samples depend on, of sections that are free otherwise.
+_FIXED = ("rollout.ahead",)
+ROLLOUTS_AHEAD = "rollouts_ahead.jsonl"  # <checkpoint>/rollouts_ahead.jsonl, where any were drawn
 
 # Where a source is asked, how long and how often.
 _FREE_OF_REWARDS = ("name", "timeout_s", "url", "batch", "concurrency", "retries", "token_file", "token_env")
 # What runs did whose checkpoints do not say.
-_BEFORE: Mapping[str, Json] = {"rewards": []}
+_BEFORE: Mapping[str, Json] = {
+    "rewards": [],
+    "rollout.ahead": 0,
+    "algorithm.pool_importance_mode": "token_truncate",
+}
 
 # Mappings whose entries a recipe names: they are compared as a whole, so that one that came or went is seen.
 _WHOLE = ("data.template",)
@@ -131,11 +139,24 @@ def _flat(tree: dict[str, Json], prefix: str) -> dict[str, Json]:
 
 
 def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in _FREE)
+    return key not in _FIXED and any(key == free or key.startswith(f"{free}.") for free in _FREE)
+
+
+def texts_ahead(rollouts: tuple[Rollout, ...]) -> dict[str, str]:
+    """The file of rollouts that were drawn ahead, by its name; none where there are none."""
+    return {ROLLOUTS_AHEAD: rollout_lines(rollouts)} if rollouts else {}
+
+
+def read_ahead(checkpoint: Path) -> tuple[Rollout, ...]:
+    """The rollouts that a checkpoint holds, of all replicas, in the order of the prompts."""
+    path = checkpoint / ROLLOUTS_AHEAD
+    return tuple(load_rollouts(path)) if path.exists() else ()
 
 
 def require_same(saved: Mapping[str, Json], wanted: dict[str, Json], run_dir: Path) -> None:
     """Refuses to go on with a run under another configuration; keys that only one side knows are not compared.
+
+    A key that came to the schema later counts in an older checkpoint as what all runs did before.
 
     Args:
         saved: `fixed_keys` of the attempt that wrote the checkpoint.
@@ -144,11 +165,11 @@ def require_same(saved: Mapping[str, Json], wanted: dict[str, Json], run_dir: Pa
     Raises:
         RunFolderError: lists every key with both values.
     """
-    saved = {**_BEFORE, **saved}
+    known = {**_BEFORE, **saved}
     changes = [
-        f"  {key}: {saved[key]!r} in the checkpoint, {value!r} in the configuration"
+        f"  {key}: {known[key]!r} in the checkpoint, {value!r} in the configuration"
         for key, value in wanted.items()
-        if key in saved and saved[key] != value
+        if key in known and known[key] != value
     ]
     if changes:
         raise RunFolderError(

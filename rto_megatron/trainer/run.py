@@ -1,7 +1,7 @@
 """The life of a run: resume, count steps, log, save when due, export at the end."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,8 +22,16 @@ from rto_megatron.parallel.topology import Topology
 from rto_megatron.reporting.metrics import MetricLog, add, reduce_metrics, with_margin
 from rto_megatron.reporting.pace import RATIO, Pace, slow_rank, slowest
 from rto_megatron.reporting.progress import progress, say
-from rto_megatron.trainer.resume import LoopState, RunState, fixed_keys, read_state, require_same
-from rto_megatron.types import Metrics
+from rto_megatron.trainer.resume import (
+    LoopState,
+    RunState,
+    fixed_keys,
+    read_ahead,
+    read_state,
+    require_same,
+    texts_ahead,
+)
+from rto_megatron.types import Metrics, Rollout
 
 
 class Run:
@@ -65,6 +73,9 @@ class Run:
         self.step = 0
         self.refused_in_a_row = 0  # updates, counted by the run's Guard
         self.state: LoopState | None = None  # of the last finished step; None at the start of a run
+        self.ahead: tuple[Rollout, ...] = ()  # what the checkpoint holds of later steps
+        self._begun = time.monotonic()  # the step that is being made
+        self._keep_ahead: Callable[[], tuple[Rollout, ...]] = tuple
         self._saving: Saving | None = None  # the checkpoint that is being written beside the training
         self._resume()
         self._saved_step = self.step
@@ -86,6 +97,7 @@ class Run:
                 f"raise run.steps or name another run.dir"
             )
         require_same(state.config, self._fixed_keys, self.dir)
+        self.ahead = read_ahead(found.path)
         for role, model in self._models.items():
             restore(found.path / role, model)
         for warning in found.warnings:
@@ -98,6 +110,7 @@ class Run:
         with progress(self._title, self.num_steps, self._topology.is_lead, self.step) as advance:
             for step in range(self.step, self.num_steps):
                 seed_step(self._config.seed, step)
+                self._begun = time.monotonic()
                 yield step
                 assert self.step == step + 1, "finish() was not called"
                 advance(self._note)
@@ -113,11 +126,16 @@ class Run:
         """Adds this replica's sums to those of the step."""
         self._metrics = add(self._metrics, metrics)
 
-    def log(self, values: dict[str, float]) -> dict[str, float]:
+    def log(
+        self,
+        values: dict[str, float],
+        derive: Callable[[Mapping[str, float]], dict[str, float]] = lambda means: {},
+    ) -> dict[str, float]:
         """Reduces and writes the metrics of the step; all ranks must call it, before `finish`.
 
         Args:
             values: already global numbers, such as the learning rate.
+            derive: makes further metrics of all others.
 
         Returns:
             name -> mean over all replicas.
@@ -126,7 +144,9 @@ class Run:
             **with_margin(reduce_over_replicas(self._metrics, self._topology)),
             **values,
             **self._compare_ranks(),
+            "time/step_s": time.monotonic() - self._begun,
         }
+        means |= derive(means)
         self._metrics = {}
         if self._log is not None:
             self._log.write(self.step + 1, means)
@@ -141,18 +161,19 @@ class Run:
         found = slowest(seconds)
         return {} if found is None else {RATIO: found[1]}
 
-    def finish(self, state: LoopState) -> None:
+    def finish(self, state: LoopState, keep_ahead: Callable[[], tuple[Rollout, ...]] = tuple) -> None:
         """Ends a step and saves when due, or when the run is to stop; all ranks must call it.
 
         Args:
             state: what the next step needs beside the models, in a resumed run as in this one.
+            keep_ahead: gives the rollouts of later steps, on the lead; all ranks call it when the step is saved.
 
         Raises:
             Preempted: on every rank; the run was told to stop, and this step is saved.
         """
         self._finish_saving()
         self.step += 1
-        self.state = state
+        self.state, self._keep_ahead = state, keep_ahead
         is_stopping = self._topology.any(is_asked_to_stop(self.dir)) and self.step < self.num_steps
         if is_stopping or self.is_saved(self.step):
             self._save()
@@ -165,8 +186,9 @@ class Run:
         self._finish_saving()
         assert self.state is not None, "no step was finished"
         state = RunState(self.step, self.state, self.refused_in_a_row, self._fixed_keys)
+        texts, keep = texts_ahead(self._keep_ahead()), self._config.keep_checkpoints
         self._saving = begin_save(
-            self.dir, self.step, self._models, self._hf_files, state.to_json(), self._config.keep_checkpoints
+            self.dir, self.step, self._models, self._hf_files, state.to_json(), keep, texts
         )
         self._saved_step = self.step
         if self._config.async_save and self.step < self.num_steps:

@@ -1,19 +1,23 @@
 """Where a step's rollouts come from: the sampler chooses prompts, asks the pool and hands out what came of it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from rto_megatron.config import schema
 from rto_megatron.config.rewards import reads_columns
 from rto_megatron.data.batches import Batches, BatchesState
 from rto_megatron.data.loader import load_prompts
-from rto_megatron.errors import PoolError, UserError
-from rto_megatron.generation.contract import NoServersLeft, RolloutEngine, Sampling
+from rto_megatron.generation.contract import RolloutEngine, Sampling
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.trainer.connected_pool import ConnectedPool
 from rto_megatron.trainer.feed import feed, go_on
+from rto_megatron.trainer.pool_requests import PoolRequest, ask, share
 from rto_megatron.trainer.setup import Setup
-from rto_megatron.types import Prompt, Rollout
+from rto_megatron.types import Metrics, Prompt, Rollout
+
+# Gives the rollouts of all replicas that a sampler had ahead when it was asked, in the order of the prompts. It waits
+# for what is in flight; all ranks must call it.
+type KeepAhead = Callable[[], tuple[Rollout, ...]]
 
 
 class Sampler(Protocol):
@@ -22,12 +26,16 @@ class Sampler(Protocol):
     It owns the prompts: it may ask for more of them than a step trains on, and choose, or draw ahead of the trainer.
 
     Example:
-        sampler.push(version=3)
+        sampler.begin(step=3)
         sampled = sampler.draw(step=3)
     """
 
+    def begin(self, step: int) -> dict[str, float]:
+        """Pushes the weights of a step where it needs them in the pool; returns what that took, for the logs."""
+        ...
+
     def push(self, version: int) -> dict[str, float]:
-        """Makes the pool hold the policy's present weights as `version`; returns what it took, for the logs."""
+        """Makes the pool hold the policy's present weights as `version`, once it samples nothing any more."""
         ...
 
     def draw(self, step: int) -> tuple[Rollout, ...]:
@@ -41,12 +49,23 @@ class Sampler(Protocol):
         """
         ...
 
-    def state(self) -> BatchesState:
-        """What a checkpoint keeps: a sampler restored from it draws the same as this one from here on."""
+    def measured(self) -> Metrics:
+        """Sums for the logs about the draws since the last call: `time/generate_s` and `time/pool_wait_s`."""
         ...
 
-    def restore(self, state: BatchesState) -> None:
+    def state(self) -> BatchesState:
+        """What a checkpoint keeps: a sampler restored from it and from `ahead` draws as this one from here on."""
+        ...
+
+    def ahead(self) -> KeepAhead:
+        """What was drawn and not handed out, to be kept by a checkpoint of this moment, now or later."""
+        ...
+
+    def restore(self, state: BatchesState, ahead: Sequence[Rollout] = ()) -> None:
         """Continues where `state` was taken.
+
+        Args:
+            ahead: what `KeepAhead` gave; a sampler that draws nothing ahead has none.
 
         Raises:
             UserError: it was taken of other data.
@@ -62,7 +81,7 @@ class OnPolicySampler:
     """Draws every response of a step with the weights of that step, prompts in the order of the loader.
 
     Example:
-        OnPolicySampler(config, setup, prompts, pool).draw(step=3)
+        OnPolicySampler(config, setup, prompts, pool).draw(step=0)
     """
 
     def __init__(
@@ -73,6 +92,11 @@ class OnPolicySampler:
         self._prompts = prompts
         self._pool = pool
         self._last = (-1, 0)  # the step of the last draw, and how many it had before
+        self._seconds: list[float] = []  # of the draws since they were last told, on replica leads
+
+    def begin(self, step: int) -> dict[str, float]:
+        """See `Sampler.begin`."""
+        return self.push(step)
 
     def push(self, version: int) -> dict[str, float]:
         """See `Sampler.push`."""
@@ -82,19 +106,43 @@ class OnPolicySampler:
         """See `Sampler.draw`; further draws of a step give further prompts."""
         last, number = self._last
         self._last = (step, number + 1 if step == last else 0)
-        prompts = self._prompts.next_batch()
-        batch = [prompt for prompt in prompts for _ in range(self._config.algorithm.samples_per_prompt)]
-        how = sampling(self._config, self._setup, step, self._last[1])
-        rollouts = sample(self._setup.topology, self._pool.engine, batch, how, version=step)
+        request = self.next_request(step, step, self._last[1])
+        answer = None if self._pool.engine is None else ask(self._pool.engine, request)
+        rollouts = share(self._setup.topology, answer)
+        if answer is not None:
+            self._seconds.append(answer.seconds)
         self._pool.rest()
         return rollouts
+
+    def next_request(self, number: int, version: int, draw: int = 0) -> PoolRequest:
+        """Takes the next prompts of this replica, to be answered by a version of the policy.
+
+        Args:
+            number: of the batch; seeds differ by it.
+            draw: of several with one number; seeds differ by it too.
+        """
+        prompts = self._prompts.next_batch()
+        batch = [prompt for prompt in prompts for _ in range(self._config.algorithm.samples_per_prompt)]
+        return PoolRequest(batch, sampling(self._config, self._setup, number, draw), version)
+
+    def measured(self) -> Metrics:
+        """See `Sampler.measured`."""
+        seconds, self._seconds = self._seconds, []
+        if not seconds:
+            return {}
+        return {"time/generate_s": (sum(seconds), len(seconds)), "time/pool_wait_s": (sum(seconds), 1.0)}
 
     def state(self) -> BatchesState:
         """See `Sampler.state`."""
         return self._prompts.state()
 
-    def restore(self, state: BatchesState) -> None:
+    def ahead(self) -> KeepAhead:
+        """See `Sampler.ahead`."""
+        return tuple
+
+    def restore(self, state: BatchesState, ahead: Sequence[Rollout] = ()) -> None:
         """See `Sampler.restore`."""
+        assert not ahead, "they would be lost"
         go_on(self._prompts, state, "data.train", self._setup.topology)
 
     def close(self) -> None:
@@ -143,27 +191,5 @@ def sample(
         NoServersLeft: on every rank; the last server of the pool died.
         UserError: the engine failed or a rollout carries another version.
     """
-    rollouts: list[Rollout] = []
-    failure = None
-    if engine is not None:
-        try:
-            rollouts = engine.generate(prompts, sampling, version)
-            require_version(rollouts, version)
-        except UserError as raised:
-            failure = raised
-    topology.raise_together(failure, NoServersLeft)
-    return tuple(topology.replica_value(rollouts, list[Rollout]))
-
-
-def require_version(rollouts: Sequence[Rollout], version: int) -> None:
-    """Refuses rollouts of another policy version.
-
-    Raises:
-        PoolError: names the first one.
-    """
-    for rollout in rollouts:
-        if rollout.weight_version != version:
-            raise PoolError(
-                f"rollout {rollout.prompt_id} was sampled by policy version {rollout.weight_version}, "
-                f"expected {version}; nothing was trained on it"
-            )
+    answer = None if engine is None else ask(engine, PoolRequest(prompts, sampling, version))
+    return share(topology, answer)

@@ -1,7 +1,8 @@
-"""Truncated importance sampling on the gap to the pool, in the loss of every method that samples."""
+"""Importance sampling on the gap to the pool, in the loss of every method that samples."""
 
 import math
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -10,18 +11,20 @@ from algorithms.ragged import DELIMITER, LONGEST, scored_rollouts, step_minibatc
 
 from rto_megatron.algorithms import ALGORITHMS
 from rto_megatron.algorithms.method import OnlineMethod
-from rto_megatron.algorithms.pool_importance import pool_importance
+from rto_megatron.algorithms.pool_importance import ImportanceMode, pool_importance
 
 CAP = 1.5
+MODES = get_args(ImportanceMode)
 COUNT = 8
 ONLINE = [name for name, method in ALGORITHMS.items() if isinstance(method, OnlineMethod)]
 EVERY_METHOD = pytest.mark.parametrize("name", ONLINE)
 
 
-def build(name, cap):
+def build(name, cap, mode="token_truncate"):
     method = ALGORITHMS[name]
     group = {} if method.config().samples_per_prompt == 1 else {"samples_per_prompt": COUNT // 2}
-    return method.build(method.config(pool_importance_cap=cap, **group), lambda _: frozenset({DELIMITER}))
+    config = method.config(pool_importance_cap=cap, pool_importance_mode=mode, **group)
+    return method.build(config, lambda _: frozenset({DELIMITER}))
 
 
 def slow_term(algorithm, name, ratios, t, logp, advantage):
@@ -79,30 +82,44 @@ def step(algorithm, scored):
     return output.loss, grad_T, algorithm.credit_metrics(scored, experience), minibatch
 
 
-def slow_importance(scored, cap):
-    """min(pi_old / pi_pool, cap) token by token, in Python floats; 1 where the pool did not sample the token."""
-    return [
-        [
-            min(math.exp(float(scored.logp_old_BR[row, t]) - float(scored.logp_pool_BR[row, t])), cap)
+def slow_importance(scored, cap, mode="token_truncate"):
+    """TRL's weights token by token, in Python floats; a token that the pool did not sample has the ratio 1."""
+    rows = []
+    for row, rollout in enumerate(scored.rollouts):
+        gaps = [
+            float(scored.logp_old_BR[row, t]) - float(scored.logp_pool_BR[row, t])
             if scored.sampled_BR[row, t]
-            else 1.0
+            else 0.0
             for t in range(len(rollout.response_ids))
         ]
-        for row, rollout in enumerate(scored.rollouts)
-    ]
+        if mode.startswith("sequence"):
+            gaps = [math.fsum(gaps)] * len(gaps)
+        kept = 0.0 if mode.endswith("mask") else cap
+        rows.append([math.exp(gap) if math.exp(gap) <= cap else kept for gap in gaps])
+    return rows
 
 
+def near(scored, shrink):
+    """The same rollouts with a gap so much smaller: the product over a response stays near 1."""
+    gap_BR = scored.logp_old_BR - scored.logp_pool_BR
+    return replace(scored, logp_pool_BR=scored.logp_old_BR - shrink * gap_BR)
+
+
+@pytest.mark.parametrize("mode", MODES)
 @EVERY_METHOD
-def test_loss_and_gradient_equal_a_slow_loop(name):
-    scored = scored_rollouts(COUNT, seed=2, cut=(1, 5))
-    loss, grad_T, _, minibatch = step(build(name, CAP), scored)
+def test_loss_and_gradient_equal_a_slow_loop(name, mode):
+    scored = near(scored_rollouts(COUNT, seed=2, cut=(1, 5)), 0.3)
+    loss, grad_T, _, minibatch = step(build(name, CAP, mode), scored)
     experience = build(name, None).credit(scored, 0.01, no_reduction)
     logp_T = moved(minibatch)
     algorithm = build(name, CAP)
     beta_kl = algorithm.config.beta_kl if name == "grpo" else 0.0
     shares = slow_weights(algorithm, [len(rollout.response_ids) for rollout in scored.rollouts])
     expected = torch.zeros((), dtype=torch.float64)
-    for row, weights in enumerate(slow_importance(scored, CAP)):
+    slow = slow_importance(scored, CAP, mode)
+    assert len({weight for weights in slow for weight in weights}) > 2
+    assert any(weight == (0.0 if mode.endswith("mask") else CAP) for weights in slow for weight in weights)
+    for row, weights in enumerate(slow):
         first = minibatch.batch.cu_seqlens[row] + len(scored.rollouts[row].prompt_ids) - 1
         ratios = [logp_T[first + t] - scored.logp_old_BR[row, t] for t in range(len(weights))]
         for t, weight in enumerate(weights):
@@ -133,8 +150,8 @@ def test_where_pool_and_trainer_agree_the_cap_changes_no_bit(name):
         drawn = agreeing(scored_rollouts(COUNT, cut=(1, 5)))
         scored = replace(drawn, **{k: v.to(dtype) for k, v in vars(drawn).items() if torch.is_tensor(v)})
         off_loss, off_grad_T, _, _ = step(build(name, None), scored)
-        for cap in (1.0, 2.0):
-            on_loss, on_grad_T, metrics, minibatch = step(build(name, cap), scored)
+        for cap, mode in ((1.0, "token_truncate"), *((2.0, mode) for mode in MODES)):
+            on_loss, on_grad_T, metrics, minibatch = step(build(name, cap, mode), scored)
             assert torch.equal(off_loss, on_loss) and torch.equal(off_grad_T, on_grad_T)
             assert bool((minibatch.pool_importance_T[minibatch.weight_T > 0] == 1).all())
             num_tokens = float(scored.mask_BR.sum())
@@ -154,6 +171,27 @@ def test_a_planted_gap_is_cut_at_the_cap():
     weights_BR = pool_importance(gapped([0.0, math.log(1.2), 1.0, -2.0, 200.0]), CAP)
     torch.testing.assert_close(weights_BR, torch.tensor([[1.0, 1.2, CAP, math.exp(-2.0), CAP]]))
     assert weights_BR[0, [2, 4]].tolist() == [CAP, CAP]
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("token_mask", [1.0, 1.2, 0.0, math.exp(-2.0), 0.0]),
+        ("sequence_truncate", [CAP] * 5),
+        ("sequence_mask", [0.0] * 5),
+    ],
+)
+def test_a_planted_gap_is_cut_or_trains_nothing(mode, expected):
+    gaps = [0.0, math.log(1.2), 1.0, -2.0, 200.0]  # nats; exp of their sum is no float32
+    torch.testing.assert_close(pool_importance(gapped(gaps), CAP, mode), torch.tensor([expected]))
+    below = pool_importance(gapped([0.1, -0.2, 0.3]), CAP, mode)
+    ratios = [math.exp(0.2)] * 3 if mode.startswith("sequence") else [math.exp(x) for x in (0.1, -0.2, 0.3)]
+    torch.testing.assert_close(below, torch.tensor([ratios]))
+
+
+def test_a_mode_without_a_cap_is_refused():
+    with pytest.raises(ValueError, match="pool_importance_mode='sequence_mask' has no effect without"):
+        ALGORITHMS["rto"].config(pool_importance_mode="sequence_mask")
 
 
 def test_tokens_that_the_truncation_policy_wrote_weigh_1():

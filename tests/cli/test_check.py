@@ -56,6 +56,12 @@ def test_layout_arithmetic_and_place_of_each_model_are_shown() -> None:
     assert "8,030.3 M" in output
 
 
+def test_what_is_ahead_is_shown() -> None:
+    output = check(str(RECIPES / "llama3_8b" / "rto_ahead.yaml"), "--gpus", "8", "rollout.ahead=2")
+    assert "receives the policy's weights after every 2 steps" in output
+    assert "up to 2 steps older than the weights that they train" in output
+
+
 def test_the_rates_of_both_optimizers_are_shown_and_no_warm_up_is_the_whole_run() -> None:
     """10 rollout steps of 8 updates; transformers' schedule at 0, at ceil(0.03 x 80) = 3 and at 79."""
     output = check(

@@ -6,7 +6,8 @@ import pytest
 
 from rto_megatron.errors import DataError
 from rto_megatron.generation.contract import RolloutEngine, Sampling, StaleWeights, request_seed
-from rto_megatron.generation.scripted import RecordedEngine, ScriptedEngine, load_rollouts, save_rollouts
+from rto_megatron.generation.rollout_lines import load_rollouts, save_rollouts
+from rto_megatron.generation.scripted import RecordedEngine, ScriptedEngine
 from rto_megatron.types import Prompt
 
 PROMPTS = [Prompt(f"prompt-{index}", (1, index, 7)) for index in range(40)]

@@ -18,6 +18,7 @@ from rto_megatron.engine.saving import point_to
 from rto_megatron.platform.safe_metadata import safe_reading
 from rto_megatron.reporting.metrics import read_metrics
 from rto_megatron.storage.checkpoints import finished_checkpoints
+from rto_megatron.trainer.resume import ROLLOUTS_AHEAD
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,18 @@ def assert_equal_runs(first: Path, second: Path) -> Saved:
 CASES = {
     "one": ("one", {}),
     "tp2": ("tp2", {}),
-    "pp2": ("pp2", {}),
+    "pp2-two-ahead": ("pp2", {"rollout__ahead": 2, "algorithm__pool_importance_cap": 2.0}),
     "dp2-sharded": ("dp2", {"parallel__distributed_optimizer": True}),
     "bf16": ("one", {"precision__dtype": "bf16"}),
-    "dp2-written-beside": ("dp2", {"parallel__distributed_optimizer": True, "run__async_save": True}),
+    "dp2-written-beside-one-ahead": (
+        "dp2",
+        {
+            "parallel__distributed_optimizer": True,
+            "run__async_save": True,
+            "rollout__ahead": 1,
+            "algorithm__pool_importance_cap": 2.0,
+        },
+    ),
     "bf16-dp2-sharded": ("dp2", {"parallel__distributed_optimizer": True, "precision__dtype": "bf16"}),
 }
 
@@ -111,6 +120,11 @@ def test_resumed_rto_equals_uninterrupted_rto(case: str, files: Path, tmp_path: 
     saved = assert_equal_runs(tmp_path / "whole", tmp_path / "resumed")
     print(case, len(saved.tensors), "tensors, coefficient", saved.state["kl"])
     _assert_worth_comparing(saved, read_checkpoint(tmp_path / "whole", 2))
+    ages = [entry["rollout/age_steps"] for entry in read_metrics(tmp_path / "resumed")]
+    ahead = changes.get("rollout__ahead", 0)
+    assert ages == {0: [0, 0, 0, 0], 1: [0, 1, 1, 1], 2: [0, 1, 2, 1]}[ahead]
+    held = [(checkpoint / ROLLOUTS_AHEAD).exists() for checkpoint in finished_checkpoints(tmp_path / "whole")]
+    assert held == [ahead > 0, False]
 
 
 def _assert_worth_comparing(last: Saved, middle: Saved) -> None:

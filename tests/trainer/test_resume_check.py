@@ -76,11 +76,12 @@ def test_the_command_finds_a_resumed_rto_run_equal(files: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("stage", "layout", "replicas", "resume_at"),
+    ("stage", "layout", "replicas", "resume_at", "keys"),
     [
-        ("dpo", "tp2", 1, None),
-        ("dpo", "tp2", 1, (1, 1, 2)),
-        ("rto", "one", 2, (1, 2, 1)),
+        ("dpo", "tp2", 1, None, {}),
+        ("dpo", "tp2", 1, (1, 1, 2), {}),
+        # What two replicas had ahead is taken by one.
+        ("rto", "one", 2, (1, 2, 1), {"rollout__ahead": 1, "algorithm__pool_importance_cap": 2.0}),
     ],
 )
 def test_a_resumed_run_keeps_everything_at_its_own_layout_and_nearly_at_another(
@@ -88,10 +89,11 @@ def test_a_resumed_run_keeps_everything_at_its_own_layout_and_nearly_at_another(
     layout: str,
     replicas: int,
     resume_at: tuple[int, int, int] | None,
+    keys: dict[str, object],
     files: Path,
     tmp_path: Path,
 ) -> None:
-    config = configure(stage, files, tmp_path / "run", layout)
+    config = configure(stage, files, tmp_path / "run", layout, **keys)
     assert isinstance(config, TrainStage)
     parallel, num_ranks = config.parallel, config.parallel.tensor * replicas
     if resume_at is not None:

@@ -15,8 +15,8 @@ from rto_megatron.config.schema import ReinforcementStage
 from rto_megatron.data.batches import Batches
 from rto_megatron.engine.build_roles import build_frozen
 from rto_megatron.generation.scripted import ScriptedEngine
-from rto_megatron.parallel.collectives import Json
 from rto_megatron.reporting.metrics import read_metrics
+from rto_megatron.trainer.ahead import AheadSampler
 from rto_megatron.trainer.connected_pool import ConnectedPool
 from rto_megatron.trainer.online import train_online
 from rto_megatron.trainer.parts import MakeSampler, planned_parts
@@ -40,9 +40,13 @@ class PickySampler(OnPolicySampler):
 
     def draw(self, step: int) -> tuple[Rollout, ...]:
         """See `Sampler.draw`."""
-        drawn = [*super().draw(step), *super().draw(step)]
-        chosen = sorted(range(len(drawn)), key=lambda place: -len(drawn[place].response_ids))
-        return tuple(drawn[place] for place in sorted(chosen[: len(drawn) // 2]))
+        return longer_half([*super().draw(step), *super().draw(step)])
+
+
+def longer_half(drawn: Sequence[Rollout]) -> tuple[Rollout, ...]:
+    """Those with the longer responses, in their order."""
+    chosen = sorted(range(len(drawn)), key=lambda place: -len(drawn[place].response_ids))
+    return tuple(drawn[place] for place in sorted(chosen[: len(drawn) // 2]))
 
 
 def _setup(config: ReinforcementStage) -> tuple[Setup, Batches[Prompt], ConnectedPool]:
@@ -80,32 +84,57 @@ def test_a_reward_source_scores_each_response_by_itself_on_every_layout(
             assert all(found[name] == pytest.approx(alone[name], abs=1e-5) for name in alone)
 
 
+class PickyAhead:
+    """Chooses among what is drawn ahead; everything else is what `AheadSampler` does."""
+
+    def __init__(
+        self, config: ReinforcementStage, setup: Setup, prompts: Batches[Prompt], pool: ConnectedPool
+    ) -> None:
+        inner = AheadSampler(config, setup, prompts, pool)
+        self._draw = inner.draw
+        self.begin, self.state, self.ahead = inner.begin, inner.state, inner.ahead
+        self.restore, self.close = inner.restore, inner.close
+
+    def draw(self, step: int) -> tuple[Rollout, ...]:
+        """See `Sampler.draw`; three batches where two are ahead, so that a step takes more than there is."""
+        first, *others = (self._draw(step) for _ in range(3))
+        return longer_half([*first, *max(others, key=lambda drawn: len(drawn[0].response_ids))])
+
+
 def _draws(config: ReinforcementStage, sampler: MakeSampler) -> list[list[str]]:
     setup, prompts, pool = _setup(config)
     first = sampler(config, setup, prompts, pool)
     drawn: list[list[Rollout]] = []
-    state: Json = {}
+    state, ahead = first.state(), first.ahead()
     for step in range(4):
-        first.push(step)
+        first.begin(step)
         drawn.append(list(first.draw(step)))
-        state = first.state() if step == 1 else state
+        if step == 1:
+            state, ahead = first.state(), first.ahead()
     again = sampler(config, setup, load_batches(config, setup), pool)
-    again.restore(state)
+    # The lead writes them into a checkpoint, and every rank reads them there.
+    again.restore(state, tuple(setup.topology.lead_value(list(ahead()), list[Rollout])))
     for step in (2, 3):
-        again.push(step)
+        again.begin(step)
         assert list(again.draw(step)) == drawn[step]
     again.close()
     for step, rollouts in enumerate(drawn):
-        assert {rollout.weight_version for rollout in rollouts} == {step}
+        ages = {step - rollout.weight_version for rollout in rollouts}
+        assert ages <= set(range(config.rollout.ahead + 1))
+        assert ages == {0} or config.rollout.ahead
     return [[f"{rollout.prompt_id} {rollout.response_ids}" for rollout in rollouts] for rollouts in drawn]
 
 
-@pytest.mark.parametrize("sampler", [OnPolicySampler, PickySampler])
+@pytest.mark.parametrize(
+    ("sampler", "ahead"),
+    [(OnPolicySampler, 0), (PickySampler, 0), (AheadSampler, 1), (AheadSampler, 2), (PickyAhead, 2)],
+)
 @pytest.mark.parametrize("layout", ["one", "tp2", "dp2"])
 def test_a_sampler_gives_every_replica_its_share_and_goes_on_from_its_state(
-    sampler: MakeSampler, layout: str, files: Path, tmp_path: Path
+    sampler: MakeSampler, ahead: int, layout: str, files: Path, tmp_path: Path
 ) -> None:
-    config = configure("ppo", files, tmp_path / "run", layout)
+    keys = {"rollout__ahead": ahead, "algorithm__pool_importance_cap": 2.0} if ahead else {}
+    config = configure("ppo", files, tmp_path / "run", layout, **keys)
     found = run_ranks(LAYOUTS[layout][0], _draws, config, sampler)
     for step in range(4):
         shares = {tuple(ranks[step]) for ranks in found}

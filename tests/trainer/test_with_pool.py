@@ -12,6 +12,7 @@ from trainer.tiny_runs import configure, join
 from rto_megatron.algorithms import ALGORITHMS
 from rto_megatron.algorithms.method import OnlineMethod
 from rto_megatron.config.schema import ReinforcementStage
+from rto_megatron.generation.vllm.client.server_client import ServerClient
 from rto_megatron.reporting.metric_names import POOL, metrics_of
 from rto_megatron.reporting.metrics import read_metrics
 from rto_megatron.trainer.online import train_online
@@ -30,6 +31,22 @@ def test_the_pool_samples_with_the_weights_of_every_step(
     config = three_steps(tmp_path / "run", pool_files, pool_server, layout)
     run_ranks(LAYOUTS[layout][0], _train, config)
     require_served(tmp_path / "run", pool_files, pool_server)
+
+
+def test_two_replicas_sample_ahead_of_a_push(
+    pool_files: Path, pool_server: PoolServer, tmp_path: Path
+) -> None:
+    keys = {"rollout__ahead": 1, "algorithm__pool_importance_cap": 2.0}
+    run_ranks(2, _train, three_steps(tmp_path / "run", pool_files, pool_server, "dp2", **keys))
+    first, *others = read_metrics(tmp_path / "run")
+    assert [entry["rollout/age_steps"] for entry in (first, *others)] == [0, 1, 1]
+    # The pool answers for the weights that it held, which are the trainer's in the first step alone.
+    assert first["pool/logprob_gap_max"] < TOLERANCE
+    for entry in others:
+        assert entry["pool/logprob_gap_mean"] > 10 * TOLERANCE
+        assert 1e-4 < abs(entry["pool/importance_mean"] - 1) < 0.5
+    with ServerClient(pool_server.address, pool_server.token, 60) as client:
+        assert client.weight_version() == "3"
 
 
 def _train_all(configs: list[ReinforcementStage]) -> None:

@@ -1,0 +1,106 @@
+"""What a replica asks of the pool, and what its ranks get of the answer."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rto_megatron.errors import PoolError, UserError
+from rto_megatron.generation.contract import NoServersLeft, RolloutEngine, Sampling
+from rto_megatron.parallel.topology import Topology
+from rto_megatron.types import Metrics, Prompt, Rollout
+
+
+@dataclass(frozen=True)
+class PoolRequest:
+    """What a replica asks of the pool: one response for each prompt.
+
+    Example:
+        PoolRequest([Prompt("p7", (1, 529))], Sampling(8, (2,)), version=3)
+    """
+
+    prompts: Sequence[Prompt]
+    sampling: Sampling
+    version: int  # the policy version that must sample
+
+
+@dataclass(frozen=True)
+class PoolAnswer:
+    """What became of a request, on the rank that asked.
+
+    Example:
+        PoolAnswer((), PoolError("the pool is gone"), seconds=0.5)
+    """
+
+    rollouts: tuple[Rollout, ...]  # of one version; none after a failure
+    failure: UserError | None
+    seconds: float  # from the request to the last response
+
+
+def ask(engine: RolloutEngine, request: PoolRequest) -> PoolAnswer:
+    """Puts a request to the pool and waits; meets no other rank, so it may run beside whatever the ranks do."""
+    start = time.monotonic()
+    rollouts: tuple[Rollout, ...] = ()
+    failure = None
+    try:
+        rollouts = tuple(engine.generate(request.prompts, request.sampling, request.version))
+        require_version(rollouts, request.version)
+    except UserError as raised:
+        rollouts, failure = (), raised
+    return PoolAnswer(rollouts, failure, time.monotonic() - start)
+
+
+def share(topology: Topology, answer: PoolAnswer | None) -> tuple[Rollout, ...]:
+    """The rollouts of a replica's lead on every rank of the replica; all ranks must call this.
+
+    Args:
+        answer: on replica leads; None elsewhere.
+
+    Raises:
+        NoServersLeft: on every rank; the last server of the pool died.
+        UserError: on every rank; a request failed.
+    """
+    topology.raise_together(None if answer is None else answer.failure, NoServersLeft)
+    rollouts = [] if answer is None else list(answer.rollouts)
+    return tuple(topology.replica_value(rollouts, list[Rollout]))
+
+
+def require_version(rollouts: Sequence[Rollout], newest: int, oldest: int | None = None) -> None:
+    """Refuses rollouts of other policy versions than from `oldest` to `newest`.
+
+    Args:
+        oldest: None: as `newest`.
+
+    Raises:
+        PoolError: names the first one.
+    """
+    first = newest if oldest is None else oldest
+    for rollout in rollouts:
+        if not first <= rollout.weight_version <= newest:
+            expected = str(newest) if first == newest else f"{first} to {newest}"
+            raise PoolError(
+                f"rollout {rollout.prompt_id} was sampled by policy version {rollout.weight_version}, "
+                f"expected {expected}; nothing was trained on it"
+            )
+
+
+def taken(rollouts: Sequence[Rollout], step: int, ahead: int, topology: Topology) -> Metrics:
+    """Admits a step's rollouts, none of which may be more than `ahead` steps older than its weights.
+
+    All ranks must call it.
+
+    Returns:
+        ages, and lengths of prompts, for the logs.
+
+    Raises:
+        PoolError: on every rank; names the first that is older.
+    """
+    failure = None
+    try:
+        require_version(rollouts, step, step - ahead)
+    except PoolError as raised:
+        failure = raised
+    topology.raise_together(failure)
+    age = sum(step - rollout.weight_version for rollout in rollouts)
+    tokens = sum(len(rollout.prompt_ids) for rollout in rollouts)
+    count = float(len(rollouts))
+    return {"rollout/age_steps": (float(age), count), "rollout/prompt_tokens": (float(tokens), count)}

@@ -1,0 +1,276 @@
+"""Rollouts ahead of the trainer: drawn beside the training, within a bound, and never lost or waited for in vain."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from engine.layouts import LAYOUTS
+from ranks import RankError, run_ranks
+from trainer.tiny_runs import ENGINE_VOCAB, HeldPush, configure, join
+
+from rto_megatron.config.checks import find_problems
+from rto_megatron.config.load import load_recipe
+from rto_megatron.config.schema import ReinforcementStage
+from rto_megatron.errors import UserError
+from rto_megatron.generation.contract import NoServersLeft, Sampling
+from rto_megatron.generation.scripted import ScriptedEngine
+from rto_megatron.lifecycle.stopping import STOP_FILE
+from rto_megatron.reporting.metrics import read_metrics
+from rto_megatron.reporting.rates import rates
+from rto_megatron.storage.checkpoints import latest_checkpoint
+from rto_megatron.trainer.checked_scores import Scorer
+from rto_megatron.trainer.connected_pool import ConnectedPool
+from rto_megatron.trainer.online import train_online
+from rto_megatron.trainer.parts import Parts, planned_parts
+from rto_megatron.trainer.resume import fixed_keys, read_ahead, require_same
+from rto_megatron.trainer.sampler import OnPolicySampler
+from rto_megatron.types import Prompt, Rollout, ScoredRollouts
+
+AHEAD = {"rollout__ahead": 1, "algorithm__pool_importance_cap": 2.0}
+REASON = "no inference server is left to sample from: http://a ended"
+
+
+class Eventful(ScriptedEngine):
+    """Does something before it answers for a version."""
+
+    def __init__(self, run_dir: Path, dies_at: int | None = None, stops_at: int | None = None) -> None:
+        super().__init__(ENGINE_VOCAB)
+        self._stop = run_dir / STOP_FILE
+        self._dies_at, self._stops_at = dies_at, stops_at
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[Rollout]:
+        """See `RolloutEngine.generate`."""
+        if version == self._dies_at:
+            raise NoServersLeft(REASON)
+        if version == self._stops_at:
+            self._stop.touch()
+        return super().generate(prompts, sampling, version)
+
+
+def train(
+    config: ReinforcementStage, dies_at: int | None = None, stops_at: int | None = None, mortal: int = 0
+) -> tuple[str, str] | None:
+    """Runs as one rank; kind and text of the error for the user that ended it."""
+    place = join(config)
+    engine = None
+    if place.is_replica_lead:
+        engine = Eventful(config.run.dir, dies_at if place.rank == mortal else None, stops_at)
+    try:
+        train_online(config, place, ConnectedPool(engine, HeldPush(engine)))
+    except UserError as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+def ages(run_dir: Path) -> list[float]:
+    return [entry["rollout/age_steps"] for entry in read_metrics(run_dir)]
+
+
+def test_a_run_that_is_told_to_stop_keeps_what_is_in_flight(files: Path, tmp_path: Path) -> None:
+    config = configure("reinforce_pp", files, tmp_path, run__steps=3, run__save_every=None, **AHEAD)
+    ((kind, _),) = run_ranks(1, train, config, stops_at=1)
+    assert kind == "Preempted"
+    checkpoint = latest_checkpoint(tmp_path)
+    assert checkpoint is not None and checkpoint.name == "step_000002"
+    kept = read_ahead(checkpoint)
+    assert len(kept) == config.responses_per_step and {rollout.weight_version for rollout in kept} == {1}
+    (tmp_path / STOP_FILE).unlink()
+    # Asked again for the batch that the checkpoint holds, the pool would end this attempt.
+    assert run_ranks(1, train, config, dies_at=2) == [None]
+    assert ages(tmp_path) == [0, 1, 1]
+
+
+@pytest.mark.parametrize(("dies_at", "step"), [(1, 2), (2, 3)])
+def test_a_pool_that_dies_in_flight_ends_the_run_saved_and_it_goes_on(
+    dies_at: int, step: int, files: Path, tmp_path: Path
+) -> None:
+    config = configure("reinforce_pp", files, tmp_path, "dp2", **AHEAD)
+    for ended in run_ranks(2, train, config, dies_at=dies_at, mortal=1):
+        kept = f"step {step} is saved in {tmp_path}; start the pool again, and then the run as before"
+        assert ended is not None and ended[0] == "NoServersLeft"
+        assert ended[1].startswith(f"{REASON}\n{kept}")
+    checkpoint = latest_checkpoint(tmp_path)
+    assert checkpoint is not None and checkpoint.name == f"step_{step:06d}"
+    assert read_ahead(checkpoint) == ()
+    assert run_ranks(2, train, config) == [None] * 2
+    assert ages(tmp_path) == [0 if number == step else min(number, 1) for number in range(4)]
+
+
+def test_a_bug_in_the_thread_ends_the_rank(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RTO_FAULT", "in_gen:2:0:raise")
+    monkeypatch.setenv("RTO_FAULT_LOG", str(tmp_path / "fired"))
+    config = configure("reinforce_pp", files, tmp_path / "run", **AHEAD)
+    with pytest.raises(RankError, match="InjectedFault: injected fault in_gen:2:0:raise"):
+        run_ranks(1, train, config)
+    assert ages(tmp_path / "run") == [0, 1]
+
+
+class Meeting:
+    """The engine waits until the step before the one that its batch is for is being scored, and the scorer for it."""
+
+    def __init__(self) -> None:
+        self.scoring = [threading.Event() for _ in range(3)]
+        self.sampling = [threading.Event() for _ in range(3)]
+
+
+MEETING = Meeting()
+
+
+class MeetingEngine(ScriptedEngine):
+    """See `Meeting`."""
+
+    def __init__(self) -> None:
+        super().__init__(ENGINE_VOCAB)
+        self._number = 0
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[Rollout]:
+        """See `RolloutEngine.generate`."""
+        number, self._number = self._number, self._number + 1
+        if number:
+            MEETING.sampling[number - 1].set()
+            assert MEETING.scoring[number - 1].wait(60)
+        return super().generate(prompts, sampling, version)
+
+
+class MeetingScorer(Scorer):
+    """See `Meeting`."""
+
+    def score(self, sampled: Sequence[Rollout], step: int) -> ScoredRollouts:
+        """See `Scorer.score`."""
+        MEETING.scoring[step - 1].set()
+        assert step == 3 or MEETING.sampling[step - 1].wait(60)
+        return super().score(sampled, step)
+
+
+def _meet(config: ReinforcementStage) -> None:
+    engine = MeetingEngine()
+    parts = replace(planned_parts(), scorer=MeetingScorer)
+    train_online(config, join(config), ConnectedPool(engine, HeldPush(engine)), parts)
+
+
+def test_the_pool_samples_while_the_trainer_scores(files: Path, tmp_path: Path) -> None:
+    config = configure("reinforce_pp", files, tmp_path, run__steps=3, run__save_every=None, **AHEAD)
+    run_ranks(1, _meet, config)
+    entries = read_metrics(tmp_path)
+    assert ages(tmp_path) == [0, 1, 1]
+    # With the weights of a step before, the gap to the pool says nothing about the pool.
+    assert ["pool/logprob_gap_alarm" in entry for entry in entries] == [True, False, False]
+    for entry in entries:
+        assert entry["time/step_s"] > entry["time/pool_wait_s"] >= 0
+        assert entry["time/samples_per_s"] == pytest.approx(8 / entry["time/step_s"])
+
+
+class OldSampler(OnPolicySampler):
+    """Hands out rollouts that are two steps older than it says."""
+
+    def draw(self, step: int) -> tuple[Rollout, ...]:
+        """See `Sampler.draw`."""
+        return tuple(replace(one, weight_version=one.weight_version - 2) for one in super().draw(step))
+
+
+def _train_old(config: ReinforcementStage) -> str:
+    place = join(config)
+    engine = ScriptedEngine(ENGINE_VOCAB) if place.is_replica_lead else None
+    with pytest.raises(UserError) as caught:
+        train_online(config, place, ConnectedPool(engine, HeldPush(engine)), Parts(sampler=OldSampler))
+    return str(caught.value)
+
+
+def test_rollouts_beyond_the_bound_are_never_trained_on(files: Path, tmp_path: Path) -> None:
+    config = configure("reinforce_pp", files, tmp_path, "dp2", **AHEAD)
+    for message in run_ranks(LAYOUTS["dp2"][0], _train_old, config):
+        assert "was sampled by policy version -2, expected -1 to 0; nothing was trained on it" in message
+    assert ages(tmp_path) == []
+
+
+RECIPE = Path(__file__).parents[2] / "launchers" / "recipes" / "llama3_8b" / "rto.yaml"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        ((), "needs their correction; set algorithm.pool_importance_cap=2"),
+        (
+            ("algorithm.pool_importance_cap=2", "rollout.colocated=true", "rollout.gpu_memory_fraction=0.4"),
+            "rollout.ahead=1 cannot work with rollout.colocated=true",
+        ),
+        (("algorithm.pool_importance_cap=2", "run.steps=1"), "is not below run.steps=1"),
+    ],
+)
+def test_ahead_with_what_cannot_is_refused(overrides: Sequence[str], part: str) -> None:
+    assert not any("ahead" in problem for problem in find_problems(load_recipe(RECIPE, overrides), 4, {}))
+    config = load_recipe(RECIPE, ("rollout.ahead=1", *overrides))
+    problems = [problem for problem in find_problems(config, 4, {}) if "ahead" in problem]
+    assert len(problems) == 1 and part in problems[0]
+
+
+def test_ahead_and_its_correction_are_fixed_on_resume(files: Path, tmp_path: Path) -> None:
+    config = configure("rto", files, tmp_path, **AHEAD)
+    saved = fixed_keys(config)
+    require_same(saved, fixed_keys(config), tmp_path)
+    # As a checkpoint of before these keys: it was made with what every run did.
+    older = {key: value for key, value in saved.items() if key not in ("rollout.ahead", MODE)}
+    for known, changes, line in (
+        (saved, {"rollout__ahead": 2}, "rollout.ahead: 1 in the checkpoint, 2 in the configuration"),
+        (saved, {"rollout__ahead": 0}, "rollout.ahead: 1 in the checkpoint, 0 in the configuration"),
+        (older, {}, "rollout.ahead: 0 in the checkpoint, 1 in the configuration"),
+        (older, {"rollout__ahead": 0, "algorithm__pool_importance_mode": "sequence_mask"}, MODE),
+        (saved, {"algorithm__pool_importance_mode": "token_mask"}, MODE),
+        (
+            saved,
+            {"algorithm__pool_importance_cap": 3.0},
+            "algorithm.pool_importance_cap: 2.0 in the checkpoint",
+        ),
+    ):
+        with pytest.raises(UserError) as caught:
+            require_same(
+                known, fixed_keys(configure("rto", files, tmp_path, **{**AHEAD, **changes})), tmp_path
+            )
+        assert line in str(caught.value)
+    require_same(
+        older, fixed_keys(configure("rto", files, tmp_path, **{**AHEAD, "rollout__ahead": 0})), tmp_path
+    )
+    servers = fixed_keys(configure("rto", files, tmp_path, **AHEAD, rollout__retries=7))
+    require_same(saved, servers, tmp_path)
+
+
+MODE = "algorithm.pool_importance_mode"
+
+
+def test_a_process_does_not_wait_for_what_is_in_flight() -> None:
+    code = (
+        "import threading; from rto_megatron.trainer.background import Background; begun = threading.Event()\n"
+        "def never(): begun.set(); threading.Event().wait()\n"
+        "Background('pool').submit(never); assert begun.wait(20); raise SystemExit(7)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=30).returncode == 7
+
+
+def test_a_future_carries_what_its_call_raises_and_the_next_is_made() -> None:
+    from rto_megatron.trainer.background import Background
+
+    background = Background("pool")
+    failing: Future[int] = background.submit(lambda: 1 // 0)
+    assert background.submit(lambda: 5).result(20) == 5
+    with pytest.raises(ZeroDivisionError):
+        failing.result(20)
+    background.close()
+
+
+def test_rates_are_counts_of_all_replicas_over_the_seconds_of_their_phase() -> None:
+    means = {"rollout/response_tokens": 30.0, "rollout/prompt_tokens": 10.0, "time/generate_s": 2.0,
+             "time/score_s": 4.0, "time/update_s": 5.0, "time/step_s": 8.0}  # fmt: skip
+    assert rates(means, num_responses=16, epochs=2) == {
+        "time/samples_per_s": 2.0,
+        "time/sample_tokens_per_s": 240.0,
+        "time/score_tokens_per_s": 160.0,
+        "time/update_tokens_per_s": 256.0,
+    }
+    assert rates({"time/step_s": 8.0}, 16, 2) == {"time/samples_per_s": 2.0}

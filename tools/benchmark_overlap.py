@@ -1,0 +1,153 @@
+#!/usr/bin/env python
+"""How much of the shorter of sampling and training `rollout.ahead` hides: the real loop, and a pool that only waits.
+
+Usage: .venv/bin/python tools/benchmark_overlap.py [--sample-s 1 3] [--ahead 0 1 2] [--steps 9]
+
+The pool is a script that sleeps for the stated seconds before it answers a batch, as a pool on GPUs of its own would
+leave the trainer's processors alone, and takes weights at once. The trainer is real: one rank, critic-free, a policy of
+a few hundred thousand parameters. Of means over the steps between the first and the last, from one push to another:
+
+    overlap = (sample + train - step) / min(sample, train)
+
+with the pool's own seconds for a batch, those of scoring and updating, and those of the whole step, push included. 0:
+they take turns. 1: the shorter one costs nothing. Takes about two minutes.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers.utils import logging as transformers_logging
+
+from rto_megatron.config.load import load_recipe
+from rto_megatron.config.overrides import as_override
+from rto_megatron.config.schema import ReinforcementStage
+from rto_megatron.config.training import ParallelConfig
+from rto_megatron.data.synthetic import Sizes, write_synthetic_task
+from rto_megatron.generation.contract import Sampling
+from rto_megatron.parallel.topology import Topology
+from rto_megatron.platform.device import prepare
+from rto_megatron.proofs.resumed_runs import ScriptedPool, ScriptedPush
+from rto_megatron.reporting.metrics import read_metrics
+from rto_megatron.trainer.connected_pool import ConnectedPool
+from rto_megatron.trainer.online import train_online
+from rto_megatron.trainer.stages import ranks
+from rto_megatron.types import Prompt, Rollout
+
+_RECIPE = Path(__file__).parents[1] / "launchers" / "recipes" / "quickstart" / "reinforce_pp.yaml"
+_SMALL = Sizes(demonstrations=8, eval_demonstrations=8, pairs=8, eval_pairs=8, prompts=256, eval_prompts=8)
+
+
+class SlowPool(ScriptedPool):
+    """Answers a batch after the stated seconds."""
+
+    def __init__(self, vocab_size: int, delay_s: float) -> None:
+        super().__init__(vocab_size)
+        self._delay_s = delay_s
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[Rollout]:
+        """See `RolloutEngine.generate`."""
+        drawn = super().generate(prompts, sampling, version)
+        time.sleep(self._delay_s)
+        return drawn
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Means over the steps of one run, seconds."""
+
+    sample: float
+    train: float
+    step: float
+    waited: float
+
+    @property
+    def overlap(self) -> float:
+        """The share of the shorter of sampling and training that the other hides."""
+        return (self.sample + self.train - self.step) / min(self.sample, self.train)
+
+
+def overlap_of(run_dir: Path, ahead: int) -> Overlap:
+    """Means of a finished run, of whole turns of `ahead` steps in which the pool has a batch to sample."""
+    entries = read_metrics(run_dir)
+    turn = max(ahead, 1)
+    whole = entries[1 : 1 + (len(entries) - 1 - ahead) // turn * turn]
+
+    def mean(*names: str) -> float:
+        return statistics.fmean(sum(entry[name] for name in names) for entry in whole)
+
+    return Overlap(
+        sample=mean("time/generate_s"),
+        train=mean("time/score_s", "time/update_s"),
+        step=mean("time/step_s"),
+        waited=mean("time/pool_wait_s"),
+    )
+
+
+def write_models(task: Path) -> int:
+    """Gives the task's folders weights, drawn at random; returns the size of their vocabulary."""
+    for role, kind in (("policy", LlamaForCausalLM), ("reward", LlamaForSequenceClassification)):
+        folder = task / "models" / role
+        shape = LlamaConfig.from_pretrained(folder, num_labels=1)
+        kind(shape).save_pretrained(folder)
+    return int(shape.vocab_size)
+
+
+def measure(
+    root: Path, topology: Topology, vocab_size: int, ahead: int, delay_s: float, steps: int
+) -> Overlap:
+    """One run."""
+    config = load_recipe(
+        _RECIPE,
+        [
+            as_override("vars.root", root),
+            as_override("run.dir", root / f"ahead{ahead}-{delay_s:g}"),
+            as_override("models.policy", root / "task/models/policy"),
+            as_override("models.reward", root / "task/models/reward"),
+            *(f"run.steps={steps}", "run.samples_every=null", "parallel.tensor=1", "batch.rollout=128"),
+            *(f"rollout.ahead={ahead}", "algorithm.pool_importance_cap=2", "rollout.logprob_gap_alarm=null"),
+        ],
+    )
+    assert isinstance(config, ReinforcementStage)
+    pool = SlowPool(vocab_size, delay_s)
+    with redirect_stdout(StringIO()):
+        train_online(config, topology, ConnectedPool(pool, ScriptedPush(pool)))
+    return overlap_of(config.run.dir, ahead)
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--sample-s", type=float, nargs="+", default=[1.0, 3.0], help="seconds of a batch in the pool"
+    )
+    parser.add_argument("--ahead", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=9, help="of each run")
+    given = parser.parse_args()
+    transformers_logging.set_verbosity_error()
+    table = Table("ahead", "sample, s", "train, s", "step, s", "waited, s", "overlap")
+    with tempfile.TemporaryDirectory() as folder, ranks(prepare(), ParallelConfig(), seed=0) as topology:
+        root = Path(folder)
+        write_synthetic_task(root / "task", 0, _SMALL)
+        vocab_size = write_models(root / "task")
+        for delay_s in given.sample_s:
+            for ahead in given.ahead:
+                found = measure(root, topology, vocab_size, ahead, delay_s, given.steps)
+                seconds = (found.sample, found.train, found.step, found.waited)
+                table.add_row(str(ahead), *(f"{one:.2f}" for one in seconds), f"{found.overlap:.2f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
