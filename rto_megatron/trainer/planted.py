@@ -19,7 +19,7 @@ class PlantedEngine:
     """An engine with a fault while it samples: beside the training where rollouts are drawn ahead.
 
     Example:
-        PlantedEngine(ScriptedEngine(40))
+        PlantedEngine(engine).generate(prompts, sampling, version=3)
     """
 
     inner: RolloutEngine
