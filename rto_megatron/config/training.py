@@ -86,6 +86,11 @@ class RolloutRunConfig(TrainRunConfig):
     samples_every: int | None = Field(
         default=None, ge=1, description="steps between tables of sample completions; null: none"
     )
+    keep_rollouts: int | None = Field(
+        default=20,
+        ge=1,
+        description="of how many last steps rollouts/ holds every response with its numbers; null: none is written",
+    )
 
 
 class ParallelConfig(Section):

@@ -207,6 +207,8 @@ THEMES = (
             Metric("time/sample_s", "s", "step 2: responses from the pool", ONLINE),
             Metric("time/score_s", "s", "step 3: forwards of all models", ONLINE),
             Metric("time/update_s", "s", "step 5: optimizer steps", ONLINE),
+            Metric("time/rollouts_s", "s", "that the loop was held up to keep rollouts; a thread writes them", ONLINE,
+                   "`run.keep_rollouts`"),
             Metric("time/slowest_rank_ratio", "ratio", "seconds that the slowest rank computed, over the median rank's",
                    ALL, "two ranks that compute a loss"),
             Metric("sync/pause_s", "s", "of a push: pausing the servers and meeting them", ONLINE, POOL),

@@ -28,6 +28,7 @@ from rto_megatron.trainer.pretraining import Pretraining, beside
 from rto_megatron.trainer.reference import require_trained_reference
 from rto_megatron.trainer.resume import LoopState
 from rto_megatron.trainer.reward_source import ModelReward, RewardSource
+from rto_megatron.trainer.rollout_book import RolloutBook
 from rto_megatron.trainer.run import Run
 from rto_megatron.trainer.sampler import load_batches
 from rto_megatron.trainer.scoring import Roles
@@ -62,6 +63,7 @@ def train_online(
         kl = kl.restored(run.state.kl)
     scorer = parts.scorer(config, setup, roles)
     guard = parts.guard(run, config.run.max_skipped_updates, topology)
+    book = RolloutBook(config, setup, run.step)
 
     for step in run.steps():
         # 1. pi_old <- pi_theta, proved
@@ -80,6 +82,7 @@ def train_online(
             experience = algorithm.credit(scored, kl.coef, topology.dp_sum)
             run.record(algorithm.credit_metrics(scored, experience))
             run.record(true_return(sampled, table))
+            run.record(book.keep(step + 1, scored, experience))
         # 5. PPO epochs
         if experience is not None:
             with run.timed("update"):
@@ -90,6 +93,7 @@ def train_online(
         run.finish(LoopState(sampler.state(), pretraining.state(), kl.state()))
         if experience is not None:
             show_samples(config, run, experience, setup, means)
+    book.close()
     run.close("policy" if roles.average is None else "policy_ema")
     # The pool is left with the trained policy; should it fail, the run is complete all the same.
     sampler.push(run.step)

@@ -26,6 +26,7 @@ _FREE = (
     "run.resume_from_older",
     "run.eval_every",
     "run.samples_every",
+    "run.keep_rollouts",
     "parallel",
     "precision.recompute",
     "batch.micro",
