@@ -5,6 +5,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+LoggerName = Literal["tensorboard", "wandb", "swanlab"]
+
 
 class Section(BaseModel):
     """A frozen part of the configuration that refuses keys it does not know.
@@ -57,6 +59,10 @@ class TrainRunConfig(RunConfig):
     async_save: bool = Field(
         default=False,
         description="write checkpoints beside the next step, from a copy in host memory; false: wait for the disk",
+    )
+    loggers: tuple[LoggerName, ...] = Field(
+        default=("tensorboard",),
+        description="what shows the run, beside metrics.jsonl: tensorboard, wandb, swanlab",
     )
     resume_from_older: bool = Field(
         default=False,

@@ -1,5 +1,6 @@
 """PPO, RTO and every other method that learns from its own samples: the loop of the paper's Algorithm 2."""
 
+from collections.abc import Sequence
 from functools import partial
 
 from transformers import PreTrainedTokenizerBase
@@ -17,7 +18,7 @@ from rto_megatron.engine.build_roles import build_average, build_frozen, build_t
 from rto_megatron.engine.megatron import FrozenModel, Model, TrainedModel
 from rto_megatron.errors import RecipeError
 from rto_megatron.parallel.topology import Topology
-from rto_megatron.reporting.samples import completions_table, show
+from rto_megatron.reporting.samples import completions_table, sample_texts, show
 from rto_megatron.trainer.checked_scores import watched_gap
 from rto_megatron.trainer.connected_pool import ConnectedPool, connect_pool
 from rto_megatron.trainer.guard import Guard, ModelUpdate, Update
@@ -214,7 +215,7 @@ def open_run(config: schema.ReinforcementStage, setup: Setup, roles: Roles, num_
 def show_samples(
     config: schema.ReinforcementStage, run: Run, experience: Experience, setup: Setup, means: dict[str, float]
 ) -> None:
-    """A table of completions when due, with what the step measured."""
+    """A table of completions when due, with what the step measured; the run's loggers get them too."""
     every = config.run.samples_every
     if every is None or not run.is_due(every, run.step) or not setup.topology.is_lead:
         return
@@ -223,4 +224,9 @@ def show_samples(
     critic = f", the critic explains {explained} of the variance of returns"
     has_critic = facts_of(config).critic_optimizer is not None
     title = f"{config.stage} step {run.step}{critic if has_critic else ''}"
-    show(completions_table(experience, lambda ids: str(setup.tokenizer.decode(list(ids))), 4, title))
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(setup.tokenizer.decode(list(ids)))
+
+    show(completions_table(experience, decode, 4, title))
+    run.show(sample_texts(experience, decode, 4))

@@ -27,6 +27,7 @@ _FREE = (
     "run.eval_every",
     "run.samples_every",
     "run.keep_rollouts",
+    "run.loggers",
     "parallel",
     "precision.recompute",
     "batch.micro",

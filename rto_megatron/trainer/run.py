@@ -1,7 +1,7 @@
 """The life of a run: resume, count steps, log, save when due, export at the end."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from rto_megatron.lifecycle.starting import begin_steps
 from rto_megatron.lifecycle.stopping import Preempted, is_asked_to_stop
 from rto_megatron.parallel.seeds import seed_step
 from rto_megatron.parallel.topology import Topology
+from rto_megatron.reporting.loggers import SampleText, settings_of
 from rto_megatron.reporting.metrics import MetricLog, add, reduce_metrics, with_margin
 from rto_megatron.reporting.pace import RATIO, Pace, slow_rank, slowest
 from rto_megatron.reporting.progress import progress, say
@@ -71,7 +72,8 @@ class Run:
         self._log: MetricLog | None = None
         if topology.is_lead:
             load.save(config, self.dir)
-            self._log = MetricLog(self.dir, self.step)
+            settings = settings_of(config.model_dump(mode="json"))
+            self._log = MetricLog(self.dir, self.step, config.run.loggers, settings)
         topology.barrier()
 
     def _resume(self) -> None:
@@ -132,6 +134,11 @@ class Run:
             self._log.write(self.step + 1, means)
         self._note = _note(means)
         return means
+
+    def show(self, texts: Sequence[SampleText]) -> None:
+        """Shows responses of the last finished step in the run's loggers; only the lead has any."""
+        if self._log is not None:
+            self._log.samples(self.step, texts)
 
     def _compare_ranks(self) -> dict[str, float]:
         """How much slower the slowest rank is than the median; a warning where it is much."""
