@@ -1,5 +1,6 @@
 """Weights & Biases. Project, entity, mode and key are W&B's own variables: WANDB_PROJECT, WANDB_MODE=offline, ..."""
 
+import secrets
 from collections.abc import Mapping, Sequence
 
 import wandb
@@ -20,7 +21,7 @@ class WandbLogger:
         self._run = wandb.init(
             dir=run.dir,
             name=run.dir.name,
-            id=run.id_of("wandb", wandb.util.generate_id()),
+            id=run.id_of("wandb", secrets.token_hex(4)),
             resume="allow" if run.resumed_step else None,
             config=dict(run.settings),
         )
