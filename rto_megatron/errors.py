@@ -80,6 +80,14 @@ class PoolError(UserError):
     """
 
 
+class RewardError(UserError):
+    """A source of rewards failed, or gave something else than it has to; nothing was trained on.
+
+    Example:
+        RewardError("rewards.short: rules.py:short returned None for p7, expected one number")
+    """
+
+
 class MachineError(UserError):
     """The machine or its packages are in the way: ports, disk, GPUs, the environment of the process.
 
@@ -97,6 +105,7 @@ SUBJECTS: tuple[type[UserError], ...] = (
     RunFolderError,
     ConversionError,
     PoolError,
+    RewardError,
     MachineError,
 )
 _SHOWN = 20

@@ -13,6 +13,7 @@ from typing import Literal
 from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
+type Columns = Mapping[str, object]  # of a row of the data, as JSON has them
 Metrics = Mapping[
     str, tuple[float, float]
 ]  # name -> (sum, count): reduced by adding both, divided once at the end
@@ -52,6 +53,8 @@ class Prompt:
 
     id: str
     token_ids: tuple[int, ...]
+    # What else its row of the data says, for rewards that read it; empty where none does.
+    columns: Columns = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -136,8 +139,13 @@ class ScoredRollouts:
     dpo_logratio_BR: Tensor  # log pi_dpo - log pi_dpo_reference; zeros where the algorithm has no DPO reward
     values_BR: Tensor  # critic, of the state before each action; zeros without a critic
     bootstrap_B: Tensor  # critic, of the state behind a cut response; zeros where nothing is bootstrapped
-    score_B: Tensor  # reward model, normalised with the mean and std of its checkpoint
+    score_B: Tensor  # sum of all sources that pay responses; alone, a reward model normalised by its checkpoint's mean
     ban: Ban | None = None  # under which the log-probs of policy and reference were taken
+    source_BR: Tensor | None = None  # sum of all sources that pay tokens; None where there is none
+    scores_by_source: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # [B] as given, over a response's tokens
+    paid_by_source: Mapping[str, Tensor] = field(default_factory=dict)  # [B] what of it enters the reward
 
 
 @dataclass(frozen=True)
@@ -152,10 +160,26 @@ class TokenRewards:
     dpo_BR: Tensor  # beta_1 log(pi_dpo / pi_ref), wherever the method pays it
     kl_BR: Tensor  # - beta_2 log(pi / pi_ref)
     num_clipped: Tensor  # scalar: tokens whose DPO reward the clip changed
+    source_BR: Tensor | None = None  # sources that pay tokens; None where there is none
 
     def total_BR(self) -> Tensor:  # noqa: N802 -- named like the tensors
         """Sum of the terms, in the order of the released code, shape [B, R]."""
-        return self.score_BR + self.kl_BR + self.dpo_BR
+        total_BR = self.score_BR + self.kl_BR + self.dpo_BR
+        return total_BR if self.source_BR is None else total_BR + self.source_BR
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """What all sources of rewards said of responses, added by weight.
+
+    Example:
+        Rewards(tensor([0.5]), None, {"exact": tensor([1.0])}, {"exact": tensor([0.5])})
+    """
+
+    score_B: Tensor
+    source_BR: Tensor | None  # None: no source pays tokens
+    given: Mapping[str, Tensor]  # by source, [B], a response's tokens added; empty: they are not told apart
+    paid: Mapping[str, Tensor]  # the same after normalisation, clip and weight
 
 
 @dataclass(frozen=True)

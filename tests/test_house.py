@@ -27,6 +27,7 @@ LAYERS = {
     "config": 2,
     "platform": 3,
     "generation": 4,
+    "rewards": 4,
     "generation/vllm": 5,
     "generation/vllm/client": 6,
     "data": 7,

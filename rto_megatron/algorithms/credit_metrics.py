@@ -81,6 +81,22 @@ def dpo_metrics(scored: ScoredRollouts, experience: Experience) -> Metrics:
     )
 
 
+def source_metrics(scored: ScoredRollouts) -> Metrics:
+    """What each source of rewards gave a response, its square, and what of it was paid."""
+    num_sequences = scored.mask_BR.new_tensor(len(scored.rollouts))
+    given, paid = scored.scores_by_source, scored.paid_by_source
+    return to_metrics(
+        {
+            **{f"reward/{name}/mean": (given_B.sum(), num_sequences) for name, given_B in given.items()},
+            **{
+                f"reward/{name}/mean_square": (x_B.square().sum(), num_sequences)
+                for name, x_B in given.items()
+            },
+            **{f"reward/{name}/paid": (paid_B.sum(), num_sequences) for name, paid_B in paid.items()},
+        }
+    )
+
+
 def importance_metrics(scored: ScoredRollouts, experience: Experience, cap: float) -> Metrics:
     """The weights of the policy loss that correct for the pool, and the fraction that `cap` lowered; trained tokens."""
     trained_BR = experience.mask_BR

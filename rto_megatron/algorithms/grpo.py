@@ -46,7 +46,7 @@ def build(config: Config, vocabulary: Vocabulary) -> PolicyOptimization:
     def advantages(
         scored: ScoredRollouts, rewards: TokenRewards, mask_BR: Tensor, all_sum: AllSum
     ) -> tuple[Tensor, Tensor]:
-        score_B = rewards.score_BR.sum(dim=1)
+        score_B = rewards.total_BR().sum(dim=1)
         relative_B = group_advantages(score_B, config.samples_per_prompt)
         return keep(relative_B.unsqueeze(1), mask_BR), keep(score_B.unsqueeze(1), scored.mask_BR)
 

@@ -5,7 +5,7 @@ code: entropy bonus, dual clip, early stop on the ratio.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, Self
 
@@ -18,6 +18,7 @@ from rto_megatron.algorithms.credit_metrics import (
     credit_metrics,
     dpo_metrics,
     importance_metrics,
+    source_metrics,
     value_metrics,
 )
 from rto_megatron.algorithms.kl_controller import KLController
@@ -209,7 +210,7 @@ class PolicyOptimization:
         """
         config, mask_BR = self.config, scored.mask_BR
         score_B = response_score(scored, config.score_clip, config.truncated, config.truncated_penalty)
-        rewards = self.token_reward(scored, score_B, kl_coef)
+        rewards = replace(self.token_reward(scored, score_B, kl_coef), source_BR=scored.source_BR)
         if config.truncated == "mask":
             mask_BR = keep(mask_BR, ~truncated_rows(scored).unsqueeze(1))
         advantages_BR, returns_BR = self.advantages(scored, rewards, mask_BR, all_sum)
@@ -235,4 +236,5 @@ class PolicyOptimization:
             **(value_metrics(experience) if self.value_loss is not None else {}),
             **(dpo_metrics(scored, experience) if self.needs_dpo else {}),
             **(importance_metrics(scored, experience, cap) if cap is not None else {}),
+            **(source_metrics(scored) if scored.scores_by_source else {}),
         }

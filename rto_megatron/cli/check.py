@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from rto_megatron.config.plan import StagePlan
+    from rto_megatron.config.rewards import Source
     from rto_megatron.config.schema import Stage
     from rto_megatron.planning.local_data import LookedAt
     from rto_megatron.planning.shapes import FoundShape
@@ -59,6 +60,7 @@ def check(
     """
     from rto_megatron.config.checks import refuse
     from rto_megatron.config.load import dump, load_recipe
+    from rto_megatron.config.reward_code import rewards_of
     from rto_megatron.planning.judgement import judged
     from rto_megatron.planning.local_data import look_at
     from rto_megatron.planning.token_ids import token_warnings
@@ -77,6 +79,8 @@ def check(
     console.print(_models_table(plan, shapes))
     if gpu_gib is not None:
         _print_phases(console, plan, shapes, gpu_gib, pool_tensor)
+    if sources := rewards_of(config):
+        console.print(_rewards_table(sources))
     console.print(_data_table(looked))
     for warning in spare:
         console.print(f"warning: {warning}", markup=False, highlight=False)
@@ -165,7 +169,8 @@ def _models_table(plan: "StagePlan", shapes: "Mapping[str, FoundShape]") -> Tabl
     total = activations = activation_bytes(plan, shapes)
     for role in roles:
         work = f"shares {role.shares}" if role.shares else ("trained" if role.is_trained else "frozen")
-        head = " (value head)" if role.has_value_head else ""
+        kind = "fresh value head" if role.is_head_fresh else "value head"
+        head = f" ({kind})" if role.has_value_head else ""
         found = shapes.get(role.name)
         if found is None:
             table.add_row(
@@ -182,6 +187,20 @@ def _models_table(plan: "StagePlan", shapes: "Mapping[str, FoundShape]") -> Tabl
     table.add_row("activations", "", "", "largest micro-batch, estimated", "", "", gib(activations))
     complete = all(role.name in shapes for role in roles)
     table.add_row("sum", "", "", "" if complete else "without the unknown models", "", "", gib(total))
+    return table
+
+
+def _rewards_table(sources: "Sequence[Source]") -> Table:
+    from rto_megatron.config.rewards import FunctionSource, ServiceSource
+
+    table = Table("", "kind", "weight", "", title="rewards; no code of them was run here")
+    for source in sources:
+        what = ""
+        if isinstance(source, FunctionSource):
+            what = f"{source.function} (sha256 {(source.sha256 or '')[:16]}), pays {source.pays}"
+        elif isinstance(source, ServiceSource):
+            what = f"{source.url}, pays {source.pays}"
+        table.add_row(source.name, source.kind, f"{source.weight:g}", Text(what))
     return table
 
 

@@ -1,12 +1,13 @@
-"""`rto synthesize` and `rto tokenizer`: what a run needs before its first stage."""
+"""`rto synthesize`, `rto tokenizer` and `rto reasoning-gym`: what a run needs before its first stage."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from rto_megatron.errors import DataError
+from rto_megatron.errors import DataError, MachineError, RecipeError
 
 _VOCABULARY_MULTIPLE = 64  # tensor parallelism cuts the vocabulary in equal parts
 
@@ -15,6 +16,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands of this file to `app`."""
     app.command()(synthesize)
     app.command()(tokenizer)
+    app.command(name="reasoning-gym")(reasoning_gym)
 
 
 def synthesize(
@@ -73,6 +75,37 @@ def tokenizer(
     )
     config.save_pretrained(folder)
     typer.echo(f"{folder}: {len(trained)} tokens, {layers} layers of {hidden}")
+
+
+def reasoning_gym(
+    task: Annotated[str, typer.Argument(help="Name of the task, as in chain_sum.", show_default=False)],
+    file: Annotated[Path, typer.Option("--out", help="File to write, .jsonl.", show_default=False)],
+    size: Annotated[int, typer.Option(min=1, help="Number of prompts.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the task; take another one for held-out prompts.")] = 42,
+    options: Annotated[
+        str, typer.Option(help='Options of the task, JSON, as in {"min_terms": 2}.', show_default=False)
+    ] = "{}",
+) -> None:
+    """Write prompts of a reasoning-gym task, each with its right answer and what verifies another one.
+
+    As data.train with a reward of kind reasoning_gym; as data.train of SFT the right answer is the response.
+    """
+    from rto_megatron.config.reward_code import missing_package
+
+    if (problem := missing_package("reasoning_gym")) is not None:
+        raise MachineError(problem)
+    from rto_megatron.rewards.verify_gym import rows
+
+    try:
+        chosen = json.loads(options)
+    except ValueError as error:
+        raise RecipeError(f"--options {options}: is not JSON ({error})") from error
+    if not isinstance(chosen, dict):
+        raise RecipeError(f'--options {options}: give a JSON object, as in {{"min_terms": 2}}')
+    lines = [json.dumps(row) for row in rows(task, size, seed, chosen)]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    typer.echo(f"{file}: {len(lines)} prompts of {task}")
 
 
 def _texts(sources: list[str]) -> Iterator[str]:

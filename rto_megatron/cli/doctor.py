@@ -86,9 +86,11 @@ def _of_recipe(recipe: Path, overrides: Sequence[str]) -> "list[Finding]":
     from rto_megatron.config.facts import facts_of
     from rto_megatron.config.load import load_recipe
     from rto_megatron.config.plan import layout_on
+    from rto_megatron.config.reward_code import rewards_of
     from rto_megatron.diagnosis import connections, disk
     from rto_megatron.diagnosis.finding import Finding, findings_of
     from rto_megatron.diagnosis.recipe import check_data, check_models
+    from rto_megatron.diagnosis.reward_sources import check_rewards
 
     try:
         config = load_recipe(recipe, overrides)
@@ -104,6 +106,7 @@ def _of_recipe(recipe: Path, overrides: Sequence[str]) -> "list[Finding]":
     num_ranks = started if started > 1 else layout_on(config.parallel).replica_ranks
     findings += findings_of("models", partial(check_models, config, num_ranks))
     findings += findings_of("data", partial(check_data, config))
+    findings += findings_of("rewards", partial(check_rewards, rewards_of(config)))
     findings += findings_of("run folder", partial(disk.check_writable, config.run.dir))
     findings += findings_of("disk", partial(disk.check_space, config))
     if (pool := facts_of(config).pool) is not None:

@@ -61,6 +61,7 @@ def launch(
     85). Ctrl-C ends it at once (130). run_status.json in the run folder says why a run ended.
     """
     from rto_megatron.config.load import load_recipe
+    from rto_megatron.config.reward_code import rewards_of, running_code
     from rto_megatron.launching.launched_pool import PoolChoice
     from rto_megatron.launching.torchrun import refuse_several_machines
     from rto_megatron.lifecycle.run_lock import LAUNCH_VARIABLE, held
@@ -69,6 +70,8 @@ def launch(
     config = load_recipe(recipe, overrides or [])
     if unused := refuse_several_machines(str(recipe)):
         typer.echo(f"{', '.join(unused)}: not used, as the options of `rto launch` say how it calls torchrun")
+    for line in running_code(rewards_of(config)):
+        typer.echo(plain(line))
     choice = PoolChoice(pool_gpus, pool_servers, pool_tensor)
     arguments = ["train", str(recipe), *(overrides or [])]
     with held(config.run.dir) as owner:

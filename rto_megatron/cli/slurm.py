@@ -9,6 +9,7 @@ import typer
 
 from rto_megatron.cli.options import Assume, Overrides, Recipe
 from rto_megatron.errors import MachineError
+from rto_megatron.reporting.progress import plain
 
 if TYPE_CHECKING:
     from rto_megatron.launching.slurm_job import Job
@@ -143,6 +144,10 @@ def slurm(
 
 def _hand_out(job: "Job", submit: bool) -> None:
     """Writes the job's script, and submits it or says how."""
+    from rto_megatron.config.reward_code import rewards_of, running_code
+
+    for line in running_code(rewards_of(job.config)):
+        typer.echo(plain(line))
     script = job.write()
     nodes = job.allocation.trainer_nodes
     typer.echo(f"{script}: {nodes} nodes x {job.ranks_per_node} trainer ranks, {job.num_servers} servers")

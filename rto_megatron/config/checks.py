@@ -10,6 +10,7 @@ from rto_megatron.algorithms.kl_controller import smallest_horizon
 from rto_megatron.algorithms.method import OfflineMethod
 from rto_megatron.config.facts import Facts, facts_of
 from rto_megatron.config.plan import layout_on
+from rto_megatron.config.reward_checks import reward_problems
 from rto_megatron.config.roles import OPTIONAL_ROLES, allowed_roles, needs_dpo
 from rto_megatron.config.rollouts import RolloutConfig
 from rto_megatron.config.schema import OfflineStage, ReinforcementStage, Stage
@@ -106,10 +107,8 @@ def model_problems(config: Stage) -> list[str]:
         for role, path in named.items()
         if path is not None and role not in used
     ]
-    if facts.online is not None and models.reward is None:
-        problems.append(
-            f"models.reward is missing: stage {config.stage} scores its rollouts with a reward model"
-        )
+    if facts.online is not None:
+        problems += reward_problems(facts.online)
     if needs_dpo(config) and models.dpo is None:
         problems.append(
             f"models.dpo is missing: stage {config.stage} rewards tokens with a DPO model; name one, or set "

@@ -18,7 +18,10 @@ class ModelsConfig(Section):
 
     policy: Path
     reference: Path | None = Field(default=None, description="null: the policy's starting point")
-    critic: Path | None = Field(default=None, description="null: starts from the reward model")
+    critic: Path | None = Field(
+        default=None,
+        description="null: starts from the reward model, or, without one, from the policy with a head that is drawn",
+    )
     reward: Path | None = None
     dpo: Path | None = None
     dpo_reference: Path | None = Field(

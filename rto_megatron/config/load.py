@@ -29,8 +29,9 @@ from rto_megatron.config.overrides import (
 )
 from rto_megatron.config.problems import Origin, all_keys, describe, suggestion
 from rto_megatron.config.recipes import require_recipe
+from rto_megatron.config.reward_code import with_code
 from rto_megatron.config.run_folder import make_run_folder
-from rto_megatron.config.schema import STAGES, Stage
+from rto_megatron.config.schema import STAGES, ReinforcementStage, Stage
 from rto_megatron.errors import RecipeError
 
 Tree = dict[str, object]
@@ -62,7 +63,10 @@ def load_recipe(recipe: Path, overrides: Sequence[str] = ()) -> Stage:
         _make_absolute(tree, key, only_if_present=False)
     for key in (*_PATHS_OR_HUB_NAMES, *(f"models.{role}" for role in _MODELS)):
         _make_absolute(tree, key, only_if_present=True)
-    return _validate(STAGES[name], tree, origin)
+    config = _validate(STAGES[name], tree, origin)
+    if not isinstance(config, ReinforcementStage):
+        return config
+    return config.model_copy(update={"rewards": with_code(config.rewards)})
 
 
 def load_stage[S: Stage](recipe: Path, kind: type[S], overrides: Sequence[str] = ()) -> S:
@@ -162,13 +166,13 @@ def _plain(tree: object) -> Tree:
 
 
 def _section_of(tree: Tree, key: str) -> tuple[Tree, str]:
-    """The section that holds a key, and the key's name in it."""
+    """The section that holds a key, and the key's name in it; sections of a list have numbers for names."""
     *parents, leaf = key.split(".")
+    section: object = tree
     for name in parents:
-        section = tree[name]
-        assert isinstance(section, dict)
-        tree = section
-    return tree, leaf
+        section = section[int(name)] if isinstance(section, list) else _plain(section)[name]
+    assert isinstance(section, dict)
+    return section, leaf
 
 
 def _refuse_empty_text(tree: Tree, text: frozenset[str], origin: Origin) -> None:
@@ -237,6 +241,10 @@ def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]
             dotted = f"{prefix}{key.value}"
             yield dotted, key.start_mark.line + 1
             yield from _lines(value, f"{dotted}.")
+    elif isinstance(node, yaml.SequenceNode):
+        for number, entry in enumerate(node.value):
+            yield f"{prefix}{number}", entry.start_mark.line + 1
+            yield from _lines(entry, f"{prefix}{number}.")
 
 
 def _make_absolute(tree: Tree, key: str, only_if_present: bool) -> None:

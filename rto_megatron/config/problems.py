@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
+from rto_megatron.config.rewards import KINDS
 from rto_megatron.config.schema import STAGES
 
 
@@ -38,6 +39,8 @@ class Origin:
 
 def describe(error: ErrorDetails, stage: type[BaseModel], origin: Origin) -> str:
     """One line for one pydantic error: place, dotted key, value found, what is allowed, nearest name."""
+    if error["loc"][:1] == ("rewards",) and len(error["loc"]) > 1:
+        return _describe_reward(error, origin)
     names = [part for part in error["loc"] if isinstance(part, str)]
     key = ".".join(str(part) for part in error["loc"])
     parent = _section(stage, names[:-1])
@@ -53,9 +56,37 @@ def describe(error: ErrorDetails, stage: type[BaseModel], origin: Origin) -> str
         hint = suggestion(names[-1], siblings, prefix) or _elsewhere(names[-1], stage)
         allowed = hint or f"; allowed here: {', '.join(siblings)}"
         return f"{place}: {key}: found {_short(error['input'])}; there is no such key{allowed}"
+    return f"{place}: {key}: {_rule(error)}"
+
+
+def _describe_reward(error: ErrorDetails, origin: Origin) -> str:
+    """As `describe`, of an entry of the list `rewards`, whose keys depend on its kind."""
+    number, *rest = error["loc"][1:]
+    kind = KINDS.get(str(rest[0])) if rest else None
+    entry = f"rewards.{number}"
+    if error["type"].startswith("union_tag"):
+        found = error.get("ctx", {}).get("tag")
+        hint = suggestion(str(found), KINDS)
+        return f"{origin.of(entry)}: {entry}.kind: found {found!r}; must be one of {', '.join(KINDS)}{hint}"
+    key = ".".join([entry, *map(str, rest[1:])])
+    place = origin.of(key)
+    if kind is None:
+        return f"{place}: {key}: found {_short(error['input'])}; expected a section with a key `kind`"
+    if error["type"] == "missing":
+        return f"{place}: {key}: is missing; {_allowed(kind, str(rest[-1]))}"
+    if error["type"] == "extra_forbidden":
+        allowed = (
+            suggestion(str(rest[-1]), kind.model_fields, entry)
+            or f"; allowed here: {', '.join(kind.model_fields)}"
+        )
+        return f"{place}: {key}: found {_short(error['input'])}; kind {rest[0]} has no such key{allowed}"
+    return f"{place}: {key}: {_rule(error)}"
+
+
+def _rule(error: ErrorDetails) -> str:
     rule = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     hint = suggestion(str(error["input"]), _choices(error)) if error["type"] == "literal_error" else ""
-    return f"{place}: {key}: found {_short(error['input'])}; {rule}{hint}"
+    return f"found {_short(error['input'])}; {rule}{hint}"
 
 
 def suggestion(name: str, candidates: Iterable[str], prefix: str = "") -> str:
@@ -65,12 +96,19 @@ def suggestion(name: str, candidates: Iterable[str], prefix: str = "") -> str:
 
 
 def all_keys(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Dotted keys of a nested mapping with the values of its leaves; a list yields its key once per entry."""
+    """Dotted keys of a nested mapping with the values of its leaves.
+
+    A list yields its key once per entry; an entry that is a mapping yields its own keys behind its number.
+    """
     for name, value in tree.items():
         if isinstance(value, Mapping):
             yield from all_keys(value, f"{prefix}{name}.")
         elif isinstance(value, list):
-            yield from ((f"{prefix}{name}", entry) for entry in value)
+            for number, entry in enumerate(value):
+                if isinstance(entry, Mapping):
+                    yield from all_keys(entry, f"{prefix}{name}.{number}.")
+                else:
+                    yield f"{prefix}{name}", entry
         else:
             yield f"{prefix}{name}", value
 

@@ -23,7 +23,13 @@ class Role:
     path: Path
     is_trained: bool = False
     has_value_head: bool = False
+    is_head_fresh: bool = False  # the value head is drawn: the path is a language model
     shares: str | None = None  # the role whose weights and forward it uses, if any
+
+    @property
+    def found_as(self) -> str:
+        """The role under which a run folder keeps its weights."""
+        return "policy" if self.is_head_fresh else self.name
 
 
 def allowed_roles(config: Stage) -> tuple[str, ...]:
@@ -52,10 +58,12 @@ def roles_of(config: Stage) -> tuple[Role, ...]:
     reference = models.reference or models.policy
     method = ALGORITHMS.get(config.stage)
     has_value_head = not isinstance(method, OnlineMethod | None) and method.outputs == "values"
-    roles = [Role("policy", models.policy, facts_of(config).training is not None, has_value_head)]
+    is_trained = facts_of(config).training is not None
+    roles = [Role("policy", models.policy, is_trained, has_value_head, is_head_fresh=has_value_head)]
     if "critic" in allowed:
-        assert models.reward is not None
-        roles.append(Role("critic", models.critic or models.reward, is_trained=True, has_value_head=True))
+        path = models.critic or models.reward or models.policy
+        is_fresh = models.critic is None and models.reward is None
+        roles.append(Role("critic", path, is_trained=True, has_value_head=True, is_head_fresh=is_fresh))
     if "reference" in allowed:
         roles.append(Role("reference", reference))
     if models.reward is not None:

@@ -8,7 +8,7 @@ Off is `null`, never a magic number; 0 means zero.
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, create_model
+from pydantic import BaseModel, Field, create_model
 
 from rto_megatron.algorithms import ALGORITHMS, reinforcement
 from rto_megatron.algorithms.method import Method, OnlineMethod
@@ -19,6 +19,7 @@ from rto_megatron.config.inputs import (
     ModelsConfig,
     PromptDataConfig,
 )
+from rto_megatron.config.rewards import Source
 from rto_megatron.config.rollouts import EvaluateConfig, RolloutConfig, SamplingConfig, TrainRolloutConfig
 from rto_megatron.config.training import (
     BatchConfig,
@@ -110,6 +111,10 @@ class ReinforcementStage(TrainStage):
     batch: RolloutBatchConfig = RolloutBatchConfig()
     sampling: SamplingConfig = SamplingConfig()
     rollout: TrainRolloutConfig = TrainRolloutConfig()
+    rewards: tuple[Source, ...] = Field(
+        default=(),
+        description="what pays the responses, a list; empty: the reward model of `models.reward` alone",
+    )
     algorithm: reinforcement.Config
 
     @property

@@ -31,7 +31,7 @@ class RunConfig(Section):
         default=None,
         gt=0,
         description="how long a rank waits for another before the run counts as hung; null: half an hour, or twice "
-        "rollout.request_timeout_s if that is longer",
+        "rollout.request_timeout_s or what rewards may take, if that is longer",
     )
 
 

@@ -1,6 +1,7 @@
 """Deals items to the data-parallel ranks at each step: shuffled, resumable, the same for any layout."""
 
 import hashlib
+import json
 import random
 from array import array
 from collections.abc import Sequence
@@ -71,6 +72,11 @@ class Batches[T: Example]:
         self._order: list[int] = []
 
     @property
+    def items(self) -> Sequence[T]:
+        """The whole data set."""
+        return self._items
+
+    @property
     def batches_per_epoch(self) -> int:
         """Full global batches in one pass over the items."""
         return len(self._items) // self._global_batch
@@ -130,8 +136,8 @@ class Batches[T: Example]:
         if state.digest not in (None, self.digest):
             raise DataError(
                 f"the checkpoint was made with other data: {len(self._items)} items as now, but of other token ids, "
-                "order, margins or verdicts; put back file, tokenizer and chat template of the first run, or name "
-                "another run.dir to start a new run"
+                "order, margins, verdicts or columns; put back file, tokenizer and chat template of the first run, or "
+                "name another run.dir to start a new run"
             )
         self._consumed_samples = consumed
         if state.digest is not None:
@@ -140,13 +146,15 @@ class Batches[T: Example]:
 
 
 def digest(examples: Sequence[Example]) -> str:
-    """sha256 over token ids, margins and verdicts of all examples in their order; their names are not in it."""
+    """sha256 over token ids, margins, verdicts and columns of all examples in order; their names are not in it."""
     found = hashlib.sha256()
     for example in examples:
         sequences, number = _parts(example)
         found.update(array("d", (number, *map(len, sequences))))
         for ids in sequences:
             found.update(array("i", ids))
+        if isinstance(example, Prompt) and example.columns:
+            found.update(json.dumps(example.columns, sort_keys=True).encode())
     return found.hexdigest()
 
 

@@ -12,14 +12,18 @@ from transformers import PreTrainedTokenizerBase
 
 from rto_megatron.data.encoder import Encoder, Limits, Loaded, load_rows
 from rto_megatron.data.layouts import read_demonstration, read_judgements, read_pair, read_prompt, read_text
-from rto_megatron.data.rows import margin, row_id
+from rto_megatron.data.rows import json_columns, margin, row_id
 from rto_megatron.data.sources import Row
 from rto_megatron.errors import DataError
 from rto_megatron.types import Demonstration, EndOfSequence, JudgedResponse, PreferencePair, Prompt
 
 
 def load_prompts(
-    source: str, tokenizer: PreTrainedTokenizerBase, limits: Limits, max_rows: int | None = None
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    max_rows: int | None = None,
+    keeps_columns: bool = False,
 ) -> Loaded[Prompt]:
     """Load prompts for rollouts.
 
@@ -28,6 +32,7 @@ def load_prompts(
         tokenizer: the policy's, with a chat template.
         limits: only `max_prompt_tokens` and `overlong` matter here.
         max_rows: rows to read; None for all.
+        keeps_columns: each prompt carries the columns of its row that JSON can hold.
 
     Raises:
         UserError: a row is not in a known layout, a prompt is too long under "error", or no row is left.
@@ -37,7 +42,7 @@ def load_prompts(
     def convert(row: Row) -> Prompt | None:
         ids = encoder.prompt(row, read_prompt(row))
         kept = encoder.limited_prompt(row, ids, limits.max_prompt_tokens)
-        return None if kept is None else Prompt(row_id(row), kept)
+        return None if kept is None else Prompt(row_id(row), kept, json_columns(row) if keeps_columns else {})
 
     return load_rows(source, convert, encoder, max_rows)
 

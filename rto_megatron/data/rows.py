@@ -1,11 +1,13 @@
 """What the columns of a row say: prompts, conversations, answers, margins and verdicts."""
 
+import json
 from collections.abc import Sequence
 
 from rto_megatron.data.messages import Message
 from rto_megatron.data.sources import Row
 from rto_megatron.data.turns import require_prompt, turns, with_system
 from rto_megatron.errors import DataError
+from rto_megatron.types import Columns
 
 
 def row_id(row: Row) -> str:
@@ -14,6 +16,17 @@ def row_id(row: Row) -> str:
         if column in row.columns:
             return str(row.columns[column])
     return row.where
+
+
+def json_columns(row: Row) -> Columns:
+    """The columns that JSON can hold, as it gives them back; a date or bytes are no such columns."""
+    found = {}
+    for column, value in row.columns.items():
+        try:
+            found[column] = json.loads(json.dumps(value))
+        except (TypeError, ValueError):
+            continue
+    return found
 
 
 def first_column(row: Row, candidates: Sequence[str], what: str) -> str:

@@ -43,7 +43,7 @@ def check_space(config: Stage) -> list[Finding]:
     folder = _nearest(config.run.dir)
     free = shutil.disk_usage(folder).free
     found = {
-        role.name: find_shape(role.path, None, role.name) for role in roles_of(config) if role.is_trained
+        role.name: find_shape(role.path, None, role.found_as) for role in roles_of(config) if role.is_trained
     }
     shapes = {name: shape for name, shape in found.items() if shape is not None}
     if len(shapes) < len(found):

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Literal
 
 from rto_megatron.config import checks, schema
-from rto_megatron.config.facts import facts_of
 from rto_megatron.config.roles import roles_of
 from rto_megatron.errors import ModelFolderError, UserError
 from rto_megatron.models.config_files import read_shape
@@ -110,12 +109,10 @@ def find_sources(config: schema.Stage) -> dict[str, WeightSource]:
     for role in roles_of(config):
         if role.shares is not None:
             continue
-        # A reward model is trained from a language model.
-        is_scalar = role.has_value_head and not facts_of(config).is_reward_model
         try:
-            sources[role.name] = find_source(
-                role.path, is_scalar, config.models.random_init, key=f"models.{role.name}"
-            )
+            has_head = role.has_value_head and not role.is_head_fresh
+            key = f"models.{role.name}"
+            sources[role.name] = find_source(role.path, has_head, config.models.random_init, key)
         except UserError as error:
             problems.append(error)
     if len(problems) == 1:

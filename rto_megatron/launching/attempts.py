@@ -25,7 +25,13 @@ from rto_megatron.lifecycle.stopping import STOP_FILE, Preempted
 from rto_megatron.storage.checkpoints import latest_checkpoint
 
 # What may pass. Seeds are those of the step, so memory, disk and numbers would fail again in the same way.
-_RETRIED = (ExitReason.INFRA_LOST_RANK, ExitReason.INFRA_NO_GENERATOR, ExitReason.HANG, ExitReason.BUG)
+_RETRIED = (
+    ExitReason.INFRA_LOST_RANK,
+    ExitReason.INFRA_NO_GENERATOR,
+    ExitReason.INFRA_NO_REWARD,
+    ExitReason.HANG,
+    ExitReason.BUG,
+)
 ATTEMPTS_FILE = "attempts.json"  # <run>/attempts.json: what a job's next decision must know of those before
 _MEMORY_EVENTS = Path("/sys/fs/cgroup/memory.events")
 

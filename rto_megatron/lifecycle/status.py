@@ -22,6 +22,7 @@ class ExitReason(StrEnum):
     INTERRUPTED = "INTERRUPTED"  # Ctrl-C: stopped at once, in order
     CONFIG = "CONFIG"
     INFRA_NO_GENERATOR = "INFRA_NO_GENERATOR"
+    INFRA_NO_REWARD = "INFRA_NO_REWARD"
     INFRA_LOST_RANK = "INFRA_LOST_RANK"
     HANG = "HANG"
     NAN = "NAN"

@@ -191,7 +191,7 @@ def shared_sizes(
 def _refuse_overfull(config: SamplingStage, num_ranks: int, pool_tensor: int) -> None:
     import torch
 
-    found = {role.name: find_shape(role.path, None, role.name) for role in roles_of(config)}
+    found = {role.name: find_shape(role.path, None, role.found_as) for role in roles_of(config)}
     shapes = {name: shape for name, shape in found.items() if shape is not None}
     assert config.rollout.gpu_memory_fraction is not None
     memory = torch.cuda.get_device_properties(0).total_memory

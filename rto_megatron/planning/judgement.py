@@ -46,7 +46,7 @@ def _shapes(roles: Sequence[Role], assume: list[str]) -> dict[str, FoundShape]:
         raise RecipeError(
             f"--assume {min(unknown)}=...: this stage has the roles {', '.join(r.name for r in roles)}"
         )
-    found = {role.name: find_shape(role.path, assumed.get(role.name), role.name) for role in roles}
+    found = {role.name: find_shape(role.path, assumed.get(role.name), role.found_as) for role in roles}
     return {name: shape for name, shape in found.items() if shape is not None}
 
 

@@ -3,6 +3,7 @@
 docs/metrics.md is this table as text. A test runs every stage and holds what it wrote against the table.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -83,6 +84,7 @@ DPO_REWARD = _group("with a DPO reward", (n for n, method in _ONLINE.items() if 
 GRPO = _group("GRPO", ["grpo"])
 GROUPS = (ALL, LANGUAGE, OFFLINE, ANSWERS, PAIRS, REWARD, TDPO, KTO, ONLINE, CRITIC, DPO_REWARD, GRPO)
 
+_LISTED = "`rewards`"
 _CLIPPED = "`optimizer.max_grad_norm`"
 _EXPERTS = "`models.moe_aux_loss_coef`, and a model with experts"
 POOL = "a pool of vLLM servers"
@@ -118,7 +120,8 @@ THEMES = (
         "What was sampled",
         "Means over the responses of the step. KL is estimated on the sampled tokens, with the policy that sampled.",
         (
-            Metric("objective/scores", "score", "the reward model's normalised score, before clip and penalty", ONLINE),
+            Metric("objective/scores", "score", "the reward model's normalised score, or the sum of all sources in "
+                   "`rewards`, before clip and penalty", ONLINE),
             Metric("objective/kl", "nats", "log(policy / reference) summed over a response", ONLINE),
             Metric("objective/entropy", "nats", "minus the log-prob of a response", ONLINE),
             Metric("objective/rlhf_reward", "reward", "score after clip and penalty, less the KL penalty", ONLINE),
@@ -130,12 +133,15 @@ THEMES = (
     ),
     Theme(
         "Rewards, advantages and values",
-        "`reward/score` is a mean over responses, the others are means over tokens; advantages and values count the "
-        "tokens that are trained on.",
+        "`reward/score` and the numbers of sources (`reward/NAME/...`, NAME as in `rewards`) are means over responses, "
+        "the others are means over tokens; advantages and values count the tokens that are trained on.",
         (
             Metric("reward/score", "reward", "score after clip and penalty, as it is paid on the last token", ONLINE),
             Metric("reward/score_clip_fraction", "fraction", "responses whose score was clipped", ONLINE,
                    "`algorithm.score_clip`"),
+            Metric("reward/NAME/mean", "reward", "what source NAME gives a response, tokens added", ONLINE, _LISTED),
+            Metric("reward/NAME/mean_square", "reward^2", "its square", ONLINE, _LISTED),
+            Metric("reward/NAME/paid", "reward", "the same after normalisation, clip and weight", ONLINE, _LISTED),
             Metric("reward/kl_per_token", "reward", "the KL penalty of a token; 0 in GRPO, whose loss has it", ONLINE),
             Metric("reward/dpo_per_token", "reward", "the DPO reward of a token, scaled and clipped", DPO_REWARD,
                    "`algorithm.beta_dpo` above 0"),
@@ -219,6 +225,11 @@ THEMES = (
         ),
     ),
 )  # fmt: skip
+
+
+def listed_name(name: str) -> str:
+    """The name under which the table has a name of the log: sources of rewards are called NAME in it."""
+    return re.sub(r"^reward/[^/]+/", "reward/NAME/", name)
 
 
 def metrics_of(stage: str) -> dict[str, Metric]:

@@ -76,7 +76,14 @@ def gathered(step: int, scored: ScoredRollouts, experience: Experience) -> StepR
         "advantage": experience.advantages_BR,
         "return": experience.returns_BR,
     }
-    responses = {"score": scored.score_B, "reward": (total_BR * experience.mask_BR).sum(dim=1)}
+    if rewards.source_BR is not None:
+        tokens["reward_source"] = rewards.source_BR
+    responses = {
+        "score": scored.score_B,
+        "reward": (total_BR * experience.mask_BR).sum(dim=1),
+        **{SOURCE + name: given_B for name, given_B in scored.scores_by_source.items()},
+        **{PAID + name: paid_B for name, paid_B in scored.paid_by_source.items()},
+    }
     return StepRollouts(
         step,
         experience.rollouts,

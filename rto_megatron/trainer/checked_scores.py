@@ -37,8 +37,13 @@ def broken_scores(scored: ScoredRollouts, score_limit: float | None) -> Found:
         score_limit: bound of the absolute value of a normalised score; None: any finite one.
     """
     found = {}
+    whose = "sum of the rewards" if scored.scores_by_source else "score of the reward model"
     for what, values in (
-        ("score of the reward model", scored.score_B[:, None]),
+        *(
+            (f"score of rewards.{name}", given_B[:, None])
+            for name, given_B in scored.scores_by_source.items()
+        ),
+        (whose, scored.score_B[:, None]),
         ("log-prob of the pool", scored.logp_pool_BR),
         ("log-prob of the policy", scored.logp_old_BR),
         ("log-prob of the reference", scored.logp_ref_BR),
@@ -49,7 +54,7 @@ def broken_scores(scored: ScoredRollouts, score_limit: float | None) -> Found:
         found[f"a {what} is NaN or infinite"] = ~torch.isfinite(values).all(1)
     if score_limit is not None:
         beyond_B = torch.isfinite(scored.score_B) & (scored.score_B.abs() > score_limit)
-        found[f"a score of the reward model is beyond algorithm.score_limit={score_limit:g}"] = beyond_B
+        found[f"a {whose} is beyond algorithm.score_limit={score_limit:g}"] = beyond_B
     is_bad_KB = torch.stack(list(found.values())).tolist()  # one transfer from the device
     named = {
         what: [rollout.prompt_id for rollout, bad in zip(scored.rollouts, row, strict=True) if bad]

@@ -12,6 +12,7 @@ from rto_megatron.algorithms.reinforcement import PolicyOptimization
 from rto_megatron.config import schema
 from rto_megatron.config.facts import facts_of
 from rto_megatron.config.learning_rate import learning_rate, updates_per_step
+from rto_megatron.config.roles import roles_of
 from rto_megatron.config.training import OptimizerConfig
 from rto_megatron.data.tokenizer import tokens_with
 from rto_megatron.engine.build_roles import build_average, build_frozen, build_trained, update_average
@@ -19,6 +20,7 @@ from rto_megatron.engine.megatron import FrozenModel, Model, TrainedModel
 from rto_megatron.errors import RecipeError
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.reporting.samples import completions_table, sample_texts, show
+from rto_megatron.trainer.build_rewards import build_rewards
 from rto_megatron.trainer.checked_scores import watched_gap
 from rto_megatron.trainer.connected_pool import ConnectedPool, connect_pool
 from rto_megatron.trainer.guard import Guard, ModelUpdate, Update
@@ -29,13 +31,14 @@ from rto_megatron.trainer.pretraining import Pretraining, beside
 from rto_megatron.trainer.reference import require_trained_reference
 from rto_megatron.trainer.resume import LoopState
 from rto_megatron.trainer.reward_source import ModelReward, RewardSource
+from rto_megatron.trainer.reward_sum import alone
 from rto_megatron.trainer.rollout_book import RolloutBook
 from rto_megatron.trainer.run import Run
 from rto_megatron.trainer.sampler import load_batches
 from rto_megatron.trainer.scoring import Roles
 from rto_megatron.trainer.setup import Setup, prepare_stage, stage_hf_files
 from rto_megatron.trainer.update import optimizer_minibatches, require_tokens
-from rto_megatron.types import Experience, Minibatch, SupervisedMicrobatch
+from rto_megatron.types import Experience, Minibatch, Prompt, SupervisedMicrobatch, ValueScale
 
 
 def train_online(
@@ -50,10 +53,11 @@ def train_online(
     """
     parts = parts or planned_parts()
     setup = prepare_stage(config, topology)
-    roles = build_roles(config, setup, parts.reward)
+    prompts = load_batches(config, setup)
+    roles = build_roles(config, setup, prompts.items, parts.reward)
     require_trained_reference(config, setup.sources, roles)
     algorithm = parts.algorithm or build_algorithm(config, setup.tokenizer)
-    prompts, pretraining = load_batches(config, setup), Pretraining(config, setup)
+    pretraining = Pretraining(config, setup)
     run = open_run(config, setup, roles, config.run.steps or prompts.batches_per_epoch)
     refuse_idle_policy(algorithm, run.num_steps)
     kl, table = algorithm.kl_controller, known_reward("data.true_reward", config.data.true_reward, setup)
@@ -162,22 +166,33 @@ def update(
     return lrs
 
 
-def build_roles(config: schema.ReinforcementStage, setup: Setup, reward: RewardSource | None = None) -> Roles:
+def build_roles(
+    config: schema.ReinforcementStage,
+    setup: Setup,
+    prompts: Sequence[Prompt] = (),
+    reward: RewardSource | None = None,
+) -> Roles:
     """Policy and critic with optimizers; reference, reward and DPO model without.
 
     Args:
-        reward: None: the reward model of the configuration.
+        prompts: of the run, whose columns rewards may read.
+        reward: None: what the configuration says.
     """
     topology, sources, precision = setup.topology, setup.sources, config.precision
+    fresh = {role.name for role in roles_of(config) if role.is_head_fresh}
 
     def trained(name: str, is_scalar: bool, optimizer: OptimizerConfig) -> TrainedModel:
         return build_trained(
             name, sources[name], is_scalar, precision, optimizer, topology, config.run.seed,
-            config.parallel.distributed_optimizer, moe_aux_loss_coef=config.models.moe_aux_loss_coef,
+            config.parallel.distributed_optimizer, is_head_fresh=name in fresh,
+            scale=ValueScale() if name in fresh else None, moe_aux_loss_coef=config.models.moe_aux_loss_coef,
         )  # fmt: skip
 
     def frozen(name: str, is_scalar: bool = False) -> FrozenModel:
         return build_frozen(name, sources[name], is_scalar, precision, topology)
+
+    def reward_model() -> RewardSource:
+        return ModelReward(frozen("reward", True), setup.layout, setup.eos, config.algorithm.truncated)
 
     policy, critic = trained("policy", False, config.optimizer), facts_of(config).critic_optimizer
     has_average = config.algorithm.ema_beta is not None
@@ -186,8 +201,7 @@ def build_roles(config: schema.ReinforcementStage, setup: Setup, reward: RewardS
         average=build_average(policy, sources["policy"]) if has_average else None,
         critic=None if critic is None else trained("critic", True, critic),
         reference=frozen("reference"),
-        reward=reward
-        or ModelReward(frozen("reward", True), setup.layout, setup.eos, config.algorithm.truncated),
+        reward=alone(reward, topology) if reward else build_rewards(config, setup, prompts, reward_model),
         dpo=frozen("dpo") if "dpo" in sources else None,
         dpo_reference=frozen("dpo_reference") if "dpo_reference" in sources else None,
     )

@@ -1,6 +1,6 @@
 """What a run may change between its attempts, and what it may not."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from rto_megatron.config import schema
+from rto_megatron.config.rewards import Source
 from rto_megatron.data.batches import BatchesState
 from rto_megatron.engine.integrity import CheckpointError
 from rto_megatron.errors import RunFolderError
@@ -39,6 +40,11 @@ _FREE = (
     "rollout",
 )
 
+
+# Where a source is asked, how long and how often.
+_FREE_OF_REWARDS = ("name", "timeout_s", "url", "batch", "concurrency", "retries", "token_file", "token_env")
+# What runs did whose checkpoints do not say.
+_BEFORE: Mapping[str, Json] = {"rewards": []}
 
 # Mappings whose entries a recipe names: they are compared as a whole, so that one that came or went is seen.
 _WHOLE = ("data.template",)
@@ -99,9 +105,22 @@ def read_state(state: dict[str, Json], checkpoint: Path) -> RunState:
 
 def fixed_keys(config: schema.Stage) -> dict[str, Json]:
     """Dotted key -> value of everything that every attempt of a run must share."""
-    return {
+    fixed = {
         key: value for key, value in _flat(config.model_dump(mode="json"), "").items() if not _is_free(key)
     }
+    if isinstance(config, schema.ReinforcementStage):
+        fixed |= {"rewards": [source.name for source in config.rewards], **_of_rewards(config.rewards)}
+    return fixed
+
+
+def _of_rewards(sources: Sequence[Source]) -> dict[str, Json]:
+    """What of each source decides its numbers; of a function its file may lie elsewhere, with the same content."""
+    found: dict[str, Json] = {}
+    for source in sources:
+        for key, value in source.model_dump(mode="json", exclude=set(_FREE_OF_REWARDS)).items():
+            known = value.rpartition(":")[2] if key == "function" and str(value).count(".py:") else value
+            found[f"rewards.{source.name}.{key}"] = known
+    return found
 
 
 def _flat(tree: dict[str, Json], prefix: str) -> dict[str, Json]:
@@ -126,6 +145,7 @@ def require_same(saved: Mapping[str, Json], wanted: dict[str, Json], run_dir: Pa
     Raises:
         RunFolderError: lists every key with both values.
     """
+    saved = {**_BEFORE, **saved}
     changes = [
         f"  {key}: {saved[key]!r} in the checkpoint, {value!r} in the configuration"
         for key, value in wanted.items()

@@ -1,34 +1,42 @@
-"""What gives a response its score: today the reward model; anything that scores rollouts can stand in its place."""
+"""What gives responses their rewards: a reward model on the ranks, the length of a response, or something outside."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from rto_megatron.algorithms.reward_shaping import overlong_punishment
 from rto_megatron.algorithms.termination import TruncationPolicy, close_response
 from rto_megatron.data.packing import Layout, sequence_batches
 from rto_megatron.engine.megatron import FrozenModel
-from rto_megatron.types import EndOfSequence, Rollout
+from rto_megatron.errors import UserError
+from rto_megatron.parallel.topology import Topology
+from rto_megatron.rewards.sample import Given, Rater, Sample
+from rto_megatron.rewards.service import RewardServiceLost
+from rto_megatron.types import Columns, EndOfSequence, Rollout
 
 
 class RewardSource(Protocol):
-    """Scores whole responses; the token rewards of the method come beside it.
+    """Rates responses; the token rewards of the method come beside it.
 
     Example:
         scores_B = reward.scores(rollouts)
     """
 
     def scores(self, rollouts: Sequence[Rollout]) -> Tensor:
-        """Scores the responses of this replica; every rank of the replica calls it with the same rollouts.
+        """Rates the responses of this replica; all ranks must call it, those of a replica with the same rollouts.
 
         Args:
             rollouts: closed by the truncation policy, in the order of the prompts.
 
         Returns:
-            float32 [B] on the trainer's device, the same on every rank of the replica, in the units in which
-            `algorithm` weighs it. A number that is NaN or infinite is refused by whoever asked, with its prompt.
+            float32 on the trainer's device, the same on every rank of the replica: [B] where it pays responses,
+            [B, R] where it pays tokens, 0 behind the end of a response. A number that is NaN or infinite is refused
+            by whoever asked, with its prompt.
         """
         ...
 
@@ -59,3 +67,98 @@ class ModelReward:
         batches = sequence_batches(sequences, self.layout)
         values = self.model.token_outputs(batches)
         return torch.cat([v[list(b.last_positions)] for v, b in zip(values, batches, strict=True)])
+
+
+@dataclass(frozen=True)
+class OverlongReward:
+    """DAPO's soft punishment of long responses, see `overlong_punishment`.
+
+    Example:
+        OverlongReward(max_tokens=1024, buffer_tokens=256, device=torch.device("cpu")).scores(rollouts)
+    """
+
+    max_tokens: int
+    buffer_tokens: int
+    device: torch.device
+
+    def scores(self, rollouts: Sequence[Rollout]) -> Tensor:
+        """See `RewardSource.scores`."""
+        lengths = [float(len(rollout.response_ids)) for rollout in rollouts]
+        return overlong_punishment(
+            torch.tensor(lengths, device=self.device), self.max_tokens, self.buffer_tokens
+        )
+
+
+class OutsideReward:
+    """A rater that one rank of each replica asks; the others receive what it gave.
+
+    Args:
+        make: starts the rater; called on replica leads.
+        read: makes samples of rollouts.
+        pays_tokens: whether the rater gives a number for every token.
+
+    Raises:
+        UserError: on every rank, when a rater cannot be started.
+    """
+
+    def __init__(
+        self, make: Callable[[], Rater], read: "SampleReader", topology: Topology, pays_tokens: bool
+    ) -> None:
+        self._read = read
+        self._topology = topology
+        self._pays_tokens = pays_tokens
+        self._rater: Rater | None = None
+        failure = None
+        try:
+            self._rater = make() if topology.is_replica_lead else None
+        except UserError as raised:
+            failure = raised
+        topology.raise_together(failure)
+
+    def scores(self, rollouts: Sequence[Rollout]) -> Tensor:
+        """See `RewardSource.scores`.
+
+        Raises:
+            UserError: on every rank, when the rater of any replica failed.
+        """
+        given: list[Given] = []
+        failure = None
+        if self._rater is not None:
+            try:
+                given = self._rater.rate([self._read.sample(rollout) for rollout in rollouts])
+            except UserError as raised:
+                failure = raised
+        self._topology.raise_together(failure, RewardServiceLost)
+        own = [[one] if isinstance(one, float) else one for one in given]
+        rows = self._topology.replica_value(own, list[list[float]])
+        width = max(map(len, rows))
+        grid = torch.tensor(
+            [[*row, *([0.0] * (width - len(row)))] for row in rows], device=self._topology.device.torch_device
+        )
+        return grid if self._pays_tokens else grid[:, 0]
+
+
+class SampleReader:
+    """Makes samples of rollouts: texts by the policy's tokenizer, columns by the prompts' ids.
+
+    Args:
+        columns: prompt id -> what its row says.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, columns: Mapping[str, Columns]) -> None:
+        self._tokenizer = tokenizer
+        self._columns = columns
+        self._text_of = cache(lambda token: str(tokenizer.decode([token])))
+
+    def sample(self, rollout: Rollout) -> Sample:
+        """The rollout as sources outside see it."""
+        return Sample(
+            prompt_id=rollout.prompt_id,
+            prompt=str(self._tokenizer.decode(list(rollout.prompt_ids))),
+            response=str(self._tokenizer.decode(list(rollout.response_ids), skip_special_tokens=True)),
+            prompt_ids=rollout.prompt_ids,
+            response_ids=rollout.response_ids,
+            tokens=tuple(map(self._text_of, rollout.response_ids)),
+            finish_reason=rollout.finish_reason,
+            columns=self._columns.get(rollout.prompt_id, {}),  # type: ignore[arg-type]  # JSON, as the loader keeps it
+        )

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from rto_megatron.config import schema
+from rto_megatron.config.rewards import reads_columns
 from rto_megatron.data.batches import Batches, BatchesState
 from rto_megatron.data.loader import load_prompts
 from rto_megatron.errors import PoolError, UserError
@@ -100,7 +101,8 @@ class OnPolicySampler:
 
 def load_batches(config: schema.ReinforcementStage, setup: Setup) -> Batches[Prompt]:
     """This replica's share of every rollout step's prompts."""
-    loaded = load_prompts(config.data.train, setup.tokenizer, setup.limits)
+    keeps_columns = reads_columns(config.rewards)
+    loaded = load_prompts(config.data.train, setup.tokenizer, setup.limits, keeps_columns=keeps_columns)
     setup.admit(loaded)
     return feed(loaded, config.batch.rollout, config.run.seed, setup.topology)
 

@@ -10,7 +10,7 @@ from rto_megatron.algorithms.losses import keep
 from rto_megatron.algorithms.termination import TruncationPolicy, close_response, compared_ban
 from rto_megatron.data.packing import Layout, response_mask, rollout_batches, rollout_grid
 from rto_megatron.engine.megatron import FrozenModel, Model, TrainedModel
-from rto_megatron.trainer.reward_source import RewardSource
+from rto_megatron.trainer.reward_sum import RewardSum
 from rto_megatron.types import EndOfSequence, Rollout, ScoredRollouts, TokenBatch
 
 
@@ -26,7 +26,7 @@ class Roles:
     average: FrozenModel | None  # of the policy; None where none is kept
     critic: TrainedModel | None  # None: a method without one
     reference: FrozenModel
-    reward: RewardSource
+    reward: RewardSum
     dpo: FrozenModel | None  # None: no DPO reward
     dpo_reference: FrozenModel | None  # None: the reference, whose forward is shared
 
@@ -74,6 +74,7 @@ def score(
         dpo_logratio_BR = grid(roles.dpo, whole) - dpo_reference_BR
     values_BR, bootstrap_B = _values(rollouts, roles.critic, batches, logp_ref_BR, policy == "bootstrap")
     pairs = zip(sampled, rollouts, strict=True)
+    rewards = roles.reward.rate(rollouts)
     return ScoredRollouts(
         rollouts=rollouts,
         mask_BR=response_mask(rollouts, layout.device),
@@ -84,8 +85,11 @@ def score(
         dpo_logratio_BR=dpo_logratio_BR,
         values_BR=values_BR,
         bootstrap_B=bootstrap_B,
-        score_B=roles.reward.scores(rollouts),
+        score_B=rewards.score_B,
         ban=ban,
+        source_BR=rewards.source_BR,
+        scores_by_source=rewards.given,
+        paid_by_source=rewards.paid,
     )
 
 

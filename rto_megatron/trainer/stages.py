@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rto_megatron.config import schema
 from rto_megatron.config.facts import facts_of
+from rto_megatron.config.reward_checks import longest_wait_s
 from rto_megatron.config.training import ParallelConfig
 from rto_megatron.errors import MachineError, UserError
 from rto_megatron.platform.device import Device, prepare
@@ -60,12 +61,15 @@ def _refuse_lone_task() -> None:
 
 
 def _collective_timeout(config: schema.Stage) -> timedelta:
-    """Replica leads let the others wait for rollouts: if not set, twice what a request may take or half an hour."""
+    """Replica leads let others wait for rollouts and rewards: if not set, twice what those may take or half an hour."""
     if config.run.collective_timeout_s is not None:
         return timedelta(seconds=config.run.collective_timeout_s)
     if (pool := facts_of(config).pool) is None:
         return _SHORTEST_TIMEOUT
-    return max(_SHORTEST_TIMEOUT, timedelta(seconds=2 * pool.request_timeout_s))
+    waits = [pool.request_timeout_s]
+    if isinstance(config, schema.ReinforcementStage):
+        waits.append(longest_wait_s(config))
+    return max(_SHORTEST_TIMEOUT, timedelta(seconds=2 * max(waits)))
 
 
 @contextmanager

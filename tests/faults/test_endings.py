@@ -16,6 +16,7 @@ from rto_megatron.launching.attempts import out_of_memory_kills
 from rto_megatron.lifecycle.ending import Hang, LostRank, NoSpace, OutOfMemory, RankEnding
 from rto_megatron.lifecycle.status import ExitReason, Status, note_status, read_status, write_status
 from rto_megatron.lifecycle.stopping import STOP_FILE, Preempted, forget_old_request, is_asked_to_stop
+from rto_megatron.rewards.service import RewardServiceLost
 from rto_megatron.trainer.guard import NotFiniteError
 
 _CLOSED = "[/x/pair.cc:553] Connection closed by peer [127.0.0.1]:32669. This is typically caused by a crash."
@@ -27,6 +28,7 @@ _LATE = "[/x/unbound_buffer.cc:78] Timed out waiting 8000ms for recv operation t
     [
         (UserError("run.dir is a file"), "CONFIG", UserError),
         (NoServersLeft("all are out"), "INFRA_NO_GENERATOR", NoServersLeft),
+        (RewardServiceLost("down"), "INFRA_NO_REWARD", RewardServiceLost),
         (NotFiniteError("NaN"), "NAN", NotFiniteError),
         (CheckpointError("damaged"), "CHECKPOINT", CheckpointError),
         (DiskFull("full"), "DISK", DiskFull),

@@ -22,6 +22,7 @@ from rto_megatron.models.parameters import parameter_map
 from rto_megatron.models.weight_map import merge
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.trainer.reward_source import ModelReward
+from rto_megatron.trainer.reward_sum import alone
 from rto_megatron.trainer.scoring import Roles, close_rollouts, score
 from rto_megatron.trainer.update import optimizer_minibatches
 from rto_megatron.types import (
@@ -135,7 +136,7 @@ def prepare_update(place: Topology, models: dict[str, HfModel], layout: Layout) 
         average=None,
         critic=trained(place, models["critic"]),
         reference=frozen(place, models["reference"]),
-        reward=ModelReward(frozen(place, models["reward"]), layout, END, "penalise"),
+        reward=alone(ModelReward(frozen(place, models["reward"]), layout, END, "penalise"), place),
         dpo=frozen(place, models["dpo"]),
         dpo_reference=None,
     )

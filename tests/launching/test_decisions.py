@@ -16,7 +16,7 @@ FRESH = Tally(3, "", "")  # before the first attempt
 CRASHED = Tally(2, "here", "step_000002")
 LAST = Tally(0, "there", "step_000002")
 NEVER_AGAIN = ("DONE", "PREEMPTED", "INTERRUPTED", "CONFIG", "NAN", "OOM", "DISK", "CHECKPOINT")
-MAY_PASS = ("INFRA_NO_GENERATOR", "INFRA_LOST_RANK", "HANG", "BUG")
+MAY_PASS = ("INFRA_NO_GENERATOR", "INFRA_NO_REWARD", "INFRA_LOST_RANK", "HANG", "BUG")
 
 
 def ended(reason: str, fingerprint: str = "here") -> Status:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from trainer.tiny_runs import configure, train, write_files
 
-from rto_megatron.engine.integrity import CheckpointError
+from rto_megatron.errors import ModelFolderError
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_a_damaged_checkpoint_of_a_run_is_not_converted(root: Path, tmp_path: Pa
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"\.distcp is not the file that was saved"):
+    with pytest.raises(ModelFolderError, match=r"\.distcp is not the file that was saved"):
         convert("megatron-to-hf", copy / "policy", tmp_path / "hf")
 
 

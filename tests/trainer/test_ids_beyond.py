@@ -15,7 +15,7 @@ from trainer.tiny_runs import configure, join, train, write_rows
 
 from rto_megatron.config.schema import EvaluateStage
 from rto_megatron.data.packing import token_batch
-from rto_megatron.errors import RecipeError
+from rto_megatron.errors import DataError, RecipeError, UserError
 from rto_megatron.trainer.evaluate import evaluate
 
 EXTRA = "<|extra|>"
@@ -125,8 +125,8 @@ def test_every_model_must_read_what_a_larger_policy_samples(
     assert f"no row for ids from {VOCAB_SIZE} on; resize its embedding to {VOCAB_SIZE + 8} rows" in error
 
 
-def _evaluated(config: EvaluateStage) -> str:
-    with pytest.raises(RecipeError) as caught:
+def _evaluated(config: EvaluateStage, kind: type[UserError]) -> str:
+    with pytest.raises(kind) as caught:
         evaluate(config, join(config))
     return str(caught.value)
 
@@ -139,9 +139,9 @@ def test_an_evaluation_refuses_such_prompts_and_smaller_models(beyond: Path, tmp
         tree |= {"sampling": {"max_response_tokens": 8}, "evaluate": {"name": "SFT"}}
         return EvaluateStage.model_validate({**tree, "precision": {"dtype": "fp32"}})
 
-    (prompt,) = run_ranks(1, _evaluated, config("policy", "some_prompts.jsonl"))
+    (prompt,) = run_ranks(1, _evaluated, config("policy", "some_prompts.jsonl"), DataError)
     assert f"'{EXTRA}' (id {VOCAB_SIZE}), which the text spells: first in odd" in prompt
-    (smaller,) = run_ranks(1, _evaluated, config("larger", "prompts.jsonl"))
+    (smaller,) = run_ranks(1, _evaluated, config("larger", "prompts.jsonl"), RecipeError)
     assert f"models.reference has vocab_size={VOCAB_SIZE} and models.policy" in smaller
 
 

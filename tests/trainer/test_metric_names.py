@@ -18,7 +18,7 @@ from rto_megatron.algorithms.method import OnlineMethod
 from rto_megatron.config.schema import Stage
 from rto_megatron.data.tokenizer import tokenizer_fingerprint
 from rto_megatron.data.true_reward import TrueReward
-from rto_megatron.reporting.metric_names import POOL, THEMES, metrics_of
+from rto_megatron.reporting.metric_names import POOL, THEMES, listed_name, metrics_of
 from rto_megatron.reporting.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent.parent
@@ -49,13 +49,14 @@ def _everything(stage: str, files: Path, root: Path) -> Stage:
         name = "sft.jsonl" if stage == "sft" else "pairs.jsonl"
         return _plain(stage, files, run_dir, data__eval=str(files / name))
     texts = {"data__pretrain": str(root / "texts.jsonl"), "data__true_reward": root / "true_reward.json"}
-    return _plain(stage, files, run_dir, algorithm__pool_importance_cap=2.0, **texts)
+    rewards = [{"kind": "model"}, {"kind": "overlong", "buffer_tokens": 4}]
+    return _plain(stage, files, run_dir, algorithm__pool_importance_cap=2.0, rewards=rewards, **texts)
 
 
 def _names(run_dir: Path) -> set[str]:
     entries = read_metrics(run_dir)
     assert len(entries) == 2
-    return {name for entry in entries for name in entry} - {"step", "time"}
+    return {listed_name(name) for entry in entries for name in entry} - {"step", "time"}
 
 
 @pytest.fixture(scope="module")

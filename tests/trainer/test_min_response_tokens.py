@@ -18,6 +18,7 @@ from rto_megatron.data.packing import Layout
 from rto_megatron.reporting.metrics import read_metrics
 from rto_megatron.trainer.evaluate import kl_to_reference
 from rto_megatron.trainer.reward_source import ModelReward
+from rto_megatron.trainer.reward_sum import alone
 from rto_megatron.trainer.scoring import Roles, score
 from rto_megatron.types import EndOfSequence, Rollout, ScoredRollouts
 
@@ -63,7 +64,7 @@ def _scored(models: Path, own_reference: bool, packed: bool, min_tokens: int) ->
         average=None,
         critic=None,
         reference=frozen(place, models / "reference", False),
-        reward=ModelReward(frozen(place, models / "reward", True), layout, END, "compat"),
+        reward=alone(ModelReward(frozen(place, models / "reward", True), layout, END, "compat"), place),
         dpo=frozen(place, models / "dpo", False),
         dpo_reference=frozen(place, models / "dpo_reference", False) if own_reference else None,
     )

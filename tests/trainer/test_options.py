@@ -36,6 +36,7 @@ from rto_megatron.trainer.connected_pool import ConnectedPool
 from rto_megatron.trainer.online import train_online
 from rto_megatron.trainer.reference import weights_fingerprint
 from rto_megatron.trainer.reward_source import ModelReward
+from rto_megatron.trainer.reward_sum import alone
 from rto_megatron.trainer.scoring import Roles, close_rollouts, score
 from rto_megatron.types import EndOfSequence, Experience, Prompt, Rollout, ScoredRollouts
 
@@ -319,7 +320,7 @@ def _bootstrapped(root: Path, policy: str) -> tuple[ScoredRollouts, Experience]:
         average=None,
         critic=trained(place, root / "critic", True, adam),
         reference=frozen(place, root / "reference", False),
-        reward=ModelReward(frozen(place, root / "reward", True), layout, END, config.truncated),
+        reward=alone(ModelReward(frozen(place, root / "reward", True), layout, END, config.truncated), place),
         dpo=None,
         dpo_reference=None,
     )

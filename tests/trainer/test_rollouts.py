@@ -19,6 +19,7 @@ from rto_megatron.errors import UserError
 from rto_megatron.generation.contract import Sampling
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.trainer.reward_source import ModelReward
+from rto_megatron.trainer.reward_sum import alone
 from rto_megatron.trainer.sampler import sample
 from rto_megatron.trainer.scoring import Roles, close_rollouts, score
 from rto_megatron.types import EndOfSequence, Prompt, Rollout, ScoredRollouts, ValueScale
@@ -86,7 +87,7 @@ def _roles(models: Path, place: Topology, layout: Layout, with_dpo: bool, own_re
         average=None,
         critic=trained(place, models / "critic", True, adam),
         reference=frozen(place, models / "reference", False),
-        reward=ModelReward(frozen(place, models / "reward", True), layout, END, "penalise"),
+        reward=alone(ModelReward(frozen(place, models / "reward", True), layout, END, "penalise"), place),
         dpo=frozen(place, models / "dpo", False) if with_dpo else None,
         dpo_reference=frozen(place, models / "dpo_reference", False) if own_reference else None,
     )

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 # MetricLog imports it in the rank that logs; imported here, forked ranks have it already.
 import torch.utils.tensorboard  # noqa: F401
@@ -70,10 +71,10 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
 
 
 def configure(stage: str, root: Path, run_dir: Path, layout: str = "one", **changes: object) -> Stage:
-    """A configuration of four steps over the files of `root`; `changes` are keys with `__` for dots."""
+    """A configuration of four steps over the files of `root`; `changes` are keys with `__` for dots, or sections."""
     _, tensor, pipeline, sequence = LAYOUTS[layout]
     adam = {"lr": 1e-3, "warmup_fraction": 0.5}
-    tree: dict[str, dict[str, object] | str] = {
+    tree: dict[str, Any] = {
         "stage": stage,
         "run": {"dir": run_dir, "steps": 4, "save_every": 2},
         "parallel": {"tensor": tensor, "pipeline": pipeline, "sequence": sequence},
@@ -97,8 +98,8 @@ def configure(stage: str, root: Path, run_dir: Path, layout: str = "one", **chan
     for section, values in sections.items():
         tree[section] = {**tree.get(section, {}), **values}
     for key, value in changes.items():
-        section, name = key.split("__")
-        tree[section] = {**tree.get(section, {}), name: value}
+        section, dots, name = key.partition("__")
+        tree[section] = {**tree.get(section, {}), name: value} if dots else value
     method = ALGORITHMS[stage]
     if isinstance(method, OnlineMethod) and method.has_dpo and tree["algorithm"].get("beta_dpo") != 0:
         tree["models"] = {"dpo": root / "models/dpo", "allow_unverified_reference": True, **tree["models"]}

@@ -1,0 +1,76 @@
+"""What the sources of rewards must satisfy, with each other and with the rest of the configuration."""
+
+from collections import Counter
+
+from rto_megatron.config.rewards import OutsideSource, OverlongSource, ResponseSource
+from rto_megatron.config.schema import ReinforcementStage
+
+
+def reward_problems(config: ReinforcementStage) -> list[str]:
+    """What is wrong with `rewards` and `models.reward`, one sentence each."""
+    return [*_model(config), *_names(config), *_groups(config), *_lengths(config), *_limits(config)]
+
+
+def _model(config: ReinforcementStage) -> list[str]:
+    reward, sources = config.models.reward, config.rewards
+    num_models = sum(source.kind == "model" for source in sources)
+    if num_models > 1:
+        return [
+            f"rewards has {num_models} sources of kind model, and models.reward names one model; remove all but one"
+        ]
+    if reward is None and (num_models or not sources):
+        return [
+            f"models.reward is missing: stage {config.stage} scores its rollouts with a reward model; name it, or list "
+            "sources of other kinds in `rewards`"
+        ]
+    if reward is not None and sources and not num_models:
+        return [
+            f"models.reward={reward} has no effect, as no source in `rewards` is of kind model; add "
+            "`- kind: model`, or remove it (a critic can start from it as models.critic)"
+        ]
+    return []
+
+
+def _names(config: ReinforcementStage) -> list[str]:
+    counts = Counter(source.name for source in config.rewards)
+    return [
+        f"rewards has {count} sources named {name!r}, which would be logged as one; give each a `name`"
+        for name, count in counts.items()
+        if count > 1
+    ]
+
+
+def _groups(config: ReinforcementStage) -> list[str]:
+    if config.algorithm.samples_per_prompt > 1:
+        return []
+    return [
+        f"rewards.{source.name}.normalize=group has nothing to compare with algorithm.samples_per_prompt=1; raise "
+        "that, or take normalize=batch"
+        for source in config.rewards
+        if isinstance(source, ResponseSource) and source.normalize == "group"
+    ]
+
+
+def _lengths(config: ReinforcementStage) -> list[str]:
+    limit = config.sampling.max_response_tokens
+    return [
+        f"rewards.{source.name}.buffer_tokens={source.buffer_tokens} is above sampling.max_response_tokens={limit}, so "
+        "the shortest response would be punished; lower it"
+        for source in config.rewards
+        if isinstance(source, OverlongSource) and source.buffer_tokens > limit
+    ]
+
+
+def _limits(config: ReinforcementStage) -> list[str]:
+    limit, longest = config.run.collective_timeout_s, longest_wait_s(config)
+    if limit is None or longest < limit:
+        return []
+    return [
+        f"rewards may take {longest:g} s a step (the sum of their timeout_s), and run.collective_timeout_s={limit:g} "
+        "counts ranks as hung before; raise it, or lower the limits of the rewards"
+    ]
+
+
+def longest_wait_s(config: ReinforcementStage) -> float:
+    """How long ranks may wait in a step for rewards from outside."""
+    return sum(source.timeout_s for source in config.rewards if isinstance(source, OutsideSource))

@@ -1,0 +1,107 @@
+"""Builds what pays the responses of a run, as the section `rewards` says."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Literal
+
+from rto_megatron.config import schema
+from rto_megatron.config.checks import refuse
+from rto_megatron.config.reward_code import missing_packages, running_code
+from rto_megatron.config.rewards import (
+    FunctionSource,
+    MathVerifySource,
+    ModelSource,
+    OverlongSource,
+    ReasoningGymSource,
+    ServiceSource,
+    Source,
+)
+from rto_megatron.errors import DataError
+from rto_megatron.reporting.progress import say
+from rto_megatron.rewards.function_reward import Called, FunctionRater
+from rto_megatron.rewards.sample import Rater
+from rto_megatron.rewards.service import ServiceRater, read_token
+from rto_megatron.trainer.reward_source import OutsideReward, OverlongReward, RewardSource, SampleReader
+from rto_megatron.trainer.reward_sum import RewardSum, Term, alone
+from rto_megatron.trainer.setup import Setup
+from rto_megatron.types import Columns, Prompt
+
+
+def build_rewards(
+    config: schema.ReinforcementStage,
+    setup: Setup,
+    prompts: Sequence[Prompt],
+    model: Callable[[], RewardSource],
+) -> RewardSum:
+    """The sources of a run, started; all ranks must call it.
+
+    Args:
+        prompts: all that the run may sample from, with the columns that the sources read.
+        model: builds the reward model.
+
+    Raises:
+        UserError: on every rank; a source cannot be started.
+    """
+    if not config.rewards:
+        return alone(model(), setup.topology)
+    refuse(missing_packages(config.rewards))
+    for line in running_code(config.rewards):
+        say(line, setup.topology.is_lead)
+    reader = SampleReader(setup.tokenizer, columns_by_id(prompts))
+    terms = [_term(source, _source(source, config, setup, reader, model)) for source in config.rewards]
+    return RewardSum(tuple(terms), config.algorithm.samples_per_prompt, setup.topology)
+
+
+def columns_by_id(prompts: Sequence[Prompt]) -> Mapping[str, Columns]:
+    """Prompt id -> columns.
+
+    Raises:
+        DataError: two prompts of one id say different things, so nobody knows which a response belongs to.
+    """
+    found: dict[str, Columns] = {}
+    for prompt in prompts:
+        if found.setdefault(prompt.id, prompt.columns) != prompt.columns:
+            raise DataError(
+                f"data.train: two rows have the id {prompt.id!r} and different columns, which rewards read by the id; "
+                "give every row a prompt_id (or id) of its own"
+            )
+    return found
+
+
+def _term(config: Source, source: RewardSource) -> Term:
+    normalize: Literal["group", "batch"] | None = None
+    if not isinstance(config, OverlongSource):
+        normalize = config.normalize
+    return Term(config.name, source, config.weight, normalize, config.clip)
+
+
+def _source(
+    source: Source,
+    config: schema.ReinforcementStage,
+    setup: Setup,
+    reader: SampleReader,
+    model: Callable[[], RewardSource],
+) -> RewardSource:
+    if isinstance(source, ModelSource):
+        return model()
+    if isinstance(source, OverlongSource):
+        limit = config.sampling.max_response_tokens
+        return OverlongReward(limit, source.buffer_tokens, setup.topology.device.torch_device)
+    pays_tokens = isinstance(source, FunctionSource | ServiceSource) and source.pays != "response"
+    return OutsideReward(partial(_rater, source), reader, setup.topology, pays_tokens)
+
+
+def _rater(source: FunctionSource | ServiceSource | MathVerifySource | ReasoningGymSource) -> Rater:
+    key = f"rewards.{source.name}"
+    match source:
+        case ServiceSource():
+            read_token(source)  # one that is missing is told before the first step
+            return ServiceRater(source)
+        case FunctionSource():
+            return FunctionRater(Called(key, source.function, source.pays, source.timeout_s))
+        case MathVerifySource():
+            verifier, options = "verify_math", source.model_dump(include={"answer"})
+        case ReasoningGymSource():
+            verifier, options = "verify_gym", source.model_dump(include={"answer_tag"})
+    target = f"rto_megatron.rewards.{verifier}:score"
+    return FunctionRater(Called(key, target, "response", source.timeout_s, options))

@@ -1,0 +1,93 @@
+"""All sources of a run's rewards together: each asked, normalised, clipped and weighed, then added."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rto_megatron.algorithms.reward_shaping import normalized_in_batch, normalized_in_group
+from rto_megatron.parallel.topology import Topology
+from rto_megatron.trainer.reward_source import RewardSource
+from rto_megatron.types import Rewards, Rollout
+
+
+@dataclass(frozen=True)
+class Term:
+    """One source, and what is done to its numbers: normalised first, then clipped, then weighed.
+
+    Args:
+        clip: bound of the absolute value; None: none.
+
+    Example:
+        Term("exact", source, weight=0.5, normalize="group")
+    """
+
+    name: str
+    source: RewardSource
+    weight: float = 1.0
+    normalize: Literal["group", "batch"] | None = None
+    clip: float | None = None
+
+
+@dataclass(frozen=True)
+class RewardSum:
+    """What pays the responses of a run.
+
+    Args:
+        group_size: responses to a prompt, which stand side by side.
+        is_told_apart: whether the parts of each source are kept for the logs.
+
+    Example:
+        RewardSum((Term("exact", source),), group_size=8, topology=topology).rate(rollouts).score_B
+    """
+
+    terms: tuple[Term, ...]
+    group_size: int
+    topology: Topology
+    is_told_apart: bool = True
+
+    def rate(self, rollouts: Sequence[Rollout]) -> Rewards:
+        """Asks every source; all ranks must call it.
+
+        Raises:
+            UserError: on every rank, when a source failed on any.
+        """
+        scores: list[Tensor] = []
+        tokens: list[Tensor] = []
+        given, paid = {}, {}
+        for term in self.terms:
+            raw = term.source.scores(rollouts)
+            shaped = self._shaped(raw, term)
+            (scores if raw.ndim == 1 else tokens).append(shaped)
+            given[term.name], paid[term.name] = (x if x.ndim == 1 else x.sum(1) for x in (raw, shaped))
+        nothing_B = torch.zeros(len(rollouts), device=self.topology.device.torch_device)
+        return Rewards(
+            score_B=_sum(scores) if scores else nothing_B,
+            source_BR=_sum(tokens) if tokens else None,
+            given=given if self.is_told_apart else {},
+            paid=paid if self.is_told_apart else {},
+        )
+
+    def _shaped(self, raw: Tensor, term: Term) -> Tensor:
+        shaped = raw
+        if term.normalize == "group":
+            shaped = normalized_in_group(shaped, self.group_size)
+        elif term.normalize == "batch":
+            shaped = normalized_in_batch(shaped, self.topology.dp_sum)
+        if term.clip is not None:
+            shaped = shaped.clamp(-term.clip, term.clip)
+        return term.weight * shaped
+
+
+def alone(source: RewardSource, topology: Topology) -> RewardSum:
+    """One source, paid as it is."""
+    return RewardSum((Term("reward", source),), 1, topology, is_told_apart=False)
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    total, *others = parts
+    for one in others:
+        total = total + one
+    return total
