@@ -1,7 +1,7 @@
 """Sections of a recipe about the training itself: the run, its layout, precision, batches and optimizers."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -63,6 +63,14 @@ class TrainRunConfig(RunConfig):
     loggers: tuple[LoggerName, ...] = Field(
         default=("tensorboard",),
         description="what shows the run, beside metrics.jsonl: tensorboard, wandb, swanlab",
+    )
+    peak_tflops: float | None = Field(
+        default=None,
+        gt=0,
+        description="what one GPU can do in the run's dtype, TFLOP/s, such as 989 for an H100 in bf16; null: no MFU",
+    )
+    profile: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(), description="steps, counted from 1, that torch's profiler traces into profile/"
     )
     resume_from_older: bool = Field(
         default=False,

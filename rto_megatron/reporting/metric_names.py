@@ -128,6 +128,8 @@ THEMES = (
             Metric("objective/kl_coef", "", "coefficient of the KL penalty in this step", ONLINE),
             Metric("rollout/response_tokens", "tokens", "length of a response", ONLINE),
             Metric("rollout/truncated_fraction", "fraction", "responses that the length limit cut", ONLINE),
+            Metric("rollout/equal_reward_groups", "fraction", "prompts whose responses have one reward", ONLINE,
+                   "`algorithm.samples_per_prompt` above 1"),
             Metric("task/true_return", "return", "known reward of the synthetic task", ONLINE, "`data.true_reward`"),
         ),
     ),
@@ -215,6 +217,12 @@ THEMES = (
             Metric("time/update_s", "s", "step 5: optimizer steps", ONLINE),
             Metric("time/rollouts_s", "s", "that the loop was held up to keep rollouts; a thread writes them", ONLINE,
                    "`run.keep_rollouts`"),
+            Metric("time/step_s", "s", "the whole step up to its log", ALL),
+            Metric("time/model_tflops", "TFLOP/s", "forwards and backwards of all models on a rank, by their "
+                   "mathematics and without padding, over `time/step_s`; what the pool computes is not in it", ALL),
+            Metric("time/mfu", "fraction", "`time/model_tflops` of `run.peak_tflops`", ALL, "`run.peak_tflops`"),
+            Metric("memory/peak_gib", "GiB", "the most that torch held on a GPU in the step, of the fullest rank; "
+                   "without a GPU, the most that a rank ever held in host memory", ALL),
             Metric("time/slowest_rank_ratio", "ratio", "seconds that the slowest rank computed, over the median rank's",
                    ALL, "two ranks that compute a loss"),
             Metric("sync/pause_s", "s", "of a push: pausing the servers and meeting them", ONLINE, POOL),

@@ -80,7 +80,7 @@ def gathered(step: int, scored: ScoredRollouts, experience: Experience) -> StepR
         tokens["reward_source"] = rewards.source_BR
     responses = {
         "score": scored.score_B,
-        "reward": (total_BR * experience.mask_BR).sum(dim=1),
+        "reward": (total_BR * scored.mask_BR).sum(dim=1),
         **{SOURCE + name: given_B for name, given_B in scored.scores_by_source.items()},
         **{PAID + name: paid_B for name, paid_B in scored.paid_by_source.items()},
     }

@@ -29,6 +29,8 @@ _FREE = (
     "run.samples_every",
     "run.keep_rollouts",
     "run.loggers",
+    "run.peak_tflops",
+    "run.profile",
     "parallel",
     "precision.recompute",
     "batch.micro",

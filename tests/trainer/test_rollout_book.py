@@ -1,5 +1,6 @@
 """What a run keeps of its rollouts: right by another library, the same on two replicas, bounded, once per step."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,29 @@ def _logprobs(folder: Path, row: dict[str, Any]) -> list[float]:
     return [float(logp[place - 1, ids[0, place]]) for place in range(start, ids.shape[1])]
 
 
+def _assert_speed(logged: dict[str, float], rows: list[dict[str, Any]], files: Path) -> None:
+    """Six forwards of each response, and three more for each of the passes of policy and critic over it."""
+    shape = AutoModelForCausalLM.from_pretrained(files / "models/policy").config
+    hidden, heads, kv_heads = shape.hidden_size, shape.num_attention_heads, shape.num_key_value_heads
+    size = hidden // heads
+    layer = hidden * size * (2 * heads + 2 * kv_heads) + 3 * hidden * shape.intermediate_size
+    lengths = [len(row["prompt_ids"]) + len(row["response_ids"]) for row in rows]
+
+    def forward(head: int) -> int:
+        products = 2 * (shape.num_hidden_layers * layer + hidden * head) * sum(lengths)
+        return products + 2 * shape.num_hidden_layers * heads * size * sum(one**2 for one in lengths)
+
+    # Policy, reference, DPO model; critic and reward model, whose head has one row.
+    flops = (3 + 3) * forward(shape.vocab_size) + (2 + 3) * forward(1)
+    assert logged["time/model_tflops"] == pytest.approx(flops / 2 / logged["time/step_s"] / 1e12, rel=1e-6)
+    assert logged["time/mfu"] == pytest.approx(logged["time/model_tflops"] / 0.5)
+    assert logged["memory/peak_gib"] > 0.05
+
+
 def test_log_probs_texts_and_sums_are_those_of_the_models(files: Path, tmp_path: Path) -> None:
     # Of the first step, whose policy is the folder's.
-    table = _run(files, tmp_path / "run", "dp2", run__steps=1)
+    traced = {"run__profile": (1,), "run__peak_tflops": 0.5}
+    table = _run(files, tmp_path / "run", "dp2", run__steps=1, **traced)
     assert table.num_rows == 8 and len(kept_steps(tmp_path / "run")[1]) == 2
     tokenizer = AutoTokenizer.from_pretrained(files / "tokenizer")
     row = max(table.to_pylist(), key=lambda one: one["num_tokens"])
@@ -62,6 +83,10 @@ def test_log_probs_texts_and_sums_are_those_of_the_models(files: Path, tmp_path:
     parts = zip(*(row[f"token/reward_{name}"] for name in ("score", "dpo", "kl")), strict=True)
     assert row["token/reward"] == pytest.approx([sum(one) for one in parts], abs=1e-6)
     assert row["reward"] == pytest.approx(sum(row["token/reward"]), abs=1e-5)
+    for rank in (0, 1):
+        with gzip.open(tmp_path / f"run/profile/step_00000001_rank_{rank:05d}.json.gz") as file:
+            assert any("aten::mm" in event.get("name", "") for event in json.load(file)["traceEvents"])
+    _assert_speed(read_metrics(tmp_path / "run")[0], table.to_pylist(), files)
     # Two replicas keep what one rank keeps; their whitening is over both.
     mean = torch.cat([torch.tensor(one) for one in table["token/advantage"].to_pylist()]).mean()
     assert float(mean) == pytest.approx(0.0, abs=1e-5)
