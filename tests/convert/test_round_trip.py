@@ -96,7 +96,7 @@ def test_what_would_fail_at_the_end_is_refused_at_the_beginning(models: Path, tm
     logits = ("--verify", "logits", "--dry-run")
     with pytest.raises(ConversionError, match=r"--dtype rounds float32 to bfloat16"):
         convert("hf-to-megatron", models / "qwen2", tmp_path / "m", "--dtype", "bf16", *logits)
-    with pytest.raises(RecipeError, match=r"parallel\.tensor=3 does not divide"):
+    with pytest.raises(ConversionError, match=r"parallel\.tensor=3 does not divide"):
         convert("hf-to-megatron", models / "qwen2", tmp_path / "m", "--tensor", "3", *logits)
     with pytest.raises(RecipeError, match=r"--tensor 2 --pipeline 1 are of --verify logits alone"):
         convert("hf-to-megatron", models / "qwen2", tmp_path / "m", "--tensor", "2")
