@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rto_megatron.algorithms import ALGORITHMS
 from rto_megatron.algorithms.credit_metrics import explained_variance
+from rto_megatron.algorithms.kl_controller import KLController
 from rto_megatron.algorithms.method import OnlineMethod
 from rto_megatron.algorithms.reinforcement import PolicyOptimization
 from rto_megatron.config import schema
@@ -34,7 +35,7 @@ from rto_megatron.trainer.reward_source import ModelReward, RewardSource
 from rto_megatron.trainer.reward_sum import alone
 from rto_megatron.trainer.rollout_book import RolloutBook
 from rto_megatron.trainer.run import Run
-from rto_megatron.trainer.sampler import load_batches
+from rto_megatron.trainer.sampler import Sampler, load_batches
 from rto_megatron.trainer.scoring import Roles
 from rto_megatron.trainer.setup import Setup, prepare_stage, stage_hf_files
 from rto_megatron.trainer.update import optimizer_minibatches, require_tokens
@@ -62,10 +63,7 @@ def train_online(
     refuse_idle_policy(algorithm, run.num_steps)
     kl, table = algorithm.kl_controller, known_reward("data.true_reward", config.data.true_reward, setup)
     sampler = parts.sampler(config, setup, prompts, pool or connect_pool(config.rollout, roles.policy))
-    if run.state is not None:
-        sampler.restore(run.state.data)
-        pretraining.restore(run.state.pretraining)
-        kl = kl.restored(run.state.kl)
+    kl = taken_up(run.state, sampler, pretraining, kl)
     scorer = parts.scorer(config, setup, roles)
     guard = parts.guard(run, config.run.max_skipped_updates, topology)
     book = RolloutBook(config, setup, run.step)
@@ -96,13 +94,23 @@ def train_online(
         if experience is not None:
             kl = kl.update(means["policy/kl_per_token"], config.responses_per_step)
         run.finish(LoopState(sampler.state(), pretraining.state(), kl.state()))
-        if experience is not None:
-            show_samples(config, run, experience, setup, means)
+        show_samples(config, run, experience, setup, means)
     book.close()
     run.close("policy" if roles.average is None else "policy_ema")
     # The pool is left with the trained policy; should it fail, the run is complete all the same.
     sampler.push(run.step)
     sampler.close()
+
+
+def taken_up(
+    state: LoopState | None, sampler: Sampler, pretraining: Pretraining, kl: KLController
+) -> KLController:
+    """The KL controller of the next step, once the data stands where the last finished step left it."""
+    if state is None:
+        return kl
+    sampler.restore(state.data)
+    pretraining.restore(state.pretraining)
+    return kl.restored(state.kl)
 
 
 def build_algorithm(
@@ -227,11 +235,15 @@ def open_run(config: schema.ReinforcementStage, setup: Setup, roles: Roles, num_
 
 
 def show_samples(
-    config: schema.ReinforcementStage, run: Run, experience: Experience, setup: Setup, means: dict[str, float]
+    config: schema.ReinforcementStage,
+    run: Run,
+    experience: Experience | None,
+    setup: Setup,
+    means: dict[str, float],
 ) -> None:
     """A table of completions when due, with what the step measured; the run's loggers get them too."""
     every = config.run.samples_every
-    if every is None or not run.is_due(every, run.step) or not setup.topology.is_lead:
+    if experience is None or every is None or not run.is_due(every, run.step) or not setup.topology.is_lead:
         return
     variance = explained_variance(means)
     explained = "none" if variance is None else f"{variance:.3f}"
