@@ -44,6 +44,21 @@ class Ban:
 
 
 @dataclass(frozen=True)
+class Distribution:
+    """What log-probs are of: softmax(logits / temperature), less the banned tokens.
+
+    Example:
+        Distribution(temperature=0.8, ban=Ban((2,), 16))
+    """
+
+    temperature: float = 1.0
+    ban: Ban | None = None  # None: nothing is left out
+
+
+WHOLE = Distribution()  # the model's own, as it is trained on texts
+
+
+@dataclass(frozen=True)
 class Prompt:
     """One prompt, already tokenized with the chat template and its generation header.
 
@@ -140,7 +155,7 @@ class ScoredRollouts:
     values_BR: Tensor  # critic, of the state before each action; zeros without a critic
     bootstrap_B: Tensor  # critic, of the state behind a cut response; zeros where nothing is bootstrapped
     score_B: Tensor  # sum of all sources that pay responses; alone, a reward model normalised by its checkpoint's mean
-    ban: Ban | None = None  # under which the log-probs of policy and reference were taken
+    drawn: Distribution = WHOLE  # what the log-probs of policy and reference are of
     source_BR: Tensor | None = None  # sum of all sources that pay tokens; None where there is none
     scores_by_source: Mapping[str, Tensor] = field(
         default_factory=dict
@@ -166,6 +181,10 @@ class TokenRewards:
         """Sum of the terms, in the order of the released code, shape [B, R]."""
         total_BR = self.score_BR + self.kl_BR + self.dpo_BR
         return total_BR if self.source_BR is None else total_BR + self.source_BR
+
+    def dense_BR(self) -> Tensor:  # noqa: N802 -- named like the tensors
+        """What tokens are paid for themselves: the DPO reward and that of sources, shape [B, R]."""
+        return self.dpo_BR if self.source_BR is None else self.dpo_BR + self.source_BR
 
 
 @dataclass(frozen=True)
@@ -199,7 +218,9 @@ class Experience:
     advantages_BR: Tensor  # as the policy's loss takes them: whitened, or relative to a group
     returns_BR: Tensor
     rewards: TokenRewards
-    ban: Ban | None = None  # under which log-probs are compared with `logp_old_BR` and `logp_ref_BR`
+    drawn: Distribution = (
+        WHOLE  # what log-probs that are compared with `logp_old_BR` and `logp_ref_BR` are of
+    )
 
 
 @dataclass(frozen=True)
@@ -235,6 +256,7 @@ class TokenBatch:
     last_positions: tuple[int, ...]  # index into T of each real sequence's last token, S entries
     largest_id: int  # of all tokens
     banned: BannedTargets | None = None  # None: log-probs are of the whole vocabulary
+    temperature: float = 1.0  # by which logits are divided before their softmax
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,9 @@ def pytest_configure(config: pytest.Config) -> None:
         from rto_megatron.platform.device import prepare
 
         prepare()
-        config.pluginmanager.import_plugin("pool_server")
+        import pool_server
+
+        config.pluginmanager.register(pool_server)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -3,14 +3,19 @@
 from collections.abc import Mapping
 
 from rto_megatron.algorithms import (
+    cispo,
+    dapo,
     ddpo,
     dpo,
+    dr_grpo,
     grpo,
+    gspo,
     kto,
     ppo,
     rdpo,
     reinforce_pp,
     reward_model,
+    rloo,
     rs_ppo,
     rto,
     rto_reinforce_pp,
@@ -38,4 +43,9 @@ ALGORITHMS: Mapping[str, Method] = {
     "reinforce_pp": reinforce_pp.METHOD,
     "rto_reinforce_pp": rto_reinforce_pp.METHOD,
     "grpo": grpo.METHOD,
+    "dr_grpo": dr_grpo.METHOD,
+    "dapo": dapo.METHOD,
+    "gspo": gspo.METHOD,
+    "cispo": cispo.METHOD,
+    "rloo": rloo.METHOD,
 }

@@ -1,14 +1,15 @@
-"""The pieces losses are made of: clipped policy and value losses, weights, sums per sequence.
+"""The pieces losses are made of: the clipped value loss, weights, sums per sequence; `policy_losses` has the policy's.
 
 Legend: B responses, R response positions, T token positions of a micro-batch, S its sequences.
-Every loss is a weighted sum whose weights add up to 1 over the micro-batches of all ranks: a sum is all
-the engine has to take. Where a weight or mask is 0 the term and its gradient are exactly 0, whatever finite
-numbers the padding holds.
+Every loss is a weighted sum whose weights hold the denominator of the micro-batches of all ranks: a sum is all the
+engine has to take. They add up to 1 but under `constant`. Where a weight or mask is 0 the term and its gradient are
+exactly 0, whatever finite numbers the padding holds.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -69,56 +70,46 @@ class Weighting:
     """A rule for `Minibatch.weight_T`: a rank's share of the denominator, and the weights from the whole.
 
     Example:
-        weighting.weights(mask_BR, weighting.count(mask_BR).sum().item())
+        rule = weighting_of("token_mean", 1024); rule.weights(mask_BR, float(all_sum(rule.count(mask_BR))))
     """
 
     count: Callable[[Tensor], Tensor]
     weights: Callable[[Tensor, float], Tensor]
 
 
-WEIGHTINGS = {
-    "sequence_mean": Weighting(count_sequences, sequence_mean_weights),
-    "token_mean": Weighting(count_tokens, token_mean_weights),
-}
+WeightingName = Literal["sequence_mean", "token_mean", "constant"]
+
+
+def weighting_of(name: WeightingName, max_response_tokens: int) -> Weighting:
+    """The rule of a name.
+
+    Under `constant` a token weighs 1 / (responses x `max_response_tokens`), whatever the length of its response.
+    Source: arXiv 2503.20783, appendix A (Dr. GRPO, whose masked mean takes a constant).
+    """
+    if name == "sequence_mean":
+        return Weighting(count_sequences, sequence_mean_weights)
+    if name == "token_mean":
+        return Weighting(count_tokens, token_mean_weights)
+    return Weighting(lambda mask_BR: count_sequences(mask_BR) * max_response_tokens, token_mean_weights)
 
 
 def sequence_sums(x_T: Tensor, mask_T: Tensor, batch: TokenBatch) -> Tensor:
     """Sum of the unmasked entries of each real sequence, shape [S]; a trailing padding segment is skipped."""
-    num_sequences = len(batch.last_positions)
-    offsets = batch.cu_seqlens
-    lengths = [end - start for start, end in pairwise(offsets)]
-    pieces = torch.split(keep(x_T, mask_T), lengths)
-    return torch.stack([piece.sum() for piece in pieces[:num_sequences]])
+    return _segment_sums(keep(x_T, mask_T), batch)[: len(batch.last_positions)]
 
 
-def clipped_policy_loss(logp_T: Tensor, minibatch: Minibatch, clip_eps: float) -> LossOutput:
-    """PPO's clipped surrogate: weighted sum of -w min(ratio A, clip(ratio, 1 - eps, 1 + eps) A).
+def sequence_means(x_T: Tensor, mask_T: Tensor, batch: TokenBatch) -> Tensor:
+    """Mean of the unmasked entries of its sequence at every position, shape [T]; 0 where nothing is unmasked."""
+    counts = _segment_sums((mask_T != 0).to(x_T.dtype), batch)
+    means = _segment_sums(keep(x_T, mask_T), batch) / counts.clamp(min=1)
+    lengths = torch.tensor([end - start for start, end in pairwise(batch.cu_seqlens)], device=x_T.device)
+    return means.repeat_interleave(lengths)
 
-    Args:
-        logp_T: log-probs of the actions under the policy being trained, nats, shape [T].
-        minibatch: old log-probs, advantages, weights, and w, the importance of the pool's tokens, shape [T] each.
-        clip_eps: epsilon of the clip.
 
-    Source: OpenRLHF 0.4.4, models/loss.py:PolicyLoss. Metrics: TRL's names, means over action tokens.
-    """
-    weight_T = minibatch.weight_T
-    active_T = weight_T > 0
-    log_ratio_T = keep(logp_T - minibatch.logp_old_T, weight_T)
-    ratio_T = log_ratio_T.exp()
-    plain_T = -ratio_T * minibatch.advantages_T
-    clipped_T = -ratio_T.clamp(1 - clip_eps, 1 + clip_eps) * minibatch.advantages_T
-    # Exact where the importance is 1: a factor of 1 changes no bit of the loss or of its gradient.
-    loss = (weight_T * minibatch.pool_importance_T * torch.maximum(plain_T, clipped_T)).sum()
-    num_tokens = active_T.sum()
-    metrics = to_metrics(
-        {
-            "loss/policy_avg": (loss, weight_T.sum()),
-            "policy/approxkl_avg": (0.5 * log_ratio_T.square().sum(), num_tokens),
-            "policy/clipfrac_avg": ((clipped_T > plain_T).sum(), num_tokens),
-            "val/ratio": ((ratio_T * active_T).sum(), num_tokens),
-        }
-    )
-    return LossOutput(loss, metrics)
+def _segment_sums(x_T: Tensor, batch: TokenBatch) -> Tensor:
+    """Sums between the offsets, a trailing padding segment included."""
+    lengths = [end - start for start, end in pairwise(batch.cu_seqlens)]
+    return torch.stack([piece.sum() for piece in torch.split(x_T, lengths)])
 
 
 def clipped_value_loss(values_T: Tensor, minibatch: Minibatch, value_clip: float | None) -> LossOutput:

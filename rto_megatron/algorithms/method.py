@@ -57,6 +57,7 @@ class OnlineMethod:
     build: Callable[..., reinforcement.PolicyOptimization]  # of a `config` and a `Vocabulary`
     has_critic: bool = True
     has_dpo: bool = False  # reads a DPO model, unless `beta_dpo` is 0
+    has_ratio: bool = True  # the policy's loss compares it with the distribution that was sampled from
 
 
 Method = (

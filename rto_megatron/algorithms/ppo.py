@@ -7,14 +7,14 @@ from pydantic import Field
 from torch import Tensor
 
 from rto_megatron.algorithms.advantages import AllSum, gae, whiten
-from rto_megatron.algorithms.losses import clipped_policy_loss, clipped_value_loss
+from rto_megatron.algorithms.losses import clipped_value_loss
 from rto_megatron.algorithms.method import OnlineMethod, Vocabulary
-from rto_megatron.algorithms.reinforcement import PolicyOptimization, RewardConfig, TokenReward
-from rto_megatron.algorithms.token_rewards import ppo_rewards
+from rto_megatron.algorithms.reinforcement import ClipConfig, PolicyOptimization, RewardConfig
+from rto_megatron.algorithms.token_rewards import TokenReward, ppo_rewards
 from rto_megatron.types import ScoredRollouts, TokenRewards
 
 
-class Config(RewardConfig):
+class Config(RewardConfig, ClipConfig):
     """Adds the critic's keys.
 
     Example:
@@ -51,7 +51,7 @@ def actor_critic(config: Config, token_reward: TokenReward, needs_dpo: bool = Fa
         config=config,
         token_reward=token_reward,
         advantages=advantages,
-        policy_loss=partial(clipped_policy_loss, clip_eps=config.clip_eps),
+        policy_loss=config.surrogate(),
         value_loss=partial(clipped_value_loss, value_clip=config.value_clip),
         kl_controller=config.kl_controller(),
         needs_dpo=needs_dpo,

@@ -1,18 +1,19 @@
 """REINFORCE++ (arXiv 2501.03262): PPO's clipped loss without a critic, on whitened returns of the token rewards."""
 
-from functools import partial
-
 from torch import Tensor
 
 from rto_megatron.algorithms.advantages import AllSum, returns_to_go, whiten
-from rto_megatron.algorithms.losses import clipped_policy_loss
 from rto_megatron.algorithms.method import OnlineMethod, Vocabulary
-from rto_megatron.algorithms.reinforcement import PolicyOptimization, RewardConfig, TokenReward
-from rto_megatron.algorithms.token_rewards import ppo_rewards
+from rto_megatron.algorithms.reinforcement import (
+    ClipConfig,
+    OptionalDpoConfig,
+    PolicyOptimization,
+    RewardConfig,
+)
 from rto_megatron.types import ScoredRollouts, TokenRewards
 
 
-class Config(RewardConfig):
+class Config(RewardConfig, ClipConfig, OptionalDpoConfig):
     """Nothing of its own.
 
     Example:
@@ -20,10 +21,8 @@ class Config(RewardConfig):
     """
 
 
-def critic_free(
-    config: RewardConfig, token_reward: TokenReward, needs_dpo: bool = False
-) -> PolicyOptimization:
-    """Whitened discounted returns and the clipped policy loss around any token reward."""
+def build(config: Config, vocabulary: Vocabulary) -> PolicyOptimization:
+    """Whitened discounted returns and the clipped policy loss; with `beta_dpo` on the reward of eq. 4.7."""
 
     def advantages(
         scored: ScoredRollouts, rewards: TokenRewards, mask_BR: Tensor, all_sum: AllSum
@@ -33,18 +32,13 @@ def critic_free(
 
     return PolicyOptimization(
         config=config,
-        token_reward=token_reward,
+        token_reward=config.token_reward(),
         advantages=advantages,
-        policy_loss=partial(clipped_policy_loss, clip_eps=config.clip_eps),
+        policy_loss=config.surrogate(),
         value_loss=None,
         kl_controller=config.kl_controller(),
-        needs_dpo=needs_dpo,
+        needs_dpo=config.beta_dpo != 0,
     )
 
 
-def build(config: Config, vocabulary: Vocabulary) -> PolicyOptimization:
-    """Score on the last token, KL penalty on every token."""
-    return critic_free(config, ppo_rewards)
-
-
-METHOD = OnlineMethod(Config, build, has_critic=False)
+METHOD = OnlineMethod(Config, build, has_critic=False, has_dpo=True)

@@ -1,7 +1,7 @@
 """Policy optimisation on sampled responses: one algorithm, whose methods differ in what they hand to it.
 
 A method is a token reward, an advantage estimator, and the losses of policy and critic. Left out, as in the released
-code: entropy bonus, dual clip, early stop on the ratio.
+code: an early stop on the ratio.
 """
 
 from collections.abc import Callable
@@ -23,10 +23,19 @@ from rto_megatron.algorithms.credit_metrics import (
     value_metrics,
 )
 from rto_megatron.algorithms.kl_controller import KLController
-from rto_megatron.algorithms.losses import keep
+from rto_megatron.algorithms.losses import WeightingName, keep
+from rto_megatron.algorithms.policy_losses import Loss, clipped_policy_loss, with_entropy
 from rto_megatron.algorithms.pool_importance import pool_importance
-from rto_megatron.algorithms.token_rewards import Redistribution, response_score, rto_rewards, truncated_rows
-from rto_megatron.types import Experience, LossOutput, Metrics, Minibatch, ScoredRollouts, TokenRewards
+from rto_megatron.algorithms.token_rewards import (
+    Redistribution,
+    TokenReward,
+    as_it_is,
+    ppo_rewards,
+    response_score,
+    rto_rewards,
+    truncated_rows,
+)
+from rto_megatron.types import Experience, LossOutput, Metrics, ScoredRollouts, TokenRewards
 
 
 class Config(BaseModel):
@@ -44,10 +53,13 @@ class Config(BaseModel):
         default=0.01, ge=0, description="weight of the KL penalty per token, the paper's beta_2"
     )
     samples_per_prompt: int = Field(default=1, ge=1, description="responses sampled for each prompt")
-    clip_eps: float = Field(default=0.2, gt=0, lt=1, description="epsilon of the policy's clip")
-    loss_weights: Literal["sequence_mean", "token_mean"] = Field(
+    loss_weights: WeightingName = Field(
         default="sequence_mean",
-        description="mean over responses of their mean over tokens, or mean over all tokens",
+        description="mean over responses of their mean over tokens, mean over all tokens, or `constant`: sum over "
+        "tokens over responses x sampling.max_response_tokens",
+    )
+    entropy_coef: float = Field(
+        default=0.0, ge=0, description="weight of the entropy bonus in the policy's loss; 0: none"
     )
     score_clip: float | None = Field(
         default=10.0, gt=0, description="bound of the normalised reward-model score; null: no bound"
@@ -117,7 +129,30 @@ class Config(BaseModel):
         return self
 
 
-class RewardConfig(Config):
+class ClipConfig(BaseModel):
+    """The keys of methods with a clipped surrogate.
+
+    Example:
+        algorithm: {clip_eps: 0.2, clip_eps_high: 0.28, dual_clip: 3.0}
+    """
+
+    clip_eps: float = Field(default=0.2, gt=0, lt=1, description="epsilon of the policy's clip")
+    clip_eps_high: float | None = Field(
+        default=None, gt=0, description="epsilon of its upper bound (DAPO: 0.28); null: clip_eps"
+    )
+    dual_clip: float | None = Field(
+        default=None,
+        gt=1,
+        description="bound of the ratio where the advantage is negative (arXiv 1912.09729: 3); null: none",
+    )
+
+    def surrogate(self, loss: Callable[..., LossOutput] = clipped_policy_loss) -> Loss:
+        """A clipped loss with these bounds."""
+        bounds = {"clip_eps_high": self.clip_eps_high, "dual_clip": self.dual_clip}
+        return partial(loss, clip_eps=self.clip_eps, **bounds)
+
+
+class KlRewardConfig(Config):
     """The keys of methods whose KL penalty is part of the token reward.
 
     Example:
@@ -130,7 +165,6 @@ class RewardConfig(Config):
         description="nats per token that an adaptive beta_kl steers to; null: it stays fixed",
     )
     kl_horizon: int = Field(default=10000, ge=1, description="sequences over which an adaptive beta_kl moves")
-    gamma: float = Field(default=1.0, ge=0, le=1, description="discount per token")
 
     @model_validator(mode="after")
     def _refuse_ignored_horizon(self) -> Self:
@@ -153,6 +187,32 @@ class RewardConfig(Config):
         return KLController(self.beta_kl, self.kl_target, self.kl_horizon)
 
 
+class RewardConfig(KlRewardConfig):
+    """The keys of methods that discount token rewards.
+
+    Example:
+        algorithm: {beta_kl: 0.1, gamma: 0.99}
+    """
+
+    gamma: float = Field(default=1.0, ge=0, le=1, description="discount per token")
+
+
+class GroupConfig(Config):
+    """The keys of methods that compare the responses to a prompt.
+
+    Example:
+        algorithm: {samples_per_prompt: 8, max_sampling_rounds: 4}
+    """
+
+    samples_per_prompt: int = Field(default=8, ge=2, description="responses sampled for each prompt: a group")
+    max_sampling_rounds: int | None = Field(
+        default=None,
+        ge=1,
+        description="batches of prompts that a step may sample until it is full of groups whose scores differ (DAPO's "
+        "dynamic sampling); null: one, and every group is trained on",
+    )
+
+
 class DpoRewardConfig(BaseModel):
     """The keys of methods with a DPO reward.
 
@@ -173,15 +233,42 @@ class DpoRewardConfig(BaseModel):
         description="bound of the DPO reward of a token after scaling; null: no bound, as in the paper",
     )
 
-    def token_reward(self, redistribute: Redistribution) -> "TokenReward":
+    def token_reward(
+        self, redistribute: Redistribution = as_it_is, beside: TokenReward = ppo_rewards
+    ) -> TokenReward:
         """RTO's reward at these weights, its DPO part paid on the tokens that `redistribute` chooses."""
-        return partial(rto_rewards, beta_dpo=self.beta_dpo, dpo_clip=self.dpo_clip, redistribute=redistribute)
+        return partial(
+            rto_rewards,
+            beta_dpo=self.beta_dpo,
+            dpo_clip=self.dpo_clip,
+            redistribute=redistribute,
+            beside=beside,
+        )
 
 
-TokenReward = Callable[[ScoredRollouts, Tensor, float], TokenRewards]  # (scored, score [B], kl_coef)
+class OptionalDpoConfig(DpoRewardConfig):
+    """The same keys in methods that are known without a DPO reward: it is off until `beta_dpo` is set.
+
+    Example:
+        algorithm: {beta_dpo: 0.05}
+    """
+
+    beta_dpo: float = Field(
+        default=0.0, ge=0, description="weight of RTO's DPO reward per token; 0: none, and no DPO model"
+    )
+
+    @model_validator(mode="after")
+    def _refuse_ignored_dpo_clip(self) -> Self:
+        if self.beta_dpo == 0 and self.dpo_clip != type(self).model_fields["dpo_clip"].default:
+            raise ValueError(
+                f"dpo_clip={self.dpo_clip} has no effect with beta_dpo=0; remove it or give beta_dpo a weight, such as "
+                "0.05"
+            )
+        return self
+
+
 # (scored, rewards, mask of the trained tokens, all_sum) -> advantages and returns, [B, R] each
 Estimator = Callable[[ScoredRollouts, TokenRewards, Tensor, AllSum], tuple[Tensor, Tensor]]
-Loss = Callable[[Tensor, Minibatch], LossOutput]  # (outputs [T], micro-batch)
 
 
 @dataclass(frozen=True)
@@ -200,6 +287,11 @@ class PolicyOptimization:
     kl_controller: KLController  # of the first step
     needs_dpo: bool = False
     critic_warmup_steps: int = 0
+
+    def update_loss(self) -> Loss:
+        """What the policy minimises: `policy_loss`, or with an entropy bonus a loss that reads entropies as well."""
+        coef = self.config.entropy_coef
+        return with_entropy(self.policy_loss, coef) if coef else self.policy_loss
 
     def credit(self, scored: ScoredRollouts, kl_coef: float, all_sum: AllSum) -> Experience:
         """Token rewards, then advantages; `mask_BR` of the result is 0 on responses that are not trained on.
@@ -225,7 +317,7 @@ class PolicyOptimization:
             advantages_BR=advantages_BR,
             returns_BR=returns_BR,
             rewards=rewards,
-            ban=scored.ban,
+            drawn=scored.drawn,
         )
 
     def credit_metrics(self, scored: ScoredRollouts, experience: Experience) -> Metrics:

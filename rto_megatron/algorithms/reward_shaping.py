@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rto_megatron.algorithms.advantages import AllSum
-from rto_megatron.algorithms.grpo import group_advantages
+from rto_megatron.algorithms.groups import deviation_of_group, mean_of_group
 
 _STD_FLOOR = 1e-4  # as in a group
 
@@ -18,7 +18,7 @@ def normalized_in_group(score_B: Tensor, group_size: int) -> Tensor:
     Source: GDPO, arXiv 2601.05242 (every reward in its group, before they are added); TRL, trainer/grpo_trainer.py
     (`normalize_then_sum`).
     """
-    return group_advantages(score_B, group_size)
+    return (score_B - mean_of_group(score_B, group_size)) / deviation_of_group(score_B, group_size)
 
 
 def normalized_in_batch(score_B: Tensor, all_sum: AllSum) -> Tensor:

@@ -67,12 +67,16 @@ def close_response(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Applies the truncation policy to one response.
 
+    A response that ended is left as it is under every policy; one that a stop string ended is closed as a cut one is,
+    and scored in full.
+
     Returns:
         The ids to train on, as many as came in, and the ids to append for the reward model: nothing, or one
         end-of-sequence. The appended token is not an action and is never trained on.
     """
     if finish_reason == "stop":
-        return response_ids, ()
+        # One that a stop string ended is over, and was not ended by the policy: the reward model reads its end.
+        return response_ids, () if response_ids[-1] in eos.ids else (eos.written,)
     if policy == "compat":
         closed = close_sequence((_PROMPT_ID, *response_ids), input_len=1, eos=eos, pad_id=eos.written)
         return closed.token_ids[1:], ()

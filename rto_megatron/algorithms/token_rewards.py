@@ -108,21 +108,24 @@ def rto_rewards(
     beta_dpo: float,
     dpo_clip: float | None,
     redistribute: "Redistribution",
+    beside: "TokenReward" = ppo_rewards,
 ) -> TokenRewards:
     """PPO's reward and the DPO reward of every token, end-of-sequence included (eq. 4.7).
 
     Args:
         redistribute: moves the DPO rewards, clipped, to the tokens on which they are paid; `as_it_is` in RTO.
+        beside: what else is paid; PPO's reward in RTO.
     """
     dpo_BR = dpo_token_reward(scored.dpo_logratio_BR, scored.mask_BR, beta_dpo, dpo_clip)
     unclipped_BR = dpo_token_reward(scored.dpo_logratio_BR, scored.mask_BR, beta_dpo, None)
     return replace(
-        ppo_rewards(scored, score_B, kl_coef),
+        beside(scored, score_B, kl_coef),
         dpo_BR=redistribute(dpo_BR, scored),
         num_clipped=(dpo_BR != unclipped_BR).sum(),
     )
 
 
+TokenReward = Callable[[ScoredRollouts, Tensor, float], TokenRewards]  # (scored, score [B], kl_coef)
 # (DPO rewards [B, R], 0 on padding; the rollouts they belong to) -> where they are paid, [B, R]
 Redistribution = Callable[[Tensor, ScoredRollouts], Tensor]
 

@@ -13,6 +13,7 @@ from rto_megatron.config.plan import layout_on
 from rto_megatron.config.reward_checks import reward_problems
 from rto_megatron.config.roles import OPTIONAL_ROLES, allowed_roles, needs_dpo
 from rto_megatron.config.rollouts import RolloutConfig
+from rto_megatron.config.sampling_checks import sampling_problems
 from rto_megatron.config.schema import OfflineStage, ReinforcementStage, Stage
 from rto_megatron.errors import RecipeError, UserError
 
@@ -31,6 +32,7 @@ def find_problems(
         *model_problems(config),
         *_lengths(config, max_positions),
         *_kl_horizon(facts_of(config)),
+        *(sampling_problems(facts.online) if (facts := facts_of(config)).online is not None else ()),
         *_pool_servers(facts_of(config).pool),
         *_profile(facts_of(config)),
     ]
@@ -216,7 +218,8 @@ def _kl_horizon(facts: Facts) -> list[str]:
 def _appends_end(facts: Facts) -> bool:
     """Whether the reward model reads one token more than was sampled (algorithms.termination)."""
     return facts.evaluation is not None or (
-        facts.online is not None and facts.online.algorithm.truncated != "compat"
+        facts.online is not None
+        and (facts.online.algorithm.truncated != "compat" or bool(facts.online.sampling.stop))
     )
 
 

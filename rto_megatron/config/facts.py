@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from rto_megatron.algorithms import ALGORITHMS, reward_model
 from rto_megatron.algorithms.method import OfflineMethod
-from rto_megatron.algorithms.reinforcement import RewardConfig
+from rto_megatron.algorithms.reinforcement import KlRewardConfig
 from rto_megatron.config.rollouts import RolloutConfig
 from rto_megatron.config.schema import (
     ActorCriticStage,
@@ -64,10 +64,10 @@ class Facts:
         return isinstance(algorithm, reward_model.Config) and algorithm.margin
 
     @property
-    def kl_reward(self) -> RewardConfig | None:
+    def kl_reward(self) -> KlRewardConfig | None:
         """The algorithm's keys where it pays a KL penalty as a reward."""
         algorithm = None if self.online is None else self.online.algorithm
-        return algorithm if isinstance(algorithm, RewardConfig) else None
+        return algorithm if isinstance(algorithm, KlRewardConfig) else None
 
     @property
     def longest_sequence(self) -> tuple[int, str]:

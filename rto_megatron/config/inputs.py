@@ -103,6 +103,8 @@ class PromptDataConfig(DataConfig):
     true_reward: Path | None = Field(
         default=None, description="the synthetic task's table: logs the true return of what was sampled"
     )
+    eval: str | None = Field(default=None, min_length=1, description="held-out prompts; null: none")
+    eval_samples: int | None = Field(default=None, ge=1, description="rows of `eval` to use; null: all")
 
 
 class EvaluateDataConfig(DataConfig):

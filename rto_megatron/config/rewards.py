@@ -18,7 +18,11 @@ _TARGET = re.compile(r".+:[A-Za-z_]\w*")
 
 
 class SourceSection(Section):
-    """What every source has."""
+    """What every source has.
+
+    Example:
+        {name: exact, weight: 0.5, clip: 1.0}
+    """
 
     name: str = Field(description="under which it is logged, as reward/NAME/mean; default: the kind")
     weight: float = Field(default=1.0, allow_inf_nan=False, description="factor in the sum; 0: logged alone")
@@ -39,7 +43,11 @@ class SourceSection(Section):
 
 
 class ResponseSource(SourceSection):
-    """A source of one number a response."""
+    """A source of one number a response.
+
+    Example:
+        {name: exact, normalize: group}
+    """
 
     normalize: Literal["group", "batch"] | None = Field(
         default=None,
@@ -49,7 +57,11 @@ class ResponseSource(SourceSection):
 
 
 class OutsideSource(ResponseSource):
-    """A source outside the trainer's ranks."""
+    """A source outside the trainer's ranks.
+
+    Example:
+        {name: exact, timeout_s: 30}
+    """
 
     timeout_s: float = Field(
         default=60,
@@ -60,7 +72,11 @@ class OutsideSource(ResponseSource):
 
 
 class PayingSource(OutsideSource):
-    """A source that can pay tokens."""
+    """A source that can pay tokens.
+
+    Example:
+        {name: exact, pays: tokens}
+    """
 
     pays: Literal["response", "tokens", "spans"] = Field(
         default="response",
@@ -78,14 +94,22 @@ class PayingSource(OutsideSource):
 
 
 class ModelSource(ResponseSource):
-    """The reward model that `models.reward` names, normalised with the mean and std of its config.json."""
+    """The reward model that `models.reward` names, normalised with the mean and std of its config.json.
+
+    Example:
+        {kind: model, weight: 0.5}
+    """
 
     kind: Literal["model"]
     name: str = "model"
 
 
 class FunctionSource(PayingSource):
-    """A Python function, called with one sample at a time in a process of its own."""
+    """A Python function, called with one sample at a time in a process of its own.
+
+    Example:
+        {kind: function, name: short, function: "rules.py:short", pays: tokens}
+    """
 
     kind: Literal["function"]
     name: str = "function"
@@ -107,7 +131,11 @@ class FunctionSource(PayingSource):
 
 
 class ServiceSource(PayingSource):
-    """An HTTP service; docs/rewards.md has its protocol."""
+    """An HTTP service; docs/rewards.md has its protocol.
+
+    Example:
+        {kind: service, url: "http://10.0.0.2:8100/score", token_env: SCORER_TOKEN}
+    """
 
     kind: Literal["service"]
     name: str = "service"
@@ -154,7 +182,11 @@ class ServiceSource(PayingSource):
 
 
 class MathVerifySource(OutsideSource):
-    """1 where math-verify finds the response's answer equal to a column of the prompt's row, else 0."""
+    """1 where math-verify finds the response's answer equal to a column of the prompt's row, else 0.
+
+    Example:
+        {kind: math_verify, answer: gold}
+    """
 
     kind: Literal["math_verify"]
     name: str = "math_verify"
@@ -162,7 +194,11 @@ class MathVerifySource(OutsideSource):
 
 
 class ReasoningGymSource(OutsideSource):
-    """What reasoning-gym gives the response, 0 to 1; prompts as `rto reasoning-gym` writes them."""
+    """What reasoning-gym gives the response, 0 to 1; prompts as `rto reasoning-gym` writes them.
+
+    Example:
+        {kind: reasoning_gym, answer_tag: answer}
+    """
 
     kind: Literal["reasoning_gym"]
     name: str = "reasoning_gym"
@@ -174,7 +210,11 @@ class ReasoningGymSource(OutsideSource):
 
 
 class OverlongSource(SourceSection):
-    """DAPO's soft punishment of length: 0, then down to -1 over the last tokens before the length limit."""
+    """DAPO's soft punishment of length: 0, then down to -1 over the last tokens before the length limit.
+
+    Example:
+        {kind: overlong, buffer_tokens: 256}
+    """
 
     kind: Literal["overlong"]
     name: str = "overlong"

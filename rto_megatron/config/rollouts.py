@@ -3,23 +3,57 @@
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, field_validator
 
 from rto_megatron.config.addresses import without_localhost
 from rto_megatron.config.training import Section
 
 
 class SamplingConfig(Section):
-    """Training rollouts are drawn at temperature 1, top-p 1: anything else would bias the ratio of PPO.
+    """How responses are drawn.
 
     Example:
-        sampling: {max_response_tokens: 1024, min_response_tokens: 4}
+        sampling: {max_response_tokens: 1024, temperature: 0.8}
     """
 
     max_response_tokens: int = Field(default=1024, ge=1)
     min_response_tokens: int = Field(
         default=1, ge=0, description="end-of-sequence is forbidden before this many tokens"
     )
+    temperature: float = Field(
+        default=1.0,
+        gt=0,
+        le=10,
+        description="logits are divided by it, in the pool and in the trainer's log-probs of policy and reference",
+    )
+    top_p: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="sample from the likeliest tokens that hold this much probability; null: from all. Where the loss "
+        "has no ratio to the sampling policy, and in evaluations",
+    )
+    top_k: int | None = Field(
+        default=None, ge=1, description="sample from so many likeliest tokens; null: from all; as top_p"
+    )
+
+    stop: tuple[str, ...] = Field(
+        default=(), description="a response ends behind the token that completes one of these texts"
+    )
+
+    @field_validator("stop")
+    @classmethod
+    def _refuse_empty_text(cls, stop: tuple[str, ...]) -> tuple[str, ...]:
+        if "" in stop:
+            raise ValueError(
+                "an empty text is in every response; give texts of at least one character, or none"
+            )
+        return stop
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every token that is not forbidden can be sampled."""
+        return self.top_p is None and self.top_k is None
 
 
 class RolloutConfig(Section):
@@ -79,6 +113,22 @@ class TrainRolloutConfig(RolloutConfig):
         gt=0,
         description="nats; a mean difference between the log-probs of pool and trainer above it is warned of at every "
         "step. The default is for bf16, 5 times its usual gap; null: no alarm",
+    )
+
+
+class HeldOutConfig(Section):
+    """How a stage that samples answers held-out prompts (`data.eval`), every `run.eval_every` steps.
+
+    Example:
+        evaluate: {num_samples: 4, temperature: 0.7, pass_score: 1.0}
+    """
+
+    num_samples: int = Field(default=1, ge=1, description="responses per prompt")
+    temperature: float = Field(default=1.0, ge=0, le=10, description="of evaluations; 0: the likeliest token")
+    top_p: float | None = Field(default=None, gt=0, lt=1, description="of evaluations; null: all tokens")
+    top_k: int | None = Field(default=None, ge=1, description="of evaluations; null: all tokens")
+    pass_score: float | None = Field(
+        default=None, description="a response with at least this score passes, for pass@k; null: no pass@k"
     )
 
 

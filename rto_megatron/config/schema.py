@@ -20,11 +20,17 @@ from rto_megatron.config.inputs import (
     PromptDataConfig,
 )
 from rto_megatron.config.rewards import Source
-from rto_megatron.config.rollouts import EvaluateConfig, RolloutConfig, SamplingConfig, TrainRolloutConfig
+from rto_megatron.config.rollouts import (
+    EvaluateConfig,
+    HeldOutConfig,
+    RolloutConfig,
+    SamplingConfig,
+    TrainRolloutConfig,
+)
 from rto_megatron.config.training import (
     BatchConfig,
+    EvaluatedRunConfig,
     FrozenPrecisionConfig,
-    OfflineRunConfig,
     OptimizerConfig,
     ParallelConfig,
     PrecisionConfig,
@@ -76,7 +82,7 @@ class OfflineStage(TrainStage):
         {stage: dpo, data: {train: pairs.jsonl}, algorithm: {beta: 0.1}}
     """
 
-    run: OfflineRunConfig
+    run: EvaluatedRunConfig
     data: ExampleDataConfig
     algorithm: BaseModel
 
@@ -115,6 +121,7 @@ class ReinforcementStage(TrainStage):
         default=(),
         description="what pays the responses, a list; empty: the reward model of `models.reward` alone",
     )
+    evaluate: HeldOutConfig = HeldOutConfig()
     algorithm: reinforcement.Config
 
     @property

@@ -78,8 +78,8 @@ class TrainRunConfig(RunConfig):
     )
 
 
-class OfflineRunConfig(TrainRunConfig):
-    """Offline stages evaluate on held-out data.
+class EvaluatedRunConfig(TrainRunConfig):
+    """Stages that train evaluate on held-out data.
 
     Example:
         run: {dir: runs/dpo, eval_every: 20}
@@ -90,7 +90,7 @@ class OfflineRunConfig(TrainRunConfig):
     )
 
 
-class RolloutRunConfig(TrainRunConfig):
+class RolloutRunConfig(EvaluatedRunConfig):
     """Stages that sample show what they sample.
 
     Example:

@@ -20,9 +20,11 @@ from torch import Tensor
 
 from rto_megatron.algorithms.losses import sequence_sums
 from rto_megatron.types import (
+    WHOLE,
     Ban,
     BannedTargets,
     Demonstration,
+    Distribution,
     Experience,
     JudgedMicrobatch,
     JudgedResponse,
@@ -264,14 +266,17 @@ def sequence_batches(sequences: Sequence[tuple[Sequence[int], int]], layout: Lay
     ]
 
 
-def rollout_batches(rollouts: Sequence[Rollout], layout: Layout, ban: Ban | None = None) -> list[TokenBatch]:
+def rollout_batches(
+    rollouts: Sequence[Rollout], layout: Layout, drawn: Distribution = WHOLE
+) -> list[TokenBatch]:
     """Token batches of prompts with their responses, in order, for the forwards that score rollouts.
 
     Args:
-        ban: what log-probs of the first tokens of each response leave out; None: nothing.
+        drawn: what log-probs are of.
     """
     batches = sequence_batches([(r.prompt_ids + r.response_ids, len(r.prompt_ids)) for r in rollouts], layout)
-    if ban is None:
+    batches = [replace(batch, temperature=drawn.temperature) for batch in batches]
+    if (ban := drawn.ban) is None:
         return batches
     groups = batched(rollouts, layout.micro)
     return [_with_ban(batch, group, ban) for batch, group in zip(batches, groups, strict=True)]
@@ -335,7 +340,7 @@ def minibatches(
     steps = []
     for group in batched(rows, layout.micro):
         rollouts = [experience.rollouts[row] for row in group]
-        (batch,) = rollout_batches(rollouts, replace(layout, micro=len(group)), experience.ban)
+        (batch,) = rollout_batches(rollouts, replace(layout, micro=len(group)), experience.drawn)
         prompt_lens = [len(rollout.prompt_ids) for rollout in rollouts]
         response_lens = [len(rollout.response_ids) for rollout in rollouts]
         fields_BR = (

@@ -19,6 +19,7 @@ from rto_megatron.engine.optimizer import set_learning_rate
 from rto_megatron.models.build import forward
 from rto_megatron.models.model_flops import forward_flops
 from rto_megatron.models.shape import ModelShape
+from rto_megatron.models.token_entropy import token_entropies
 from rto_megatron.models.token_logprobs import token_logprobs
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.types import (
@@ -251,9 +252,19 @@ def _outputs(model: Model, batch: TokenBatch, raw: Tensor) -> Tensor:
         return (raw.flatten().float() - model.scale.mean) / model.scale.std
     targets = batch.targets_T.view(batch.num_rows, -1)
     vocab_size, rank = model.shape.vocab_size, model.topology.tensor_rank
-    return token_logprobs(raw, targets, vocab_size, rank, batch.banned).flatten()
+    return token_logprobs(raw, targets, vocab_size, rank, batch.banned, batch.temperature).flatten()
 
 
+def _entropies(model: Model, batch: TokenBatch, raw: Tensor) -> Tensor:
+    """Logits [b, s, v] -> [2, T]: log-probs of the targets, and entropies."""
+    targets, topology = batch.targets_T.view(batch.num_rows, -1), model.topology
+    return token_entropies(
+        raw, targets, model.shape.vocab_size, topology.tensor_rank, topology.tensor_group(),
+        batch.temperature, batch.banned,
+    )  # fmt: skip
+
+
+ENTROPIES: Reading[Microbatch] = Reading(2, lambda model, micro, raw: _entropies(model, micro.batch, raw))
 TOKENS: Reading[Microbatch] = Reading(1, lambda model, micro, raw: _outputs(model, micro.batch, raw))
 
 

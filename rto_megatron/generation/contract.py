@@ -33,6 +33,7 @@ class Sampling:
         min_tokens: end-of-sequence is forbidden before this many tokens.
         temperature: 0 is greedy.
         top_p: mass of the nucleus; 1 is everything.
+        top_k: how many of the likeliest tokens are sampled from; None: all.
         seed: base of every request's own seed.
 
     Example:
@@ -44,6 +45,7 @@ class Sampling:
     min_tokens: int = 0
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int | None = None
     seed: int = 0
 
 

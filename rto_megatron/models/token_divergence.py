@@ -125,7 +125,7 @@ def _reference_logits(hidden_Th: Tensor, rows: slice, weight_vh: Tensor) -> Tens
     return (hidden_Th[rows] @ weight_vh.t()).float()
 
 
-def _locate(column_C: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
+def locate(column_C: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
     """Whether a target's column, counted from the shard's first, is in the shard; and the column, or a valid one."""
     in_shard_C = (column_C >= 0) & (column_C < num_columns)
     return in_shard_C, column_C.where(in_shard_C, 0)
@@ -135,7 +135,7 @@ def _chunk_outputs(
     policy_Cv: Tensor, reference_Cv: Tensor, column_C: Tensor, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor]:
     """The outputs [3, C] and the log-normalisers [2, C] of policy and reference; overwrites its first two arguments."""
-    in_shard_C, column_C = _locate(column_C, policy_Cv.shape[1])
+    in_shard_C, column_C = locate(column_C, policy_Cv.shape[1])
     if policy_Cv.shape[1]:
         maxima_2C = torch.stack([policy_Cv.amax(1), reference_Cv.amax(1)])
         chosen_2C = torch.stack(
@@ -165,7 +165,7 @@ def _chunk_gradient(
     policy_Cv: Tensor, reference_Cv: Tensor, column_C: Tensor, normalisers_2C: Tensor, grad_3C: Tensor
 ) -> Tensor:
     """The gradient of the policy's logits, shape [C, v]; overwrites its first two arguments."""
-    in_shard_C, column_C = _locate(column_C, policy_Cv.shape[1])
+    in_shard_C, column_C = locate(column_C, policy_Cv.shape[1])
     grad_logp_C, _, grad_kl_C = grad_3C
     pi_Cv = policy_Cv.sub_(normalisers_2C[0, :, None]).exp_()
     pi_ref_Cv = reference_Cv.sub_(normalisers_2C[1, :, None]).exp_()

@@ -8,9 +8,14 @@ from rto_megatron.types import BannedTargets
 
 
 def token_logprobs(
-    logits: Tensor, targets: Tensor, vocab_size: int, tensor_rank: int, banned: BannedTargets | None = None
+    logits: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    tensor_rank: int,
+    banned: BannedTargets | None = None,
+    temperature: float = 1.0,
 ) -> Tensor:
-    """log softmax(logits)[targets] in float32, without gathering the vocabulary.
+    """log softmax(logits / temperature)[targets] in float32, without gathering the vocabulary.
 
     Args:
         logits: [b, s, v], this tensor rank's columns of the padded vocabulary.
@@ -25,6 +30,8 @@ def token_logprobs(
     first = tensor_rank * logits.shape[-1]
     padding = max(0, min(logits.shape[-1], first + logits.shape[-1] - vocab_size))
     logits = logits.to(torch.float32, copy=banned is not None)
+    if temperature != 1:
+        logits = logits / temperature
     if padding:
         kept = logits[..., : logits.shape[-1] - padding]
         logits = kept.new_full(logits.shape, float("-inf"))

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from rto_megatron.algorithms import ALGORITHMS
+from rto_megatron.algorithms.grpo import RelativeConfig
 from rto_megatron.algorithms.method import OfflineMethod, OnlineMethod
+from rto_megatron.algorithms.reinforcement import ClipConfig, GroupConfig
 
 
 @dataclass(frozen=True)
@@ -81,10 +83,19 @@ KTO = _group("KTO", ["kto"])
 ONLINE = _group("online", _ONLINE)
 CRITIC = _group("with a critic", (n for n, method in _ONLINE.items() if method.has_critic))
 DPO_REWARD = _group("with a DPO reward", (n for n, method in _ONLINE.items() if method.has_dpo))
-GRPO = _group("GRPO", ["grpo"])
-GROUPS = (ALL, LANGUAGE, OFFLINE, ANSWERS, PAIRS, REWARD, TDPO, KTO, ONLINE, CRITIC, DPO_REWARD, GRPO)
+CLIPPED = _group("but RLOO", (name for name, method in _ONLINE.items() if method.has_ratio))
+SURROGATE = _group(
+    "with a clipped surrogate", (n for n, m in _ONLINE.items() if issubclass(m.config, ClipConfig))
+)
+KL_IN_LOSS = _group(
+    "GRPO and its kin", (n for n, m in _ONLINE.items() if issubclass(m.config, RelativeConfig))
+)
+GROUPED = _group("that compare groups", (n for n, m in _ONLINE.items() if issubclass(m.config, GroupConfig)))
+GROUPS = (ALL, LANGUAGE, OFFLINE, ANSWERS, PAIRS, REWARD, TDPO, KTO, ONLINE, CRITIC, DPO_REWARD, CLIPPED, SURROGATE,
+          KL_IN_LOSS, GROUPED)  # fmt: skip
 
 _LISTED = "`rewards`"
+_HELD_OUT = "`data.eval`"
 _CLIPPED = "`optimizer.max_grad_norm`"
 _EXPERTS = "`models.moe_aux_loss_coef`, and a model with experts"
 POOL = "a pool of vLLM servers"
@@ -130,6 +141,10 @@ THEMES = (
             Metric("rollout/truncated_fraction", "fraction", "responses that the length limit cut", ONLINE),
             Metric("rollout/equal_reward_groups", "fraction", "prompts whose responses have one reward", ONLINE,
                    "`algorithm.samples_per_prompt` above 1"),
+            Metric("rollout/informative_fraction", "fraction", "sampled groups whose scores differ", GROUPED,
+                   "`algorithm.max_sampling_rounds`"),
+            Metric("rollout/sampling_rounds", "rounds", "batches of prompts that the step sampled until it was full",
+                   GROUPED, "`algorithm.max_sampling_rounds`"),
             Metric("task/true_return", "return", "known reward of the synthetic task", ONLINE, "`data.true_reward`"),
         ),
     ),
@@ -144,7 +159,7 @@ THEMES = (
             Metric("reward/NAME/mean", "reward", "what source NAME gives a response, tokens added", ONLINE, _LISTED),
             Metric("reward/NAME/mean_square", "reward^2", "its square", ONLINE, _LISTED),
             Metric("reward/NAME/paid", "reward", "the same after normalisation, clip and weight", ONLINE, _LISTED),
-            Metric("reward/kl_per_token", "reward", "the KL penalty of a token; 0 in GRPO, whose loss has it", ONLINE),
+            Metric("reward/kl_per_token", "reward", "the KL penalty of a token; 0 where the loss has it", ONLINE),
             Metric("reward/dpo_per_token", "reward", "the DPO reward of a token, scaled and clipped", DPO_REWARD,
                    "`algorithm.beta_dpo` above 0"),
             Metric("reward/dpo_clip_fraction", "fraction", "tokens whose DPO reward was clipped", DPO_REWARD,
@@ -165,13 +180,33 @@ THEMES = (
         (
             Metric("loss/policy_avg", "reward", "the clipped surrogate", ONLINE),
             Metric("loss/value_avg", "reward^2", "half the squared error of the returns, clipped", CRITIC),
-            Metric("loss/kl_avg", "nats", "KL to the reference (k3) inside the loss, before its weight", GRPO),
+            Metric("loss/kl_avg", "nats", "KL to the reference (k3) inside the loss, before its weight", KL_IN_LOSS),
             Metric("loss/ptx_avg", "nats", "language-model loss before its weight; absent while the critic warms up",
                    ONLINE, "`data.pretrain`"),
             Metric("policy/approxkl_avg", "nats", "half the squared log-ratio to the policy that sampled", ONLINE),
-            Metric("policy/clipfrac_avg", "fraction", "tokens on which the clip of the ratio binds", ONLINE),
+            Metric("policy/clipfrac_avg", "fraction", "tokens on which the clip of the ratio binds", CLIPPED),
+            Metric("policy/dual_clipfrac_avg", "fraction", "tokens on which the bound of a negative advantage binds",
+                   SURROGATE, "`algorithm.dual_clip`"),
+            Metric("policy/entropy_avg", "nats", "entropy of the policy at a token", ONLINE,
+                   "`algorithm.entropy_coef` above 0"),
             Metric("val/ratio", "ratio", "probability of a token against the policy that sampled it", ONLINE),
             Metric("val/clipfrac_avg", "fraction", "tokens on which the clip of the value binds", CRITIC),
+        ),
+    ),
+    Theme(
+        "Evaluations of stages that sample",
+        "Means over the responses to `data.eval`, at every `run.eval_every`-th step and at the last one, of the policy "
+        "as the step leaves it.",
+        (
+            Metric("eval/score", "score", "what the reward gives, before clip and penalty", ONLINE, _HELD_OUT),
+            Metric("eval/reward/NAME/mean", "reward", "what source NAME gives a response, tokens added", ONLINE,
+                   "`data.eval` and `rewards`"),
+            Metric("eval/response_tokens", "tokens", "length of a response", ONLINE, _HELD_OUT),
+            Metric("eval/truncated_fraction", "fraction", "responses that the length limit cut", ONLINE, _HELD_OUT),
+            Metric("eval/true_return", "return", "known reward of the synthetic task", ONLINE,
+                   "`data.eval` and `data.true_reward`"),
+            Metric("eval/pass_at_K", "fraction", "prompts of which one of K responses passes, for the powers of two up "
+                   "to `evaluate.num_samples` and that number", ONLINE, "`data.eval` and `evaluate.pass_score`"),
         ),
     ),
     Theme(
@@ -204,6 +239,8 @@ THEMES = (
                    "`algorithm.pool_importance_cap`"),
             Metric("pool/importance_capped_fraction", "fraction", "tokens whose weight the cap lowered", ONLINE,
                    "`algorithm.pool_importance_cap`"),
+            Metric("pool/prefix_hit_fraction", "fraction", "prompt tokens that a server had in its cache, most often "
+                   "of another response to the prompt", ONLINE, POOL),
             Metric("pool/servers", "servers", "servers that hold the step's weights, proved", ONLINE, POOL),
         ),
     ),
@@ -236,8 +273,8 @@ THEMES = (
 
 
 def listed_name(name: str) -> str:
-    """The name under which the table has a name of the log: sources of rewards are called NAME in it."""
-    return re.sub(r"^reward/[^/]+/", "reward/NAME/", name)
+    """The name under which the table has a name of the log: its NAME is any source of rewards, its K a number."""
+    return re.sub(r"^eval/pass_at_\d+$", "eval/pass_at_K", re.sub(r"\breward/[^/]+/", "reward/NAME/", name))
 
 
 def metrics_of(stage: str) -> dict[str, Metric]:

@@ -46,6 +46,9 @@ class FunctionRater:
 
     Raises:
         RewardError: the function cannot be imported.
+
+    Example:
+        FunctionRater(Called("rewards.exact", "rewards/exact.py:score", "response", 60.0)).rate([sample])
     """
 
     def __init__(self, called: Called) -> None:

@@ -47,23 +47,23 @@ def build_rewards(
     refuse(missing_packages(config.rewards))
     for line in running_code(config.rewards):
         say(line, setup.topology.is_lead)
-    reader = SampleReader(setup.tokenizer, columns_by_id(prompts))
+    reader = SampleReader(setup.tokenizer, columns_of(prompts))
     terms = [_term(source, _source(source, config, setup, reader, model)) for source in config.rewards]
     return RewardSum(tuple(terms), config.algorithm.samples_per_prompt, setup.topology)
 
 
-def columns_by_id(prompts: Sequence[Prompt]) -> Mapping[str, Columns]:
-    """Prompt id -> columns.
+def columns_of(prompts: Sequence[Prompt]) -> Mapping[tuple[str, tuple[int, ...]], Columns]:
+    """Id and tokens of a prompt -> columns.
 
     Raises:
-        DataError: two prompts of one id say different things, so nobody knows which a response belongs to.
+        DataError: two rows of one id and prompt say different things, so nobody knows which a response belongs to.
     """
-    found: dict[str, Columns] = {}
+    found: dict[tuple[str, tuple[int, ...]], Columns] = {}
     for prompt in prompts:
-        if found.setdefault(prompt.id, prompt.columns) != prompt.columns:
+        if found.setdefault((prompt.id, prompt.token_ids), prompt.columns) != prompt.columns:
             raise DataError(
-                f"data.train: two rows have the id {prompt.id!r} and different columns, which rewards read by the id; "
-                "give every row a prompt_id (or id) of its own"
+                f"data.train or data.eval: two rows have the id {prompt.id!r}, the same prompt and different columns, "
+                "which rewards read; give every row a prompt_id (or id) of its own"
             )
     return found
 

@@ -16,13 +16,20 @@ from rto_megatron.types import EndOfSequence, Rollout, ScoredRollouts
 Found = Mapping[str, Sequence[str]]  # what is wrong -> ids of the prompts
 
 
-def broken_rollouts(rollouts: Sequence[Rollout], eos: EndOfSequence) -> Found:
-    """Responses without a token, and those that claim to have ended without end-of-sequence."""
+def broken_rollouts(rollouts: Sequence[Rollout], eos: EndOfSequence, has_stops: bool = False) -> Found:
+    """Responses without a token, and those that claim to have ended without end-of-sequence.
+
+    Args:
+        has_stops: a response may end with a text as well.
+    """
     empty = [r.prompt_id for r in rollouts if not r.response_ids]
     unended = [
         r.prompt_id
         for r in rollouts
-        if r.response_ids and r.finish_reason == "stop" and r.response_ids[-1] not in eos.ids
+        if not has_stops
+        and r.response_ids
+        and r.finish_reason == "stop"
+        and r.response_ids[-1] not in eos.ids
     ]
     found = {"a response has no token": empty, "a finished response has no end-of-sequence": unended}
     return {what: ids for what, ids in found.items() if ids}
@@ -85,7 +92,8 @@ class Scorer:
             PoisonedError: on every rank, when a response or a number of any rank is broken; names the prompts.
         """
         topology = self._setup.topology
-        refuse_together(broken_rollouts(sampled, self._setup.eos), topology)
+        has_stops = bool(self._config.sampling.stop)
+        refuse_together(broken_rollouts(sampled, self._setup.eos, has_stops), topology)
         scored = self.opinions(sampled, step)
         refuse_together(broken_scores(scored, self._config.algorithm.score_limit), topology)
         return scored
@@ -93,8 +101,11 @@ class Scorer:
     def opinions(self, sampled: Sequence[Rollout], step: int) -> ScoredRollouts:
         """What the models say, whatever it is; all ranks must call it."""
         config, setup = self._config, self._setup
-        min_tokens = config.sampling.min_response_tokens
-        return score(sampled, self._roles, setup.layout, setup.eos, config.algorithm.truncated, min_tokens)
+        how, truncated = config.sampling, config.algorithm.truncated
+        return score(
+            sampled, self._roles, setup.layout, setup.eos, truncated, how.min_response_tokens,
+            how.temperature, how.is_whole,
+        )  # fmt: skip
 
 
 def watched_gap(

@@ -2,8 +2,8 @@
 
 import os
 import socket
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -13,6 +13,7 @@ from rto_megatron.data.packing import token_batch
 from rto_megatron.engine.megatron import Model
 from rto_megatron.errors import MachineError, PoolError, RecipeError, UserError
 from rto_megatron.generation.contract import NoServersLeft, RolloutEngine, Unreachable
+from rto_megatron.generation.stop_strings import Decode, StoppingEngine
 from rto_megatron.generation.vllm.client.liveness import Liveness, failures_of
 from rto_megatron.generation.vllm.client.phases import PoolPhases
 from rto_megatron.generation.vllm.client.pushed_servers import AskPushedServers
@@ -23,6 +24,7 @@ from rto_megatron.parallel.topology import Topology
 from rto_megatron.platform.network import host_of, is_loopback
 from rto_megatron.platform.open_files import TooManyOpenFiles
 from rto_megatron.reporting.progress import say
+from rto_megatron.types import Metrics
 from rto_megatron.weight_sync.canary import Canary, canary_token_ids
 from rto_megatron.weight_sync.policy_weights import PolicySource
 from rto_megatron.weight_sync.push import PushPart, WeightSync
@@ -222,6 +224,13 @@ class ConnectedPool:
     engine: RolloutEngine | None  # on replica leads
     push: Push
     shared: SharedGpus | None = None  # where trainer and pool have the same GPUs
+    measured: Callable[[], Metrics] = dict  # sums for the logs about the requests since the last call
+
+    def stopping_at(self, strings: tuple[str, ...], decode: Decode) -> "ConnectedPool":
+        """The same pool, whose responses end at some texts too."""
+        if not strings or self.engine is None:
+            return self
+        return replace(self, engine=StoppingEngine(self.engine, strings, decode))
 
     def rest(self) -> None:
         """Ends sampling until the next push; all ranks must call it."""
@@ -245,11 +254,13 @@ def connect_pool(config: RolloutConfig, policy: Model) -> ConnectedPool:
     except UserError as raised:
         failure = raised
     topology.raise_together(failure, NoServersLeft)
+    measured: Callable[[], Metrics] = dict if pool is None else pool.measured
     if not config.colocated:
-        return ConnectedPool(pool, open_push(config, policy, pool, token, host))
+        return ConnectedPool(pool, open_push(config, policy, pool, token, host), measured=measured)
     phases = PoolPhases()
     shared = SharedGpus(topology, pool, phases, token, config.sync_timeout_s)
-    return ConnectedPool(pool, open_push(config, policy, pool, token, host, phases, shared), shared)
+    push = open_push(config, policy, pool, token, host, phases, shared)
+    return ConnectedPool(pool, push, shared, measured)
 
 
 def _pool(config: RolloutConfig, token: str, is_lead: bool) -> VllmPool:

@@ -19,7 +19,7 @@ from rto_megatron.trainer.known_reward import known_reward
 from rto_megatron.trainer.reward_source import ModelReward
 from rto_megatron.trainer.sampler import sample, sampling
 from rto_megatron.trainer.setup import prepare_stage
-from rto_megatron.types import Ban, Rollout
+from rto_megatron.types import Distribution, Rollout
 
 _AS_SAMPLED: TruncationPolicy = (
     "mask"  # nothing is overwritten; the reward model reads an appended end-of-sequence
@@ -44,7 +44,7 @@ def evaluate(config: schema.EvaluateStage, topology: Topology) -> None:
             f"{len(loaded.items)} prompts cannot be shared by {topology.data_size} replicas; raise "
             f"data.eval_samples, name more prompts, or start fewer ranks"
         )
-    sampler = connect_pool(config.rollout, policy)
+    sampler = connect_pool(config.rollout, policy).stopping_at(config.sampling.stop, setup.decode)
     sampler.push(0)
     begin_steps()
     own = loaded.items[topology.data_rank :: topology.data_size]
@@ -54,8 +54,9 @@ def evaluate(config: schema.EvaluateStage, topology: Topology) -> None:
     sampler.rest()
     sampler.push.close()
     ban = compared_ban(setup.eos, config.sampling.min_response_tokens)
+    drawn = Distribution(config.sampling.temperature, ban)
     values = {
-        "kl": kl_to_reference(rollouts, policy, reference, setup.layout, ban),
+        "kl": kl_to_reference(rollouts, policy, reference, setup.layout, drawn),
         "tokens": [float(len(r.response_ids)) for r in rollouts],
     }
     if "reward" in setup.sources:
@@ -84,14 +85,14 @@ def evaluate(config: schema.EvaluateStage, topology: Topology) -> None:
 
 
 def kl_to_reference(
-    rollouts: Sequence[Rollout], policy: Model, reference: Model, layout: Layout, ban: Ban | None
+    rollouts: Sequence[Rollout], policy: Model, reference: Model, layout: Layout, drawn: Distribution
 ) -> list[float]:
     """log(pi/pi_ref) of each response, in nats: its mean over what pi sampled is the KL divergence.
 
     Args:
-        ban: what the pool could not sample; both models are compared without it.
+        drawn: what the pool sampled from; both models are compared as such.
     """
-    batches = rollout_batches(rollouts, layout, ban)
+    batches = rollout_batches(rollouts, layout, drawn)
     logp_BR, logp_ref_BR = (
         rollout_grid(model.token_outputs(batches), batches, rollouts) for model in (policy, reference)
     )

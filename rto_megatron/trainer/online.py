@@ -17,14 +17,16 @@ from rto_megatron.config.roles import roles_of
 from rto_megatron.config.training import OptimizerConfig
 from rto_megatron.data.tokenizer import tokens_with
 from rto_megatron.engine.build_roles import build_average, build_frozen, build_trained, update_average
-from rto_megatron.engine.megatron import FrozenModel, Model, TrainedModel
+from rto_megatron.engine.megatron import ENTROPIES, FrozenModel, Model, TrainedModel
 from rto_megatron.errors import RecipeError
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.reporting.samples import completions_table, sample_texts, show
 from rto_megatron.trainer.build_rewards import build_rewards
 from rto_megatron.trainer.checked_scores import watched_gap
 from rto_megatron.trainer.connected_pool import ConnectedPool, connect_pool
+from rto_megatron.trainer.dynamic_sampler import full_batches
 from rto_megatron.trainer.guard import Guard, ModelUpdate, Update
+from rto_megatron.trainer.held_out import HeldOut, load_held_out
 from rto_megatron.trainer.known_reward import known_reward, true_return
 from rto_megatron.trainer.model_files import give_own_padding
 from rto_megatron.trainer.parts import Parts, planned_parts
@@ -54,16 +56,18 @@ def train_online(
     """
     parts = parts or planned_parts()
     setup = prepare_stage(config, topology)
-    prompts = load_batches(config, setup)
-    roles = build_roles(config, setup, prompts.items, parts.reward)
+    prompts, held_out = load_batches(config, setup), load_held_out(config, setup)
+    roles = build_roles(config, setup, [*prompts.items, *held_out], parts.reward)
     require_trained_reference(config, setup.sources, roles)
     algorithm = parts.algorithm or build_algorithm(config, setup.tokenizer)
     pretraining = Pretraining(config, setup)
     run = open_run(config, setup, roles, config.run.steps or prompts.batches_per_epoch)
     refuse_idle_policy(algorithm, run.num_steps)
     kl, table = algorithm.kl_controller, known_reward("data.true_reward", config.data.true_reward, setup)
-    sampler = parts.sampler(config, setup, prompts, pool or connect_pool(config.rollout, roles.policy))
-    kl = taken_up(run.state, sampler, pretraining, kl)
+    pool = stopping(pool or connect_pool(config.rollout, roles.policy), config, setup)
+    sampler = open_sampler(config, setup, roles, run, parts.sampler(config, setup, prompts, pool))
+    evaluation = HeldOut(config, setup, pool, held_out, table)
+    kl = taken_up(run.state, pretraining, kl)
     scorer = parts.scorer(config, setup, roles)
     guard = parts.guard(run, config.run.max_skipped_updates, topology)
     book = RolloutBook(config, setup, run.step)
@@ -83,13 +87,13 @@ def train_online(
             gap = watched_gap(scored, topology, config.rollout.logprob_gap_alarm, step + 1)
             # 4. token rewards, then advantages
             experience = algorithm.credit(scored, kl.coef, topology.dp_sum)
-            run.record(algorithm.credit_metrics(scored, experience))
-            run.record(true_return(sampled, table))
+            run.record({**algorithm.credit_metrics(scored, experience), **true_return(sampled, table)})
             run.record(book.keep(step + 1, scored, experience))
         # 5. PPO epochs
         if experience is not None:
             with run.timed("update"):
                 lrs = update(config, run, roles, algorithm, experience, pretraining, setup, guard)
+        run.record({**evaluation.measured(run, roles), **pool.measured()})
         means = run.log({**lrs, **times, **gap, "objective/kl_coef": kl.coef})
         if experience is not None:
             kl = kl.update(means["policy/kl_per_token"], config.responses_per_step)
@@ -102,13 +106,10 @@ def train_online(
     sampler.close()
 
 
-def taken_up(
-    state: LoopState | None, sampler: Sampler, pretraining: Pretraining, kl: KLController
-) -> KLController:
-    """The KL controller of the next step, once the data stands where the last finished step left it."""
+def taken_up(state: LoopState | None, pretraining: Pretraining, kl: KLController) -> KLController:
+    """The KL controller of the next step, once the texts stand where the last finished step left them."""
     if state is None:
         return kl
-    sampler.restore(state.data)
     pretraining.restore(state.pretraining)
     return kl.restored(state.kl)
 
@@ -120,6 +121,20 @@ def build_algorithm(
     method = ALGORITHMS[config.stage]
     assert isinstance(method, OnlineMethod)
     return method.build(config.algorithm, partial(tokens_with, tokenizer))
+
+
+def stopping(pool: ConnectedPool, config: schema.ReinforcementStage, setup: Setup) -> ConnectedPool:
+    """The pool, whose responses end at the recipe's texts too."""
+    return pool.stopping_at(config.sampling.stop, setup.decode)
+
+
+def open_sampler(
+    config: schema.ReinforcementStage, setup: Setup, roles: Roles, run: Run, sampler: Sampler
+) -> Sampler:
+    """The sampler where the run stands; one that fills its batches, where the method asks for it."""
+    if run.state is not None:
+        sampler.restore(run.state.data)
+    return full_batches(sampler, config, setup, roles, run.record)
 
 
 def refuse_idle_policy(algorithm: PolicyOptimization, num_steps: int) -> None:
@@ -145,11 +160,13 @@ def update(
     per_pass = config.responses_per_step // config.batch.train
     per_step = updates_per_step(config)
     total = run.num_steps * per_step
-    policy_loss = beside(algorithm.policy_loss)
+    policy_loss = beside(algorithm.update_loss())
+    reading = ENTROPIES if config.algorithm.entropy_coef else None
     is_policy_due = run.step >= algorithm.critic_warmup_steps
     lrs: dict[str, float] = {}
+    longest, seed = config.sampling.max_response_tokens, config.run.seed + run.step
     steps = optimizer_minibatches(
-        experience, config.algorithm, per_pass, setup.topology, setup.layout, config.run.seed + run.step
+        experience, config.algorithm, longest, per_pass, setup.topology, setup.layout, seed
     )
     for number, one in enumerate(steps, start=run.step * per_step):
         texts, text_names = pretraining.microbatches() if is_policy_due else ([], [])
@@ -164,7 +181,7 @@ def update(
             rates["lr/policy"] = lr = learning_rate(config.optimizer, number, total)
             names = [*one.names, *text_names]
             mixed: list[Minibatch | SupervisedMicrobatch] = [*one.microbatches, *texts]
-            due.append(ModelUpdate(roles.policy, mixed, policy_loss, names, lr))
+            due.append(ModelUpdate(roles.policy, mixed, policy_loss, names, lr, reading))
         with guard.skipping():
             require_tokens(one, setup.topology)
             guard.step(due)
@@ -250,9 +267,5 @@ def show_samples(
     critic = f", the critic explains {explained} of the variance of returns"
     has_critic = facts_of(config).critic_optimizer is not None
     title = f"{config.stage} step {run.step}{critic if has_critic else ''}"
-
-    def decode(ids: Sequence[int]) -> str:
-        return str(setup.tokenizer.decode(list(ids)))
-
-    show(completions_table(experience, decode, 4, title))
-    run.show(sample_texts(experience, decode, 4))
+    show(completions_table(experience, setup.decode, 4, title))
+    run.show(sample_texts(experience, setup.decode, 4))

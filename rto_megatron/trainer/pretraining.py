@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rto_megatron.algorithms.losses import to_metrics
-from rto_megatron.algorithms.reinforcement import Loss
+from rto_megatron.algorithms.policy_losses import Loss
 from rto_megatron.config import schema
 from rto_megatron.data.batches import Batches, BatchesState
 from rto_megatron.data.loader import load_texts
@@ -64,12 +64,13 @@ class Pretraining:
 
 
 def beside(policy_loss: Loss) -> MixedLoss:
-    """`policy_loss` on responses, the language-model loss on texts."""
+    """`policy_loss` on responses, the language-model loss on texts; of several rows the first are log-probs."""
 
-    def loss(outputs_T: Tensor, micro: Minibatch | SupervisedMicrobatch) -> LossOutput:
+    def loss(outputs: Tensor, micro: Minibatch | SupervisedMicrobatch) -> LossOutput:
         if isinstance(micro, Minibatch):
-            return policy_loss(outputs_T, micro)
-        weighted = -(micro.weight_T * outputs_T).sum()
+            return policy_loss(outputs, micro)
+        logp_T = outputs if outputs.dim() == 1 else outputs[0]
+        weighted = -(micro.weight_T * logp_T).sum()
         return LossOutput(weighted, to_metrics({"loss/ptx_avg": (weighted, micro.weight_T.sum())}))
 
     return loss

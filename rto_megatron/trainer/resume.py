@@ -40,6 +40,7 @@ _FREE = (
     "data.true_reward",
     "models.allow_unverified_reference",
     "rollout",
+    "evaluate",
 )
 
 

@@ -99,6 +99,9 @@ class OutsideReward:
 
     Raises:
         UserError: on every rank, when a rater cannot be started.
+
+    Example:
+        OutsideReward(lambda: rater, reader, topology, pays_tokens=False).scores(rollouts)
     """
 
     def __init__(
@@ -139,19 +142,25 @@ class OutsideReward:
 
 
 class SampleReader:
-    """Makes samples of rollouts: texts by the policy's tokenizer, columns by the prompts' ids.
+    """Makes samples of rollouts: texts by the policy's tokenizer, columns by the prompts' ids and tokens.
 
     Args:
-        columns: prompt id -> what its row says.
+        columns: id and tokens of a prompt -> what its row says.
+
+    Example:
+        SampleReader(tokenizer, {("p7", (1, 5)): {"answer": "4"}}).sample(rollout).columns["answer"]
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, columns: Mapping[str, Columns]) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, columns: Mapping[tuple[str, tuple[int, ...]], Columns]
+    ) -> None:
         self._tokenizer = tokenizer
         self._columns = columns
         self._text_of = cache(lambda token: str(tokenizer.decode([token])))
 
     def sample(self, rollout: Rollout) -> Sample:
         """The rollout as sources outside see it."""
+        columns = self._columns.get((rollout.prompt_id, rollout.prompt_ids), {})
         return Sample(
             prompt_id=rollout.prompt_id,
             prompt=str(self._tokenizer.decode(list(rollout.prompt_ids))),
@@ -160,5 +169,5 @@ class SampleReader:
             response_ids=rollout.response_ids,
             tokens=tuple(map(self._text_of, rollout.response_ids)),
             finish_reason=rollout.finish_reason,
-            columns=self._columns.get(rollout.prompt_id, {}),  # type: ignore[arg-type]  # JSON, as the loader keeps it
+            columns=columns,  # type: ignore[arg-type]  # JSON, as the loader keeps it
         )

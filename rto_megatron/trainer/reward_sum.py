@@ -1,7 +1,7 @@
 """All sources of a run's rewards together: each asked, normalised, clipped and weighed, then added."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -69,6 +69,10 @@ class RewardSum:
             given=given if self.is_told_apart else {},
             paid=paid if self.is_told_apart else {},
         )
+
+    def unnormalized(self) -> "RewardSum":
+        """The same sources and weights for responses of no training step, which make no group or batch of one."""
+        return replace(self, terms=tuple(replace(term, normalize=None) for term in self.terms))
 
     def _shaped(self, raw: Tensor, term: Term) -> Tensor:
         shaped = raw

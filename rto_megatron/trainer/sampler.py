@@ -72,16 +72,19 @@ class OnPolicySampler:
         self._setup = setup
         self._prompts = prompts
         self._pool = pool
+        self._last = (-1, 0)  # the step of the last draw, and how many it had before
 
     def push(self, version: int) -> dict[str, float]:
         """See `Sampler.push`."""
         return self._pool.push(version)
 
     def draw(self, step: int) -> tuple[Rollout, ...]:
-        """See `Sampler.draw`."""
+        """See `Sampler.draw`; further draws of a step give further prompts."""
+        last, number = self._last
+        self._last = (step, number + 1 if step == last else 0)
         prompts = self._prompts.next_batch()
         batch = [prompt for prompt in prompts for _ in range(self._config.algorithm.samples_per_prompt)]
-        how = sampling(self._config, self._setup, step)
+        how = sampling(self._config, self._setup, step, self._last[1])
         rollouts = sample(self._setup.topology, self._pool.engine, batch, how, version=step)
         self._pool.rest()
         return rollouts
@@ -107,13 +110,19 @@ def load_batches(config: schema.ReinforcementStage, setup: Setup) -> Batches[Pro
     return feed(loaded, config.batch.rollout, config.run.seed, setup.topology)
 
 
-def sampling(config: schema.ReinforcementStage | schema.EvaluateStage, setup: Setup, step: int) -> Sampling:
-    """Temperature 1 and top-p 1: the distribution whose log-probs the ratio uses. Seeds differ by step and replica."""
+def sampling(
+    config: schema.ReinforcementStage | schema.EvaluateStage, setup: Setup, step: int, draw: int = 0
+) -> Sampling:
+    """How the recipe samples. Seeds differ by step, replica, and draw of a step."""
+    how = config.sampling
     return Sampling(
-        max_tokens=config.sampling.max_response_tokens,
+        max_tokens=how.max_response_tokens,
         eos_ids=setup.eos.ids,
-        min_tokens=config.sampling.min_response_tokens,
-        seed=(config.run.seed * 1_000_003 + step) * 1009 + setup.topology.data_rank,
+        min_tokens=how.min_response_tokens,
+        temperature=how.temperature,
+        top_p=how.top_p or 1.0,
+        top_k=how.top_k,
+        seed=(config.run.seed * 1_000_003 + step) * 1009 + setup.topology.data_rank + (draw << 64),
     )
 
 

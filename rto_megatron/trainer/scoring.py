@@ -11,7 +11,14 @@ from rto_megatron.algorithms.termination import TruncationPolicy, close_response
 from rto_megatron.data.packing import Layout, response_mask, rollout_batches, rollout_grid
 from rto_megatron.engine.megatron import FrozenModel, Model, TrainedModel
 from rto_megatron.trainer.reward_sum import RewardSum
-from rto_megatron.types import EndOfSequence, Rollout, ScoredRollouts, TokenBatch
+from rto_megatron.types import (
+    WHOLE,
+    Distribution,
+    EndOfSequence,
+    Rollout,
+    ScoredRollouts,
+    TokenBatch,
+)
 
 
 @dataclass(frozen=True)
@@ -48,19 +55,25 @@ def score(
     eos: EndOfSequence,
     policy: TruncationPolicy,
     min_tokens: int,
+    temperature: float = 1.0,
+    is_whole: bool = True,
 ) -> ScoredRollouts:
     """Closes what the pool sampled; every model's opinion of it, without gradients; all ranks must call this.
 
-    Policy and reference are compared as the distributions that were sampled from, without end-of-sequence where it was
-    banned. The DPO reward is of whole distributions: those that the DPO model was trained on.
+    Policy and reference are compared as the distributions that were sampled from: at that temperature, without
+    end-of-sequence where it was banned. The DPO reward is of whole distributions at temperature 1: those that the DPO
+    model was trained on, and whose log-ratio is a reward by eq. 4.5.
 
     Args:
         min_tokens: end-of-sequence was forbidden before this many tokens of a response.
+        temperature: that the pool sampled at.
+        is_whole: False where the pool sampled from the likeliest tokens alone; its log-probs are then of those, and not
+            compared.
     """
     rollouts = close_rollouts(sampled, eos, policy)
-    ban = compared_ban(eos, min_tokens)
+    drawn = Distribution(temperature, compared_ban(eos, min_tokens))
     whole = rollout_batches(rollouts, layout)
-    batches = whole if ban is None else rollout_batches(rollouts, layout, ban)
+    batches = whole if drawn == WHOLE else rollout_batches(rollouts, layout, drawn)
 
     def grid(model: Model, of: Sequence[TokenBatch]) -> Tensor:
         return rollout_grid(model.token_outputs(of), of, rollouts)
@@ -69,7 +82,7 @@ def score(
     logp_ref_BR = grid(roles.reference, batches)
     dpo_logratio_BR = torch.zeros_like(logp_ref_BR)
     if roles.dpo is not None:
-        is_shared = roles.dpo_reference is None and ban is None
+        is_shared = roles.dpo_reference is None and drawn == WHOLE
         dpo_reference_BR = logp_ref_BR if is_shared else grid(roles.dpo_reference or roles.reference, whole)
         dpo_logratio_BR = grid(roles.dpo, whole) - dpo_reference_BR
     values_BR, bootstrap_B = _values(rollouts, roles.critic, batches, logp_ref_BR, policy == "bootstrap")
@@ -78,7 +91,7 @@ def score(
     return ScoredRollouts(
         rollouts=rollouts,
         mask_BR=response_mask(rollouts, layout.device),
-        sampled_BR=_padded([_kept(*pair, min_tokens) for pair in pairs], logp_old_BR),
+        sampled_BR=_padded([_kept(*pair, min_tokens) for pair in pairs], logp_old_BR) * is_whole,
         logp_pool_BR=_padded([rollout.sampled_logprobs for rollout in sampled], logp_old_BR),
         logp_old_BR=logp_old_BR,
         logp_ref_BR=logp_ref_BR,
@@ -86,7 +99,7 @@ def score(
         values_BR=values_BR,
         bootstrap_B=bootstrap_B,
         score_B=rewards.score_B,
-        ban=ban,
+        drawn=drawn,
         source_BR=rewards.source_BR,
         scores_by_source=rewards.given,
         paid_by_source=rewards.paid,

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +49,10 @@ class Setup:
     eos: EndOfSequence  # of the policy
     layout: Layout
     limits: Limits
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special ones included."""
+        return str(self.tokenizer.decode(list(ids)))
 
     def admit(self, loaded: Loaded[Example]) -> None:
         """Says what was loaded, and refuses ids that no row of an embedding stands for.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import batched
 
 from rto_megatron.algorithms import reinforcement
-from rto_megatron.algorithms.losses import WEIGHTINGS
+from rto_megatron.algorithms.losses import weighting_of
 from rto_megatron.data.packing import Layout, minibatches
 from rto_megatron.engine.finite import EmptyUpdateError, refuse_together
 from rto_megatron.parallel.topology import Topology
@@ -29,6 +29,7 @@ class OptimizerStep:
 def optimizer_minibatches(
     experience: Experience,
     config: reinforcement.Config,
+    max_response_tokens: int,
     num_minibatches: int,
     topology: Topology,
     layout: Layout,
@@ -42,10 +43,11 @@ def optimizer_minibatches(
     step is no multiple of the responses to a prompt.
 
     Args:
+        max_response_tokens: the longest response that could be sampled; in the denominator of `constant` weights.
         num_minibatches: optimizer steps per pass; divides the rollouts of every replica.
         seed: of the shuffles.
     """
-    weighting = WEIGHTINGS[config.loss_weights]
+    weighting = weighting_of(config.loss_weights, max_response_tokens)
     size = len(experience.rollouts) // num_minibatches
     order = list(range(size * num_minibatches))
     for epoch in range(config.epochs):

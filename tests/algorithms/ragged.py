@@ -6,11 +6,12 @@ import torch
 from algorithms.grids import grid
 from torch import Tensor
 
-from rto_megatron.algorithms.losses import WEIGHTINGS
+from rto_megatron.algorithms.losses import weighting_of
 from rto_megatron.data.packing import Layout, minibatches
 from rto_megatron.types import Experience, Minibatch, Rollout, ScoredRollouts
 
 DELIMITER = 5
+LONGEST = 9  # tokens that a response may have
 CPU = torch.device("cpu")
 
 
@@ -69,7 +70,7 @@ def step_minibatches(
     multiple_of: int = 1,
 ) -> list[Minibatch]:
     """The micro-batches of one optimizer step on `rows`; the weights are those of a step on all rows."""
-    rule = WEIGHTINGS[weighting]
+    rule = weighting_of(weighting, LONGEST)
     mask_BR = experience.mask_BR
     weights_BR = rule.weights(mask_BR, float(rule.count(mask_BR)))
     return minibatches(experience, weights_BR, rows, Layout(micro, packed, multiple_of, CPU))

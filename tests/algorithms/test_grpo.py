@@ -9,7 +9,7 @@ from algorithms.grids import close, grid, no_reduction
 from algorithms.ragged import scored_rollouts, step_minibatches
 from algorithms.trl_losses import trl_grpo
 
-from rto_megatron.algorithms import grpo, losses
+from rto_megatron.algorithms import groups, grpo, losses
 
 GROUP = 4
 COUNT = 12
@@ -63,7 +63,7 @@ def test_a_group_of_equal_scores_teaches_nothing():
 
 def test_groups_are_neighbours_of_one_prompt():
     scores = grid([1.0, 2.0, 3.0, 10.0, 20.0, 30.0])
-    relative_B = grpo.group_advantages(scores, 3)
+    relative_B = (scores - groups.mean_of_group(scores, 3)) / groups.deviation_of_group(scores, 3)
     close(relative_B, [-1 / 1.0001, 0.0, 1 / 1.0001, -10 / 10.0001, 0.0, 10 / 10.0001])
 
 

@@ -207,7 +207,8 @@ def run_online(algorithm, loss, experience, micro, packed, multiple_of, rows, pa
     microbatches = step_minibatches(
         experience, algorithm.config.loss_weights, rows, micro, packed, multiple_of
     )
-    assert sum(float(m.weight_T.sum()) for m in microbatches) == pytest.approx(1)
+    total = sum(float(m.weight_T.sum()) for m in microbatches)
+    assert total == pytest.approx(1) or algorithm.config.loss_weights == "constant"
     return run(loss, microbatches, 1, padding)
 
 
@@ -228,8 +229,7 @@ def test_online_losses_do_not_depend_on_layout_and_order(name, cap, layout):
         assert any(gradient.any() for gradient in one[1].values())
         other = run_online(algorithm, loss, experience, micro, packed, multiple_of, shuffled)
         assert_same(other, one)
-        clipped = next(total for key, (total, _) in one[2].items() if key.endswith("clipfrac_avg"))
-        assert clipped > 0
+        assert all(total > 0 for key, (total, _) in one[2].items() if key.endswith("clipfrac_avg"))
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -5,7 +5,7 @@ import torch
 from algorithms.grids import GARBAGE, GOLDEN, PROMPT_LENGTH, close, grid, ppo_minibatch, ragged_batch, to_grid
 from algorithms.grids import to_positions as spread
 
-from rto_megatron.algorithms import losses
+from rto_megatron.algorithms import losses, policy_losses
 
 MASK = grid(GOLDEN["ppo_policy_inputs"]["action_mask"])
 SEQUENCE_MEAN = losses.sequence_mean_weights(MASK, 2.0)
@@ -20,7 +20,7 @@ def _leaf(values, batch, padding=GARBAGE):
 def _policy(weight_BR, packed, padding=GARBAGE):
     minibatch = ppo_minibatch(weight_BR, packed, padding)
     logp_T = _leaf(GOLDEN["ppo_policy_inputs"]["new_logp"], minibatch.batch, -padding)
-    output = losses.clipped_policy_loss(logp_T, minibatch, 0.2)
+    output = policy_losses.clipped_policy_loss(logp_T, minibatch, 0.2)
     output.loss.backward()
     return output, logp_T.grad, minibatch.batch
 
@@ -124,17 +124,20 @@ def test_masked_out_response_has_no_weight_and_is_not_counted():
 
 def test_nothing_to_train_on_gives_zero_weights():
     mask_BR = torch.zeros(2, 3)
-    for weighting in losses.WEIGHTINGS.values():
+    for name in ("sequence_mean", "token_mean", "constant"):
+        weighting = losses.weighting_of(name, 5)
         assert not weighting.weights(mask_BR, weighting.count(mask_BR).item()).any()
 
 
-@pytest.mark.parametrize("name", ["sequence_mean", "token_mean"])
-def test_weights_of_split_batch_are_those_of_the_whole(name):
-    weighting = losses.WEIGHTINGS[name]
-    total = sum(weighting.count(row).item() for row in MASK.split(1))
-    parts = [weighting.weights(row, total) for row in MASK.split(1)]
+@pytest.mark.parametrize(
+    ("name", "total"), [("sequence_mean", 1.0), ("token_mean", 1.0), ("constant", 8 / 14)]
+)
+def test_weights_of_split_batch_are_those_of_the_whole(name, total):
+    weighting = losses.weighting_of(name, 7)
+    whole = sum(weighting.count(row).item() for row in MASK.split(1))
+    parts = [weighting.weights(row, whole) for row in MASK.split(1)]
     close(torch.cat(parts), weighting.weights(MASK, weighting.count(MASK).item()).tolist())
-    close(torch.cat(parts).sum(), 1.0)
+    close(torch.cat(parts).sum(), total)  # of two responses of 5 and 3 tokens
 
 
 @LAYOUTS

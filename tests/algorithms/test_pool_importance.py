@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from algorithms.grids import close, no_reduction
-from algorithms.ragged import DELIMITER, scored_rollouts, step_minibatches
+from algorithms.ragged import DELIMITER, LONGEST, scored_rollouts, step_minibatches
 
 from rto_megatron.algorithms import ALGORITHMS
 from rto_megatron.algorithms.method import OnlineMethod
@@ -20,7 +20,32 @@ EVERY_METHOD = pytest.mark.parametrize("name", ONLINE)
 
 def build(name, cap):
     method = ALGORITHMS[name]
-    return method.build(method.config(pool_importance_cap=cap), lambda _: frozenset({DELIMITER}))
+    group = {} if method.config().samples_per_prompt == 1 else {"samples_per_prompt": COUNT // 2}
+    return method.build(method.config(pool_importance_cap=cap, **group), lambda _: frozenset({DELIMITER}))
+
+
+def slow_term(algorithm, name, ratios, t, logp, advantage):
+    """What a method minimises at a token, before the importance, from the log-ratios of its response."""
+    config, ratio = algorithm.config, torch.exp(ratios[t])
+    if name == "rloo":
+        return -advantage * logp
+    if name == "cispo":
+        return -ratio.clamp(max=1 + config.clip_eps_high).detach() * advantage * logp
+    if name == "gspo":
+        of_response = torch.exp(sum(ratios) / len(ratios)).detach()
+        ratio = of_response * torch.exp(ratios[t] - ratios[t].detach())
+    high = config.clip_eps if config.clip_eps_high is None else config.clip_eps_high
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - config.clip_eps, 1 + high) * advantage)
+
+
+def slow_weights(algorithm, lengths):
+    """What a token of each response weighs in the loss."""
+    shares = {
+        "sequence_mean": [1 / length / len(lengths) for length in lengths],
+        "token_mean": [1 / sum(lengths)] * len(lengths),
+        "constant": [1 / LONGEST / len(lengths)] * len(lengths),
+    }
+    return shares[algorithm.config.loss_weights]
 
 
 def agreeing(scored):
@@ -73,17 +98,19 @@ def test_loss_and_gradient_equal_a_slow_loop(name):
     loss, grad_T, _, minibatch = step(build(name, CAP), scored)
     experience = build(name, None).credit(scored, 0.01, no_reduction)
     logp_T = moved(minibatch)
-    beta_kl = build(name, CAP).config.beta_kl if name == "grpo" else 0.0
+    algorithm = build(name, CAP)
+    beta_kl = algorithm.config.beta_kl if name == "grpo" else 0.0
+    shares = slow_weights(algorithm, [len(rollout.response_ids) for rollout in scored.rollouts])
     expected = torch.zeros((), dtype=torch.float64)
     for row, weights in enumerate(slow_importance(scored, CAP)):
         first = minibatch.batch.cu_seqlens[row] + len(scored.rollouts[row].prompt_ids) - 1
+        ratios = [logp_T[first + t] - scored.logp_old_BR[row, t] for t in range(len(weights))]
         for t, weight in enumerate(weights):
             logp, advantage = logp_T[first + t], experience.advantages_BR[row, t]
-            ratio = torch.exp(logp - scored.logp_old_BR[row, t])
-            surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+            term = slow_term(algorithm, name, ratios, t, logp, advantage)
             back = scored.logp_ref_BR[row, t] - logp
             k3 = torch.exp(back) - back - 1
-            expected = expected + (beta_kl * k3 - weight * surrogate) / len(weights) / COUNT
+            expected = expected + shares[row] * (beta_kl * k3 + weight * term)
     (expected_T,) = torch.autograd.grad(expected, logp_T)
     close(loss, expected.item())
     close(grad_T, expected_T.tolist())

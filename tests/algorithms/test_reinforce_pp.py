@@ -7,7 +7,7 @@ import torch
 from algorithms.grids import close, no_reduction
 from algorithms.ragged import scored_rollouts, step_minibatches
 
-from rto_megatron.algorithms import ALGORITHMS, losses
+from rto_megatron.algorithms import ALGORITHMS, policy_losses
 
 NAMES = ("reinforce_pp", "rto_reinforce_pp")
 
@@ -57,7 +57,7 @@ def test_the_policy_loss_is_the_clipped_one_and_there_is_no_other(name):
     logp_T = minibatch.logp_old_T + torch.linspace(-0.4, 0.4, len(minibatch.logp_old_T)).double()
     ours, clipped = (
         algorithm.policy_loss(logp_T, minibatch),
-        losses.clipped_policy_loss(logp_T, minibatch, 0.1),
+        policy_losses.clipped_policy_loss(logp_T, minibatch, 0.1),
     )
     assert torch.equal(ours.loss, clipped.loss)
     assert ours.metrics == clipped.metrics

@@ -59,7 +59,7 @@ def test_a_batch_is_normalised_over_all_replicas() -> None:
 def test_sources_that_pay_tokens_enter_the_return_of_every_method(name: str) -> None:
     method = ALGORITHMS[name]
     assert isinstance(method, OnlineMethod)
-    scored = scored_rollouts(8, seed=2, cut=(2, 5))
+    scored = scored_rollouts(16, seed=2, cut=(2, 5))
     source_BR = keep(torch.randn(scored.mask_BR.shape, dtype=torch.float64), scored.mask_BR)
     keys = {"lam": 1.0} if "lam" in method.config.model_fields else {}
     algorithm = method.build(method.config(**keys), no_vocabulary)

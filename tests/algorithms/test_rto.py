@@ -7,7 +7,7 @@ import pytest
 import torch
 from algorithms.grids import GOLDEN, close, golden_scored, grid, no_reduction, no_vocabulary, ppo_minibatch
 
-from rto_megatron.algorithms import ALGORITHMS, losses, ppo, rto
+from rto_megatron.algorithms import ALGORITHMS, losses, policy_losses, ppo, rto
 
 MASK = grid(GOLDEN["rto_reward_inputs"]["action_mask"])
 
@@ -91,7 +91,7 @@ def test_rto_has_the_losses_of_ppo():
         build_rto(clip_eps=0.1, value_clip=0.1),
         build_ppo(clip_eps=0.1, value_clip=0.1),
     ):
-        policy = losses.clipped_policy_loss(logp_T, minibatch, 0.1)
+        policy = policy_losses.clipped_policy_loss(logp_T, minibatch, 0.1)
         value = losses.clipped_value_loss(values_T, minibatch, 0.1)
         assert torch.equal(algorithm.policy_loss(logp_T, minibatch).loss, policy.loss)
         assert torch.equal(algorithm.value_loss(values_T, minibatch).loss, value.loss)

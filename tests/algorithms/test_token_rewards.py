@@ -22,6 +22,7 @@ from rto_megatron.algorithms.token_rewards import (
     ppo_rewards,
     response_score,
     rto_rewards,
+    score_rewards,
 )
 from rto_megatron.types import ScoredRollouts
 
@@ -29,6 +30,7 @@ CLIPPED = GOLDEN["rto_reward_b1_0.05_clip_0.05"]
 DELIMITER = 7
 ENDS = partial(at_sentence_ends, delimiter_ids=frozenset({DELIMITER}))
 REDISTRIBUTIONS = {"rto": as_it_is, "ddpo": all_at_end, "rs_ppo": less_sum_at_end, "semi_rto": ENDS}
+RELATIVE = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")  # their KL is a term of the loss
 WITH_DPO = [name for name, m in ALGORITHMS.items() if isinstance(m, OnlineMethod) and m.has_dpo]
 LENGTHS = (7, 4, 1)
 
@@ -228,7 +230,9 @@ def test_clipped_tokens_are_counted_before_rewards_move(method):
 @pytest.mark.parametrize("name", WITH_DPO)
 def test_every_dpo_reward_is_zero_where_the_dpo_model_equals_its_reference(name):
     method = ALGORITHMS[name]
-    algorithm = method.build(method.config(), lambda _: frozenset({DELIMITER}))
+    group = {} if method.config().samples_per_prompt == 1 else {"samples_per_prompt": 3}
+    algorithm = method.build(method.config(beta_dpo=0.05, **group), lambda _: frozenset({DELIMITER}))
+    beside = score_rewards if name in RELATIVE else ppo_rewards
     for is_equal in (True, False):
         scored = random_scored(2)
         if is_equal:
@@ -236,7 +240,7 @@ def test_every_dpo_reward_is_zero_where_the_dpo_model_equals_its_reference(name)
         rewards = algorithm.credit(scored, 0.01, no_reduction).rewards
         assert bool(rewards.dpo_BR.any()) != is_equal
         score_B = response_score(scored, 10.0, "penalise", 1.0)
-        is_ppo = torch.equal(rewards.total_BR(), ppo_rewards(scored, score_B, 0.01).total_BR())
+        is_ppo = torch.equal(rewards.total_BR(), beside(scored, score_B, 0.01).total_BR())
         assert is_ppo == is_equal
 
 

@@ -25,6 +25,8 @@ _ALONE = SimpleNamespace(
     gather=lambda x: x,
     gather_for_metrics=lambda x: x,
     reduce=lambda x, reduction: x,
+    num_processes=1,
+    sync_gradients=False,
 )
 
 
@@ -129,6 +131,28 @@ def _grpo_trainer() -> type:
     return GRPOTrainer
 
 
+def trl_rloo(logp_BR: Tensor, logp_old_BR: Tensor, advantages_B: Tensor, mask_BR: Tensor) -> Tensor:
+    """The loss of `RLOOTrainer._compute_loss`: the ratio of whole responses, clipped."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(import_utils, "is_vllm_available", lambda min_version=None: False)
+        from trl.trainer.rloo_trainer import RLOOTrainer
+    trainer = _trainer(
+        epsilon_low=0.2,
+        epsilon_high=0.2,
+        _get_per_token_logps_and_entropies=lambda *_, **__: (logp_BR, torch.zeros_like(logp_BR), None),
+    )
+    ids_BR = torch.ones(mask_BR.shape, dtype=torch.int64)
+    inputs = {
+        "prompt_ids": ids_BR[:, :1],
+        "prompt_mask": ids_BR[:, :1],
+        "completion_ids": ids_BR,
+        "completion_mask": mask_BR.long(),
+        "advantages": advantages_B,
+        "old_logps": logp_old_BR.sum(1),
+    }
+    return RLOOTrainer._compute_loss(trainer, None, inputs)
+
+
 def trl_grpo(
     logp_BR: Tensor,
     logp_old_BR: Tensor,
@@ -137,21 +161,40 @@ def trl_grpo(
     mask_BR: Tensor,
     beta: float,
     clip_eps: float,
+    loss_type: str = "grpo",
+    epsilon_high: float | None = None,
+    level: str = "token",
+    delta: float | None = None,
+    longest: int = 0,
+    entropy_coef: float = 0.0,
+    entropies_BR: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Loss and metrics of `GRPOTrainer._compute_loss` with loss_type "grpo": the mean of means over tokens."""
+    """Loss and metrics of `GRPOTrainer._compute_loss`.
+
+    Args:
+        delta: TRL's two-sided clip; above 1 + epsilon_high it is the dual clip.
+        longest: `max_completion_length`, which loss_type "dr_grpo" divides by.
+    """
     trainer = _trainer(
-        loss_type="grpo",
+        loss_type=loss_type,
         beta=beta,
         epsilon_low=clip_eps,
-        epsilon_high=clip_eps,
-        importance_sampling_level="token",
+        epsilon_high=clip_eps if epsilon_high is None else epsilon_high,
+        importance_sampling_level=level,
+        max_completion_length=longest,
+        entropy_coef=entropy_coef,
+        use_adaptive_entropy=False,
         top_entropy_quantile=1.0,
         off_policy_mask_threshold=None,
         use_vllm=False,
-        _entropy_bonus_enabled=False,
+        _entropy_bonus_enabled=entropy_coef != 0,
         current_gradient_accumulation_steps=1,
-        args=SimpleNamespace(use_bias_correction_kl=False, delta=None),
-        _get_per_token_logps_and_entropies=lambda *_, **__: (logp_BR, torch.zeros_like(logp_BR), None),
+        args=SimpleNamespace(use_bias_correction_kl=False, delta=delta, steps_per_generation=1),
+        _get_per_token_logps_and_entropies=lambda *_, **__: (
+            logp_BR,
+            torch.zeros_like(logp_BR) if entropies_BR is None else entropies_BR,
+            None,
+        ),
     )
     ids_BR = torch.ones(mask_BR.shape, dtype=torch.int64)
     inputs = {
@@ -162,6 +205,7 @@ def trl_grpo(
         "advantages": advantages_B,
         "old_per_token_logps": logp_old_BR,
         "ref_per_token_logps": logp_ref_BR,
+        "num_items_in_batch": mask_BR.sum(),
     }
     loss = _grpo_trainer()._compute_loss(trainer, None, inputs)
     return loss, {name: values[-1] for name, values in trainer._metrics["train"].items()}

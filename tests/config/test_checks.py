@@ -102,8 +102,9 @@ def online(stage: str, *overrides: str) -> Stage:
 
 @pytest.mark.parametrize("stage", WITH_DPO)
 def test_a_dpo_reward_needs_a_dpo_model_and_no_reward_needs_none(stage: str) -> None:
-    assert find_problems(online(stage), 4, {}) == []
-    (problem,) = find_problems(online(stage, "models.dpo=null"), 4, {})
+    paid = "algorithm.beta_dpo=0.05"
+    assert find_problems(online(stage, paid, "models.dpo=x"), 4, {}) == []
+    (problem,) = find_problems(online(stage, paid, "models.dpo=null"), 4, {})
     assert f"models.dpo is missing: stage {stage} rewards tokens with a DPO model" in problem
     assert "algorithm.beta_dpo=0" in problem
     assert find_problems(online(stage, *OFF, "algorithm.beta_dpo=0"), 4, {}) == []
@@ -112,7 +113,10 @@ def test_a_dpo_reward_needs_a_dpo_model_and_no_reward_needs_none(stage: str) -> 
 @pytest.mark.parametrize(
     "config",
     [
-        *(online(stage, "models.dpo=null", "algorithm.beta_dpo=0") for stage in WITH_DPO),
+        *(
+            online(stage, "models.dpo=null", "models.allow_unverified_reference=true", "algorithm.beta_dpo=0")
+            for stage in WITH_DPO
+        ),
         *(
             online(stage, "models.allow_unverified_reference=true")
             for stage in ("ppo", "reinforce_pp", "grpo", "dpo", "sft")
@@ -129,10 +133,34 @@ def test_an_allowance_without_a_dpo_model_is_refused(config: Stage) -> None:
 
 
 @pytest.mark.parametrize("role", ["dpo", "dpo_reference"])
-@pytest.mark.parametrize("stage", ["ppo", "reinforce_pp", "grpo"])
-def test_a_dpo_model_is_refused_where_it_is_never_read(stage: str, role: str) -> None:
-    (problem,) = find_problems(online(stage, f"models.{role}=x"), 4, {})
-    assert f"models.{role}=x is set, but stage {stage} uses only policy, reference" in problem
+def test_a_dpo_model_is_refused_where_it_is_never_read(role: str) -> None:
+    (problem,) = find_problems(online("ppo", f"models.{role}=x"), 4, {})
+    assert f"models.{role}=x is set, but stage ppo uses only policy, reference" in problem
+
+
+@pytest.mark.parametrize("stage", ["reinforce_pp", "grpo", "rloo"])
+def test_a_dpo_model_is_refused_until_its_reward_has_a_weight(stage: str) -> None:
+    (problem,) = find_problems(online(stage, "models.dpo=x"), 4, {})
+    assert problem == "models.dpo=x has no effect with algorithm.beta_dpo=0; remove it"
+
+
+@pytest.mark.parametrize("key", ["top_p=0.9", "top_k=20"])
+def test_the_likeliest_tokens_alone_are_for_methods_without_a_ratio(key: str) -> None:
+    assert find_problems(online("rloo", f"sampling.{key}"), 4, {}) == []
+    assert find_problems(evaluation(f"sampling.{key}"), 2, {}) == []
+    for stage in ("ppo", "rto", "reinforce_pp", "grpo", "gspo", "cispo"):
+        (problem,) = find_problems(online(stage, f"sampling.{key}"), 4, {})
+        assert f"sampling.{key}: stage {stage} weighs tokens by the policy's ratio" in problem
+        assert "take a method without a ratio (rloo)" in problem
+    (problem,) = find_problems(online("rloo", f"sampling.{key}", "algorithm.pool_importance_cap=2"), 4, {})
+    assert "algorithm.pool_importance_cap=2 would take that for a gap" in problem
+
+
+def test_a_pool_that_sleeps_cannot_sample_again() -> None:
+    keys = ("rollout.colocated=true", "rollout.gpu_memory_fraction=0.4")
+    (problem,) = find_problems(online("dapo", *keys), 4, {})
+    assert "algorithm.max_sampling_rounds=10 samples, scores and samples again" in problem
+    assert find_problems(online("dapo", *keys, "algorithm.max_sampling_rounds=null"), 4, {}) == []
 
 
 @pytest.mark.parametrize("stage", ["reinforce_pp", "rto_reinforce_pp", "grpo"])

@@ -127,15 +127,16 @@ def names_of(kind: type) -> list[str]:
 
 OFFLINE, ONLINE = names_of(OfflineMethod), names_of(OnlineMethod)
 WITH_CRITIC = ["ppo", "rto", "semi_rto", "ddpo", "rs_ppo"]
-WITH_DPO = ["rto", "semi_rto", "ddpo", "rs_ppo", "rto_reinforce_pp"]
-CRITIC_FREE = ["reinforce_pp", "rto_reinforce_pp", "grpo"]
+CRITIC_FREE = ["reinforce_pp", "rto_reinforce_pp", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo"]
+WITH_DPO = ["rto", "semi_rto", "ddpo", "rs_ppo", *CRITIC_FREE]
+KL_IN_REWARD = [*WITH_CRITIC, "reinforce_pp", "rto_reinforce_pp", "rloo"]
 
 
 @pytest.mark.parametrize(
     ("stage", "key", "readers"),
     [
-        *(("rto", key, OFFLINE) for key in ("data.max_length", "run.eval_every")),
-        *(("ppo", key, [*OFFLINE, "evaluate"]) for key in ("data.eval", "data.eval_samples")),
+        ("rto", "data.max_length", OFFLINE),
+        ("dpo", "evaluate.temperature", [*ONLINE, "evaluate"]),
         ("ppo", "algorithm.beta_dpo", WITH_DPO),
         *(("dpo", key, ONLINE) for key in ("run.samples_every", "batch.rollout", "data.pretrain")),
         ("dpo", "critic_optimizer.lr", WITH_CRITIC),
@@ -143,6 +144,7 @@ CRITIC_FREE = ["reinforce_pp", "rto_reinforce_pp", "grpo"]
             ("evaluate", key, [*OFFLINE, *ONLINE])
             for key in (
                 "run.steps",
+                "run.eval_every",
                 "run.save_every",
                 "run.keep_checkpoints",
                 "batch.train",
@@ -154,6 +156,11 @@ CRITIC_FREE = ["reinforce_pp", "rto_reinforce_pp", "grpo"]
         ("evaluate", "data.max_length", OFFLINE),
         ("evaluate", "rollout.logprob_gap_alarm", ONLINE),
         ("dpo", "algorithm.pool_importance_cap", ONLINE),
+        ("dpo", "algorithm.entropy_coef", ONLINE),
+        ("dpo", "sampling.temperature", [*ONLINE, "evaluate"]),
+        ("rloo", "algorithm.clip_eps", [n for n in ONLINE if n != "rloo"]),
+        ("cispo", "algorithm.dual_clip", [n for n in ONLINE if n not in ("cispo", "rloo")]),
+        ("ppo", "algorithm.max_sampling_rounds", ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo"]),
         *(
             (stage, key, WITH_CRITIC)
             for stage in CRITIC_FREE
@@ -164,10 +171,7 @@ CRITIC_FREE = ["reinforce_pp", "rto_reinforce_pp", "grpo"]
                 "algorithm.critic_warmup_steps",
             )
         ),
-        *(
-            ("grpo", f"algorithm.{key}", [n for n in ONLINE if n != "grpo"])
-            for key in ("kl_target", "kl_horizon")
-        ),
+        *(("grpo", f"algorithm.{key}", KL_IN_REWARD) for key in ("kl_target", "kl_horizon")),
         ("rto", "algorithm.delimiters", ["semi_rto"]),
     ],
 )
@@ -215,7 +219,7 @@ def test_values_away_from_the_defaults_survive_being_saved(stage: str, tmp_path:
     if stage in ONLINE:
         overrides += ["algorithm.ema_beta=0.992", "algorithm.score_clip=null", "data.pretrain=texts.jsonl"]
     if stage in WITH_DPO:
-        overrides += ["algorithm.dpo_clip=null", "models.dpo_reference=q"]
+        overrides += ["algorithm.beta_dpo=0.1", "algorithm.dpo_clip=null", "models.dpo_reference=q"]
     config = load_recipe(write(tmp_path, minimal(stage)), overrides)
     (tmp_path / "saved").mkdir()
     assert load_recipe(write(tmp_path / "saved", dump(config))) == config

@@ -1,7 +1,7 @@
 """One optimizer step of every registered method, through its whole stage, moves the weights alike at every layout."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -33,6 +33,7 @@ SGD = {"kind": "sgd", "max_grad_norm": None, "warmup_fraction": 0.0}
 LR = {"reward_model": 20.0, "dpo": 10.0, "rdpo": 10.0, "tdpo": 10.0, "kto": 20.0}
 OTHER_LR, CRITIC_LR = 1.0, 0.25
 BATCH = 16  # pairs, answers or responses of the step
+GROUP = 4  # responses to a prompt, where a method compares them; their step has two updates, so that ratios leave 1
 METHODS_AT = ["tp2", "pp2", "dp2", "tp2_pp2"]
 
 
@@ -58,15 +59,13 @@ class Case:
     stage: str
     layout: str = "one"
     packed: bool = True
-    cap: float | None = None  # of the importance of the pool's tokens
-    min_tokens: int = 1  # of a response
+    options: str = ""  # of OPTIONS
 
     @property
     def folder(self) -> str:
         """The name of the run's folder."""
-        capped = "" if self.cap is None else f"-cap_{self.cap}"
-        banned = "" if self.min_tokens == 1 else f"-min_{self.min_tokens}"
-        return f"{self.stage}-{self.layout}-{'packed' if self.packed else 'padded'}{capped}{banned}"
+        options = f"-{self.options}" if self.options else ""
+        return f"{self.stage}-{self.layout}-{'packed' if self.packed else 'padded'}{options}"
 
     @property
     def oracle(self) -> "Case":
@@ -74,19 +73,57 @@ class Case:
         return replace(self, layout="one", packed=True)
 
 
+OPTIONS: Mapping[str, Mapping[str, object]] = {
+    "": {},
+    # The pool's log-probs are those of uniform draws: some weights are at the cap, others below 1. Each tensor rank
+    # bans the end-of-sequence tokens among its own columns, or none.
+    "capped": {
+        "algorithm__pool_importance_cap": 1.2,
+        "sampling__min_response_tokens": 5,
+        "optimizer__lr": 1.5,
+    },
+    # Entropies are sums over the shards of the vocabulary, here without the banned tokens and at a temperature.
+    "entropy": {
+        "algorithm__entropy_coef": 0.5,
+        "sampling__temperature": 0.7,
+        "sampling__min_response_tokens": 5,
+    },
+}
+# Methods that compare groups run with RTO's token reward: without it their advantages are a part of these.
+GROUPED = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo")
 # The reference's hidden states are gathered under sequence parallelism, and padded rows are longer than their answers.
 TDPO = [
     Case("tdpo", "tp2_sp"),
     Case("tdpo", "one", packed=False),
     Case("tdpo", "tp2_sp", packed=False),
 ]
-# The pool's log-probs are those of uniform draws: some weights are at the cap, others below 1.
-CAPPED = [Case("rto", layout, cap=1.2) for layout in METHODS_AT]
-# Each tensor rank bans the end-of-sequence tokens among its own columns, or none.
-BANNED = [Case("rto", layout, min_tokens=5) for layout in METHODS_AT] + [
-    Case("rto", packed=False, min_tokens=5)
+WITH_OPTIONS = [("rto", "capped"), ("rto", "entropy")]
+# Of the methods that read the same outputs of the same models a few, as four ranks cost the most.
+AT_TP_PP = (
+    "sft",
+    "reward_model",
+    "dpo",
+    "tdpo",
+    "kto",
+    "rto",
+    "semi_rto",
+    "rto_reinforce_pp",
+    "grpo",
+    "gspo",
+)
+CASES = [
+    *(
+        Case(stage, layout)
+        for layout in METHODS_AT
+        for stage in ALGORITHMS
+        if layout != "tp2_pp2" or stage in AT_TP_PP
+    ),
+    *TDPO,
+    *(Case(stage, layout, options=options) for layout in METHODS_AT for stage, options in WITH_OPTIONS),
+    Case("rto", packed=False, options="capped"),
+    Case("rto", packed=False, options="entropy"),
 ]
-CASES = [*(Case(stage, layout) for layout in METHODS_AT for stage in ALGORITHMS), *TDPO, *CAPPED, *BANNED]
+ON_ONE_RANK = [*map(Case, ALGORITHMS), *(Case(stage, options=options) for stage, options in WITH_OPTIONS)]
 
 
 def _configuration(case: Case, root: Path) -> Stage:
@@ -94,9 +131,12 @@ def _configuration(case: Case, root: Path) -> Stage:
     sections = {"optimizer": LR.get(case.stage, OTHER_LR)}
     keys = {"batch__train": BATCH, "batch__micro": 4, "batch__packed": case.packed, "run__steps": 1}
     if isinstance(method, OnlineMethod):
-        keys["algorithm__pool_importance_cap"] = case.cap
-        keys["sampling__min_response_tokens"] = case.min_tokens
-        keys["batch__rollout"] = BATCH // method.config().samples_per_prompt
+        keys["batch__rollout"] = BATCH
+        if method.config().samples_per_prompt > 1:
+            groups = {"algorithm__samples_per_prompt": GROUP, "batch__rollout": BATCH // GROUP}
+            keys |= {**groups, "batch__train": BATCH // 2}
+        if case.stage in GROUPED:
+            keys |= {"algorithm__beta_dpo": 0.05, "algorithm__dpo_clip": None}
         if method.has_critic:
             sections["critic_optimizer"] = CRITIC_LR
     for section, lr in sections.items():
@@ -105,6 +145,7 @@ def _configuration(case: Case, root: Path) -> Stage:
         keys["models__reference"] = root / "models/dpo"
     if case.stage == "semi_rto":  # the tiny language has no punctuation
         keys["algorithm__delimiters"] = ("e",)
+    keys |= OPTIONS[case.options]
     return configure(case.stage, root, root / case.folder, case.layout, **keys)
 
 
@@ -141,7 +182,7 @@ def _weights(case: Case, root: Path) -> dict[str, Tensor]:
     if (case.layout, root) not in _TRAINED:
         of_layout = [one for one in CASES if one.layout == case.layout]
         if case.layout == "one":
-            of_layout += [*(Case(stage) for stage in ALGORITHMS), CAPPED[0].oracle, BANNED[0].oracle]
+            of_layout += ON_ONE_RANK
         run_ranks(LAYOUTS[case.layout][0], _run, of_layout, root, timeout_seconds=300)
         _TRAINED.add((case.layout, root))
     return {
@@ -190,13 +231,10 @@ def _norm(tensors: Iterable[Tensor]) -> float:
 def test_the_steps_are_worth_comparing(root: Path) -> None:
     """Each method moves the policy its own way, and what could hide a missing reduction is not 0."""
     name = "policy/model.layers.0.mlp.down_proj.weight"
-    ends = {
-        case.folder: _weights(case, root)[name]
-        for case in (*map(Case, ALGORITHMS), CAPPED[0].oracle, BANNED[0].oracle)
-    }
+    ends = {case.folder: _weights(case, root)[name] for case in ON_ONE_RANK}
     same = [(one, other) for one, other in combinations(ends, 2) if ends[one].equal(ends[other])]
     assert same == []
     kto, tdpo, grpo = (read_metrics(root / Case(stage).folder)[0] for stage in ("kto", "tdpo", "grpo"))
     assert min(kto["kl"], tdpo["kl/chosen"], tdpo["kl/rejected"], grpo["loss/kl_avg"]) > 0.01
-    (capped,) = read_metrics(root / CAPPED[0].oracle.folder)
+    (capped,) = read_metrics(root / Case("rto", options="capped").folder)
     assert 0.01 < capped["pool/importance_capped_fraction"] < 0.99

@@ -114,7 +114,7 @@ def _update(case: Case, root: Path) -> dict[str, dict[str, Tensor]]:
     scored = score(own, roles, layout, END, "penalise", min_tokens=0)
     experience = algorithm.credit(scored, 0.01, place.dp_sum)
     seen: dict[str, dict[str, Tensor]] = {}
-    for one in optimizer_minibatches(experience, algorithm.config, 1, place, layout, seed=1):
+    for one in optimizer_minibatches(experience, algorithm.config, 14, 1, place, layout, seed=1):
         for model, loss in ((critic, algorithm.value_loss), (policy, algorithm.policy_loss)):
             if not seen.get(f"{model.name}/gradient") and not case.is_distributed_optimizer:
                 model.gradients(one.microbatches, loss, one.names)

@@ -72,6 +72,24 @@ def test_a_repeated_prompt_gets_different_responses(pool: VllmPool) -> None:
     assert len({one.response_ids for one in rollouts}) == 8
 
 
+def test_responses_to_a_prompt_share_its_prefill_until_the_weights_change(pool: VllmPool) -> None:
+    long = Prompt("long", tuple((11 * at) % 470 + 5 for at in range(200)))  # a block has 128 tokens on a CPU
+    how = Sampling(max_tokens=8, eos_ids=(479,), temperature=0.7)
+    pool.measured()
+    rollouts = pool.generate([long] * 8, how, VERSION)
+    num_cached, num_read = pool.measured()["pool/prefix_hit_fraction"]
+    print(f"{num_cached:g} of {num_read:g} prompt tokens were cached")
+    # The first request of a push finds nothing, whatever was asked before it.
+    assert num_read == 8 * 200 and 0 < num_cached <= 7 * 128
+    model = frequent_stops()
+    for one in rollouts:
+        with torch.no_grad():
+            logits = model(torch.tensor([long.token_ids + one.response_ids])).logits[0, 199:-1]
+        expected = (logits / 0.7).log_softmax(-1).gather(1, torch.tensor(one.response_ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(one.sampled_logprobs), expected, atol=1e-4, rtol=0)
+    assert pool.measured()["pool/prefix_hit_fraction"] == (0, 0)
+
+
 def test_no_end_before_the_minimum(pool: VllmPool) -> None:
     without = pool.generate(PROMPTS, Sampling(max_tokens=12, eos_ids=(2,)), VERSION)
     assert min(len(one.response_ids) for one in without) < 6

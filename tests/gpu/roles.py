@@ -170,7 +170,7 @@ def task(name: str, prepared: Prepared, place: Topology, layout: Layout) -> Task
     """One step of a stage: sft, dpo, reward_model, rto_policy or rto_value."""
     if name in ("rto_policy", "rto_value"):
         algorithm = prepared.algorithm
-        (one,) = optimizer_minibatches(prepared.experience, algorithm.config, 1, place, layout, seed=1)
+        (one,) = optimizer_minibatches(prepared.experience, algorithm.config, 14, 1, place, layout, seed=1)
         if name == "rto_policy":
             return Task("policy", one.microbatches, algorithm.policy_loss, one.names)
         return Task("critic", one.microbatches, algorithm.value_loss, one.names)

@@ -15,6 +15,7 @@ from trainer.tiny_runs import WORDS, configure, train, write_rows
 
 from rto_megatron.algorithms import ALGORITHMS
 from rto_megatron.algorithms.method import OnlineMethod
+from rto_megatron.algorithms.reinforcement import GroupConfig
 from rto_megatron.config.schema import Stage
 from rto_megatron.data.tokenizer import tokenizer_fingerprint
 from rto_megatron.data.true_reward import TrueReward
@@ -22,6 +23,7 @@ from rto_megatron.reporting.metric_names import POOL, THEMES, listed_name, metri
 from rto_megatron.reporting.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent.parent
+EVERY_OPTION = {"entropy_coef": 0.01, "dual_clip": 3.0, "beta_dpo": 0.05, "max_sampling_rounds": 2}
 OWN_KEYS = {"semi_rto": {"algorithm__delimiters": ("red", "sun")}}
 REWARD = TrueReward(
     # The token that begins every prompt stands for the one class there is.
@@ -48,9 +50,18 @@ def _everything(stage: str, files: Path, root: Path) -> Stage:
     if not isinstance(ALGORITHMS[stage], OnlineMethod):
         name = "sft.jsonl" if stage == "sft" else "pairs.jsonl"
         return _plain(stage, files, run_dir, data__eval=str(files / name))
-    texts = {"data__pretrain": str(root / "texts.jsonl"), "data__true_reward": root / "true_reward.json"}
+    texts = {
+        "data__eval": str(files / "prompts.jsonl"),
+        "evaluate__pass_score": 0.0,
+        "data__pretrain": str(root / "texts.jsonl"),
+        "data__true_reward": root / "true_reward.json",
+    }
     rewards = [{"kind": "model"}, {"kind": "overlong", "buffer_tokens": 4}]
-    return _plain(stage, files, run_dir, algorithm__pool_importance_cap=2.0, rewards=rewards, **texts)
+    config, options = ALGORITHMS[stage].config, {"pool_importance_cap": 2.0, **EVERY_OPTION}
+    known = {f"algorithm__{key}": value for key, value in options.items() if key in config.model_fields}
+    if issubclass(config, GroupConfig):
+        known |= {"algorithm__samples_per_prompt": 2, "batch__rollout": 4}
+    return _plain(stage, files, run_dir, rewards=rewards, **known, **texts)
 
 
 def _names(run_dir: Path) -> set[str]:

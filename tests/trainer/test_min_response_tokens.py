@@ -10,7 +10,7 @@ from engine.layouts import frozen, topology, trained
 from ranks import run_ranks
 from tiny_models import write_llama
 from trainer.tiny_runs import configure, train, write_files
-from transformers import LlamaForCausalLM, MinNewTokensLengthLogitsProcessor
+from transformers import LlamaForCausalLM, MinNewTokensLengthLogitsProcessor, TemperatureLogitsWarper
 
 from rto_megatron.algorithms.termination import compared_ban
 from rto_megatron.config.training import OptimizerConfig
@@ -20,7 +20,7 @@ from rto_megatron.trainer.evaluate import kl_to_reference
 from rto_megatron.trainer.reward_source import ModelReward
 from rto_megatron.trainer.reward_sum import alone
 from rto_megatron.trainer.scoring import Roles, score
-from rto_megatron.types import EndOfSequence, Rollout, ScoredRollouts
+from rto_megatron.types import Distribution, EndOfSequence, Rollout, ScoredRollouts
 
 END = EndOfSequence((2, 95), 2)
 MIN_TOKENS = 5
@@ -56,7 +56,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def _scored(models: Path, own_reference: bool, packed: bool, min_tokens: int) -> ScoredRollouts:
+def _scored(
+    models: Path, own_reference: bool, packed: bool, min_tokens: int, temperature: float
+) -> ScoredRollouts:
     place = topology("one")
     layout = Layout(3, packed, 1, place.device.torch_device)
     roles = Roles(
@@ -68,12 +70,15 @@ def _scored(models: Path, own_reference: bool, packed: bool, min_tokens: int) ->
         dpo=frozen(place, models / "dpo", False),
         dpo_reference=frozen(place, models / "dpo_reference", False) if own_reference else None,
     )
-    return score(SAMPLED, roles, layout, END, "compat", min_tokens)
+    return score(SAMPLED, roles, layout, END, "compat", min_tokens, temperature)
 
 
 @torch.no_grad()
-def _logprobs(folder: Path, closed: tuple[Rollout, ...], min_tokens: int) -> torch.Tensor:
-    """transformers', with its own rule for the shortest response, but where a token stands that it forbids."""
+def _logprobs(
+    folder: Path, closed: tuple[Rollout, ...], min_tokens: int, temperature: float = 1.0
+) -> torch.Tensor:
+    """transformers', with its own temperature, and rule for the shortest response, but where a token stands that it
+    forbids."""
     model = LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager")
     grid = torch.zeros(len(closed), max(len(r.response_ids) for r in closed))
     for row, r in enumerate(closed):
@@ -82,20 +87,20 @@ def _logprobs(folder: Path, closed: tuple[Rollout, ...], min_tokens: int) -> tor
         rule = MinNewTokensLengthLogitsProcessor(len(r.prompt_ids), min_tokens, list(END.ids))
         for column, token in enumerate(r.response_ids):
             at = len(r.prompt_ids) + column
-            whole = logits[at - 1][None]
+            whole = TemperatureLogitsWarper(temperature)(tokens[:, :at], logits[at - 1][None])
             left = rule(tokens[:, :at], whole.clone()) if token not in END.ids else whole
             grid[row, column] = left.log_softmax(-1)[0, token]
     return grid
 
 
-@pytest.mark.parametrize("min_tokens", [0, 1, MIN_TOKENS])
+@pytest.mark.parametrize(("min_tokens", "temperature"), [(0, 0.7), (1, 1.0), (MIN_TOKENS, 1.6)])
 @pytest.mark.parametrize(("own_reference", "packed"), [(False, True), (True, False)])
 def test_policy_and_reference_leave_out_what_could_not_be_sampled(
-    models: Path, own_reference: bool, packed: bool, min_tokens: int
+    models: Path, own_reference: bool, packed: bool, min_tokens: int, temperature: float
 ) -> None:
-    (scored,) = run_ranks(1, _scored, models, own_reference, packed, min_tokens)
+    (scored,) = run_ranks(1, _scored, models, own_reference, packed, min_tokens, temperature)
     banned = MIN_TOKENS if min_tokens == MIN_TOKENS else 0  # 1 stays as it was released
-    compared = {name: _logprobs(models / name, scored.rollouts, banned) for name in NAMES}
+    compared = {name: _logprobs(models / name, scored.rollouts, banned, temperature) for name in NAMES}
     whole = {name: _logprobs(models / name, scored.rollouts, 0) for name in NAMES}
     torch.testing.assert_close(scored.logp_old_BR, compared["policy"], atol=1e-5, rtol=0)
     torch.testing.assert_close(scored.logp_ref_BR, compared["reference"], atol=1e-5, rtol=0)
@@ -104,8 +109,9 @@ def test_policy_and_reference_leave_out_what_could_not_be_sampled(
     # The end that `compat` writes into the last banned place keeps the whole vocabulary.
     assert scored.rollouts[-1].response_ids[MIN_TOKENS - 1] == END.written
     assert torch.isfinite(scored.logp_old_BR).all()
-    if banned:
+    if banned or temperature != 1:
         assert (compared["policy"] - whole["policy"]).abs().max() > 1e-3
+    if banned:
         finished = [r.finish_reason == "stop" for r in SAMPLED]
         assert scored.sampled_BR[finished, :MIN_TOKENS].all()
 
@@ -113,8 +119,8 @@ def test_policy_and_reference_leave_out_what_could_not_be_sampled(
 def _kl(models: Path) -> list[float]:
     place = topology("one")
     policy, reference = (frozen(place, models / name, False) for name in ("policy", "reference"))
-    ban = compared_ban(END, MIN_TOKENS)
-    return kl_to_reference(SAMPLED, policy, reference, Layout(3, True, 1, place.device.torch_device), ban)
+    drawn = Distribution(ban=compared_ban(END, MIN_TOKENS))
+    return kl_to_reference(SAMPLED, policy, reference, Layout(3, True, 1, place.device.torch_device), drawn)
 
 
 def test_evaluation_compares_what_could_be_sampled(models: Path) -> None:

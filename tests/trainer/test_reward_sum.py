@@ -25,7 +25,10 @@ LONGEST = int(LENGTHS.max())
 
 
 def _outside(name: str, files: Path, place: Topology, pays: Pays = "response") -> RewardSource:
-    columns = {r.prompt_id: {"value": -2.0 * row, "context_messages": "x"} for row, r in enumerate(ROLLOUTS)}
+    columns = {
+        (r.prompt_id, r.prompt_ids): {"value": -2.0 * row, "context_messages": "x"}
+        for row, r in enumerate(ROLLOUTS)
+    }
     reader = SampleReader(load_tokenizer(files / "tokenizer"), columns)
     called = Called(f"rewards.{name}", f"{FUNCTIONS}:{name}", pays, 30.0)
     return OutsideReward(lambda: FunctionRater(called), reader, place, pays != "response")

@@ -42,6 +42,7 @@ def test_every_sampling_method_trains_with_the_pool(
 ) -> None:
     names = [name for name, method in ALGORITHMS.items() if isinstance(method, OnlineMethod)]
     delimiters = {"semi_rto": {"algorithm__delimiters": ("red", "sun")}}
+    pairs = {"algorithm__samples_per_prompt": 2, "batch__rollout": 4}
     configs = [
         configure(
             name,
@@ -55,8 +56,10 @@ def test_every_sampling_method_trains_with_the_pool(
             rollout__logprob_gap_alarm=TOLERANCE,
             rollout__sync_timeout_s=60.0,
             sampling__max_response_tokens=16,
+            sampling__temperature=0.8,
             algorithm__pool_importance_cap=2.0,
             **delimiters.get(name, {}),
+            **(pairs if ALGORITHMS[name].config().samples_per_prompt > 1 else {}),
         )
         for name in names
     ]

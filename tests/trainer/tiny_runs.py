@@ -101,7 +101,7 @@ def configure(stage: str, root: Path, run_dir: Path, layout: str = "one", **chan
         section, dots, name = key.partition("__")
         tree[section] = {**tree.get(section, {}), name: value} if dots else value
     method = ALGORITHMS[stage]
-    if isinstance(method, OnlineMethod) and method.has_dpo and tree["algorithm"].get("beta_dpo") != 0:
+    if isinstance(method, OnlineMethod) and method.config(**tree["algorithm"]).model_dump().get("beta_dpo"):
         tree["models"] = {"dpo": root / "models/dpo", "allow_unverified_reference": True, **tree["models"]}
     return kind.model_validate(tree)
 

@@ -21,6 +21,7 @@ def request_body(prompt: Prompt, sampling: Sampling, seed: int) -> Answer:
             "min_tokens": sampling.min_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
+            "top_k": sampling.top_k or 0,
             "seed": seed,
             "stop_token_ids": list(sampling.eos_ids),
             "ignore_eos": True,
@@ -36,6 +37,33 @@ class _Choice:
     logprobs: tuple[float, ...]
     finish_reason: str
     versions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PromptTokens:
+    """Prompt tokens that servers read, and those of them that their prefix caches had.
+
+    Example:
+        PromptTokens(num_read=1024, num_cached=896)
+    """
+
+    num_read: int = 0
+    num_cached: int = 0
+
+    def __add__(self, other: "PromptTokens") -> "PromptTokens":
+        return PromptTokens(self.num_read + other.num_read, self.num_cached + other.num_cached)
+
+
+def prompt_tokens(answer: Answer) -> PromptTokens:
+    """What an answer says of its prompt; a server counts nothing as cached that it does not mention."""
+    usage = answer.get("usage")
+    if not isinstance(usage, dict):
+        return PromptTokens()
+    details, num_read = usage.get("prompt_tokens_details"), usage.get("prompt_tokens")
+    num_cached = details.get("cached_tokens") if isinstance(details, dict) else 0
+    return PromptTokens(
+        num_read if isinstance(num_read, int) else 0, num_cached if isinstance(num_cached, int) else 0
+    )
 
 
 def to_rollout(address: str, answer: Answer, prompt: Prompt, sampling: Sampling, version: int) -> Rollout:

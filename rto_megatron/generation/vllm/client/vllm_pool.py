@@ -5,14 +5,20 @@ from collections.abc import Sequence
 
 from rto_megatron.errors import UserError
 from rto_megatron.generation.contract import Sampling, StaleWeights, request_seed
-from rto_megatron.generation.vllm.client.answers import Answer, request_body, to_rollout
+from rto_megatron.generation.vllm.client.answers import (
+    Answer,
+    PromptTokens,
+    prompt_tokens,
+    request_body,
+    to_rollout,
+)
 from rto_megatron.generation.vllm.client.dispatch import Dispatch
 from rto_megatron.generation.vllm.client.http import GenerationHttp
 from rto_megatron.generation.vllm.client.liveness import Liveness, failures_of
 from rto_megatron.generation.vllm.client.membership import Announce, Members, silent
 from rto_megatron.generation.vllm.client.server_client import ServerClient
 from rto_megatron.platform.open_files import connections_left
-from rto_megatron.types import Prompt, Rollout
+from rto_megatron.types import Metrics, Prompt, Rollout
 
 _REQUESTS_PER_SERVER = (
     128  # vLLM batches at most this many on a CPU, and queues the rest on a GPU as well as we can
@@ -55,6 +61,12 @@ class VllmPool:
         self._timeout_s = timeout_s
         self._retries = retries
         self._liveness = liveness
+        self._prompt_tokens = PromptTokens()  # of all answers since they were last told
+
+    def measured(self) -> Metrics:
+        """Sums for the logs about the requests since the last call."""
+        told, self._prompt_tokens = self._prompt_tokens, PromptTokens()
+        return {"pool/prefix_hit_fraction": (float(told.num_cached), float(told.num_read))}
 
     def check_alive(self) -> None:
         """Has every server that serves generate a token, unless it is paused.
@@ -130,7 +142,9 @@ class VllmPool:
 
         async def one(index: int, prompt: Prompt) -> Rollout:
             def read(address: str, answer: Answer) -> Rollout:
-                return to_rollout(address, answer, prompt, sampling, version)
+                rollout = to_rollout(address, answer, prompt, sampling, version)
+                self._prompt_tokens += prompt_tokens(answer)
+                return rollout
 
             body = request_body(prompt, sampling, request_seed(sampling.seed, version, index))
             async with room:

@@ -237,6 +237,9 @@ def _command(options: ServerOptions, port: int) -> list[str]:
     command += ["--worker-extension-cls", options.worker_extension]
     # Of what is sampled from: without end-of-sequence where min_tokens bans it, as the trainer takes its own.
     command += ["--logprobs-mode", "processed_logprobs"]
+    command += [
+        "--enable-prompt-tokens-details"
+    ]  # each answer says how much of its prompt came from the cache
     if not options.load_weights:
         command += ["--load-format", "dummy"]
     if options.max_model_len is not None:

@@ -1,0 +1,153 @@
+"""Evaluations on held-out prompts during a run that samples: scores, lengths, pass@k; every response is kept."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import batched, zip_longest
+from math import comb
+
+from rto_megatron.config import schema
+from rto_megatron.config.rewards import reads_columns
+from rto_megatron.config.run_folder import make_run_folder
+from rto_megatron.data.loader import load_prompts
+from rto_megatron.data.true_reward import TrueReward
+from rto_megatron.errors import DataError
+from rto_megatron.generation.contract import NoServersLeft, Sampling
+from rto_megatron.reporting.progress import say
+from rto_megatron.trainer.connected_pool import ConnectedPool
+from rto_megatron.trainer.run import Run
+from rto_megatron.trainer.sampler import sample
+from rto_megatron.trainer.scoring import Roles, close_rollouts
+from rto_megatron.trainer.setup import Setup
+from rto_megatron.types import Metrics, Prompt, Rewards, Rollout
+
+FOLDER = "evaluations"
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The prompts of `data.eval` and how they are answered; every rank has one, and all call its methods together.
+
+    Example:
+        run.record(HeldOut(config, setup, pool, prompts, table).measured(run, roles))
+    """
+
+    config: schema.ReinforcementStage
+    setup: Setup
+    pool: ConnectedPool
+    prompts: Sequence[Prompt]  # of all replicas; empty: there is nothing to evaluate
+    table: TrueReward | None
+
+    def measured(self, run: Run, roles: Roles) -> Metrics:
+        """Sums for the logs where the step that is being made ends with an evaluation; the pool then holds its weights.
+
+        A pool that is lost here is told of, and ends the run at the next push, when this step is finished.
+        """
+        step = run.step + 1
+        if not self.prompts or not run.is_due(self.config.run.eval_every, step):
+            return {}
+        topology = self.setup.topology
+        own = self.prompts[topology.data_rank :: topology.data_size]
+        repeated = [prompt for prompt in own for _ in range(self.config.evaluate.num_samples)]
+        try:
+            self.pool.push(step)
+            drawn = sample(topology, self.pool.engine, repeated, self._sampling(), step)
+            self.pool.rest()
+        except NoServersLeft as failure:
+            say(f"warning: step {step} is not evaluated: {failure}", topology.is_lead)
+            return {}
+        closed = close_rollouts(drawn, self.setup.eos, self.config.algorithm.truncated)
+        rewards = roles.reward.unnormalized().rate(closed)
+        self._keep(step, drawn, rewards)
+        return self._sums(drawn, rewards)
+
+    def _sampling(self) -> Sampling:
+        how, config = self.config.evaluate, self.config
+        return Sampling(
+            max_tokens=config.sampling.max_response_tokens,
+            eos_ids=self.setup.eos.ids,
+            min_tokens=config.sampling.min_response_tokens,
+            temperature=how.temperature,
+            top_p=how.top_p or 1.0,
+            top_k=how.top_k,
+            seed=config.run.seed * 1009 + self.setup.topology.data_rank + (1 << 80),
+        )
+
+    def _sums(self, drawn: Sequence[Rollout], rewards: Rewards) -> Metrics:
+        count, config, scores = float(len(drawn)), self.config.evaluate, rewards.score_B.tolist()
+        sums = {
+            "eval/score": (sum(scores), count),
+            "eval/response_tokens": (float(sum(len(r.response_ids) for r in drawn)), count),
+            "eval/truncated_fraction": (float(sum(r.finish_reason == "length" for r in drawn)), count),
+        }
+        for name, given_B in rewards.given.items():
+            sums[f"eval/reward/{name}/mean"] = (float(given_B.sum()), count)
+        if self.table is not None:
+            returns = [self.table.returns(r.prompt_ids, r.response_ids) for r in drawn]
+            sums["eval/true_return"] = (sum(returns), count)
+        if config.pass_score is not None:
+            passes = [sum(one >= config.pass_score for one in g) for g in batched(scores, config.num_samples)]
+            for k in pass_ks(config.num_samples):
+                chances = [pass_at_k(config.num_samples, passed, k) for passed in passes]
+                sums[f"eval/pass_at_{k}"] = (sum(chances), float(len(chances)))
+        return sums
+
+    def _keep(self, step: int, drawn: Sequence[Rollout], rewards: Rewards) -> None:
+        """Writes <run>/evaluations/step_N.jsonl, one response a line, in the order of the prompts."""
+        topology, decode = self.setup.topology, self.setup.decode
+        given = {f"reward/{name}": given_B.tolist() for name, given_B in rewards.given.items()}
+        own: list[dict[str, str | float]] = [
+            {
+                "prompt_id": rollout.prompt_id,
+                "prompt": decode(rollout.prompt_ids),
+                "response": decode(rollout.response_ids),
+                "finish_reason": rollout.finish_reason,
+                "score": score,
+                **{name: numbers[number] for name, numbers in given.items()},
+            }
+            for number, (rollout, score) in enumerate(zip(drawn, rewards.score_B.tolist(), strict=True))
+        ]
+        groups = [list(group) for group in batched(own, self.config.evaluate.num_samples)]
+        shares = topology.gather(groups, list[list[dict[str, str | float]]])
+        if topology.is_lead:
+            folder = self.config.run.dir / FOLDER
+            make_run_folder(folder)
+            # Prompts were dealt to the replicas in turn.
+            dealt = [group for turn in zip_longest(*shares, fillvalue=[]) for group in turn]
+            rows = [row for group in dealt for row in group]
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (folder / f"step_{step:06d}.jsonl").write_text(text, encoding="utf-8")
+
+
+def load_held_out(config: schema.ReinforcementStage, setup: Setup) -> tuple[Prompt, ...]:
+    """The held-out prompts of all replicas, none if the recipe names none; all ranks must call it.
+
+    Raises:
+        DataError: on every rank; there are fewer than replicas.
+    """
+    if config.data.eval is None:
+        return ()
+    keeps_columns = reads_columns(config.rewards)
+    loaded = load_prompts(
+        config.data.eval, setup.tokenizer, setup.limits, config.data.eval_samples, keeps_columns
+    )
+    setup.admit(loaded)
+    if len(loaded.items) < setup.topology.data_size:
+        raise DataError(
+            f"data.eval: {len(loaded.items)} prompts cannot be shared by {setup.topology.data_size} replicas; raise "
+            "data.eval_samples, name more prompts, or start fewer ranks"
+        )
+    return tuple(loaded.items)
+
+
+def pass_ks(num_samples: int) -> list[int]:
+    """The powers of two up to the number of samples, and that number."""
+    return sorted({num_samples, *(1 << power for power in range(num_samples.bit_length()))})
+
+
+def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:
+    """The chance that at least one of k of the samples passes, drawn without putting back.
+
+    Source: arXiv 2107.03374, eq. 1.
+    """
+    return 1.0 - comb(num_samples - num_passed, k) / comb(num_samples, k)
