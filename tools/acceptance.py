@@ -258,7 +258,7 @@ def figures(run_dir: Path) -> None:
 
     last = read_metrics(run_dir)[-1]
     push = sum(last[f"sync/{phase}_s"] for phase in ("pause", "prepare", "commit", "canary"))
-    step = sum(value for name, value in last.items() if name.startswith("time/"))
+    step = last["time/step_s"]
     print(
         f"figures: {last['sync/bytes'] / 1e6:.1f} MB pushed and proved in {push:.2f} s, log-probs at most "
         f"{last['pool/logprob_gap_max']:.1e} nats apart, step {step:.1f} s"

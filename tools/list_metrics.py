@@ -11,7 +11,8 @@ INTRODUCTION = """\
 
 This page is printed by `tools/list_metrics.py` from `rto_megatron/reporting/metric_names.py`; edit that file.
 
-A training run writes one JSON object per step to `<run>/metrics.jsonl`, and the same numbers to `<run>/tensorboard`.
+A training run writes one JSON object per step to `<run>/metrics.jsonl`, and the same numbers to `run.loggers`
+(unless said otherwise `<run>/tensorboard`).
 Each object has `step`, counted from 1, and `time`, seconds since the epoch. A number that is not finite is `null`. A
 mean is taken once over all ranks: sums and counts are added first and divided last. A step whose numbers were refused
 lacks the metrics of what was not done. The stage `evaluate` has no steps: it writes `<run>/evaluation.json`, which

@@ -45,6 +45,21 @@ def credit_metrics(scored: ScoredRollouts, experience: Experience) -> Metrics:
     )
 
 
+def group_metrics(scored: ScoredRollouts, group_size: int) -> Metrics:
+    """The fraction of prompts whose responses all have the same reward, which teach a method of groups nothing.
+
+    Args:
+        group_size: responses to each prompt, which stand together.
+    """
+    reward_B = scored.score_B
+    if scored.source_BR is not None:
+        reward_B = reward_B + keep(scored.source_BR, scored.mask_BR).sum(dim=1)
+    reward_GS = reward_B.view(-1, group_size)
+    is_equal_G = (reward_GS == reward_GS[:, :1]).all(dim=1)
+    num_groups = reward_GS.new_tensor(len(reward_GS))
+    return to_metrics({"rollout/equal_reward_groups": (is_equal_G.sum(), num_groups)})
+
+
 def clip_metrics(scored: ScoredRollouts, score_clip: float) -> Metrics:
     """The fraction of responses whose score the clip changed."""
     is_clipped_B = scored.score_B.abs() > score_clip

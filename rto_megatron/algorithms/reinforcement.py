@@ -17,6 +17,7 @@ from rto_megatron.algorithms.credit_metrics import (
     clip_metrics,
     credit_metrics,
     dpo_metrics,
+    group_metrics,
     importance_metrics,
     source_metrics,
     value_metrics,
@@ -341,12 +342,18 @@ class PolicyOptimization:
 
     def credit_metrics(self, scored: ScoredRollouts, experience: Experience) -> Metrics:
         """Sums for the logs of this rank's rollouts."""
-        cap, mode = self.config.pool_importance_cap, self.config.pool_importance_mode
+        config = self.config
+        cap, samples = config.pool_importance_cap, config.samples_per_prompt
         return {
             **credit_metrics(scored, experience),
             **(clip_metrics(scored, self.config.score_clip) if self.config.score_clip is not None else {}),
             **(value_metrics(experience) if self.value_loss is not None else {}),
             **(dpo_metrics(scored, experience) if self.needs_dpo else {}),
-            **(importance_metrics(scored, experience, cap, mode) if cap is not None else {}),
+            **(
+                importance_metrics(scored, experience, cap, config.pool_importance_mode)
+                if cap is not None
+                else {}
+            ),
+            **(group_metrics(scored, samples) if samples > 1 else {}),
             **(source_metrics(scored) if scored.scores_by_source else {}),
         }

@@ -69,7 +69,7 @@ def check(
     world_size, pool_size = _split(config, gpus, pool_gpus)
     origin = f"of {gpus} GPUs the pool has {pool_size}" if 0 < world_size < gpus else ""
     plan, shapes = judged(config, world_size, assume or [], origin)
-    spare = token_warnings(config, shapes)
+    spare = [*token_warnings(config, shapes), *_missing_here(config)]
     looked = look_at(config)
     refuse(f"{one.key}: {one.found}" for one in looked if one.is_problem)
     console = Console() if Console().is_terminal else Console(width=140)
@@ -88,6 +88,14 @@ def check(
         "" if gpu_gib is not None else "; memory was not judged: compare the sum above with what there is"
     )
     console.print(f"{recipe}: sound for {_machine(world_size, gpus)}{unjudged}.", highlight=False)
+
+
+def _missing_here(config: "Stage") -> list[str]:
+    from rto_megatron.config.facts import facts_of
+    from rto_megatron.reporting.loggers import missing_loggers
+
+    training = facts_of(config).training
+    return [f"on this machine, {text}" for text in missing_loggers(training.run.loggers)] if training else []
 
 
 def _split(config: "Stage", gpus: int, pool_gpus: int | None) -> tuple[int, int]:

@@ -20,8 +20,10 @@ from rto_megatron.cli import (
     quantize,
     report,
     resume_check,
+    rollouts,
     slurm,
     train,
+    view,
 )
 from rto_megatron.errors import UserError
 from rto_megatron.reporting.progress import plain
@@ -45,6 +47,8 @@ for group in (
     data,
     pool,
     report,
+    rollouts,
+    view,
     resume_check,
     experiment,
     quantize,

@@ -35,6 +35,22 @@ def find_problems(
         *(sampling_problems(facts.online) if (facts := facts_of(config)).online is not None else ()),
         *_pool_servers(facts_of(config).pool),
         *_ahead(facts_of(config).online),
+        *_profile(facts_of(config)),
+    ]
+
+
+def _profile(facts: Facts) -> list[str]:
+    run = None if facts.training is None else facts.training.run
+    return [] if run is None or run.steps is None else steps_beyond(run.profile, run.steps)
+
+
+def steps_beyond(profile: Iterable[int], num_steps: int) -> list[str]:
+    """What is wrong with `run.profile` in a run of `num_steps` steps."""
+    beyond = [str(step) for step in profile if step > num_steps]
+    if not beyond:
+        return []
+    return [
+        f"run.profile names step {', '.join(beyond)}, and the run has {num_steps}; name steps from 1 to {num_steps}"
     ]
 
 

@@ -1,9 +1,11 @@
 """Sections of a recipe about the training itself: the run, its layout, precision, batches and optimizers."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+LoggerName = Literal["tensorboard", "wandb", "swanlab"]
 
 
 class Section(BaseModel):
@@ -58,6 +60,18 @@ class TrainRunConfig(RunConfig):
         default=False,
         description="write checkpoints beside the next step, from a copy in host memory; false: wait for the disk",
     )
+    loggers: tuple[LoggerName, ...] = Field(
+        default=("tensorboard",),
+        description="what shows the run, beside metrics.jsonl: tensorboard, wandb, swanlab",
+    )
+    peak_tflops: float | None = Field(
+        default=None,
+        gt=0,
+        description="what one GPU can do in the run's dtype, TFLOP/s, such as 989 for an H100 in bf16; null: no MFU",
+    )
+    profile: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(), description="steps, counted from 1, that torch's profiler traces into profile/"
+    )
     resume_from_older: bool = Field(
         default=False,
         description="where the newest checkpoint is damaged or gone, go on from the last valid one; false: stop",
@@ -85,6 +99,11 @@ class RolloutRunConfig(EvaluatedRunConfig):
 
     samples_every: int | None = Field(
         default=None, ge=1, description="steps between tables of sample completions; null: none"
+    )
+    keep_rollouts: int | None = Field(
+        default=20,
+        ge=1,
+        description="of how many last steps rollouts/ holds every response with its numbers; null: none is written",
     )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from rto_megatron.engine.finite import refuse_together
 from rto_megatron.engine.optimizer import set_learning_rate
 from rto_megatron.models.build import forward
+from rto_megatron.models.model_flops import forward_flops
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.models.token_entropy import token_entropies
 from rto_megatron.models.token_logprobs import token_logprobs
@@ -31,6 +32,8 @@ from rto_megatron.types import (
     TokenBatch,
     ValueScale,
 )
+
+_TRAINING_FORWARDS = 3  # what a forward with its backward costs
 
 type Microbatch = SupervisedMicrobatch | PairMicrobatch | JudgedMicrobatch | Minibatch
 type Loss[M: Microbatch] = Callable[[Tensor, M], LossOutput]
@@ -190,6 +193,7 @@ class TrainedModel:
             micro_batch_size=1,
             forward_only=False,
         )
+        _count(self, [m.batch for m in microbatches], _TRAINING_FORWARDS)
         metrics = {**self._collect(outputs), **self._expert_balance(len(microbatches))}
         self._refuse_nonfinite(outputs, names)
         return metrics
@@ -295,7 +299,19 @@ def _forward_only(
             collect_non_loss_data=True,
         )
     model.module.train()
+    _count(model, batches, 1)
     return outputs
+
+
+def _count(model: Model, batches: Sequence[TokenBatch], num_forwards: int) -> None:
+    """Notes what a pass needs by the model's mathematics, without padding."""
+    lengths = [
+        last + 1 - start
+        for batch in batches
+        for start, last in zip(batch.cu_seqlens, batch.last_positions, strict=False)
+    ]
+    flops = forward_flops(model.shape, model.has_scalar_head, lengths)
+    model.topology.work.add(num_forwards * flops)
 
 
 def _require_rows(model: Model, batches: Sequence[TokenBatch]) -> None:

@@ -1,6 +1,6 @@
 """Who this rank is: the only place that knows Megatron's parallel state."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from rto_megatron.errors import SUBJECTS, RecipeError, UserError
 from rto_megatron.parallel import collectives
 from rto_megatron.parallel.meeting import join_ranks
+from rto_megatron.parallel.work import Work
 from rto_megatron.platform.device import Device
 
 
@@ -34,6 +35,7 @@ class Topology:
     data_rank: int
     data_size: int
     sequence_parallel: bool
+    work: Work = field(default_factory=Work, compare=False)  # of all models of this rank
 
     @classmethod
     def init(

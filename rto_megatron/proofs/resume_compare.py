@@ -26,7 +26,7 @@ _KINDS = {
     "optimizer.state.param.": "fp32 master weights",
     "optimizer/": "optimizer's step",
 }
-_CLOCK = "time"  # metrics of the machine, not of the training, begin with it
+_CLOCK = ("time", "memory")  # metrics of the machine, not of the training, begin with one of them
 
 
 @dataclass(frozen=True)

@@ -142,6 +142,8 @@ THEMES = (
             Metric("rollout/age_steps", "steps", "by which the weights that sampled are older than the step's; at most "
                    "`rollout.ahead`", ONLINE),
             Metric("rollout/truncated_fraction", "fraction", "responses that the length limit cut", ONLINE),
+            Metric("rollout/equal_reward_groups", "fraction", "prompts whose responses have one reward", ONLINE,
+                   "`algorithm.samples_per_prompt` above 1"),
             Metric("rollout/informative_fraction", "fraction", "sampled groups whose scores differ", GROUPED,
                    "`algorithm.max_sampling_rounds`"),
             Metric("rollout/sampling_rounds", "rounds", "batches of prompts that the step sampled until it was full",
@@ -265,6 +267,13 @@ THEMES = (
             Metric("time/score_tokens_per_s", "tokens/s", "tokens of prompts and responses over "
                    "`time/score_s`", ONLINE),
             Metric("time/update_tokens_per_s", "tokens/s", "the same, times the passes, over `time/update_s`", ONLINE),
+            Metric("time/rollouts_s", "s", "that the loop was held up to keep rollouts; a thread writes them", ONLINE,
+                   "`run.keep_rollouts`"),
+            Metric("time/model_tflops", "TFLOP/s", "forwards and backwards of all models on a rank, by their "
+                   "mathematics and without padding, over `time/step_s`; what the pool computes is not in it", ALL),
+            Metric("time/mfu", "fraction", "`time/model_tflops` of `run.peak_tflops`", ALL, "`run.peak_tflops`"),
+            Metric("memory/peak_gib", "GiB", "the most that torch held on a GPU in the step, of the fullest rank; "
+                   "without a GPU, the most that a rank ever held in host memory", ALL),
             Metric("time/slowest_rank_ratio", "ratio", "seconds that the slowest rank computed, over the median rank's",
                    ALL, "two ranks that compute a loss"),
             Metric("sync/pause_s", "s", "of a push: pausing the servers and meeting them", ONLINE, POOL),

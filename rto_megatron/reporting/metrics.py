@@ -1,10 +1,10 @@
-"""Metrics of a run: summed over ranks, divided once, written to metrics.jsonl and TensorBoard."""
+"""Metrics of a run: summed over ranks, divided once, written to metrics.jsonl and what else shows the run."""
 
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from rto_megatron.config.run_folder import make_run_folder
+from rto_megatron.config.training import LoggerName
+from rto_megatron.reporting.loggers import LoggedRun, SampleText, Setting, open_loggers
 from rto_megatron.types import Metrics
 
 AllSum = Callable[[Tensor], Tensor]  # sums a tensor over all ranks
@@ -60,37 +62,47 @@ def with_margin(means: Mapping[str, float]) -> dict[str, float]:
 
 
 class MetricLog:
-    """metrics.jsonl (one object a step, with `step` and `time` in seconds since the epoch) and TensorBoard.
+    """metrics.jsonl (one object a step, with `step` and `time` in seconds since the epoch) and the run's loggers.
 
-    Open it on the lead rank only. Entries after `resumed_step` are dropped, so that a run that was stopped
-    between two checkpoints and goes on from the earlier one has every step once.
+    Open it on the lead rank only: loggers load packages, seconds that ranks without a log need not spend. Entries after
+    `resumed_step` are dropped, so that a run that was stopped between two checkpoints and goes on from the earlier one
+    has every step once.
 
     Example:
         MetricLog(run_dir).write(step=1, values={"train/loss": 0.5})
     """
 
-    def __init__(self, run_dir: Path, resumed_step: int = 0) -> None:
-        # Loads TensorBoard, seconds that ranks without a log need not spend.
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(
+        self,
+        run_dir: Path,
+        resumed_step: int = 0,
+        loggers: Sequence[LoggerName] = ("tensorboard",),
+        settings: Mapping[str, Setting] | None = None,
+    ) -> None:
         make_run_folder(run_dir)
         path = run_dir / "metrics.jsonl"
         _keep_steps_up_to(path, resumed_step)
         self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
+        self._loggers = open_loggers(loggers, LoggedRun(run_dir, resumed_step, settings or {}))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append the values of `step`; a value that is not finite becomes null."""
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        for logger in self._loggers:
+            logger.scalars(step, values)
+
+    def samples(self, step: int, texts: Sequence[SampleText]) -> None:
+        """Show a few responses of `step` in every logger."""
+        for logger in self._loggers:
+            logger.samples(step, texts)
 
     def close(self) -> None:
-        """Flush and close both files."""
+        """Flush and close all."""
         self._file.close()
-        self._board.close()
+        for logger in self._loggers:
+            logger.close()
 
     def __enter__(self) -> Self:
         return self

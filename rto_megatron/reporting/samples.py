@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rto_megatron.reporting.loggers import SampleText
 from rto_megatron.reporting.progress import plain
 from rto_megatron.types import Experience
 
@@ -28,20 +29,36 @@ def completions_table(experience: Experience, decode: Decode, num_samples: int, 
     table.add_column("response", ratio=3, overflow="fold")
     for name in ("tokens", "score", "dpo", "kl", "reward"):
         table.add_column(name, justify="right", no_wrap=True)
-    rewards = experience.rewards
-    sums_4B = [
-        (grid_BR * experience.mask_BR).sum(dim=1).tolist()
-        for grid_BR in (rewards.score_BR, rewards.dpo_BR, rewards.kl_BR, rewards.total_BR())
-    ]
-    for row, rollout in enumerate(experience.rollouts[:num_samples]):
+    texts = sample_texts(experience, decode, num_samples)
+    for text, rollout in zip(texts, experience.rollouts, strict=False):
         ended = "" if rollout.finish_reason == "stop" else " (cut)"
         table.add_row(
-            Text(plain(decode(rollout.prompt_ids))[-_MAX_CHARACTERS:]),
-            Text(plain(decode(rollout.response_ids))[:_MAX_CHARACTERS]),
+            Text(plain(text.prompt)[-_MAX_CHARACTERS:]),
+            Text(plain(text.response)[:_MAX_CHARACTERS]),
             f"{len(rollout.response_ids)}{ended}",
-            *(f"{sums_B[row]:+.3f}" for sums_B in sums_4B),
+            *(f"{number:+.3f}" for number in text.numbers.values()),
         )
     return table
+
+
+def sample_texts(experience: Experience, decode: Decode, num_samples: int) -> list[SampleText]:
+    """The first `num_samples` rollouts of this rank with their reward terms, summed over tokens."""
+    rewards = experience.rewards
+    terms = {
+        "score": rewards.score_BR,
+        "dpo": rewards.dpo_BR,
+        "kl": rewards.kl_BR,
+        "reward": rewards.total_BR(),
+    }
+    sums = {name: (grid_BR * experience.mask_BR).sum(dim=1).tolist() for name, grid_BR in terms.items()}
+    return [
+        SampleText(
+            decode(rollout.prompt_ids),
+            decode(rollout.response_ids),
+            {name: sums_B[row] for name, sums_B in sums.items()},
+        )
+        for row, rollout in enumerate(experience.rollouts[:num_samples])
+    ]
 
 
 def show(table: Table) -> None:

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rto_megatron.algorithms import ALGORITHMS
 from rto_megatron.algorithms.credit_metrics import explained_variance
+from rto_megatron.algorithms.kl_controller import KLController
 from rto_megatron.algorithms.method import OnlineMethod
 from rto_megatron.algorithms.reinforcement import PolicyOptimization
 from rto_megatron.config import schema
@@ -20,7 +21,7 @@ from rto_megatron.engine.megatron import ENTROPIES, FrozenModel, Model, TrainedM
 from rto_megatron.errors import RecipeError
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.reporting.rates import rates
-from rto_megatron.reporting.samples import completions_table, show
+from rto_megatron.reporting.samples import completions_table, sample_texts, show
 from rto_megatron.trainer.build_rewards import build_rewards
 from rto_megatron.trainer.checked_scores import watched_gap
 from rto_megatron.trainer.connected_pool import ConnectedPool, connect_pool
@@ -36,6 +37,7 @@ from rto_megatron.trainer.reference import require_trained_reference
 from rto_megatron.trainer.resume import LoopState
 from rto_megatron.trainer.reward_source import ModelReward, RewardSource
 from rto_megatron.trainer.reward_sum import alone
+from rto_megatron.trainer.rollout_book import RolloutBook
 from rto_megatron.trainer.run import Run
 from rto_megatron.trainer.sampler import Sampler, load_batches
 from rto_megatron.trainer.scoring import Roles
@@ -67,11 +69,10 @@ def train_online(
     pool = stopping(pool or connect_pool(config.rollout, roles.policy), config, setup)
     sampler = open_sampler(config, setup, roles, run, parts.sampler(config, setup, prompts, pool))
     evaluation = HeldOut(config, setup, pool, sampler.push, held_out, table)
-    if run.state is not None:
-        pretraining.restore(run.state.pretraining)
-        kl = kl.restored(run.state.kl)
+    kl = taken_up(run.state, pretraining, kl)
     scorer = parts.scorer(config, setup, roles)
     guard = parts.guard(run, config.run.max_skipped_updates, topology)
+    book = RolloutBook(config, setup, run.step)
 
     for step in run.steps():
         # 1. pi_old <- pi_theta, proved
@@ -89,8 +90,8 @@ def train_online(
             gap = watched_gap(scored, topology, config.rollout.logprob_gap_alarm, step + 1)
             # 4. token rewards, then advantages
             experience = algorithm.credit(scored, kl.coef, topology.dp_sum)
-            run.record(algorithm.credit_metrics(scored, experience))
-            run.record(true_return(sampled, table))
+            run.record({**algorithm.credit_metrics(scored, experience), **true_return(sampled, table)})
+            run.record(book.keep(step + 1, scored, experience))
         # 5. PPO epochs
         if experience is not None:
             with run.timed("update"):
@@ -100,8 +101,8 @@ def train_online(
         if experience is not None:
             kl = kl.update(means["policy/kl_per_token"], config.responses_per_step)
         run.finish(LoopState(sampler.state(), pretraining.state(), kl.state()), sampler.ahead())
-        if experience is not None:
-            show_samples(config, run, experience, setup, means)
+        show_samples(config, run, experience, setup, means)
+    book.close()
     run.close("policy" if roles.average is None else "policy_ema")
     # The pool is left with the trained policy; should it fail, the run is complete all the same.
     sampler.push(run.step)
@@ -111,6 +112,14 @@ def train_online(
 def rates_of(config: schema.ReinforcementStage) -> Callable[[Mapping[str, float]], dict[str, float]]:
     """What makes the rates of a step of its metrics."""
     return partial(rates, num_responses=config.responses_per_step, epochs=config.algorithm.epochs)
+
+
+def taken_up(state: LoopState | None, pretraining: Pretraining, kl: KLController) -> KLController:
+    """The KL controller of the next step, once the texts stand where the last finished step left them."""
+    if state is None:
+        return kl
+    pretraining.restore(state.pretraining)
+    return kl.restored(state.kl)
 
 
 def build_algorithm(
@@ -251,11 +260,15 @@ def open_run(config: schema.ReinforcementStage, setup: Setup, roles: Roles, num_
 
 
 def show_samples(
-    config: schema.ReinforcementStage, run: Run, experience: Experience, setup: Setup, means: dict[str, float]
+    config: schema.ReinforcementStage,
+    run: Run,
+    experience: Experience | None,
+    setup: Setup,
+    means: dict[str, float],
 ) -> None:
-    """A table of completions when due, with what the step measured."""
+    """A table of completions when due, with what the step measured; the run's loggers get them too."""
     every = config.run.samples_every
-    if every is None or not run.is_due(every, run.step) or not setup.topology.is_lead:
+    if experience is None or every is None or not run.is_due(every, run.step) or not setup.topology.is_lead:
         return
     variance = explained_variance(means)
     explained = "none" if variance is None else f"{variance:.3f}"
@@ -263,3 +276,4 @@ def show_samples(
     has_critic = facts_of(config).critic_optimizer is not None
     title = f"{config.stage} step {run.step}{critic if has_critic else ''}"
     show(completions_table(experience, setup.decode, 4, title))
+    run.show(sample_texts(experience, setup.decode, 4))

@@ -1,13 +1,13 @@
 """The life of a run: resume, count steps, log, save when due, export at the end."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
 
-from rto_megatron.config import load, schema
+from rto_megatron.config import checks, load, schema
 from rto_megatron.engine.checkpoint import begin_save, restore
 from rto_megatron.engine.export import export_hf
 from rto_megatron.engine.megatron import Model
@@ -19,6 +19,8 @@ from rto_megatron.lifecycle.starting import begin_steps
 from rto_megatron.lifecycle.stopping import Preempted, is_asked_to_stop
 from rto_megatron.parallel.seeds import seed_step
 from rto_megatron.parallel.topology import Topology
+from rto_megatron.platform.peak_memory import peak_memory_gib, reset_peak_memory
+from rto_megatron.reporting.loggers import SampleText, settings_of
 from rto_megatron.reporting.metrics import MetricLog, add, reduce_metrics, with_margin
 from rto_megatron.reporting.pace import RATIO, Pace, slow_rank, slowest
 from rto_megatron.reporting.progress import progress, say
@@ -31,6 +33,7 @@ from rto_megatron.trainer.resume import (
     require_same,
     texts_ahead,
 )
+from rto_megatron.trainer.tracing import traced
 from rto_megatron.types import Metrics, Rollout
 
 
@@ -67,6 +70,7 @@ class Run:
         self._models = models
         self._hf_files = hf_files
         self.num_steps = num_steps
+        checks.refuse(checks.steps_beyond(config.run.profile, num_steps))
         self._metrics: Metrics = {}
         self.pace = Pace()
         self._note = ""
@@ -82,7 +86,8 @@ class Run:
         self._log: MetricLog | None = None
         if topology.is_lead:
             load.save(config, self.dir)
-            self._log = MetricLog(self.dir, self.step)
+            settings = settings_of(config.model_dump(mode="json"))
+            self._log = MetricLog(self.dir, self.step, config.run.loggers, settings)
         topology.barrier()
 
     def _resume(self) -> None:
@@ -111,7 +116,9 @@ class Run:
             for step in range(self.step, self.num_steps):
                 seed_step(self._config.seed, step)
                 self._begun = time.monotonic()
-                yield step
+                reset_peak_memory()
+                with traced(step + 1, self._config.profile, self.dir, self._topology.rank):
+                    yield step
                 assert self.step == step + 1, "finish() was not called"
                 advance(self._note)
 
@@ -146,12 +153,30 @@ class Run:
             **self._compare_ranks(),
             "time/step_s": time.monotonic() - self._begun,
         }
-        means |= derive(means)
+        means |= derive(means) | self._speed(means["time/step_s"])
         self._metrics = {}
         if self._log is not None:
             self._log.write(self.step + 1, means)
         self._note = _note(means)
         return means
+
+    def show(self, texts: Sequence[SampleText]) -> None:
+        """Shows responses of the last finished step in the run's loggers; only the lead has any."""
+        if self._log is not None:
+            self._log.samples(self.step, texts)
+
+    def _speed(self, seconds: float) -> dict[str, float]:
+        """What the models computed in the step, for each rank, and the memory that the fullest rank needed."""
+        topology = self._topology
+        found = topology.gather_all((topology.work.take(), peak_memory_gib()), tuple[float, float])
+        ranks_of_a_replica = topology.world_size // topology.data_size
+        tflops = sum(flops for flops, _ in found) / ranks_of_a_replica / topology.world_size / seconds / 1e12
+        peak = self._config.peak_tflops
+        return {
+            "time/model_tflops": tflops,
+            "memory/peak_gib": max(gib for _, gib in found),
+            **({} if peak is None else {"time/mfu": tflops / peak}),
+        }
 
     def _compare_ranks(self) -> dict[str, float]:
         """How much slower the slowest rank is than the median; a warning where it is much."""

@@ -22,6 +22,7 @@ from rto_megatron.models.layout_checks import check_experts, check_layout
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.planning.token_ids import embedding_problems, require_embedded, spare_token_warnings
+from rto_megatron.reporting.loggers import missing_loggers
 from rto_megatron.reporting.progress import say
 from rto_megatron.storage.checkpoints import LANGUAGE_ROLES, SCALAR_ROLES, latest_checkpoint
 from rto_megatron.storage.megatron_folder import REPORT
@@ -113,7 +114,12 @@ def setup_problems(config: schema.Stage, sources: Mapping[str, WeightSource], wo
         *_unlike_tokenizers(sources),
         *embedding_problems(config, sources),
         *checks.find_problems(config, world_size, max_positions),
+        *_missing_loggers(config),
     ]
+
+
+def _missing_loggers(config: schema.Stage) -> list[str]:
+    return missing_loggers(config.run.loggers) if isinstance(config, schema.TrainStage) else []
 
 
 def _unlike_vocabularies(config: schema.Stage, shapes: Mapping[str, ModelShape]) -> list[str]:

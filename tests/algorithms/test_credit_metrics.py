@@ -7,7 +7,7 @@ import torch
 from algorithms.grids import GARBAGE, GOLDEN, golden_scored, no_reduction, no_vocabulary
 
 from rto_megatron.algorithms import ppo, rto
-from rto_megatron.algorithms.credit_metrics import explained_variance
+from rto_megatron.algorithms.credit_metrics import explained_variance, group_metrics
 from rto_megatron.algorithms.rto import Config
 
 K1 = sum(sum(row) for row in GOLDEN["kl_estimators"]["k1"])
@@ -88,6 +88,19 @@ def test_padding_does_not_change_metrics():
     algorithm = rto.build(Config(), no_vocabulary)
     experience = algorithm.credit(dirty, 0.01, no_reduction)
     assert algorithm.credit_metrics(dirty, experience) == _metrics(Config())
+
+
+def test_groups_of_one_reward_are_counted():
+    scored = golden_scored()
+    equal = replace(scored, score_B=torch.tensor([0.5, 0.5]))
+    tokens_BR = torch.zeros_like(scored.mask_BR)
+    tokens_BR[0, 0] = 0.25
+    assert group_metrics(scored, 2) == {"rollout/equal_reward_groups": (0, 1)}
+    assert group_metrics(equal, 2) == {"rollout/equal_reward_groups": (1, 1)}
+    # What sources pay for tokens counts, but for padding.
+    assert group_metrics(replace(equal, source_BR=tokens_BR), 2) == {"rollout/equal_reward_groups": (0, 1)}
+    padding_BR = GARBAGE * (1 - scored.mask_BR)
+    assert group_metrics(replace(equal, source_BR=padding_BR), 2) == {"rollout/equal_reward_groups": (1, 1)}
 
 
 def test_explained_variance_equals_its_definition():

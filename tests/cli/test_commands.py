@@ -25,6 +25,8 @@ COMMANDS = (
     "node",
     "address",
     "report",
+    "rollouts",
+    "view",
     "quantize",
 )
 

@@ -40,7 +40,7 @@ REWARD = TrueReward(
 
 
 def _plain(stage: str, files: Path, run_dir: Path, layout: str = "one", **changes: object) -> Stage:
-    few = {"run__steps": 2, "run__save_every": None, **OWN_KEYS.get(stage, {})}
+    few = {"run__steps": 2, "run__save_every": None, "run__peak_tflops": 0.1, **OWN_KEYS.get(stage, {})}
     return configure(stage, files, run_dir, layout, **few, **changes)
 
 

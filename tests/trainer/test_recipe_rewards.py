@@ -14,6 +14,8 @@ from rto_megatron.config.schema import ReinforcementStage
 from rto_megatron.engine.export import export_hf
 from rto_megatron.errors import UserError
 from rto_megatron.reporting.metrics import read_metrics
+from rto_megatron.reporting.rollout_files import read_rollouts
+from rto_megatron.reporting.run_page import view_of
 from rto_megatron.trainer.online import build_roles
 from rto_megatron.trainer.resume import fixed_keys, require_same
 from rto_megatron.trainer.setup import prepare_stage
@@ -59,6 +61,14 @@ def test_rto_runs_on_functions_alone_and_its_critic_starts_from_the_policy(
         assert entry["reward/overlong/mean"] == pytest.approx(-length / 8)
         assert entry["objective/scores"] == pytest.approx(0.5 * length + 1 - 3 * length / 8)
         assert entry["value/mean"] != 0
+    for row in read_rollouts(tmp_path / "run").to_pylist():
+        length = row["num_tokens"]
+        assert (row["source/length"], row["paid/length"]) == pytest.approx((length, 0.5 * length))
+        assert row["source/overlong"] == pytest.approx(-length / 8)
+        assert row["score"] == pytest.approx(0.5 * length + 1 - 3 * length / 8)
+        assert row["token/reward_source"] == [2.0] + [0.0] * (length - 1)
+    shown = view_of(tmp_path / "run", (), ())
+    assert "reward_source" in shown.quantities and {"source/seen", "paid/first_token"} <= set(shown.columns)
     checkpoint = tmp_path / "run/checkpoints/step_000002"
     assert (checkpoint / "critic").is_dir()
 

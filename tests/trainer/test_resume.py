@@ -74,7 +74,10 @@ def assert_equal_runs(first: Path, second: Path) -> Saved:
     assert one.tensors.keys() == other.tensors.keys()
     assert [key for key in one.tensors if not torch.equal(one.tensors[key], other.tensors[key])] == []
     logs = [
-        [{k: v for k, v in entry.items() if not k.startswith("time")} for entry in read_metrics(run)]
+        [
+            {k: v for k, v in entry.items() if not k.startswith(("time", "memory"))}
+            for entry in read_metrics(run)
+        ]
         for run in (first, second)
     ]
     assert [entry["step"] for entry in logs[0]] == [1, 2, 3, 4]

@@ -1,0 +1,51 @@
+"""Floating-point operations that a forward pass needs by the model's mathematics, whatever is recomputed or padded.
+
+A multiplication with its addition counts two. Of a causal attention matrix half is counted; a sliding window and
+everything that is no matrix product count nothing. A backward pass takes twice the forward's.
+"""
+
+from collections.abc import Iterable
+
+from rto_megatron.models.shape import Experts, ModelShape
+
+
+def forward_flops(shape: ModelShape, has_scalar_head: bool, lengths: Iterable[int]) -> float:
+    """Operations of one forward: of each sequence of s tokens 2 N s + s^2 x heads x (key + value size) x layers.
+
+    N counts the weights that a token is multiplied with (`weights_per_token`). For ordinary attention the second term
+    is 2 s^2 x heads x head size x layers.
+    """
+    found = list(lengths)
+    latent = shape.latent
+    head = 2 * shape.head_dim if latent is None else latent.nope_dim + latent.rope_dim + latent.value_dim
+    attention = shape.num_layers * shape.num_heads * head
+    weights = weights_per_token(shape, has_scalar_head)
+    return float(2 * weights * sum(found) + attention * sum(length * length for length in found))
+
+
+def weights_per_token(shape: ModelShape, has_scalar_head: bool) -> int:
+    """Weights in matrix products of one token: the head counts, the search in the embedding does not."""
+    head = shape.hidden_size * (1 if has_scalar_head else shape.vocab_size)
+    feed_forward = shape.num_layers * 3 * shape.hidden_size * shape.ffn_hidden_size
+    if (experts := shape.experts) is not None:
+        dense_layers = shape.num_layers - len(experts.layers)
+        feed_forward = dense_layers * 3 * shape.hidden_size * shape.ffn_hidden_size
+        feed_forward += len(experts.layers) * _expert_layer(shape.hidden_size, experts)
+    return shape.num_layers * _attention(shape) + feed_forward + head
+
+
+def _attention(shape: ModelShape) -> int:
+    hidden, heads, latent = shape.hidden_size, shape.num_heads, shape.latent
+    if latent is None:
+        return hidden * shape.head_dim * (2 * heads + 2 * shape.num_kv_heads)
+    query_size = heads * (latent.nope_dim + latent.rope_dim)
+    query = hidden * query_size if latent.q_rank is None else latent.q_rank * (hidden + query_size)
+    key_value = hidden * (latent.kv_rank + latent.rope_dim)
+    key_value += latent.kv_rank * heads * (latent.nope_dim + latent.value_dim)
+    return query + key_value + heads * latent.value_dim * hidden
+
+
+def _expert_layer(hidden: int, experts: Experts) -> int:
+    size = experts.per_token * experts.ffn_hidden_size + (experts.shared_ffn_hidden_size or 0)
+    router = experts.num + (1 if experts.has_shared_gate else 0)
+    return hidden * (3 * size + router)
