@@ -158,7 +158,7 @@ def _restart_seeds() -> None:
 
 def _restart_sampling_seeds() -> None:
     sampling = sampler.sampling
-    sampler.sampling = lambda config, setup, step: sampling(config, setup, step - 1)
+    sampler.sampling = lambda config, setup, step, draw: sampling(config, setup, step - 1, draw)
 
 
 def _restart_schedule() -> None:
