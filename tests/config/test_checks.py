@@ -248,3 +248,11 @@ def test_a_silent_server_has_the_time_of_its_probe() -> None:
 def test_a_server_is_named_once() -> None:
     (problem,) = find_problems(rto("rollout.servers=[http://a:1,http://b:1,http://a:1]"), 4, {})
     assert problem == "rollout.servers names a server twice"
+
+
+def test_steps_to_trace_that_the_run_does_not_have_are_named() -> None:
+    recipe = Path(__file__).parents[2] / "launchers/recipes/quickstart/rto.yaml"
+    config = load_recipe(recipe, ["run.profile=[20,21,40]"])
+    (problem,) = find_problems(config, 2, {})
+    assert "run.profile names step 21, 40, and the run has 20" in problem
+    assert find_problems(load_recipe(recipe, ["run.profile=[1,20]"]), 2, {}) == []
