@@ -24,6 +24,7 @@ from rto_megatron.engine.weights import local_parameters
 from rto_megatron.models.parameters import parameter_map, stage_of
 from rto_megatron.models.weight_map import merge
 from rto_megatron.trainer.reward_source import ModelReward
+from rto_megatron.trainer.reward_sum import alone
 from rto_megatron.trainer.scoring import Roles, close_rollouts, score
 from rto_megatron.trainer.update import optimizer_minibatches
 from rto_megatron.types import EndOfSequence
@@ -107,7 +108,7 @@ def _update(case: Case, root: Path) -> dict[str, dict[str, Tensor]]:
         frozen(place, root / name, FOLDERS[name][1], case.dtype) for name in ("reference", "dpo", "reward")
     )
     layout = Layout(case.micro, case.packed, place.row_multiple, place.device.torch_device)
-    source = ModelReward(reward, layout, END, "penalise")
+    source = alone(ModelReward(reward, layout, END, "penalise"), place)
     roles = Roles(policy, None, critic, reference, source, dpo, None)
     algorithm = rto.build(rto.Config(epochs=case.num_steps), lambda _: frozenset())
     own = close_rollouts(rollouts()[place.data_rank :: place.data_size], END, "penalise")
