@@ -19,7 +19,7 @@ from rto_megatron.config.schema import Stage
 from rto_megatron.config.training import OptimizerConfig
 from rto_megatron.data.packing import Layout, supervised_microbatches
 from rto_megatron.data.tokenizer import load_tokenizer, train_tokenizer
-from rto_megatron.errors import RecipeError, UserError
+from rto_megatron.errors import ModelFolderError, RecipeError, TokenizerError, UserError
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.platform.device import prepare
 from rto_megatron.trainer.setup import prepare_stage
@@ -129,9 +129,9 @@ def test_a_pool_that_dies_ends_every_rank(files: Path, tmp_path: Path) -> None:
     assert run_ranks(2, train, config, dies_at=0) == ["the pool died at version 0"] * 2
 
 
-def refused(config: Stage, place: Topology) -> str:
+def refused(config: Stage, place: Topology, kind: type[UserError] = RecipeError) -> str:
     """The error of `prepare_stage`."""
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(kind) as caught:
         prepare_stage(config, place)
     return str(caught.value)
 
@@ -165,7 +165,7 @@ def test_only_the_policy_needs_a_chat_template(files: Path, tmp_path: Path) -> N
         configure("dpo", files, tmp_path / "run", models__reference=tmp_path / "reference"), place_of(1, 1)
     )
     config = configure("dpo", files, tmp_path / "run", models__policy=tmp_path / "policy")
-    assert "no chat template" in refused(config, place_of(1, 1))
+    assert "no chat template" in refused(config, place_of(1, 1), TokenizerError)
 
 
 def test_a_reward_model_without_mean_and_std_is_announced(
@@ -210,7 +210,11 @@ def test_weights_that_lie_unread_beside_the_read_ones_are_said(
 def test_a_hub_name_is_told_to_download_and_a_run_to_be_run(
     named: str, message: str, files: Path, tmp_path: Path
 ) -> None:
-    error = refused(configure("dpo", files, tmp_path / "run", models__policy=Path(named)), place_of(1, 1))
+    error = refused(
+        configure("dpo", files, tmp_path / "run", models__policy=Path(named)),
+        place_of(1, 1),
+        ModelFolderError,
+    )
     assert f"models.policy: {named} does not exist" in error and message in error
     assert ("hf download" in error) == named.startswith("Qwen")
 
@@ -218,16 +222,20 @@ def test_a_hub_name_is_told_to_download_and_a_run_to_be_run(
 @pytest.mark.parametrize("role", ["policy", "reference", "reward", "critic", "dpo"])
 def test_a_missing_model_is_named(role: str, files: Path, tmp_path: Path) -> None:
     config = configure("rto", files, tmp_path / "run", **{f"models__{role}": tmp_path / "absent"})
-    assert f"models.{role}: {tmp_path / 'absent'} does not exist" in refused(config, place_of(1, 1))
+    assert f"models.{role}: {tmp_path / 'absent'} does not exist" in refused(
+        config, place_of(1, 1), ModelFolderError
+    )
 
 
 def test_a_run_without_a_finished_checkpoint_is_no_model(files: Path, tmp_path: Path) -> None:
     (tmp_path / "sft/checkpoints/.partial_step_000001/policy/weights").mkdir(parents=True)
     config = configure("rto", files, tmp_path / "run", models__policy=tmp_path / "sft")
-    message = refused(config, place_of(1, 1))
+    message = refused(config, place_of(1, 1), ModelFolderError)
     assert f"models.policy: {tmp_path / 'sft'} holds neither config.json nor a finished checkpoint" in message
     (tmp_path / "sft/checkpoints/step_000001/reward/weights").mkdir(parents=True)
-    assert "finished checkpoint of policy_ema or policy; found ['reward']" in refused(config, place_of(1, 1))
+    assert "finished checkpoint of policy_ema or policy; found ['reward']" in refused(
+        config, place_of(1, 1), ModelFolderError
+    )
 
 
 @pytest.mark.parametrize(

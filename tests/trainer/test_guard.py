@@ -79,9 +79,9 @@ def _watched(config: Stage, engine: PoisonedEngine | None) -> tuple[list[dict[st
         look(run)
         return steps(run)
 
-    def watched_log(run: Run, values: dict[str, float]) -> dict[str, float]:
+    def watched_log(run: Run, *values: object) -> dict[str, float]:
         look(run)
-        return log(run, values)
+        return log(run, *values)
 
     Run.steps, Run.log = watched_steps, watched_log  # of this rank's process, which ends after the test
     place = join(config)
