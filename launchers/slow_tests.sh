@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tests that launchers/test.sh leaves out, as each takes minutes: about 5 minutes on 2 cores.
+# The tests that launchers/test.sh leaves out, as they start servers, launchers or schedulers of their own: about a quarter of an hour on 2 cores.
 # Usage: bash launchers/slow_tests.sh [pytest arguments]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
