@@ -45,7 +45,7 @@ def sample_efficiency(
 
         typer.echo(write_report(root, design))
         return
-        from rto_megatron.data.synthetic import write_models_alone
+    from rto_megatron.data.synthetic import write_models_alone
     from rto_megatron.generation.vllm.start.server import (
         ServerOptions,
         start_server,
