@@ -44,7 +44,6 @@ def train(recipe: Recipe, overrides: Overrides = None) -> None:
         if status_of_stopped_rank():
             raise
         raise typer.Exit(0) from None  # run_status.json tells it from a run that is done
-        raise typer.Exit(0) from None  # run_status.json tells it from a run that is done
     except UserError as error:
         if not is_told_by_launch(config.run.dir, error):
             raise
