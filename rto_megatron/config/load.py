@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
+from rto_megatron.config.facts import facts_of
 from rto_megatron.config.overrides import (
     VARIABLES,
     Override,
@@ -31,7 +32,7 @@ from rto_megatron.config.problems import Origin, all_keys, describe, suggestion
 from rto_megatron.config.recipes import require_recipe
 from rto_megatron.config.reward_code import with_code
 from rto_megatron.config.run_folder import make_run_folder
-from rto_megatron.config.schema import STAGES, ReinforcementStage, Stage
+from rto_megatron.config.schema import STAGES, Stage
 from rto_megatron.errors import RecipeError
 
 Tree = dict[str, object]
@@ -64,9 +65,9 @@ def load_recipe(recipe: Path, overrides: Sequence[str] = ()) -> Stage:
     for key in (*_PATHS_OR_HUB_NAMES, *(f"models.{role}" for role in _MODELS)):
         _make_absolute(tree, key, only_if_present=True)
     config = _validate(STAGES[name], tree, origin)
-    if not isinstance(config, ReinforcementStage):
+    if (online := facts_of(config).online) is None:
         return config
-    return config.model_copy(update={"rewards": with_code(config.rewards)})
+    return online.model_copy(update={"rewards": with_code(online.rewards)})
 
 
 def load_stage[S: Stage](recipe: Path, kind: type[S], overrides: Sequence[str] = ()) -> S:

@@ -7,12 +7,13 @@ import sys
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
+from rto_megatron.config.facts import facts_of
 from rto_megatron.config.rewards import (
     FunctionSource,
     ServiceSource,
     Source,
 )
-from rto_megatron.config.schema import ReinforcementStage, Stage
+from rto_megatron.config.schema import Stage
 from rto_megatron.errors import RecipeError
 
 # Kinds of sources that need a package, which is named as the kind -> the extra that brings it.
@@ -38,7 +39,8 @@ def with_code(sources: tuple[Source, ...]) -> tuple[Source, ...]:
 
 def rewards_of(config: Stage) -> tuple[Source, ...]:
     """The sources of a stage; none where it samples nothing."""
-    return config.rewards if isinstance(config, ReinforcementStage) else ()
+    online = facts_of(config).online
+    return () if online is None else online.rewards
 
 
 def running_code(sources: tuple[Source, ...]) -> list[str]:

@@ -15,10 +15,9 @@ from torch import Tensor
 from rto_megatron.algorithms.groups import informative
 from rto_megatron.algorithms.reinforcement import GroupConfig
 from rto_megatron.config import schema
-from rto_megatron.data.batches import BatchesState
 from rto_megatron.errors import DataError
 from rto_megatron.parallel.topology import Topology
-from rto_megatron.trainer.sampler import KeepAhead, Sampler
+from rto_megatron.trainer.sampler import Sampler, WrappedSampler
 from rto_megatron.trainer.scoring import Roles, close_rollouts
 from rto_megatron.trainer.setup import Setup
 from rto_megatron.types import Metrics, Rollout
@@ -45,7 +44,7 @@ def full_batches(
     return DynamicSampler(sampler, config, algorithm.max_sampling_rounds, scores, setup.topology, record)
 
 
-class DynamicSampler:
+class DynamicSampler(WrappedSampler):
     """Draws several times a step from another sampler, which hands out further prompts each time.
 
     Args:
@@ -66,7 +65,7 @@ class DynamicSampler:
         topology: Topology,
         record: Callable[[Metrics], None],
     ) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._limit = limit
         self._num_groups = config.batch.rollout
         self._group_size = config.algorithm.samples_per_prompt
@@ -130,31 +129,3 @@ class DynamicSampler:
             "trained on. Take prompts that the policy answers well only sometimes, raise algorithm.max_sampling_rounds "
             "or algorithm.samples_per_prompt, lower batch.rollout, or set max_sampling_rounds to null to train on all"
         )
-
-    def begin(self, step: int) -> dict[str, float]:
-        """See `Sampler.begin`."""
-        return self._inner.begin(step)
-
-    def push(self, version: int) -> dict[str, float]:
-        """See `Sampler.push`."""
-        return self._inner.push(version)
-
-    def measured(self) -> Metrics:
-        """See `Sampler.measured`."""
-        return self._inner.measured()
-
-    def state(self) -> BatchesState:
-        """See `Sampler.state`."""
-        return self._inner.state()
-
-    def ahead(self) -> KeepAhead:
-        """See `Sampler.ahead`."""
-        return self._inner.ahead()
-
-    def restore(self, state: BatchesState, ahead: Sequence[Rollout] = ()) -> None:
-        """See `Sampler.restore`."""
-        self._inner.restore(state, ahead)
-
-    def close(self) -> None:
-        """See `Sampler.close`."""
-        self._inner.close()

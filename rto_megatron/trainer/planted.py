@@ -5,12 +5,11 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from rto_megatron.data.batches import BatchesState
 from rto_megatron.generation.contract import RolloutEngine, Sampling
 from rto_megatron.platform import faults
 from rto_megatron.trainer.checked_scores import Scorer
 from rto_megatron.trainer.guard import Guard, LossChange, Update
-from rto_megatron.trainer.sampler import KeepAhead, Sampler
+from rto_megatron.trainer.sampler import WrappedSampler
 from rto_megatron.types import LossOutput, Metrics, Prompt, Rollout, ScoredRollouts
 
 
@@ -31,50 +30,19 @@ class PlantedEngine:
         return rollouts
 
 
-@dataclass(frozen=True)
-class PlantedSampler:
+class PlantedSampler(WrappedSampler):
     """A sampler with faults before and after it draws.
 
     Example:
         PlantedSampler(sampler).draw(step=3)
     """
 
-    inner: Sampler
-
-    def begin(self, step: int) -> dict[str, float]:
-        """See `Sampler.begin`."""
-        return self.inner.begin(step)
-
-    def push(self, version: int) -> dict[str, float]:
-        """See `Sampler.push`."""
-        return self.inner.push(version)
-
     def draw(self, step: int) -> tuple[Rollout, ...]:
         """See `Sampler.draw`."""
         faults.at("before_gen", step + 1)
-        rollouts = self.inner.draw(step)
+        rollouts = super().draw(step)
         faults.at("after_gen", step + 1)
         return rollouts
-
-    def measured(self) -> Metrics:
-        """See `Sampler.measured`."""
-        return self.inner.measured()
-
-    def state(self) -> BatchesState:
-        """See `Sampler.state`."""
-        return self.inner.state()
-
-    def ahead(self) -> KeepAhead:
-        """See `Sampler.ahead`."""
-        return self.inner.ahead()
-
-    def restore(self, state: BatchesState, ahead: Sequence[Rollout] = ()) -> None:
-        """See `Sampler.restore`."""
-        self.inner.restore(state, ahead)
-
-    def close(self) -> None:
-        """See `Sampler.close`."""
-        self.inner.close()
 
 
 class PlantedScorer(Scorer):

@@ -150,10 +150,9 @@ class Run:
         means = {
             **with_margin(reduce_over_replicas(self._metrics, self._topology)),
             **values,
-            **self._compare_ranks(),
             "time/step_s": time.monotonic() - self._begun,
         }
-        means |= derive(means) | self._speed(means["time/step_s"])
+        means |= derive(means) | self._compare_ranks(means["time/step_s"])
         self._metrics = {}
         if self._log is not None:
             self._log.write(self.step + 1, means)
@@ -165,26 +164,26 @@ class Run:
         if self._log is not None:
             self._log.samples(self.step, texts)
 
-    def _speed(self, seconds: float) -> dict[str, float]:
-        """What the models computed in the step, for each rank, and the memory that the fullest rank needed."""
+    def _compare_ranks(self, seconds: float) -> dict[str, float]:
+        """What the models of each rank computed in the step of so many seconds, and how far apart the ranks are.
+
+        A warning is said where the slowest rank is much slower than the median.
+        """
         topology = self._topology
-        found = topology.gather_all((topology.work.take(), peak_memory_gib()), tuple[float, float])
+        own = (self.pace.take(), topology.work.take(), peak_memory_gib())
+        paces, flops, gib = zip(*topology.gather_all(own, tuple[float, float, float]), strict=True)
+        if (text := slow_rank(paces, self.step + 1)) is not None:
+            say(text, topology.is_lead)
+        found = slowest(paces)
         ranks_of_a_replica = topology.world_size // topology.data_size
-        tflops = sum(flops for flops, _ in found) / ranks_of_a_replica / topology.world_size / seconds / 1e12
+        tflops = sum(flops) / ranks_of_a_replica / topology.world_size / seconds / 1e12
         peak = self._config.peak_tflops
         return {
+            **({} if found is None else {RATIO: found[1]}),
             "time/model_tflops": tflops,
-            "memory/peak_gib": max(gib for _, gib in found),
+            "memory/peak_gib": max(gib),
             **({} if peak is None else {"time/mfu": tflops / peak}),
         }
-
-    def _compare_ranks(self) -> dict[str, float]:
-        """How much slower the slowest rank is than the median; a warning where it is much."""
-        seconds = self._topology.gather_all(self.pace.take(), float)
-        if (text := slow_rank(seconds, self.step + 1)) is not None:
-            say(text, self._topology.is_lead)
-        found = slowest(seconds)
-        return {} if found is None else {RATIO: found[1]}
 
     def finish(self, state: LoopState, keep_ahead: Callable[[], tuple[Rollout, ...]] = tuple) -> None:
         """Ends a step and saves when due, or when the run is to stop; all ranks must call it.

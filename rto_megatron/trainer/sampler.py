@@ -150,6 +150,49 @@ class OnPolicySampler:
         self._pool.push.close()
 
 
+class WrappedSampler:
+    """Hands everything to another sampler; a subclass changes how rollouts are drawn.
+
+    Example:
+        WrappedSampler(sampler).draw(step=3)
+    """
+
+    def __init__(self, inner: Sampler) -> None:
+        self._inner = inner
+
+    def begin(self, step: int) -> dict[str, float]:
+        """See `Sampler.begin`."""
+        return self._inner.begin(step)
+
+    def push(self, version: int) -> dict[str, float]:
+        """See `Sampler.push`."""
+        return self._inner.push(version)
+
+    def draw(self, step: int) -> tuple[Rollout, ...]:
+        """See `Sampler.draw`."""
+        return self._inner.draw(step)
+
+    def measured(self) -> Metrics:
+        """See `Sampler.measured`."""
+        return self._inner.measured()
+
+    def state(self) -> BatchesState:
+        """See `Sampler.state`."""
+        return self._inner.state()
+
+    def ahead(self) -> KeepAhead:
+        """See `Sampler.ahead`."""
+        return self._inner.ahead()
+
+    def restore(self, state: BatchesState, ahead: Sequence[Rollout] = ()) -> None:
+        """See `Sampler.restore`."""
+        self._inner.restore(state, ahead)
+
+    def close(self) -> None:
+        """See `Sampler.close`."""
+        self._inner.close()
+
+
 def load_batches(config: schema.ReinforcementStage, setup: Setup) -> Batches[Prompt]:
     """This replica's share of every rollout step's prompts."""
     keeps_columns = reads_columns(config.rewards)

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from rto_megatron.algorithms import ALGORITHMS
 from rto_megatron.algorithms.method import OfflineMethod
 from rto_megatron.config import checks, schema
+from rto_megatron.config.facts import facts_of
 from rto_megatron.config.roles import roles_of
 from rto_megatron.config.run_folder import make_run_folder, open_folder_warning
 from rto_megatron.data.encoder import Limits, Loaded, limits_of
@@ -119,7 +120,8 @@ def setup_problems(config: schema.Stage, sources: Mapping[str, WeightSource], wo
 
 
 def _missing_loggers(config: schema.Stage) -> list[str]:
-    return missing_loggers(config.run.loggers) if isinstance(config, schema.TrainStage) else []
+    training = facts_of(config).training
+    return [] if training is None else missing_loggers(training.run.loggers)
 
 
 def _unlike_vocabularies(config: schema.Stage, shapes: Mapping[str, ModelShape]) -> list[str]:
