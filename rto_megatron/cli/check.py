@@ -14,7 +14,7 @@ from rto_megatron.errors import RecipeError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from rto_megatron.config.plan import StagePlan
+    from rto_megatron.config.plan import RankLayout, StagePlan
     from rto_megatron.config.rewards import Source
     from rto_megatron.config.schema import Stage
     from rto_megatron.planning.local_data import LookedAt
@@ -125,10 +125,9 @@ def _layout_table(plan: "StagePlan", pool_gpus: int) -> Table:
 
     facts, layout, batches = plan.facts, plan.layout, plan.batches
     table = Table("", "", title="layout and batch arithmetic", show_header=False)
-    table.add_row(
-        "trainer ranks",
-        f"{layout.world_size} = tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}",
-    )
+    table.add_row("trainer ranks", f"{layout.world_size} = {_cut(layout)}")
+    for role in plan.config.parallel.roles:
+        table.add_row(f"of them the {role}'s", _cut(plan.layout_of(role)))
     if facts.pool is not None:
         own = "the trainer's GPUs, in turn" if facts.is_colocated else f"{pool_gpus} GPUs of its own"
         where = own if pool_gpus else "one server on the CPU"
@@ -161,6 +160,10 @@ def _layout_table(plan: "StagePlan", pool_gpus: int) -> Table:
             f"{rates.num_updates} optimizer steps, {rates.num_warmup} of warm-up",
         )
     return table
+
+
+def _cut(layout: "RankLayout") -> str:
+    return f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}"
 
 
 def _models_table(plan: "StagePlan", shapes: "Mapping[str, FoundShape]") -> Table:

@@ -103,7 +103,7 @@ def _of_recipe(recipe: Path, overrides: Sequence[str]) -> "list[Finding]":
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return findings
     # Alone, the doctor takes the smallest number of ranks that the layout allows.
-    num_ranks = started if started > 1 else layout_on(config.parallel).replica_ranks
+    num_ranks = started if started > 1 else layout_on(config.parallel).world_size
     findings += findings_of("models", partial(check_models, config, num_ranks))
     findings += findings_of("data", partial(check_data, config))
     findings += findings_of("rewards", partial(check_rewards, rewards_of(config)))

@@ -139,7 +139,7 @@ def _run(
             free_gpus -= len(devices)
         if not prepare(1):
             raise PoolError("the pool's servers ended before a rank was started; their logs say why")
-    model_ranks = layout_on(config.parallel).replica_ranks
+    model_ranks = layout_on(config.parallel).world_size
     num_ranks = ranks or max(1, free_gpus // model_ranks) * model_ranks
     return run_attempts(
         config.run.dir, restarts, stopping, prepare, lambda: start_ranks(num_ranks, arguments)

@@ -95,15 +95,15 @@ def _layout(config: "TrainStage", resume_at: str | None, replicas: int) -> "tupl
 
     own = config.parallel
     if resume_at is None:
-        return own, layout_on(own).replica_ranks * replicas
+        return own, layout_on(own).world_size * replicas
     sizes = resume_at.split("x")
     if len(sizes) != 3 or not all(size.isdigit() and int(size) for size in sizes):
         raise RecipeError(
             f"--resume-at {resume_at}: expected tensor x pipeline x data-parallel size, as in 1x2x1"
         )
     tensor, pipeline, data = map(int, sizes)
-    other = own.model_copy(update={"tensor": tensor, "pipeline": pipeline})
-    return other, layout_on(other).replica_ranks * data
+    other = own.model_copy(update={"tensor": tensor, "pipeline": pipeline, "roles": {}})
+    return other, layout_on(other).world_size * data
 
 
 def run_both(
@@ -127,7 +127,7 @@ def run_both(
     if (root / "whole").exists() or (root / "resumed").exists():
         raise RecipeError(f"--scratch {root} holds the runs of an earlier check; name a new folder")
     whole = whole_run(config, k, root / "whole")
-    train(whole, layout_on(whole.parallel).replica_ranks * replicas)
+    train(whole, layout_on(whole.parallel).world_size * replicas)
     train(resumed_run(whole, k, root / "resumed", parallel), num_ranks)
 
 

@@ -9,7 +9,7 @@ from rto_megatron.algorithms import ALGORITHMS
 from rto_megatron.algorithms.kl_controller import smallest_horizon
 from rto_megatron.algorithms.method import OfflineMethod
 from rto_megatron.config.facts import Facts, facts_of
-from rto_megatron.config.plan import layout_on
+from rto_megatron.config.layout_problems import layout_problems, role_problems
 from rto_megatron.config.reward_checks import reward_problems
 from rto_megatron.config.roles import OPTIONAL_ROLES, allowed_roles, needs_dpo
 from rto_megatron.config.rollouts import RolloutConfig
@@ -28,8 +28,9 @@ def find_problems(
         origin: how the number of ranks came about, if it is not what the user asked for.
     """
     return [
-        *_layout(config, world_size, origin),
-        *model_problems(config),
+        *layout_problems(config, world_size, origin),
+        *(found := model_problems(config)),
+        *([] if found else role_problems(config, world_size)),
         *_lengths(config, max_positions),
         *_kl_horizon(facts_of(config)),
         *(sampling_problems(facts.online) if (facts := facts_of(config)).online is not None else ()),
@@ -59,62 +60,6 @@ def refuse(problems: Iterable[str], kind: type[UserError] = RecipeError) -> None
     lines = [f"  {problem}" for problem in problems]
     if lines:
         raise kind("the configuration cannot work as it stands\n" + "\n".join(lines))
-
-
-def _layout(config: Stage, world_size: int, origin: str) -> list[str]:
-    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
-    problems = []
-    if config.parallel.sequence and tensor == 1:
-        problems.append("parallel.sequence=true needs parallel.tensor > 1; set parallel.sequence=false")
-    replica_ranks = layout_on(config.parallel).replica_ranks
-    if world_size % replica_ranks:
-        problems.append(
-            f"parallel.tensor x parallel.pipeline = {tensor} x {pipeline} = {replica_ranks} "
-            f"does not divide the {world_size} rank{'s' * (world_size > 1)}{f' ({origin})' if origin else ''}; "
-            "start a multiple of it or change the layout"
-        )
-        return problems
-    return problems + _batches(config, layout_on(config.parallel, world_size).data)
-
-
-def _batches(config: Stage, data_parallel: int) -> list[str]:
-    facts = facts_of(config)
-    if facts.training is None:
-        return []
-    batch = facts.training.batch
-    problems = []
-    step = batch.micro * data_parallel
-    if batch.train % step:
-        below = batch.train // step * step
-        nearest = f"{below} or {below + step}" if below else str(step)
-        problems.append(
-            f"batch.train={batch.train} is not a multiple of batch.micro x data-parallel ranks = "
-            f"{batch.micro} x {data_parallel} = {step}, so {batch.train // step} whole micro-batches "
-            f"come out; set batch.train to {nearest}"
-        )
-    return problems + ([] if facts.online is None else _rollouts(facts.online, data_parallel))
-
-
-def _rollouts(config: ReinforcementStage, data_parallel: int) -> list[str]:
-    batch, responses = config.batch, config.responses_per_step
-    problems = []
-    if batch.rollout % data_parallel:
-        problems.append(
-            f"batch.rollout={batch.rollout} is not a multiple of the {data_parallel} data-parallel ranks; "
-            f"set batch.rollout to {(batch.rollout // data_parallel + 1) * data_parallel}"
-        )
-    if responses % batch.train:
-        samples = config.algorithm.samples_per_prompt
-        each = "" if samples == 1 else f" x algorithm.samples_per_prompt={samples}"
-        fits = max(1, responses // batch.train) * batch.train
-        advice = (
-            f"set batch.rollout to {fits // samples}" if fits % samples == 0 else "change one of the three"
-        )
-        problems.append(
-            f"batch.rollout={batch.rollout}{each} is not a multiple of batch.train={batch.train}, so "
-            f"{responses // batch.train} whole updates come out of a rollout step; {advice}"
-        )
-    return problems
 
 
 def model_problems(config: Stage) -> list[str]:

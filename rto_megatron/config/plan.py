@@ -1,5 +1,6 @@
 """What follows from a recipe on a number of ranks, derived once: who reads it need not derive it again."""
 
+import math
 from dataclasses import dataclass
 
 from rto_megatron.config.facts import Facts, facts_of
@@ -31,11 +32,12 @@ class RankLayout:
         return self.replica_ranks * self.data
 
 
-def layout_on(parallel: ParallelConfig, world_size: int | None = None) -> RankLayout:
-    """The layout on so many ranks, rounded down to whole replicas; None: on the fewest."""
-    alone = RankLayout(parallel.tensor, parallel.pipeline, 1)
-    replicas = 1 if world_size is None else world_size // alone.replica_ranks
-    return RankLayout(parallel.tensor, parallel.pipeline, replicas)
+def layout_on(parallel: ParallelConfig, world_size: int | None = None, role: str = "policy") -> RankLayout:
+    """The layout of a role on so many ranks, rounded down to whole replicas; None: on the fewest for all roles."""
+    grid = parallel.grid_of(role)
+    if world_size is None:
+        world_size = math.lcm(parallel.replica_ranks, *(one.replica_ranks for one in parallel.roles.values()))
+    return RankLayout(grid.tensor, grid.pipeline, world_size // grid.replica_ranks)
 
 
 @dataclass(frozen=True)
@@ -64,15 +66,15 @@ class StagePlan:
 
     config: Stage
     facts: Facts
-    layout: RankLayout  # of the job
+    layout: RankLayout  # of the policy, and of every role that names none
     roles: tuple[Role, ...]
     batches: BatchPlan
     has_dpo_reward: bool
 
     def layout_of(self, role: str) -> RankLayout:
-        """Of one model; all roles share the job's today."""
+        """Of one model."""
         assert role in {one.name for one in self.roles}, role
-        return self.layout
+        return layout_on(self.config.parallel, self.layout.world_size, role)
 
 
 def plan_stage(config: Stage, world_size: int) -> StagePlan:

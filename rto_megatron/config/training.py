@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 LoggerName = Literal["tensorboard", "wandb", "swanlab"]
+RoleName = Literal["critic", "reference", "reward", "dpo", "dpo_reference"]
 
 
 class Section(BaseModel):
@@ -107,16 +108,41 @@ class RolloutRunConfig(EvaluatedRunConfig):
     )
 
 
-class ParallelConfig(Section):
-    """Layout of every role; data parallel size is world / (tensor x pipeline).
+class GridConfig(Section):
+    """How a model is cut over all ranks; data parallel size is world / (tensor x pipeline).
 
     Example:
-        parallel: {tensor: 4, pipeline: 2, sequence: true}
+        critic: {tensor: 2, sequence: true}
     """
 
     tensor: int = Field(default=1, ge=1)
     pipeline: int = Field(default=1, ge=1)
     sequence: bool = Field(default=False, description="Megatron sequence parallelism over the tensor ranks")
+
+    @property
+    def replica_ranks(self) -> int:
+        """Ranks that hold the model once."""
+        return self.tensor * self.pipeline
+
+
+class ParallelConfig(GridConfig):
+    """Layout of the policy, and of every role that names none of its own.
+
+    Example:
+        parallel: {tensor: 4, pipeline: 2, sequence: true, roles: {critic: {tensor: 1}}}
+    """
+
+    roles: dict[RoleName, GridConfig] = Field(
+        default={}, description="role -> a layout of its own, on the same ranks; the others have the policy's"
+    )
+
+    def grid_of(self, role: str) -> GridConfig:
+        """How a role is cut."""
+        return next((grid for name, grid in self.roles.items() if name == role), self)
+
+    def key_of(self, role: str) -> str:
+        """The section that says so."""
+        return f"parallel.roles.{role}" if role in self.roles else "parallel"
 
 
 class TrainParallelConfig(ParallelConfig):

@@ -23,6 +23,7 @@ from rto_megatron.models.model_flops import forward_flops
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.models.token_entropy import token_entropies
 from rto_megatron.models.token_logprobs import token_logprobs
+from rto_megatron.parallel.dealing import at_home
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.types import (
     JudgedMicrobatch,
@@ -35,6 +36,7 @@ from rto_megatron.types import (
     ValueScale,
 )
 
+_SUMS = dict[str, tuple[float, float]]
 _TRAINING_FORWARDS = 3  # what a forward with its backward costs
 
 type Microbatch = SupervisedMicrobatch | PairMicrobatch | JudgedMicrobatch | Minibatch
@@ -175,7 +177,8 @@ class TrainedModel:
             reading: what the loss sees; None: log-probs of the targets, or values with a scalar head.
 
         Returns:
-            this replica's sums and counts, on every rank of the replica.
+            this replica's sums and counts, on every rank of the replica; with a layout of the model's own those of all
+            replicas.
 
         Raises:
             PoisonedError: on every rank, when a loss or gradient of any rank is NaN or infinite; nothing was stepped.
@@ -214,7 +217,7 @@ class TrainedModel:
             for key, (total, count) in metrics.items():
                 before = totals.get(key, (0.0, 0.0))
                 totals[key] = (before[0] + total, before[1] + count)
-        return self.topology.last_stage_value(totals, dict[str, tuple[float, float]])
+        return at_home(self.topology.last_stage_value(totals, _SUMS), self.topology)
 
     def _expert_balance(self, num_microbatches: int) -> Metrics:
         """The load-balancing loss before its weight, mean over layers and micro-batches; nothing without one."""
@@ -323,7 +326,7 @@ def _count(model: Model, batches: Sequence[TokenBatch], num_forwards: int) -> No
         for start, last in zip(batch.cu_seqlens, batch.last_positions, strict=False)
     ]
     flops = forward_flops(model.shape, model.has_scalar_head, lengths)
-    model.topology.work.add(num_forwards * flops)
+    model.topology.work.add(num_forwards * flops / model.topology.replica_ranks)
 
 
 def _require_rows(model: Model, batches: Sequence[TokenBatch]) -> None:

@@ -156,7 +156,7 @@ def plan_job(
     """
     refuse([*allocation.problems(), *_folder_problems(config, allocation)])
     _refuse_other_machines(config, allocation)
-    model_ranks = layout_on(config.parallel).replica_ranks
+    model_ranks = layout_on(config.parallel).world_size
     ranks_per_node = allocation.gpus or max(1, model_ranks // allocation.trainer_nodes)
     plan, shapes = judged(
         config, ranks_per_node * allocation.trainer_nodes, assume, _origin(allocation, ranks_per_node)

@@ -2,12 +2,20 @@
 
 from collections.abc import Mapping
 
+from rto_megatron.config.training import ParallelConfig
 from rto_megatron.models.families import FAMILIES
 from rto_megatron.models.shape import ModelShape
 
 
-def check_layout(shape: ModelShape, tensor: int, pipeline: int, where: str) -> list[str]:
-    """Why this model cannot be cut in `tensor` x `pipeline` pieces, one sentence each; empty when it can."""
+def check_layout(
+    shape: ModelShape, tensor: int, pipeline: int, where: str, section: str = "parallel"
+) -> list[str]:
+    """Why this model cannot be cut in `tensor` x `pipeline` pieces, one sentence each; empty when it can.
+
+    Args:
+        where: the model's key.
+        section: the key of the section with `tensor` and `pipeline`.
+    """
     not_run = FAMILIES[shape.family].not_run
     if not_run is not None:
         return [f"{where}: no {shape.family} model can be built here: {not_run}"]
@@ -25,12 +33,12 @@ def check_layout(shape: ModelShape, tensor: int, pipeline: int, where: str) -> l
         if count % tensor:
             allowed = [t for t in (1, 2, 4, 8, 16, 32) if count % t == 0]
             problems.append(
-                f"{where}: parallel.tensor={tensor} does not divide {name}={count}; it can be one of {allowed}"
+                f"{where}: {section}.tensor={tensor} does not divide {name}={count}; it can be one of {allowed}"
             )
     if shape.num_layers % pipeline:
         allowed = [p for p in range(1, shape.num_layers + 1) if shape.num_layers % p == 0]
         problems.append(
-            f"{where}: parallel.pipeline={pipeline} does not divide num_hidden_layers={shape.num_layers}; "
+            f"{where}: {section}.pipeline={pipeline} does not divide num_hidden_layers={shape.num_layers}; "
             f"it can be one of {allowed}"
         )
     return problems
@@ -53,20 +61,22 @@ def check_sampled_ids(vocab_sizes: Mapping[str, int], policy: str) -> list[str]:
 
 
 def check_experts(
-    trained: Mapping[str, ModelShape], tensor: int, sequence: bool, moe_aux_loss_coef: float
+    trained: Mapping[str, ModelShape], parallel: ParallelConfig, moe_aux_loss_coef: float
 ) -> list[str]:
     """Why mixtures of experts cannot be trained as configured, one sentence each.
 
     Args:
-        trained: configuration key -> shape of the models that have an optimizer.
+        trained: role -> shape of the models that have an optimizer.
     """
-    mixtures = [where for where, shape in trained.items() if shape.experts is not None]
-    problems = [
-        f"{where} has experts, which Megatron trains over parallel.tensor={tensor} ranks only with sequence "
-        f"parallelism; set parallel.sequence=true"
-        for where in mixtures
-        if tensor > 1 and not sequence
-    ]
+    mixtures = [role for role, shape in trained.items() if shape.experts is not None]
+    problems = []
+    for role in mixtures:
+        grid, section = parallel.grid_of(role), parallel.key_of(role)
+        if grid.tensor > 1 and not grid.sequence:
+            problems.append(
+                f"models.{role} has experts, which Megatron trains over {section}.tensor={grid.tensor} ranks only with "
+                f"sequence parallelism; set {section}.sequence=true"
+            )
     if moe_aux_loss_coef and not mixtures:
         problems.append(
             f"models.moe_aux_loss_coef={moe_aux_loss_coef} has no effect: no trained model has experts; remove it"

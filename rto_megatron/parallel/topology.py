@@ -1,5 +1,6 @@
 """Who this rank is, and with whom it speaks."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -8,6 +9,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from rto_megatron.config.training import GridConfig, RoleName
 from rto_megatron.errors import SUBJECTS, RecipeError, UserError
 from rto_megatron.parallel import collectives
 from rto_megatron.parallel.groups import make_groups
@@ -19,9 +21,10 @@ from rto_megatron.platform.device import Device
 
 @dataclass(frozen=True)
 class Topology:
-    """The TP x PP x DP layout, shared by all roles, and this rank's place in it.
+    """A TP x PP x DP layout of all ranks, and this rank's place in it.
 
-    A replica is the tensor x pipeline ranks that hold one copy of the models; `data_rank` numbers the replicas.
+    A replica is the tensor x pipeline ranks that hold one copy of a model; `data_rank` numbers the replicas. The job
+    has the policy's layout; a role has it too, or one of its own, which `of` gives.
 
     Example:
         Topology.init(prepare(), tensor=2, pipeline=2, sequence=True, seed=42)
@@ -38,7 +41,11 @@ class Topology:
     sequence_parallel: bool
     # Of the layout, for Megatron's constructors and schedules; a group that was not made raises when it is asked for.
     groups: ProcessGroupCollection = field(default_factory=ProcessGroupCollection, compare=False, repr=False)
-    work: Work = field(default_factory=Work, compare=False)  # of all models of this rank
+    work: Work = field(default_factory=Work, compare=False, repr=False)  # of all models of this rank
+    # Role -> the layout that it has for itself.
+    roles: "Mapping[str, Topology]" = field(default_factory=dict, compare=False, repr=False)
+    # Of a role with a layout of its own, the policy's: from where its data comes and where its numbers are wanted.
+    home: "Topology | None" = field(default=None, compare=False, repr=False)
 
     @classmethod
     def init(
@@ -49,11 +56,13 @@ class Topology:
         sequence: bool,
         seed: int,
         timeout: timedelta = timedelta(minutes=30),
+        roles: Mapping[RoleName, GridConfig] | None = None,
     ) -> "Topology":
         """Joins the process group that the launcher announced in the environment.
 
         Args:
             timeout: of a collective; longer than one rank may let the others wait, such as for rollouts.
+            roles: role -> its own layout; None: all have the one of `tensor` and `pipeline`.
 
         Raises:
             AbsentRanks: not all ranks came.
@@ -61,31 +70,31 @@ class Topology:
         """
         if not dist.is_initialized():
             join_ranks(device.backend, timeout)
-        world = dist.get_world_size()
-        if world % (tensor * pipeline):
-            raise RecipeError(
-                f"{world} ranks were started, but parallel.tensor x parallel.pipeline = {tensor} x {pipeline} = "
-                f"{tensor * pipeline}; start a multiple of {tensor * pipeline} ranks"
-            )
-        groups = make_groups(range(world), tensor, pipeline, timeout)
-        seed_generators(seed, groups.tp.rank())
-        return cls(
-            device=device,
-            rank=dist.get_rank(),
-            tensor_rank=groups.tp.rank(),
-            tensor_size=tensor,
-            pipeline_rank=groups.pp.rank(),
-            pipeline_size=pipeline,
-            data_rank=groups.dp.rank(),
-            data_size=groups.dp.size(),
-            sequence_parallel=sequence and tensor > 1,
-            groups=groups,
-        )
+        grid = GridConfig(tensor=tensor, pipeline=pipeline, sequence=sequence)
+        others: dict[str, Topology] = {}
+        policy = _placed(device, grid, "parallel", timeout, Work(), others, None)
+        seed_generators(seed, policy.tensor_rank)
+        made = {grid: policy}
+        for role, own in (roles or {}).items():
+            if own not in made:
+                section = f"parallel.roles.{role}"
+                made[own] = _placed(device, own, section, timeout, policy.work, {}, policy)
+            others[role] = made[own]
+        return policy
+
+    def of(self, role: str) -> "Topology":
+        """The layout of a role."""
+        return self.roles.get(role, self)
+
+    @property
+    def replica_ranks(self) -> int:
+        """Ranks that hold a model once."""
+        return self.tensor_size * self.pipeline_size
 
     @property
     def world_size(self) -> int:
         """All ranks."""
-        return self.data_size * self.tensor_size * self.pipeline_size
+        return self.data_size * self.replica_ranks
 
     @property
     def is_lead(self) -> bool:
@@ -216,6 +225,40 @@ class Topology:
     def barrier(self) -> None:
         """Waits for all ranks."""
         dist.barrier()
+
+
+def _placed(
+    device: Device,
+    grid: GridConfig,
+    section: str,
+    timeout: timedelta,
+    work: Work,
+    roles: Mapping[str, Topology],
+    home: Topology | None,
+) -> Topology:
+    """This rank's place in a grid over all ranks; all of them must call it, for all grids in one order."""
+    world = dist.get_world_size()
+    if world % grid.replica_ranks:
+        raise RecipeError(
+            f"{world} ranks were started, but {section}.tensor x {section}.pipeline = {grid.tensor} x {grid.pipeline} "
+            f"= {grid.replica_ranks}; start a multiple of {grid.replica_ranks} ranks"
+        )
+    groups = make_groups(range(world), grid.tensor, grid.pipeline, timeout)
+    return Topology(
+        device=device,
+        rank=dist.get_rank(),
+        tensor_rank=groups.tp.rank(),
+        tensor_size=grid.tensor,
+        pipeline_rank=groups.pp.rank(),
+        pipeline_size=grid.pipeline,
+        data_rank=groups.dp.rank(),
+        data_size=groups.dp.size(),
+        sequence_parallel=grid.sequence and grid.tensor > 1,
+        groups=groups,
+        work=work,
+        roles=roles,
+        home=home,
+    )
 
 
 def _last_of(group: dist.ProcessGroup) -> int:

@@ -2,7 +2,7 @@
 
 
 class Work:
-    """Adds up model FLOPs; every rank of a replica counts those of the whole replica.
+    """Adds up model FLOPs; every rank of a replica counts its even share of those of the replica.
 
     Example:
         work.add(2.0e12)

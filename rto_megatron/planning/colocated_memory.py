@@ -196,7 +196,7 @@ def _refuse_overfull(config: SamplingStage, num_ranks: int, pool_tensor: int) ->
     assert config.rollout.gpu_memory_fraction is not None
     memory = torch.cuda.get_device_properties(0).total_memory
     gpu = SharedGpu(memory, config.rollout.gpu_memory_fraction, pool_tensor)
-    plan = plan_stage(config, max(num_ranks, layout_on(config.parallel).replica_ranks))
+    plan = plan_stage(config, max(num_ranks, layout_on(config.parallel).world_size))
     phases = phase_memory(plan, shapes, gpu)
     refuse(memory_problems(config, shapes["policy"].shape, phases, gpu))
 

@@ -26,15 +26,17 @@ def judged(
     refuse(problems)  # the plan below needs a configuration whose parts fit together
     plan = plan_stage(config, world_size)
     roles, shapes = plan.roles, _shapes(plan.roles, assume)
-    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
     limits = {name: found.shape.max_positions for name, found in shapes.items()}
     problems = find_problems(config, world_size, limits, origin)
+    parallel = config.parallel
     for name, found in shapes.items():
-        problems += check_layout(found.shape, tensor, pipeline, f"models.{name}")
-    trained = {f"models.{r.name}": shapes[r.name].shape for r in roles if r.is_trained and r.name in shapes}
+        grid = parallel.grid_of(name)
+        problems += check_layout(
+            found.shape, grid.tensor, grid.pipeline, f"models.{name}", parallel.key_of(name)
+        )
+    trained = {r.name: shapes[r.name].shape for r in roles if r.is_trained and r.name in shapes}
     if all(role.name in shapes for role in roles if role.is_trained):
-        coef = config.models.moe_aux_loss_coef
-        problems += check_experts(trained, tensor, config.parallel.sequence, coef)
+        problems += check_experts(trained, parallel, config.models.moe_aux_loss_coef)
     refuse(problems)
     return plan, shapes
 

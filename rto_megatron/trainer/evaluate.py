@@ -6,7 +6,7 @@ from itertools import batched
 from rto_megatron.algorithms.termination import TruncationPolicy, compared_ban
 from rto_megatron.config import schema
 from rto_megatron.data.loader import load_prompts
-from rto_megatron.data.packing import Layout, response_mask, rollout_batches, rollout_grid
+from rto_megatron.data.packing import Layout, response_mask
 from rto_megatron.engine.build_roles import build_frozen
 from rto_megatron.engine.megatron import Model
 from rto_megatron.errors import DataError
@@ -15,6 +15,7 @@ from rto_megatron.parallel.topology import Topology
 from rto_megatron.reporting.evaluation import Estimate, Evaluation, estimate, save_evaluation
 from rto_megatron.reporting.progress import say
 from rto_megatron.trainer.connected_pool import connect_pool
+from rto_megatron.trainer.dealt_rollouts import DealtRollouts
 from rto_megatron.trainer.known_reward import known_reward
 from rto_megatron.trainer.reward_source import ModelReward
 from rto_megatron.trainer.sampler import sample, sampling
@@ -36,7 +37,8 @@ def evaluate(config: schema.EvaluateStage, topology: Topology) -> None:
     setup = prepare_stage(config, topology)
     table = known_reward("evaluate.true_reward", config.evaluate.true_reward, setup)
     policy = build_frozen("policy", setup.sources["policy"], False, config.precision, topology)
-    reference = build_frozen("reference", setup.sources["reference"], False, config.precision, topology)
+    of_reference = topology.of("reference")
+    reference = build_frozen("reference", setup.sources["reference"], False, config.precision, of_reference)
     loaded = load_prompts(config.data.eval, setup.tokenizer, setup.limits, config.data.eval_samples)
     setup.admit(loaded)
     if len(loaded.items) < topology.data_size:
@@ -60,7 +62,8 @@ def evaluate(config: schema.EvaluateStage, topology: Topology) -> None:
         "tokens": [float(len(r.response_ids)) for r in rollouts],
     }
     if "reward" in setup.sources:
-        reward = build_frozen("reward", setup.sources["reward"], True, config.precision, topology)
+        of_reward = topology.of("reward")
+        reward = build_frozen("reward", setup.sources["reward"], True, config.precision, of_reward)
         source = ModelReward(reward, setup.layout, setup.eos, _AS_SAMPLED)
         values["score"] = source.scores(rollouts).tolist()
     if table is not None:
@@ -92,10 +95,8 @@ def kl_to_reference(
     Args:
         drawn: what the pool sampled from; both models are compared as such.
     """
-    batches = rollout_batches(rollouts, layout, drawn)
-    logp_BR, logp_ref_BR = (
-        rollout_grid(model.token_outputs(batches), batches, rollouts) for model in (policy, reference)
-    )
+    dealt = DealtRollouts(rollouts, layout)
+    logp_BR, logp_ref_BR = (dealt.grid(model, drawn) for model in (policy, reference))
     sums: list[float] = ((logp_BR - logp_ref_BR) * response_mask(rollouts, layout.device)).sum(1).tolist()
     return sums
 

@@ -42,9 +42,11 @@ from rto_megatron.engine.megatron import (
     TrainedModel,
 )
 from rto_megatron.errors import RecipeError
+from rto_megatron.parallel.dealing import shared_out
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.reporting.metrics import add, with_margin
 from rto_megatron.reporting.progress import say
+from rto_megatron.trainer.dealt_rollouts import packed_for
 from rto_megatron.trainer.feed import feed, go_on
 from rto_megatron.trainer.guard import ModelUpdate, NotFiniteError
 from rto_megatron.trainer.model_files import give_own_padding
@@ -147,7 +149,8 @@ def _build(config: schema.OfflineStage, setup: Setup) -> Trainee:
     )  # fmt: skip
     reference = None
     if "reference" in sources:
-        reference = build_frozen("reference", sources["reference"], False, config.precision, setup.topology)
+        of_reference = setup.topology.of("reference")
+        reference = build_frozen("reference", sources["reference"], False, config.precision, of_reference)
     return Trainee(role, model, reference)
 
 
@@ -207,9 +210,11 @@ def evaluate[E: Example, M: Microbatch](
     """
     total: Metrics = {}
     own = examples[topology.data_rank :: topology.data_size]
-    groups = [own] if task.num_evaluated is None else batched(own, task.num_evaluated)
-    for group in groups:
-        microbatches = task.microbatches(group, task.size(examples))  # a coupled one needs every replica
+    most = len(examples[:: topology.data_size])  # of the first replica
+    size = task.num_evaluated or most
+    for start in range(0, most, size):
+        group = own[start : start + size]
+        microbatches = task.microbatches(group, task.size(examples))  # every replica may be needed
         outputs = model.outputs(microbatches, task.reading) if microbatches else []
         with torch.no_grad():
             for output, microbatch in zip(outputs, microbatches, strict=True):
@@ -315,9 +320,13 @@ def _judged(
 def response_logprobs(
     model: Model, answers: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], layout: Layout
 ) -> Tensor:
-    """Summed log-probs of each (prompt ids, response ids), [number of answers], nats, without gradients."""
-    if not answers:
+    """Summed log-probs of each (prompt ids, response ids), [number of answers], nats, without gradients.
+
+    With a layout of the model's own all ranks must call it.
+    """
+    share = shared_out(list(answers), list[tuple[tuple[int, ...], tuple[int, ...]]], model.topology)
+    if not share.items:
         return torch.zeros(0, device=layout.device)
-    sequences = [(prompt_ids + response_ids, len(prompt_ids)) for prompt_ids, response_ids in answers]
-    batches = sequence_batches(sequences, layout)
-    return response_sums(model.token_outputs(batches), batches, sequences)
+    sequences = [(prompt_ids + response_ids, len(prompt_ids)) for prompt_ids, response_ids in share.items]
+    batches = sequence_batches(sequences, packed_for(model.topology, layout))
+    return share.back(response_sums(model.token_outputs(batches), batches, sequences))

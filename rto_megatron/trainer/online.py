@@ -174,8 +174,9 @@ def update(
     lrs: dict[str, float] = {}
     longest, seed = config.sampling.max_response_tokens, config.run.seed + run.step
     steps = optimizer_minibatches(
-        experience, config.algorithm, longest, per_pass, setup.topology, setup.layout, seed
-    )
+        experience, config.algorithm, longest, per_pass, setup.topology, setup.layout, seed,
+        None if roles.critic is None else roles.critic.topology,
+    )  # fmt: skip
     for number, one in enumerate(steps, start=run.step * per_step):
         texts, text_names = pretraining.microbatches() if is_policy_due else ([], [])
         due: list[Update] = []
@@ -184,7 +185,9 @@ def update(
             critic_optimizer, value_loss = facts_of(config).critic_optimizer, algorithm.value_loss
             assert critic_optimizer is not None and value_loss is not None
             rates["lr/critic"] = lr = learning_rate(critic_optimizer, number, total)
-            due.append(ModelUpdate(roles.critic, one.microbatches, value_loss, one.names, lr, is_paced=False))
+            due.append(
+                ModelUpdate(roles.critic, one.of_critic, value_loss, one.critic_names, lr, is_paced=False)
+            )
         if is_policy_due:
             rates["lr/policy"] = lr = learning_rate(config.optimizer, number, total)
             names = [*one.names, *text_names]
@@ -216,13 +219,13 @@ def build_roles(
 
     def trained(name: str, is_scalar: bool, optimizer: OptimizerConfig) -> TrainedModel:
         return build_trained(
-            name, sources[name], is_scalar, precision, optimizer, topology, config.run.seed,
+            name, sources[name], is_scalar, precision, optimizer, topology.of(name), config.run.seed,
             config.parallel.distributed_optimizer, is_head_fresh=name in fresh,
             scale=ValueScale() if name in fresh else None, moe_aux_loss_coef=config.models.moe_aux_loss_coef,
         )  # fmt: skip
 
     def frozen(name: str, is_scalar: bool = False) -> FrozenModel:
-        return build_frozen(name, sources[name], is_scalar, precision, topology)
+        return build_frozen(name, sources[name], is_scalar, precision, topology.of(name))
 
     def reward_model() -> RewardSource:
         return ModelReward(frozen("reward", True), setup.layout, setup.eos, config.algorithm.truncated)

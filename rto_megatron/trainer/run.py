@@ -175,8 +175,7 @@ class Run:
         if (text := slow_rank(paces, self.step + 1)) is not None:
             say(text, topology.is_lead)
         found = slowest(paces)
-        ranks_of_a_replica = topology.world_size // topology.data_size
-        tflops = sum(flops) / ranks_of_a_replica / topology.world_size / seconds / 1e12
+        tflops = sum(flops) / topology.world_size / seconds / 1e12
         peak = self._config.peak_tflops
         return {
             **({} if found is None else {RATIO: found[1]}),

@@ -103,12 +103,14 @@ def setup_problems(config: schema.Stage, sources: Mapping[str, WeightSource], wo
         *(
             problem
             for role, shape in shapes.items()
-            for problem in check_layout(shape, parallel.tensor, parallel.pipeline, f"models.{role}")
+            for grid in [parallel.grid_of(role)]
+            for problem in check_layout(
+                shape, grid.tensor, grid.pipeline, f"models.{role}", parallel.key_of(role)
+            )
         ),
         *check_experts(
-            {f"models.{role.name}": shapes[role.name] for role in roles_of(config) if role.is_trained},
-            parallel.tensor,
-            parallel.sequence,
+            {role.name: shapes[role.name] for role in roles_of(config) if role.is_trained},
+            parallel,
             config.models.moe_aux_loss_coef,
         ),
         *_unlike_vocabularies(config, shapes),

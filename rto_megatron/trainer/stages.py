@@ -89,7 +89,15 @@ def ranks(
     for key, value in alone.items():
         os.environ.setdefault(key, value)
     try:
-        yield Topology.init(device, parallel.tensor, parallel.pipeline, parallel.sequence, seed, timeout)
+        yield Topology.init(
+            device,
+            parallel.tensor,
+            parallel.pipeline,
+            parallel.sequence,
+            seed,
+            timeout,
+            parallel.roles,
+        )
     except UserError:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from itertools import batched
 
 from rto_megatron.algorithms import reinforcement
-from rto_megatron.algorithms.losses import weighting_of
+from rto_megatron.algorithms.losses import Weighting, weighting_of
 from rto_megatron.data.packing import Layout, minibatches
 from rto_megatron.engine.finite import EmptyUpdateError, refuse_together
 from rto_megatron.parallel.topology import Topology
+from rto_megatron.trainer.dealt_rollouts import experience_of_all, packed_for
 from rto_megatron.types import Experience, Minibatch
 
 
@@ -18,11 +19,13 @@ class OptimizerStep:
     """This replica's share of one optimizer step.
 
     Example:
-        OptimizerStep(microbatches, names, is_empty=False)
+        OptimizerStep(microbatches, names, microbatches, names, is_empty=False)
     """
 
     microbatches: list[Minibatch]
     names: list[list[str]]  # ids of the samples of each micro-batch
+    of_critic: list[Minibatch]  # what its replica reads: others, where it has a layout of its own
+    critic_names: list[list[str]]
     is_empty: bool  # the truncation policy left no replica a token to train on
 
 
@@ -34,6 +37,7 @@ def optimizer_minibatches(
     topology: Topology,
     layout: Layout,
     seed: int,
+    critic: Topology | None = None,
 ) -> Iterator[OptimizerStep]:
     """The micro-batches of each optimizer step; equally many steps on every replica.
 
@@ -46,7 +50,10 @@ def optimizer_minibatches(
         max_response_tokens: the longest response that could be sampled; in the denominator of `constant` weights.
         num_minibatches: optimizer steps per pass; divides the rollouts of every replica.
         seed: of the shuffles.
+        critic: its layout; None: the policy's.
     """
+    reader = critic or topology
+    everyone = experience if reader.home is None else experience_of_all(experience, topology)
     weighting = weighting_of(config.loss_weights, max_response_tokens)
     size = len(experience.rollouts) // num_minibatches
     order = list(range(size * num_minibatches))
@@ -57,10 +64,23 @@ def optimizer_minibatches(
             rows = order[start : start + size]
             mask_BR = experience.mask_BR[rows]
             total = float(topology.dp_sum(weighting.count(mask_BR)))
-            weights_BR = experience.mask_BR.new_zeros(experience.mask_BR.shape)
-            weights_BR[rows] = weighting.weights(mask_BR, total)
-            microbatches = minibatches(experience, weights_BR, rows, layout)
-            yield OptimizerStep(microbatches, _names(experience, rows, layout.micro), is_empty=total == 0)
+            own = of_critic = _microbatches(experience, rows, weighting, total, layout)
+            if reader.home is not None:
+                starts = range(0, len(everyone.rollouts), len(experience.rollouts))
+                share = [start + row for start in starts for row in rows][
+                    reader.data_rank :: reader.data_size
+                ]
+                of_critic = _microbatches(everyone, share, weighting, total, packed_for(reader, layout))
+            yield OptimizerStep(*own, *of_critic, is_empty=total == 0)
+
+
+def _microbatches(
+    experience: Experience, rows: Sequence[int], weighting: Weighting, total: float, layout: Layout
+) -> tuple[list[Minibatch], list[list[str]]]:
+    """Micro-batches of some rows, and the ids of the samples of each."""
+    weights_BR = experience.mask_BR.new_zeros(experience.mask_BR.shape)
+    weights_BR[rows] = weighting.weights(experience.mask_BR[rows], total)
+    return minibatches(experience, weights_BR, rows, layout), _names(experience, rows, layout.micro)
 
 
 def require_tokens(step: OptimizerStep, topology: Topology) -> None:

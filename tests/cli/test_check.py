@@ -56,6 +56,14 @@ def test_layout_arithmetic_and_place_of_each_model_are_shown() -> None:
     assert "8,030.3 M" in output
 
 
+def test_the_layout_of_a_role_is_shown_and_counts_in_its_memory() -> None:
+    """A critic of 1,235.8 M parameters, whole on each of 4 ranks: 6 + 12 / 4 bytes a parameter, 10.4 GiB."""
+    output = check(str(RECIPES / "llama3_8b" / "rto_roles.yaml"), "--gpus", "8")
+    assert "of them the critic's │ tensor 1 x pipeline 1 x data 4" in output
+    (row,) = (line for line in output.splitlines() if "critic " in line and "trained" in line)
+    assert "1,235.8 M │ 1,235.8 M │        10.4 GiB" in row
+
+
 def test_what_is_ahead_is_shown() -> None:
     output = check(str(RECIPES / "llama3_8b" / "rto_ahead.yaml"), "--gpus", "8", "rollout.ahead=2")
     assert "receives the policy's weights after every 2 steps" in output

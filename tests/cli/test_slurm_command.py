@@ -119,6 +119,11 @@ def test_ranks_of_a_job_without_gpus_are_those_of_the_layout(tmp_path: Path) -> 
     assert job.ranks_per_node == 2 and "#SBATCH --gpus-per-node" not in job.write().read_text()
 
 
+def test_a_job_without_gpus_has_ranks_for_every_role(tmp_path: Path) -> None:
+    keys = ("parallel.tensor=2", "parallel.roles.reference.tensor=4")
+    assert plan("dpo", Allocation(2), f"vars.root={tmp_path}", *keys).ranks_per_node == 2
+
+
 def test_a_container_sees_the_checkout_and_the_run(tmp_path: Path) -> None:
     asked = Allocation(2, gpus_per_node=8, container="img.sqsh", mounts=("/data",))
     (options,) = re.findall(
@@ -146,6 +151,7 @@ def test_a_container_sees_the_checkout_and_the_run(tmp_path: Path) -> None:
         ("rto", Allocation(4, 3, 8), (), 16, "takes 2 nodes of 8 GPUs for each server, and --pool-nodes 3"),
         ("rto", Allocation(12, 8, 8), (), 64, "does not divide the policy's 32 attention heads"),
         ("sft", Allocation(3, 0, 8), ("parallel.tensor=16",), 1, "does not divide the 24 ranks"),
+        ("rto", EIGHT, ("parallel.roles.critic.tensor=3",), 1, "3 x 1 = 3 does not divide the 16 ranks"),
     ],
 )
 def test_what_cannot_work_is_refused(

@@ -61,17 +61,18 @@ class Case:
     layout: str = "one"
     packed: bool = True
     options: str = ""  # of OPTIONS
+    roles: str = ""  # of ROLES
 
     @property
     def folder(self) -> str:
         """The name of the run's folder."""
-        options = f"-{self.options}" if self.options else ""
+        options = "".join(f"-{one}" for one in (self.options, self.roles) if one)
         return f"{self.stage}-{self.layout}-{'packed' if self.packed else 'padded'}{options}"
 
     @property
     def oracle(self) -> "Case":
         """The same on one rank."""
-        return replace(self, layout="one", packed=True)
+        return replace(self, layout="one", packed=True, roles="")
 
 
 OPTIONS: Mapping[str, Mapping[str, object]] = {
@@ -90,6 +91,23 @@ OPTIONS: Mapping[str, Mapping[str, object]] = {
         "sampling__min_response_tokens": 5,
     },
 }
+# Layouts of single roles, beside that of the policy.
+ROLES: Mapping[str, Mapping[str, Mapping[str, object]]] = {
+    "": {},
+    "critic_dp": {"critic": {}},
+    "critic_tp": {"critic": {"tensor": 2}},
+    "reward_tp": {"reward": {"tensor": 2}},
+    "reference_tp": {"reference": {"tensor": 2, "sequence": True}},
+    "frozen": {"reference": {"tensor": 2, "sequence": True}, "dpo": {"pipeline": 2}, "reward": {}},
+}
+WITH_ROLES = [
+    *(Case(stage, "tp2", roles="critic_dp") for stage in ("rto", "ppo")),
+    *(Case(stage, "pp2", roles="reward_tp") for stage in ("rto", "ppo")),
+    *(Case(stage, "dp2", roles="critic_tp") for stage in ("rto", "ppo")),
+    *(Case(stage, "tp2_pp2", roles="critic_dp") for stage in ("rto", "ppo")),
+    Case("rto", "dp2", packed=False, roles="frozen"),
+    Case("kto", "dp2", roles="reference_tp"),
+]
 # Methods that compare groups run with RTO's token reward: without it their advantages are a part of these.
 GROUPED = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo")
 # The reference's hidden states are gathered under sequence parallelism, and padded rows are longer than their answers.
@@ -123,6 +141,7 @@ CASES = [
     *(Case(stage, layout, options=options) for layout in METHODS_AT for stage, options in WITH_OPTIONS),
     Case("rto", packed=False, options="capped"),
     Case("rto", packed=False, options="entropy"),
+    *WITH_ROLES,
 ]
 ON_ONE_RANK = [*map(Case, ALGORITHMS), *(Case(stage, options=options) for stage, options in WITH_OPTIONS)]
 
@@ -146,7 +165,7 @@ def _configuration(case: Case, root: Path) -> Stage:
         keys["models__reference"] = root / "models/dpo"
     if case.stage == "semi_rto":  # the tiny language has no punctuation
         keys["algorithm__delimiters"] = ("e",)
-    keys |= OPTIONS[case.options]
+    keys |= {**OPTIONS[case.options], "parallel__roles": ROLES[case.roles]}
     return configure(case.stage, root, root / case.folder, case.layout, **keys)
 
 
@@ -225,6 +244,22 @@ def test_a_step_moves_the_weights_as_on_one_rank(case: Case, root: Path) -> None
     assert min(moved.values()) > 2e-3, "moves too little to compare: choose another LR"
     assert apart[worst] < 1e-5, worst
     assert of_weights < 1e-6
+
+
+@pytest.mark.parametrize("case", WITH_ROLES, ids=lambda case: case.folder)
+def test_a_step_measures_what_it_does_on_one_rank(case: Case, root: Path) -> None:
+    for one in (case, case.oracle):
+        _weights(one, root)
+    (got,), (want,) = (_of_models(read_metrics(root / one.folder)) for one in (case, case.oracle))
+    assert got == pytest.approx(want, rel=1e-4, abs=1e-6)
+
+
+def _of_models(steps: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """Metrics of a run without those of the machine."""
+    return [
+        {name: value for name, value in step.items() if not name.startswith(("time/", "memory/"))}
+        for step in steps
+    ]
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:

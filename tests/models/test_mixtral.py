@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM, MixtralForSequenceClassification
 
 from rto_megatron.algorithms import sft
-from rto_megatron.config.training import OptimizerConfig, PrecisionConfig
+from rto_megatron.config.training import GridConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
 from rto_megatron.data.packing import Layout, supervised_microbatches, token_batch
 from rto_megatron.engine.build_roles import build_trained
 from rto_megatron.engine.export import export_hf
@@ -162,10 +162,14 @@ def test_export_loads_in_transformers_with_the_same_log_probs(folder: Path, tmp_
 
 
 def test_what_cannot_be_trained_is_said(folder: Path) -> None:
-    shapes = {"models.policy": read_shape(folder / "language")}
-    assert check_experts(shapes, 2, True, COEF) == check_experts(shapes, 1, False, 0.0) == []
-    assert "set parallel.sequence=true" in check_experts(shapes, 2, False, COEF)[0]
-    assert "no trained model has experts" in check_experts({}, 1, False, COEF)[0]
+    shapes = {"policy": read_shape(folder / "language")}
+    sound, alone = ParallelConfig(tensor=2, sequence=True), ParallelConfig()
+    assert check_experts(shapes, sound, COEF) == check_experts(shapes, alone, 0.0) == []
+    assert "set parallel.sequence=true" in check_experts(shapes, ParallelConfig(tensor=2), COEF)[0]
+    assert "no trained model has experts" in check_experts({}, alone, COEF)[0]
+    of_critic = ParallelConfig(tensor=2, sequence=True, roles={"critic": GridConfig(tensor=2)})
+    (problem,) = check_experts({**shapes, "critic": shapes["policy"]}, of_critic, COEF)
+    assert "models.critic" in problem and "set parallel.roles.critic.sequence=true" in problem
 
 
 def test_a_sliding_window_that_would_cut_is_refused(tmp_path: Path) -> None:

@@ -3,16 +3,22 @@
 from pathlib import Path
 
 import pytest
-from engine.layouts import LAYOUTS
+from engine.fixed_rollouts import rollouts
+from engine.layouts import LAYOUTS, frozen
 from ranks import run_ranks
 from trainer.tiny_runs import configure, join, train
 
 from rto_megatron.config.schema import EvaluateStage
+from rto_megatron.config.training import GridConfig, RoleName
+from rto_megatron.data.packing import Layout
 from rto_megatron.data.tokenizer import tokenizer_fingerprint
 from rto_megatron.data.true_reward import TrueReward
 from rto_megatron.errors import UserError
+from rto_megatron.parallel.topology import Topology
+from rto_megatron.platform.device import prepare
 from rto_megatron.reporting.metrics import read_metrics
-from rto_megatron.trainer.evaluate import evaluate
+from rto_megatron.trainer.evaluate import evaluate, kl_to_reference
+from rto_megatron.types import WHOLE
 
 
 def _config(files: Path, run_dir: Path, num_prompts: int, true_reward: Path | None = None) -> EvaluateStage:
@@ -57,6 +63,23 @@ def test_a_true_reward_of_another_tokenizer_is_refused_before_sampling(files: Pa
         answers += run_ranks(1, _evaluate, _config(files, tmp_path, 2, path))
     assert f"{path} was written for another tokenizer than the one in {files / 'models/policy'}" in answers[0]
     assert "token_file is not set" in answers[1]  # the pool, which this configuration does not name
+
+
+def _kl(files: Path, num_replicas: int, roles: dict[RoleName, GridConfig]) -> list[float]:
+    place = Topology.init(prepare(), tensor=1, pipeline=1, sequence=False, seed=1, roles=roles)
+    policy = frozen(place, files / "models/policy", is_scalar=False)
+    reference = frozen(place.of("reference"), files / "models/reference", is_scalar=False)
+    own = rollouts()[place.data_rank :: num_replicas]
+    layout = Layout(2, True, place.row_multiple, place.device.torch_device)
+    return kl_to_reference(own, policy, reference, layout, WHOLE)
+
+
+def test_the_kl_to_a_reference_of_another_layout_is_that_of_one_rank(files: Path) -> None:
+    (alone,) = run_ranks(1, _kl, files, 1, {})
+    for rank, found in enumerate(
+        run_ranks(2, _kl, files, 2, {"reference": GridConfig(tensor=2, sequence=True)})
+    ):
+        assert found == pytest.approx(alone[rank::2], rel=1e-4)
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo"])

@@ -42,6 +42,23 @@ def test_kto_trains_and_evaluates_on_verdicts(files: Path, tmp_path: Path) -> No
     assert "eval/loss" in entry
 
 
+def test_a_reference_of_another_layout_is_asked_when_one_replica_has_no_pairs_left(
+    files: Path, tmp_path: Path
+) -> None:
+    # Sixteen pairs are evaluated at a time, and the second of two replicas holds no more of the 33.
+    rows = (files / "pairs.jsonl").read_text().splitlines(keepends=True)
+    held_out = tmp_path / "eval.jsonl"
+    held_out.write_text("".join((rows * 2)[:33]))
+    keys = {"data__eval": str(held_out), "data__eval_samples": 33, "run__steps": 1, "batch__micro": 1}
+    of_reference = {"parallel__roles": {"reference": {"tensor": 2}}}
+    one = configure("dpo", files, tmp_path / "one", **keys)
+    two = configure("dpo", files, tmp_path / "dp2", "dp2", **keys, **of_reference)
+    assert run_ranks(1, train, one, timeout_seconds=60) == [None]
+    assert run_ranks(2, train, two, timeout_seconds=60) == [None] * 2
+    losses = [read_metrics(tmp_path / layout)[-1]["eval/loss"] for layout in ("one", "dp2")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 @pytest.mark.parametrize("stage", ["dpo", "tdpo", "kto"])
 def test_fewer_held_out_examples_than_replicas_are_evaluated(stage: str, files: Path, tmp_path: Path) -> None:
     # KTO needs two prompts for its baseline, and then one of three replicas has no answer.

@@ -102,6 +102,10 @@ CASES = {
             "algorithm__pool_importance_cap": 2.0,
         },
     ),
+    "tp2-critic-and-reward-dp2-sharded": (
+        "tp2",
+        {"parallel__roles": {"critic": {}, "reward": {}}, "parallel__distributed_optimizer": True},
+    ),
     "bf16-dp2-sharded": ("dp2", {"parallel__distributed_optimizer": True, "precision__dtype": "bf16"}),
 }
 

@@ -82,6 +82,7 @@ def test_the_command_finds_a_resumed_rto_run_equal(files: Path, tmp_path: Path) 
         ("dpo", "tp2", 1, (1, 1, 2), {}),
         # What two replicas had ahead is taken by one.
         ("rto", "one", 2, (1, 2, 1), {"rollout__ahead": 1, "algorithm__pool_importance_cap": 2.0}),
+        ("rto", "tp2", 1, (1, 2, 1), {"parallel__roles": {"critic": {}}}),
     ],
 )
 def test_a_resumed_run_keeps_everything_at_its_own_layout_and_nearly_at_another(
@@ -98,7 +99,7 @@ def test_a_resumed_run_keeps_everything_at_its_own_layout_and_nearly_at_another(
     parallel, num_ranks = config.parallel, config.parallel.tensor * replicas
     if resume_at is not None:
         tensor, pipeline, data = resume_at
-        parallel = parallel.model_copy(update={"tensor": tensor, "pipeline": pipeline})
+        parallel = parallel.model_copy(update={"tensor": tensor, "pipeline": pipeline, "roles": {}})
         num_ranks = tensor * pipeline * data
     run_both(config, 1, replicas, parallel, num_ranks, tmp_path, _train)
     judge, tolerance = (compare, 0.0) if resume_at is None else (compare_layouts, 0.02)

@@ -24,11 +24,14 @@ def _train(config: ReinforcementStage) -> None:
     train_online(config, join(config))
 
 
-@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2", "tp2_pp2_sp"])
+@pytest.mark.parametrize(
+    ("layout", "roles"),
+    [("tp2", {}), ("pp2", {}), ("dp2", {}), ("tp2_pp2_sp", {"critic": {"tensor": 2}, "reward": {}})],
+)
 def test_the_pool_samples_with_the_weights_of_every_step(
-    layout: str, pool_files: Path, pool_server: PoolServer, tmp_path: Path
+    layout: str, roles: dict[str, object], pool_files: Path, pool_server: PoolServer, tmp_path: Path
 ) -> None:
-    config = three_steps(tmp_path / "run", pool_files, pool_server, layout)
+    config = three_steps(tmp_path / "run", pool_files, pool_server, layout, parallel__roles=roles)
     run_ranks(LAYOUTS[layout][0], _train, config)
     require_served(tmp_path / "run", pool_files, pool_server)
 

@@ -155,7 +155,12 @@ def join(config: Stage) -> Topology:
     """This rank's place in the configuration's layout."""
     parallel = config.parallel
     return Topology.init(
-        prepare(), parallel.tensor, parallel.pipeline, parallel.sequence, seed=config.run.seed
+        prepare(),
+        parallel.tensor,
+        parallel.pipeline,
+        parallel.sequence,
+        seed=config.run.seed,
+        roles=parallel.roles,
     )
 
 

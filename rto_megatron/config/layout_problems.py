@@ -1,0 +1,142 @@
+"""Why layouts and batches do not fit the ranks and each other."""
+
+from rto_megatron.algorithms import ALGORITHMS
+from rto_megatron.algorithms.method import OfflineMethod
+from rto_megatron.config.facts import facts_of
+from rto_megatron.config.plan import layout_on
+from rto_megatron.config.roles import Role, allowed_roles, roles_of
+from rto_megatron.config.schema import ReinforcementStage, Stage
+
+
+def layout_problems(config: Stage, world_size: int, origin: str) -> list[str]:
+    """Of the policy's layout; see `checks.find_problems`."""
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    problems = []
+    if config.parallel.sequence and tensor == 1:
+        problems.append("parallel.sequence=true needs parallel.tensor > 1; set parallel.sequence=false")
+    replica_ranks = config.parallel.replica_ranks
+    if world_size % replica_ranks:
+        problems.append(
+            f"parallel.tensor x parallel.pipeline = {tensor} x {pipeline} = {replica_ranks} "
+            f"does not divide the {_ranks(world_size)}{f' ({origin})' if origin else ''}; "
+            "start a multiple of it or change the layout"
+        )
+        return problems
+    return problems + _batches(config, layout_on(config.parallel, world_size).data)
+
+
+def role_problems(config: Stage, world_size: int) -> list[str]:
+    """Of the layouts that roles have for themselves; valid only where `checks.model_problems` finds nothing."""
+    loaded = {role.name: role for role in roles_of(config)}
+    problems = []
+    for name in config.parallel.roles:
+        role, key = loaded.get(name), f"parallel.roles.{name}"
+        if role is None:
+            used = [one for one in allowed_roles(config) if one in loaded and one != "policy"]
+            those = (
+                f"it has the roles {', '.join(used)} beside the policy" if used else "it has the policy alone"
+            )
+            problems.append(
+                f"{key} has no effect: stage {config.stage} loads no model of this role, {those}; remove it"
+            )
+        elif role.shares is not None:
+            problems.append(
+                f"{key} has no effect: models.{name} is the model of models.{role.shares}, which is loaded once; "
+                f"remove it, or set parallel.roles.{role.shares}"
+            )
+        else:
+            problems += _role(config, role, world_size)
+    return problems
+
+
+def _role(config: Stage, role: Role, world_size: int) -> list[str]:
+    key, grid = config.parallel.key_of(role.name), config.parallel.grid_of(role.name)
+    problems = []
+    if grid.sequence and grid.tensor == 1:
+        problems.append(f"{key}.sequence=true needs {key}.tensor > 1; set {key}.sequence=false")
+    method = ALGORITHMS.get(config.stage)
+    if isinstance(method, OfflineMethod) and method.outputs == "divergence":
+        problems.append(
+            f"{key}: stage {config.stage} compares whole distributions where they lie, so its reference has the "
+            "policy's layout; remove it"
+        )
+    if world_size % grid.replica_ranks:
+        fits = [n for n in range(1, world_size + 1) if world_size % (n * grid.pipeline) == 0]
+        nearest = min(fits, key=lambda n: abs(n - grid.tensor), default=None)
+        advice = f"set {key}.pipeline to 1" if nearest is None else f"set {key}.tensor to {nearest}"
+        problems.append(
+            f"{key}.tensor x {key}.pipeline = {grid.tensor} x {grid.pipeline} = {grid.replica_ranks} does not divide "
+            f"the {_ranks(world_size)}, all of which hold the {role.name}; {advice}, or start another number"
+        )
+        return problems
+    return problems + _shares(config, role, world_size // grid.replica_ranks)
+
+
+def _shares(config: Stage, role: Role, replicas: int) -> list[str]:
+    """Whether the sequences of a step can be shared out evenly over the replicas of a role."""
+    facts = facts_of(config)
+    if facts.online is None:
+        return []
+    batch, responses = facts.online.batch, facts.online.responses_per_step
+    whole, step = f"{replicas} data-parallel ranks of the {role.name}", batch.micro * replicas
+    if role.is_trained and batch.train % step:
+        return [
+            f"batch.train={batch.train} is not a multiple of batch.micro x the {whole} = {batch.micro} x {replicas} = "
+            f"{step}; set batch.train to {_next_multiple(batch.train, step)}, or give "
+            f"{config.parallel.key_of(role.name)} more tensor or pipeline ranks"
+        ]
+    if responses % replicas:
+        return [
+            f"the {responses} responses of a rollout step are not a multiple of the {whole}; set batch.rollout to "
+            f"{_next_multiple(batch.rollout, replicas)}, or give {config.parallel.key_of(role.name)} more tensor or "
+            "pipeline ranks"
+        ]
+    return []
+
+
+def _next_multiple(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
+def _ranks(number: int) -> str:
+    return f"{number} rank{'s' * (number > 1)}"
+
+
+def _batches(config: Stage, data_parallel: int) -> list[str]:
+    facts = facts_of(config)
+    if facts.training is None:
+        return []
+    batch = facts.training.batch
+    problems = []
+    step = batch.micro * data_parallel
+    if batch.train % step:
+        below = batch.train // step * step
+        nearest = f"{below} or {below + step}" if below else str(step)
+        problems.append(
+            f"batch.train={batch.train} is not a multiple of batch.micro x data-parallel ranks = "
+            f"{batch.micro} x {data_parallel} = {step}, so {batch.train // step} whole micro-batches "
+            f"come out; set batch.train to {nearest}"
+        )
+    return problems + ([] if facts.online is None else _rollouts(facts.online, data_parallel))
+
+
+def _rollouts(config: ReinforcementStage, data_parallel: int) -> list[str]:
+    batch, responses = config.batch, config.responses_per_step
+    problems = []
+    if batch.rollout % data_parallel:
+        problems.append(
+            f"batch.rollout={batch.rollout} is not a multiple of the {data_parallel} data-parallel ranks; "
+            f"set batch.rollout to {(batch.rollout // data_parallel + 1) * data_parallel}"
+        )
+    if responses % batch.train:
+        samples = config.algorithm.samples_per_prompt
+        each = "" if samples == 1 else f" x algorithm.samples_per_prompt={samples}"
+        fits = max(1, responses // batch.train) * batch.train
+        advice = (
+            f"set batch.rollout to {fits // samples}" if fits % samples == 0 else "change one of the three"
+        )
+        problems.append(
+            f"batch.rollout={batch.rollout}{each} is not a multiple of batch.train={batch.train}, so "
+            f"{responses // batch.train} whole updates come out of a rollout step; {advice}"
+        )
+    return problems

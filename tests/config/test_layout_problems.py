@@ -1,0 +1,100 @@
+"""Layouts of single roles that cannot work are refused, with the numbers and the nearest that does."""
+
+from pathlib import Path
+
+import pytest
+
+from rto_megatron.config.checks import find_problems
+from rto_megatron.config.load import dump, load_recipe
+from rto_megatron.config.plan import layout_on, plan_stage
+from rto_megatron.config.schema import Stage
+from rto_megatron.errors import RecipeError
+
+RECIPES = Path(__file__).parents[2] / "launchers" / "recipes" / "llama3_8b"
+
+
+def rto(*overrides: str) -> Stage:
+    return load_recipe(RECIPES / "rto_roles.yaml", overrides)
+
+
+@pytest.mark.parametrize(
+    ("config", "world_size", "parts"),
+    [
+        (
+            rto("parallel.roles.critic.tensor=3"),
+            4,
+            ["parallel.roles.critic.tensor x", "3 x 1 = 3 does not divide the 4 ranks", "critic.tensor to 2"],
+        ),
+        (
+            rto("parallel.roles.reward.pipeline=8"),
+            4,
+            ["1 x 8 = 8", "set parallel.roles.reward.pipeline to 1"],
+        ),
+        (rto("parallel.roles.critic.sequence=true"), 4, ["needs parallel.roles.critic.tensor > 1"]),
+        (
+            rto("batch.train=64", "batch.micro=32", "batch.rollout=64"),
+            4,
+            ["micro x the 4 data-parallel ranks of the critic = 32 x 4 = 128; set batch.train to 128"],
+        ),
+        (
+            rto("batch.train=2", "batch.rollout=6", "parallel.roles.critic.tensor=2"),
+            4,
+            ["6 responses", "the 4 data-parallel ranks of the reward; set batch.rollout to 8"],
+        ),
+        (
+            load_recipe(RECIPES / "grpo.yaml", ["parallel.roles.critic.tensor=2"]),
+            4,
+            ["parallel.roles.critic has no effect", "it has the roles reference, reward beside the policy"],
+        ),
+        (
+            load_recipe(RECIPES / "sft.yaml", ["parallel.roles.reference.tensor=2"]),
+            8,
+            ["parallel.roles.reference has no effect", "it has the policy alone"],
+        ),
+        (
+            rto("parallel.roles.dpo_reference.tensor=2"),
+            4,
+            ["the model of models.reference", "or set parallel.roles.reference"],
+        ),
+        (
+            load_recipe(RECIPES / "tdpo.yaml", ["parallel.roles.reference.tensor=2"]),
+            8,
+            ["stage tdpo compares whole distributions", "remove it"],
+        ),
+    ],
+)
+def test_a_layout_of_a_role_that_cannot_work_is_refused(
+    config: Stage, world_size: int, parts: list[str]
+) -> None:
+    (problem,) = find_problems(config, world_size, {})
+    for part in parts:
+        assert part in problem
+
+
+def test_a_role_that_does_not_exist_and_the_policy_are_no_keys() -> None:
+    for role in ("policy", "criticc"):
+        with pytest.raises(
+            RecipeError, match="must be 'critic', 'reference', 'reward', 'dpo' or 'dpo_reference'"
+        ):
+            rto(f"parallel.roles.{role}.tensor=2")
+    with pytest.raises(RecipeError, match=r"did you mean parallel\.roles\.critic\.tensor"):
+        rto("parallel.roles.critic.tensr=2")
+
+
+def test_the_fewest_ranks_hold_every_role() -> None:
+    config = rto("parallel.tensor=4", "parallel.roles.critic={tensor: 3, pipeline: 2}")
+    assert layout_on(config.parallel).world_size == 12
+    plan = plan_stage(config, 12)
+    sizes = {role: plan.layout_of(role) for role in ("policy", "critic", "reward", "reference")}
+    assert {role: (one.tensor, one.pipeline, one.data) for role, one in sizes.items()} == {
+        "policy": (4, 1, 3),
+        "critic": (3, 2, 2),
+        "reward": (1, 1, 12),
+        "reference": (4, 1, 3),
+    }
+
+
+def test_layouts_of_roles_come_back_from_a_saved_configuration(tmp_path: Path) -> None:
+    config = rto("parallel.roles.critic.pipeline=2")
+    (tmp_path / "config.yaml").write_text(dump(config))
+    assert load_recipe(tmp_path / "config.yaml") == config
