@@ -14,9 +14,10 @@ from rto_megatron.errors import RecipeError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from rto_megatron.config.plan import StagePlan
+    from rto_megatron.config.plan import BatchPlan, StagePlan
     from rto_megatron.config.rewards import Source
     from rto_megatron.config.schema import Stage
+    from rto_megatron.config.training import TrainBatchConfig
     from rto_megatron.planning.local_data import LookedAt
     from rto_megatron.planning.shapes import FoundShape
 
@@ -137,11 +138,8 @@ def _layout_table(plan: "StagePlan", pool_gpus: int) -> Table:
         table.add_row("inference pool", f"{where}; receives the policy's weights {every}")
     if (training := facts.training) is not None:
         table.add_row("steps", str(training.run.steps or "one epoch of the data"))
-        table.add_row(
-            "optimizer step",
-            f"{training.batch.train} = {layout.data} data-parallel ranks x {batches.num_microbatches} micro-batches "
-            f"x {training.batch.micro} {'pairs' if facts.reads_pairs else 'sequences'}",
-        )
+        items = "pairs" if facts.reads_pairs else "sequences"
+        table.add_row("optimizer step", _optimizer_step(training.batch, layout.data, batches, items))
     if (online := facts.online) is not None:
         samples = online.algorithm.samples_per_prompt
         each = "" if samples == 1 else f" x {samples} responses"
@@ -161,6 +159,18 @@ def _layout_table(plan: "StagePlan", pool_gpus: int) -> Table:
             f"{rates.num_updates} optimizer steps, {rates.num_warmup} of warm-up",
         )
     return table
+
+
+def _optimizer_step(batch: "TrainBatchConfig", replicas: int, plan: "BatchPlan", items: str) -> str:
+    if plan.num_microbatches is not None:
+        return (
+            f"{batch.train} = {replicas} data-parallel ranks x {plan.num_microbatches} micro-batches "
+            f"x {batch.micro} {items}"
+        )
+    return (
+        f"{batch.train} {items}, shared by FLOPs over {replicas} data-parallel ranks, in micro-batches of "
+        f"{batch.tokens} tokens"
+    )
 
 
 def _models_table(plan: "StagePlan", shapes: "Mapping[str, FoundShape]") -> Table:

@@ -82,9 +82,9 @@ def _batches(config: Stage, data_parallel: int) -> list[str]:
     if facts.training is None:
         return []
     batch = facts.training.batch
-    problems = []
-    step = batch.micro * data_parallel
-    if batch.train % step:
+    problems = [] if batch.micro is not None else _shares(batch.train, data_parallel)
+    step = (batch.micro or 0) * data_parallel
+    if batch.micro is not None and batch.train % step:
         below = batch.train // step * step
         nearest = f"{below} or {below + step}" if below else str(step)
         problems.append(
@@ -93,6 +93,16 @@ def _batches(config: Stage, data_parallel: int) -> list[str]:
             f"come out; set batch.train to {nearest}"
         )
     return problems + ([] if facts.online is None else _rollouts(facts.online, data_parallel))
+
+
+def _shares(num_items: int, data_parallel: int) -> list[str]:
+    """What is wrong where replicas get unequal numbers of items, dealt by cost."""
+    if num_items >= data_parallel:
+        return []
+    return [
+        f"batch.train={num_items} is below the {data_parallel} data-parallel ranks, so some would have nothing to do; "
+        f"set batch.train to {data_parallel} at least"
+    ]
 
 
 def _rollouts(config: ReinforcementStage, data_parallel: int) -> list[str]:

@@ -27,6 +27,7 @@ from rto_megatron.config.overrides import (
     split,
     text_keys,
     typed,
+    without_rivals,
 )
 from rto_megatron.config.problems import Origin, all_keys, describe, suggestion
 from rto_megatron.config.recipes import require_recipe
@@ -124,7 +125,7 @@ def _read(recipe: Path, overrides: Sequence[str]) -> tuple[Tree, Origin]:
     origin = Origin(recipe, lines, frozenset(override.key for override in given))
     try:
         text_of_stage = _text_keys(from_file, given)
-        tree = merged(from_file, given, text_of_stage)
+        tree = merged(without_rivals(from_file, given), given, text_of_stage)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise RecipeError(f"{' '.join(overrides)}: cannot be applied to {recipe}: {error}") from error
     _refuse_unknown_interpolations(from_file, tree, origin)

@@ -220,10 +220,11 @@ class TrainedModel:
         """The load-balancing loss before its weight, mean over layers and micro-batches; nothing without one."""
         if not self.module.config.moe_aux_loss_coeff:
             return {}
-        # Each rank holds its layers' and, under sequence parallelism, its tokens' part.
-        own = get_moe_metrics_tracker().metrics["load_balancing_loss"].values.sum()
-        replicas = num_microbatches * self.shape.num_layers * self.topology.data_size
-        return {f"loss/{self.name}_moe_aux": (float(self.topology.all_sum(own)) / replicas, 1.0)}
+        # Each rank holds its layers' and, under sequence parallelism, its tokens' part, and as Megatron's schedule does
+        # each replica takes the mean of its own micro-batches, of which others may have more or fewer.
+        own = get_moe_metrics_tracker().metrics["load_balancing_loss"].values.sum() / num_microbatches
+        layers = self.shape.num_layers * self.topology.data_size
+        return {f"loss/{self.name}_moe_aux": (float(self.topology.all_sum(own)) / layers, 1.0)}
 
     def _refuse_nonfinite(
         self, outputs: list[tuple[dict[str, tuple[float, float]], bool]], names: Sequence[Sequence[str]]

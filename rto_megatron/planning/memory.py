@@ -90,12 +90,16 @@ def _bytes_per_parameter(role: Role, facts: Facts, config: Stage, replicas: int)
 
 
 def activation_bytes(plan: StagePlan, shapes: Mapping[str, FoundShape]) -> int:
-    """Activations of one micro-batch of the longest sequences in training, in bytes; 0 without training."""
+    """Activations of the largest micro-batch in training, in bytes; 0 without training.
+
+    By number that is one of the longest sequences; by tokens one that is full, or a longer sequence alone.
+    """
     training = plan.facts.training
     if training is None:
         return 0
     length, _ = plan.facts.longest_sequence
-    tokens = length * training.batch.micro * (2 if plan.facts.reads_pairs else 1)
+    longest, batch = length * (2 if plan.facts.reads_pairs else 1), training.batch
+    tokens = longest * batch.micro if batch.micro is not None else max(longest, batch.tokens or 0)
     width = 1 if training.precision.dtype == "bf16" else 2
     peak = 0
     for role in plan.roles:

@@ -22,7 +22,7 @@ from rto_megatron.parallel.topology import Topology
 from rto_megatron.reporting.progress import say
 from rto_megatron.trainer.background import Background
 from rto_megatron.trainer.connected_pool import ConnectedPool
-from rto_megatron.trainer.pool_requests import PoolAnswer, ask, share
+from rto_megatron.trainer.pool_requests import PoolAnswer, ask, in_order_of_prompts, share
 from rto_megatron.trainer.sampler import KeepAhead, OnPolicySampler
 from rto_megatron.trainer.setup import Setup
 from rto_megatron.types import Metrics, Prompt, Rollout
@@ -176,9 +176,7 @@ def kept_ahead(asked: Iterable[AskedBatch], samples: int, topology: Topology) ->
                 topology.is_lead,
             )
             break
-        shares = topology.gather([] if answer is None else list(answer.rollouts), list[Rollout])
-        groups = zip(*(batched(share, samples) for share in shares), strict=True)
-        kept += [rollout for group in groups for share in group for rollout in share]
+        kept += in_order_of_prompts(() if answer is None else answer.rollouts, samples, topology)
     return tuple(kept)
 
 

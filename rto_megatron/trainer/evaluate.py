@@ -5,8 +5,9 @@ from itertools import batched
 
 from rto_megatron.algorithms.termination import TruncationPolicy, compared_ban
 from rto_megatron.config import schema
+from rto_megatron.data.cut import Layout
 from rto_megatron.data.loader import load_prompts
-from rto_megatron.data.packing import Layout, response_mask, rollout_batches, rollout_grid
+from rto_megatron.data.packing import response_mask, rollout_batches, rollout_grid
 from rto_megatron.engine.build_roles import build_frozen
 from rto_megatron.engine.megatron import Model
 from rto_megatron.errors import DataError
@@ -92,9 +93,9 @@ def kl_to_reference(
     Args:
         drawn: what the pool sampled from; both models are compared as such.
     """
-    batches = rollout_batches(rollouts, layout, drawn)
+    cut = rollout_batches(rollouts, layout, drawn)
     logp_BR, logp_ref_BR = (
-        rollout_grid(model.token_outputs(batches), batches, rollouts) for model in (policy, reference)
+        rollout_grid(model.token_outputs(cut.batches), cut, rollouts) for model in (policy, reference)
     )
     sums: list[float] = ((logp_BR - logp_ref_BR) * response_mask(rollouts, layout.device)).sum(1).tolist()
     return sums

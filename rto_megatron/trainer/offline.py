@@ -19,10 +19,11 @@ from rto_megatron.config import schema
 from rto_megatron.config.facts import facts_of
 from rto_megatron.config.inputs import ExampleDataConfig
 from rto_megatron.config.learning_rate import learning_rate
+from rto_megatron.data.cut import Layout
 from rto_megatron.data.encoder import Limits, Loaded
+from rto_megatron.data.grouping import own_share
 from rto_megatron.data.loader import load_demonstrations, load_judged, load_pairs
 from rto_megatron.data.packing import (
-    Layout,
     judged_microbatches,
     pair_microbatches,
     response_sums,
@@ -68,6 +69,8 @@ from rto_megatron.types import (
     ValueScale,
 )
 
+_EVALUATED_AT_A_TIME = 16  # micro-batches
+
 # (source, tokenizer, limits, rows to read or None for all, end-of-sequence)
 type Load[E: Example] = Callable[
     [str, PreTrainedTokenizerBase, Limits, int | None, EndOfSequence | None], Loaded[E]
@@ -87,9 +90,8 @@ class Task[E: Example, M: Microbatch]:
     microbatches: Callable[[Sequence[E], int], list[M]]  # of a share, given the size of the whole
     loss: Callable[[Tensor, M], LossOutput]
     reading: Reading[M]  # what the loss sees of the model
-    num_evaluated: (
-        int | None
-    )  # examples of an evaluation whose micro-batches exist at a time; None: all, coupled
+    groups: Callable[[Sequence[E]], list[list[int]]]  # numbers of a share's examples in each micro-batch
+    is_coupled: bool  # the loss of an example needs the whole batch, on every replica
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ def _train[E: Example, M: Microbatch](
     is_reward = facts_of(config).is_reward_model
     data = task.load(config.data.train, setup.tokenizer, setup.limits, None, setup.eos)
     setup.admit(data)
-    batches = feed(data, config.batch.train, config.run.seed, topology)
+    batches = feed(data, config.batch.train, config.run.seed, topology, setup.cost)
     held_out = _held_out(task, config.data, setup)
     if is_reward and not held_out:
         raise RecipeError(
@@ -179,7 +181,7 @@ def _train[E: Example, M: Microbatch](
     for step in run.steps():
         examples = batches.next_batch()
         lr = learning_rate(config.optimizer, step, run.num_steps)
-        names = [[e.id for e in group] for group in batched(examples, config.batch.micro)]
+        names = [[examples[number].id for number in group] for group in task.groups(examples)]
         own = torch.tensor(float(task.size(examples)), device=topology.device.torch_device)
         microbatches = task.microbatches(examples, int(topology.dp_sum(own)))
         with guard.skipping():
@@ -188,7 +190,7 @@ def _train[E: Example, M: Microbatch](
         if held_out and (
             run.is_due(config.run.eval_every, step + 1) or (is_reward and run.is_saved(step + 1))
         ):
-            evaluation = evaluate(model, task, held_out, topology)
+            evaluation = evaluate(model, task, held_out, topology, setup.cost)
             say("eval  " + "  ".join(f"{k} {v:.4g}" for k, v in evaluation.items()), topology.is_lead)
         if is_reward and run.is_saved(step + 1):
             _store_scale(evaluation, len(held_out), hf_files, topology)
@@ -198,17 +200,30 @@ def _train[E: Example, M: Microbatch](
 
 
 def evaluate[E: Example, M: Microbatch](
-    model: TrainedModel, task: Task[E, M], examples: Sequence[E], topology: Topology
+    model: TrainedModel,
+    task: Task[E, M],
+    examples: Sequence[E],
+    topology: Topology,
+    cost: Callable[[E], float] | None,
 ) -> dict[str, float]:
     """Means of the loss's metrics over held-out examples, without gradients; all ranks must call it.
 
     Args:
         examples: all of them; a replica takes its share, which is empty when there are fewer than replicas.
+        cost: of an example, by which replicas share them; None: all the same.
     """
     total: Metrics = {}
-    own = examples[topology.data_rank :: topology.data_size]
-    groups = [own] if task.num_evaluated is None else batched(own, task.num_evaluated)
-    for group in groups:
+    own = own_share(examples, topology.data_rank, topology.data_size, cost)
+    # What the reference says of all held-out examples may not fit in memory.
+    some = (
+        [own]
+        if task.is_coupled
+        else [
+            [own[number] for number in chain.from_iterable(groups)]
+            for groups in batched(task.groups(own), _EVALUATED_AT_A_TIME)
+        ]
+    )
+    for group in some:
         microbatches = task.microbatches(group, task.size(examples))  # a coupled one needs every replica
         outputs = model.outputs(microbatches, task.reading) if microbatches else []
         with torch.no_grad():
@@ -245,7 +260,7 @@ def demonstration_task(
 ) -> Task[Demonstration, SupervisedMicrobatch]:
     """The data, the loss and the outputs of supervised learning, put together."""
     build = partial(supervised_microbatches, layout=layout)
-    return Task(load_demonstrations, _num_targets, build, loss, TOKENS, _num_at_a_time(layout))
+    return Task(load_demonstrations, _num_targets, build, loss, TOKENS, layout.groups_of, is_coupled=False)
 
 
 def judgement_task(
@@ -254,7 +269,7 @@ def judgement_task(
     """The task of answers with verdicts."""
     assert trainee.reference is not None
     build = partial(_judged, trainee.model, trainee.reference, layout)
-    return Task(load_judged, len, build, loss, TOKENS, None)
+    return Task(load_judged, len, build, loss, TOKENS, layout.groups_of, is_coupled=True)
 
 
 def pair_task(
@@ -262,7 +277,7 @@ def pair_task(
 ) -> Task[PreferencePair, PairMicrobatch]:
     """The task of pairs and a loss on log-probs or values."""
     build = partial(_pairs, trainee.reference, layout)
-    return Task(load, len, build, loss, TOKENS, _num_at_a_time(layout))
+    return Task(load, len, build, loss, TOKENS, layout.groups_of, is_coupled=False)
 
 
 def divergence_task(
@@ -271,11 +286,8 @@ def divergence_task(
     """The task of pairs and a loss on whole distributions."""
     assert trainee.reference is not None
     build = partial(divergence_microbatches, reference=trainee.reference, layout=layout)
-    return Task(load, len, build, loss, divergence_from(trainee.reference), _num_at_a_time(layout))
-
-
-def _num_at_a_time(layout: Layout) -> int:
-    return 16 * layout.micro  # what the reference says of all held-out examples may not fit in memory
+    reading = divergence_from(trainee.reference)
+    return Task(load, len, build, loss, reading, layout.groups_of, is_coupled=False)
 
 
 def _num_targets(examples: Sequence[Demonstration]) -> int:
@@ -319,5 +331,5 @@ def response_logprobs(
     if not answers:
         return torch.zeros(0, device=layout.device)
     sequences = [(prompt_ids + response_ids, len(prompt_ids)) for prompt_ids, response_ids in answers]
-    batches = sequence_batches(sequences, layout)
-    return response_sums(model.token_outputs(batches), batches, sequences)
+    cut = sequence_batches(sequences, layout)
+    return response_sums(model.token_outputs(cut.batches), cut, sequences)

@@ -25,6 +25,7 @@ from rto_megatron.reporting.samples import completions_table, sample_texts, show
 from rto_megatron.trainer.build_rewards import build_rewards
 from rto_megatron.trainer.checked_scores import watched_gap
 from rto_megatron.trainer.connected_pool import ConnectedPool, connect_pool
+from rto_megatron.trainer.dealt_rollouts import deal_rollouts
 from rto_megatron.trainer.dynamic_sampler import full_batches
 from rto_megatron.trainer.guard import Guard, ModelUpdate, Update
 from rto_megatron.trainer.held_out import HeldOut, load_held_out
@@ -43,7 +44,14 @@ from rto_megatron.trainer.sampler import Sampler, load_batches
 from rto_megatron.trainer.scoring import Roles
 from rto_megatron.trainer.setup import Setup, prepare_stage, stage_hf_files
 from rto_megatron.trainer.update import optimizer_minibatches, require_tokens
-from rto_megatron.types import Experience, Minibatch, Prompt, SupervisedMicrobatch, ValueScale
+from rto_megatron.types import (
+    Experience,
+    Minibatch,
+    Prompt,
+    SupervisedMicrobatch,
+    TrainingRows,
+    ValueScale,
+)
 
 
 def train_online(
@@ -81,12 +89,13 @@ def train_online(
         # 2. y ~ pi_old(. | x), from the pool that holds this step's weights, or those of `ahead` steps before
         with run.saved_without_pool(), run.timed("sample"):
             sampled = sampler.draw(step)
+        dealt = deal_rollouts(sampled, config.algorithm.samples_per_prompt, setup, step + 1)
         run.record({**sampler.measured(), **taken(sampled, step, config.rollout.ahead, topology)})
         experience, gap, lrs = None, {}, {}
         with guard.skipping():
             # 3. every model's opinion, without gradients
             with run.timed("score"):
-                scored = scorer.score(sampled, step + 1)
+                scored = scorer.score(dealt.own, step + 1)
             gap = watched_gap(scored, topology, config.rollout.logprob_gap_alarm, step + 1)
             # 4. token rewards, then advantages
             experience = algorithm.credit(scored, kl.coef, topology.dp_sum)
@@ -95,7 +104,8 @@ def train_online(
         # 5. PPO epochs
         if experience is not None:
             with run.timed("update"):
-                lrs = update(config, run, roles, algorithm, experience, pretraining, setup, guard)
+                rows = dealt.rows(experience, config.algorithm.truncated, setup)
+                lrs = update(config, run, roles, algorithm, rows, pretraining, setup, guard)
         run.record({**evaluation.measured(run, roles), **pool.measured()})
         means = run.log({**lrs, **times, **gap, "objective/kl_coef": kl.coef}, rates_of(config))
         if experience is not None:
@@ -159,7 +169,7 @@ def update(
     run: Run,
     roles: Roles,
     algorithm: PolicyOptimization,
-    experience: Experience,
+    experience: Experience | TrainingRows,
     pretraining: Pretraining,
     setup: Setup,
     guard: Guard,
@@ -174,7 +184,7 @@ def update(
     lrs: dict[str, float] = {}
     longest, seed = config.sampling.max_response_tokens, config.run.seed + run.step
     steps = optimizer_minibatches(
-        experience, config.algorithm, longest, per_pass, setup.topology, setup.layout, seed
+        experience, config.algorithm, longest, per_pass, setup.topology, setup.layout, seed, setup.cost
     )
     for number, one in enumerate(steps, start=run.step * per_step):
         texts, text_names = pretraining.microbatches() if is_policy_due else ([], [])

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import batched
 
 from rto_megatron.errors import PoolError, UserError
 from rto_megatron.generation.contract import NoServersLeft, RolloutEngine, Sampling
@@ -62,6 +63,20 @@ def share(topology: Topology, answer: PoolAnswer | None) -> tuple[Rollout, ...]:
     topology.raise_together(None if answer is None else answer.failure, NoServersLeft)
     rollouts = [] if answer is None else list(answer.rollouts)
     return tuple(topology.replica_value(rollouts, list[Rollout]))
+
+
+def in_order_of_prompts(
+    sampled: Sequence[Rollout], group_size: int, topology: Topology
+) -> tuple[Rollout, ...]:
+    """What all replicas sampled, on every rank, in the order of the prompts; all ranks must call it.
+
+    Args:
+        sampled: by this replica, whose prompts were dealt in turn.
+        group_size: responses to a prompt.
+    """
+    shares = topology.gather(list(sampled), list[Rollout])
+    groups = zip(*(batched(share, group_size) for share in shares), strict=True)
+    return tuple(rollout for turn in groups for group in turn for rollout in group)
 
 
 def require_version(rollouts: Sequence[Rollout], newest: int, oldest: int | None = None) -> None:

@@ -36,6 +36,7 @@ _FREE = (
     "parallel",
     "precision.recompute",
     "batch.micro",
+    "batch.tokens",
     "batch.packed",
     "data.eval",
     "data.eval_samples",

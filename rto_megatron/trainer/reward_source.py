@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rto_megatron.algorithms.reward_shaping import overlong_punishment
 from rto_megatron.algorithms.termination import TruncationPolicy, close_response
-from rto_megatron.data.packing import Layout, sequence_batches
+from rto_megatron.data.cut import Layout
+from rto_megatron.data.packing import sequence_batches
 from rto_megatron.engine.megatron import FrozenModel
 from rto_megatron.errors import UserError
 from rto_megatron.parallel.topology import Topology
@@ -64,9 +65,9 @@ class ModelReward:
             _, appended = close_response(rollout.response_ids, rollout.finish_reason, self.eos, self.policy)
             ids = (*rollout.prompt_ids, *rollout.response_ids, *appended)
             sequences.append((ids, len(rollout.prompt_ids)))
-        batches = sequence_batches(sequences, self.layout)
-        values = self.model.token_outputs(batches)
-        return torch.cat([v[list(b.last_positions)] for v, b in zip(values, batches, strict=True)])
+        cut = sequence_batches(sequences, self.layout)
+        values = self.model.token_outputs(cut.batches)
+        return cut.in_order([v[list(b.last_positions)] for v, b in zip(values, cut.batches, strict=True)])
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from rto_megatron.algorithms.losses import keep
 from rto_megatron.algorithms.termination import TruncationPolicy, close_response, compared_ban
-from rto_megatron.data.packing import Layout, response_mask, rollout_batches, rollout_grid
+from rto_megatron.data.cut import CutSequences, Layout
+from rto_megatron.data.packing import response_mask, rollout_batches, rollout_grid
 from rto_megatron.engine.megatron import FrozenModel, Model, TrainedModel
 from rto_megatron.trainer.reward_sum import RewardSum
 from rto_megatron.types import (
@@ -17,7 +18,6 @@ from rto_megatron.types import (
     EndOfSequence,
     Rollout,
     ScoredRollouts,
-    TokenBatch,
 )
 
 
@@ -73,19 +73,19 @@ def score(
     rollouts = close_rollouts(sampled, eos, policy)
     drawn = Distribution(temperature, compared_ban(eos, min_tokens))
     whole = rollout_batches(rollouts, layout)
-    batches = whole if drawn == WHOLE else rollout_batches(rollouts, layout, drawn)
+    cut = whole if drawn == WHOLE else rollout_batches(rollouts, layout, drawn)
 
-    def grid(model: Model, of: Sequence[TokenBatch]) -> Tensor:
-        return rollout_grid(model.token_outputs(of), of, rollouts)
+    def grid(model: Model, of: CutSequences) -> Tensor:
+        return rollout_grid(model.token_outputs(of.batches), of, rollouts)
 
-    logp_old_BR = grid(roles.policy, batches)
-    logp_ref_BR = grid(roles.reference, batches)
+    logp_old_BR = grid(roles.policy, cut)
+    logp_ref_BR = grid(roles.reference, cut)
     dpo_logratio_BR = torch.zeros_like(logp_ref_BR)
     if roles.dpo is not None:
         is_shared = roles.dpo_reference is None and drawn == WHOLE
         dpo_reference_BR = logp_ref_BR if is_shared else grid(roles.dpo_reference or roles.reference, whole)
         dpo_logratio_BR = grid(roles.dpo, whole) - dpo_reference_BR
-    values_BR, bootstrap_B = _values(rollouts, roles.critic, batches, logp_ref_BR, policy == "bootstrap")
+    values_BR, bootstrap_B = _values(rollouts, roles.critic, cut, logp_ref_BR, policy == "bootstrap")
     pairs = zip(sampled, rollouts, strict=True)
     rewards = roles.reward.rate(rollouts)
     return ScoredRollouts(
@@ -125,15 +125,15 @@ def _padded(rows: Sequence[Sequence[float]], like_BR: Tensor) -> Tensor:
 def _values(
     rollouts: Sequence[Rollout],
     critic: TrainedModel | None,
-    batches: Sequence[TokenBatch],
+    cut: CutSequences,
     like_BR: Tensor,
     is_bootstrapped: bool,
 ) -> tuple[Tensor, Tensor]:
     """Values of the states before the actions [B, R], and of the state behind each cut response [B]."""
     if critic is None:
         return torch.zeros_like(like_BR), torch.zeros_like(like_BR[:, 0])
-    values = critic.token_outputs(batches)
-    behind_B = torch.cat([v[list(b.last_positions)] for v, b in zip(values, batches, strict=True)])
+    values = critic.token_outputs(cut.batches)
+    behind_B = cut.in_order([v[list(b.last_positions)] for v, b in zip(values, cut.batches, strict=True)])
     is_cut = [is_bootstrapped and rollout.finish_reason == "length" for rollout in rollouts]
     bootstrap_B = keep(behind_B, torch.tensor(is_cut, device=behind_B.device))
-    return rollout_grid(values, batches, rollouts), bootstrap_B
+    return rollout_grid(values, cut, rollouts), bootstrap_B

@@ -1,16 +1,17 @@
 """The minibatches of one rollout step's update, in order."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import batched
 
 from rto_megatron.algorithms import reinforcement
 from rto_megatron.algorithms.losses import weighting_of
-from rto_megatron.data.packing import Layout, minibatches
+from rto_megatron.data.cut import Layout
+from rto_megatron.data.grouping import deal
+from rto_megatron.data.packing import minibatches
 from rto_megatron.engine.finite import EmptyUpdateError, refuse_together
 from rto_megatron.parallel.topology import Topology
-from rto_megatron.types import Experience, Minibatch
+from rto_megatron.types import Experience, Minibatch, Rollout, TrainingRows
 
 
 @dataclass(frozen=True)
@@ -27,25 +28,29 @@ class OptimizerStep:
 
 
 def optimizer_minibatches(
-    experience: Experience,
+    experience: Experience | TrainingRows,
     config: reinforcement.Config,
     max_response_tokens: int,
     num_minibatches: int,
     topology: Topology,
     layout: Layout,
     seed: int,
+    cost: Callable[[Rollout], float] | None = None,
 ) -> Iterator[OptimizerStep]:
     """The micro-batches of each optimizer step; equally many steps on every replica.
 
     The first pass takes rollouts in the order of the prompts, which the loader has shuffled; later passes shuffle.
     Every replica shuffles its own rollouts by the same permutation, so from the second pass on the global
     minibatches depend on the number of replicas. So do those of the first pass where a replica's share of an optimizer
-    step is no multiple of the responses to a prompt.
+    step is no multiple of the responses to a prompt. Where every replica has all rows, one permutation shuffles those,
+    and minibatches are the same for any number of replicas.
 
     Args:
+        experience: the rollouts of this replica, or with `cost` those of all replicas, on each.
         max_response_tokens: the longest response that could be sampled; in the denominator of `constant` weights.
         num_minibatches: optimizer steps per pass; divides the rollouts of every replica.
         seed: of the shuffles.
+        cost: of a rollout, by which replicas share out each optimizer step; None: each takes its own.
     """
     weighting = weighting_of(config.loss_weights, max_response_tokens)
     size = len(experience.rollouts) // num_minibatches
@@ -55,12 +60,15 @@ def optimizer_minibatches(
             random.Random(f"{seed}/{epoch}").shuffle(order)
         for start in range(0, len(order), size):
             rows = order[start : start + size]
+            if cost is not None:
+                costs = [cost(experience.rollouts[row]) for row in rows]
+                rows = [rows[number] for number in deal(costs, topology.data_size)[topology.data_rank]]
             mask_BR = experience.mask_BR[rows]
             total = float(topology.dp_sum(weighting.count(mask_BR)))
             weights_BR = experience.mask_BR.new_zeros(experience.mask_BR.shape)
             weights_BR[rows] = weighting.weights(mask_BR, total)
             microbatches = minibatches(experience, weights_BR, rows, layout)
-            yield OptimizerStep(microbatches, _names(experience, rows, layout.micro), is_empty=total == 0)
+            yield OptimizerStep(microbatches, _names(experience, rows, layout), is_empty=total == 0)
 
 
 def require_tokens(step: OptimizerStep, topology: Topology) -> None:
@@ -75,5 +83,6 @@ def require_tokens(step: OptimizerStep, topology: Topology) -> None:
         refuse_together(found, topology, EmptyUpdateError)
 
 
-def _names(experience: Experience, rows: Sequence[int], micro: int) -> list[list[str]]:
-    return [[experience.rollouts[row].prompt_id for row in group] for group in batched(rows, micro)]
+def _names(experience: Experience | TrainingRows, rows: Sequence[int], layout: Layout) -> list[list[str]]:
+    rollouts = [experience.rollouts[row] for row in rows]
+    return [[rollouts[number].prompt_id for number in group] for group in layout.groups_of(rollouts)]
