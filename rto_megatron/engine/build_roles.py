@@ -67,8 +67,8 @@ def build_trained(
     module = build_model(shape, config, topology, has_scalar_head)
     frozen = FrozenModel(name, shape, has_scalar_head, scale or source.scale(), module, topology)
     _load(frozen, source, seed, is_head_fresh)
-    wrapped = wrap_for_training(module, is_distributed_optimizer)
-    built = build_optimizer(wrapped, optimizer, is_distributed_optimizer)
+    wrapped = wrap_for_training(module, is_distributed_optimizer, topology)
+    built = build_optimizer(wrapped, optimizer, is_distributed_optimizer, topology)
     return TrainedModel(name, shape, has_scalar_head, frozen.scale, module, wrapped, built, topology)
 
 

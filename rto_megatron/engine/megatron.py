@@ -3,12 +3,14 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
@@ -111,7 +113,7 @@ class FrozenModel:
 
         def read(index: int, raw: Tensor) -> Tensor:
             if self.topology.sequence_parallel:
-                raw = gather_from_sequence_parallel_region(raw)
+                raw = gather_from_sequence_parallel_region(raw, group=self.topology.tensor_group())
             return raw.transpose(0, 1).flatten(0, 1)
 
         self.module.post_process = False  # of the outer model alone: the decoder's final norm stays
@@ -178,22 +180,20 @@ class TrainedModel:
         Raises:
             PoisonedError: on every rank, when a loss or gradient of any rank is NaN or infinite; nothing was stepped.
         """
-        _require_rows(self, [m.batch for m in microbatches])
+        batches = [m.batch for m in microbatches]
+        _require_rows(self, batches)
         get_moe_metrics_tracker().clear()
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         # The schedule divides by the number of micro-batches and the reduction by the number of replicas.
         factor = len(microbatches) * self.topology.data_size
-        outputs = get_forward_backward_func()(
+        outputs = _schedule(self, batches)(
             forward_step_func=partial(_training_step, self, loss, reading or TOKENS, factor),
             data_iterator=iter(microbatches),
             model=self.wrapped,
-            num_microbatches=len(microbatches),
-            seq_length=max(m.batch.tokens_T.numel() // m.batch.num_rows for m in microbatches),
-            micro_batch_size=1,
             forward_only=False,
         )
-        _count(self, [m.batch for m in microbatches], _TRAINING_FORWARDS)
+        _count(self, batches, _TRAINING_FORWARDS)
         metrics = {**self._collect(outputs), **self._expert_balance(len(microbatches))}
         self._refuse_nonfinite(outputs, names)
         return metrics
@@ -251,9 +251,11 @@ def _outputs(model: Model, batch: TokenBatch, raw: Tensor) -> Tensor:
     """Logits or head values [b, s, ...] -> [T] log-probs or scaled values."""
     if model.has_scalar_head:
         return (raw.flatten().float() - model.scale.mean) / model.scale.std
-    targets = batch.targets_T.view(batch.num_rows, -1)
-    vocab_size, rank = model.shape.vocab_size, model.topology.tensor_rank
-    return token_logprobs(raw, targets, vocab_size, rank, batch.banned, batch.temperature).flatten()
+    targets, topology = batch.targets_T.view(batch.num_rows, -1), model.topology
+    return token_logprobs(
+        raw, targets, model.shape.vocab_size, topology.tensor_rank, topology.tensor_group(),
+        batch.banned, batch.temperature,
+    ).flatten()  # fmt: skip
 
 
 def _entropies(model: Model, batch: TokenBatch, raw: Tensor) -> Tensor:
@@ -289,19 +291,29 @@ def _forward_only(
     _require_rows(model, batches)
     model.module.eval()
     with torch.no_grad():
-        outputs: list[Tensor] = get_forward_backward_func()(
+        outputs: list[Tensor] = _schedule(model, batches)(
             forward_step_func=step,
             data_iterator=iter(enumerate(batches)),
             model=model.module,
-            num_microbatches=len(batches),
-            seq_length=max(b.tokens_T.numel() // b.num_rows for b in batches),
-            micro_batch_size=1,
             forward_only=True,
             collect_non_loss_data=True,
         )
     model.module.train()
     _count(model, batches, 1)
     return outputs
+
+
+def _schedule(model: Model, batches: Sequence[TokenBatch]) -> Callable[..., list[Any]]:
+    """Megatron's schedule over the model's own groups, to be called with the rest."""
+    groups = model.topology.groups
+    return partial(
+        get_forward_backward_func(pp_size=model.topology.pipeline_size, vp_size=None),
+        num_microbatches=len(batches),
+        seq_length=max(b.tokens_T.numel() // b.num_rows for b in batches),
+        micro_batch_size=1,
+        pg_collection=groups,
+        p2p_communicator=P2PCommunicator(groups.pp, model.module.config),
+    )
 
 
 def _count(model: Model, batches: Sequence[TokenBatch], num_forwards: int) -> None:

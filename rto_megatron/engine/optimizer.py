@@ -11,21 +11,27 @@ from megatron.core.optimizer import (
 )
 
 from rto_megatron.config import training
+from rto_megatron.parallel.topology import Topology
 from rto_megatron.platform.torch_adam import prime_adam_state
 
 
-def wrap_for_training(model: GPTModel, is_distributed_optimizer: bool) -> DistributedDataParallel:
+def wrap_for_training(
+    model: GPTModel, is_distributed_optimizer: bool, topology: Topology
+) -> DistributedDataParallel:
     """Adds gradient buffers and the reduction over data-parallel ranks; gradients are kept and reduced in float32."""
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=is_distributed_optimizer,
         overlap_grad_reduce=False,
     )
-    return DistributedDataParallel(model.config, config, model)
+    return DistributedDataParallel(model.config, config, model, pg_collection=topology.groups)
 
 
 def build_optimizer(
-    model: DistributedDataParallel, config: training.OptimizerConfig, is_distributed_optimizer: bool
+    model: DistributedDataParallel,
+    config: training.OptimizerConfig,
+    is_distributed_optimizer: bool,
+    topology: Topology,
 ) -> MegatronOptimizer:
     """Adam or plain SGD over the wrapped model, its state allocated so that a checkpoint can be loaded."""
     dtype = model.config.params_dtype
@@ -44,6 +50,8 @@ def build_optimizer(
             use_distributed_optimizer=is_distributed_optimizer,
         ),
         [model],
+        pg_collection=topology.groups,
+        use_gloo_process_groups=False,
     )
     if config.kind == "adam":
         prime_adam_state(optimizer)

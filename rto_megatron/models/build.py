@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rto_megatron.models.families import FAMILIES
-from rto_megatron.models.modules import PackedCoreAttention, RMSNorm, ScalarHead
+from rto_megatron.models.modules import GroupedGPT, PackedCoreAttention, RMSNorm, ScalarHead
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.models.weight_map import padded_vocab
 from rto_megatron.parallel.topology import Topology
@@ -155,7 +155,7 @@ def build_model(
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(
         logging.ERROR
     )  # GPTModel's notice of 0.19
-    model = GPTModel(
+    model = GroupedGPT(
         config=config,
         transformer_layer_spec=layers or _block_spec(shape, config, topology.pipeline_rank),
         vocab_size=padded_vocab(shape.vocab_size, topology.tensor_size),
@@ -168,13 +168,18 @@ def build_model(
         rotary_base=shape.rope_theta,
         rope_scaling=shape.rope_scaling_factor is not None,
         rope_scaling_factor=shape.rope_scaling_factor or 8.0,
+        pg_collection=topology.groups,
     )
     if shape.embedding_scale != 1 and topology.is_first_stage:
         model.embedding.register_forward_hook(
             lambda module, inputs, embedded: embedded * shape.embedding_scale
         )
     if has_scalar_head and topology.is_last_stage:
-        model.output_layer = ScalarHead(config)
+        model.output_layer = ScalarHead(config, topology.tensor_group())
+    for module in model.modules():
+        vars(module).setdefault(
+            "tp_group", topology.tensor_group()
+        )  # which a checkpoint's shards are named by
     return model.to(topology.device.torch_device)
 
 

@@ -3,11 +3,15 @@
 import math
 
 import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention
+from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
 from torch.nn import functional
 
@@ -98,6 +102,35 @@ class RMSNorm(torch.nn.Module):
         return self.weight * normed.to(x.dtype)
 
 
+class GroupedGPT(GPTModel):  # type: ignore[misc]  # megatron-core has no types
+    """Megatron's model, which knows its groups also where 0.19.2 asks the global state: a tied output weight.
+
+    Example:
+        GroupedGPT(config, layers, vocab_size, max_sequence_length, pg_collection=topology.groups)
+    """
+
+    def tie_embeddings_and_output_weights_state_dict(
+        self,
+        sharded_state_dict: ShardedStateDict,
+        output_layer_weight_key: str,
+        first_stage_word_emb_key: str,
+        metadata: dict[str, object],
+    ) -> None:
+        """Names the last stage's copy a replica of the embedding, in place; called by `sharded_state_dict`."""
+        if self.pre_process or not self.post_process:  # the stage has no copy
+            return
+        group = metadata["dp_cp_group"]
+        assert isinstance(group, dist.ProcessGroup)
+        sharded_state_dict[output_layer_weight_key] = make_tp_sharded_tensor_for_checkpoint(
+            tensor=self.shared_embedding_or_output_weight(),
+            key=first_stage_word_emb_key,
+            replica_id=(1, 0, group.rank()),
+            allow_shape_mismatch=True,
+            tp_group=self.tp_group,
+            dp_cp_group=group,
+        )
+
+
 class ScalarHead(MegatronModule):  # type: ignore[misc]  # megatron-core has no types
     """One number per token, replicated over tensor ranks. hidden [s, b, h] -> [s, b, 1].
 
@@ -106,11 +139,12 @@ class ScalarHead(MegatronModule):  # type: ignore[misc]  # megatron-core has no 
     computes the same loss.
 
     Example:
-        values = ScalarHead(config)(hidden)[0]
+        values = ScalarHead(config, group)(hidden)[0]
     """
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, group: dist.ProcessGroup) -> None:
         super().__init__(config=config)
+        self.tp_group = group
         self.weight = torch.nn.Parameter(torch.zeros(1, config.hidden_size, dtype=config.params_dtype))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # megatron reads it there
 
@@ -120,5 +154,7 @@ class ScalarHead(MegatronModule):  # type: ignore[misc]  # megatron-core has no 
         """Called by GPTModel with the signature of its output layer."""
         values = functional.linear(hidden, self.weight).float()
         if self.config.sequence_parallel:
-            values = gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False)
+            values = gather_from_sequence_parallel_region(
+                values, tensor_parallel_output_grad=False, group=self.tp_group
+            )
         return values, None

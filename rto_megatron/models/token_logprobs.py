@@ -1,6 +1,7 @@
 """Log-probabilities of given tokens from logits that are split over the vocabulary."""
 
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
@@ -12,6 +13,7 @@ def token_logprobs(
     targets: Tensor,
     vocab_size: int,
     tensor_rank: int,
+    group: dist.ProcessGroup,
     banned: BannedTargets | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
@@ -22,6 +24,7 @@ def token_logprobs(
         targets: [b, s] int64.
         vocab_size: columns from here on are padding and get no probability.
         tensor_rank: this rank's place among the shards.
+        group: the tensor ranks, `Topology.tensor_group`; all of them must call this, with the same targets.
         banned: where some tokens get no probability either; None: nowhere.
 
     Returns:
@@ -42,6 +45,6 @@ def token_logprobs(
         logits[..., columns] = logits[..., columns].masked_fill(is_banned, float("-inf"))
     # Megatron's kernel works on [s, b, v] and subtracts the maximum in place.
     losses_TB: Tensor = vocab_parallel_cross_entropy(
-        logits.transpose(0, 1).contiguous(), targets.t().contiguous()
+        logits.transpose(0, 1).contiguous(), targets.t().contiguous(), tp_group=group
     )
     return -losses_TB.t()

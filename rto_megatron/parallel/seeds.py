@@ -8,13 +8,20 @@ import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
 
-def seed_step(seed: int, step: int) -> None:
+def seed_step(seed: int, step: int, tensor_rank: int) -> None:
     """Seeds the generators of Python, numpy and torch, and Megatron's tensor-parallel ones, for one step."""
     own = seed + 100_003 * step
     random.seed(own)
     numpy.random.seed(own % 2**32)
     torch.manual_seed(own)
-    model_parallel_cuda_manual_seed(own, force_reset_rng=True)
+    seed_generators(own, tensor_rank)
+
+
+def seed_generators(seed: int, tensor_rank: int) -> None:
+    """Seeds those generators of Megatron that differ by tensor rank; experts are split as other layers are."""
+    model_parallel_cuda_manual_seed(
+        seed, force_reset_rng=True, tp_rank=tensor_rank, ep_rank=0, etp_rank=tensor_rank
+    )
 
 
 def generator_states() -> dict[str, str]:

@@ -1,17 +1,18 @@
-"""Who this rank is: the only place that knows Megatron's parallel state."""
+"""Who this rank is, and with whom it speaks."""
 
 from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state as mpu
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from rto_megatron.errors import SUBJECTS, RecipeError, UserError
 from rto_megatron.parallel import collectives
+from rto_megatron.parallel.groups import make_groups
 from rto_megatron.parallel.meeting import join_ranks
+from rto_megatron.parallel.seeds import seed_generators
 from rto_megatron.parallel.work import Work
 from rto_megatron.platform.device import Device
 
@@ -35,6 +36,8 @@ class Topology:
     data_rank: int
     data_size: int
     sequence_parallel: bool
+    # Of the layout, for Megatron's constructors and schedules; a group that was not made raises when it is asked for.
+    groups: ProcessGroupCollection = field(default_factory=ProcessGroupCollection, compare=False, repr=False)
     work: Work = field(default_factory=Work, compare=False)  # of all models of this rank
 
     @classmethod
@@ -64,22 +67,19 @@ class Topology:
                 f"{world} ranks were started, but parallel.tensor x parallel.pipeline = {tensor} x {pipeline} = "
                 f"{tensor * pipeline}; start a multiple of {tensor * pipeline} ranks"
             )
-        if mpu.model_parallel_is_initialized():
-            mpu.destroy_model_parallel()
-        # Megatron's groups do not inherit the time limit; its own is half an hour.
-        minutes = timeout.total_seconds() / 60
-        mpu.initialize_model_parallel(tensor, pipeline, distributed_timeout_minutes=minutes)
-        model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+        groups = make_groups(range(world), tensor, pipeline, timeout)
+        seed_generators(seed, groups.tp.rank())
         return cls(
             device=device,
             rank=dist.get_rank(),
-            tensor_rank=mpu.get_tensor_model_parallel_rank(),
+            tensor_rank=groups.tp.rank(),
             tensor_size=tensor,
-            pipeline_rank=mpu.get_pipeline_model_parallel_rank(),
+            pipeline_rank=groups.pp.rank(),
             pipeline_size=pipeline,
-            data_rank=mpu.get_data_parallel_rank(),
-            data_size=mpu.get_data_parallel_world_size(),
+            data_rank=groups.dp.rank(),
+            data_size=groups.dp.size(),
             sequence_parallel=sequence and tensor > 1,
+            groups=groups,
         )
 
     @property
@@ -114,12 +114,12 @@ class Topology:
 
     def data_group(self) -> dist.ProcessGroup:
         """Ranks that hold the same shard in every replica."""
-        group: dist.ProcessGroup = mpu.get_data_parallel_group()
+        group: dist.ProcessGroup = self.groups.dp
         return group
 
     def tensor_group(self) -> dist.ProcessGroup:
         """Ranks that hold the shards of one layer, and with it of the vocabulary."""
-        group: dist.ProcessGroup = mpu.get_tensor_model_parallel_group()
+        group: dist.ProcessGroup = self.groups.tp
         return group
 
     def dp_sum(self, tensor: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ class Topology:
         if self.data_size == 1:
             return tensor
         total = tensor.clone()
-        dist.all_reduce(total, group=mpu.get_data_parallel_group())
+        dist.all_reduce(total, group=self.groups.dp)
         return total
 
     def all_sum(self, tensor: Tensor) -> Tensor:
@@ -155,9 +155,7 @@ class Topology:
             if tensors is not None
             else torch.empty(sum(lengths), device=self.device.torch_device)
         )
-        dist.broadcast(
-            flat, mpu.get_pipeline_model_parallel_last_rank(), group=mpu.get_pipeline_model_parallel_group()
-        )
+        dist.broadcast(flat, _last_of(self.groups.pp), group=self.groups.pp)
         return list(flat.split(lengths))
 
     def replica_value[T](self, value: T, kind: type[T]) -> T:
@@ -166,13 +164,12 @@ class Topology:
         Args:
             kind: the type of the value, by which the others read it.
         """
-        source, group = mpu.get_model_parallel_src_rank(), mpu.get_model_parallel_group()
-        return collectives.broadcast(value, kind, source, group, self.device.torch_device)
+        source = dist.get_global_rank(self.groups.mp, 0)
+        return collectives.broadcast(value, kind, source, self.groups.mp, self.device.torch_device)
 
     def last_stage_value[T](self, value: T, kind: type[T]) -> T:
         """A value of the replica's last pipeline stage, on every rank of the replica; see `replica_value`."""
-        source = mpu.get_pipeline_model_parallel_last_rank()
-        group = mpu.get_pipeline_model_parallel_group()
+        source, group = _last_of(self.groups.pp), self.groups.pp
         return collectives.broadcast(value, kind, source, group, self.device.torch_device)
 
     def lead_value[T](self, value: T, kind: type[T]) -> T:
@@ -213,12 +210,16 @@ class Topology:
         if self.tensor_size == 1:
             return [shard]
         shards = [torch.empty_like(shard) for _ in range(self.tensor_size)]
-        dist.all_gather(shards, shard.contiguous(), group=mpu.get_tensor_model_parallel_group())
+        dist.all_gather(shards, shard.contiguous(), group=self.groups.tp)
         return shards
 
     def barrier(self) -> None:
         """Waits for all ranks."""
         dist.barrier()
+
+
+def _last_of(group: dist.ProcessGroup) -> int:
+    return dist.get_global_rank(group, group.size() - 1)
 
 
 def _world() -> dist.ProcessGroup:

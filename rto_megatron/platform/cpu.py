@@ -236,7 +236,7 @@ def _gloo_devices(process: int) -> list[ProcessGroupGloo.Device]:
 def p11_gloo_devices() -> None:
     """All process groups share gloo's devices, each of which is a thread that wakes up a hundred times a second.
 
-    Call sites: the two dozen groups of parallel_state.initialize_model_parallel.
+    Call sites: the groups of a layout, of which a rank makes one collection or more.
     """
     replace(distributed_c10d, "ProcessGroupGloo", _OnSharedDevices)
 

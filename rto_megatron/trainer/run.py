@@ -114,7 +114,7 @@ class Run:
         begin_steps()
         with progress(self._title, self.num_steps, self._topology.is_lead, self.step) as advance:
             for step in range(self.step, self.num_steps):
-                seed_step(self._config.seed, step)
+                seed_step(self._config.seed, step, self._topology.tensor_rank)
                 self._begun = time.monotonic()
                 reset_peak_memory()
                 with traced(step + 1, self._config.profile, self.dir, self._topology.rank):

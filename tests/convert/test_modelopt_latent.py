@@ -3,8 +3,7 @@
 from pathlib import Path
 
 import torch
-from convert.oracle_models import emptied
-from engine.layouts import topology
+from convert.oracle_models import emptied, global_topology
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.identity_op import IdentityOp
@@ -52,7 +51,7 @@ def _latent_config(shape: ModelShape) -> MLATransformerConfig:
 
 
 def _different_latent(folder: Path) -> list[str]:
-    place, shape = topology("one"), read_shape(folder)
+    place, shape = global_topology("one"), read_shape(folder)
     config = _latent_config(shape)
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
     for layer in spec.layer_specs:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from convert.oracle_models import emptied
-from engine.layouts import LAYOUTS, topology
+from convert.oracle_models import emptied, global_topology
+from engine.layouts import LAYOUTS
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
 from modelopt.torch.export import export_mcore_gpt_to_hf, import_mcore_gpt_from_hf
@@ -67,7 +67,7 @@ def _stock(shape: ModelShape, place: Topology) -> GPTModel:
 
 def _different(layout: str, ours: Path, theirs: Path) -> list[str]:
     """Names of this rank's parameters that differ between our reading of `ours` and ModelOpt's of `theirs`."""
-    place, shape = topology(layout), read_shape(ours)
+    place, shape = global_topology(layout), read_shape(ours)
     config = transformer_config(shape, place, torch.float32, recompute=False)
     filled = emptied(build_model(shape, config, place, has_scalar_head=False))
     load_hf_tensors(filled, shape, False, place, HfFolder(ours).read)
@@ -80,7 +80,7 @@ def _different(layout: str, ours: Path, theirs: Path) -> list[str]:
 
 def _export(layout: str, folder: Path, out: Path) -> None:
     """ModelOpt's export of a stock model that our map filled; every rank of a pipeline writes its layers."""
-    place, shape = topology(layout), read_shape(folder)
+    place, shape = global_topology(layout), read_shape(folder)
     model = _stock(shape, place)
     load_hf_tensors(model, shape, False, place, HfFolder(folder).read)
     export_mcore_gpt_to_hf(model, str(folder), dtype=torch.float32, export_dir=str(out))

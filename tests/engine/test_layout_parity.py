@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine.layouts import LAYOUTS
+from megatron.core import parallel_state
 from ranks import run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
@@ -164,6 +165,8 @@ def _run(cases: Sequence[Case], root: Path) -> None:
             source = find_source(config.run.dir, has_scalar_head=True, is_random=False, key="test")
             critic = build_frozen("critic", source, True, config.precision, place)
             export_hf(critic, source.hf_folder, config.run.dir / "critic_hf")
+        # What is not given its groups would take those of another role there, without a word.
+        assert not parallel_state.model_parallel_is_initialized()
 
 
 _TRAINED: set[tuple[str, Path]] = set()  # layouts whose cases have run, with the folder

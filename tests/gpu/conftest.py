@@ -15,7 +15,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from gpu.roles import ROLES, HfModel, Prepared, prepare_update, write_model
-from megatron.core import parallel_state as mpu
 from ranks import free_port
 
 from rto_megatron.data.packing import Layout
@@ -45,7 +44,6 @@ def place() -> Iterator[Topology]:
         device = prepare()
         _used.append(f"{_device_name(device.torch_device)}, {device.backend}, {_adam()}")
         yield Topology.init(device, tensor=1, pipeline=1, sequence=False, seed=1)
-        mpu.destroy_model_parallel()
         dist.destroy_process_group()
 
 

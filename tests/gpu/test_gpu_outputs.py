@@ -93,7 +93,7 @@ def test_credit_on_the_device_equals_credit_on_the_cpu(prepared: Prepared) -> No
 
 def test_a_steps_draws_depend_on_seed_and_step_alone(place: Topology) -> None:
     def draw(step: int) -> list[float]:
-        seed_step(3, step)
+        seed_step(3, step, place.tensor_rank)
         return torch.rand(4, device=place.device.torch_device).tolist()
 
     first = draw(5)

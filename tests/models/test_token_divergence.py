@@ -68,7 +68,9 @@ def _of_rank(layout: str, vocab_size: int, dtype: torch.dtype, chunk: int) -> tu
     assert outputs_3T.dtype == torch.float32
     (outputs_3T * weights_3T).sum().backward()
     torch.testing.assert_close(own.detach(), padded[..., mine], atol=0, rtol=0)
-    same = token_logprobs(own.detach(), targets, vocab_size, place.tensor_rank).flatten()
+    same = token_logprobs(
+        own.detach(), targets, vocab_size, place.tensor_rank, place.tensor_group()
+    ).flatten()
     torch.testing.assert_close(outputs_3T[0].detach(), same, atol=2e-6, rtol=1e-6)
     return outputs_3T.detach(), own.grad.flatten(0, 1)
 

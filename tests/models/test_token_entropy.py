@@ -50,7 +50,7 @@ def _of_rank(layout: str, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         assert outputs_2T.dtype == torch.float32
         (outputs_2T * weights_2T).sum().backward()
         same = token_logprobs(
-            own.detach(), targets, vocab_size, place.tensor_rank, ban, temperature
+            own.detach(), targets, vocab_size, place.tensor_rank, place.tensor_group(), ban, temperature
         ).flatten()
         torch.testing.assert_close(outputs_2T[0].detach(), same, atol=2e-6, rtol=1e-6)
         found.append((outputs_2T.detach(), own.grad.flatten(0, 1).float()))

@@ -32,7 +32,7 @@ def _of_rank(
     padded[..., :vocab_size] = logits
     own = padded[..., place.tensor_rank * columns : (place.tensor_rank + 1) * columns].to(dtype)
     own.requires_grad_()
-    logprobs = token_logprobs(own, targets, vocab_size, place.tensor_rank, banned)
+    logprobs = token_logprobs(own, targets, vocab_size, place.tensor_rank, place.tensor_group(), banned)
     (logprobs * weights).sum().backward()
     return logprobs.detach(), own.grad.float()
 

@@ -153,7 +153,7 @@ def _forget_data_position() -> None:
 
 def _restart_seeds() -> None:
     seed_step = run.seed_step
-    run.seed_step = lambda seed, step: seed_step(seed, step - 1)
+    run.seed_step = lambda seed, step, rank: seed_step(seed, step - 1, rank)
 
 
 def _restart_sampling_seeds() -> None:
