@@ -15,9 +15,10 @@ from rto_megatron.errors import DataError
 from rto_megatron.generation.contract import NoServersLeft, Sampling
 from rto_megatron.reporting.progress import say
 from rto_megatron.trainer.connected_pool import ConnectedPool
+from rto_megatron.trainer.opinions import Roles
 from rto_megatron.trainer.run import Run
 from rto_megatron.trainer.sampler import sample
-from rto_megatron.trainer.scoring import Roles, close_rollouts
+from rto_megatron.trainer.scoring import close_rollouts
 from rto_megatron.trainer.setup import Setup
 from rto_megatron.types import Metrics, Prompt, Rewards, Rollout
 

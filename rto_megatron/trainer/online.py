@@ -30,6 +30,7 @@ from rto_megatron.trainer.guard import Guard, ModelUpdate, Update
 from rto_megatron.trainer.held_out import HeldOut, load_held_out
 from rto_megatron.trainer.known_reward import known_reward, true_return
 from rto_megatron.trainer.model_files import give_own_padding
+from rto_megatron.trainer.opinions import Roles
 from rto_megatron.trainer.parts import Parts, planned_parts
 from rto_megatron.trainer.pool_requests import taken
 from rto_megatron.trainer.pretraining import Pretraining, beside
@@ -40,7 +41,6 @@ from rto_megatron.trainer.reward_sum import alone
 from rto_megatron.trainer.rollout_book import RolloutBook
 from rto_megatron.trainer.run import Run
 from rto_megatron.trainer.sampler import Sampler, load_batches
-from rto_megatron.trainer.scoring import Roles
 from rto_megatron.trainer.setup import Setup, prepare_stage, stage_hf_files
 from rto_megatron.trainer.update import optimizer_minibatches, require_tokens
 from rto_megatron.types import Experience, Minibatch, Prompt, SupervisedMicrobatch, ValueScale
@@ -77,11 +77,12 @@ def train_online(
     for step in run.steps():
         # 1. pi_old <- pi_theta, proved
         with run.saved_without_pool(), run.timed("push"):
-            times = sampler.begin(step)
+            times = sampler.begin(step, scorer.hear)
         # 2. y ~ pi_old(. | x), from the pool that holds this step's weights, or those of `ahead` steps before
         with run.saved_without_pool(), run.timed("sample"):
-            sampled = sampler.draw(step)
-        run.record({**sampler.measured(), **taken(sampled, step, config.rollout.ahead, topology)})
+            sampled = sampler.draw(step, scorer.hear)
+        run.record({**sampler.measured(), **scorer.measured()})
+        run.record(taken(sampled, step, config.rollout.ahead, topology))
         experience, gap, lrs = None, {}, {}
         with guard.skipping():
             # 3. every model's opinion, without gradients

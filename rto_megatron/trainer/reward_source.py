@@ -59,6 +59,10 @@ class ModelReward:
 
     def scores(self, rollouts: Sequence[Rollout]) -> Tensor:
         """See `RewardSource.scores`."""
+        return torch.cat(self.by_microbatch(rollouts))
+
+    def by_microbatch(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
+        """The scores of the sequences of each micro-batch, [S] each; all ranks of the replica must call it."""
         sequences = []
         for rollout in rollouts:
             _, appended = close_response(rollout.response_ids, rollout.finish_reason, self.eos, self.policy)
@@ -66,7 +70,7 @@ class ModelReward:
             sequences.append((ids, len(rollout.prompt_ids)))
         batches = sequence_batches(sequences, self.layout)
         values = self.model.token_outputs(batches)
-        return torch.cat([v[list(b.last_positions)] for v, b in zip(values, batches, strict=True)])
+        return [v[list(b.last_positions)] for v, b in zip(values, batches, strict=True)]
 
 
 @dataclass(frozen=True)

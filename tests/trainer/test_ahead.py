@@ -23,6 +23,7 @@ from rto_megatron.lifecycle.stopping import STOP_FILE
 from rto_megatron.reporting.metrics import read_metrics
 from rto_megatron.reporting.rates import rates
 from rto_megatron.storage.checkpoints import latest_checkpoint
+from rto_megatron.trainer.arrivals import Hear
 from rto_megatron.trainer.checked_scores import Scorer
 from rto_megatron.trainer.connected_pool import ConnectedPool
 from rto_megatron.trainer.online import train_online
@@ -170,7 +171,7 @@ def test_the_pool_samples_while_the_trainer_scores(files: Path, tmp_path: Path) 
 class OldSampler(OnPolicySampler):
     """Hands out rollouts that are two steps older than it says."""
 
-    def draw(self, step: int) -> tuple[Rollout, ...]:
+    def draw(self, step: int, hear: Hear | None = None) -> tuple[Rollout, ...]:
         """See `Sampler.draw`."""
         return tuple(replace(one, weight_version=one.weight_version - 2) for one in super().draw(step))
 
