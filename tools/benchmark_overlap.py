@@ -7,7 +7,8 @@ Usage: .venv/bin/python tools/benchmark_overlap.py [--sample-s 1 3] [--ahead 0 1
 The pool is a script that sleeps for the stated seconds before it answers a batch, as a pool on GPUs of its own would
 leave the trainer's processors alone, and takes weights at once. Responses come at once, behind all seconds, or one by
 one, evenly over them, so that the trainer scores those that are there. The trainer is real: one rank, critic-free, a
-policy of a few hundred thousand parameters. Of means over the steps between the first and the last, from one push to another:
+policy of a few hundred thousand parameters. Of means over the steps between the first and the last, from one push to
+another:
 
     overlap = (sample + train - step) / min(sample, train)
 

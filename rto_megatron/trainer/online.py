@@ -230,12 +230,15 @@ def build_roles(
 
     policy, critic = trained("policy", False, config.optimizer), facts_of(config).critic_optimizer
     has_average = config.algorithm.ema_beta is not None
+    group_size = config.algorithm.samples_per_prompt
     return Roles(
         policy=policy,
         average=build_average(policy, sources["policy"]) if has_average else None,
         critic=None if critic is None else trained("critic", True, critic),
         reference=frozen("reference"),
-        reward=alone(reward, topology) if reward else build_rewards(config, setup, prompts, reward_model),
+        reward=alone(reward, topology)
+        if reward
+        else build_rewards(config, setup, prompts, group_size, reward_model),
         dpo=frozen("dpo") if "dpo" in sources else None,
         dpo_reference=frozen("dpo_reference") if "dpo_reference" in sources else None,
     )
