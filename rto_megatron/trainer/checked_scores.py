@@ -93,9 +93,9 @@ class Scorer:
         """
         start = time.monotonic()
         config, setup = self._config, self._setup
-        if not broken_rollouts(sampled, setup.eos, bool(config.sampling.stop)):
+        how = config.sampling
+        if not broken_rollouts(sampled, setup.eos, bool(how.stop)):  # `score` refuses those, with all others
             closed = close_rollouts(sampled, setup.eos, config.algorithm.truncated)
-            how = config.sampling
             drawn = drawn_from(setup.eos, how.min_response_tokens, how.temperature)
             self._early |= opinions(closed, self._roles, setup.layout, drawn)
         self._seconds += time.monotonic() - start

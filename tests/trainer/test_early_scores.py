@@ -4,6 +4,7 @@ import json
 import random
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,13 +14,14 @@ from ranks import run_ranks
 from trainer.tiny_runs import ENGINE_VOCAB, HeldPush, configure, join
 
 from rto_megatron.config.schema import ReinforcementStage
+from rto_megatron.errors import UserError
 from rto_megatron.generation.contract import Arrived, NoServersLeft, Sampling
 from rto_megatron.generation.scripted import ScriptedEngine
 from rto_megatron.generation.stop_strings import StoppingEngine
 from rto_megatron.reporting.metrics import read_metrics
 from rto_megatron.trainer.arrivals import Arrivals
 from rto_megatron.trainer.checked_scores import Scorer
-from rto_megatron.trainer.connected_pool import ConnectedPool
+from rto_megatron.trainer.connected_pool import ConnectedPool, SharedGpus
 from rto_megatron.trainer.online import train_online
 from rto_megatron.trainer.parts import Parts
 from rto_megatron.types import Prompt, Rollout
@@ -94,20 +96,16 @@ KEYS = {
     "batch": {"rollout": 12, "train": 4, "micro": 2},
     "rewards": [{"kind": "model"}, {"kind": "overlong", "buffer_tokens": 4}],
     "sampling": {"max_response_tokens": 8, "min_response_tokens": 2, "temperature": 0.7},
-    "algorithm": {"truncated": "bootstrap"},
 }
+BOOTSTRAP = {"truncated": "bootstrap"}
 
 
 @pytest.mark.parametrize(
     ("layout", "stage", "keys"),
     [
         ("tp2_sp", "reinforce_pp", {}),
-        ("pp2", "rto", {}),
-        (
-            "dp2",
-            "rto",
-            {"rollout__ahead": 1, "algorithm": {"truncated": "bootstrap", "pool_importance_cap": 2.0}},
-        ),
+        ("pp2", "rto", {"algorithm": BOOTSTRAP}),
+        ("dp2", "rto", {"rollout__ahead": 1, "algorithm": {**BOOTSTRAP, "pool_importance_cap": 2.0}}),
     ],
 )
 def test_numbers_are_those_of_responses_that_came_at_once(
@@ -124,12 +122,76 @@ def test_numbers_are_those_of_responses_that_came_at_once(
         for name in ("plain", "early")
     ]
     assert seconds[0] == [0.0] * STEPS and min(seconds[1]) > 0
+    # No model is asked twice.
+    flops = [
+        [entry["time/model_tflops"] * entry["time/step_s"] for entry in read_metrics(tmp_path / name)]
+        for name in ("plain", "early")
+    ]
+    assert flops[1] == pytest.approx(flops[0])
 
 
 def test_a_pool_that_dies_behind_its_first_responses_ends_the_run_saved(files: Path, tmp_path: Path) -> None:
     config = configure("rto", files, tmp_path, "dp2", **KEYS)
     for ended in run_ranks(2, _train, config, streams=True, dies=True):
         assert ended is not None and ended.startswith(f"all servers ended\nstep 1 is saved in {tmp_path}")
+
+
+class Broken(Straggling):
+    """Its first response has no token."""
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[Rollout]:
+        """See `RolloutEngine.generate`."""
+        first, *others = super().generate(prompts, sampling, version)
+        return [replace(first, response_ids=(), sampled_logprobs=()), *others]
+
+
+def _train_broken(config: ReinforcementStage) -> str:
+    engine = Broken(config.batch.micro)
+    with pytest.raises(UserError) as caught:
+        train_online(config, join(config), ConnectedPool(engine, HeldPush(engine)), Parts(scorer=Watched))
+    return str(caught.value)
+
+
+def test_what_must_not_be_scored_is_refused_once_all_is_there(files: Path, tmp_path: Path) -> None:
+    keys = {**KEYS, "run__steps": 1, "run__max_skipped_updates": 1}
+    (error,) = run_ranks(1, _train_broken, configure("reinforce_pp", files, tmp_path, **keys))
+    assert "a response has no token" in error
+
+
+class Alone(Straggling):
+    """As `Straggling`, where the trainer must not compute before it has all responses."""
+
+    def stream(
+        self, prompts: Sequence[Prompt], sampling: Sampling, version: int, arrived: Arrived
+    ) -> list[Rollout]:
+        """See `StreamingEngine.stream`."""
+        drawn = self.generate(prompts, sampling, version)
+        for place in range(len(drawn) - 1):
+            arrived(place, drawn[place])
+        assert not Watched.num_heard.acquire(timeout=1)
+        return drawn
+
+
+class Turns(SharedGpus):
+    """Turns of a pool that has no servers."""
+
+    def __init__(self) -> None:
+        self.num_taken = 0
+
+    def take_from_pool(self) -> None:
+        """See `SharedGpus.take_from_pool`."""
+        self.num_taken += 1
+
+
+def _train_in_turns(config: ReinforcementStage) -> int:
+    engine, turns = Alone(config.batch.micro), Turns()
+    train_online(config, join(config), ConnectedPool(engine, HeldPush(engine), turns), Parts(scorer=Watched))
+    return turns.num_taken
+
+
+def test_nothing_is_scored_while_a_pool_has_the_gpus(files: Path, tmp_path: Path) -> None:
+    config = configure("reinforce_pp", files, tmp_path, **{**KEYS, "run__steps": 1})
+    assert run_ranks(1, _train_in_turns, config) == [1]
 
 
 def _rollout(place: int) -> Rollout:
