@@ -136,8 +136,8 @@ def model_problems(config: Stage) -> list[str]:
         for role, path in named.items()
         if path is not None and role not in used
     ]
-    if facts.online is not None:
-        problems += reward_problems(facts.online)
+    if facts.sampling is not None:
+        problems += reward_problems(facts.sampling)
     if needs_dpo(config) and models.dpo is None:
         problems.append(
             f"models.dpo is missing: stage {config.stage} rewards tokens with a DPO model; name one, or set "

@@ -66,9 +66,9 @@ def load_recipe(recipe: Path, overrides: Sequence[str] = ()) -> Stage:
     for key in (*_PATHS_OR_HUB_NAMES, *(f"models.{role}" for role in _MODELS)):
         _make_absolute(tree, key, only_if_present=True)
     config = _validate(STAGES[name], tree, origin)
-    if (online := facts_of(config).online) is None:
+    if (sampling := facts_of(config).sampling) is None:
         return config
-    return online.model_copy(update={"rewards": with_code(online.rewards)})
+    return sampling.model_copy(update={"rewards": with_code(sampling.rewards)})
 
 
 def load_stage[S: Stage](recipe: Path, kind: type[S], overrides: Sequence[str] = ()) -> S:

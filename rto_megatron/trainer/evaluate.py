@@ -5,6 +5,7 @@ from itertools import batched
 
 from rto_megatron.algorithms.termination import TruncationPolicy, compared_ban
 from rto_megatron.config import schema
+from rto_megatron.config.rewards import reads_columns
 from rto_megatron.data.cut import Layout
 from rto_megatron.data.loader import load_prompts
 from rto_megatron.data.packing import response_mask, rollout_batches, rollout_grid
@@ -15,20 +16,26 @@ from rto_megatron.lifecycle.starting import begin_steps
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.reporting.evaluation import Estimate, Evaluation, estimate, save_evaluation
 from rto_megatron.reporting.progress import say
-from rto_megatron.trainer.connected_pool import connect_pool
+from rto_megatron.trainer.build_rewards import build_rewards
+from rto_megatron.trainer.connected_pool import ConnectedPool, connect_pool
+from rto_megatron.trainer.evaluated_rows import keep_rows, numbers_of
 from rto_megatron.trainer.known_reward import known_reward
-from rto_megatron.trainer.reward_source import ModelReward
+from rto_megatron.trainer.reward_source import ModelReward, RewardSource
+from rto_megatron.trainer.reward_sum import RewardSum
 from rto_megatron.trainer.sampler import sample, sampling
-from rto_megatron.trainer.setup import prepare_stage
-from rto_megatron.types import Distribution, Rollout
+from rto_megatron.trainer.setup import Setup, prepare_stage
+from rto_megatron.types import Distribution, Prompt, Rollout
 
+ROWS = "evaluation.jsonl"
 _AS_SAMPLED: TruncationPolicy = (
     "mask"  # nothing is overwritten; the reward model reads an appended end-of-sequence
 )
 
 
-def evaluate(config: schema.EvaluateStage, topology: Topology) -> None:
-    """Writes <run>/evaluation.json: true return, score, KL to the reference and length, per prompt, then averaged.
+def evaluate(config: schema.EvaluateStage, topology: Topology, pool: ConnectedPool | None = None) -> None:
+    """Writes <run>/evaluation.json: true return, rewards, KL to the reference and length, per prompt, then averaged.
+
+    Responses are kept in <run>/evaluation.jsonl. A pool that is given stands in the place of the configured one.
 
     Raises:
         DataError: on every rank, before anything is sampled, when the true reward is missing or of another
@@ -38,17 +45,12 @@ def evaluate(config: schema.EvaluateStage, topology: Topology) -> None:
     table = known_reward("evaluate.true_reward", config.evaluate.true_reward, setup)
     policy = build_frozen("policy", setup.sources["policy"], False, config.precision, topology)
     reference = build_frozen("reference", setup.sources["reference"], False, config.precision, topology)
-    loaded = load_prompts(config.data.eval, setup.tokenizer, setup.limits, config.data.eval_samples)
-    setup.admit(loaded)
-    if len(loaded.items) < topology.data_size:
-        raise DataError(
-            f"{len(loaded.items)} prompts cannot be shared by {topology.data_size} replicas; raise "
-            f"data.eval_samples, name more prompts, or start fewer ranks"
-        )
-    sampler = connect_pool(config.rollout, policy).stopping_at(config.sampling.stop, setup.decode)
+    prompts = load_shared(config, setup)
+    rewards = build_sources(config, setup, prompts)
+    sampler = (pool or connect_pool(config.rollout, policy)).stopping_at(config.sampling.stop, setup.decode)
     sampler.push(0)
     begin_steps()
-    own = loaded.items[topology.data_rank :: topology.data_size]
+    own = prompts[topology.data_rank :: topology.data_size]
     count = config.evaluate.num_samples
     repeated = [prompt for prompt in own for _ in range(count)]
     rollouts = sample(topology, sampler.engine, repeated, sampling(config, setup, 0), version=0)
@@ -60,12 +62,12 @@ def evaluate(config: schema.EvaluateStage, topology: Topology) -> None:
         "kl": kl_to_reference(rollouts, policy, reference, setup.layout, drawn),
         "tokens": [float(len(r.response_ids)) for r in rollouts],
     }
-    if "reward" in setup.sources:
-        reward = build_frozen("reward", setup.sources["reward"], True, config.precision, topology)
-        source = ModelReward(reward, setup.layout, setup.eos, _AS_SAMPLED)
-        values["score"] = source.scores(rollouts).tolist()
+    if rewards is not None:
+        values |= numbers_of(rewards.rate(rollouts))
     if table is not None:
         values["true_return"] = [table.returns(r.prompt_ids, r.response_ids) for r in rollouts]
+    kept = {name: samples for name, samples in values.items() if name != "tokens"}
+    keep_rows(config.run.dir / ROWS, rollouts, kept, count, setup)
     estimates = {name: _over_prompts(samples, count, topology) for name, samples in values.items()}
     evaluation = Evaluation(
         name=config.evaluate.name,
@@ -73,8 +75,9 @@ def evaluate(config: schema.EvaluateStage, topology: Topology) -> None:
         score=estimates.get("score"),
         kl=estimates["kl"],
         response_tokens=estimates["tokens"],
-        num_prompts=len(loaded.items),
-        num_responses=len(loaded.items) * count,
+        num_prompts=len(prompts),
+        num_responses=len(prompts) * count,
+        rewards={source.name: estimates[f"reward/{source.name}"] for source in config.rewards},
     )
     if topology.is_lead:
         path = save_evaluation(evaluation, config.run.dir)
@@ -83,6 +86,35 @@ def evaluate(config: schema.EvaluateStage, topology: Topology) -> None:
             True,
         )
     topology.barrier()
+
+
+def load_shared(config: schema.EvaluateStage, setup: Setup) -> Sequence[Prompt]:
+    """The held-out prompts of all replicas; all ranks must call it.
+
+    Raises:
+        DataError: on every rank; there are fewer than replicas.
+    """
+    data, columns = config.data, reads_columns(config.rewards)
+    loaded = load_prompts(data.eval, setup.tokenizer, setup.limits, data.eval_samples, columns)
+    setup.admit(loaded)
+    if len(loaded.items) < setup.topology.data_size:
+        raise DataError(
+            f"{len(loaded.items)} prompts cannot be shared by {setup.topology.data_size} replicas; raise "
+            f"data.eval_samples, name more prompts, or start fewer ranks"
+        )
+    return loaded.items
+
+
+def build_sources(config: schema.EvaluateStage, setup: Setup, prompts: Sequence[Prompt]) -> RewardSum | None:
+    """What rates the responses, started; None where the recipe names nothing that does. All ranks must call it."""
+    if not config.rewards and config.models.reward is None:
+        return None
+
+    def reward_model() -> RewardSource:
+        model = build_frozen("reward", setup.sources["reward"], True, config.precision, setup.topology)
+        return ModelReward(model, setup.layout, setup.eos, _AS_SAMPLED)
+
+    return build_rewards(config, setup, prompts, config.evaluate.num_samples, reward_model)
 
 
 def kl_to_reference(

@@ -31,6 +31,7 @@ from rto_megatron.trainer.guard import Guard, ModelUpdate, Update
 from rto_megatron.trainer.held_out import HeldOut, load_held_out
 from rto_megatron.trainer.known_reward import known_reward, true_return
 from rto_megatron.trainer.model_files import give_own_padding
+from rto_megatron.trainer.opinions import Roles
 from rto_megatron.trainer.parts import Parts, planned_parts
 from rto_megatron.trainer.pool_requests import taken
 from rto_megatron.trainer.pretraining import Pretraining, beside
@@ -41,7 +42,6 @@ from rto_megatron.trainer.reward_sum import alone
 from rto_megatron.trainer.rollout_book import RolloutBook
 from rto_megatron.trainer.run import Run
 from rto_megatron.trainer.sampler import Sampler, load_batches
-from rto_megatron.trainer.scoring import Roles
 from rto_megatron.trainer.setup import Setup, prepare_stage, stage_hf_files
 from rto_megatron.trainer.update import optimizer_minibatches, require_tokens
 from rto_megatron.types import (
@@ -85,12 +85,13 @@ def train_online(
     for step in run.steps():
         # 1. pi_old <- pi_theta, proved
         with run.saved_without_pool(), run.timed("push"):
-            times = sampler.begin(step)
+            times = sampler.begin(step, scorer.ear)
         # 2. y ~ pi_old(. | x), from the pool that holds this step's weights, or those of `ahead` steps before
         with run.saved_without_pool(), run.timed("sample"):
-            sampled = sampler.draw(step)
+            sampled = sampler.draw(step, scorer.ear)
         dealt = deal_rollouts(sampled, config.algorithm.samples_per_prompt, setup, step + 1)
-        run.record({**sampler.measured(), **taken(sampled, step, config.rollout.ahead, topology)})
+        run.record({**sampler.measured(), **scorer.measured()})
+        run.record(taken(sampled, step, config.rollout.ahead, topology))
         experience, gap, lrs = None, {}, {}
         with guard.skipping():
             # 3. every model's opinion, without gradients
@@ -239,12 +240,15 @@ def build_roles(
 
     policy, critic = trained("policy", False, config.optimizer), facts_of(config).critic_optimizer
     has_average = config.algorithm.ema_beta is not None
+    group_size = config.algorithm.samples_per_prompt
     return Roles(
         policy=policy,
         average=build_average(policy, sources["policy"]) if has_average else None,
         critic=None if critic is None else trained("critic", True, critic),
         reference=frozen("reference"),
-        reward=alone(reward, topology) if reward else build_rewards(config, setup, prompts, reward_model),
+        reward=alone(reward, topology)
+        if reward
+        else build_rewards(config, setup, prompts, group_size, reward_model),
         dpo=frozen("dpo") if "dpo" in sources else None,
         dpo_reference=frozen("dpo_reference") if "dpo_reference" in sources else None,
     )

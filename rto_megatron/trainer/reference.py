@@ -13,7 +13,7 @@ from rto_megatron.engine.megatron import FrozenModel, Model
 from rto_megatron.engine.source import WeightSource
 from rto_megatron.engine.weights import stage_hf_tensors
 from rto_megatron.errors import ModelFolderError, RunFolderError
-from rto_megatron.trainer.scoring import Roles
+from rto_megatron.trainer.opinions import Roles
 from rto_megatron.trainer.setup import REFERENCE_FINGERPRINT, note_in_config
 
 
