@@ -129,6 +129,10 @@ class TrainParallelConfig(ParallelConfig):
     distributed_optimizer: bool = Field(
         default=False, description="shard optimizer state over data-parallel ranks"
     )
+    overlap_grad_reduce: bool = Field(
+        default=False,
+        description="reduce gradients over data-parallel ranks while the last backward still runs",
+    )
 
 
 class FrozenPrecisionConfig(Section):

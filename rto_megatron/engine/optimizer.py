@@ -16,21 +16,25 @@ from rto_megatron.platform.torch_adam import prime_adam_state
 
 
 def wrap_for_training(
-    model: GPTModel, is_distributed_optimizer: bool, topology: Topology
+    model: GPTModel, parallel: training.TrainParallelConfig, topology: Topology
 ) -> DistributedDataParallel:
     """Adds gradient buffers and the reduction over data-parallel ranks; gradients are kept and reduced in float32."""
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        use_distributed_optimizer=is_distributed_optimizer,
-        overlap_grad_reduce=False,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
     )
-    return DistributedDataParallel(model.config, config, model, pg_collection=topology.groups)
+    wrapped = DistributedDataParallel(model.config, config, model, pg_collection=topology.groups)
+    if parallel.overlap_grad_reduce:
+        # A bucket goes off once it holds its gradients, which are whole in the backward of the last micro-batch alone.
+        model.config.no_sync_func = wrapped.no_sync
+    return wrapped
 
 
 def build_optimizer(
     model: DistributedDataParallel,
     config: training.OptimizerConfig,
-    is_distributed_optimizer: bool,
+    parallel: training.TrainParallelConfig,
     topology: Topology,
 ) -> MegatronOptimizer:
     """Adam or plain SGD over the wrapped model, its state allocated so that a checkpoint can be loaded."""
@@ -47,7 +51,7 @@ def build_optimizer(
             clip_grad=config.max_grad_norm or 0.0,
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
-            use_distributed_optimizer=is_distributed_optimizer,
+            use_distributed_optimizer=parallel.distributed_optimizer,
         ),
         [model],
         pg_collection=topology.groups,

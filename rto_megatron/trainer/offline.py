@@ -144,7 +144,7 @@ def _build(config: schema.OfflineStage, setup: Setup) -> Trainee:
     role = "reward" if is_reward else "policy"
     model = build_trained(
         role, sources["policy"], is_reward, config.precision, config.optimizer, setup.topology, config.run.seed,
-        config.parallel.distributed_optimizer, is_head_fresh=is_reward, scale=ValueScale(),
+        config.parallel, is_head_fresh=is_reward, scale=ValueScale(),
         moe_aux_loss_coef=config.models.moe_aux_loss_coef,
     )  # fmt: skip
     reference = None

@@ -228,7 +228,7 @@ def build_roles(
     def trained(name: str, is_scalar: bool, optimizer: OptimizerConfig) -> TrainedModel:
         return build_trained(
             name, sources[name], is_scalar, precision, optimizer, topology, config.run.seed,
-            config.parallel.distributed_optimizer, is_head_fresh=name in fresh,
+            config.parallel, is_head_fresh=name in fresh,
             scale=ValueScale() if name in fresh else None, moe_aux_loss_coef=config.models.moe_aux_loss_coef,
         )  # fmt: skip
 

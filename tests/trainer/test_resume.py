@@ -95,6 +95,7 @@ CASES = {
         "dp2",
         {
             "parallel__distributed_optimizer": True,
+            "parallel__overlap_grad_reduce": True,
             "run__async_save": True,
             "rollout__ahead": 1,
             "algorithm__pool_importance_cap": 2.0,
