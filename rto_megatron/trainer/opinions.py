@@ -4,7 +4,7 @@ T  positions of one micro-batch | S  its sequences
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import batched, chain
 
 import torch
@@ -49,8 +49,13 @@ class Opinion:
     scores: Mapping[str, Tensor]  # reward model by the name of its source -> float32 [S]
 
 
-# The responses of a micro-batch, as they are trained on -> what was said of them.
-type Opinions = Mapping[tuple[Rollout, ...], Opinion]
+type Group = tuple[Rollout, ...]  # the responses of a micro-batch, as they are trained on
+type Opinions = Mapping[Group, Opinion]  # keyed by `known_as`
+
+
+def known_as(group: Group) -> Group:
+    """The responses without the pool's log-probs, which no model reads, and of which a NaN would equal nothing."""
+    return tuple(replace(rollout, sampled_logprobs=()) for rollout in group)
 
 
 def opinions(rollouts: Sequence[Rollout], roles: Roles, layout: Layout, drawn: Distribution) -> Opinions:
@@ -73,7 +78,7 @@ def opinions(rollouts: Sequence[Rollout], roles: Roles, layout: Layout, drawn: D
         values = roles.critic.token_outputs(batches)
     scores = {name: model.by_microbatch(rollouts) for name, model in roles.reward.models().items()}
     return {
-        group: Opinion(
+        known_as(group): Opinion(
             batches[number],
             logp[number],
             logp_ref[number],
@@ -90,6 +95,6 @@ def all_opinions(
 ) -> list[Opinion]:
     """The opinion of every micro-batch of a batch, in order; only those that `early` lacks are asked for."""
     groups = list(batched(rollouts, layout.micro))
-    late = list(chain.from_iterable(group for group in groups if group not in early))
+    late = list(chain.from_iterable(group for group in groups if known_as(group) not in early))
     said = {**early, **(opinions(late, roles, layout, drawn) if late else {})}
-    return [said[group] for group in groups]
+    return [said[known_as(group)] for group in groups]
