@@ -136,7 +136,13 @@ def measure(root: Path, topology: Topology, pool: SlowPool, ahead: int, steps: i
             as_override("run.dir", run_dir),
             as_override("models.policy", root / "task/models/policy"),
             as_override("models.reward", root / "task/models/reward"),
-            *(f"run.steps={steps}", "run.samples_every=null", "parallel.tensor=1", "batch.rollout=128"),
+            *(
+                f"run.steps={steps}",
+                "run.samples_every=null",
+                "parallel.tensor=1",
+                "batch.rollout=128",
+                "batch.micro=16",
+            ),
             *(f"rollout.ahead={ahead}", "algorithm.pool_importance_cap=2", "rollout.logprob_gap_alarm=null"),
         ],
     )

@@ -32,7 +32,7 @@ from rto_megatron.trainer.known_reward import known_reward, true_return
 from rto_megatron.trainer.model_files import give_own_padding
 from rto_megatron.trainer.opinions import Roles
 from rto_megatron.trainer.parts import Parts, planned_parts
-from rto_megatron.trainer.pool_requests import taken
+from rto_megatron.trainer.pool_requests import admitted
 from rto_megatron.trainer.pretraining import Pretraining, beside
 from rto_megatron.trainer.reference import require_trained_reference
 from rto_megatron.trainer.resume import LoopState
@@ -82,7 +82,7 @@ def train_online(
         with run.saved_without_pool(), run.timed("sample"):
             sampled = sampler.draw(step, scorer.hear)
         run.record({**sampler.measured(), **scorer.measured()})
-        run.record(taken(sampled, step, config.rollout.ahead, topology))
+        run.record(admitted(sampled, step, config.rollout.ahead, topology))
         experience, gap, lrs = None, {}, {}
         with guard.skipping():
             # 3. every model's opinion, without gradients
