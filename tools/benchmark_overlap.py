@@ -90,7 +90,7 @@ class Overlap:
 
     sample: float
     train: float
-    early: float  # of `train`, forwards beside the sampling
+    early: float  # share of the scoring that was done beside the sampling
     step: float
     waited: float
 
@@ -112,7 +112,7 @@ def overlap_of(run_dir: Path, ahead: int) -> Overlap:
     return Overlap(
         sample=mean("time/generate_s"),
         train=mean("time/score_early_s", "time/score_s", "time/update_s"),
-        early=mean("time/score_early_s"),
+        early=mean("time/score_early_s") / mean("time/score_early_s", "time/score_s"),
         step=mean("time/step_s"),
         waited=mean("time/pool_wait_s"),
     )
@@ -136,7 +136,13 @@ def measure(root: Path, topology: Topology, pool: SlowPool, ahead: int, steps: i
             as_override("run.dir", run_dir),
             as_override("models.policy", root / "task/models/policy"),
             as_override("models.reward", root / "task/models/reward"),
-            *(f"run.steps={steps}", "run.samples_every=null", "parallel.tensor=1", "batch.rollout=128"),
+            *(
+                f"run.steps={steps}",
+                "run.samples_every=null",
+                "parallel.tensor=1",
+                "batch.rollout=128",
+                "batch.micro=16",
+            ),
             *(f"rollout.ahead={ahead}", "algorithm.pool_importance_cap=2", "rollout.logprob_gap_alarm=null"),
         ],
     )
@@ -160,7 +166,7 @@ def main() -> None:
     given = parser.parse_args()
     transformers_logging.set_verbosity_error()
     table = Table(
-        "responses", "ahead", "sample, s", "train, s", "of it early", "step, s", "waited, s", "overlap"
+        "responses", "ahead", "sample, s", "train, s", "scored early", "step, s", "waited, s", "overlap"
     )
     with tempfile.TemporaryDirectory() as folder, ranks(prepare(), ParallelConfig(), seed=0) as topology:
         root = Path(folder)
@@ -169,8 +175,13 @@ def main() -> None:
         for delay_s, ahead, come in product(given.sample_s, given.ahead, given.come):
             pool, run_dir = POOLS[come](vocab_size, delay_s), root / f"{come}-ahead{ahead}-{delay_s:g}"
             found = measure(root, topology, pool, ahead, given.steps, run_dir)
-            seconds = (found.sample, found.train, found.early, found.step, found.waited)
-            table.add_row(come, str(ahead), *(f"{one:.2f}" for one in seconds), f"{found.overlap:.2f}")
+            before, behind = (found.sample, found.train), (found.step, found.waited, found.overlap)
+            shown = [
+                *(f"{one:.2f}" for one in before),
+                f"{found.early:.0%}",
+                *(f"{one:.2f}" for one in behind),
+            ]
+            table.add_row(come, str(ahead), *shown)
     Console().print(table)
 
 

@@ -11,7 +11,7 @@ from rto_megatron.engine.finite import refuse_together
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.reporting.progress import say
 from rto_megatron.trainer.arrivals import Hear
-from rto_megatron.trainer.opinions import Opinion, Roles, opinions
+from rto_megatron.trainer.opinions import Group, Opinion, Roles, opinions
 from rto_megatron.trainer.scoring import close_rollouts, drawn_from, score
 from rto_megatron.trainer.setup import Setup
 from rto_megatron.types import EndOfSequence, Metrics, Rollout, ScoredRollouts
@@ -84,7 +84,7 @@ class Scorer:
         self._config = config
         self._setup = setup
         self._roles = roles
-        self._early: dict[tuple[Rollout, ...], Opinion] = {}  # of the step's responses, until it is scored
+        self._early: dict[Group, Opinion] = {}  # of the step's responses, until it is scored
         self._seconds = 0.0  # that they took, since they were last told
 
     @property

@@ -5,25 +5,22 @@ from itertools import batched
 
 from rto_megatron.algorithms.termination import TruncationPolicy, compared_ban
 from rto_megatron.config import schema
-from rto_megatron.config.rewards import reads_columns
 from rto_megatron.data.cut import Layout
-from rto_megatron.data.loader import load_prompts
 from rto_megatron.data.packing import response_mask, rollout_batches, rollout_grid
 from rto_megatron.engine.build_roles import build_frozen
 from rto_megatron.engine.megatron import Model
-from rto_megatron.errors import DataError
 from rto_megatron.lifecycle.starting import begin_steps
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.reporting.evaluation import Estimate, Evaluation, estimate, save_evaluation
 from rto_megatron.reporting.progress import say
 from rto_megatron.trainer.build_rewards import build_rewards
 from rto_megatron.trainer.connected_pool import ConnectedPool, connect_pool
-from rto_megatron.trainer.evaluated_rows import keep_rows, numbers_of
 from rto_megatron.trainer.known_reward import known_reward
 from rto_megatron.trainer.reward_source import ModelReward, RewardSource
 from rto_megatron.trainer.reward_sum import RewardSum
 from rto_megatron.trainer.sampler import sample, sampling
 from rto_megatron.trainer.setup import Setup, prepare_stage
+from rto_megatron.trainer.unseen import keep_rows, load_unseen, numbers_of
 from rto_megatron.types import Distribution, Prompt, Rollout
 
 ROWS = "evaluation.jsonl"
@@ -45,7 +42,7 @@ def evaluate(config: schema.EvaluateStage, topology: Topology, pool: ConnectedPo
     table = known_reward("evaluate.true_reward", config.evaluate.true_reward, setup)
     policy = build_frozen("policy", setup.sources["policy"], False, config.precision, topology)
     reference = build_frozen("reference", setup.sources["reference"], False, config.precision, topology)
-    prompts = load_shared(config, setup)
+    prompts = load_unseen(config, setup)
     rewards = build_sources(config, setup, prompts)
     sampler = (pool or connect_pool(config.rollout, policy)).stopping_at(config.sampling.stop, setup.decode)
     sampler.push(0)
@@ -86,23 +83,6 @@ def evaluate(config: schema.EvaluateStage, topology: Topology, pool: ConnectedPo
             True,
         )
     topology.barrier()
-
-
-def load_shared(config: schema.EvaluateStage, setup: Setup) -> Sequence[Prompt]:
-    """The held-out prompts of all replicas; all ranks must call it.
-
-    Raises:
-        DataError: on every rank; there are fewer than replicas.
-    """
-    data, columns = config.data, reads_columns(config.rewards)
-    loaded = load_prompts(data.eval, setup.tokenizer, setup.limits, data.eval_samples, columns)
-    setup.admit(loaded)
-    if len(loaded.items) < setup.topology.data_size:
-        raise DataError(
-            f"{len(loaded.items)} prompts cannot be shared by {setup.topology.data_size} replicas; raise "
-            f"data.eval_samples, name more prompts, or start fewer ranks"
-        )
-    return loaded.items
 
 
 def build_sources(config: schema.EvaluateStage, setup: Setup, prompts: Sequence[Prompt]) -> RewardSum | None:

@@ -6,19 +6,16 @@ from itertools import batched
 from math import comb
 
 from rto_megatron.config import schema
-from rto_megatron.config.rewards import reads_columns
-from rto_megatron.data.loader import load_prompts
 from rto_megatron.data.true_reward import TrueReward
-from rto_megatron.errors import DataError
 from rto_megatron.generation.contract import NoServersLeft, Sampling
 from rto_megatron.reporting.progress import say
 from rto_megatron.trainer.connected_pool import ConnectedPool
-from rto_megatron.trainer.evaluated_rows import UNSEEN, keep_rows, numbers_of
 from rto_megatron.trainer.opinions import Roles
 from rto_megatron.trainer.run import Run
 from rto_megatron.trainer.sampler import sample
 from rto_megatron.trainer.scoring import close_rollouts
 from rto_megatron.trainer.setup import Setup
+from rto_megatron.trainer.unseen import UNSEEN, keep_rows, load_unseen, numbers_of
 from rto_megatron.types import Metrics, Prompt, Rewards, Rollout
 
 FOLDER = "evaluations"
@@ -103,18 +100,9 @@ def load_held_out(config: schema.ReinforcementStage, setup: Setup) -> tuple[Prom
     """
     if config.data.eval is None:
         return ()
-    keeps_columns = reads_columns(config.rewards)
-    loaded = load_prompts(
-        config.data.eval, setup.tokenizer, setup.limits, config.data.eval_samples, keeps_columns
-    )
-    setup.admit(loaded)
-    if len(loaded.items) < setup.topology.data_size:
-        raise DataError(
-            f"data.eval: {len(loaded.items)} prompts cannot be shared by {setup.topology.data_size} replicas; raise "
-            "data.eval_samples, name more prompts, or start fewer ranks"
-        )
     # Rewards read columns by the id, and rows of both files may be numbered alike.
-    return tuple(replace(prompt, id=f"{UNSEEN}{prompt.id}") for prompt in loaded.items)
+    found = load_unseen(config, setup)
+    return tuple(replace(prompt, id=f"{UNSEEN}{prompt.id}") for prompt in found)
 
 
 def pass_ks(num_samples: int) -> list[int]:

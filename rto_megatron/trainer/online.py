@@ -33,7 +33,7 @@ from rto_megatron.trainer.known_reward import known_reward, true_return
 from rto_megatron.trainer.model_files import give_own_padding
 from rto_megatron.trainer.opinions import Roles
 from rto_megatron.trainer.parts import Parts, planned_parts
-from rto_megatron.trainer.pool_requests import taken
+from rto_megatron.trainer.pool_requests import admitted
 from rto_megatron.trainer.pretraining import Pretraining, beside
 from rto_megatron.trainer.reference import require_trained_reference
 from rto_megatron.trainer.resume import LoopState
@@ -91,7 +91,7 @@ def train_online(
             sampled = sampler.draw(step, scorer.ear)
         dealt = deal_rollouts(sampled, config.algorithm.samples_per_prompt, setup, step + 1)
         run.record({**sampler.measured(), **scorer.measured()})
-        run.record(taken(sampled, step, config.rollout.ahead, topology))
+        run.record(admitted(sampled, step, config.rollout.ahead, topology))
         experience, gap, lrs = None, {}, {}
         with guard.skipping():
             # 3. every model's opinion, without gradients

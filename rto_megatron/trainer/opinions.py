@@ -4,7 +4,7 @@ T  positions of one micro-batch | S  its sequences
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
@@ -50,8 +50,13 @@ class Opinion:
     scores: Mapping[str, Tensor]  # reward model by the name of its source -> float32 [S]
 
 
-# The responses of a micro-batch, as they are trained on -> what was said of them.
-type Opinions = Mapping[tuple[Rollout, ...], Opinion]
+type Group = tuple[Rollout, ...]  # the responses of a micro-batch, as they are trained on
+type Opinions = Mapping[Group, Opinion]  # keyed by `known_as`
+
+
+def known_as(group: Group) -> Group:
+    """The responses without the pool's log-probs, which no model reads, and of which a NaN would equal nothing."""
+    return tuple(replace(rollout, sampled_logprobs=()) for rollout in group)
 
 
 def opinions(rollouts: Sequence[Rollout], roles: Roles, layout: Layout, drawn: Distribution) -> Opinions:
@@ -76,7 +81,7 @@ def opinions(rollouts: Sequence[Rollout], roles: Roles, layout: Layout, drawn: D
         values = roles.critic.token_outputs(cut.batches)
     scores = {name: model.scores(rollouts) for name, model in roles.reward.models().items()}
     return {
-        tuple(rollouts[row] for row in rows): Opinion(
+        known_as(tuple(rollouts[row] for row in rows)): Opinion(
             cut.batches[number],
             logp[number],
             logp_ref[number],
@@ -97,7 +102,7 @@ def all_opinions(
         early: of micro-batches of this batch; none where `layout` cuts by tokens.
     """
     groups = layout.groups_of(rollouts)
-    names = [tuple(rollouts[row] for row in rows) for rows in groups]
+    names = [known_as(tuple(rollouts[row] for row in rows)) for rows in groups]
     rows_late = sorted(
         chain.from_iterable(rows for rows, name in zip(groups, names, strict=True) if name not in early)
     )

@@ -181,7 +181,7 @@ def require_version(rollouts: Sequence[Rollout], newest: int, oldest: int | None
             )
 
 
-def taken(rollouts: Sequence[Rollout], step: int, ahead: int, topology: Topology) -> Metrics:
+def admitted(rollouts: Sequence[Rollout], step: int, ahead: int, topology: Topology) -> Metrics:
     """Admits a step's rollouts, none of which may be more than `ahead` steps older than its weights.
 
     All ranks must call it.

@@ -1,6 +1,7 @@
 """Responses are scored as they come: beside the sampling of the others, in the same micro-batches, to the bit."""
 
 import json
+import math
 import random
 import threading
 from collections.abc import Sequence
@@ -137,25 +138,39 @@ def test_a_pool_that_dies_behind_its_first_responses_ends_the_run_saved(files: P
 
 
 class Broken(Straggling):
-    """Its first response has no token."""
+    """Its first response has no token, or no log-probs that are numbers."""
+
+    def __init__(self, micro: int, is_empty: bool) -> None:
+        super().__init__(micro)
+        self._is_empty = is_empty
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[Rollout]:
         """See `RolloutEngine.generate`."""
         first, *others = super().generate(prompts, sampling, version)
-        return [replace(first, response_ids=(), sampled_logprobs=()), *others]
+        broken = replace(first, sampled_logprobs=(math.nan,) * len(first.response_ids))
+        return [replace(first, response_ids=(), sampled_logprobs=()) if self._is_empty else broken, *others]
 
 
-def _train_broken(config: ReinforcementStage) -> str:
-    engine = Broken(config.batch.micro)
+def _train_broken(config: ReinforcementStage, is_empty: bool) -> str:
+    place = join(config)
+    engine = Broken(config.batch.micro, is_empty) if place.is_replica_lead else None
     with pytest.raises(UserError) as caught:
-        train_online(config, join(config), ConnectedPool(engine, HeldPush(engine)), Parts(scorer=Watched))
+        train_online(config, place, ConnectedPool(engine, HeldPush(engine)), Parts(scorer=Watched))
     return str(caught.value)
 
 
-def test_what_must_not_be_scored_is_refused_once_all_is_there(files: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("layout", "is_empty", "part"),
+    # A NaN, sent to the other ranks twice, is the same response all the same.
+    [("one", True, "a response has no token"), ("tp2", False, "a log-prob of the pool is NaN or infinite")],
+)
+def test_what_must_not_be_trained_on_is_refused_once_all_is_there(
+    layout: str, is_empty: bool, part: str, files: Path, tmp_path: Path
+) -> None:
     keys = {**KEYS, "run__steps": 1, "run__max_skipped_updates": 1}
-    (error,) = run_ranks(1, _train_broken, configure("reinforce_pp", files, tmp_path, **keys))
-    assert "a response has no token" in error
+    config = configure("reinforce_pp", files, tmp_path, layout, **keys)
+    for error in run_ranks(LAYOUTS[layout][0], _train_broken, config, is_empty):
+        assert part in error
 
 
 class Alone(Straggling):

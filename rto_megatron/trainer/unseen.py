@@ -1,15 +1,37 @@
-"""Responses to held-out prompts, with what measured them: one JSON object a line, for people who read them."""
+"""Prompts that no step trains on, and the responses to them with what measured each: one JSON object a line."""
 
 import json
 from collections.abc import Mapping, Sequence
 from itertools import batched, zip_longest
 from pathlib import Path
 
+from rto_megatron.config import schema
+from rto_megatron.config.rewards import reads_columns
 from rto_megatron.config.run_folder import make_run_folder
+from rto_megatron.data.loader import load_prompts
+from rto_megatron.errors import DataError
 from rto_megatron.trainer.setup import Setup
-from rto_megatron.types import Rewards, Rollout
+from rto_megatron.types import Prompt, Rewards, Rollout
 
 UNSEEN = "eval/"  # before the ids of held-out prompts of a run that trains on others
+
+
+def load_unseen(config: schema.Rewarded, setup: Setup) -> tuple[Prompt, ...]:
+    """The prompts of `data.eval` for all replicas, with the columns that rewards read; all ranks must call it.
+
+    Raises:
+        DataError: on every rank; there are fewer than replicas.
+    """
+    data, columns = config.data, reads_columns(config.rewards)
+    assert data.eval is not None
+    loaded = load_prompts(data.eval, setup.tokenizer, setup.limits, data.eval_samples, columns)
+    setup.admit(loaded)
+    if len(loaded.items) < setup.topology.data_size:
+        raise DataError(
+            f"data.eval: {len(loaded.items)} prompts cannot be shared by {setup.topology.data_size} replicas; raise "
+            "data.eval_samples, name more prompts, or start fewer ranks"
+        )
+    return tuple(loaded.items)
 
 
 def numbers_of(rewards: Rewards) -> dict[str, list[float]]:
