@@ -107,7 +107,7 @@ def _update(case: Case, root: Path) -> dict[str, dict[str, Tensor]]:
             case.dtype,
             case.is_distributed_optimizer,
             case.is_overlapped,
-        )  # fmt: skip
+        )
         for name in ("policy", "critic")
     )
     if case.disable == "value_head" and place.is_last_stage:
