@@ -59,6 +59,7 @@ class HeldOut:
             say(f"warning: step {step} is not evaluated: {failure}", topology.is_lead)
             return {}
         closed = close_rollouts(drawn, self.setup.eos, self.config.algorithm.truncated)
+        roles.memory.enter("judge")
         rewards = roles.reward.unnormalized().rate(closed)
         self._keep(step, drawn, rewards)
         return self._sums(drawn, rewards)

@@ -1,7 +1,7 @@
 """Every model's opinion of sampled responses: the forwards behind a step's rewards, without gradients."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from rto_megatron.algorithms.termination import TruncationPolicy, close_response
 from rto_megatron.data.cut import CutSequences, Layout
 from rto_megatron.data.packing import response_mask, rollout_batches, rollout_grid
 from rto_megatron.engine.megatron import FrozenModel, Model, TrainedModel
+from rto_megatron.engine.offload import HostMemory
 from rto_megatron.trainer.reward_sum import RewardSum
 from rto_megatron.types import (
     WHOLE,
@@ -36,6 +37,7 @@ class Roles:
     reward: RewardSum
     dpo: FrozenModel | None  # None: no DPO reward
     dpo_reference: FrozenModel | None  # None: the reference, whose forward is shared
+    memory: HostMemory = field(default_factory=HostMemory)  # what of them waits there
 
 
 def close_rollouts(
