@@ -88,9 +88,9 @@ def balance_table(pairs: Sequence[PreferencePair], all_replicas: Sequence[int]) 
 
 
 def small_model(root: Path, topology: Topology) -> TrainedModel:
-    """A policy of a few million parameters with fresh weights."""
+    """A policy of two million parameters with fresh weights."""
     shape = LlamaConfig(
-        vocab_size=_VOCAB_SIZE, hidden_size=256, intermediate_size=768, num_hidden_layers=4,
+        vocab_size=_VOCAB_SIZE, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=4096,
     )  # fmt: skip
     LlamaForCausalLM(shape).save_pretrained(root)

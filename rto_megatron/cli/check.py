@@ -174,7 +174,7 @@ def _optimizer_step(batch: "TrainBatchConfig", replicas: int, plan: "BatchPlan",
 
 
 def _models_table(plan: "StagePlan", shapes: "Mapping[str, FoundShape]") -> Table:
-    from rto_megatron.planning.memory import activation_bytes, gib, role_cost
+    from rto_megatron.planning.memory import activation_bytes, gib, model_bytes, role_cost
 
     roles, world_size = plan.roles, plan.layout.world_size
     table = Table(
@@ -202,6 +202,13 @@ def _models_table(plan: "StagePlan", shapes: "Mapping[str, FoundShape]") -> Tabl
     table.add_section()
     table.add_row("activations", "", "", "largest micro-batch, estimated", "", "", gib(activations))
     complete = all(role.name in shapes for role in roles)
+    if (training := plan.facts.training) is not None and training.offload:
+        away = ", ".join(training.offload)
+        spared = total - activations - model_bytes(plan, shapes)
+        table.add_row(
+            "offload", "", "", f"spared while scoring or updating, of {away}", "", "", f"-{gib(spared)}"
+        )
+        total -= spared
     table.add_row("sum", "", "", "" if complete else "without the unknown models", "", "", gib(total))
     return table
 

@@ -15,6 +15,7 @@ from rto_megatron.config.roles import OPTIONAL_ROLES, allowed_roles, needs_dpo
 from rto_megatron.config.rollouts import RolloutConfig
 from rto_megatron.config.sampling_checks import sampling_problems
 from rto_megatron.config.schema import OfflineStage, ReinforcementStage, Stage
+from rto_megatron.config.step_phases import offload_problems
 from rto_megatron.errors import RecipeError, UserError
 
 
@@ -27,9 +28,12 @@ def find_problems(
         max_positions: role -> max_position_embeddings, in tokens, of the models whose shape is known.
         origin: how the number of ranks came about, if it is not what the user asked for.
     """
+    of_models = model_problems(config)
+    training = facts_of(config).training
     return [
         *_layout(config, world_size, origin),
-        *model_problems(config),
+        *of_models,
+        *(offload_problems(training) if training is not None and not of_models else ()),
         *_lengths(config, max_positions),
         *_kl_horizon(facts_of(config)),
         *(sampling_problems(facts.online) if (facts := facts_of(config)).online is not None else ()),

@@ -33,6 +33,7 @@ from rto_megatron.config.training import (
     FrozenPrecisionConfig,
     OptimizerConfig,
     ParallelConfig,
+    Parkable,
     PrecisionConfig,
     PreferenceBatchConfig,
     RolloutBatchConfig,
@@ -73,6 +74,9 @@ class TrainStage(StageConfig):
     precision: PrecisionConfig = PrecisionConfig()
     batch: TrainBatchConfig = TrainBatchConfig()
     optimizer: OptimizerConfig
+    offload: tuple[Parkable, ...] = Field(
+        default=(), description="what waits in host memory while a phase of a step does without it"
+    )
 
 
 class OfflineStage(TrainStage):

@@ -6,6 +6,10 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 LoggerName = Literal["tensorboard", "wandb", "swanlab"]
+# Roles, and what trained ones have beside weights.
+Parkable = Literal[
+    "policy", "critic", "policy_ema", "reference", "reward", "dpo", "dpo_reference", "gradients", "optimizer"
+]
 
 
 class Section(BaseModel):

@@ -9,6 +9,7 @@ from megatron.core.optimizer import (
     OptimizerConfig,
     get_megatron_optimizer,
 )
+from torch import Tensor
 
 from rto_megatron.config import training
 from rto_megatron.parallel.topology import Topology
@@ -68,6 +69,18 @@ def _keep_no_state(optimizer: MegatronOptimizer) -> None:
     # megatron-core 0.19.2 has no initialiser for SGD's state, of which there is none, and calls it in every load.
     for one in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
         one.init_state_fn = lambda sgd, config: None
+
+
+def state_tensors(optimizer: MegatronOptimizer) -> list[Tensor]:
+    """Masters, which may be the weights themselves, and moments; counters, which have no dimension, are left out."""
+    found: list[Tensor] = []
+    for one in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
+        inner = one.optimizer
+        found += [parameter for group in inner.param_groups for parameter in group["params"]]
+        found += [
+            t for kept in inner.state.values() for t in kept.values() if isinstance(t, Tensor) and t.dim()
+        ]
+    return found
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:

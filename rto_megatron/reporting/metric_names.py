@@ -274,6 +274,9 @@ THEMES = (
             Metric("time/model_tflops", "TFLOP/s", "forwards and backwards of all models on a rank, by their "
                    "mathematics and without padding, over `time/step_s`; what the pool computes is not in it", ALL),
             Metric("time/mfu", "fraction", "`time/model_tflops` of `run.peak_tflops`", ALL, "`run.peak_tflops`"),
+            Metric("memory/parked_gib", "GiB", "the most of a rank's models and optimizers that waited in host memory",
+                   ALL, "`offload`"),
+            Metric("time/offload_s", "s", "of moves between the device and host memory", ALL, "`offload`"),
             Metric("memory/peak_gib", "GiB", "the most that torch held on a GPU in the step, of the fullest rank; "
                    "without a GPU, the most that a rank ever held in host memory", ALL),
             Metric("time/slowest_rank_ratio", "ratio", "seconds that the slowest rank computed, over the median rank's",

@@ -99,6 +99,7 @@ class Scorer:
         """
         start = time.monotonic()
         config, setup = self._config, self._setup
+        self._roles.memory.enter("score")
         how = config.sampling
         if not broken_rollouts(sampled, setup.eos, bool(how.stop)):  # `score` refuses those, with all others
             closed = close_rollouts(sampled, setup.eos, config.algorithm.truncated)

@@ -41,6 +41,7 @@ def full_batches(
         return sampler
 
     def scores(drawn: Sequence[Rollout]) -> Tensor:
+        roles.memory.enter("judge")
         return roles.reward.rate(close_rollouts(drawn, setup.eos, algorithm.truncated)).score_B
 
     return DynamicSampler(sampler, config, algorithm.max_sampling_rounds, scores, setup.topology, record)

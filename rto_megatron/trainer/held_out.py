@@ -55,6 +55,7 @@ class HeldOut:
             say(f"warning: step {step} is not evaluated: {failure}", topology.is_lead)
             return {}
         closed = close_rollouts(drawn, self.setup.eos, self.config.algorithm.truncated)
+        roles.memory.enter("judge")
         rewards = roles.reward.unnormalized().rate(closed)
         path = self.config.run.dir / FOLDER / f"step_{step:06d}.jsonl"
         keep_rows(path, drawn, numbers_of(rewards), self.config.evaluate.num_samples, self.setup)

@@ -42,6 +42,7 @@ from rto_megatron.engine.megatron import (
     Reading,
     TrainedModel,
 )
+from rto_megatron.engine.offload import HostMemory, host_memory
 from rto_megatron.errors import RecipeError
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.reporting.metrics import add, with_margin
@@ -99,12 +100,13 @@ class Trainee:
     """The model in training and what it is compared with.
 
     Example:
-        Trainee("policy", model, reference=None)
+        Trainee("policy", model, reference=None, memory=HostMemory())
     """
 
     role: str
     model: TrainedModel
     reference: FrozenModel | None  # None where the method has none
+    memory: HostMemory  # what of both waits there
 
 
 def train_offline(config: schema.OfflineStage, topology: Topology) -> None:
@@ -150,7 +152,9 @@ def _build(config: schema.OfflineStage, setup: Setup) -> Trainee:
     reference = None
     if "reference" in sources:
         reference = build_frozen("reference", sources["reference"], False, config.precision, setup.topology)
-    return Trainee(role, model, reference)
+    models: dict[str, Model] = {role: model} if reference is None else {role: model, "reference": reference}
+    memory = host_memory(config.offload, models, lambda text: say(text, setup.topology.is_lead))
+    return Trainee(role, model, reference, memory)
 
 
 def _train[E: Example, M: Microbatch](
@@ -173,8 +177,9 @@ def _train[E: Example, M: Microbatch](
     if trainee.reference is not None:
         note_reference(hf_files, trainee.reference)
     run = Run(
-        config, topology, {role: model}, {role: hf_files}, config.run.steps or batches.batches_per_epoch
-    )
+        config, topology, {role: model}, {role: hf_files}, config.run.steps or batches.batches_per_epoch,
+        trainee.memory,
+    )  # fmt: skip
     guard = planned_parts().guard(run, config.run.max_skipped_updates, topology)
     if run.state is not None:
         go_on(batches, run.state.data, "data.train", topology)
@@ -183,17 +188,21 @@ def _train[E: Example, M: Microbatch](
         lr = learning_rate(config.optimizer, step, run.num_steps)
         names = [[examples[number].id for number in group] for group in task.groups(examples)]
         own = torch.tensor(float(task.size(examples)), device=topology.device.torch_device)
+        trainee.memory.enter("score")
         microbatches = task.microbatches(examples, int(topology.dp_sum(own)))
         with guard.skipping():
+            trainee.memory.enter("update")
             guard.step([ModelUpdate(model, microbatches, task.loss, names, lr, task.reading)])
         evaluation: dict[str, float] = {}
         if held_out and (
             run.is_due(config.run.eval_every, step + 1) or (is_reward and run.is_saved(step + 1))
         ):
+            trainee.memory.enter("score")
             evaluation = evaluate(model, task, held_out, topology, setup.cost)
             say("eval  " + "  ".join(f"{k} {v:.4g}" for k, v in evaluation.items()), topology.is_lead)
         if is_reward and run.is_saved(step + 1):
             _store_scale(evaluation, len(held_out), hf_files, topology)
+        run.record(trainee.memory.measured())
         run.log({"lr": lr, **{f"eval/{k}": v for k, v in evaluation.items()}})
         run.finish(LoopState(batches.state()))
     run.close(role)

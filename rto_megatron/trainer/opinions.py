@@ -4,7 +4,7 @@ T  positions of one micro-batch | S  its sequences
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from rto_megatron.data.cut import CutSequences, Layout
 from rto_megatron.data.packing import rollout_batches
 from rto_megatron.engine.megatron import FrozenModel, TrainedModel
+from rto_megatron.engine.offload import HostMemory
 from rto_megatron.trainer.reward_sum import RewardSum
 from rto_megatron.types import WHOLE, Distribution, Rollout, TokenBatch
 
@@ -32,6 +33,7 @@ class Roles:
     reward: RewardSum
     dpo: FrozenModel | None  # None: no DPO reward
     dpo_reference: FrozenModel | None  # None: the reference, whose forward is shared
+    memory: HostMemory = field(default_factory=HostMemory)  # what of them waits there
 
 
 @dataclass(frozen=True)

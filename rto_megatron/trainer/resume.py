@@ -42,6 +42,7 @@ _FREE = (
     "data.eval_samples",
     "data.true_reward",
     "models.allow_unverified_reference",
+    "offload",
     "rollout",
     "evaluate",
 )

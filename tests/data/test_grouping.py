@@ -71,16 +71,20 @@ def test_ties_are_dealt_by_number() -> None:
 @pytest.mark.parametrize("num_replicas", [2, 3])
 def test_replicas_share_every_global_batch_by_cost_and_its_members_stay_the_same(num_replicas: int) -> None:
     items = [Prompt(str(number), (1,) * (1 + number * number)) for number in range(16)]
-    (alone,) = (Batches(items, 5, seed=3),)
+    alone = Batches(items, 5, seed=3)
     walks = [
         Batches(items, 5, 3, rank, num_replicas, lambda p: len(p.token_ids)) for rank in range(num_replicas)
     ]
     for _ in range(7):
         shares = [walk.next_batch() for walk in walks]
         assert all(shares)
-        whole = {prompt.id for prompt in alone.next_batch()}
+        batch = alone.next_batch()
+        whole = {prompt.id for prompt in batch}
         assert {prompt.id for share in shares for prompt in share} == whole
         assert sum(map(len, shares)) == len(whole)
+        # The last item that a share was given went to the one that had least.
+        loads = [sum(len(prompt.token_ids) for prompt in share) for share in shares]
+        assert max(loads) - min(loads) <= max(len(prompt.token_ids) for prompt in batch)
 
 
 def test_without_costs_replicas_take_turns() -> None:

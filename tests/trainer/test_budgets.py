@@ -13,7 +13,7 @@ from models.test_mixtral import write_mixtral
 from ranks import run_ranks
 from trainer.test_options import exported
 from trainer.test_resume import assert_equal_runs, cut_back
-from trainer.tiny_runs import ENGINE_VOCAB, HeldPush, configure, join, train
+from trainer.tiny_runs import ENGINE_VOCAB, WORDS, HeldPush, configure, join, train, write_rows
 
 from rto_megatron.config.schema import ReinforcementStage, Stage
 from rto_megatron.generation.contract import Sampling
@@ -107,7 +107,9 @@ def test_experts_by_tokens_equal_single_examples(files: Path, tmp_path: Path) ->
 
 
 def test_an_online_stage_by_tokens_equals_single_responses_in_every_pass(files: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "texts.jsonl", [{"text": " ".join(WORDS[number:])} for number in range(8)])
     keys = {
+        "data__pretrain": str(tmp_path / "texts.jsonl"),
         "optimizer": SGD,
         "critic_optimizer": SGD,
         "run__steps": 2,
