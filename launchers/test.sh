@@ -7,6 +7,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export CUDA_VISIBLE_DEVICES="" # these tests fork ranks, which CUDA forbids; launchers/test_gpu.sh has those for a GPU
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+unset PYTHONDONTWRITEBYTECODE # more than a hundred processes start, and each would compile the package anew
 
 bash launchers/setup.sh
 echo "[1/4] ruff check"

@@ -224,6 +224,25 @@ class Experience:
 
 
 @dataclass(frozen=True)
+class TrainingRows:
+    """What optimizer steps read of experience, of the rollouts of all replicas.
+
+    Example:
+        advantages_BR = tensor([[0.7, -0.7, 0.0], [0.1, 0.2, 0.3]])  # one rollout of each of two replicas
+    """
+
+    rollouts: tuple[Rollout, ...]
+    mask_BR: Tensor
+    logp_old_BR: Tensor
+    logp_ref_BR: Tensor
+    pool_importance_BR: Tensor
+    values_BR: Tensor
+    advantages_BR: Tensor
+    returns_BR: Tensor
+    drawn: Distribution
+
+
+@dataclass(frozen=True)
 class BannedTargets:
     """Positions whose log-probs are of the vocabulary without some tokens.
 

@@ -14,9 +14,10 @@ from rto_megatron.errors import RecipeError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from rto_megatron.config.plan import RankLayout, StagePlan
+    from rto_megatron.config.plan import BatchPlan, RankLayout, StagePlan
     from rto_megatron.config.rewards import Source
     from rto_megatron.config.schema import Stage
+    from rto_megatron.config.training import TrainBatchConfig
     from rto_megatron.planning.local_data import LookedAt
     from rto_megatron.planning.shapes import FoundShape
 
@@ -136,11 +137,8 @@ def _layout_table(plan: "StagePlan", pool_gpus: int) -> Table:
         table.add_row("inference pool", f"{where}; receives the policy's weights {every}")
     if (training := facts.training) is not None:
         table.add_row("steps", str(training.run.steps or "one epoch of the data"))
-        table.add_row(
-            "optimizer step",
-            f"{training.batch.train} = {layout.data} data-parallel ranks x {batches.num_microbatches} micro-batches "
-            f"x {training.batch.micro} {'pairs' if facts.reads_pairs else 'sequences'}",
-        )
+        items = "pairs" if facts.reads_pairs else "sequences"
+        table.add_row("optimizer step", _optimizer_step(training.batch, layout.data, batches, items))
     if (online := facts.online) is not None:
         samples = online.algorithm.samples_per_prompt
         each = "" if samples == 1 else f" x {samples} responses"
@@ -166,8 +164,20 @@ def _cut(layout: "RankLayout") -> str:
     return f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}"
 
 
+def _optimizer_step(batch: "TrainBatchConfig", replicas: int, plan: "BatchPlan", items: str) -> str:
+    if plan.num_microbatches is not None:
+        return (
+            f"{batch.train} = {replicas} data-parallel ranks x {plan.num_microbatches} micro-batches "
+            f"x {batch.micro} {items}"
+        )
+    return (
+        f"{batch.train} {items}, shared by FLOPs over {replicas} data-parallel ranks, in micro-batches of "
+        f"{batch.tokens} tokens"
+    )
+
+
 def _models_table(plan: "StagePlan", shapes: "Mapping[str, FoundShape]") -> Table:
-    from rto_megatron.planning.memory import activation_bytes, gib, role_cost
+    from rto_megatron.planning.memory import activation_bytes, gib, model_bytes, role_cost
 
     roles, world_size = plan.roles, plan.layout.world_size
     table = Table(
@@ -195,6 +205,13 @@ def _models_table(plan: "StagePlan", shapes: "Mapping[str, FoundShape]") -> Tabl
     table.add_section()
     table.add_row("activations", "", "", "largest micro-batch, estimated", "", "", gib(activations))
     complete = all(role.name in shapes for role in roles)
+    if (training := plan.facts.training) is not None and training.offload:
+        away = ", ".join(training.offload)
+        spared = total - activations - model_bytes(plan, shapes)
+        table.add_row(
+            "offload", "", "", f"spared while scoring or updating, of {away}", "", "", f"-{gib(spared)}"
+        )
+        total -= spared
     table.add_row("sum", "", "", "" if complete else "without the unknown models", "", "", gib(total))
     return table
 

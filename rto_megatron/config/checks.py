@@ -15,6 +15,7 @@ from rto_megatron.config.roles import OPTIONAL_ROLES, allowed_roles, needs_dpo
 from rto_megatron.config.rollouts import RolloutConfig
 from rto_megatron.config.sampling_checks import sampling_problems
 from rto_megatron.config.schema import OfflineStage, ReinforcementStage, Stage
+from rto_megatron.config.step_phases import offload_problems
 from rto_megatron.errors import RecipeError, UserError
 
 
@@ -27,10 +28,13 @@ def find_problems(
         max_positions: role -> max_position_embeddings, in tokens, of the models whose shape is known.
         origin: how the number of ranks came about, if it is not what the user asked for.
     """
+    of_models = model_problems(config)
+    training = facts_of(config).training
     return [
         *layout_problems(config, world_size, origin),
-        *(found := model_problems(config)),
-        *([] if found else role_problems(config, world_size)),
+        *of_models,
+        *([] if of_models else role_problems(config, world_size)),
+        *(offload_problems(training) if training is not None and not of_models else ()),
         *_lengths(config, max_positions),
         *_kl_horizon(facts_of(config)),
         *(sampling_problems(facts.online) if (facts := facts_of(config)).online is not None else ()),
@@ -71,8 +75,8 @@ def model_problems(config: Stage) -> list[str]:
         for role, path in named.items()
         if path is not None and role not in used
     ]
-    if facts.online is not None:
-        problems += reward_problems(facts.online)
+    if facts.sampling is not None:
+        problems += reward_problems(facts.sampling)
     if needs_dpo(config) and models.dpo is None:
         problems.append(
             f"models.dpo is missing: stage {config.stage} rewards tokens with a DPO model; name one, or set "

@@ -78,6 +78,8 @@ def _shares(config: Stage, role: Role, replicas: int) -> list[str]:
     if facts.online is None:
         return []
     batch, responses = facts.online.batch, facts.online.responses_per_step
+    if batch.micro is None:
+        return _idle(batch.train, replicas, f" of the {role.name}") if role.is_trained else []
     whole, step = f"{replicas} data-parallel ranks of the {role.name}", batch.micro * replicas
     if role.is_trained and batch.train % step:
         return [
@@ -94,6 +96,16 @@ def _shares(config: Stage, role: Role, replicas: int) -> list[str]:
     return []
 
 
+def _idle(num_items: int, replicas: int, whose: str = "") -> list[str]:
+    """What is wrong where replicas get unequal numbers of items, dealt by cost."""
+    if num_items >= replicas:
+        return []
+    return [
+        f"batch.train={num_items} is below the {replicas} data-parallel ranks{whose}, so some would have nothing to "
+        f"do; set batch.train to {replicas} at least"
+    ]
+
+
 def _next_multiple(number: int, step: int) -> int:
     return -(-number // step) * step
 
@@ -107,9 +119,9 @@ def _batches(config: Stage, data_parallel: int) -> list[str]:
     if facts.training is None:
         return []
     batch = facts.training.batch
-    problems = []
-    step = batch.micro * data_parallel
-    if batch.train % step:
+    problems = [] if batch.micro is not None else _idle(batch.train, data_parallel)
+    step = (batch.micro or 0) * data_parallel
+    if batch.micro is not None and batch.train % step:
         below = batch.train // step * step
         nearest = f"{below} or {below + step}" if below else str(step)
         problems.append(

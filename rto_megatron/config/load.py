@@ -27,6 +27,7 @@ from rto_megatron.config.overrides import (
     split,
     text_keys,
     typed,
+    without_rivals,
 )
 from rto_megatron.config.problems import Origin, all_keys, describe, suggestion
 from rto_megatron.config.recipes import require_recipe
@@ -65,9 +66,9 @@ def load_recipe(recipe: Path, overrides: Sequence[str] = ()) -> Stage:
     for key in (*_PATHS_OR_HUB_NAMES, *(f"models.{role}" for role in _MODELS)):
         _make_absolute(tree, key, only_if_present=True)
     config = _validate(STAGES[name], tree, origin)
-    if (online := facts_of(config).online) is None:
+    if (sampling := facts_of(config).sampling) is None:
         return config
-    return online.model_copy(update={"rewards": with_code(online.rewards)})
+    return sampling.model_copy(update={"rewards": with_code(sampling.rewards)})
 
 
 def load_stage[S: Stage](recipe: Path, kind: type[S], overrides: Sequence[str] = ()) -> S:
@@ -124,7 +125,7 @@ def _read(recipe: Path, overrides: Sequence[str]) -> tuple[Tree, Origin]:
     origin = Origin(recipe, lines, frozenset(override.key for override in given))
     try:
         text_of_stage = _text_keys(from_file, given)
-        tree = merged(from_file, given, text_of_stage)
+        tree = merged(without_rivals(from_file, given), given, text_of_stage)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise RecipeError(f"{' '.join(overrides)}: cannot be applied to {recipe}: {error}") from error
     _refuse_unknown_interpolations(from_file, tree, origin)

@@ -18,6 +18,8 @@ from pydantic import BaseModel
 from rto_megatron.errors import RecipeError
 
 VARIABLES = "vars"
+_BATCH = "batch"
+_RIVALS = ("micro", "tokens")  # of the section: a recipe sets one
 _OPENING = r"(\\*)\$\{"
 _NAMES_A_KEY = re.compile(r"\$\{([\w.]+)\}")
 
@@ -75,6 +77,28 @@ def merged(recipe: DictConfig, overrides: Sequence[Override], text: frozenset[st
     tree = OmegaConf.merge(recipe, *(_read(one, text) for one in overrides))
     assert isinstance(tree, DictConfig)
     return tree
+
+
+def without_rivals(recipe: DictConfig, overrides: Sequence[Override]) -> DictConfig:
+    """The recipe without the keys that exclude one which an override sets.
+
+    Raises:
+        OmegaConfBaseException, YAMLError: an override cannot be read.
+    """
+    of_batch = [one for one in overrides if one.key.split(".")[0] == _BATCH]
+    given = _written(merged(OmegaConf.create({}), of_batch, frozenset()))
+    tree = recipe.copy()
+    for key, rival in (_RIVALS, _RIVALS[::-1]):
+        if given.get(key) is not None and rival not in given and rival in _written(recipe):
+            OmegaConf.update(tree, f"{_BATCH}.{rival}", None)
+    return tree
+
+
+def _written(tree: DictConfig) -> dict[str, object]:
+    """The keys of the section that has rivals, as they are written."""
+    plain = OmegaConf.to_container(tree, resolve=False)
+    section = plain.get(_BATCH) if isinstance(plain, dict) else None
+    return {str(key): value for key, value in section.items()} if isinstance(section, dict) else {}
 
 
 def _read(override: Override, text: frozenset[str]) -> DictConfig:

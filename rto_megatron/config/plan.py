@@ -48,8 +48,12 @@ class BatchPlan:
         BatchPlan(train_per_rank=8, num_microbatches=4, rollout_per_rank=32, updates_per_rollout=4)
     """
 
-    train_per_rank: int  # 0 where the stage does not train
-    num_microbatches: int  # of an optimizer step; 0 where the stage does not train
+    train_per_rank: (
+        int  # the mean, rounded down, where micro-batches go by tokens; 0 where the stage does not train
+    )
+    num_microbatches: (
+        int | None
+    )  # of an optimizer step; None: as its lengths make it; 0 where the stage does not train
     rollout_per_rank: int  # 0 where the stage does not sample
     updates_per_rollout: (
         int  # optimizer steps of one pass over the rollouts; 0 where the stage does not sample
@@ -97,7 +101,7 @@ def _batches(facts: Facts, replicas: int) -> BatchPlan:
     rollout = 0 if facts.online is None else facts.online.responses_per_step
     return BatchPlan(
         train_per_rank=batch.train // replicas,
-        num_microbatches=batch.train // replicas // batch.micro,
+        num_microbatches=None if batch.micro is None else batch.train // replicas // batch.micro,
         rollout_per_rank=rollout // replicas,
         updates_per_rollout=rollout // batch.train,
     )

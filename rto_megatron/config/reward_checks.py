@@ -3,22 +3,24 @@
 from collections import Counter
 
 from rto_megatron.config.rewards import OutsideSource, OverlongSource, ResponseSource
-from rto_megatron.config.schema import ReinforcementStage
+from rto_megatron.config.schema import EvaluateStage, ReinforcementStage, Rewarded
 
 
-def reward_problems(config: ReinforcementStage) -> list[str]:
+def reward_problems(config: Rewarded) -> list[str]:
     """What is wrong with `rewards` and `models.reward`, one sentence each."""
-    return [*_model(config), *_names(config), *_groups(config), *_lengths(config), *_limits(config)]
+    normalized = _normalized(config) if isinstance(config, EvaluateStage) else _groups(config)
+    return [*_model(config), *_names(config), *normalized, *_lengths(config), *_limits(config)]
 
 
-def _model(config: ReinforcementStage) -> list[str]:
+def _model(config: Rewarded) -> list[str]:
     reward, sources = config.models.reward, config.rewards
     num_models = sum(source.kind == "model" for source in sources)
     if num_models > 1:
         return [
             f"rewards has {num_models} sources of kind model, and models.reward names one model; remove all but one"
         ]
-    if reward is None and (num_models or not sources):
+    is_needed = num_models > 0 or not (sources or isinstance(config, EvaluateStage))
+    if reward is None and is_needed:
         return [
             f"models.reward is missing: stage {config.stage} scores its rollouts with a reward model; name it, or list "
             "sources of other kinds in `rewards`"
@@ -31,7 +33,7 @@ def _model(config: ReinforcementStage) -> list[str]:
     return []
 
 
-def _names(config: ReinforcementStage) -> list[str]:
+def _names(config: Rewarded) -> list[str]:
     counts = Counter(source.name for source in config.rewards)
     return [
         f"rewards has {count} sources named {name!r}, which would be logged as one; give each a `name`"
@@ -51,7 +53,16 @@ def _groups(config: ReinforcementStage) -> list[str]:
     ]
 
 
-def _lengths(config: ReinforcementStage) -> list[str]:
+def _normalized(config: EvaluateStage) -> list[str]:
+    return [
+        f"rewards.{source.name}.normalize={source.normalize} has no place in stage evaluate, which shows what sources "
+        "give; remove it"
+        for source in config.rewards
+        if isinstance(source, ResponseSource) and source.normalize is not None
+    ]
+
+
+def _lengths(config: Rewarded) -> list[str]:
     limit = config.sampling.max_response_tokens
     return [
         f"rewards.{source.name}.buffer_tokens={source.buffer_tokens} is above sampling.max_response_tokens={limit}, so "
@@ -61,7 +72,7 @@ def _lengths(config: ReinforcementStage) -> list[str]:
     ]
 
 
-def _limits(config: ReinforcementStage) -> list[str]:
+def _limits(config: Rewarded) -> list[str]:
     limit, longest = config.run.collective_timeout_s, longest_wait_s(config)
     if limit is None or longest < limit:
         return []
@@ -71,6 +82,6 @@ def _limits(config: ReinforcementStage) -> list[str]:
     ]
 
 
-def longest_wait_s(config: ReinforcementStage) -> float:
+def longest_wait_s(config: Rewarded) -> float:
     """How long ranks may wait in a step for rewards from outside."""
     return sum(source.timeout_s for source in config.rewards if isinstance(source, OutsideSource))

@@ -39,8 +39,8 @@ def with_code(sources: tuple[Source, ...]) -> tuple[Source, ...]:
 
 def rewards_of(config: Stage) -> tuple[Source, ...]:
     """The sources of a stage; none where it samples nothing."""
-    online = facts_of(config).online
-    return () if online is None else online.rewards
+    sampling = facts_of(config).sampling
+    return () if sampling is None else sampling.rewards
 
 
 def running_code(sources: tuple[Source, ...]) -> list[str]:

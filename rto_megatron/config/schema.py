@@ -6,7 +6,7 @@ of their own.
 Off is `null`, never a magic number; 0 means zero.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, create_model
 
@@ -33,6 +33,7 @@ from rto_megatron.config.training import (
     FrozenPrecisionConfig,
     OptimizerConfig,
     ParallelConfig,
+    Parkable,
     PrecisionConfig,
     PreferenceBatchConfig,
     RolloutBatchConfig,
@@ -73,6 +74,9 @@ class TrainStage(StageConfig):
     precision: PrecisionConfig = PrecisionConfig()
     batch: TrainBatchConfig = TrainBatchConfig()
     optimizer: OptimizerConfig
+    offload: tuple[Parkable, ...] = Field(
+        default=(), description="what waits in host memory while a phase of a step does without it"
+    )
 
 
 class OfflineStage(TrainStage):
@@ -105,6 +109,12 @@ class PreferenceStage(OfflineStage):
     batch: PreferenceBatchConfig = PreferenceBatchConfig()
 
 
+type Rewards = Annotated[
+    tuple[Source, ...],
+    Field(description="what pays the responses, a list; empty: the reward model of `models.reward` alone"),
+]
+
+
 class ReinforcementStage(TrainStage):
     """Trains on what the policy samples.
 
@@ -117,10 +127,7 @@ class ReinforcementStage(TrainStage):
     batch: RolloutBatchConfig = RolloutBatchConfig()
     sampling: SamplingConfig = SamplingConfig()
     rollout: TrainRolloutConfig = TrainRolloutConfig()
-    rewards: tuple[Source, ...] = Field(
-        default=(),
-        description="what pays the responses, a list; empty: the reward model of `models.reward` alone",
-    )
+    rewards: Rewards = ()
     evaluate: HeldOutConfig = HeldOutConfig()
     algorithm: reinforcement.Config
 
@@ -151,7 +158,11 @@ class EvaluateStage(StageConfig):
     data: EvaluateDataConfig
     sampling: SamplingConfig = SamplingConfig()
     rollout: RolloutConfig = RolloutConfig()
+    rewards: Rewards = ()
     evaluate: EvaluateConfig
+
+
+type Rewarded = ReinforcementStage | EvaluateStage  # what `rewards` are read by
 
 
 def _kind(method: Method) -> type[TrainStage]:

@@ -1,12 +1,16 @@
 """Sections of a recipe about the training itself: the run, its layout, precision, batches and optimizers."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 LoggerName = Literal["tensorboard", "wandb", "swanlab"]
 RoleName = Literal["critic", "reference", "reward", "dpo", "dpo_reference"]
+# Roles, and what trained ones have beside weights.
+Parkable = Literal[
+    "policy", "critic", "policy_ema", "reference", "reward", "dpo", "dpo_reference", "gradients", "optimizer"
+]
 
 
 class Section(BaseModel):
@@ -155,6 +159,10 @@ class TrainParallelConfig(ParallelConfig):
     distributed_optimizer: bool = Field(
         default=False, description="shard optimizer state over data-parallel ranks"
     )
+    overlap_grad_reduce: bool = Field(
+        default=False,
+        description="reduce gradients over data-parallel ranks while the last backward still runs",
+    )
 
 
 class FrozenPrecisionConfig(Section):
@@ -180,16 +188,40 @@ class PrecisionConfig(FrozenPrecisionConfig):
 
 
 class BatchConfig(Section):
-    """Batch arithmetic; all counts are sequences (pairs for reward model and DPO).
+    """Batch arithmetic; all counts but `tokens` are sequences (pairs for reward model and DPO).
+
+    A forward takes so many sequences, or as many as have so many tokens: one of `micro` and `tokens` is set. Where a
+    recipe says neither, `micro` is 1.
 
     Example:
-        batch: {micro: 4, packed: true}
+        batch: {tokens: 16384, packed: true}
     """
 
-    micro: int = Field(default=1, ge=1, description="sequences or pairs per forward on one rank")
+    micro: int | None = Field(default=None, ge=1, description="sequences or pairs per forward on one rank")
+    tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="tokens per forward on one rank, padding of rows included; excludes batch.micro",
+    )
     packed: bool = Field(
         default=True, description="pack a micro-batch without padding; false: right-padded rows"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_by_one(cls, found: object) -> object:
+        if not isinstance(found, dict) or found.get("tokens") is not None or found.get("micro") is not None:
+            return found
+        return {**found, "micro": 1}
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if self.micro is not None and self.tokens is not None:
+            raise ValueError(
+                f"batch.micro={self.micro} and batch.tokens={self.tokens} exclude each other: a forward takes so many "
+                "sequences, or as many as have so many tokens; remove one"
+            )
+        return self
 
 
 class TrainBatchConfig(BatchConfig):

@@ -4,10 +4,11 @@ import hashlib
 import json
 import random
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from rto_megatron.data.grouping import own_share
 from rto_megatron.errors import DataError, RecipeError
 from rto_megatron.types import Demonstration, Example, JudgedResponse, PreferencePair, Prompt
 
@@ -29,7 +30,8 @@ class Batches[T: Example]:
     """An endless walk over `items` in global batches; the rank sees its slice of each.
 
     The order of epoch e depends on (seed, e) alone, and rank r of n takes every n-th item of a global batch
-    from the r-th on, so neither the global batches nor minibatches cut from them in order depend on n. What
+    from the r-th on, so neither the global batches nor minibatches cut from them in order depend on n. Where items have
+    costs, ranks take about as much of a global batch each, in unequal numbers. What
     is left of an epoch after its last full batch is dropped; another shuffle brings it back in later epochs.
     The number of consumed samples is the whole state; the items' number and digest go with it, to know them again.
 
@@ -38,7 +40,13 @@ class Batches[T: Example]:
     """
 
     def __init__(
-        self, items: Sequence[T], global_batch: int, seed: int, dp_rank: int = 0, dp_size: int = 1
+        self,
+        items: Sequence[T],
+        global_batch: int,
+        seed: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        cost: Callable[[T], float] | None = None,
     ) -> None:
         """Start at the first batch.
 
@@ -47,16 +55,17 @@ class Batches[T: Example]:
             global_batch: items per step, all ranks.
             seed: of the shuffles.
             dp_rank, dp_size: this rank among the data-parallel ranks.
+            cost: what an item asks of a rank; None: all the same.
 
         Raises:
-            UserError: fewer items than one global batch, or the ranks do not divide it.
+            UserError: fewer items than one global batch, or the ranks do not divide it where they must.
         """
         if len(items) < global_batch:
             raise DataError(
                 f"the data has {len(items)} items, fewer than one global batch of {global_batch}; "
                 "use more data or a smaller batch"
             )
-        if global_batch % dp_size:
+        if cost is None and global_batch % dp_size:
             smaller = global_batch - global_batch % dp_size
             raise RecipeError(
                 f"{dp_size} data-parallel ranks do not divide the global batch of {global_batch}; "
@@ -67,6 +76,7 @@ class Batches[T: Example]:
         self._seed = seed
         self._dp_rank = dp_rank
         self._dp_size = dp_size
+        self._cost = cost
         self._consumed_samples = 0
         self._order_epoch = -1
         self._order: list[int] = []
@@ -94,9 +104,9 @@ class Batches[T: Example]:
             random.Random(f"{self._seed}/{self.epoch}").shuffle(self._order)
         per_epoch = self.batches_per_epoch * self._global_batch
         first = self._consumed_samples % per_epoch
-        own = self._order[first + self._dp_rank : first + self._global_batch : self._dp_size]
+        batch = [self._items[index] for index in self._order[first : first + self._global_batch]]
         self._consumed_samples += self._global_batch
-        return [self._items[index] for index in own]
+        return own_share(batch, self._dp_rank, self._dp_size, self._cost)
 
     @property
     def num_left_over(self) -> int:

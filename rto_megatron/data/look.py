@@ -1,9 +1,10 @@
 """The first rows of a stage's local data, judged as the stage will judge them."""
 
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from rto_megatron.algorithms import ALGORITHMS
@@ -12,7 +13,9 @@ from rto_megatron.config import schema
 from rto_megatron.config.facts import facts_of
 from rto_megatron.config.inputs import EvaluateDataConfig, ExampleDataConfig, PromptDataConfig
 from rto_megatron.data.bad_rows import BadRows
-from rto_megatron.data.encoder import Limits, LoadReport, limits_of, refuse_rows
+from rto_megatron.data.budget import over_budget
+from rto_megatron.data.cut import Layout
+from rto_megatron.data.encoder import Limits, Loaded, limits_of, refuse_rows
 from rto_megatron.data.layouts import READERS
 from rto_megatron.data.loader import (
     load_demonstrations,
@@ -24,7 +27,7 @@ from rto_megatron.data.loader import (
 from rto_megatron.data.other_layouts import Examples
 from rto_megatron.data.sources import HUB_NAME, BadRow, is_file, scan_rows
 from rto_megatron.errors import UserError
-from rto_megatron.types import EndOfSequence
+from rto_megatron.types import EndOfSequence, Example
 
 NUM_ROWS = 1000  # of each file
 
@@ -84,19 +87,27 @@ def look(
         return _layout_alone(data, limits)
     has_margins = facts_of(config).reads_margins
     source = data.source
-    report: LoadReport
+    loaded: Loaded[Example]
     match data.wanted:
         case "prompts":
-            report = load_prompts(source, tokenizer, limits, NUM_ROWS).report
+            loaded = load_prompts(source, tokenizer, limits, NUM_ROWS)
         case "pairs":
-            report = load_pairs(source, tokenizer, limits, NUM_ROWS, eos, has_margins).report
+            loaded = load_pairs(source, tokenizer, limits, NUM_ROWS, eos, has_margins)
         case "demonstrations":
-            report = load_demonstrations(source, tokenizer, limits, NUM_ROWS, eos).report
+            loaded = load_demonstrations(source, tokenizer, limits, NUM_ROWS, eos)
         case "judgements":  # the rows that follow may answer other prompts
-            report = load_judged_rows(source, tokenizer, limits, NUM_ROWS, eos).report
+            rows = load_judged_rows(source, tokenizer, limits, NUM_ROWS, eos)
+            loaded = Loaded(tuple(chain.from_iterable(rows.items)), rows.report)
         case "texts":
-            report = load_texts(source, tokenizer, limits, NUM_ROWS).report
-    return report.summary()
+            loaded = load_texts(source, tokenizer, limits, NUM_ROWS)
+    warning = over_budget(loaded.items, source, _layout(config))
+    return "\n  ".join([loaded.report.summary(), *([] if warning is None else [warning])])
+
+
+def _layout(config: schema.Stage) -> Layout:
+    batch, parallel = config.batch, config.parallel
+    row_multiple = parallel.tensor if parallel.sequence else 1
+    return Layout(batch.micro, batch.packed, row_multiple, torch.device("cpu"), batch.tokens)
 
 
 def _layout_alone(data: DataSource, limits: Limits) -> str:

@@ -12,13 +12,14 @@ total that is passed in.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate, batched, chain
+from dataclasses import replace
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
 
 from rto_megatron.algorithms.losses import sequence_sums
+from rto_megatron.data.cut import CutSequences, Layout
 from rto_megatron.types import (
     WHOLE,
     Ban,
@@ -34,25 +35,10 @@ from rto_megatron.types import (
     Rollout,
     SupervisedMicrobatch,
     TokenBatch,
+    TrainingRows,
 )
 
 PADDING_ID = 0
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How sequences become micro-batches on one rank.
-
-    Example:
-        Layout(micro=4, packed=True, multiple_of=8, device=torch.device("cuda", 0))
-    """
-
-    micro: int  # sequences, or pairs, per micro-batch; the last micro-batch may hold fewer
-    packed: bool  # one packed row; otherwise right-padded rows
-    multiple_of: (
-        int  # row lengths are a multiple of this; sequence parallelism needs the tensor-parallel size
-    )
-    device: torch.device
 
 
 def token_batch(
@@ -165,7 +151,8 @@ def supervised_microbatches(
         layout: micro-batch size and packing.
     """
     microbatches = []
-    for group in batched(demonstrations, layout.micro):
+    for numbers in layout.groups_of(demonstrations):
+        group = [demonstrations[number] for number in numbers]
         sequences = [(demo.prompt_ids + demo.response_ids, len(demo.prompt_ids)) for demo in group]
         batch = token_batch(sequences, layout.packed, layout.multiple_of, layout.device)
         weight_T = _response_mask(sequences, batch) / num_target_tokens
@@ -187,7 +174,8 @@ def pair_microbatches(
     """
     assert logp_ref_G2.shape == (len(pairs), 2)
     microbatches = []
-    for first, group in zip(range(0, len(pairs), layout.micro), batched(pairs, layout.micro), strict=True):
+    for numbers in layout.groups_of(pairs):
+        group = [pairs[number] for number in numbers]
         answers = [*(pair.chosen_ids for pair in group), *(pair.rejected_ids for pair in group)]
         prompts = [pair.prompt_ids for pair in (*group, *group)]
         sequences = [(p + a, len(p)) for p, a in zip(prompts, answers, strict=True)]
@@ -199,7 +187,7 @@ def pair_microbatches(
                 mask_T=_response_mask(sequences, batch),
                 weight_P=torch.full_like(margin_P, 1.0 / num_pairs),
                 margin_P=margin_P,
-                logp_ref_S=logp_ref_G2[first : first + len(group)].T.reshape(-1).to(layout.device),
+                logp_ref_S=logp_ref_G2[numbers].T.reshape(-1).to(layout.device),
             )
         )
     return microbatches
@@ -219,12 +207,11 @@ def judged_microbatches(
     """
     assert logp_ref_G.shape == (len(answers),)
     microbatches = []
-    for first, group in zip(
-        range(0, len(answers), layout.micro), batched(answers, layout.micro), strict=True
-    ):
+    for numbers in layout.groups_of(answers):
+        group = [answers[number] for number in numbers]
         sequences = [(a.prompt_ids + a.response_ids, len(a.prompt_ids)) for a in group]
         batch = token_batch(sequences, layout.packed, layout.multiple_of, layout.device)
-        logp_ref_S = logp_ref_G[first : first + len(group)].to(layout.device)
+        logp_ref_S = logp_ref_G[numbers].to(layout.device)
         microbatches.append(
             JudgedMicrobatch(
                 batch=batch,
@@ -239,47 +226,51 @@ def judged_microbatches(
 
 
 def response_sums(
-    values: Sequence[Tensor], batches: Sequence[TokenBatch], sequences: Sequence[tuple[Sequence[int], int]]
+    values: Sequence[Tensor], cut: CutSequences, sequences: Sequence[tuple[Sequence[int], int]]
 ) -> Tensor:
     """Sum of per-position outputs over each response, [number of sequences], differentiable.
 
     Args:
         values: one [T] tensor per batch.
-        batches: `sequences`, cut in order.
+        cut: `sequences` as batches.
         sequences: (token ids, prompt length in tokens).
     """
     sums = []
-    first = 0
-    for values_T, batch in zip(values, batches, strict=True):
-        group = sequences[first : first + len(batch.last_positions)]
-        sums.append(sequence_sums(values_T, _response_mask(group, batch), batch))
-        first += len(group)
-    assert first == len(sequences)
-    return torch.cat(sums)
+    for values_T, batch, numbers in zip(values, cut.batches, cut.groups, strict=True):
+        mask_T = _response_mask([sequences[number] for number in numbers], batch)
+        sums.append(sequence_sums(values_T, mask_T, batch))
+    return cut.in_order(sums)
 
 
-def sequence_batches(sequences: Sequence[tuple[Sequence[int], int]], layout: Layout) -> list[TokenBatch]:
-    """Token batches of (token ids, prompt length), in order."""
-    return [
-        token_batch(group, layout.packed, layout.multiple_of, layout.device)
-        for group in batched(sequences, layout.micro)
+def sequence_batches(sequences: Sequence[tuple[Sequence[int], int]], layout: Layout) -> CutSequences:
+    """Token batches of (token ids, prompt length)."""
+    groups = layout.groups([(len(ids),) for ids, _ in sequences])
+    batches = [
+        token_batch(
+            [sequences[number] for number in numbers], layout.packed, layout.multiple_of, layout.device
+        )
+        for numbers in groups
     ]
+    return CutSequences(batches, groups)
 
 
-def rollout_batches(
-    rollouts: Sequence[Rollout], layout: Layout, drawn: Distribution = WHOLE
-) -> list[TokenBatch]:
-    """Token batches of prompts with their responses, in order, for the forwards that score rollouts.
+def rollout_batches(rollouts: Sequence[Rollout], layout: Layout, drawn: Distribution = WHOLE) -> CutSequences:
+    """Token batches of prompts with their responses, for the forwards that score rollouts.
 
     Args:
         drawn: what log-probs are of.
     """
-    batches = sequence_batches([(r.prompt_ids + r.response_ids, len(r.prompt_ids)) for r in rollouts], layout)
-    batches = [replace(batch, temperature=drawn.temperature) for batch in batches]
-    if (ban := drawn.ban) is None:
-        return batches
-    groups = batched(rollouts, layout.micro)
-    return [_with_ban(batch, group, ban) for batch, group in zip(batches, groups, strict=True)]
+    cut = sequence_batches([(r.prompt_ids + r.response_ids, len(r.prompt_ids)) for r in rollouts], layout)
+    batches = [
+        _drawn_batch(batch, [rollouts[number] for number in numbers], drawn)
+        for batch, numbers in zip(cut.batches, cut.groups, strict=True)
+    ]
+    return replace(cut, batches=batches)
+
+
+def _drawn_batch(batch: TokenBatch, rollouts: Sequence[Rollout], drawn: Distribution) -> TokenBatch:
+    heated = replace(batch, temperature=drawn.temperature)
+    return heated if drawn.ban is None else _with_ban(heated, rollouts, drawn.ban)
 
 
 def _with_ban(batch: TokenBatch, rollouts: Sequence[Rollout], ban: Ban) -> TokenBatch:
@@ -294,14 +285,12 @@ def _with_ban(batch: TokenBatch, rollouts: Sequence[Rollout], ban: Ban) -> Token
     return replace(batch, banned=BannedTargets(ban.ids, is_banned_T))
 
 
-def rollout_grid(
-    values: Sequence[Tensor], batches: Sequence[TokenBatch], rollouts: Sequence[Rollout]
-) -> Tensor:
+def rollout_grid(values: Sequence[Tensor], cut: CutSequences, rollouts: Sequence[Rollout]) -> Tensor:
     """Collect per-position outputs of `rollout_batches` into one grid.
 
     Args:
         values: one [T] tensor per batch.
-        batches: what `rollout_batches(rollouts, ...)` gave.
+        cut: what `rollout_batches(rollouts, ...)` gave.
         rollouts: all B rollouts of this rank.
 
     Returns:
@@ -309,15 +298,11 @@ def rollout_grid(
     """
     num_columns = max(len(rollout.response_ids) for rollout in rollouts)
     rows = []
-    first = 0
-    for values_T, batch in zip(values, batches, strict=True):
-        group = rollouts[first : first + len(batch.last_positions)]
-        prompt_lens = [len(rollout.prompt_ids) for rollout in group]
-        response_lens = [len(rollout.response_ids) for rollout in group]
+    for values_T, batch, numbers in zip(values, cut.batches, cut.groups, strict=True):
+        prompt_lens = [len(rollouts[number].prompt_ids) for number in numbers]
+        response_lens = [len(rollouts[number].response_ids) for number in numbers]
         rows.append(gather_to_grid(values_T, batch, prompt_lens, response_lens, num_columns))
-        first += len(group)
-    assert first == len(rollouts)
-    return torch.cat(rows)
+    return cut.in_order(rows)
 
 
 def response_mask(rollouts: Sequence[Rollout], device: torch.device) -> Tensor:
@@ -327,20 +312,23 @@ def response_mask(rollouts: Sequence[Rollout], device: torch.device) -> Tensor:
 
 
 def minibatches(
-    experience: Experience, weights_BR: Tensor, rows: Sequence[int], layout: Layout
+    experience: Experience | TrainingRows, weights_BR: Tensor, rows: Sequence[int], layout: Layout
 ) -> list[Minibatch]:
     """Micro-batches of one optimizer step of a PPO update.
 
     Args:
-        experience: all B rollouts of this rank.
+        experience: all B rollouts of this rank, or of all replicas.
         weights_BR: [B, R]; summed over `rows`, over all ranks, they give 1.
         rows: which rollouts this step uses, in order; indices into B.
         layout: micro-batch size and packing.
     """
     steps = []
-    for group in batched(rows, layout.micro):
+    for numbers in layout.groups_of([experience.rollouts[row] for row in rows]):
+        group = [rows[number] for number in numbers]
         rollouts = [experience.rollouts[row] for row in group]
-        (batch,) = rollout_batches(rollouts, replace(layout, micro=len(group)), experience.drawn)
+        sequences = [(r.prompt_ids + r.response_ids, len(r.prompt_ids)) for r in rollouts]
+        plain = token_batch(sequences, layout.packed, layout.multiple_of, layout.device)
+        batch = _drawn_batch(plain, rollouts, experience.drawn)
         prompt_lens = [len(rollout.prompt_ids) for rollout in rollouts]
         response_lens = [len(rollout.response_ids) for rollout in rollouts]
         fields_BR = (
@@ -353,8 +341,7 @@ def minibatches(
             experience.returns_BR,
         )
         positioned = (
-            scatter_to_positions(field_BR[list(group)], batch, prompt_lens, response_lens)
-            for field_BR in fields_BR
+            scatter_to_positions(field_BR[group], batch, prompt_lens, response_lens) for field_BR in fields_BR
         )
         steps.append(Minibatch(batch, *positioned))
     return steps

@@ -5,7 +5,12 @@ from pathlib import Path
 
 import torch
 
-from rto_megatron.config.training import FrozenPrecisionConfig, OptimizerConfig, PrecisionConfig
+from rto_megatron.config.training import (
+    FrozenPrecisionConfig,
+    OptimizerConfig,
+    PrecisionConfig,
+    TrainParallelConfig,
+)
 from rto_megatron.engine.checkpoint import load_weights
 from rto_megatron.engine.megatron import FrozenModel, TrainedModel, training_hooks
 from rto_megatron.engine.optimizer import build_optimizer, wrap_for_training
@@ -47,7 +52,7 @@ def build_trained(
     optimizer: OptimizerConfig,
     topology: Topology,
     seed: int,
-    is_distributed_optimizer: bool,
+    parallel: TrainParallelConfig,
     is_head_fresh: bool = False,
     scale: ValueScale | None = None,
     moe_aux_loss_coef: float = 0.0,
@@ -55,6 +60,7 @@ def build_trained(
     """A loaded model with gradients and optimizer.
 
     Args:
+        parallel: of it, how replicas share optimizer and gradients; `topology` has the rest.
         is_head_fresh: the source is a language model; draw the scalar head (reward-model training).
         scale: of the values; null: the one in the source's config.json.
         moe_aux_loss_coef: see `transformer_config`.
@@ -67,8 +73,8 @@ def build_trained(
     module = build_model(shape, config, topology, has_scalar_head)
     frozen = FrozenModel(name, shape, has_scalar_head, scale or source.scale(), module, topology)
     _load(frozen, source, seed, is_head_fresh)
-    wrapped = wrap_for_training(module, is_distributed_optimizer, topology)
-    built = build_optimizer(wrapped, optimizer, is_distributed_optimizer, topology)
+    wrapped = wrap_for_training(module, parallel, topology)
+    built = build_optimizer(wrapped, optimizer, parallel, topology)
     return TrainedModel(name, shape, has_scalar_head, frozen.scale, module, wrapped, built, topology)
 
 

@@ -9,6 +9,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 
 from rto_megatron.engine.integrity import CheckpointError, require_intact
 from rto_megatron.engine.megatron import FrozenModel, Model, TrainedModel
+from rto_megatron.engine.presence import require_present
 from rto_megatron.engine.saving import Saving
 from rto_megatron.engine.weights import random_reader
 from rto_megatron.errors import UserError
@@ -61,6 +62,8 @@ def begin_save(
     Raises:
         CheckpointError: on every rank; the checkpoint exists already, or there is no room for it.
     """
+    for role, model in models.items():
+        require_present(model.module.parameters(), f"weights of {role}")
     saving = Saving(run_dir, step, keep, next(iter(models.values())).topology)
     saving.prepare({role: hf_folders[role] for role in models}, state, texts or {})
     saving.plan({role: _whole_state(model, is_loading=False) for role, model in models.items()})

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rto_megatron.data.packing import Layout, pair_microbatches
+from rto_megatron.data.cut import Layout
+from rto_megatron.data.packing import pair_microbatches
 from rto_megatron.engine.megatron import FrozenModel, Model, Reading
 from rto_megatron.models.token_divergence import token_divergence
 from rto_megatron.types import DivergenceMicrobatch, PreferencePair

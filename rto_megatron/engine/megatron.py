@@ -17,7 +17,8 @@ from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from torch import Tensor
 
 from rto_megatron.engine.finite import refuse_together
-from rto_megatron.engine.optimizer import set_learning_rate
+from rto_megatron.engine.optimizer import set_learning_rate, state_tensors
+from rto_megatron.engine.presence import require_present
 from rto_megatron.models.build import forward
 from rto_megatron.models.model_flops import forward_flops
 from rto_megatron.models.shape import ModelShape
@@ -185,6 +186,7 @@ class TrainedModel:
         """
         batches = [m.batch for m in microbatches]
         _require_rows(self, batches)
+        require_present(self.gradient_buffers(), f"gradients of {self.name}")
         get_moe_metrics_tracker().clear()
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -207,9 +209,15 @@ class TrainedModel:
         Returns:
             the gradient norm before clipping, where the optimizer takes it.
         """
+        require_present(state_tensors(self.optimizer), f"the optimizer's numbers of {self.name}")
         set_learning_rate(self.optimizer, lr)
         _, gradient_norm, _ = self.optimizer.step()
         return {} if gradient_norm is None else {f"{self.name}/grad_norm": (float(gradient_norm), 1.0)}
+
+    def gradient_buffers(self) -> list[Tensor]:
+        """The memory of all gradients, of experts too."""
+        buffers = [*self.wrapped.buffers, *self.wrapped.expert_parallel_buffers]
+        return [buffer.grad_data for buffer in buffers]
 
     def _collect(self, outputs: list[tuple[dict[str, tuple[float, float]], bool]]) -> Metrics:
         totals: dict[str, tuple[float, float]] = {}
@@ -223,10 +231,11 @@ class TrainedModel:
         """The load-balancing loss before its weight, mean over layers and micro-batches; nothing without one."""
         if not self.module.config.moe_aux_loss_coeff:
             return {}
-        # Each rank holds its layers' and, under sequence parallelism, its tokens' part.
-        own = get_moe_metrics_tracker().metrics["load_balancing_loss"].values.sum()
-        replicas = num_microbatches * self.shape.num_layers * self.topology.data_size
-        return {f"loss/{self.name}_moe_aux": (float(self.topology.all_sum(own)) / replicas, 1.0)}
+        # Each rank holds its layers' and, under sequence parallelism, its tokens' part, and as Megatron's schedule does
+        # each replica takes the mean of its own micro-batches, of which others may have more or fewer.
+        own = get_moe_metrics_tracker().metrics["load_balancing_loss"].values.sum() / num_microbatches
+        layers = self.shape.num_layers * self.topology.data_size
+        return {f"loss/{self.name}_moe_aux": (float(self.topology.all_sum(own)) / layers, 1.0)}
 
     def _refuse_nonfinite(
         self, outputs: list[tuple[dict[str, tuple[float, float]], bool]], names: Sequence[Sequence[str]]
@@ -330,7 +339,11 @@ def _count(model: Model, batches: Sequence[TokenBatch], num_forwards: int) -> No
 
 
 def _require_rows(model: Model, batches: Sequence[TokenBatch]) -> None:
-    """Several tensor ranks would read an id beyond the embedding as zeros, and go on."""
+    """Several tensor ranks would read an id beyond the embedding as zeros, and go on.
+
+    A model whose weights wait in host memory would read anything.
+    """
+    require_present(model.module.parameters(), f"weights of {model.name}")
     largest, num_rows = max(batch.largest_id for batch in batches), model.shape.vocab_size
     if largest >= num_rows:
         raise ValueError(

@@ -9,6 +9,7 @@ from megatron.core.optimizer import (
     OptimizerConfig,
     get_megatron_optimizer,
 )
+from torch import Tensor
 
 from rto_megatron.config import training
 from rto_megatron.parallel.topology import Topology
@@ -16,21 +17,25 @@ from rto_megatron.platform.torch_adam import prime_adam_state
 
 
 def wrap_for_training(
-    model: GPTModel, is_distributed_optimizer: bool, topology: Topology
+    model: GPTModel, parallel: training.TrainParallelConfig, topology: Topology
 ) -> DistributedDataParallel:
     """Adds gradient buffers and the reduction over data-parallel ranks; gradients are kept and reduced in float32."""
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        use_distributed_optimizer=is_distributed_optimizer,
-        overlap_grad_reduce=False,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
     )
-    return DistributedDataParallel(model.config, config, model, pg_collection=topology.groups)
+    wrapped = DistributedDataParallel(model.config, config, model, pg_collection=topology.groups)
+    if parallel.overlap_grad_reduce:
+        # A bucket goes off once it holds its gradients, which are whole in the backward of the last micro-batch alone.
+        model.config.no_sync_func = wrapped.no_sync
+    return wrapped
 
 
 def build_optimizer(
     model: DistributedDataParallel,
     config: training.OptimizerConfig,
-    is_distributed_optimizer: bool,
+    parallel: training.TrainParallelConfig,
     topology: Topology,
 ) -> MegatronOptimizer:
     """Adam or plain SGD over the wrapped model, its state allocated so that a checkpoint can be loaded."""
@@ -47,7 +52,7 @@ def build_optimizer(
             clip_grad=config.max_grad_norm or 0.0,
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
-            use_distributed_optimizer=is_distributed_optimizer,
+            use_distributed_optimizer=parallel.distributed_optimizer,
         ),
         [model],
         pg_collection=topology.groups,
@@ -64,6 +69,18 @@ def _keep_no_state(optimizer: MegatronOptimizer) -> None:
     # megatron-core 0.19.2 has no initialiser for SGD's state, of which there is none, and calls it in every load.
     for one in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
         one.init_state_fn = lambda sgd, config: None
+
+
+def state_tensors(optimizer: MegatronOptimizer) -> list[Tensor]:
+    """Masters, which may be the weights themselves, and moments; counters, which have no dimension, are left out."""
+    found: list[Tensor] = []
+    for one in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
+        inner = one.optimizer
+        found += [parameter for group in inner.param_groups for parameter in group["params"]]
+        found += [
+            t for kept in inner.state.values() for t in kept.values() if isinstance(t, Tensor) and t.dim()
+        ]
+    return found
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from rto_megatron.errors import PoolError, UserError
 from rto_megatron.types import Prompt, Rollout
@@ -72,6 +72,38 @@ class RolloutEngine(Protocol):
             UserError: the engine cannot be reached or answered something unusable.
         """
         ...
+
+
+# Told of a response as soon as it is there: the place of its prompt in the request, and the rollout.
+type Arrived = Callable[[int, Rollout], None]
+
+
+@runtime_checkable
+class StreamingEngine(RolloutEngine, Protocol):
+    """An engine that tells of each response when it comes, so that the trainer need not wait for the slowest.
+
+    Example:
+        rollouts = engine.stream(prompts, sampling, version=3, arrived=lambda place, rollout: print(place))
+    """
+
+    def stream(
+        self, prompts: Sequence[Prompt], sampling: Sampling, version: int, arrived: Arrived
+    ) -> list[Rollout]:
+        """Samples as `generate` does, and returns what it returns.
+
+        Args:
+            arrived: called once for each response, in any order, from one thread, before this returns.
+        """
+        ...
+
+
+def stream(
+    engine: RolloutEngine, prompts: Sequence[Prompt], sampling: Sampling, version: int, arrived: Arrived
+) -> list[Rollout]:
+    """See `StreamingEngine.stream`; an engine that is none tells of nothing before its answer."""
+    if isinstance(engine, StreamingEngine):
+        return engine.stream(prompts, sampling, version, arrived)
+    return engine.generate(prompts, sampling, version)
 
 
 class InferenceServer(Protocol):

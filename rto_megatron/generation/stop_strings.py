@@ -4,7 +4,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from rto_megatron.generation.contract import RolloutEngine, Sampling
+from rto_megatron.generation.contract import Arrived, RolloutEngine, Sampling, stream
 from rto_megatron.types import Prompt, Rollout
 
 type Decode = Callable[[Sequence[int]], str]
@@ -32,7 +32,21 @@ class StoppingEngine:
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[Rollout]:
         """See `RolloutEngine.generate`; a response that is cut here has the finish reason "stop"."""
         drawn = self.inner.generate(prompts, sampling, version)
-        return [stopped(rollout, self.strings, sampling.min_tokens, self.decode) for rollout in drawn]
+        return [self._stopped(rollout, sampling) for rollout in drawn]
+
+    def stream(
+        self, prompts: Sequence[Prompt], sampling: Sampling, version: int, arrived: Arrived
+    ) -> list[Rollout]:
+        """See `StreamingEngine.stream`."""
+
+        def cut(place: int, rollout: Rollout) -> None:
+            arrived(place, self._stopped(rollout, sampling))
+
+        drawn = stream(self.inner, prompts, sampling, version, cut)
+        return [self._stopped(rollout, sampling) for rollout in drawn]
+
+    def _stopped(self, rollout: Rollout, sampling: Sampling) -> Rollout:
+        return stopped(rollout, self.strings, sampling.min_tokens, self.decode)
 
 
 def stopped(rollout: Rollout, strings: Sequence[str], min_tokens: int, decode: Decode) -> Rollout:

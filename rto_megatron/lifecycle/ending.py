@@ -36,7 +36,7 @@ _LOST = (
 )
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory")
 MEMORY_KNOBS = (
-    "lower batch.micro, data.max_length, data.max_prompt_tokens or sampling.max_response_tokens, set "
+    "lower batch.micro or batch.tokens, data.max_length, data.max_prompt_tokens or sampling.max_response_tokens, set "
     "precision.recompute or parallel.distributed_optimizer to true, or raise parallel.tensor; `rto check` counts bytes"
 )
 

@@ -87,6 +87,11 @@ class Topology:
         return self.roles.get(role, self)
 
     @property
+    def is_layout_of_all(self) -> bool:
+        """Whether no role has a layout of its own."""
+        return all(place.home is None for place in self.roles.values())
+
+    @property
     def replica_ranks(self) -> int:
         """Ranks that hold a model once."""
         return self.tensor_size * self.pipeline_size

@@ -19,7 +19,7 @@ from rto_megatron.generation.vllm.client.server_client import ServerClient
 from rto_megatron.generation.vllm.gate import read_token
 from rto_megatron.models.parameters import num_parameters, stored_parameters
 from rto_megatron.models.shape import ModelShape
-from rto_megatron.planning.memory import activation_bytes, gib, model_bytes, weight_bytes
+from rto_megatron.planning.memory import activation_bytes, gib, model_bytes, resident_bytes, weight_bytes
 from rto_megatron.planning.placement import tensor_sizes
 from rto_megatron.planning.shapes import FoundShape, find_shape
 
@@ -76,17 +76,22 @@ def phase_memory(
     assert plan.facts.pool is not None
     tensor, bucket_bytes = plan.layout_of("policy").tensor, plan.facts.pool.bucket_mb << 20
     bucket = largest_bucket_bytes(policy, width, tensor, bucket_bytes)
+    push, sample = resident_bytes(plan, shapes, "push"), resident_bytes(plan, shapes, "sample")
+    models = "trainer's models and optimizers"
     always = {
-        "trainer's models and optimizers": model_bytes(plan, shapes),
         "staging buffer of 2 buckets": 2 * bucket,
         "2 processes (assumed)": 2 * _PROCESS_BYTES,
     }
     weights = pool_weight_bytes(policy, width, gpu.pool_tensor)
     return (
-        PhaseMemory("training", {**always, "activations": activation_bytes(plan, shapes)}),
+        PhaseMemory(
+            "training",
+            {models: model_bytes(plan, shapes), **always, "activations": activation_bytes(plan, shapes)},
+        ),
         PhaseMemory(
             "weight push",
             {
+                models: push,
                 **always,
                 "pool's 2 receive buffers": 2 * bucket,
                 "pool's weights": weights,
@@ -95,7 +100,12 @@ def phase_memory(
         ),
         PhaseMemory(
             "generation",
-            {**always, "pool's weights": weights, "pool's cache": max(0, gpu.pool_bytes - weights)},
+            {
+                models: sample,
+                **always,
+                "pool's weights": weights,
+                "pool's cache": max(0, gpu.pool_bytes - weights),
+            },
         ),
     )
 
@@ -125,11 +135,16 @@ def memory_problems(
 def _advice(phase: PhaseMemory, gpu: SharedGpu) -> str:
     cache = phase.parts.get("pool's cache")
     if cache is None:
-        return "use more GPUs, parallel.distributed_optimizer=true, smaller buckets, or a pool of its own"
+        return (
+            "name more of the trainer in offload, use more GPUs, parallel.distributed_optimizer=true, smaller buckets, "
+            "or a pool of its own"
+        )
     others = phase.total - gpu.pool_bytes
     fitting = math.floor(100 * (gpu.num_bytes - others) / gpu.num_bytes) / 100
     if fitting <= 0:
-        return "no rollout.gpu_memory_fraction fits: use more GPUs, or a pool of its own"
+        return (
+            "no rollout.gpu_memory_fraction fits: name more in offload, use more GPUs, or a pool of its own"
+        )
     return f"lower rollout.gpu_memory_fraction from {gpu.pool_fraction:g} to {fitting:g} or less"
 
 

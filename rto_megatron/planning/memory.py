@@ -15,6 +15,7 @@ from rto_megatron.config.facts import Facts, facts_of
 from rto_megatron.config.plan import StagePlan
 from rto_megatron.config.roles import Role, roles_of
 from rto_megatron.config.schema import Stage, TrainStage
+from rto_megatron.config.step_phases import NEEDED, StepPhase
 from rto_megatron.config.training import FrozenPrecisionConfig
 from rto_megatron.models.parameters import fullest_stage, num_parameters
 from rto_megatron.models.shape import ModelShape
@@ -50,12 +51,25 @@ def role_cost(role: Role, shape: ModelShape, plan: StagePlan) -> RoleCost:
 
 
 def model_bytes(plan: StagePlan, shapes: Mapping[str, FoundShape]) -> int:
-    """Memory of all models of a stage on the fullest rank; those of unknown shape count nothing."""
-    return sum(
-        role_cost(role, shapes[role.name].shape, plan).bytes_per_rank
-        for role in plan.roles
-        if role.name in shapes
-    )
+    """Memory of the models on the fullest rank while it scores or updates, whichever takes more.
+
+    Models of unknown shape count nothing.
+    """
+    return max(resident_bytes(plan, shapes, "score"), resident_bytes(plan, shapes, "update"))
+
+
+def resident_bytes(plan: StagePlan, shapes: Mapping[str, FoundShape], phase: StepPhase) -> int:
+    """Memory of the models on the fullest rank in a phase: all of it, less what `offload` then keeps on the host."""
+    training = plan.facts.training
+    away = set() if training is None else set(training.offload) - NEEDED[phase]
+    size = 0.0
+    for role in plan.roles:
+        if role.name not in shapes or role.shares is not None:
+            continue
+        parts = _parts(role, plan.facts, plan.config, plan.layout_of(role.name).data)
+        here = sum(width for name, width in parts.items() if name not in away)
+        size += role_cost(role, shapes[role.name].shape, plan).parameters_per_rank * here
+    return int(size)
 
 
 def weight_bytes(precision: FrozenPrecisionConfig) -> int:
@@ -78,24 +92,34 @@ def checkpoint_bytes(config: TrainStage, shapes: Mapping[str, FoundShape]) -> in
 
 
 def _bytes_per_parameter(role: Role, facts: Facts, config: Stage, replicas: int) -> float:
-    width = weight_bytes(config.precision)
+    return sum(_parts(role, facts, config, replicas).values())
+
+
+def _parts(role: Role, facts: Facts, config: Stage, replicas: int) -> dict[str, float]:
+    """Bytes a parameter of what a role has, by the names of `offload`."""
+    weights: dict[str, float] = {role.name: weight_bytes(config.precision)}
     optimizer = facts.optimizer_of(role.name) if role.is_trained else None
     if facts.training is None or optimizer is None:
-        return width
+        return weights
     online = facts.online
     has_average = role.name == "policy" and online is not None and online.algorithm.ema_beta is not None
     state = (4 if config.precision.dtype == "bf16" else 0) + (8 if optimizer.kind == "adam" else 0)
     shards = replicas if facts.training.parallel.distributed_optimizer else 1
-    return width + _GRADIENT_BYTES + (4 if has_average else 0) + state / shards
+    average = {"policy_ema": 4.0} if has_average else {}
+    return {**weights, "gradients": _GRADIENT_BYTES, **average, "optimizer": state / shards}
 
 
 def activation_bytes(plan: StagePlan, shapes: Mapping[str, FoundShape]) -> int:
-    """Activations of one micro-batch of the longest sequences in training, in bytes; 0 without training."""
+    """Activations of the largest micro-batch in training, in bytes; 0 without training.
+
+    By number that is one of the longest sequences; by tokens one that is full, or a longer sequence alone.
+    """
     training = plan.facts.training
     if training is None:
         return 0
     length, _ = plan.facts.longest_sequence
-    tokens = length * training.batch.micro * (2 if plan.facts.reads_pairs else 1)
+    longest, batch = length * (2 if plan.facts.reads_pairs else 1), training.batch
+    tokens = longest * batch.micro if batch.micro is not None else max(longest, batch.tokens or 0)
     width = 1 if training.precision.dtype == "bf16" else 2
     peak = 0
     for role in plan.roles:

@@ -2,8 +2,8 @@
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rich.table import Table
@@ -49,11 +49,12 @@ class Evaluation:
 
     name: str
     true_return: Estimate | None  # None where the task has no known reward
-    score: Estimate | None  # reward model, normalised; None where no reward model was named
+    score: Estimate | None  # of the reward model, normalised, or of all `rewards`; None where none was named
     kl: Estimate  # to the reference, nats per response
     response_tokens: Estimate
     num_prompts: int
     num_responses: int
+    rewards: Mapping[str, Estimate] = field(default_factory=dict)  # what each source of `rewards` gave
 
 
 def save_evaluation(evaluation: Evaluation, run_dir: Path) -> Path:
@@ -93,16 +94,21 @@ def read_evaluation(run_dir: Path) -> Evaluation:
 
 
 def final_table(evaluations: Sequence[Evaluation], title: str) -> Table:
-    """One row per evaluated policy."""
+    """One row per evaluated policy, with what each source of `rewards` gave, if any."""
     table = Table(title=Text(plain(title)))
     table.add_column("system")
-    for name in ("true return", "reward model", "KL to reference", "response tokens", "prompts", "responses"):
-        table.add_column(name, justify="right")
+    sources = sorted({name for row in evaluations for name in row.rewards})
+    score = "sum of rewards" if sources else "reward model"
+    for name in (
+        "true return", score, *sources, "KL to reference", "response tokens", "prompts", "responses",
+    ):  # fmt: skip
+        table.add_column(Text(plain(name)), justify="right")
     for row in evaluations:
         table.add_row(
             Text(plain(row.name)),
             str(row.true_return or "-"),
             str(row.score or "-"),
+            *(str(row.rewards.get(name, "-")) for name in sources),
             str(row.kl),
             f"{row.response_tokens.mean:.1f}",
             str(row.num_prompts),
@@ -142,8 +148,9 @@ def _read(file: Path) -> Evaluation:
             response_tokens=Estimate(**entry["response_tokens"]),
             num_prompts=entry["num_prompts"],
             num_responses=entry["num_responses"],
+            rewards={name: Estimate(**one) for name, one in entry.get("rewards", {}).items()},
         )
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise RunFolderError(
             f"{file}: is not a complete evaluation ({error}); run the evaluate recipe again"
         ) from error

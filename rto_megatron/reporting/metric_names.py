@@ -259,19 +259,24 @@ THEMES = (
                    "where a checkpoint held it", ONLINE),
             Metric("time/pool_wait_s", "s", "that the trainer waited for responses, before a push or a save "
                    "too", ONLINE),
-            Metric("time/score_s", "s", "step 3: forwards of all models", ONLINE),
+            Metric("time/score_early_s", "s", "forwards of micro-batches that came while others were sampled; part "
+                   "of `time/sample_s` or `time/push_s`", ONLINE),
+            Metric("time/score_s", "s", "step 3: forwards of all models, of what was not scored before", ONLINE),
             Metric("time/update_s", "s", "step 5: optimizer steps", ONLINE),
             Metric("time/step_s", "s", "the whole step up to its log", ALL),
             Metric("time/samples_per_s", "responses/s", "responses of the step over its time", ONLINE),
             Metric("time/sample_tokens_per_s", "tokens/s", "tokens of responses over `time/generate_s`", ONLINE),
             Metric("time/score_tokens_per_s", "tokens/s", "tokens of prompts and responses over "
-                   "`time/score_s`", ONLINE),
+                   "`time/score_s` and `time/score_early_s`", ONLINE),
             Metric("time/update_tokens_per_s", "tokens/s", "the same, times the passes, over `time/update_s`", ONLINE),
             Metric("time/rollouts_s", "s", "that the loop was held up to keep rollouts; a thread writes them", ONLINE,
                    "`run.keep_rollouts`"),
             Metric("time/model_tflops", "TFLOP/s", "forwards and backwards of all models on a rank, by their "
                    "mathematics and without padding, over `time/step_s`; what the pool computes is not in it", ALL),
             Metric("time/mfu", "fraction", "`time/model_tflops` of `run.peak_tflops`", ALL, "`run.peak_tflops`"),
+            Metric("memory/parked_gib", "GiB", "the most of a rank's models and optimizers that waited in host memory",
+                   ALL, "`offload`"),
+            Metric("time/offload_s", "s", "of moves between the device and host memory", ALL, "`offload`"),
             Metric("memory/peak_gib", "GiB", "the most that torch held on a GPU in the step, of the fullest rank; "
                    "without a GPU, the most that a rank ever held in host memory", ALL),
             Metric("time/slowest_rank_ratio", "ratio", "seconds that the slowest rank computed, over the median rank's",

@@ -15,12 +15,15 @@ def rates(means: Mapping[str, float], num_responses: int, epochs: int) -> dict[s
     """
     response = means.get("rollout/response_tokens")
     prompt = means.get("rollout/prompt_tokens")
-    counts: dict[str, tuple[float, str]] = {"time/samples_per_s": (num_responses, "time/step_s")}
+    counts: dict[str, tuple[float, tuple[str, ...]]] = {
+        "time/samples_per_s": (num_responses, ("time/step_s",))
+    }
     if response is not None and prompt is not None:
         whole = num_responses * (prompt + response)
         counts |= {
-            "time/sample_tokens_per_s": (num_responses * response, "time/generate_s"),
-            "time/score_tokens_per_s": (whole, "time/score_s"),
-            "time/update_tokens_per_s": (epochs * whole, "time/update_s"),
+            "time/sample_tokens_per_s": (num_responses * response, ("time/generate_s",)),
+            "time/score_tokens_per_s": (whole, ("time/score_s", "time/score_early_s")),
+            "time/update_tokens_per_s": (epochs * whole, ("time/update_s",)),
         }
-    return {name: count / means[over] for name, (count, over) in counts.items() if means.get(over, 0) > 0}
+    seconds = {name: sum(means.get(one, 0.0) for one in over) for name, (_, over) in counts.items()}
+    return {name: count / seconds[name] for name, (count, _) in counts.items() if seconds[name] > 0}

@@ -11,7 +11,7 @@ a resumed run decides, and so draws, as an undisturbed one.
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from dataclasses import dataclass
 from functools import partial
 from itertools import batched
@@ -20,9 +20,17 @@ from rto_megatron.config.schema import ReinforcementStage
 from rto_megatron.data.batches import Batches, BatchesState
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.reporting.progress import say
+from rto_megatron.trainer.arrivals import Hear
 from rto_megatron.trainer.background import Background
 from rto_megatron.trainer.connected_pool import ConnectedPool
-from rto_megatron.trainer.pool_requests import PoolAnswer, ask, share
+from rto_megatron.trainer.pool_requests import (
+    Asked,
+    answered,
+    ask_beside,
+    in_order_of_prompts,
+    listen,
+    receive,
+)
 from rto_megatron.trainer.sampler import KeepAhead, OnPolicySampler
 from rto_megatron.trainer.setup import Setup
 from rto_megatron.types import Metrics, Prompt, Rollout
@@ -33,10 +41,10 @@ class AskedBatch:
     """A batch that the pool was asked for and that was not handed out.
 
     Example:
-        AskedBatch(background.submit(partial(ask, engine, request)), behind=prompts.state())
+        AskedBatch(ask_beside(background, engine, request, micro=4), behind=prompts.state())
     """
 
-    answer: Future[PoolAnswer] | None  # on replica leads
+    asked: Asked | None  # on replica leads
     behind: BatchesState  # where the prompts stand behind it
     is_restored: bool = False
 
@@ -66,21 +74,25 @@ class AheadSampler:
         self._generated: list[float] = []  # seconds of each batch
         self._waited = 0.0  # seconds
 
-    def begin(self, step: int) -> dict[str, float]:
+    def begin(self, step: int, hear: Hear | None = None) -> dict[str, float]:
         """See `Sampler.begin`."""
         self._is_pushed = len(self._queue) <= 1
-        return self.push(step) if self._is_pushed else {}
+        if not self._is_pushed:
+            return {}
+        if self._queue and hear is not None:
+            self._waited += listen(self._topology, self._queue[0].asked, hear)
+        return self.push(step)
 
     def push(self, version: int) -> dict[str, float]:
         """See `Sampler.push`."""
         start = time.monotonic()
-        wait([one.answer for one in self._queue if one.answer is not None])
+        wait([one.asked.answer for one in self._queue if one.asked is not None])
         # The push pauses servers that another replica may still be asking.
         self._topology.raise_together(None)
         self._waited += time.monotonic() - start
         return self._pool.push(version)
 
-    def draw(self, step: int) -> tuple[Rollout, ...]:
+    def draw(self, step: int, hear: Hear | None = None) -> tuple[Rollout, ...]:
         """See `Sampler.draw`."""
         if not self._queue:
             if not self._is_pushed:  # whoever chooses among rollouts took all that were ahead
@@ -88,7 +100,7 @@ class AheadSampler:
                 self._is_pushed = True
             self._ask(step)
         one = self._queue.popleft()
-        rollouts = self._receive(one)
+        rollouts = self._receive(one, hear)
         self._handed_out = one.behind
         while self._is_pushed and len(self._queue) < min(
             self._config.rollout.ahead, self._num_steps - 1 - step
@@ -100,18 +112,17 @@ class AheadSampler:
         # Counted by the prompts, as the step that a batch is for depends on how many of them a step takes.
         number = self._prompts.state().consumed_samples // self._config.batch.rollout
         request = self._pool.next_request(number, version)
-        answer = None
+        asked = None
         if self._background is not None and self._engine is not None:
-            answer = self._background.submit(partial(ask, self._engine, request))
-        self._queue.append(AskedBatch(answer, self._prompts.state()))
+            asked = ask_beside(self._background, self._engine, request, self._config.batch.micro)
+        self._queue.append(AskedBatch(asked, self._prompts.state()))
 
-    def _receive(self, one: AskedBatch) -> tuple[Rollout, ...]:
-        start = time.monotonic()
-        answer = None if one.answer is None else one.answer.result()
-        self._waited += time.monotonic() - start
-        if answer is not None and not one.is_restored:
-            self._generated.append(answer.seconds)
-        return share(self._topology, answer)
+    def _receive(self, one: AskedBatch, hear: Hear | None) -> tuple[Rollout, ...]:
+        rollouts, waited = receive(self._topology, one.asked, hear)
+        self._waited += waited
+        if one.asked is not None and not one.is_restored:
+            self._generated.append(one.asked.answer.result().seconds)
+        return rollouts
 
     def measured(self) -> Metrics:
         """See `Sampler.measured`."""
@@ -142,11 +153,8 @@ class AheadSampler:
             assert [prompt.token_ids for prompt in prompts for _ in range(samples)] == [
                 rollout.prompt_ids for rollout in own
             ], "data and batch were found to be those of the checkpoint"
-            answer: Future[PoolAnswer] | None = None
-            if self._topology.is_replica_lead:
-                answer = Future()
-                answer.set_result(PoolAnswer(own, None, 0.0))
-            self._queue.append(AskedBatch(answer, self._prompts.state(), is_restored=True))
+            asked = answered(own) if self._topology.is_replica_lead else None
+            self._queue.append(AskedBatch(asked, self._prompts.state(), is_restored=True))
 
     def close(self) -> None:
         """See `Sampler.close`."""
@@ -168,7 +176,7 @@ def kept_ahead(asked: Iterable[AskedBatch], samples: int, topology: Topology) ->
     """
     kept: list[Rollout] = []
     for one in asked:
-        answer = None if one.answer is None else one.answer.result()
+        answer = None if one.asked is None else one.asked.answer.result()
         if topology.any(answer is not None and answer.failure is not None):
             say(
                 "warning: the pool failed while it sampled ahead, so the checkpoint lacks rollouts: the resumed run "
@@ -176,9 +184,7 @@ def kept_ahead(asked: Iterable[AskedBatch], samples: int, topology: Topology) ->
                 topology.is_lead,
             )
             break
-        shares = topology.gather([] if answer is None else list(answer.rollouts), list[Rollout])
-        groups = zip(*(batched(share, samples) for share in shares), strict=True)
-        kept += [rollout for group in groups for share in group for rollout in share]
+        kept += in_order_of_prompts(() if answer is None else answer.rollouts, samples, topology)
     return tuple(kept)
 
 

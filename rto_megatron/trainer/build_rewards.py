@@ -28,15 +28,17 @@ from rto_megatron.types import Columns, Prompt
 
 
 def build_rewards(
-    config: schema.ReinforcementStage,
+    config: schema.Rewarded,
     setup: Setup,
     prompts: Sequence[Prompt],
+    group_size: int,
     model: Callable[[], RewardSource],
 ) -> RewardSum:
     """The sources of a run, started; all ranks must call it.
 
     Args:
         prompts: all that the run may sample from, with the columns that the sources read.
+        group_size: responses to a prompt.
         model: builds the reward model.
 
     Raises:
@@ -49,7 +51,7 @@ def build_rewards(
         say(line, setup.topology.is_lead)
     reader = SampleReader(setup.tokenizer, columns_of(prompts))
     terms = [_term(source, _source(source, config, setup, reader, model)) for source in config.rewards]
-    return RewardSum(tuple(terms), config.algorithm.samples_per_prompt, setup.topology)
+    return RewardSum(tuple(terms), group_size, setup.topology)
 
 
 def columns_of(prompts: Sequence[Prompt]) -> Mapping[tuple[str, tuple[int, ...]], Columns]:
@@ -77,7 +79,7 @@ def _term(config: Source, source: RewardSource) -> Term:
 
 def _source(
     source: Source,
-    config: schema.ReinforcementStage,
+    config: schema.Rewarded,
     setup: Setup,
     reader: SampleReader,
     model: Callable[[], RewardSource],

@@ -1,5 +1,6 @@
 """Scored rollouts that may be trained on: broken responses and numbers are refused, the gap to the pool is watched."""
 
+import time
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -9,9 +10,11 @@ from rto_megatron.config.schema import ReinforcementStage
 from rto_megatron.engine.finite import refuse_together
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.reporting.progress import say
-from rto_megatron.trainer.scoring import Roles, score
+from rto_megatron.trainer.arrivals import Hear
+from rto_megatron.trainer.opinions import Group, Opinion, Roles, opinions
+from rto_megatron.trainer.scoring import close_rollouts, drawn_from, score
 from rto_megatron.trainer.setup import Setup
-from rto_megatron.types import EndOfSequence, Rollout, ScoredRollouts
+from rto_megatron.types import EndOfSequence, Metrics, Rollout, ScoredRollouts
 
 Found = Mapping[str, Sequence[str]]  # what is wrong -> ids of the prompts
 
@@ -81,6 +84,36 @@ class Scorer:
         self._config = config
         self._setup = setup
         self._roles = roles
+        self._early: dict[Group, Opinion] = {}  # of the step's responses, until it is scored
+        self._seconds = 0.0  # that they took, since they were last told
+
+    @property
+    def ear(self) -> Hear | None:
+        """What asks of responses that are there early; None where all of a batch decide who shares a micro-batch, or a
+        model with a layout of its own needs all ranks at once."""
+        setup = self._setup
+        is_alone = setup.layout.tokens is None and setup.topology.is_layout_of_all
+        return self.hear if is_alone else None
+
+    def hear(self, sampled: Sequence[Rollout]) -> None:
+        """Asks the models of responses of the next step before the others are there, see `Hear`.
+
+        Numbers are those of `score`, which asks of whole micro-batches too, and not again of these.
+        """
+        start = time.monotonic()
+        config, setup = self._config, self._setup
+        self._roles.memory.enter("score")
+        how = config.sampling
+        if not broken_rollouts(sampled, setup.eos, bool(how.stop)):  # `score` refuses those, with all others
+            closed = close_rollouts(sampled, setup.eos, config.algorithm.truncated)
+            drawn = drawn_from(setup.eos, how.min_response_tokens, how.temperature)
+            self._early |= opinions(closed, self._roles, setup.layout, drawn)
+        self._seconds += time.monotonic() - start
+
+    def measured(self) -> Metrics:
+        """Sums for the logs: for how long models were asked before all responses were there."""
+        seconds, self._seconds = self._seconds, 0.0
+        return {"time/score_early_s": (seconds, 1.0)}
 
     def score(self, sampled: Sequence[Rollout], step: int) -> ScoredRollouts:
         """Every model's opinion of rollouts that may be trained on; all ranks must call it.
@@ -93,8 +126,11 @@ class Scorer:
         """
         topology = self._setup.topology
         has_stops = bool(self._config.sampling.stop)
-        refuse_together(broken_rollouts(sampled, self._setup.eos, has_stops), topology)
-        scored = self.opinions(sampled, step)
+        try:
+            refuse_together(broken_rollouts(sampled, self._setup.eos, has_stops), topology)
+            scored = self.opinions(sampled, step)
+        finally:
+            self._early = {}
         refuse_together(broken_scores(scored, self._config.algorithm.score_limit), topology)
         return scored
 
@@ -104,7 +140,7 @@ class Scorer:
         how, truncated = config.sampling, config.algorithm.truncated
         return score(
             sampled, self._roles, setup.layout, setup.eos, truncated, how.min_response_tokens,
-            how.temperature, how.is_whole,
+            how.temperature, how.is_whole, self._early,
         )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import torch
 from rto_megatron.config.rollouts import RolloutConfig
 from rto_megatron.data.packing import token_batch
 from rto_megatron.engine.megatron import Model
+from rto_megatron.engine.offload import HostMemory
 from rto_megatron.errors import MachineError, PoolError, RecipeError, UserError
 from rto_megatron.generation.contract import NoServersLeft, RolloutEngine, Unreachable
 from rto_megatron.generation.stop_strings import Decode, StoppingEngine
@@ -38,10 +39,11 @@ CANARY_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 class SharedGpus:
     """Turns of trainer and pool on the same GPUs; all ranks must call its methods together.
 
-    Models, gradients and optimizers of the trainer stay where they are in every phase; what changes hands is the
-    memory of activations, and of the pool's weights and cache.
+    What changes hands is the memory of activations, of the pool's weights and cache, and of what of the trainer waits
+    in host memory meanwhile; everything else stays where it is in every phase.
 
     Args:
+        memory: whose parts the trainer does without while the pool samples.
         pool: on the lead, whose servers `phases` moves; not used elsewhere.
         timeout_s: of one move of one server.
 
@@ -50,8 +52,15 @@ class SharedGpus:
     """
 
     def __init__(
-        self, topology: Topology, pool: VllmPool | None, phases: PoolPhases, token: str, timeout_s: float
+        self,
+        topology: Topology,
+        pool: VllmPool | None,
+        phases: PoolPhases,
+        token: str,
+        timeout_s: float,
+        memory: HostMemory,
     ) -> None:
+        self._memory = memory
         self._topology = topology
         self._pool = pool
         self._phases = phases
@@ -64,6 +73,11 @@ class SharedGpus:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
         self._topology.raise_together(None)  # a server's GPUs belong to several ranks
+
+    def leave_to_pool(self) -> None:
+        """Frees what the trainer does without while the pool samples, once the weights have been sent."""
+        self._memory.enter("sample")
+        self.give_to_pool()
 
     def take_from_pool(self) -> None:
         """Puts the pool to sleep, once every replica has its rollouts.
@@ -137,7 +151,8 @@ class PolicyPush:
         canary = Canary(self._canary_ids, self._canary_logprobs(), self._tolerance)
         if self._shared is not None:
             self._shared.give_to_pool()
-        report = self._sync.push(version, servers, canary)
+        leave = None if self._shared is None else self._shared.leave_to_pool
+        report = self._sync.push(version, servers, canary, leave)
         self._has_pushed = True
         if self._pool is not None:
             self._pool.members.settle(report.serving, report.lost)
@@ -238,8 +253,11 @@ class ConnectedPool:
             self.shared.take_from_pool()
 
 
-def connect_pool(config: RolloutConfig, policy: Model) -> ConnectedPool:
+def connect_pool(config: RolloutConfig, policy: Model, memory: HostMemory | None = None) -> ConnectedPool:
     """The configured pool, for pushes of one policy; all ranks must call it. No server is asked yet.
+
+    Args:
+        memory: where parts of the trainer wait while a pool on its GPUs samples; None: nothing does.
 
     Raises:
         UserError: on every rank, when no server is named or there is no proper token.
@@ -258,7 +276,7 @@ def connect_pool(config: RolloutConfig, policy: Model) -> ConnectedPool:
     if not config.colocated:
         return ConnectedPool(pool, open_push(config, policy, pool, token, host), measured=measured)
     phases = PoolPhases()
-    shared = SharedGpus(topology, pool, phases, token, config.sync_timeout_s)
+    shared = SharedGpus(topology, pool, phases, token, config.sync_timeout_s, memory or HostMemory())
     push = open_push(config, policy, pool, token, host, phases, shared)
     return ConnectedPool(pool, push, shared, measured)
 

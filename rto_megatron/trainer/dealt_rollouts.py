@@ -1,92 +1,83 @@
-"""The rollouts of a step as the replicas of each role read them, whatever layout the role has."""
+"""How replicas share a step's rollouts by what they cost, to score them and to train on them.
+
+The length of a response is known when it has been sampled. Then every replica learns of all rollouts and takes groups
+that cost about as much as those of each other replica; responses to one prompt stay together, since credit compares
+them. When credit is assigned every replica learns of all rows, and each optimizer step is shared out by itself, by
+single responses. Where micro-batches go by number a replica keeps what it sampled.
+"""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
+from itertools import batched, chain
 
 import torch
-from torch import Tensor
 
-from rto_megatron.data.packing import Layout, rollout_batches, rollout_grid
-from rto_megatron.engine.megatron import Model
-from rto_megatron.parallel.dealing import Share, of_all_replicas, shared_out
-from rto_megatron.parallel.topology import Topology
-from rto_megatron.types import WHOLE, Distribution, Experience, Rollout, TokenBatch
-
-
-def packed_for(topology: Topology, layout: Layout) -> Layout:
-    """How a role's micro-batches are packed: rows are padded by its own layout."""
-    return replace(layout, multiple_of=topology.row_multiple)
+from rto_megatron.algorithms.termination import TruncationPolicy
+from rto_megatron.data.budget import beyond_budget
+from rto_megatron.data.grouping import deal
+from rto_megatron.reporting.progress import say
+from rto_megatron.trainer.pool_requests import in_order_of_prompts
+from rto_megatron.trainer.scoring import close_rollouts
+from rto_megatron.trainer.setup import Setup
+from rto_megatron.types import Experience, Rollout, TrainingRows
 
 
+@dataclass(frozen=True)
 class DealtRollouts:
-    """Rollouts of this rank's replica of the policy; all ranks must call its methods together.
-
-    The share of a layout is made once, and read by all roles that have the layout.
+    """What a replica scores of a step's rollouts, and where it stands among all of them.
 
     Example:
-        logp_ref_BR = DealtRollouts(rollouts, layout).grid(roles.reference)
+        dealt = deal_rollouts(sampler.draw(step), 8, setup, step + 1)
+        scored = scorer.score(dealt.own, step + 1)
     """
 
-    def __init__(self, rollouts: Sequence[Rollout], layout: Layout) -> None:
-        self._rollouts, self._layout = list(rollouts), layout
-        self._width = max(len(rollout.response_ids) for rollout in rollouts)
-        self._shares: dict[Topology, Share[Rollout]] = {}
-        self._batches: dict[tuple[Topology, Distribution], list[TokenBatch]] = {}
+    everyone: tuple[Rollout, ...]  # that this replica knows, in the order of the prompts
+    places: tuple[int, ...]  # among them, of those that it scores
 
-    def grid(self, model: Model, drawn: Distribution = WHOLE) -> Tensor:
-        """Log-probs, or values, of the response tokens [B, R]; zeros behind a response's end.
+    @property
+    def own(self) -> tuple[Rollout, ...]:
+        """What this replica scores, in the order of the prompts."""
+        return tuple(self.everyone[place] for place in self.places)
+
+    def rows(
+        self, experience: Experience, truncated: TruncationPolicy, setup: Setup
+    ) -> Experience | TrainingRows:
+        """The rows of everyone, on every rank; all ranks must call it.
 
         Args:
-            drawn: what log-probs are of.
+            experience: of `own`, closed by the policy `truncated`.
         """
-        share, batches = self._dealt(model.topology, drawn)
-        grid_BR = rollout_grid(model.token_outputs(batches), batches, share.items)
-        return share.back(grid_BR)[:, : self._width]
-
-    def values(self, critic: Model) -> tuple[Tensor, Tensor]:
-        """Values of the states before the actions [B, R], and of the state behind each response [B]."""
-        share, batches = self._dealt(critic.topology, WHOLE)
-        values = critic.token_outputs(batches)
-        behind_B = torch.cat([v[list(b.last_positions)] for v, b in zip(values, batches, strict=True)])
-        values_BR = rollout_grid(values, batches, share.items)
-        return share.back(values_BR)[:, : self._width], share.back(behind_B)
-
-    def _dealt(self, topology: Topology, drawn: Distribution) -> tuple[Share[Rollout], list[TokenBatch]]:
-        if topology not in self._shares:
-            self._shares[topology] = shared_out(self._rollouts, list[Rollout], topology)
-        share = self._shares[topology]
-        if (topology, drawn) not in self._batches:
-            layout = packed_for(topology, self._layout)
-            self._batches[topology, drawn] = rollout_batches(share.items, layout, drawn)
-        return share, self._batches[topology, drawn]
+        if len(self.places) == len(self.everyone):
+            return experience
+        rollouts = close_rollouts(self.everyone, setup.eos, truncated)
+        of = experience
+        grids = of.mask_BR, of.logp_old_BR, of.logp_ref_BR, of.pool_importance_BR, of.values_BR
+        own_KBR = torch.stack([*grids, of.advantages_BR, of.returns_BR])
+        width = max(len(rollout.response_ids) for rollout in rollouts)
+        all_KBR = own_KBR.new_zeros(len(own_KBR), len(rollouts), width)
+        all_KBR[:, list(self.places), : own_KBR.shape[2]] = own_KBR
+        # Each row is one replica's: a sum with zeros is the number itself.
+        mask, logp_old, logp_ref, importance, values, advantages, returns = setup.topology.dp_sum(all_KBR)
+        return TrainingRows(
+            rollouts, mask, logp_old, logp_ref, importance, values, advantages, returns, experience.drawn
+        )
 
 
-def experience_of_all(own: Experience, topology: Topology) -> Experience:
-    """The experience of all replicas of a layout, by data rank; all ranks must call it.
+def deal_rollouts(sampled: Sequence[Rollout], group_size: int, setup: Setup, step: int) -> DealtRollouts:
+    """Shares out what all replicas sampled; all ranks must call it.
 
     Args:
-        own: of this replica; as many rollouts on every one.
+        sampled: by this replica, in the order of its prompts; as many on every replica.
+        group_size: responses to a prompt.
+        step: counted from 1, for the warning that a rollout is longer than a micro-batch may be.
     """
-
-    def everywhere(rows: Tensor) -> Tensor:
-        return of_all_replicas(rows, topology)
-
-    parts, paid = topology.gather(list(own.rollouts), list[Rollout]), own.rewards
-    return Experience(
-        rollouts=tuple(rollout for part in parts for rollout in part),
-        mask_BR=everywhere(own.mask_BR),
-        logp_old_BR=everywhere(own.logp_old_BR),
-        logp_ref_BR=everywhere(own.logp_ref_BR),
-        pool_importance_BR=everywhere(own.pool_importance_BR),
-        values_BR=everywhere(own.values_BR),
-        advantages_BR=everywhere(own.advantages_BR),
-        returns_BR=everywhere(own.returns_BR),
-        rewards=replace(
-            paid,
-            score_BR=everywhere(paid.score_BR),
-            dpo_BR=everywhere(paid.dpo_BR),
-            kl_BR=everywhere(paid.kl_BR),
-            source_BR=None if paid.source_BR is None else everywhere(paid.source_BR),
-        ),
-        drawn=own.drawn,
-    )
+    topology, cost = setup.topology, setup.cost
+    if cost is None:
+        return DealtRollouts(tuple(sampled), tuple(range(len(sampled))))
+    everyone = in_order_of_prompts(sampled, group_size, topology)
+    warning = beyond_budget(everyone, setup.layout)
+    say(f"warning: step {step}: of the rollouts {warning}", topology.is_lead and warning is not None)
+    groups = [sum(map(cost, group)) for group in batched(everyone, group_size)]
+    own = deal(groups, topology.data_size)[topology.data_rank]
+    places = chain.from_iterable(range(group * group_size, (group + 1) * group_size) for group in own)
+    return DealtRollouts(everyone, tuple(places))

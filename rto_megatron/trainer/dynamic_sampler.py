@@ -17,8 +17,10 @@ from rto_megatron.algorithms.reinforcement import GroupConfig
 from rto_megatron.config import schema
 from rto_megatron.errors import DataError
 from rto_megatron.parallel.topology import Topology
+from rto_megatron.trainer.arrivals import Hear
+from rto_megatron.trainer.opinions import Roles
 from rto_megatron.trainer.sampler import Sampler, WrappedSampler
-from rto_megatron.trainer.scoring import Roles, close_rollouts
+from rto_megatron.trainer.scoring import close_rollouts
 from rto_megatron.trainer.setup import Setup
 from rto_megatron.types import Metrics, Rollout
 
@@ -39,6 +41,7 @@ def full_batches(
         return sampler
 
     def scores(drawn: Sequence[Rollout]) -> Tensor:
+        roles.memory.enter("judge")
         return roles.reward.rate(close_rollouts(drawn, setup.eos, algorithm.truncated)).score_B
 
     return DynamicSampler(sampler, config, algorithm.max_sampling_rounds, scores, setup.topology, record)
@@ -73,8 +76,12 @@ class DynamicSampler(WrappedSampler):
         self._topology = topology
         self._record = record
 
-    def draw(self, step: int) -> tuple[Rollout, ...]:
-        """See `Sampler.draw`.
+    def begin(self, step: int, hear: Hear | None = None) -> dict[str, float]:
+        """See `Sampler.begin`."""
+        return self._inner.begin(step)
+
+    def draw(self, step: int, hear: Hear | None = None) -> tuple[Rollout, ...]:
+        """See `Sampler.draw`; which responses a step takes is known when all of a round are there.
 
         Raises:
             DataError: on every rank; the limit was reached before the batch was full.

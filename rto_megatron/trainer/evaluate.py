@@ -5,30 +5,35 @@ from itertools import batched
 
 from rto_megatron.algorithms.termination import TruncationPolicy, compared_ban
 from rto_megatron.config import schema
-from rto_megatron.data.loader import load_prompts
-from rto_megatron.data.packing import Layout, response_mask
+from rto_megatron.data.cut import Layout
+from rto_megatron.data.packing import response_mask, rollout_grid
 from rto_megatron.engine.build_roles import build_frozen
 from rto_megatron.engine.megatron import Model
-from rto_megatron.errors import DataError
 from rto_megatron.lifecycle.starting import begin_steps
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.reporting.evaluation import Estimate, Evaluation, estimate, save_evaluation
 from rto_megatron.reporting.progress import say
-from rto_megatron.trainer.connected_pool import connect_pool
-from rto_megatron.trainer.dealt_rollouts import DealtRollouts
+from rto_megatron.trainer.build_rewards import build_rewards
+from rto_megatron.trainer.connected_pool import ConnectedPool, connect_pool
 from rto_megatron.trainer.known_reward import known_reward
-from rto_megatron.trainer.reward_source import ModelReward
+from rto_megatron.trainer.reward_source import ModelReward, RewardSource
+from rto_megatron.trainer.reward_sum import RewardSum
+from rto_megatron.trainer.role_shares import RoleShares
 from rto_megatron.trainer.sampler import sample, sampling
-from rto_megatron.trainer.setup import prepare_stage
-from rto_megatron.types import Distribution, Rollout
+from rto_megatron.trainer.setup import Setup, prepare_stage
+from rto_megatron.trainer.unseen import keep_rows, load_unseen, numbers_of
+from rto_megatron.types import Distribution, Prompt, Rollout
 
+ROWS = "evaluation.jsonl"
 _AS_SAMPLED: TruncationPolicy = (
     "mask"  # nothing is overwritten; the reward model reads an appended end-of-sequence
 )
 
 
-def evaluate(config: schema.EvaluateStage, topology: Topology) -> None:
-    """Writes <run>/evaluation.json: true return, score, KL to the reference and length, per prompt, then averaged.
+def evaluate(config: schema.EvaluateStage, topology: Topology, pool: ConnectedPool | None = None) -> None:
+    """Writes <run>/evaluation.json: true return, rewards, KL to the reference and length, per prompt, then averaged.
+
+    Responses are kept in <run>/evaluation.jsonl. A pool that is given stands in the place of the configured one.
 
     Raises:
         DataError: on every rank, before anything is sampled, when the true reward is missing or of another
@@ -39,17 +44,12 @@ def evaluate(config: schema.EvaluateStage, topology: Topology) -> None:
     policy = build_frozen("policy", setup.sources["policy"], False, config.precision, topology)
     of_reference = topology.of("reference")
     reference = build_frozen("reference", setup.sources["reference"], False, config.precision, of_reference)
-    loaded = load_prompts(config.data.eval, setup.tokenizer, setup.limits, config.data.eval_samples)
-    setup.admit(loaded)
-    if len(loaded.items) < topology.data_size:
-        raise DataError(
-            f"{len(loaded.items)} prompts cannot be shared by {topology.data_size} replicas; raise "
-            f"data.eval_samples, name more prompts, or start fewer ranks"
-        )
-    sampler = connect_pool(config.rollout, policy).stopping_at(config.sampling.stop, setup.decode)
+    prompts = load_unseen(config, setup)
+    rewards = build_sources(config, setup, prompts)
+    sampler = (pool or connect_pool(config.rollout, policy)).stopping_at(config.sampling.stop, setup.decode)
     sampler.push(0)
     begin_steps()
-    own = loaded.items[topology.data_rank :: topology.data_size]
+    own = prompts[topology.data_rank :: topology.data_size]
     count = config.evaluate.num_samples
     repeated = [prompt for prompt in own for _ in range(count)]
     rollouts = sample(topology, sampler.engine, repeated, sampling(config, setup, 0), version=0)
@@ -61,13 +61,12 @@ def evaluate(config: schema.EvaluateStage, topology: Topology) -> None:
         "kl": kl_to_reference(rollouts, policy, reference, setup.layout, drawn),
         "tokens": [float(len(r.response_ids)) for r in rollouts],
     }
-    if "reward" in setup.sources:
-        of_reward = topology.of("reward")
-        reward = build_frozen("reward", setup.sources["reward"], True, config.precision, of_reward)
-        source = ModelReward(reward, setup.layout, setup.eos, _AS_SAMPLED)
-        values["score"] = source.scores(rollouts).tolist()
+    if rewards is not None:
+        values |= numbers_of(rewards.rate(rollouts))
     if table is not None:
         values["true_return"] = [table.returns(r.prompt_ids, r.response_ids) for r in rollouts]
+    kept = {name: samples for name, samples in values.items() if name != "tokens"}
+    keep_rows(config.run.dir / ROWS, rollouts, kept, count, setup)
     estimates = {name: _over_prompts(samples, count, topology) for name, samples in values.items()}
     evaluation = Evaluation(
         name=config.evaluate.name,
@@ -75,8 +74,9 @@ def evaluate(config: schema.EvaluateStage, topology: Topology) -> None:
         score=estimates.get("score"),
         kl=estimates["kl"],
         response_tokens=estimates["tokens"],
-        num_prompts=len(loaded.items),
-        num_responses=len(loaded.items) * count,
+        num_prompts=len(prompts),
+        num_responses=len(prompts) * count,
+        rewards={source.name: estimates[f"reward/{source.name}"] for source in config.rewards},
     )
     if topology.is_lead:
         path = save_evaluation(evaluation, config.run.dir)
@@ -87,6 +87,19 @@ def evaluate(config: schema.EvaluateStage, topology: Topology) -> None:
     topology.barrier()
 
 
+def build_sources(config: schema.EvaluateStage, setup: Setup, prompts: Sequence[Prompt]) -> RewardSum | None:
+    """What rates the responses, started; None where the recipe names nothing that does. All ranks must call it."""
+    if not config.rewards and config.models.reward is None:
+        return None
+
+    def reward_model() -> RewardSource:
+        place = setup.topology.of("reward")
+        model = build_frozen("reward", setup.sources["reward"], True, config.precision, place)
+        return ModelReward(model, setup.layout, setup.eos, _AS_SAMPLED)
+
+    return build_rewards(config, setup, prompts, config.evaluate.num_samples, reward_model)
+
+
 def kl_to_reference(
     rollouts: Sequence[Rollout], policy: Model, reference: Model, layout: Layout, drawn: Distribution
 ) -> list[float]:
@@ -95,8 +108,11 @@ def kl_to_reference(
     Args:
         drawn: what the pool sampled from; both models are compared as such.
     """
-    dealt = DealtRollouts(rollouts, layout)
-    logp_BR, logp_ref_BR = (dealt.grid(model, drawn) for model in (policy, reference))
+    shares = RoleShares(rollouts, layout)
+    logp_BR, logp_ref_BR = (
+        rollout_grid(shares.outputs(model, drawn), shares.cut(drawn), rollouts)
+        for model in (policy, reference)
+    )
     sums: list[float] = ((logp_BR - logp_ref_BR) * response_mask(rollouts, layout.device)).sum(1).tolist()
     return sums
 

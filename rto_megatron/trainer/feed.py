@@ -1,5 +1,7 @@
 """How prepared data become batches and go on after a resume: what is left out or not proved is said once."""
 
+from collections.abc import Callable
+
 from rto_megatron.data.batches import Batches, BatchesState
 from rto_megatron.data.encoder import Loaded
 from rto_megatron.errors import UserError
@@ -8,13 +10,22 @@ from rto_megatron.reporting.progress import say
 from rto_megatron.types import Example
 
 
-def feed[T: Example](loaded: Loaded[T], global_batch: int, seed: int, topology: Topology) -> Batches[T]:
+def feed[T: Example](
+    loaded: Loaded[T],
+    global_batch: int,
+    seed: int,
+    topology: Topology,
+    cost: Callable[[T], float] | None = None,
+) -> Batches[T]:
     """This replica's share of every global batch; says what no pass gets to.
+
+    Args:
+        cost: of an item, by which replicas share; None: as many items each.
 
     Raises:
         DataError: fewer items than one global batch, or the ranks do not divide it.
     """
-    batches = Batches(loaded.items, global_batch, seed, topology.data_rank, topology.data_size)
+    batches = Batches(loaded.items, global_batch, seed, topology.data_rank, topology.data_size, cost)
     if batches.num_left_over:
         say(
             f"{loaded.report.source}: {batches.num_left_over} of {len(loaded.items)} stand behind the last full batch "

@@ -1,28 +1,24 @@
 """Evaluations on held-out prompts during a run that samples: scores, lengths, pass@k; every response is kept."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import batched, zip_longest
+from itertools import batched
 from math import comb
 
 from rto_megatron.config import schema
-from rto_megatron.config.rewards import reads_columns
-from rto_megatron.config.run_folder import make_run_folder
-from rto_megatron.data.loader import load_prompts
 from rto_megatron.data.true_reward import TrueReward
-from rto_megatron.errors import DataError
 from rto_megatron.generation.contract import NoServersLeft, Sampling
 from rto_megatron.reporting.progress import say
 from rto_megatron.trainer.connected_pool import ConnectedPool
+from rto_megatron.trainer.opinions import Roles
 from rto_megatron.trainer.run import Run
 from rto_megatron.trainer.sampler import sample
-from rto_megatron.trainer.scoring import Roles, close_rollouts
+from rto_megatron.trainer.scoring import close_rollouts
 from rto_megatron.trainer.setup import Setup
+from rto_megatron.trainer.unseen import UNSEEN, keep_rows, load_unseen, numbers_of
 from rto_megatron.types import Metrics, Prompt, Rewards, Rollout
 
 FOLDER = "evaluations"
-_UNSEEN = "eval/"
 
 
 @dataclass(frozen=True)
@@ -59,8 +55,10 @@ class HeldOut:
             say(f"warning: step {step} is not evaluated: {failure}", topology.is_lead)
             return {}
         closed = close_rollouts(drawn, self.setup.eos, self.config.algorithm.truncated)
+        roles.memory.enter("judge")
         rewards = roles.reward.unnormalized().rate(closed)
-        self._keep(step, drawn, rewards)
+        path = self.config.run.dir / FOLDER / f"step_{step:06d}.jsonl"
+        keep_rows(path, drawn, numbers_of(rewards), self.config.evaluate.num_samples, self.setup)
         return self._sums(drawn, rewards)
 
     def _sampling(self) -> Sampling:
@@ -94,32 +92,6 @@ class HeldOut:
                 sums[f"eval/pass_at_{k}"] = (sum(chances), float(len(chances)))
         return sums
 
-    def _keep(self, step: int, drawn: Sequence[Rollout], rewards: Rewards) -> None:
-        """Writes <run>/evaluations/step_N.jsonl, one response a line, in the order of the prompts."""
-        topology, decode = self.setup.topology, self.setup.decode
-        given = {f"reward/{name}": given_B.tolist() for name, given_B in rewards.given.items()}
-        own: list[dict[str, str | float]] = [
-            {
-                "prompt_id": rollout.prompt_id.removeprefix(_UNSEEN),
-                "prompt": decode(rollout.prompt_ids),
-                "response": decode(rollout.response_ids),
-                "finish_reason": rollout.finish_reason,
-                "score": score,
-                **{name: numbers[number] for name, numbers in given.items()},
-            }
-            for number, (rollout, score) in enumerate(zip(drawn, rewards.score_B.tolist(), strict=True))
-        ]
-        groups = [list(group) for group in batched(own, self.config.evaluate.num_samples)]
-        shares = topology.gather(groups, list[list[dict[str, str | float]]])
-        if topology.is_lead:
-            folder = self.config.run.dir / FOLDER
-            make_run_folder(folder)
-            # Prompts were dealt to the replicas in turn.
-            dealt = [group for turn in zip_longest(*shares, fillvalue=[]) for group in turn]
-            rows = [row for group in dealt for row in group]
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            (folder / f"step_{step:06d}.jsonl").write_text(text, encoding="utf-8")
-
 
 def load_held_out(config: schema.ReinforcementStage, setup: Setup) -> tuple[Prompt, ...]:
     """The held-out prompts of all replicas, none if the recipe names none; all ranks must call it.
@@ -129,18 +101,9 @@ def load_held_out(config: schema.ReinforcementStage, setup: Setup) -> tuple[Prom
     """
     if config.data.eval is None:
         return ()
-    keeps_columns = reads_columns(config.rewards)
-    loaded = load_prompts(
-        config.data.eval, setup.tokenizer, setup.limits, config.data.eval_samples, keeps_columns
-    )
-    setup.admit(loaded)
-    if len(loaded.items) < setup.topology.data_size:
-        raise DataError(
-            f"data.eval: {len(loaded.items)} prompts cannot be shared by {setup.topology.data_size} replicas; raise "
-            "data.eval_samples, name more prompts, or start fewer ranks"
-        )
     # Rewards read columns by the id, and rows of both files may be numbered alike.
-    return tuple(replace(prompt, id=f"{_UNSEEN}{prompt.id}") for prompt in loaded.items)
+    found = load_unseen(config, setup)
+    return tuple(replace(prompt, id=f"{UNSEEN}{prompt.id}") for prompt in found)
 
 
 def pass_ks(num_samples: int) -> list[int]:

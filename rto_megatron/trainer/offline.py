@@ -19,10 +19,11 @@ from rto_megatron.config import schema
 from rto_megatron.config.facts import facts_of
 from rto_megatron.config.inputs import ExampleDataConfig
 from rto_megatron.config.learning_rate import learning_rate
+from rto_megatron.data.cut import Layout
 from rto_megatron.data.encoder import Limits, Loaded
+from rto_megatron.data.grouping import own_share
 from rto_megatron.data.loader import load_demonstrations, load_judged, load_pairs
 from rto_megatron.data.packing import (
-    Layout,
     judged_microbatches,
     pair_microbatches,
     response_sums,
@@ -41,18 +42,19 @@ from rto_megatron.engine.megatron import (
     Reading,
     TrainedModel,
 )
+from rto_megatron.engine.offload import HostMemory, host_memory
 from rto_megatron.errors import RecipeError
 from rto_megatron.parallel.dealing import shared_out
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.reporting.metrics import add, with_margin
 from rto_megatron.reporting.progress import say
-from rto_megatron.trainer.dealt_rollouts import packed_for
 from rto_megatron.trainer.feed import feed, go_on
 from rto_megatron.trainer.guard import ModelUpdate, NotFiniteError
 from rto_megatron.trainer.model_files import give_own_padding
 from rto_megatron.trainer.parts import planned_parts
 from rto_megatron.trainer.reference import note_reference
 from rto_megatron.trainer.resume import LoopState
+from rto_megatron.trainer.role_shares import packed_for
 from rto_megatron.trainer.run import Run, reduce_over_replicas
 from rto_megatron.trainer.setup import Setup, note_in_config, prepare_stage, stage_hf_files
 from rto_megatron.types import (
@@ -69,6 +71,8 @@ from rto_megatron.types import (
     SupervisedMicrobatch,
     ValueScale,
 )
+
+_EVALUATED_AT_A_TIME = 16  # micro-batches
 
 # (source, tokenizer, limits, rows to read or None for all, end-of-sequence)
 type Load[E: Example] = Callable[
@@ -89,9 +93,8 @@ class Task[E: Example, M: Microbatch]:
     microbatches: Callable[[Sequence[E], int], list[M]]  # of a share, given the size of the whole
     loss: Callable[[Tensor, M], LossOutput]
     reading: Reading[M]  # what the loss sees of the model
-    num_evaluated: (
-        int | None
-    )  # examples of an evaluation whose micro-batches exist at a time; None: all, coupled
+    groups: Callable[[Sequence[E]], list[list[int]]]  # numbers of a share's examples in each micro-batch
+    is_coupled: bool  # the loss of an example needs the whole batch, on every replica
 
 
 @dataclass(frozen=True)
@@ -99,12 +102,13 @@ class Trainee:
     """The model in training and what it is compared with.
 
     Example:
-        Trainee("policy", model, reference=None)
+        Trainee("policy", model, reference=None, memory=HostMemory())
     """
 
     role: str
     model: TrainedModel
     reference: FrozenModel | None  # None where the method has none
+    memory: HostMemory  # what of both waits there
 
 
 def train_offline(config: schema.OfflineStage, topology: Topology) -> None:
@@ -144,14 +148,16 @@ def _build(config: schema.OfflineStage, setup: Setup) -> Trainee:
     role = "reward" if is_reward else "policy"
     model = build_trained(
         role, sources["policy"], is_reward, config.precision, config.optimizer, setup.topology, config.run.seed,
-        config.parallel.distributed_optimizer, is_head_fresh=is_reward, scale=ValueScale(),
+        config.parallel, is_head_fresh=is_reward, scale=ValueScale(),
         moe_aux_loss_coef=config.models.moe_aux_loss_coef,
     )  # fmt: skip
     reference = None
     if "reference" in sources:
         of_reference = setup.topology.of("reference")
         reference = build_frozen("reference", sources["reference"], False, config.precision, of_reference)
-    return Trainee(role, model, reference)
+    models: dict[str, Model] = {role: model} if reference is None else {role: model, "reference": reference}
+    memory = host_memory(config.offload, models, lambda text: say(text, setup.topology.is_lead))
+    return Trainee(role, model, reference, memory)
 
 
 def _train[E: Example, M: Microbatch](
@@ -161,7 +167,7 @@ def _train[E: Example, M: Microbatch](
     is_reward = facts_of(config).is_reward_model
     data = task.load(config.data.train, setup.tokenizer, setup.limits, None, setup.eos)
     setup.admit(data)
-    batches = feed(data, config.batch.train, config.run.seed, topology)
+    batches = feed(data, config.batch.train, config.run.seed, topology, setup.cost)
     held_out = _held_out(task, config.data, setup)
     if is_reward and not held_out:
         raise RecipeError(
@@ -174,47 +180,65 @@ def _train[E: Example, M: Microbatch](
     if trainee.reference is not None:
         note_reference(hf_files, trainee.reference)
     run = Run(
-        config, topology, {role: model}, {role: hf_files}, config.run.steps or batches.batches_per_epoch
-    )
+        config, topology, {role: model}, {role: hf_files}, config.run.steps or batches.batches_per_epoch,
+        trainee.memory,
+    )  # fmt: skip
     guard = planned_parts().guard(run, config.run.max_skipped_updates, topology)
     if run.state is not None:
         go_on(batches, run.state.data, "data.train", topology)
     for step in run.steps():
         examples = batches.next_batch()
         lr = learning_rate(config.optimizer, step, run.num_steps)
-        names = [[e.id for e in group] for group in batched(examples, config.batch.micro)]
+        names = [[examples[number].id for number in group] for group in task.groups(examples)]
         own = torch.tensor(float(task.size(examples)), device=topology.device.torch_device)
+        trainee.memory.enter("score")
         microbatches = task.microbatches(examples, int(topology.dp_sum(own)))
         with guard.skipping():
+            trainee.memory.enter("update")
             guard.step([ModelUpdate(model, microbatches, task.loss, names, lr, task.reading)])
         evaluation: dict[str, float] = {}
         if held_out and (
             run.is_due(config.run.eval_every, step + 1) or (is_reward and run.is_saved(step + 1))
         ):
-            evaluation = evaluate(model, task, held_out, topology)
+            trainee.memory.enter("score")
+            evaluation = evaluate(model, task, held_out, topology, setup.cost)
             say("eval  " + "  ".join(f"{k} {v:.4g}" for k, v in evaluation.items()), topology.is_lead)
         if is_reward and run.is_saved(step + 1):
             _store_scale(evaluation, len(held_out), hf_files, topology)
+        run.record(trainee.memory.measured())
         run.log({"lr": lr, **{f"eval/{k}": v for k, v in evaluation.items()}})
         run.finish(LoopState(batches.state()))
     run.close(role)
 
 
 def evaluate[E: Example, M: Microbatch](
-    model: TrainedModel, task: Task[E, M], examples: Sequence[E], topology: Topology
+    model: TrainedModel,
+    task: Task[E, M],
+    examples: Sequence[E],
+    topology: Topology,
+    cost: Callable[[E], float] | None,
 ) -> dict[str, float]:
     """Means of the loss's metrics over held-out examples, without gradients; all ranks must call it.
 
     Args:
         examples: all of them; a replica takes its share, which is empty when there are fewer than replicas.
+        cost: of an example, by which replicas share them; None: all the same.
     """
     total: Metrics = {}
-    own = examples[topology.data_rank :: topology.data_size]
-    most = len(examples[:: topology.data_size])  # of the first replica
-    size = task.num_evaluated or most
-    for start in range(0, most, size):
-        group = own[start : start + size]
-        microbatches = task.microbatches(group, task.size(examples))  # every replica may be needed
+    own = own_share(examples, topology.data_rank, topology.data_size, cost)
+    # What the reference says of all held-out examples may not fit in memory.
+    some = (
+        [own]
+        if task.is_coupled
+        else [
+            [own[number] for number in chain.from_iterable(groups)]
+            for groups in batched(task.groups(own), _EVALUATED_AT_A_TIME)
+        ]
+    )
+    # Every replica may be needed: for a loss of the whole batch, or by a reference of another layout.
+    most = max(topology.gather(len(some), int))
+    for group in [*some, *([[]] * (most - len(some)))]:
+        microbatches = task.microbatches(group, task.size(examples))
         outputs = model.outputs(microbatches, task.reading) if microbatches else []
         with torch.no_grad():
             for output, microbatch in zip(outputs, microbatches, strict=True):
@@ -250,7 +274,7 @@ def demonstration_task(
 ) -> Task[Demonstration, SupervisedMicrobatch]:
     """The data, the loss and the outputs of supervised learning, put together."""
     build = partial(supervised_microbatches, layout=layout)
-    return Task(load_demonstrations, _num_targets, build, loss, TOKENS, _num_at_a_time(layout))
+    return Task(load_demonstrations, _num_targets, build, loss, TOKENS, layout.groups_of, is_coupled=False)
 
 
 def judgement_task(
@@ -259,7 +283,7 @@ def judgement_task(
     """The task of answers with verdicts."""
     assert trainee.reference is not None
     build = partial(_judged, trainee.model, trainee.reference, layout)
-    return Task(load_judged, len, build, loss, TOKENS, None)
+    return Task(load_judged, len, build, loss, TOKENS, layout.groups_of, is_coupled=True)
 
 
 def pair_task(
@@ -267,7 +291,7 @@ def pair_task(
 ) -> Task[PreferencePair, PairMicrobatch]:
     """The task of pairs and a loss on log-probs or values."""
     build = partial(_pairs, trainee.reference, layout)
-    return Task(load, len, build, loss, TOKENS, _num_at_a_time(layout))
+    return Task(load, len, build, loss, TOKENS, layout.groups_of, is_coupled=False)
 
 
 def divergence_task(
@@ -276,11 +300,8 @@ def divergence_task(
     """The task of pairs and a loss on whole distributions."""
     assert trainee.reference is not None
     build = partial(divergence_microbatches, reference=trainee.reference, layout=layout)
-    return Task(load, len, build, loss, divergence_from(trainee.reference), _num_at_a_time(layout))
-
-
-def _num_at_a_time(layout: Layout) -> int:
-    return 16 * layout.micro  # what the reference says of all held-out examples may not fit in memory
+    reading = divergence_from(trainee.reference)
+    return Task(load, len, build, loss, reading, layout.groups_of, is_coupled=False)
 
 
 def _num_targets(examples: Sequence[Demonstration]) -> int:
@@ -328,5 +349,5 @@ def response_logprobs(
     if not share.items:
         return torch.zeros(0, device=layout.device)
     sequences = [(prompt_ids + response_ids, len(prompt_ids)) for prompt_ids, response_ids in share.items]
-    batches = sequence_batches(sequences, packed_for(model.topology, layout))
-    return share.back(response_sums(model.token_outputs(batches), batches, sequences))
+    cut = sequence_batches(sequences, packed_for(model.topology, layout))
+    return share.back(response_sums(model.token_outputs(cut.batches), cut, sequences))

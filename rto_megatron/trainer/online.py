@@ -1,6 +1,7 @@
 """PPO, RTO and every other method that learns from its own samples: the loop of the paper's Algorithm 2."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 from transformers import PreTrainedTokenizerBase
@@ -18,20 +19,25 @@ from rto_megatron.config.training import OptimizerConfig
 from rto_megatron.data.tokenizer import tokens_with
 from rto_megatron.engine.build_roles import build_average, build_frozen, build_trained, update_average
 from rto_megatron.engine.megatron import ENTROPIES, FrozenModel, Model, TrainedModel
+from rto_megatron.engine.offload import host_memory
 from rto_megatron.errors import RecipeError
 from rto_megatron.parallel.topology import Topology
+from rto_megatron.reporting.progress import say
 from rto_megatron.reporting.rates import rates
 from rto_megatron.reporting.samples import completions_table, sample_texts, show
 from rto_megatron.trainer.build_rewards import build_rewards
 from rto_megatron.trainer.checked_scores import watched_gap
 from rto_megatron.trainer.connected_pool import ConnectedPool, connect_pool
+from rto_megatron.trainer.dealt_rollouts import deal_rollouts
 from rto_megatron.trainer.dynamic_sampler import full_batches
 from rto_megatron.trainer.guard import Guard, ModelUpdate, Update
 from rto_megatron.trainer.held_out import HeldOut, load_held_out
 from rto_megatron.trainer.known_reward import known_reward, true_return
 from rto_megatron.trainer.model_files import give_own_padding
+from rto_megatron.trainer.opinions import Roles
+from rto_megatron.trainer.parking import parking
 from rto_megatron.trainer.parts import Parts, planned_parts
-from rto_megatron.trainer.pool_requests import taken
+from rto_megatron.trainer.pool_requests import admitted
 from rto_megatron.trainer.pretraining import Pretraining, beside
 from rto_megatron.trainer.reference import require_trained_reference
 from rto_megatron.trainer.resume import LoopState
@@ -40,10 +46,16 @@ from rto_megatron.trainer.reward_sum import alone
 from rto_megatron.trainer.rollout_book import RolloutBook
 from rto_megatron.trainer.run import Run
 from rto_megatron.trainer.sampler import Sampler, load_batches
-from rto_megatron.trainer.scoring import Roles
 from rto_megatron.trainer.setup import Setup, prepare_stage, stage_hf_files
 from rto_megatron.trainer.update import optimizer_minibatches, require_tokens
-from rto_megatron.types import Experience, Minibatch, Prompt, SupervisedMicrobatch, ValueScale
+from rto_megatron.types import (
+    Experience,
+    Minibatch,
+    Prompt,
+    SupervisedMicrobatch,
+    TrainingRows,
+    ValueScale,
+)
 
 
 def train_online(
@@ -66,7 +78,8 @@ def train_online(
     run = open_run(config, setup, roles, config.run.steps or prompts.batches_per_epoch)
     refuse_idle_policy(algorithm, run.num_steps)
     kl, table = algorithm.kl_controller, known_reward("data.true_reward", config.data.true_reward, setup)
-    pool = stopping(pool or connect_pool(config.rollout, roles.policy), config, setup)
+    pool = parking(pool or connect_pool(config.rollout, roles.policy, roles.memory), roles.memory)
+    pool = stopping(pool, config, setup)
     sampler = open_sampler(config, setup, roles, run, parts.sampler(config, setup, prompts, pool))
     evaluation = HeldOut(config, setup, pool, sampler.push, held_out, table)
     kl = taken_up(run.state, pretraining, kl)
@@ -77,16 +90,19 @@ def train_online(
     for step in run.steps():
         # 1. pi_old <- pi_theta, proved
         with run.saved_without_pool(), run.timed("push"):
-            times = sampler.begin(step)
+            times = sampler.begin(step, scorer.ear)
         # 2. y ~ pi_old(. | x), from the pool that holds this step's weights, or those of `ahead` steps before
         with run.saved_without_pool(), run.timed("sample"):
-            sampled = sampler.draw(step)
-        run.record({**sampler.measured(), **taken(sampled, step, config.rollout.ahead, topology)})
+            sampled = sampler.draw(step, scorer.ear)
+        dealt = deal_rollouts(sampled, config.algorithm.samples_per_prompt, setup, step + 1)
+        run.record({**sampler.measured(), **scorer.measured()})
+        run.record(admitted(sampled, step, config.rollout.ahead, topology))
         experience, gap, lrs = None, {}, {}
         with guard.skipping():
             # 3. every model's opinion, without gradients
             with run.timed("score"):
-                scored = scorer.score(sampled, step + 1)
+                roles.memory.enter("score")
+                scored = scorer.score(dealt.own, step + 1)
             gap = watched_gap(scored, topology, config.rollout.logprob_gap_alarm, step + 1)
             # 4. token rewards, then advantages
             experience = algorithm.credit(scored, kl.coef, topology.dp_sum)
@@ -95,8 +111,10 @@ def train_online(
         # 5. PPO epochs
         if experience is not None:
             with run.timed("update"):
-                lrs = update(config, run, roles, algorithm, experience, pretraining, setup, guard)
-        run.record({**evaluation.measured(run, roles), **pool.measured()})
+                roles.memory.enter("update")
+                rows = dealt.rows(experience, config.algorithm.truncated, setup)
+                lrs = update(config, run, roles, algorithm, rows, pretraining, setup, guard)
+        run.record({**evaluation.measured(run, roles), **pool.measured(), **roles.memory.measured()})
         means = run.log({**lrs, **times, **gap, "objective/kl_coef": kl.coef}, rates_of(config))
         if experience is not None:
             kl = kl.update(means["policy/kl_per_token"], config.responses_per_step)
@@ -159,7 +177,7 @@ def update(
     run: Run,
     roles: Roles,
     algorithm: PolicyOptimization,
-    experience: Experience,
+    experience: Experience | TrainingRows,
     pretraining: Pretraining,
     setup: Setup,
     guard: Guard,
@@ -174,7 +192,7 @@ def update(
     lrs: dict[str, float] = {}
     longest, seed = config.sampling.max_response_tokens, config.run.seed + run.step
     steps = optimizer_minibatches(
-        experience, config.algorithm, longest, per_pass, setup.topology, setup.layout, seed,
+        experience, config.algorithm, longest, per_pass, setup.topology, setup.layout, seed, setup.cost,
         None if roles.critic is None else roles.critic.topology,
     )  # fmt: skip
     for number, one in enumerate(steps, start=run.step * per_step):
@@ -220,27 +238,38 @@ def build_roles(
     def trained(name: str, is_scalar: bool, optimizer: OptimizerConfig) -> TrainedModel:
         return build_trained(
             name, sources[name], is_scalar, precision, optimizer, topology.of(name), config.run.seed,
-            config.parallel.distributed_optimizer, is_head_fresh=name in fresh,
+            config.parallel, is_head_fresh=name in fresh,
             scale=ValueScale() if name in fresh else None, moe_aux_loss_coef=config.models.moe_aux_loss_coef,
         )  # fmt: skip
 
+    built: dict[str, Model] = {}
+
     def frozen(name: str, is_scalar: bool = False) -> FrozenModel:
-        return build_frozen(name, sources[name], is_scalar, precision, topology.of(name))
+        model = build_frozen(name, sources[name], is_scalar, precision, topology.of(name))
+        built[name] = model
+        return model
 
     def reward_model() -> RewardSource:
         return ModelReward(frozen("reward", True), setup.layout, setup.eos, config.algorithm.truncated)
 
     policy, critic = trained("policy", False, config.optimizer), facts_of(config).critic_optimizer
     has_average = config.algorithm.ema_beta is not None
-    return Roles(
+    group_size = config.algorithm.samples_per_prompt
+    roles = Roles(
         policy=policy,
         average=build_average(policy, sources["policy"]) if has_average else None,
         critic=None if critic is None else trained("critic", True, critic),
         reference=frozen("reference"),
-        reward=alone(reward, topology) if reward else build_rewards(config, setup, prompts, reward_model),
+        reward=alone(reward, topology)
+        if reward
+        else build_rewards(config, setup, prompts, group_size, reward_model),
         dpo=frozen("dpo") if "dpo" in sources else None,
         dpo_reference=frozen("dpo_reference") if "dpo_reference" in sources else None,
     )
+    others = {"policy": roles.policy, "critic": roles.critic, "policy_ema": roles.average}
+    built |= {name: model for name, model in others.items() if model is not None}
+    memory = host_memory(config.offload, built, lambda text: say(text, topology.is_lead))
+    return replace(roles, memory=memory)
 
 
 def open_run(config: schema.ReinforcementStage, setup: Setup, roles: Roles, num_steps: int) -> Run:
@@ -259,7 +288,7 @@ def open_run(config: schema.ReinforcementStage, setup: Setup, roles: Roles, num_
     }
     if "critic" in hf_files:  # what it will read is sampled, and no id of it is known yet
         give_own_padding(hf_files["critic"], (), setup.topology)
-    return Run(config, setup.topology, saved, hf_files, num_steps)
+    return Run(config, setup.topology, saved, hf_files, num_steps, roles.memory)
 
 
 def show_samples(

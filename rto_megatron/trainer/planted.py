@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from rto_megatron.generation.contract import RolloutEngine, Sampling
+from rto_megatron.generation.contract import Arrived, RolloutEngine, Sampling, stream
 from rto_megatron.platform import faults
+from rto_megatron.trainer.arrivals import Hear
 from rto_megatron.trainer.checked_scores import Scorer
 from rto_megatron.trainer.guard import Guard, LossChange, Update
 from rto_megatron.trainer.sampler import WrappedSampler
@@ -29,6 +30,14 @@ class PlantedEngine:
         faults.at("in_gen", version + 1)
         return rollouts
 
+    def stream(
+        self, prompts: Sequence[Prompt], sampling: Sampling, version: int, arrived: Arrived
+    ) -> list[Rollout]:
+        """See `StreamingEngine.stream`."""
+        rollouts = stream(self.inner, prompts, sampling, version, arrived)
+        faults.at("in_gen", version + 1)
+        return rollouts
+
 
 class PlantedSampler(WrappedSampler):
     """A sampler with faults before and after it draws.
@@ -37,10 +46,10 @@ class PlantedSampler(WrappedSampler):
         PlantedSampler(sampler).draw(step=3)
     """
 
-    def draw(self, step: int) -> tuple[Rollout, ...]:
+    def draw(self, step: int, hear: Hear | None = None) -> tuple[Rollout, ...]:
         """See `Sampler.draw`."""
         faults.at("before_gen", step + 1)
-        rollouts = super().draw(step)
+        rollouts = super().draw(step, hear)
         faults.at("after_gen", step + 1)
         return rollouts
 

@@ -40,7 +40,7 @@ class Pretraining:
                     f"data.pretrain: {config.data.pretrain} has {len(loaded.items)} texts, and an optimizer step takes "
                     f"as many as responses, batch.train={config.batch.train}; name more texts"
                 )
-            self._texts = feed(loaded, config.batch.train, config.run.seed, setup.topology)
+            self._texts = feed(loaded, config.batch.train, config.run.seed, setup.topology, setup.cost)
 
     def microbatches(self) -> tuple[list[SupervisedMicrobatch], list[list[str]]]:
         """The texts of one optimizer step with their ids; all ranks must call it. The weights hold the factor."""
@@ -50,8 +50,7 @@ class Pretraining:
         texts = self._texts.next_batch()
         own = torch.tensor(float(sum(len(t.response_ids) for t in texts)), device=layout.device)
         microbatches = supervised_microbatches(texts, float(topology.dp_sum(own)) / self._coef, layout)
-        ids = [text.id for text in texts]
-        return microbatches, [ids[start : start + layout.micro] for start in range(0, len(ids), layout.micro)]
+        return microbatches, [[texts[number].id for number in group] for group in layout.groups_of(texts)]
 
     def state(self) -> BatchesState | None:
         """What a checkpoint keeps."""

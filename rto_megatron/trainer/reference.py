@@ -13,7 +13,7 @@ from rto_megatron.engine.megatron import FrozenModel, Model
 from rto_megatron.engine.source import WeightSource
 from rto_megatron.engine.weights import stage_hf_tensors
 from rto_megatron.errors import ModelFolderError, RunFolderError
-from rto_megatron.trainer.scoring import Roles
+from rto_megatron.trainer.opinions import Roles
 from rto_megatron.trainer.setup import REFERENCE_FINGERPRINT, note_in_config
 
 
@@ -82,7 +82,8 @@ def weights_fingerprint(model: Model) -> str:
     own: dict[str, str] = {}
     if topology.tensor_rank == 0 and topology.data_rank == 0:
         for name, tensor in tensors:
-            raw = tensor.detach().to(torch.bfloat16).cpu().contiguous().view(torch.uint8)
+            # A copy in any case: memory that numpy has seen cannot be given away any more, as offload does.
+            raw = tensor.detach().to("cpu", torch.bfloat16, copy=True).contiguous().view(torch.uint8)
             own[name] = hashlib.sha256(raw.numpy()).hexdigest()
     elif topology.data_rank == 0:
         deque(tensors, maxlen=0)  # the other tensor ranks only take part in the gathers

@@ -36,11 +36,13 @@ _FREE = (
     "parallel",
     "precision.recompute",
     "batch.micro",
+    "batch.tokens",
     "batch.packed",
     "data.eval",
     "data.eval_samples",
     "data.true_reward",
     "models.allow_unverified_reference",
+    "offload",
     "rollout",
     "evaluate",
 )

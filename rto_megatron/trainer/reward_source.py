@@ -11,14 +11,15 @@ from transformers import PreTrainedTokenizerBase
 
 from rto_megatron.algorithms.reward_shaping import overlong_punishment
 from rto_megatron.algorithms.termination import TruncationPolicy, close_response
-from rto_megatron.data.packing import Layout, sequence_batches
+from rto_megatron.data.cut import Layout
+from rto_megatron.data.packing import sequence_batches
 from rto_megatron.engine.megatron import FrozenModel
 from rto_megatron.errors import UserError
 from rto_megatron.parallel.dealing import shared_out
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.rewards.sample import Given, Rater, Sample
 from rto_megatron.rewards.service import RewardServiceLost
-from rto_megatron.trainer.dealt_rollouts import packed_for
+from rto_megatron.trainer.role_shares import packed_for
 from rto_megatron.types import Columns, EndOfSequence, Rollout
 
 
@@ -66,11 +67,10 @@ class ModelReward:
             _, appended = close_response(rollout.response_ids, rollout.finish_reason, self.eos, self.policy)
             ids = (*rollout.prompt_ids, *rollout.response_ids, *appended)
             sequences.append((ids, len(rollout.prompt_ids)))
-        batches = sequence_batches(sequences, packed_for(self.model.topology, self.layout))
-        values = self.model.token_outputs(batches)
-        return share.back(
-            torch.cat([v[list(b.last_positions)] for v, b in zip(values, batches, strict=True)])
-        )
+        cut = sequence_batches(sequences, packed_for(self.model.topology, self.layout))
+        values = self.model.token_outputs(cut.batches)
+        ends = [v[list(b.last_positions)] for v, b in zip(values, cut.batches, strict=True)]
+        return share.back(cut.in_order(ends))
 
 
 @dataclass(frozen=True)

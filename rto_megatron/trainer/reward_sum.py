@@ -1,6 +1,6 @@
 """All sources of a run's rewards together: each asked, normalised, clipped and weighed, then added."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rto_megatron.algorithms.reward_shaping import normalized_in_batch, normalized_in_group
 from rto_megatron.parallel.topology import Topology
-from rto_megatron.trainer.reward_source import RewardSource
+from rto_megatron.trainer.reward_source import ModelReward, RewardSource
 from rto_megatron.types import Rewards, Rollout
 
 
@@ -48,8 +48,15 @@ class RewardSum:
     topology: Topology
     is_told_apart: bool = True
 
-    def rate(self, rollouts: Sequence[Rollout]) -> Rewards:
+    def models(self) -> dict[str, ModelReward]:
+        """The sources that are models of the ranks: what they say of a response, the others do not change."""
+        return {term.name: term.source for term in self.terms if isinstance(term.source, ModelReward)}
+
+    def rate(self, rollouts: Sequence[Rollout], known: Mapping[str, Tensor] | None = None) -> Rewards:
         """Asks every source; all ranks must call it.
+
+        Args:
+            known: what sources said of these rollouts already, by name.
 
         Raises:
             UserError: on every rank, when a source failed on any.
@@ -58,7 +65,8 @@ class RewardSum:
         tokens: list[Tensor] = []
         given, paid = {}, {}
         for term in self.terms:
-            raw = term.source.scores(rollouts)
+            raw = (known or {}).get(term.name)
+            raw = term.source.scores(rollouts) if raw is None else raw
             shaped = self._shaped(raw, term)
             (scores if raw.ndim == 1 else tokens).append(shaped)
             given[term.name], paid[term.name] = (x if x.ndim == 1 else x.sum(1) for x in (raw, shaped))

@@ -11,6 +11,7 @@ from rto_megatron.config import checks, load, schema
 from rto_megatron.engine.checkpoint import begin_save, restore
 from rto_megatron.engine.export import export_hf
 from rto_megatron.engine.megatron import Model
+from rto_megatron.engine.offload import HostMemory
 from rto_megatron.engine.recovery import find_valid
 from rto_megatron.engine.saving import Saving
 from rto_megatron.errors import RunFolderError
@@ -45,6 +46,7 @@ class Run:
         models: role -> model; what checkpoints hold.
         hf_files: role -> folder with the model's config.json and tokenizer.
         num_steps: of the whole run.
+        memory: from which models are brought back to be saved.
 
     Raises:
         CheckpointError: the newest checkpoint of the run folder is damaged.
@@ -61,6 +63,7 @@ class Run:
         models: Mapping[str, Model],
         hf_files: dict[str, Path],
         num_steps: int,
+        memory: HostMemory | None = None,
     ) -> None:
         self._config = config.run
         self._fixed_keys = fixed_keys(config)
@@ -69,6 +72,7 @@ class Run:
         self._topology = topology
         self._models = models
         self._hf_files = hf_files
+        self._memory = memory or HostMemory()
         self.num_steps = num_steps
         checks.refuse(checks.steps_beyond(config.run.profile, num_steps))
         self._metrics: Metrics = {}
@@ -207,6 +211,7 @@ class Run:
     def _save(self) -> None:
         """Saves the last finished step; under run.async_save it stands at the end of the next one."""
         self._finish_saving()
+        self._memory.enter("save")
         assert self.state is not None, "no step was finished"
         state = RunState(self.step, self.state, self.refused_in_a_row, self._fixed_keys)
         texts, keep = texts_ahead(self._keep_ahead()), self._config.keep_checkpoints
@@ -253,6 +258,7 @@ class Run:
     def close(self, export_role: str) -> None:
         """Exports the trained model in Hugging Face format to <run>/hf; all ranks must call it."""
         folder = self.dir / "hf"
+        self._memory.enter("save")
         export_hf(self._models[export_role], self._hf_files[export_role], folder)
         if self._log is not None:
             self._log.close()

@@ -9,9 +9,11 @@ from rto_megatron.data.batches import Batches, BatchesState
 from rto_megatron.data.loader import load_prompts
 from rto_megatron.generation.contract import RolloutEngine, Sampling
 from rto_megatron.parallel.topology import Topology
+from rto_megatron.trainer.arrivals import Hear
+from rto_megatron.trainer.background import Background
 from rto_megatron.trainer.connected_pool import ConnectedPool
 from rto_megatron.trainer.feed import feed, go_on
-from rto_megatron.trainer.pool_requests import PoolRequest, ask, share
+from rto_megatron.trainer.pool_requests import PoolRequest, ask, ask_beside, receive, share
 from rto_megatron.trainer.setup import Setup
 from rto_megatron.types import Metrics, Prompt, Rollout
 
@@ -30,16 +32,23 @@ class Sampler(Protocol):
         sampled = sampler.draw(step=3)
     """
 
-    def begin(self, step: int) -> dict[str, float]:
-        """Pushes the weights of a step where it needs them in the pool; returns what that took, for the logs."""
+    def begin(self, step: int, hear: Hear | None = None) -> dict[str, float]:
+        """Pushes the weights of a step where it needs them in the pool; returns what that took, for the logs.
+
+        Args:
+            hear: may be told of responses that the push waits for.
+        """
         ...
 
     def push(self, version: int) -> dict[str, float]:
         """Makes the pool hold the policy's present weights as `version`, once it samples nothing any more."""
         ...
 
-    def draw(self, step: int) -> tuple[Rollout, ...]:
+    def draw(self, step: int, hear: Hear | None = None) -> tuple[Rollout, ...]:
         """This replica's rollouts of a step (counted from 0), on every rank of it.
+
+        Args:
+            hear: may be told of some before all are there.
 
         Returns:
             as many on every replica, `config.responses_per_step` in all, each with the version that sampled it.
@@ -92,9 +101,11 @@ class OnPolicySampler:
         self._prompts = prompts
         self._pool = pool
         self._last = (-1, 0)  # the step of the last draw, and how many it had before
-        self._seconds: list[float] = []  # of the draws since they were last told, on replica leads
+        self._background = Background("rollouts") if pool.engine is not None else None
+        self._generated: list[float] = []  # seconds of the draws since they were last told, on replica leads
+        self._waited = 0.0  # seconds
 
-    def begin(self, step: int) -> dict[str, float]:
+    def begin(self, step: int, hear: Hear | None = None) -> dict[str, float]:
         """See `Sampler.begin`."""
         return self.push(step)
 
@@ -102,15 +113,23 @@ class OnPolicySampler:
         """See `Sampler.push`."""
         return self._pool.push(version)
 
-    def draw(self, step: int) -> tuple[Rollout, ...]:
-        """See `Sampler.draw`; further draws of a step give further prompts."""
+    def draw(self, step: int, hear: Hear | None = None) -> tuple[Rollout, ...]:
+        """See `Sampler.draw`; further draws of a step give further prompts.
+
+        A pool on the trainer's GPUs leaves no room for anything beside it, so nothing is heard of it before its answer.
+        """
         last, number = self._last
         self._last = (step, number + 1 if step == last else 0)
         request = self.next_request(step, step, self._last[1])
-        answer = None if self._pool.engine is None else ask(self._pool.engine, request)
-        rollouts = share(self._setup.topology, answer)
-        if answer is not None:
-            self._seconds.append(answer.seconds)
+        if self._pool.shared is not None:
+            hear = None
+        asked = None
+        if self._background is not None and self._pool.engine is not None:
+            asked = ask_beside(self._background, self._pool.engine, request, self._config.batch.micro)
+        rollouts, waited = receive(self._setup.topology, asked, hear)
+        if asked is not None:
+            self._generated.append(asked.answer.result().seconds)
+            self._waited += waited
         self._pool.rest()
         return rollouts
 
@@ -127,10 +146,11 @@ class OnPolicySampler:
 
     def measured(self) -> Metrics:
         """See `Sampler.measured`."""
-        seconds, self._seconds = self._seconds, []
-        if not seconds:
+        generated, waited = self._generated, self._waited
+        self._generated, self._waited = [], 0.0
+        if not generated:
             return {}
-        return {"time/generate_s": (sum(seconds), len(seconds)), "time/pool_wait_s": (sum(seconds), 1.0)}
+        return {"time/generate_s": (sum(generated), len(generated)), "time/pool_wait_s": (waited, 1.0)}
 
     def state(self) -> BatchesState:
         """See `Sampler.state`."""
@@ -147,6 +167,8 @@ class OnPolicySampler:
 
     def close(self) -> None:
         """See `Sampler.close`."""
+        if self._background is not None:
+            self._background.close()
         self._pool.push.close()
 
 
@@ -160,17 +182,17 @@ class WrappedSampler:
     def __init__(self, inner: Sampler) -> None:
         self._inner = inner
 
-    def begin(self, step: int) -> dict[str, float]:
+    def begin(self, step: int, hear: Hear | None = None) -> dict[str, float]:
         """See `Sampler.begin`."""
-        return self._inner.begin(step)
+        return self._inner.begin(step, hear)
 
     def push(self, version: int) -> dict[str, float]:
         """See `Sampler.push`."""
         return self._inner.push(version)
 
-    def draw(self, step: int) -> tuple[Rollout, ...]:
+    def draw(self, step: int, hear: Hear | None = None) -> tuple[Rollout, ...]:
         """See `Sampler.draw`."""
-        return self._inner.draw(step)
+        return self._inner.draw(step, hear)
 
     def measured(self) -> Metrics:
         """See `Sampler.measured`."""

@@ -1,41 +1,17 @@
-"""Every model's opinion of sampled responses: the forwards behind a step's rewards, without gradients."""
+"""Every model's opinion of the responses of a step, as grids of response tokens."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from rto_megatron.algorithms.losses import keep
 from rto_megatron.algorithms.termination import TruncationPolicy, close_response, compared_ban
-from rto_megatron.data.packing import Layout, response_mask
-from rto_megatron.engine.megatron import FrozenModel, TrainedModel
-from rto_megatron.trainer.dealt_rollouts import DealtRollouts
-from rto_megatron.trainer.reward_sum import RewardSum
-from rto_megatron.types import (
-    WHOLE,
-    Distribution,
-    EndOfSequence,
-    Rollout,
-    ScoredRollouts,
-)
-
-
-@dataclass(frozen=True)
-class Roles:
-    """The models of a reinforcement method.
-
-    Example:
-        roles.policy.shape, roles.reward.scores(rollouts)
-    """
-
-    policy: TrainedModel
-    average: FrozenModel | None  # of the policy; None where none is kept
-    critic: TrainedModel | None  # None: a method without one
-    reference: FrozenModel
-    reward: RewardSum
-    dpo: FrozenModel | None  # None: no DPO reward
-    dpo_reference: FrozenModel | None  # None: the reference, whose forward is shared
+from rto_megatron.data.cut import Layout
+from rto_megatron.data.packing import response_mask, rollout_grid
+from rto_megatron.trainer.opinions import Opinions, Roles, all_opinions
+from rto_megatron.types import Distribution, EndOfSequence, Rollout, ScoredRollouts
 
 
 def close_rollouts(
@@ -48,6 +24,11 @@ def close_rollouts(
     )
 
 
+def drawn_from(eos: EndOfSequence, min_tokens: int, temperature: float) -> Distribution:
+    """What policy and reference are compared as, see `score`."""
+    return Distribution(temperature, compared_ban(eos, min_tokens))
+
+
 def score(
     sampled: Sequence[Rollout],
     roles: Roles,
@@ -57,6 +38,7 @@ def score(
     min_tokens: int,
     temperature: float = 1.0,
     is_whole: bool = True,
+    early: Opinions | None = None,
 ) -> ScoredRollouts:
     """Closes what the pool sampled; every model's opinion of it, without gradients; all ranks must call this.
 
@@ -69,30 +51,31 @@ def score(
         temperature: that the pool sampled at.
         is_whole: False where the pool sampled from the likeliest tokens alone; its log-probs are then of those, and not
             compared.
+        early: what the models said already, the same on all ranks of the replica.
     """
     rollouts = close_rollouts(sampled, eos, policy)
-    drawn = Distribution(temperature, compared_ban(eos, min_tokens))
-    dealt = DealtRollouts(rollouts, layout)
-    logp_old_BR = dealt.grid(roles.policy, drawn)
-    logp_ref_BR = dealt.grid(roles.reference, drawn)
-    dpo_logratio_BR = torch.zeros_like(logp_ref_BR)
-    if roles.dpo is not None:
-        is_shared = roles.dpo_reference is None and drawn == WHOLE
-        dpo_reference_BR = logp_ref_BR if is_shared else dealt.grid(roles.dpo_reference or roles.reference)
-        dpo_logratio_BR = dealt.grid(roles.dpo) - dpo_reference_BR
-    values_BR, bootstrap_B = _values(rollouts, roles.critic, dealt, logp_ref_BR, policy == "bootstrap")
+    drawn = drawn_from(eos, min_tokens, temperature)
+    cut, said = all_opinions(rollouts, roles, layout, drawn, early or {})
+
+    def grid(outputs: Sequence[Tensor]) -> Tensor:
+        return rollout_grid(outputs, cut, rollouts)
+
+    logp_old_BR = grid([one.logp_T for one in said])
+    behind_B = cut.in_order([one.values_T[list(one.batch.last_positions)] for one in said])
+    is_cut = [policy == "bootstrap" and rollout.finish_reason == "length" for rollout in rollouts]
     pairs = zip(sampled, rollouts, strict=True)
-    rewards = roles.reward.rate(rollouts)
+    known = {name: cut.in_order([one.scores[name] for one in said]) for name in roles.reward.models()}
+    rewards = roles.reward.rate(rollouts, known)
     return ScoredRollouts(
         rollouts=rollouts,
         mask_BR=response_mask(rollouts, layout.device),
         sampled_BR=_padded([_kept(*pair, min_tokens) for pair in pairs], logp_old_BR) * is_whole,
         logp_pool_BR=_padded([rollout.sampled_logprobs for rollout in sampled], logp_old_BR),
         logp_old_BR=logp_old_BR,
-        logp_ref_BR=logp_ref_BR,
-        dpo_logratio_BR=dpo_logratio_BR,
-        values_BR=values_BR,
-        bootstrap_B=bootstrap_B,
+        logp_ref_BR=grid([one.logp_ref_T for one in said]),
+        dpo_logratio_BR=grid([one.dpo_logratio_T for one in said]),
+        values_BR=grid([one.values_T for one in said]),
+        bootstrap_B=keep(behind_B, torch.tensor(is_cut, device=behind_B.device)),
         score_B=rewards.score_B,
         drawn=drawn,
         source_BR=rewards.source_BR,
@@ -115,18 +98,3 @@ def _padded(rows: Sequence[Sequence[float]], like_BR: Tensor) -> Tensor:
     """Rows of one number per response token as a grid, 0 behind their ends."""
     width = like_BR.shape[1]
     return like_BR.new_tensor([[*row, *([0.0] * (width - len(row)))] for row in rows])
-
-
-def _values(
-    rollouts: Sequence[Rollout],
-    critic: TrainedModel | None,
-    dealt: DealtRollouts,
-    like_BR: Tensor,
-    is_bootstrapped: bool,
-) -> tuple[Tensor, Tensor]:
-    """Values of the states before the actions [B, R], and of the state behind each cut response [B]."""
-    if critic is None:
-        return torch.zeros_like(like_BR), torch.zeros_like(like_BR[:, 0])
-    values_BR, behind_B = dealt.values(critic)
-    is_cut = [is_bootstrapped and rollout.finish_reason == "length" for rollout in rollouts]
-    return values_BR, keep(behind_B, torch.tensor(is_cut, device=behind_B.device))

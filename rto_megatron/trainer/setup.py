@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +14,15 @@ from rto_megatron.config import checks, schema
 from rto_megatron.config.facts import facts_of
 from rto_megatron.config.roles import roles_of
 from rto_megatron.config.run_folder import make_run_folder, open_folder_warning
+from rto_megatron.data.budget import over_budget
+from rto_megatron.data.cut import Layout
 from rto_megatron.data.encoder import Limits, Loaded, limits_of
 from rto_megatron.data.eos import read_eos
-from rto_megatron.data.packing import Layout
+from rto_megatron.data.grouping import read_lengths
 from rto_megatron.data.tokenizer import encoding_fingerprint, load_tokenizer
 from rto_megatron.engine.source import WeightSource, find_sources
 from rto_megatron.models.layout_checks import check_experts, check_layout
+from rto_megatron.models.model_flops import forward_flops
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.planning.token_ids import embedding_problems, require_embedded, spare_token_warnings
@@ -30,7 +33,7 @@ from rto_megatron.storage.megatron_folder import REPORT
 from rto_megatron.storage.weight_files import find_weights
 from rto_megatron.trainer.model_files import note_eos
 from rto_megatron.trainer.run_moment import run_moment
-from rto_megatron.types import EndOfSequence, Example
+from rto_megatron.types import EndOfSequence, Example, Rollout
 
 # In the config.json of a model that was trained against a reference.
 REFERENCE_FINGERPRINT = "reference_fingerprint"
@@ -50,6 +53,8 @@ class Setup:
     eos: EndOfSequence  # of the policy
     layout: Layout
     limits: Limits
+    # FLOPs of a forward of all models, by which replicas share batches; None: they take as many items each.
+    cost: Callable[[Example | Rollout], float] | None
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special ones included."""
@@ -59,10 +64,12 @@ class Setup:
         """Says what was loaded, and refuses ids that no row of an embedding stands for.
 
         Raises:
-            UserError: on every rank; names the tokens and where they come from.
+            UserError: on every rank; names the tokens and where they come from, or the budget that is too small.
         """
         say(loaded.report.summary(), self.topology.is_lead)
         require_embedded(loaded, self.tokenizer, self.sources)
+        warning = over_budget(loaded.items, loaded.report.source, self.layout)
+        say(f"warning: {warning}", self.topology.is_lead and warning is not None)
 
 
 def prepare_stage(config: schema.Stage, topology: Topology) -> Setup:
@@ -85,8 +92,21 @@ def prepare_stage(config: schema.Stage, topology: Topology) -> Setup:
         make_run_folder(config.run.dir)
     moment = run_moment(config, tokenizer, topology)
     batch, device = config.batch, topology.device.torch_device
-    layout = Layout(batch.micro, batch.packed, topology.row_multiple, device)
-    return Setup(topology, sources, tokenizer, eos, layout, limits_of(config, moment))
+    layout = Layout(batch.micro, batch.packed, topology.row_multiple, device, batch.tokens)
+    cost = None if batch.tokens is None else _cost(config, sources)
+    return Setup(topology, sources, tokenizer, eos, layout, limits_of(config, moment), cost)
+
+
+def _cost(config: schema.Stage, sources: Mapping[str, WeightSource]) -> Callable[[Example | Rollout], float]:
+    models = [
+        (sources[role.name].shape(), role.has_value_head) for role in roles_of(config) if role.shares is None
+    ]
+
+    def cost(example: Example | Rollout) -> float:
+        lengths = read_lengths(example)
+        return sum(forward_flops(shape, is_scalar, lengths) for shape, is_scalar in models)
+
+    return cost
 
 
 def setup_problems(config: schema.Stage, sources: Mapping[str, WeightSource], world_size: int) -> list[str]:

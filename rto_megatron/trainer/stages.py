@@ -67,8 +67,8 @@ def _collective_timeout(config: schema.Stage) -> timedelta:
     if (pool := facts_of(config).pool) is None:
         return _SHORTEST_TIMEOUT
     waits = [pool.request_timeout_s]
-    if (online := facts_of(config).online) is not None:
-        waits.append(longest_wait_s(online))
+    if (sampling := facts_of(config).sampling) is not None:
+        waits.append(longest_wait_s(sampling))
     return max(_SHORTEST_TIMEOUT, timedelta(seconds=2 * max(waits)))
 
 

@@ -1,17 +1,18 @@
 """The minibatches of one rollout step's update, in order."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import batched
 
 from rto_megatron.algorithms import reinforcement
 from rto_megatron.algorithms.losses import Weighting, weighting_of
-from rto_megatron.data.packing import Layout, minibatches
+from rto_megatron.data.cut import Layout
+from rto_megatron.data.grouping import deal
+from rto_megatron.data.packing import minibatches
 from rto_megatron.engine.finite import EmptyUpdateError, refuse_together
 from rto_megatron.parallel.topology import Topology
-from rto_megatron.trainer.dealt_rollouts import experience_of_all, packed_for
-from rto_megatron.types import Experience, Minibatch
+from rto_megatron.trainer.role_shares import experience_of_all, packed_for
+from rto_megatron.types import Experience, Minibatch, Rollout, TrainingRows
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,14 @@ class OptimizerStep:
 
 
 def optimizer_minibatches(
-    experience: Experience,
+    experience: Experience | TrainingRows,
     config: reinforcement.Config,
     max_response_tokens: int,
     num_minibatches: int,
     topology: Topology,
     layout: Layout,
     seed: int,
+    cost: Callable[[Rollout], float] | None = None,
     critic: Topology | None = None,
 ) -> Iterator[OptimizerStep]:
     """The micro-batches of each optimizer step; equally many steps on every replica.
@@ -44,16 +46,20 @@ def optimizer_minibatches(
     The first pass takes rollouts in the order of the prompts, which the loader has shuffled; later passes shuffle.
     Every replica shuffles its own rollouts by the same permutation, so from the second pass on the global
     minibatches depend on the number of replicas. So do those of the first pass where a replica's share of an optimizer
-    step is no multiple of the responses to a prompt.
+    step is no multiple of the responses to a prompt. Where every replica has all rows, one permutation shuffles those,
+    and minibatches are the same for any number of replicas.
 
     Args:
+        experience: the rollouts of this replica, or with `cost` those of all replicas, on each.
         max_response_tokens: the longest response that could be sampled; in the denominator of `constant` weights.
         num_minibatches: optimizer steps per pass; divides the rollouts of every replica.
         seed: of the shuffles.
+        cost: of a rollout, by which replicas share out each optimizer step; None: each takes its own.
         critic: its layout; None: the policy's.
     """
     reader = critic or topology
-    everyone = experience if reader.home is None else experience_of_all(experience, topology)
+    is_known = reader.home is None or cost is not None
+    everyone = experience if is_known else experience_of_all(experience, topology)
     weighting = weighting_of(config.loss_weights, max_response_tokens)
     size = len(experience.rollouts) // num_minibatches
     order = list(range(size * num_minibatches))
@@ -61,26 +67,43 @@ def optimizer_minibatches(
         if epoch:
             random.Random(f"{seed}/{epoch}").shuffle(order)
         for start in range(0, len(order), size):
-            rows = order[start : start + size]
+            taken = order[start : start + size]
+            rows = taken if cost is None else _own_share(experience, taken, topology, cost)
             mask_BR = experience.mask_BR[rows]
             total = float(topology.dp_sum(weighting.count(mask_BR)))
             own = of_critic = _microbatches(experience, rows, weighting, total, layout)
             if reader.home is not None:
                 starts = range(0, len(everyone.rollouts), len(experience.rollouts))
-                share = [start + row for start in starts for row in rows][
-                    reader.data_rank :: reader.data_size
-                ]
+                step = [first + row for first in starts for row in taken]
+                share = _own_share(everyone, step, reader, cost)
                 of_critic = _microbatches(everyone, share, weighting, total, packed_for(reader, layout))
             yield OptimizerStep(*own, *of_critic, is_empty=total == 0)
 
 
+def _own_share(
+    experience: Experience | TrainingRows,
+    rows: Sequence[int],
+    reader: Topology,
+    cost: Callable[[Rollout], float] | None,
+) -> list[int]:
+    """Of some rows of everyone, those of this replica of a layout: by cost, or in turn."""
+    if cost is None:
+        return list(rows[reader.data_rank :: reader.data_size])
+    costs = [cost(experience.rollouts[row]) for row in rows]
+    return [rows[number] for number in deal(costs, reader.data_size)[reader.data_rank]]
+
+
 def _microbatches(
-    experience: Experience, rows: Sequence[int], weighting: Weighting, total: float, layout: Layout
+    experience: Experience | TrainingRows,
+    rows: Sequence[int],
+    weighting: Weighting,
+    total: float,
+    layout: Layout,
 ) -> tuple[list[Minibatch], list[list[str]]]:
     """Micro-batches of some rows, and the ids of the samples of each."""
     weights_BR = experience.mask_BR.new_zeros(experience.mask_BR.shape)
     weights_BR[rows] = weighting.weights(experience.mask_BR[rows], total)
-    return minibatches(experience, weights_BR, rows, layout), _names(experience, rows, layout.micro)
+    return minibatches(experience, weights_BR, rows, layout), _names(experience, rows, layout)
 
 
 def require_tokens(step: OptimizerStep, topology: Topology) -> None:
@@ -95,5 +118,6 @@ def require_tokens(step: OptimizerStep, topology: Topology) -> None:
         refuse_together(found, topology, EmptyUpdateError)
 
 
-def _names(experience: Experience, rows: Sequence[int], micro: int) -> list[list[str]]:
-    return [[experience.rollouts[row].prompt_id for row in group] for group in batched(rows, micro)]
+def _names(experience: Experience | TrainingRows, rows: Sequence[int], layout: Layout) -> list[list[str]]:
+    rollouts = [experience.rollouts[row] for row in rows]
+    return [[rollouts[number].prompt_id for number in group] for group in layout.groups_of(rollouts)]

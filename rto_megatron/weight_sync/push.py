@@ -136,12 +136,19 @@ class WeightSync:
         self._lost: dict[str, str] = {}
         self._seconds: dict[str, float] = {}
 
-    def push(self, version: int, servers: Sequence[str], canary: Canary) -> PushReport:
+    def push(
+        self,
+        version: int,
+        servers: Sequence[str],
+        canary: Canary,
+        before_serving: Callable[[], None] | None = None,
+    ) -> PushReport:
         """Makes servers hold the source's present weights as `version`. Called by all trainer ranks.
 
         Args:
             servers: addresses; used on the controller.
             canary: what every server must compute afterwards; used on the controller.
+            before_serving: called when all weights are loaded, before a server gets its cache; meets all ranks.
 
         Raises:
             NoServersLeft: on every rank; no server came through. All are paused and refuse to generate.
@@ -152,7 +159,7 @@ class WeightSync:
         num_fruitless = 0
         while True:
             known = len(self._lost)
-            is_done = self._attempt(version, remaining, canary)
+            is_done = self._attempt(version, remaining, canary, before_serving)
             remaining = tuple(address for address in remaining if address not in self._lost)
             if not remaining:
                 reasons = "; ".join(self._lost.values())
@@ -176,7 +183,13 @@ class WeightSync:
         """Leaves the communicator."""
         self._leave()
 
-    def _attempt(self, version: int, servers: tuple[str, ...], canary: Canary) -> bool:
+    def _attempt(
+        self,
+        version: int,
+        servers: tuple[str, ...],
+        canary: Canary,
+        before_serving: Callable[[], None] | None,
+    ) -> bool:
         """One try at a push to all servers that are left; False where it must be tried again without some."""
         with self._timed("pausing"):
             self._phase(version, "pausing the pool", lambda: self._pause(servers))
@@ -189,6 +202,8 @@ class WeightSync:
         with self._timed("loading"):
             if not self._phase(version, "loading", lambda: self._commit(version)):
                 return False
+        if before_serving is not None:
+            before_serving()
         with self._timed("proving"):
             self._phase(version, "proving", lambda: self._prove(version, left, canary))
         return True

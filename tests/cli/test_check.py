@@ -49,11 +49,15 @@ def test_paper_recipes_pass_on_8_gpus(recipe: Path) -> None:
 def test_layout_arithmetic_and_place_of_each_model_are_shown() -> None:
     output = check(str(RECIPES / "llama3_8b" / "rto.yaml"), "--gpus", "8")
     assert "4 = tensor 4 x pipeline 1 x data 1" in output
-    assert "128 = 1 data-parallel ranks x 128 micro-batches x 1 sequences" in output
+    assert (
+        "128 sequences, shared by FLOPs over 1 data-parallel ranks, in micro-batches of 8192 tokens" in output
+    )
     assert "8 optimizer steps per pass" in output
     assert "4 GPUs of its own" in output
     assert "shares reference" in output
     assert "8,030.3 M" in output
+    by_number = check(str(RECIPES / "llama3_8b" / "rto.yaml"), "batch.micro=2", "--gpus", "8")
+    assert "128 = 1 data-parallel ranks x 64 micro-batches x 2 sequences" in by_number
 
 
 def test_the_layout_of_a_role_is_shown_and_counts_in_its_memory() -> None:
@@ -110,6 +114,19 @@ def test_recomputation_lowers_the_estimate_of_activations() -> None:
         for flag in ("true", "false")
     )
     assert 0 < with_it < without
+
+
+def test_activations_of_a_budget_are_those_of_a_full_micro_batch_or_of_the_longest_pair() -> None:
+    shape = find_shape(Path("Llama-3-8b"), None)
+    assert shape is not None
+
+    def activations(*overrides: str) -> int:
+        config = load_recipe(RECIPES / "llama3_8b" / "dpo.yaml", overrides)
+        return activation_bytes(plan_stage(config, 8), {"policy": shape})
+
+    # data.max_length=2048, so a pair has up to 4096 tokens.
+    assert activations("batch.tokens=8192") == activations("batch.micro=2")
+    assert activations("batch.tokens=1000") == activations("batch.micro=1")
 
 
 def test_rto_with_its_own_dpo_reference_holds_one_more_model() -> None:

@@ -89,3 +89,13 @@ def test_the_layout_is_judged_where_the_tokenizer_is_not(tmp_path: Path) -> None
     write_rows(data, [_row("red fox", "blue dog")])
     found = _found(_check(tmp_path, "sft", data))
     assert "layout alone" in found and "1 rows read, 0 bad rows" in found
+
+
+def test_a_budget_is_held_against_the_data(files: Path, tmp_path: Path) -> None:
+    data = tmp_path / "pairs.jsonl"
+    write_rows(data, [_pair("red fox", "blue", "dog"), _pair("red fox", "blue " * 30, "dog")])
+    found = _found(_check(files, "dpo", data, "batch.tokens=40"))
+    assert "1 of 2 take more than batch.tokens=40" in found
+    result = _check(files, "dpo", data, "batch.tokens=4")
+    assert result.exit_code != 0
+    assert "batch.tokens=4 is below the longest prompt" in str(result.exception)

@@ -126,3 +126,17 @@ def test_servers_of_a_cpu_machine_take_no_gpus() -> None:
 def test_a_server_without_a_trainer_rank_on_its_gpu_is_refused() -> None:
     with pytest.raises(RecipeError, match="take 8 GPUs, and 4 have a trainer rank"):
         shared_sizes(config(), 8, 4, None, 8, "1")
+
+
+def test_what_waits_in_host_memory_is_in_no_phase_that_does_without_it() -> None:
+    shapes = {name: FoundShape(EIGHT_B, "test") for name in ("policy", "reference")}
+    gpu, per_rank = SharedGpu(80 * GIB, 0.4), -(-8_030_261_248 // 4)
+    named = "offload=[policy,critic,reference,gradients,optimizer]"
+    for optimizer, state in (("false", 12), ("true", 6)):  # two replicas
+        recipe = config(named, f"parallel.distributed_optimizer={optimizer}")
+        training, push, generation = phase_memory(plan_stage(recipe, 8), shapes, gpu)
+        models = "trainer's models and optimizers"
+        # bf16 weights, an fp32 gradient, masters and moments: no reference while updating, no optimizer while pushing.
+        assert training.parts[models] == per_rank * (2 + 4 + state)
+        assert push.parts[models] == per_rank * 2
+        assert generation.parts[models] == 0

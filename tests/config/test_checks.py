@@ -31,7 +31,8 @@ def evaluation(*overrides: str) -> Stage:
 def test_batch_arithmetic_of_the_released_script() -> None:
     # 8 GPUs without model parallelism: accumulation 128 / 1 / 8 = 16, 1024 / 8 = 128 rollouts a rank, 8
     # updates.
-    plan = plan_stage(rto("parallel.tensor=1"), world_size=8)
+    released = ("parallel.tensor=1", "batch.micro=1")
+    plan = plan_stage(rto(*released), world_size=8)
     batches = plan.batches
     assert (
         plan.layout.data,
@@ -44,7 +45,7 @@ def test_batch_arithmetic_of_the_released_script() -> None:
         128,
         8,
     )
-    assert find_problems(rto("parallel.tensor=1"), 8, {"policy": 8192}) == []
+    assert find_problems(rto(*released), 8, {"policy": 8192}) == []
 
 
 @pytest.mark.parametrize(
@@ -54,7 +55,8 @@ def test_batch_arithmetic_of_the_released_script() -> None:
         (rto("parallel.tensor=3"), 8, "3 x 1 = 3 does not divide the 8 ranks"),
         (rto("batch.train=3", "batch.micro=4"), 4, "0 whole micro-batches come out; set batch.train to 4"),
         (dpo("batch.train=130", "batch.micro=4"), 8, "set batch.train to 128 or 136"),
-        (rto("batch.rollout=129", "batch.train=1", "parallel.tensor=2"), 4, "set batch.rollout to 130"),
+        (dpo("batch.train=1"), 8, "is below the 2 data-parallel ranks"),
+        (rto("batch.rollout=129", "batch.train=3", "parallel.tensor=2"), 4, "set batch.rollout to 130"),
         (rto("batch.rollout=64"), 4, "0 whole updates come out"),
         (rto("models.reward=null"), 4, "models.reward is missing"),
         (rto("models.dpo=null"), 4, "models.dpo is missing"),
@@ -256,3 +258,8 @@ def test_steps_to_trace_that_the_run_does_not_have_are_named() -> None:
     (problem,) = find_problems(config, 2, {})
     assert "run.profile names step 21, 40, and the run has 20" in problem
     assert find_problems(load_recipe(recipe, ["run.profile=[1,20]"]), 2, {}) == []
+
+
+def test_unequal_shares_need_no_multiple_of_the_replicas() -> None:
+    assert find_problems(dpo("batch.train=131", "parallel.tensor=1"), 8, {"policy": 8192}) == []
+    assert plan_stage(dpo("batch.train=131", "parallel.tensor=1"), 8).batches.num_microbatches is None

@@ -37,9 +37,17 @@ def rto(*overrides: str) -> Stage:
             ["micro x the 4 data-parallel ranks of the critic = 32 x 4 = 128; set batch.train to 128"],
         ),
         (
-            rto("batch.train=2", "batch.rollout=6", "parallel.roles.critic.tensor=2"),
+            rto("batch.train=2", "batch.micro=1", "batch.rollout=6", "parallel.roles.critic.tensor=2"),
             4,
             ["6 responses", "the 4 data-parallel ranks of the reward; set batch.rollout to 8"],
+        ),
+        (
+            rto("batch.train=2", "batch.rollout=8"),
+            4,
+            [
+                "batch.train=2 is below the 4 data-parallel ranks of the critic",
+                "set batch.train to 4 at least",
+            ],
         ),
         (
             load_recipe(RECIPES / "grpo.yaml", ["parallel.roles.critic.tensor=2"]),

@@ -184,3 +184,22 @@ def test_a_recipe_that_is_not_there_is_answered_with_those_that_are(
         RecipeError, match=r"is a folder; give the path of a YAML file; it holds recipe\.yaml"
     ):
         load_recipe(Path())
+
+
+def test_an_override_of_micro_batches_by_tokens_or_by_number_unsets_the_other(tmp_path: Path) -> None:
+    by_number = write(
+        tmp_path, SOUND.replace("{root", "{micro: 4, root") + "batch: {micro: '${vars.micro}'}\n"
+    )
+    assert load_recipe(by_number).batch.micro == 4
+    for given in (["batch.tokens=4096"], ["batch={tokens: 4096}"], ["batch.tokens=4096", "batch.micro=null"]):
+        batch = load_recipe(by_number, given).batch
+        assert (batch.micro, batch.tokens) == (None, 4096)
+    (tmp_path / "tokens").mkdir()
+    by_tokens = write(tmp_path / "tokens", dump(load_recipe(by_number, ["batch.tokens=4096"])))
+    assert load_recipe(by_tokens).batch.tokens == 4096
+    batch = load_recipe(by_tokens, ["batch.micro=2"]).batch
+    assert (batch.micro, batch.tokens) == (2, None)
+    for given in (["batch.tokens=4096", "batch.micro=2"], ["batch={tokens: 4096, micro: 2}"]):
+        with pytest.raises(RecipeError, match=r"batch\.micro=2 and batch\.tokens=4096 exclude each other"):
+            load_recipe(by_number, given)
+    assert load_recipe(by_tokens, ["batch.tokens=null"]).batch.micro == 1

@@ -273,6 +273,7 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
     assert all(growth[direction, 32] < growth[direction, 4] + allowed for direction in ("import", "export"))
 
 
+@pytest.mark.slow
 def test_the_tool_proves_outputs_with_real_ranks_and_says_so(models: Path, tmp_path: Path) -> None:
     """tools/convert_checkpoint.py as a user starts it: torchrun, two tensor ranks, transformers beside them."""
     command = [sys.executable, str(TOOL), "hf-to-megatron", str(models / "qwen3"), str(tmp_path / "m")]

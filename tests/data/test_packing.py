@@ -3,8 +3,8 @@ import random
 import pytest
 import torch
 
+from rto_megatron.data.cut import Layout
 from rto_megatron.data.packing import (
-    Layout,
     gather_to_grid,
     judged_microbatches,
     minibatches,
@@ -106,11 +106,15 @@ def test_gather_passes_gradients() -> None:
 
 
 @pytest.mark.parametrize(("packed", "multiple_of"), LAYOUTS)
-@pytest.mark.parametrize("micro", [1, 2, 3, 8])
-def test_rollout_grid_does_not_depend_on_layout(packed: bool, multiple_of: int, micro: int) -> None:
+@pytest.mark.parametrize(
+    ("micro", "tokens"), [(1, None), (2, None), (3, None), (8, None), (None, 1), (None, 16)]
+)
+def test_rollout_grid_does_not_depend_on_layout(
+    packed: bool, multiple_of: int, micro: int | None, tokens: int | None
+) -> None:
     rollouts = make_rollouts(7)
-    batches = rollout_batches(rollouts, Layout(micro, packed, multiple_of, CPU))
-    grid_BR = rollout_grid([batch.targets_T.float() for batch in batches], batches, rollouts)
+    cut = rollout_batches(rollouts, Layout(micro, packed, multiple_of, CPU, tokens))
+    grid_BR = rollout_grid([batch.targets_T.float() for batch in cut.batches], cut, rollouts)
     for row, rollout in zip(grid_BR.tolist(), rollouts, strict=True):
         assert row[: len(rollout.response_ids)] == list(rollout.response_ids)
         assert not any(row[len(rollout.response_ids) :])
@@ -132,12 +136,16 @@ def test_supervised_weights_cover_response_targets(packed: bool, multiple_of: in
 
 
 @pytest.mark.parametrize(("packed", "multiple_of"), LAYOUTS)
-def test_pairs_stay_together_chosen_first(packed: bool, multiple_of: int) -> None:
+@pytest.mark.parametrize(("micro", "tokens"), [(2, None), (None, 18)])
+def test_pairs_stay_together_chosen_first(
+    packed: bool, multiple_of: int, micro: int | None, tokens: int | None
+) -> None:
     pairs = [
         PreferencePair(str(i), (10 + i,), (20 + i, 2), (30 + i, 31, 2), margin=float(i)) for i in range(3)
     ]
     logp_ref_G2 = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
-    first, second = pair_microbatches(pairs, logp_ref_G2, 12, Layout(2, packed, multiple_of, CPU))
+    layout = Layout(micro, packed, multiple_of, CPU, tokens)
+    first, second = pair_microbatches(pairs, logp_ref_G2, 12, layout)
     assert first.batch.targets_T[first.mask_T > 0].tolist() == [20, 2, 21, 2, 30, 31, 2, 31, 31, 2]
     assert first.logp_ref_S.tolist() == [1, 3, 2, 4]
     assert second.logp_ref_S.tolist() == [5, 6]
@@ -148,8 +156,10 @@ def test_pairs_stay_together_chosen_first(packed: bool, multiple_of: int) -> Non
 
 
 @pytest.mark.parametrize(("packed", "multiple_of"), LAYOUTS)
-@pytest.mark.parametrize("micro", [1, 2, 4])
-def test_minibatch_fields_follow_their_rollout(packed: bool, multiple_of: int, micro: int) -> None:
+@pytest.mark.parametrize(("micro", "tokens"), [(1, None), (2, None), (4, None), (None, 1), (None, 14)])
+def test_minibatch_fields_follow_their_rollout(
+    packed: bool, multiple_of: int, micro: int | None, tokens: int | None
+) -> None:
     rollouts = make_rollouts(6)
     mask_BR = response_mask(rollouts, CPU)
     fields_BR = torch.rand(7, *mask_BR.shape, generator=torch.Generator().manual_seed(0)) + 0.1
@@ -166,8 +176,11 @@ def test_minibatch_fields_follow_their_rollout(packed: bool, multiple_of: int, m
         returns_BR,
         rewards,
     )
-    rows = [4, 1, 5]
-    steps = minibatches(experience, weights_BR, rows, Layout(micro, packed, multiple_of, CPU))
+    layout = Layout(micro, packed, multiple_of, CPU, tokens)
+    steps = minibatches(experience, weights_BR, [4, 1, 5], layout)
+    groups = layout.groups_of([rollouts[row] for row in (4, 1, 5)])
+    rows = [(4, 1, 5)[number] for group in groups for number in group]
+    assert sorted(rows) == [1, 4, 5]
     occupied = [step.weight_T != 0 for step in steps]
     response_ids = [t for s, o in zip(steps, occupied, strict=True) for t in s.batch.targets_T[o].tolist()]
     assert response_ids == [t for row in rows for t in rollouts[row].response_ids]
@@ -191,6 +204,19 @@ def test_minibatch_fields_follow_their_rollout(packed: bool, multiple_of: int, m
 def test_response_mask_by_hand() -> None:
     rollouts = [Rollout("a", (1,), (2, 3), (0, 0), "stop", 0), Rollout("b", (1,), (2,), (0,), "stop", 0)]
     assert response_mask(rollouts, CPU).tolist() == [[1, 1], [1, 0]]
+
+
+def test_verdicts_of_a_budget_follow_their_answers() -> None:
+    answers = [
+        JudgedResponse(str(i), (10 + i,) * (1 + i), (20 + i, 2), i % 2 == 0, (99, 98)) for i in range(4)
+    ]
+    layout = Layout(None, True, 1, CPU, tokens=9)  # lengths 3, 4, 5, 6
+    first, second = judged_microbatches(answers, torch.arange(4.0), torch.tensor(0.0), 4, layout)
+    for micro, numbers in ((first, [0, 3]), (second, [1, 2])):
+        assert micro.logp_ref_S.tolist() == numbers
+        assert micro.is_desirable_S.tolist() == [number % 2 == 0 for number in numbers]
+        targets = [t for number in numbers for t in (20 + number, 2)]
+        assert micro.batch.targets_T[micro.mask_T > 0].tolist() == targets
 
 
 @pytest.mark.parametrize(("packed", "multiple_of"), LAYOUTS)
@@ -218,10 +244,10 @@ def test_verdicts_follow_their_answers(packed: bool, multiple_of: int, micro: in
 @pytest.mark.parametrize("micro", [1, 2, 3, 8])
 def test_response_sums_do_not_depend_on_the_layout(packed: bool, multiple_of: int, micro: int) -> None:
     sequences = [(r.prompt_ids + r.response_ids, len(r.prompt_ids)) for r in make_rollouts(7)]
-    batches = sequence_batches(sequences, Layout(micro, packed, multiple_of, CPU))
+    cut = sequence_batches(sequences, Layout(micro, packed, multiple_of, CPU))
     # The model's output is the token that a position predicts; garbage where there is none.
-    values = [torch.where(b.targets_T > 0, b.targets_T.double(), 1e30).requires_grad_() for b in batches]
-    sums_S = response_sums(values, batches, sequences)
+    values = [torch.where(b.targets_T > 0, b.targets_T.double(), 1e30).requires_grad_() for b in cut.batches]
+    sums_S = response_sums(values, cut, sequences)
     assert sums_S.tolist() == [float(sum(ids[prompt_len:])) for ids, prompt_len in sequences]
     sums_S.sum().backward()
     counts = [int(v.grad.sum()) for v in values if v.grad is not None]

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from rto_megatron.config.training import OptimizerConfig, PrecisionConfig
+from rto_megatron.config.training import OptimizerConfig, PrecisionConfig, TrainParallelConfig
 from rto_megatron.engine.build_roles import build_frozen, build_trained
 from rto_megatron.engine.megatron import FrozenModel, TrainedModel
 from rto_megatron.engine.source import find_source
@@ -42,9 +42,13 @@ def trained(
     optimizer: OptimizerConfig,
     dtype: str = "fp32",
     is_distributed_optimizer: bool = False,
+    is_overlapped: bool = False,
 ) -> TrainedModel:
     """A trained model from a folder."""
     source = find_source(folder, is_scalar, is_random=False, key="test")
     name = "critic" if is_scalar else "policy"
     precision = PrecisionConfig(dtype=dtype)
-    return build_trained(name, source, is_scalar, precision, optimizer, place, 1, is_distributed_optimizer)
+    parallel = TrainParallelConfig(
+        distributed_optimizer=is_distributed_optimizer, overlap_grad_reduce=is_overlapped
+    )
+    return build_trained(name, source, is_scalar, precision, optimizer, place, 1, parallel)

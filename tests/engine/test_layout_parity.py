@@ -90,6 +90,12 @@ OPTIONS: Mapping[str, Mapping[str, object]] = {
         "sampling__temperature": 0.7,
         "sampling__min_response_tokens": 5,
     },
+    # Micro-batches of every layout by tokens, and what a phase does without in host memory.
+    "tokens": {
+        "batch__micro": None,
+        "batch__tokens": 60,
+        "offload": ("reference", "reward", "dpo", "gradients", "optimizer"),
+    },
 }
 # Layouts of single roles, beside that of the policy.
 ROLES: Mapping[str, Mapping[str, Mapping[str, object]]] = {
@@ -106,6 +112,9 @@ WITH_ROLES = [
     *(Case(stage, "dp2", roles="critic_tp") for stage in ("rto", "ppo")),
     *(Case(stage, "tp2_pp2", roles="critic_dp") for stage in ("rto", "ppo")),
     Case("rto", "dp2", packed=False, roles="frozen"),
+    Case("rto", "tp2", options="tokens", roles="critic_dp"),
+    Case("rto", "dp2", options="tokens", roles="critic_tp"),
+    Case("rto", "dp2", packed=False, options="tokens", roles="frozen"),
     Case("kto", "dp2", roles="reference_tp"),
 ]
 # Methods that compare groups run with RTO's token reward: without it their advantages are a part of these.
@@ -143,7 +152,11 @@ CASES = [
     Case("rto", packed=False, options="entropy"),
     *WITH_ROLES,
 ]
-ON_ONE_RANK = [*map(Case, ALGORITHMS), *(Case(stage, options=options) for stage, options in WITH_OPTIONS)]
+ON_ONE_RANK = [
+    *map(Case, ALGORITHMS),
+    *(Case(stage, options=options) for stage, options in WITH_OPTIONS),
+    Case("rto", options="tokens"),
+]
 
 
 def _configuration(case: Case, root: Path) -> Stage:

@@ -1,7 +1,7 @@
 """One RTO update from fixed rollouts gives the one-rank gradients and weights at every layout, policy and critic."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 
@@ -23,9 +23,10 @@ from rto_megatron.engine.megatron import TrainedModel
 from rto_megatron.engine.weights import local_parameters
 from rto_megatron.models.parameters import parameter_map, stage_of
 from rto_megatron.models.weight_map import merge
+from rto_megatron.trainer.opinions import Roles
 from rto_megatron.trainer.reward_source import ModelReward
 from rto_megatron.trainer.reward_sum import alone
-from rto_megatron.trainer.scoring import Roles, close_rollouts, score
+from rto_megatron.trainer.scoring import close_rollouts, score
 from rto_megatron.trainer.update import optimizer_minibatches
 from rto_megatron.types import EndOfSequence
 
@@ -53,6 +54,7 @@ class Case:
     is_tied: bool = False
     dtype: str = "fp32"
     is_distributed_optimizer: bool = False
+    is_overlapped: bool = False
     optimizer: OptimizerConfig = SGD
     num_steps: int = 1
     disable: str = ""
@@ -98,7 +100,13 @@ def _update(case: Case, root: Path) -> dict[str, dict[str, Tensor]]:
     place = topology(case.layout)
     policy, critic = (
         trained(
-            place, root / name, FOLDERS[name][1], case.optimizer, case.dtype, case.is_distributed_optimizer
+            place,
+            root / name,
+            FOLDERS[name][1],
+            case.optimizer,
+            case.dtype,
+            case.is_distributed_optimizer,
+            case.is_overlapped,
         )
         for name in ("policy", "critic")
     )
@@ -175,6 +183,7 @@ SAME = [
     Case("tp2"),
     Case("pp2"),
     Case("dp2"),
+    Case("dp2", micro=1, is_overlapped=True),
     Case("tp2_sp"),
     Case("tp2_pp2"),
     Case("tp2_pp2_sp"),
@@ -196,7 +205,8 @@ REDUCTIONS = [
 
 def _id(case: Case) -> str:
     parts = [case.layout, "packed" if case.packed else "padded", f"micro{case.micro}", case.disable]
-    return "-".join(part for part in (*parts, "tied" if case.is_tied else "") if part)
+    marks = ("tied" if case.is_tied else "", "overlapped" if case.is_overlapped else "")
+    return "-".join(part for part in (*parts, *marks) if part)
 
 
 @pytest.mark.parametrize("case", SAME, ids=_id)
@@ -227,9 +237,11 @@ def test_three_adam_steps_stay_close_to_one_rank(layout: str, folders: dict[bool
     assert max(report["policy/weights"], report["critic/weights"]) < 2e-3, report
 
 
-def test_bf16_distributed_optimizer_follows_one_rank(folders: dict[bool, Path]) -> None:
+@pytest.mark.parametrize("is_overlapped", [False, True])
+def test_bf16_distributed_optimizer_follows_one_rank(is_overlapped: bool, folders: dict[bool, Path]) -> None:
     """Relative to the move of the weights; bf16 keeps 8 bits, the optimizer's fp32 masters the rest."""
     case = Case("dp2", dtype="bf16", is_distributed_optimizer=True, optimizer=ADAM, num_steps=3)
+    case = replace(case, is_overlapped=is_overlapped)
     got, want = _merged(case, folders), _base(case, folders)
     for name in ("policy", "critic"):
         start = _initial(folders, False, name)

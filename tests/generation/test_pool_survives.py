@@ -58,6 +58,26 @@ def test_requests_are_shared_and_each_is_sent_once(start: Start) -> None:
     assert all(len(server.seeds) > 5 for server in servers)
 
 
+def test_each_response_is_told_of_while_others_are_sampled(start: Start) -> None:
+    come = threading.Event()
+
+    def last_waits(seed: int | None) -> Answer:
+        assert seed != SEEDS[7] or come.wait(30)
+        return by_seed(seed)
+
+    told: dict[int, Rollout] = {}
+
+    def arrived(place: int, rollout: Rollout) -> None:
+        assert place not in told
+        told[place] = rollout
+        if len(told) == len(PROMPTS) - 1:
+            come.set()
+
+    rollouts = pool_of(start(last_waits)).stream(PROMPTS, SAMPLING, 4, arrived)
+    assert_whole(rollouts)
+    assert [told[place] for place in range(len(PROMPTS))] == rollouts
+
+
 def test_a_server_that_answers_nothing_but_errors_is_taken_out_with_one_line(start: Start) -> None:
     good, broken, said = start(by_seed), start(lambda seed: 500), []
     pool = pool_of(broken, good, said=said)

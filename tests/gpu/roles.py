@@ -21,9 +21,10 @@ from rto_megatron.engine.weights import local_parameters
 from rto_megatron.models.parameters import parameter_map
 from rto_megatron.models.weight_map import merge
 from rto_megatron.parallel.topology import Topology
+from rto_megatron.trainer.opinions import Roles
 from rto_megatron.trainer.reward_source import ModelReward
 from rto_megatron.trainer.reward_sum import alone
-from rto_megatron.trainer.scoring import Roles, close_rollouts, score
+from rto_megatron.trainer.scoring import close_rollouts, score
 from rto_megatron.trainer.update import optimizer_minibatches
 from rto_megatron.types import (
     Demonstration,

@@ -23,6 +23,8 @@ from rto_megatron.lifecycle.stopping import STOP_FILE
 from rto_megatron.reporting.metrics import read_metrics
 from rto_megatron.reporting.rates import rates
 from rto_megatron.storage.checkpoints import latest_checkpoint
+from rto_megatron.trainer.ahead import AheadSampler
+from rto_megatron.trainer.arrivals import Hear
 from rto_megatron.trainer.checked_scores import Scorer
 from rto_megatron.trainer.connected_pool import ConnectedPool
 from rto_megatron.trainer.online import train_online
@@ -167,10 +169,72 @@ def test_the_pool_samples_while_the_trainer_scores(files: Path, tmp_path: Path) 
         assert entry["time/samples_per_s"] == pytest.approx(8 / entry["time/step_s"])
 
 
+class HeldEngine(ScriptedEngine):
+    """Answers what it was asked ahead once `ReleasingSampler` says that it waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__(ENGINE_VOCAB)
+        self.begun, self.released = threading.Event(), threading.Event()
+        self.num_in_flight = 0
+        self._is_first = True
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[Rollout]:
+        """See `RolloutEngine.generate`."""
+        is_ahead = threading.current_thread() is not threading.main_thread() and not self._is_first
+        self._is_first = False
+        if is_ahead:
+            self.num_in_flight += 1
+            self.begun.set()
+            assert self.released.wait(60)
+            self.num_in_flight -= 1
+        return super().generate(prompts, sampling, version)
+
+
+class ReleasingSampler(AheadSampler):
+    """See `HeldEngine`."""
+
+    def push(self, version: int) -> dict[str, float]:
+        """See `Sampler.push`."""
+        engine = self._engine
+        assert isinstance(engine, HeldEngine)
+        engine.released.set()
+        pushed = super().push(version)
+        engine.released.clear()
+        return pushed
+
+
+class LonelyPush(HeldPush):
+    """A push that pauses servers: nothing may be in flight."""
+
+    def __init__(self, engine: HeldEngine) -> None:
+        super().__init__(engine)
+        self._held = engine
+
+    def __call__(self, version: int) -> dict[str, float]:
+        if version:
+            assert self._held.begun.wait(60)  # the batch that was asked for in the step before
+        assert self._held.num_in_flight == 0
+        return super().__call__(version)
+
+
+def _evaluate_between(config: ReinforcementStage) -> None:
+    engine = HeldEngine()
+    pool = ConnectedPool(engine, LonelyPush(engine))
+    train_online(config, join(config), pool, replace(planned_parts(), sampler=ReleasingSampler))
+
+
+def test_an_evaluation_waits_for_what_is_in_flight(files: Path, tmp_path: Path) -> None:
+    held_out = {"data__eval": str(files / "prompts.jsonl"), "data__eval_samples": 2, "run__eval_every": 1}
+    steps = {"run__steps": 2, "run__save_every": None}
+    config = configure("reinforce_pp", files, tmp_path, **steps, **AHEAD, **held_out)
+    run_ranks(1, _evaluate_between, config)
+    assert ["eval/score" in entry for entry in read_metrics(tmp_path)] == [True, True]
+
+
 class OldSampler(OnPolicySampler):
     """Hands out rollouts that are two steps older than it says."""
 
-    def draw(self, step: int) -> tuple[Rollout, ...]:
+    def draw(self, step: int, hear: Hear | None = None) -> tuple[Rollout, ...]:
         """See `Sampler.draw`."""
         return tuple(replace(one, weight_version=one.weight_version - 2) for one in super().draw(step))
 

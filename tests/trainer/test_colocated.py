@@ -15,6 +15,7 @@ from rto_megatron.generation.vllm.client.server_client import ServerClient
 from rto_megatron.trainer.online import train_online
 
 pytestmark = pytest.mark.pool
+EVERYTHING = ("policy", "critic", "reference", "reward", "dpo", "gradients", "optimizer")
 
 
 def _train(config: ReinforcementStage) -> list[str]:
@@ -32,9 +33,10 @@ def _train(config: ReinforcementStage) -> list[str]:
     return moves
 
 
-@pytest.mark.parametrize("layout", ["one", "tp2", "dp2"])
+@pytest.mark.parametrize(("layout", "offload"), [("one", ()), ("tp2", ()), ("dp2", EVERYTHING)])
 def test_the_served_logprobs_are_the_trainers_at_every_step(
     layout: str,
+    offload: tuple[str, ...],
     pool_files: Path,
     pool_server: PoolServer,
     tmp_path: Path,
@@ -46,6 +48,7 @@ def test_the_served_logprobs_are_the_trainers_at_every_step(
         layout,
         rollout__colocated=True,
         rollout__gpu_memory_fraction=0.4,
+        offload=offload,
     )
     with ServerClient(pool_server.address, pool_server.token, 60) as client:
         # As the launcher leaves it: asleep before the first rank starts.

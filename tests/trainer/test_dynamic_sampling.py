@@ -18,6 +18,7 @@ from rto_megatron.data.batches import BatchesState
 from rto_megatron.errors import UserError
 from rto_megatron.generation.scripted import ScriptedEngine
 from rto_megatron.reporting.metrics import read_metrics
+from rto_megatron.trainer.arrivals import Hear
 from rto_megatron.trainer.connected_pool import ConnectedPool
 from rto_megatron.trainer.dynamic_sampler import DynamicSampler
 from rto_megatron.trainer.online import train_online
@@ -35,7 +36,7 @@ class Deck:
         self._data_size = data_size
         self._next = 0
 
-    def draw(self, step: int) -> tuple[Rollout, ...]:
+    def draw(self, step: int, hear: Hear | None = None) -> tuple[Rollout, ...]:
         """See `Sampler.draw`."""
         prompts = range(self._next + self._data_rank, self._next + NUM_GROUPS, self._data_size)
         self._next += NUM_GROUPS

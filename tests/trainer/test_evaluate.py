@@ -10,7 +10,7 @@ from trainer.tiny_runs import configure, join, train
 
 from rto_megatron.config.schema import EvaluateStage
 from rto_megatron.config.training import GridConfig, RoleName
-from rto_megatron.data.packing import Layout
+from rto_megatron.data.cut import Layout
 from rto_megatron.data.tokenizer import tokenizer_fingerprint
 from rto_megatron.data.true_reward import TrueReward
 from rto_megatron.errors import UserError

@@ -17,9 +17,10 @@ from rto_megatron.config.training import OptimizerConfig
 from rto_megatron.data.packing import Layout
 from rto_megatron.reporting.metrics import read_metrics
 from rto_megatron.trainer.evaluate import kl_to_reference
+from rto_megatron.trainer.opinions import Roles
 from rto_megatron.trainer.reward_source import ModelReward
 from rto_megatron.trainer.reward_sum import alone
-from rto_megatron.trainer.scoring import Roles, score
+from rto_megatron.trainer.scoring import score
 from rto_megatron.types import Distribution, EndOfSequence, Rollout, ScoredRollouts
 
 END = EndOfSequence((2, 95), 2)

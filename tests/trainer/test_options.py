@@ -34,10 +34,11 @@ from rto_megatron.platform.safe_metadata import safe_reading
 from rto_megatron.reporting.metrics import read_metrics
 from rto_megatron.trainer.connected_pool import ConnectedPool
 from rto_megatron.trainer.online import train_online
+from rto_megatron.trainer.opinions import Roles
 from rto_megatron.trainer.reference import weights_fingerprint
 from rto_megatron.trainer.reward_source import ModelReward
 from rto_megatron.trainer.reward_sum import alone
-from rto_megatron.trainer.scoring import Roles, close_rollouts, score
+from rto_megatron.trainer.scoring import close_rollouts, score
 from rto_megatron.types import EndOfSequence, Experience, Prompt, Rollout, ScoredRollouts
 
 END = EndOfSequence((2,), 2)

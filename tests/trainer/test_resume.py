@@ -91,12 +91,11 @@ CASES = {
     "one": ("one", {}),
     "tp2": ("tp2", {}),
     "pp2-two-ahead": ("pp2", {"rollout__ahead": 2, "algorithm__pool_importance_cap": 2.0}),
-    "dp2-sharded": ("dp2", {"parallel__distributed_optimizer": True}),
-    "bf16": ("one", {"precision__dtype": "bf16"}),
     "dp2-written-beside-one-ahead": (
         "dp2",
         {
             "parallel__distributed_optimizer": True,
+            "parallel__overlap_grad_reduce": True,
             "run__async_save": True,
             "rollout__ahead": 1,
             "algorithm__pool_importance_cap": 2.0,
@@ -145,22 +144,19 @@ def _assert_worth_comparing(last: Saved, middle: Saved) -> None:
             assert any(key.startswith(f"{role}/optimizer") and moment in key for key in last.tensors)
 
 
-def test_a_run_whose_pool_died_resumes(files: Path, tmp_path: Path) -> None:
-    whole, died = (configure("rto", files, tmp_path / name) for name in ("whole", "died"))
+def test_runs_whose_pool_died_resume(files: Path, tmp_path: Path) -> None:
+    """While it sampled, and in a push, which loses no checkpoint."""
+    whole = configure("rto", files, tmp_path / "whole")
     assert run_ranks(1, train, whole) == [None]
-    assert run_ranks(1, train, died, dies_at=3) == ["the pool died at version 3"]
-    assert [path.name for path in finished_checkpoints(tmp_path / "died")] == ["step_000002"]
-    assert run_ranks(1, train, died) == [None]
-    assert_equal_runs(tmp_path / "whole", tmp_path / "died")
-
-
-def test_a_pool_that_dies_in_a_push_loses_no_checkpoint(files: Path, tmp_path: Path) -> None:
-    whole, died = (configure("rto", files, tmp_path / name) for name in ("whole", "died"))
-    assert run_ranks(1, train, whole) == [None]
-    assert run_ranks(1, train, died, push_dies_at=2) == ["the pool died in the push of version 2"]
-    assert [path.name for path in finished_checkpoints(tmp_path / "died")] == ["step_000002"]
-    assert run_ranks(1, train, died) == [None]
-    assert_equal_runs(tmp_path / "whole", tmp_path / "died")
+    for name, message, how in (
+        ("sampling", "the pool died at version 3", {"dies_at": 3}),
+        ("pushed to", "the pool died in the push of version 2", {"push_dies_at": 2}),
+    ):
+        died = configure("rto", files, tmp_path / name)
+        assert run_ranks(1, train, died, **how) == [message]
+        assert [path.name for path in finished_checkpoints(died.run.dir)] == ["step_000002"]
+        assert run_ranks(1, train, died) == [None]
+        assert_equal_runs(whole.run.dir, died.run.dir)
 
 
 @pytest.mark.parametrize(("stage", "layout"), [("sft", "one"), ("reward_model", "tp2"), ("dpo", "pp2")])

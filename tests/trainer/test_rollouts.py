@@ -18,10 +18,11 @@ from rto_megatron.data.packing import Layout, response_mask
 from rto_megatron.errors import UserError
 from rto_megatron.generation.contract import Sampling
 from rto_megatron.parallel.topology import Topology
+from rto_megatron.trainer.opinions import Roles
 from rto_megatron.trainer.reward_source import ModelReward
 from rto_megatron.trainer.reward_sum import alone
 from rto_megatron.trainer.sampler import sample
-from rto_megatron.trainer.scoring import Roles, close_rollouts, score
+from rto_megatron.trainer.scoring import close_rollouts, score
 from rto_megatron.types import EndOfSequence, Prompt, Rollout, ScoredRollouts, ValueScale
 
 EOS = 2

@@ -108,7 +108,8 @@ def test_a_folder_has_one_run_and_the_dead_hold_nothing(
 
 
 def test_a_number_of_a_process_that_is_used_again_is_another_process(tmp_path: Path) -> None:
-    with holder(tmp_path):
+    with holder(tmp_path) as process:
+        process.send_signal(signal.SIGSTOP)  # alive, but without a beat, which would take its lock back
         edit(tmp_path, ticks=1)
         with held(tmp_path):
             pass

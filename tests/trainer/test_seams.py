@@ -17,6 +17,7 @@ from rto_megatron.engine.build_roles import build_frozen
 from rto_megatron.generation.scripted import ScriptedEngine
 from rto_megatron.reporting.metrics import read_metrics
 from rto_megatron.trainer.ahead import AheadSampler
+from rto_megatron.trainer.arrivals import Hear
 from rto_megatron.trainer.connected_pool import ConnectedPool
 from rto_megatron.trainer.online import train_online
 from rto_megatron.trainer.parts import MakeSampler, planned_parts
@@ -38,7 +39,7 @@ class LengthReward:
 class PickySampler(OnPolicySampler):
     """Asks for the prompts of two steps and trains on those of the longer responses."""
 
-    def draw(self, step: int) -> tuple[Rollout, ...]:
+    def draw(self, step: int, hear: Hear | None = None) -> tuple[Rollout, ...]:
         """See `Sampler.draw`."""
         return longer_half([*super().draw(step), *super().draw(step)])
 
@@ -95,7 +96,7 @@ class PickyAhead:
         self.begin, self.state, self.ahead = inner.begin, inner.state, inner.ahead
         self.restore, self.close = inner.restore, inner.close
 
-    def draw(self, step: int) -> tuple[Rollout, ...]:
+    def draw(self, step: int, hear: Hear | None = None) -> tuple[Rollout, ...]:
         """See `Sampler.draw`; three batches where two are ahead, so that a step takes more than there is."""
         first, *others = (self._draw(step) for _ in range(3))
         return longer_half([*first, *max(others, key=lambda drawn: len(drawn[0].response_ids))])

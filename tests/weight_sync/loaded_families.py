@@ -26,6 +26,7 @@ from vllm.distributed.parallel_state import (
 )
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model
+from vllm.model_executor.models import ModelRegistry
 
 from rto_megatron.generation.vllm.worker.plugin import InitInfo, RtoWeightTransferEngine
 from rto_megatron.weight_sync.manifest import DTYPES, Manifest
@@ -49,6 +50,9 @@ CHANGES: dict[str, dict[str, object]] = {
 
 
 def configuration(folder: Path, dtype: str) -> VllmConfig:
+    for name in json.loads((folder / "config.json").read_text())["architectures"]:
+        # A class that vLLM is given is not looked at first in a process of its own, which takes 10 s to start.
+        ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
     arguments = EngineArgs(
         model=str(folder), skip_tokenizer_init=True, dtype=dtype, enforce_eager=True, max_model_len=64
     )

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Sequence
 
 from rto_megatron.errors import UserError
-from rto_megatron.generation.contract import Sampling, StaleWeights, request_seed
+from rto_megatron.generation.contract import Arrived, Sampling, StaleWeights, request_seed
 from rto_megatron.generation.vllm.client.answers import (
     Answer,
     PromptTokens,
@@ -129,11 +129,17 @@ class VllmPool:
             NoServersLeft: the last server died.
             TooManyOpenFiles: the limit of open files leaves no connection.
         """
+        return self.stream(prompts, sampling, version, lambda place, rollout: None)
+
+    def stream(
+        self, prompts: Sequence[Prompt], sampling: Sampling, version: int, arrived: Arrived
+    ) -> list[Rollout]:
+        """See `StreamingEngine.stream`, and `generate`."""
         self.check_version(version)
-        return asyncio.run(self._generate_all(prompts, sampling, version))
+        return asyncio.run(self._generate_all(prompts, sampling, version, arrived))
 
     async def _generate_all(
-        self, prompts: Sequence[Prompt], sampling: Sampling, version: int
+        self, prompts: Sequence[Prompt], sampling: Sampling, version: int, arrived: Arrived
     ) -> list[Rollout]:
         num_servers = len(self.members.serving)
         room = asyncio.Semaphore(min(_REQUESTS_PER_SERVER * num_servers, connections_left(num_servers)))
@@ -148,7 +154,9 @@ class VllmPool:
 
             body = request_body(prompt, sampling, request_seed(sampling.seed, version, index))
             async with room:
-                return await dispatch.ask(body, read)
+                rollout = await dispatch.ask(body, read)
+            arrived(index, rollout)
+            return rollout
 
         try:
             async with http, dispatch, asyncio.TaskGroup() as group:

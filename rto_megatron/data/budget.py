@@ -1,0 +1,41 @@
+"""Examples against the tokens that a micro-batch may have: what does not fit is told of, or refused."""
+
+from collections.abc import Sequence
+
+from rto_megatron.data.cut import Layout
+from rto_megatron.data.grouping import Extent, least_lengths, lengths_of
+from rto_megatron.errors import RecipeError
+from rto_megatron.types import Example, Rollout
+
+
+def over_budget(examples: Sequence[Example], source: str, layout: Layout) -> str | None:
+    """A warning where examples are longer than `batch.tokens` and will be alone in their micro-batches.
+
+    Raises:
+        RecipeError: a prompt alone is.
+    """
+    budget = layout.tokens
+    if budget is None or not examples:
+        return None
+    least = max(layout.size(Extent.of(least_lengths(example))) for example in examples)
+    if least > budget:
+        raise RecipeError(
+            f"batch.tokens={budget} is below the longest prompt of {source}: with a single token of an answer it takes "
+            f"{least} tokens of a micro-batch; set batch.tokens to {least} at least, or lower data.max_prompt_tokens"
+        )
+    warning = beyond_budget(examples, layout)
+    return None if warning is None else f"of the examples of {source} {warning}"
+
+
+def beyond_budget(examples: Sequence[Example | Rollout], layout: Layout) -> str | None:
+    """A warning where any are longer than a micro-batch may be."""
+    budget = layout.tokens
+    if budget is None:
+        return None
+    longer = [size for example in examples if (size := layout.size(Extent.of(lengths_of(example)))) > budget]
+    if not longer:
+        return None
+    return (
+        f"{len(longer)} of {len(examples)} take more than batch.tokens={budget}, up to {max(longer)}; each of them is "
+        "alone in a micro-batch, which needs that much more memory"
+    )
