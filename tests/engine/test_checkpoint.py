@@ -16,7 +16,7 @@ from tiny_models import SEQUENCES, write_llama
 from torch import Tensor
 
 from rto_megatron.algorithms.sft import SFT, Config
-from rto_megatron.config.training import OptimizerConfig, PrecisionConfig
+from rto_megatron.config.training import OptimizerConfig, PrecisionConfig, TrainParallelConfig
 from rto_megatron.data.packing import Layout, supervised_microbatches
 from rto_megatron.engine.build_roles import build_trained
 from rto_megatron.engine.checkpoint import begin_save, load_state, load_weights
@@ -100,8 +100,9 @@ def _fresh(layout: str, path: Path, seed: int) -> dict[str, Tensor]:
     place = topology(layout)
     source = find_source(path, has_scalar_head=False, is_random=False, key="test")
     model = build_trained(
-        "reward", source, True, PrecisionConfig(dtype="fp32"), ADAM, place, seed, False, is_head_fresh=True
-    )
+        "reward", source, True, PrecisionConfig(dtype="fp32"), ADAM, place, seed, TrainParallelConfig(),
+        is_head_fresh=True,
+    )  # fmt: skip
     return _whole(model)
 
 

@@ -14,7 +14,7 @@ from rto_megatron.generation.contract import Sampling
 from rto_megatron.generation.vllm.client.server_client import ServerClient
 from rto_megatron.generation.vllm.client.vllm_pool import VllmPool
 from rto_megatron.generation.vllm.start.server import ServerOptions, start_server
-from rto_megatron.types import Prompt
+from rto_megatron.types import Prompt, Rollout
 
 pytestmark = pytest.mark.pool
 
@@ -145,7 +145,9 @@ def test_a_request_moves_to_the_other_server_when_the_first_is_dead(
     sampling = Sampling(max_tokens=6, eos_ids=(2,))
     expected = pool.generate(PROMPTS[:8], sampling, VERSION)
     # The version check would find the dead server; one that dies later is met by the requests.
-    assert asyncio.run(both._generate_all(PROMPTS[:8], sampling, VERSION)) == expected
+    came: dict[int, Rollout] = {}
+    assert asyncio.run(both._generate_all(PROMPTS[:8], sampling, VERSION, came.__setitem__)) == expected
+    assert [came[place] for place in range(8)] == expected
     assert both.members.serving == (pool_server.address,)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rto_megatron.algorithms import dpo, reward_model, rto, sft
 from rto_megatron.algorithms.reinforcement import PolicyOptimization
-from rto_megatron.config.training import OptimizerConfig, PrecisionConfig
+from rto_megatron.config.training import OptimizerConfig, PrecisionConfig, TrainParallelConfig
 from rto_megatron.data.packing import Layout, pair_microbatches, supervised_microbatches
 from rto_megatron.engine.build_roles import build_frozen, build_trained
 from rto_megatron.engine.megatron import FrozenModel, Microbatch, TrainedModel
@@ -97,7 +97,8 @@ def trained(
     source = find_source(model.folder, model.is_scalar, is_random=False, key="test")
     precision = PrecisionConfig(dtype=dtype, recompute=recompute)
     name = "critic" if model.is_scalar else "policy"
-    return build_trained(name, source, model.is_scalar, precision, optimizer, place, 1, is_distributed)
+    parallel = TrainParallelConfig(distributed_optimizer=is_distributed)
+    return build_trained(name, source, model.is_scalar, precision, optimizer, place, 1, parallel)
 
 
 def whole(model: TrainedModel, value: Callable[[torch.nn.Parameter], Tensor]) -> dict[str, Tensor]:

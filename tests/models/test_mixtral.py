@@ -14,7 +14,13 @@ from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM, MixtralForSequenceClassification
 
 from rto_megatron.algorithms import sft
-from rto_megatron.config.training import GridConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
+from rto_megatron.config.training import (
+    GridConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    TrainParallelConfig,
+)
 from rto_megatron.data.packing import Layout, supervised_microbatches, token_batch
 from rto_megatron.engine.build_roles import build_trained
 from rto_megatron.engine.export import export_hf
@@ -102,7 +108,7 @@ def _step(
     place = topology(layout)
     source = find_source(model, False, is_random=False, key="test")
     trained = build_trained(
-        "policy", source, False, PrecisionConfig(dtype="fp32"), SGD, place, 1, False,
+        "policy", source, False, PrecisionConfig(dtype="fp32"), SGD, place, 1, TrainParallelConfig(),
         moe_aux_loss_coef=coef,
     )  # fmt: skip
     microbatches = _microbatches(place, len(SEQUENCES))

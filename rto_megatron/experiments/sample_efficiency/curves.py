@@ -29,7 +29,8 @@ class Curve:
     tokens: Series  # per response
 
     def smoothed(self, window: int) -> "Curve":
-        """Means over `window` steps, each at the last of them."""
+        """Means over `window` steps, or over all of a run that has fewer, each at the last of them."""
+        window = min(window, len(self.episodes))
         kernel = np.ones(window) / window
         returns, kl, tokens = (
             np.convolve(one, kernel, "valid") for one in (self.returns, self.kl, self.tokens)
