@@ -9,7 +9,8 @@ from typing import Protocol
 from torch import Tensor
 
 from rto_megatron.engine.finite import EmptyUpdateError, PoisonedError
-from rto_megatron.engine.megatron import Microbatch, Reading, TrainedModel
+from rto_megatron.engine.megatron import Microbatch, TrainedModel
+from rto_megatron.engine.readings import Reading
 from rto_megatron.errors import RecipeError, UserError
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.reporting.progress import say

@@ -39,10 +39,10 @@ from rto_megatron.engine.megatron import (
     Loss,
     Microbatch,
     Model,
-    Reading,
     TrainedModel,
 )
 from rto_megatron.engine.offload import HostMemory, host_memory
+from rto_megatron.engine.readings import Reading
 from rto_megatron.errors import RecipeError
 from rto_megatron.parallel.dealing import shared_out
 from rto_megatron.parallel.topology import Topology
