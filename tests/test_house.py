@@ -46,6 +46,7 @@ LAYERS = {
     "proofs": 17,
     "diagnosis": 19,
     "launching": 18,
+    "benchmarks": 19,
     "experiments": 19,
     "cli": 20,
 }
