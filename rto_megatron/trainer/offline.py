@@ -19,9 +19,11 @@ from rto_megatron.config import schema
 from rto_megatron.config.facts import facts_of
 from rto_megatron.config.inputs import ExampleDataConfig
 from rto_megatron.config.learning_rate import learning_rate
+from rto_megatron.config.source_names import Sources
 from rto_megatron.data.cut import Layout
-from rto_megatron.data.encoder import Limits, Loaded
 from rto_megatron.data.grouping import own_share
+from rto_megatron.data.limits import Limits
+from rto_megatron.data.load_report import Loaded
 from rto_megatron.data.loader import load_demonstrations, load_judged, load_pairs
 from rto_megatron.data.packing import (
     judged_microbatches,
@@ -67,9 +69,9 @@ from rto_megatron.types import (
 
 _EVALUATED_AT_A_TIME = 16  # micro-batches
 
-# (source, tokenizer, limits, rows to read or None for all, end-of-sequence)
+# (sources, tokenizer, limits, rows to read or None for all, end-of-sequence)
 type Load[E: Example] = Callable[
-    [str, PreTrainedTokenizerBase, Limits, int | None, EndOfSequence | None], Loaded[E]
+    [Sources, PreTrainedTokenizerBase, Limits, int | None, EndOfSequence | None], Loaded[E]
 ]
 
 
@@ -300,7 +302,7 @@ def divergence_task(
 
 
 def _num_targets(examples: Sequence[Demonstration]) -> int:
-    return sum(len(e.response_ids) for e in examples)
+    return sum(example.num_learnt for example in examples)
 
 
 def _pairs(
