@@ -11,7 +11,7 @@ import torch
 from rto_megatron.data.cut import Layout
 from rto_megatron.data.packing import pair_microbatches
 from rto_megatron.engine.megatron import FrozenModel
-from rto_megatron.engine.readings import Reading, divergences
+from rto_megatron.engine.readings import Reading, read_divergences
 from rto_megatron.types import DivergenceMicrobatch, PreferencePair
 
 
@@ -37,4 +37,6 @@ def divergence_microbatches(
 
 def divergence_from(reference: FrozenModel) -> Reading[DivergenceMicrobatch]:
     """Rows: log-prob of the target, the reference's, KL(reference || policy), [3, T] in nats."""
-    return Reading(3, lambda model, micro, raw: divergences(model, micro, raw, reference.output_weight()))
+    return Reading(
+        3, lambda model, micro, raw: read_divergences(model, micro, raw, reference.output_weight())
+    )

@@ -40,7 +40,7 @@ class Reading[M]:
     read: Callable[["Model", M, Tensor], Tensor]  # (model, micro-batch, raw output) -> [T], or [num_rows, T]
 
 
-def outputs(model: "Model", batch: TokenBatch, raw: Tensor) -> Tensor:
+def read_outputs(model: "Model", batch: TokenBatch, raw: Tensor) -> Tensor:
     """Log-probs of the targets asked for, 0 elsewhere; or a scalar head's values of all positions, scaled: [T]."""
     if model.has_scalar_head:
         return (raw.flatten().float() - model.scale.mean) / model.scale.std
@@ -55,7 +55,7 @@ def outputs(model: "Model", batch: TokenBatch, raw: Tensor) -> Tensor:
     return _at_positions(logp_N[None], batch)[0]
 
 
-def entropies(model: "Model", batch: TokenBatch, raw: Tensor) -> Tensor:
+def read_entropies(model: "Model", batch: TokenBatch, raw: Tensor) -> Tensor:
     """Log-probs of the targets asked for, and entropies there, 0 elsewhere: [2, T]."""
     outputs_2N = token_entropies(
         asked_states(raw, batch, model.topology),
@@ -68,7 +68,7 @@ def entropies(model: "Model", batch: TokenBatch, raw: Tensor) -> Tensor:
     return _at_positions(outputs_2N, batch)
 
 
-def divergences(
+def read_divergences(
     model: "Model", micro: DivergenceMicrobatch, raw: Tensor, reference_weight_vh: Tensor
 ) -> Tensor:
     """Rows: log-prob of the target, the reference's, KL(reference || policy), [3, T] in nats; 0 where none is asked."""
