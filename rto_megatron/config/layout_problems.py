@@ -6,14 +6,13 @@ from rto_megatron.config.facts import facts_of
 from rto_megatron.config.plan import fewest_ranks
 from rto_megatron.config.roles import Role, allowed_roles, roles_of
 from rto_megatron.config.schema import ReinforcementStage, Stage
+from rto_megatron.config.training import GridConfig
 
 
 def layout_problems(config: Stage, world_size: int, origin: str) -> list[str]:
     """Of the policy's layout; see `checks.find_problems`."""
     parallel = config.parallel
-    problems = []
-    if parallel.sequence and parallel.tensor == 1:
-        problems.append("parallel.sequence=true needs parallel.tensor > 1; set parallel.sequence=false")
+    problems = _without_effect(parallel, "parallel")
     replica_ranks, num_ranks = parallel.replica_ranks, len(parallel.ranks_of("policy", world_size))
     if not num_ranks:
         return [
@@ -24,8 +23,8 @@ def layout_problems(config: Stage, world_size: int, origin: str) -> list[str]:
         left = "" if num_ranks == world_size else f" of {world_size} that are left to the policy"
         advice = "start a multiple of it or change the layout" if not left else _start(config)
         problems.append(
-            f"parallel.tensor x parallel.pipeline = {parallel.tensor} x {parallel.pipeline} = {replica_ranks} "
-            f"does not divide the {_ranks(num_ranks)}{left}{f' ({origin})' if origin else ''}; {advice}"
+            f"{parallel.product('parallel')} does not divide the {_ranks(num_ranks)}{left}"
+            f"{f' ({origin})' if origin else ''}; {advice}"
         )
         return problems
     return problems + _batches(config, num_ranks // replica_ranks)
@@ -64,8 +63,7 @@ def _role(config: Stage, role: Role, world_size: int) -> list[str]:
     problems = _own_ranks(config, role.name, world_size)
     if problems:
         return problems
-    if grid.sequence and grid.tensor == 1:
-        problems.append(f"{key}.sequence=true needs {key}.tensor > 1; set {key}.sequence=false")
+    problems = _without_effect(grid, key)
     method = ALGORITHMS.get(config.stage)
     if isinstance(method, OfflineMethod) and method.outputs == "divergence":
         problems.append(
@@ -74,13 +72,14 @@ def _role(config: Stage, role: Role, world_size: int) -> list[str]:
         )
     num_ranks = len(config.parallel.ranks_of(role.name, world_size))
     if num_ranks % grid.replica_ranks:
-        fits = [n for n in range(1, num_ranks + 1) if num_ranks % (n * grid.pipeline) == 0]
+        others = grid.context * grid.pipeline
+        fits = [n for n in range(1, num_ranks + 1) if num_ranks % (n * others) == 0]
         nearest = min(fits, key=lambda n: abs(n - grid.tensor), default=None)
         advice = f"set {key}.pipeline to 1" if nearest is None else f"set {key}.tensor to {nearest}"
         other = "start another number" if num_ranks == world_size else "give it another number of ranks"
         problems.append(
-            f"{key}.tensor x {key}.pipeline = {grid.tensor} x {grid.pipeline} = {grid.replica_ranks} does not divide "
-            f"the {_ranks(num_ranks)}, all of which hold the {role.name}; {advice}, or {other}"
+            f"{grid.product(key)} does not divide the {_ranks(num_ranks)}, all of which hold the {role.name}; "
+            f"{advice}, or {other}"
         )
         return problems
     return problems + _shares(config, role, num_ranks // grid.replica_ranks)
@@ -130,6 +129,18 @@ def _last_ranks(config: Stage, role: str, world_size: int) -> str | None:
     first = world_size - min(fits, key=lambda n: abs(n - wanted))
     named = str(first) if first == world_size - 1 else f"{first}-{world_size - 1}"
     return f"set {parallel.key_of(role)}.ranks to {named}"
+
+
+def _without_effect(grid: GridConfig, key: str) -> list[str]:
+    problems = []
+    if grid.sequence and grid.tensor == 1:
+        problems.append(f"{key}.sequence=true needs {key}.tensor > 1; set {key}.sequence=false")
+    if grid.context_scheme != GridConfig().context_scheme and grid.context == 1:
+        problems.append(
+            f"{key}.context_scheme={grid.context_scheme} has no effect with {key}.context=1; remove it or set "
+            f"{key}.context"
+        )
+    return problems
 
 
 def _shares(config: Stage, role: Role, replicas: int) -> list[str]:

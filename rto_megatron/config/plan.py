@@ -21,11 +21,17 @@ class RankLayout:
     tensor: int
     pipeline: int
     data: int  # replicas
+    context: int = 1
 
     @property
     def replica_ranks(self) -> int:
-        """Ranks that hold the model once."""
-        return self.tensor * self.pipeline
+        """Ranks that work on a micro-batch together."""
+        return self.tensor * self.context * self.pipeline
+
+    @property
+    def copies(self) -> int:
+        """Ranks that hold the same shard of the model, over which a distributed optimizer is sharded."""
+        return self.data * self.context
 
     @property
     def num_ranks(self) -> int:
@@ -36,7 +42,7 @@ class RankLayout:
 def layout_on(parallel: ParallelConfig, world_size: int, role: str = "policy") -> RankLayout:
     """The layout of a role, where the job has so many ranks; rounded down to whole replicas."""
     grid, ranks = parallel.grid_of(role), parallel.ranks_of(role, world_size)
-    return RankLayout(grid.tensor, grid.pipeline, len(ranks) // grid.replica_ranks)
+    return RankLayout(grid.tensor, grid.pipeline, len(ranks) // grid.replica_ranks, grid.context)
 
 
 def fewest_ranks(parallel: ParallelConfig, times: int = 1) -> int:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 LoggerName = Literal["tensorboard", "wandb", "swanlab"]
+ContextScheme = Literal["ulysses", "gather"]
 RoleName = Literal["critic", "reference", "reward", "dpo", "dpo_reference"]
 # Roles, and what trained ones have beside weights.
 Parkable = Literal[
@@ -115,20 +116,41 @@ class RolloutRunConfig(EvaluatedRunConfig):
 
 
 class GridConfig(Section):
-    """How a model is cut over its ranks; data parallel size is their number / (tensor x pipeline).
+    """How a model is cut over its ranks; data parallel size is their number / (tensor x context x pipeline).
 
     Example:
         critic: {tensor: 2, sequence: true}
     """
 
     tensor: int = Field(default=1, ge=1)
+    context: int = Field(
+        default=1,
+        ge=1,
+        description="ranks over which the tokens of a row are cut, each with a copy of the model",
+    )
+    context_scheme: ContextScheme = Field(
+        default="ulysses",
+        description="how attention sees what other context ranks hold: it exchanges tokens for heads, or gathers keys",
+    )
     pipeline: int = Field(default=1, ge=1)
     sequence: bool = Field(default=False, description="Megatron sequence parallelism over the tensor ranks")
 
     @property
     def replica_ranks(self) -> int:
-        """Ranks that hold the model once."""
-        return self.tensor * self.pipeline
+        """Ranks that work on a micro-batch together."""
+        return self.tensor * self.context * self.pipeline
+
+    @property
+    def row_multiple(self) -> int:
+        """Token rows are padded to a multiple of this."""
+        return (self.tensor if self.sequence else 1) * self.context
+
+    def product(self, section: str) -> str:
+        """How `replica_ranks` comes about, for messages about a section."""
+        sizes = {"tensor": self.tensor, "context": self.context, "pipeline": self.pipeline}
+        named = {name: size for name, size in sizes.items() if name != "context" or size > 1}
+        keys = " x ".join(f"{section}.{name}" for name in named)
+        return f"{keys} = {' x '.join(map(str, named.values()))} = {self.replica_ranks}"
 
 
 class RoleGridConfig(GridConfig):

@@ -31,7 +31,7 @@ def export_hf(model: RoleModel, hf_files: Path, folder: Path) -> None:
         shutil.copytree(hf_files, partial, ignore=shutil.ignore_patterns("*.safetensors*"))
     topology.barrier()
     written: dict[str, str] = {}
-    if not isinstance(model, AbsentModel) and topology.data_rank == 0:
+    if not isinstance(model, AbsentModel) and topology.copy_rank == 0:
         tensors = stage_hf_tensors(model.module, model.shape, model.has_scalar_head, topology)
         if topology.tensor_rank == 0:
             for number, group in enumerate(_groups(tensors)):

@@ -272,7 +272,7 @@ def _forward_only(
         iterator: Iterator[tuple[int, TokenBatch]], chunk: GPTModel
     ) -> tuple[Tensor, Callable[..., Tensor]]:
         index, batch = next(iterator)
-        return forward(chunk, batch), lambda raw, non_loss_data=True: read(index, raw)
+        return forward(chunk, batch, model.topology), lambda raw, non_loss_data=True: read(index, raw)
 
     _require_rows(model, batches)
     model.module.eval()
@@ -343,7 +343,7 @@ def _training_step[M: Microbatch](
         output = loss(reading.read(model, microbatch, raw), microbatch)
         return output.loss * factor, (output.metrics, bool(torch.isfinite(output.loss)))
 
-    return forward(chunk, microbatch.batch), loss_of
+    return forward(chunk, microbatch.batch, model.topology), loss_of
 
 
 def training_hooks(config: TransformerConfig) -> None:

@@ -2,20 +2,21 @@
 
 from collections.abc import Mapping
 
-from rto_megatron.config.training import ParallelConfig
+from rto_megatron.config.training import GridConfig, ParallelConfig
 from rto_megatron.models.families import FAMILIES
 from rto_megatron.models.shape import ModelShape
 
 
-def check_layout(
-    shape: ModelShape, tensor: int, pipeline: int, where: str, section: str = "parallel"
-) -> list[str]:
-    """Why this model cannot be cut in `tensor` x `pipeline` pieces, one sentence each; empty when it can.
+def check_layout(shape: ModelShape, grid: GridConfig, where: str, section: str = "parallel") -> list[str]:
+    """Why this model cannot be cut in `tensor` x `pipeline` pieces, or its rows over `context` ranks.
+
+    One sentence each; empty when they can.
 
     Args:
         where: the model's key.
-        section: the key of the section with `tensor` and `pipeline`.
+        section: the key of the section that says `grid`.
     """
+    tensor, pipeline = grid.tensor, grid.pipeline
     not_run = FAMILIES[shape.family].not_run
     if not_run is not None:
         return [f"{where}: no {shape.family} model can be built here: {not_run}"]
@@ -41,7 +42,20 @@ def check_layout(
             f"{where}: {section}.pipeline={pipeline} does not divide num_hidden_layers={shape.num_layers}; "
             f"it can be one of {allowed}"
         )
+    if shape.num_heads % tensor == 0:
+        problems += _context(shape.num_heads // tensor, grid, where, section)
     return problems
+
+
+def _context(heads: int, grid: GridConfig, where: str, section: str) -> list[str]:
+    if grid.context_scheme != "ulysses" or heads % grid.context == 0:
+        return []
+    allowed = [c for c in range(1, heads + 1) if heads % c == 0]
+    return [
+        f"{where}: {section}.context={grid.context} does not divide the {heads} attention heads of a tensor rank "
+        f"(num_attention_heads={heads * grid.tensor} / {section}.tensor={grid.tensor}), which ulysses shares "
+        f"out; it can be one of {allowed}, or set {section}.context_scheme=gather"
+    ]
 
 
 def check_sampled_ids(vocab_sizes: Mapping[str, int], policy: str) -> list[str]:

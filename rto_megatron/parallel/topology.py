@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from rto_megatron.config.training import GridConfig, RoleGridConfig, RoleName, shared_ranks
+from rto_megatron.config.training import ContextScheme, GridConfig, RoleGridConfig, RoleName, shared_ranks
 from rto_megatron.errors import SUBJECTS, RecipeError, UserError
 from rto_megatron.parallel import collectives
 from rto_megatron.parallel.following import Following
@@ -22,11 +22,12 @@ from rto_megatron.platform.device import Device
 
 @dataclass(frozen=True)
 class Topology:
-    """A TP x PP x DP layout, and this rank's place in it.
+    """A TP x CP x PP x DP layout, and this rank's place in it.
 
-    A replica is the tensor x pipeline ranks that hold one copy of a model; `data_rank` numbers the replicas. The job
-    has the policy's layout; a role has it too, or one of its own, which `of` gives. Where a layout is not on all ranks
-    the others follow a replica of it: they have its data rank, make its calls, and hear what it knows.
+    A copy of a model is on tensor x pipeline ranks. A replica is the context x as many that work on one micro-batch, of
+    whose rows each context rank has a part; `data_rank` numbers the replicas. The job has the policy's layout; a role
+    has it too, or one of its own, which `of` gives. Where a layout is not on all ranks the others follow a replica of
+    it: they have its data rank, make its calls, and hear what it knows.
 
     Example:
         Topology.init(prepare(), tensor=2, pipeline=2, sequence=True, seed=42)
@@ -41,6 +42,9 @@ class Topology:
     data_rank: int
     data_size: int
     sequence_parallel: bool
+    context_rank: int = 0
+    context_size: int = 1
+    context_scheme: ContextScheme = "ulysses"
     # Of the layout, for Megatron's constructors and schedules; a group that was not made raises when it is asked for.
     groups: ProcessGroupCollection = field(default_factory=ProcessGroupCollection, compare=False, repr=False)
     work: Work = field(default_factory=Work, compare=False, repr=False)  # of all models of this rank
@@ -60,6 +64,8 @@ class Topology:
         seed: int,
         timeout: timedelta = timedelta(minutes=30),
         roles: Mapping[RoleName, RoleGridConfig] | None = None,
+        context: int = 1,
+        context_scheme: ContextScheme = "ulysses",
     ) -> "Topology":
         """Joins the process group that the launcher announced in the environment.
 
@@ -69,11 +75,17 @@ class Topology:
 
         Raises:
             AbsentRanks: not all ranks came.
-            RecipeError: the number of a layout's ranks is no multiple of its tensor x pipeline.
+            RecipeError: the number of a layout's ranks is no multiple of its tensor x context x pipeline.
         """
         if not dist.is_initialized():
             join_ranks(device.backend, timeout)
-        grid = RoleGridConfig(tensor=tensor, pipeline=pipeline, sequence=sequence)
+        grid = RoleGridConfig(
+            tensor=tensor,
+            context=context,
+            context_scheme=context_scheme,
+            pipeline=pipeline,
+            sequence=sequence,
+        )
         others: dict[str, Topology] = {}
         shared = shared_ranks(roles or {}, dist.get_world_size())
         policy = _placed(device, grid, shared, "parallel", timeout, Work(), others, None)
@@ -102,8 +114,13 @@ class Topology:
 
     @property
     def replica_ranks(self) -> int:
-        """Ranks that hold a model once."""
-        return self.tensor_size * self.pipeline_size
+        """Ranks that work on a micro-batch together."""
+        return self.tensor_size * self.context_size * self.pipeline_size
+
+    @property
+    def copy_rank(self) -> int:
+        """The number of this rank's copy of the model; 0 on the ranks that answer for its weights."""
+        return self.data_rank * self.context_size + self.context_rank
 
     @property
     def world_size(self) -> int:
@@ -118,7 +135,8 @@ class Topology:
     @property
     def is_replica_lead(self) -> bool:
         """True on one rank of every replica: the one that asks the pool for rollouts."""
-        return self.holds_shard and self.tensor_rank == 0 and self.pipeline_rank == 0
+        is_first = self.tensor_rank == 0 and self.context_rank == 0 and self.pipeline_rank == 0
+        return self.holds_shard and is_first
 
     @property
     def is_first_stage(self) -> bool:
@@ -132,8 +150,8 @@ class Topology:
 
     @property
     def row_multiple(self) -> int:
-        """Token rows are padded to a multiple of this: sequence parallelism cuts them in equal parts."""
-        return self.tensor_size if self.sequence_parallel else 1
+        """Token rows are padded to a multiple of this: context and sequence parallelism cut them in equal parts."""
+        return (self.tensor_size if self.sequence_parallel else 1) * self.context_size
 
     def data_group(self) -> dist.ProcessGroup:
         """Ranks that hold the same shard in every replica."""
@@ -143,6 +161,11 @@ class Topology:
     def tensor_group(self) -> dist.ProcessGroup:
         """Ranks that hold the shards of one layer, and with it of the vocabulary."""
         group: dist.ProcessGroup = self.groups.tp
+        return group
+
+    def context_group(self) -> dist.ProcessGroup:
+        """Ranks that hold the same shard and the parts of one row."""
+        group: dist.ProcessGroup = self.groups.cp
         return group
 
     def dp_sum(self, tensor: Tensor) -> Tensor:
@@ -190,6 +213,9 @@ class Topology:
         Args:
             kind: the type of the value, by which the others read it.
         """
+        if self.holds_shard and self.tensor_rank == 0 and self.pipeline_rank == 0:
+            source, group = dist.get_global_rank(self.groups.cp, 0), self.groups.cp
+            value = collectives.broadcast(value, kind, source, group, self.device.torch_device)
         if self.holds_shard:
             source = dist.get_global_rank(self.groups.mp, 0)
             value = collectives.broadcast(value, kind, source, self.groups.mp, self.device.torch_device)
@@ -286,15 +312,14 @@ def _placed(
             else f"{len(ranks)} of {world} ranks hold the model"
         )
         raise RecipeError(
-            f"{whose}, but {section}.tensor x {section}.pipeline = {grid.tensor} x {grid.pipeline} "
-            f"= {grid.replica_ranks}; start a multiple of {grid.replica_ranks} ranks"
+            f"{whose}, but {grid.product(section)}; start a multiple of {grid.replica_ranks} ranks"
         )
     if ranks[-1] >= world:
         raise RecipeError(
             f"{section}.ranks names rank {ranks[-1]} of {world} ranks, 0 to {world - 1}; start more"
         )
     data_size = len(ranks) // grid.replica_ranks
-    groups = make_groups(ranks, grid.tensor, grid.pipeline, timeout)
+    groups = make_groups(ranks, grid.tensor, grid.context, grid.pipeline, timeout)
     following = Following.of(ranks, world, data_size, grid.pipeline, timeout)
     followed = following.followed
     return Topology(
@@ -307,6 +332,9 @@ def _placed(
         data_rank=groups.dp.rank() if followed is None else followed,
         data_size=data_size,
         sequence_parallel=grid.sequence and grid.tensor > 1,
+        context_rank=groups.cp.rank() if followed is None else 0,
+        context_size=grid.context,
+        context_scheme=grid.context_scheme,
         groups=groups,
         work=work,
         following=following,

@@ -30,10 +30,7 @@ def judged(
     problems = find_problems(config, world_size, limits, origin)
     parallel = config.parallel
     for name, found in shapes.items():
-        grid = parallel.grid_of(name)
-        problems += check_layout(
-            found.shape, grid.tensor, grid.pipeline, f"models.{name}", parallel.key_of(name)
-        )
+        problems += check_layout(found.shape, parallel.grid_of(name), f"models.{name}", parallel.key_of(name))
     trained = {r.name: shapes[r.name].shape for r in roles if r.is_trained and r.name in shapes}
     if all(role.name in shapes for role in roles if role.is_trained):
         problems += check_experts(trained, parallel, config.models.moe_aux_loss_coef)

@@ -343,17 +343,17 @@ def open_push(
         return topology.gather_all(text, str)
 
     source = PolicySource(policy)
-    replica_ranks = topology.pipeline_size * topology.tensor_size
-    replicas = range(topology.data_size if config.colocated else 1)
+    copy_ranks = topology.pipeline_size * topology.tensor_size
+    copies = range(topology.data_size * topology.context_size if config.colocated else 1)
     sync = WeightSync(
         source=source,
         ask=AskPushedServers(token, phases),
         part=PushPart(
             is_controller=topology.is_lead,
-            sender=topology.data_rank * replica_ranks + source.sender
-            if topology.holds_shard and topology.data_rank in replicas
+            sender=topology.copy_rank * copy_ranks + source.sender
+            if topology.holds_shard and topology.copy_rank in copies
             else None,
-            num_senders=len(replicas) * replica_ranks,
+            num_senders=len(copies) * copy_ranks,
         ),
         device=topology.device.torch_device,
         bucket_bytes=config.bucket_mb << 20,

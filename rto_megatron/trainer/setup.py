@@ -124,9 +124,8 @@ def setup_problems(config: schema.Stage, sources: Mapping[str, WeightSource], wo
         *(
             problem
             for role, shape in shapes.items()
-            for grid in [parallel.grid_of(role)]
             for problem in check_layout(
-                shape, grid.tensor, grid.pipeline, f"models.{role}", parallel.key_of(role)
+                shape, parallel.grid_of(role), f"models.{role}", parallel.key_of(role)
             )
         ),
         *check_experts(

@@ -97,6 +97,8 @@ def ranks(
             seed,
             timeout,
             parallel.roles,
+            parallel.context,
+            parallel.context_scheme,
         )
     except UserError:
         if dist.is_initialized():

@@ -14,7 +14,19 @@ from rto_megatron.parallel.groups import make_groups
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.platform.device import prepare
 
-LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (8, 1)]  # tensor, pipeline, on eight ranks
+# tensor, context, pipeline, on eight ranks
+LAYOUTS = [
+    (1, 1, 1),
+    (2, 1, 1),
+    (1, 1, 2),
+    (2, 1, 2),
+    (1, 1, 4),
+    (8, 1, 1),
+    (1, 2, 1),
+    (2, 2, 1),
+    (2, 2, 2),
+    (1, 4, 2),
+]
 Ranks = dict[str, list[int] | None]
 
 
@@ -33,7 +45,8 @@ def _both() -> list[tuple[Ranks, Ranks]]:
     parallel_state._GLOBAL_MEMORY_BUFFER = None
     found = []
     for layout, ours in zip(LAYOUTS, own, strict=True):
-        parallel_state.initialize_model_parallel(*layout)
+        tensor, context, pipeline = layout
+        parallel_state.initialize_model_parallel(tensor, pipeline, context_parallel_size=context)
         found.append((ours, _ranks(ProcessGroupCollection.use_mpu_process_groups())))
         parallel_state.destroy_model_parallel()
     return found
