@@ -93,7 +93,8 @@ def convert_gguf(source: Path, target: Path, dtype: torch.dtype) -> GgufReport:
     require_space(target, sum(one.numel() * dtype.itemsize for one in tensors.values()))
     with fresh_folder(target) as folder:
         own = _greedy(plain, tokenizer)
-        plain.to(dtype).save_pretrained(folder)
+        torch.nn.Module.to(plain, dtype)
+        plain.save_pretrained(folder)
         tokenizer.save_pretrained(folder, save_jinja_files=False)
         _name_tokenizer(folder)
         answers = _prove(folder, tensors, dtype, own)
@@ -186,7 +187,7 @@ def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
             )
         ids = prompt["input_ids"]
         mask = torch.ones_like(ids)
-        said = model.generate(
+        said = model.generate(  # type: ignore[operator]  # transformers declares it on a mixin
             input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=_ANSWER_TOKENS
         )
         answers.append([int(token) for token in said[0, ids.shape[1] :]])
