@@ -90,7 +90,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Demonstration:
-    """One supervised example: the loss is taken on `response_ids`.
+    """One supervised example: the loss is taken on `response_ids`, but for the stretches of `skipped`.
 
     Example:
         Demonstration("d3", prompt_ids=(1, 529), response_ids=(88, 2))
@@ -99,6 +99,13 @@ class Demonstration:
     id: str
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
+    # (first, behind the last) of `response_ids`, ascending: what others say between the turns that are learnt.
+    skipped: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def num_learnt(self) -> int:
+        """Tokens that the loss is taken on."""
+        return len(self.response_ids) - sum(end - first for first, end in self.skipped)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ reasoning. Something counts as rendered if a word that is put into it shows in t
 it is left out. Most conversations need one more rendering for that, with a word in everything.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -48,15 +48,21 @@ class Part:
 
 
 def left_out(
-    template: ChatTemplate, conversation: Conversation, text: str, with_header: bool, where: str
+    template: ChatTemplate,
+    conversation: Conversation,
+    text: str,
+    with_header: bool,
+    where: str,
+    trained: Collection[int] = (),
 ) -> list[Part]:
     """What is not in the rendered conversation.
 
-    Looked for are tools, the contents, calls and reasoning of all turns, and every field of the trained turn, which is
-    the last one where there is no header; what is empty cannot be lost.
+    Looked for are tools, the contents, calls and reasoning of all turns, and every field of the trained turns; what is
+    empty cannot be lost.
 
     Args:
         text: the conversation as `template` renders it.
+        trained: numbers of the trained turns.
     """
 
     def rendered(tree: dict[str, object]) -> str | None:
@@ -66,7 +72,7 @@ def left_out(
             return None  # the template looks at it, and does not take it
 
     tree = _tree(conversation)
-    parts = list(_parts(conversation, has_trained=not with_header))
+    parts = list(_parts(conversation, trained))
     words = _words(text, len(parts))
     marked = tree
     for part, word in zip(parts, words, strict=True):
@@ -108,9 +114,8 @@ def _name(part: Part, conversation: Conversation) -> str:
     return turn if part.path[2] == "content" else f"{part.path[2]!r} of {turn}"
 
 
-def _parts(conversation: Conversation, has_trained: bool) -> Iterator[Part]:
+def _parts(conversation: Conversation, trained: Collection[int]) -> Iterator[Part]:
     yield from (Part(("tools", number)) for number in range(len(conversation.tools)))
-    last = len(conversation.messages) - 1
     for number, message in enumerate(conversation.messages):
         place: _Path = ("messages", number)
         reply = split_thought(message.content if message.role == "assistant" else "")
@@ -125,7 +130,7 @@ def _parts(conversation: Conversation, has_trained: bool) -> Iterator[Part]:
                 yield from (Part((*place, name, *inner)) for inner in _calls(value))
             elif _is_empty(value):
                 continue
-            elif name in CALLS or name in REASONING or (has_trained and number == last):
+            elif name in CALLS or name in REASONING or number in trained:
                 yield Part((*place, name))
 
 

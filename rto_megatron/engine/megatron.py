@@ -16,6 +16,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from torch import Tensor
 
+from rto_megatron.engine.exchange import SUMS, everywhere, expert_balance, rows_everywhere, summed
 from rto_megatron.engine.finite import refuse_together
 from rto_megatron.engine.optimizer import set_learning_rate, state_tensors
 from rto_megatron.engine.presence import require_present
@@ -24,7 +25,6 @@ from rto_megatron.models.model_flops import forward_flops
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.models.token_entropy import token_entropies
 from rto_megatron.models.token_logprobs import token_logprobs
-from rto_megatron.parallel.dealing import at_home
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.types import (
     JudgedMicrobatch,
@@ -37,7 +37,9 @@ from rto_megatron.types import (
     ValueScale,
 )
 
-_SUMS = dict[str, tuple[float, float]]
+type _Seen = list[
+    tuple[dict[str, tuple[float, float]], bool]
+]  # of each micro-batch: metrics, is the loss finite
 _TRAINING_FORWARDS = 3  # what a forward with its backward costs
 
 type Microbatch = SupervisedMicrobatch | PairMicrobatch | JudgedMicrobatch | Minibatch
@@ -70,6 +72,12 @@ class FrozenModel:
     scale: ValueScale
     module: GPTModel
     topology: Topology
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        dtype: torch.dtype = self.module.config.params_dtype
+        return dtype
 
     def token_outputs(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
         """Log-probs of the targets, or values with a scalar head, of every position; no gradients.
@@ -147,6 +155,12 @@ class TrainedModel:
     optimizer: MegatronOptimizer
     topology: Topology
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        dtype: torch.dtype = self.module.config.params_dtype
+        return dtype
+
     def token_outputs(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
         """Computes what `FrozenModel.token_outputs` does, with the weights of this moment."""
         return _token_outputs(self, batches)
@@ -157,10 +171,7 @@ class TrainedModel:
         outputs = _forward_only(
             self, batches, lambda index, raw: reading.read(self, microbatches[index], raw).flatten()
         )
-        lengths = [rows * b.tokens_T.numel() for b in batches]
-        is_last = self.topology.is_last_stage
-        flat = self.topology.from_last_stage(outputs if is_last else None, lengths)
-        return [f if rows == 1 else f.view(rows, -1) for f in flat]
+        return rows_everywhere(outputs if self.topology.is_last_stage else None, batches, rows, self.topology)
 
     def gradients[M: Microbatch](
         self,
@@ -169,7 +180,19 @@ class TrainedModel:
         names: Sequence[Sequence[str]],
         reading: "Reading[M] | None" = None,
     ) -> Metrics:
+        """Does what `accumulate` and what it returns do."""
+        return self.accumulate(microbatches, loss, names, reading)()
+
+    def accumulate[M: Microbatch](
+        self,
+        microbatches: Sequence[M],
+        loss: Loss[M],
+        names: Sequence[Sequence[str]],
+        reading: "Reading[M] | None" = None,
+    ) -> Callable[[], Metrics]:
         """Accumulates and reduces the gradients of sum(loss) over all micro-batches of all replicas.
+
+        Only ranks that hold the model meet here, so models of other ranks may do the same meanwhile.
 
         Args:
             microbatches: this replica's part of the global batch; the weights inside already hold its denominator.
@@ -178,11 +201,9 @@ class TrainedModel:
             reading: what the loss sees; None: log-probs of the targets, or values with a scalar head.
 
         Returns:
-            this replica's sums and counts, on every rank of the replica; with a layout of the model's own those of all
-            replicas.
-
-        Raises:
-            PoisonedError: on every rank, when a loss or gradient of any rank is NaN or infinite; nothing was stepped.
+            what all ranks call then. It gives this replica's sums and counts, on every rank of the replica; with a
+            layout of the model's own those of all replicas. It raises PoisonedError on every rank, when a loss or
+            gradient of any rank is NaN or infinite; nothing was stepped.
         """
         batches = [m.batch for m in microbatches]
         _require_rows(self, batches)
@@ -199,7 +220,14 @@ class TrainedModel:
             forward_only=False,
         )
         _count(self, batches, _TRAINING_FORWARDS)
-        metrics = {**self._collect(outputs), **self._expert_balance(len(microbatches))}
+        # Another model's pass may come before this one is settled, and the tracker of balances is one for all.
+        return partial(self._settled, outputs, self._own_balance(len(microbatches)), names)
+
+    def _settled(self, outputs: _Seen, balance: Tensor | None, names: Sequence[Sequence[str]]) -> Metrics:
+        own = summed(metrics for metrics, _ in outputs or [])
+        metrics = everywhere(own, self.topology)
+        if balance is not None:
+            metrics = {**metrics, **expert_balance(self.name, self.shape, balance, self.topology)}
         self._refuse_nonfinite(outputs, names)
         return metrics
 
@@ -212,34 +240,24 @@ class TrainedModel:
         require_present(state_tensors(self.optimizer), f"the optimizer's numbers of {self.name}")
         set_learning_rate(self.optimizer, lr)
         _, gradient_norm, _ = self.optimizer.step()
-        return {} if gradient_norm is None else {f"{self.name}/grad_norm": (float(gradient_norm), 1.0)}
+        own = {} if gradient_norm is None else {f"{self.name}/grad_norm": (float(gradient_norm), 1.0)}
+        return self.topology.heard(own, SUMS)
 
     def gradient_buffers(self) -> list[Tensor]:
         """The memory of all gradients, of experts too."""
         buffers = [*self.wrapped.buffers, *self.wrapped.expert_parallel_buffers]
         return [buffer.grad_data for buffer in buffers]
 
-    def _collect(self, outputs: list[tuple[dict[str, tuple[float, float]], bool]]) -> Metrics:
-        totals: dict[str, tuple[float, float]] = {}
-        for metrics, _ in outputs or []:
-            for key, (total, count) in metrics.items():
-                before = totals.get(key, (0.0, 0.0))
-                totals[key] = (before[0] + total, before[1] + count)
-        return at_home(self.topology.last_stage_value(totals, _SUMS), self.topology)
-
-    def _expert_balance(self, num_microbatches: int) -> Metrics:
-        """The load-balancing loss before its weight, mean over layers and micro-batches; nothing without one."""
+    def _own_balance(self, num_microbatches: int) -> Tensor | None:
+        """This rank's part of the load-balancing loss; None without one."""
         if not self.module.config.moe_aux_loss_coeff:
-            return {}
+            return None
         # Each rank holds its layers' and, under sequence parallelism, its tokens' part, and as Megatron's schedule does
         # each replica takes the mean of its own micro-batches, of which others may have more or fewer.
-        own = get_moe_metrics_tracker().metrics["load_balancing_loss"].values.sum() / num_microbatches
-        layers = self.shape.num_layers * self.topology.data_size
-        return {f"loss/{self.name}_moe_aux": (float(self.topology.all_sum(own)) / layers, 1.0)}
+        own: Tensor = get_moe_metrics_tracker().metrics["load_balancing_loss"].values.sum() / num_microbatches
+        return own
 
-    def _refuse_nonfinite(
-        self, outputs: list[tuple[dict[str, tuple[float, float]], bool]], names: Sequence[Sequence[str]]
-    ) -> None:
+    def _refuse_nonfinite(self, outputs: _Seen, names: Sequence[Sequence[str]]) -> None:
         bad = [
             name
             for (_, is_finite), group in zip(outputs or [], names, strict=False)

@@ -1,6 +1,6 @@
 """Who this rank is, and with whom it speaks."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -9,9 +9,10 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from rto_megatron.config.training import GridConfig, RoleName
+from rto_megatron.config.training import GridConfig, RoleGridConfig, RoleName, shared_ranks
 from rto_megatron.errors import SUBJECTS, RecipeError, UserError
 from rto_megatron.parallel import collectives
+from rto_megatron.parallel.following import Following
 from rto_megatron.parallel.groups import make_groups
 from rto_megatron.parallel.meeting import join_ranks
 from rto_megatron.parallel.seeds import seed_generators
@@ -21,10 +22,11 @@ from rto_megatron.platform.device import Device
 
 @dataclass(frozen=True)
 class Topology:
-    """A TP x PP x DP layout of all ranks, and this rank's place in it.
+    """A TP x PP x DP layout, and this rank's place in it.
 
     A replica is the tensor x pipeline ranks that hold one copy of a model; `data_rank` numbers the replicas. The job
-    has the policy's layout; a role has it too, or one of its own, which `of` gives.
+    has the policy's layout; a role has it too, or one of its own, which `of` gives. Where a layout is not on all ranks
+    the others follow a replica of it: they have its data rank, make its calls, and hear what it knows.
 
     Example:
         Topology.init(prepare(), tensor=2, pipeline=2, sequence=True, seed=42)
@@ -42,6 +44,7 @@ class Topology:
     # Of the layout, for Megatron's constructors and schedules; a group that was not made raises when it is asked for.
     groups: ProcessGroupCollection = field(default_factory=ProcessGroupCollection, compare=False, repr=False)
     work: Work = field(default_factory=Work, compare=False, repr=False)  # of all models of this rank
+    following: Following = field(default_factory=lambda: Following(0, None, None), compare=False, repr=False)
     # Role -> the layout that it has for itself.
     roles: "Mapping[str, Topology]" = field(default_factory=dict, compare=False, repr=False)
     # Of a role with a layout of its own, the policy's: from where its data comes and where its numbers are wanted.
@@ -56,7 +59,7 @@ class Topology:
         sequence: bool,
         seed: int,
         timeout: timedelta = timedelta(minutes=30),
-        roles: Mapping[RoleName, GridConfig] | None = None,
+        roles: Mapping[RoleName, RoleGridConfig] | None = None,
     ) -> "Topology":
         """Joins the process group that the launcher announced in the environment.
 
@@ -66,19 +69,20 @@ class Topology:
 
         Raises:
             AbsentRanks: not all ranks came.
-            RecipeError: the number of ranks is no multiple of tensor x pipeline.
+            RecipeError: the number of a layout's ranks is no multiple of its tensor x pipeline.
         """
         if not dist.is_initialized():
             join_ranks(device.backend, timeout)
-        grid = GridConfig(tensor=tensor, pipeline=pipeline, sequence=sequence)
+        grid = RoleGridConfig(tensor=tensor, pipeline=pipeline, sequence=sequence)
         others: dict[str, Topology] = {}
-        policy = _placed(device, grid, "parallel", timeout, Work(), others, None)
+        shared = shared_ranks(roles or {}, dist.get_world_size())
+        policy = _placed(device, grid, shared, "parallel", timeout, Work(), others, None)
         seed_generators(seed, policy.tensor_rank)
         made = {grid: policy}
         for role, own in (roles or {}).items():
             if own not in made:
-                section = f"parallel.roles.{role}"
-                made[own] = _placed(device, own, section, timeout, policy.work, {}, policy)
+                section, place = f"parallel.roles.{role}", own.own_ranks or shared
+                made[own] = _placed(device, own, place, section, timeout, policy.work, {}, policy)
             others[role] = made[own]
         return policy
 
@@ -92,14 +96,19 @@ class Topology:
         return all(place.home is None for place in self.roles.values())
 
     @property
+    def holds_shard(self) -> bool:
+        """Whether this rank is one of the layout's, and no follower."""
+        return self.following.followed is None
+
+    @property
     def replica_ranks(self) -> int:
         """Ranks that hold a model once."""
         return self.tensor_size * self.pipeline_size
 
     @property
     def world_size(self) -> int:
-        """All ranks."""
-        return self.data_size * self.replica_ranks
+        """All ranks of the job."""
+        return self.data_size * self.replica_ranks + self.following.num_followers
 
     @property
     def is_lead(self) -> bool:
@@ -109,7 +118,7 @@ class Topology:
     @property
     def is_replica_lead(self) -> bool:
         """True on one rank of every replica: the one that asks the pool for rollouts."""
-        return self.tensor_rank == 0 and self.pipeline_rank == 0
+        return self.holds_shard and self.tensor_rank == 0 and self.pipeline_rank == 0
 
     @property
     def is_first_stage(self) -> bool:
@@ -138,11 +147,12 @@ class Topology:
 
     def dp_sum(self, tensor: Tensor) -> Tensor:
         """Sum over replicas, leaving `tensor` as it is; every rank must call it."""
-        if self.data_size == 1:
+        if self.data_size == 1 and not self.following.num_followers:
             return tensor
         total = tensor.clone()
-        dist.all_reduce(total, group=self.groups.dp)
-        return total
+        if self.holds_shard:
+            dist.all_reduce(total, group=self.groups.dp)
+        return self.heard_tensor(total)
 
     def all_sum(self, tensor: Tensor) -> Tensor:
         """Sum over all ranks, leaving `tensor` as it is; every rank must call it."""
@@ -155,13 +165,14 @@ class Topology:
         return bool(self.all_sum(torch.tensor(float(is_true), device=self.device.torch_device)))
 
     def from_last_stage(self, tensors: list[Tensor] | None, lengths: list[int]) -> list[Tensor]:
-        """Float32 vectors computed on the last pipeline stage, on every rank; every rank of a replica must call it.
+        """Float32 vectors computed on the last pipeline stage, on every rank; every rank of a replica must call it, and
+        those that follow it.
 
         Args:
             tensors: one [length] vector per entry of `lengths` on the last stage, None elsewhere.
             lengths: known on every rank.
         """
-        if self.pipeline_size == 1:
+        if self.pipeline_size == 1 and not self.following.num_followers:
             assert tensors is not None
             return tensors
         flat = (
@@ -169,22 +180,36 @@ class Topology:
             if tensors is not None
             else torch.empty(sum(lengths), device=self.device.torch_device)
         )
-        dist.broadcast(flat, _last_of(self.groups.pp), group=self.groups.pp)
-        return list(flat.split(lengths))
+        if self.holds_shard and self.pipeline_size > 1:
+            dist.broadcast(flat, _last_of(self.groups.pp), group=self.groups.pp)
+        return list(self.heard_tensor(flat).split(lengths))
 
     def replica_value[T](self, value: T, kind: type[T]) -> T:
-        """A value of the replica's lead, on every rank of the replica; all of them must call it.
+        """A value of the replica's lead, on every rank of the replica and those that follow it; all must call it.
 
         Args:
             kind: the type of the value, by which the others read it.
         """
-        source = dist.get_global_rank(self.groups.mp, 0)
-        return collectives.broadcast(value, kind, source, self.groups.mp, self.device.torch_device)
+        if self.holds_shard:
+            source = dist.get_global_rank(self.groups.mp, 0)
+            value = collectives.broadcast(value, kind, source, self.groups.mp, self.device.torch_device)
+        return self.heard(value, kind)
 
     def last_stage_value[T](self, value: T, kind: type[T]) -> T:
-        """A value of the replica's last pipeline stage, on every rank of the replica; see `replica_value`."""
-        source, group = _last_of(self.groups.pp), self.groups.pp
-        return collectives.broadcast(value, kind, source, group, self.device.torch_device)
+        """A value of the replica's last pipeline stage; see `replica_value`."""
+        if self.holds_shard:
+            source, group = _last_of(self.groups.pp), self.groups.pp
+            value = collectives.broadcast(value, kind, source, group, self.device.torch_device)
+        return self.heard(value, kind)
+
+    def heard[T](self, value: T, kind: type[T]) -> T:
+        """What all ranks of a replica have, on those that follow it too; all must call it. See `replica_value`."""
+        audience = self.following.audience
+        return value if audience is None else audience.value(value, kind, self.device.torch_device)
+
+    def heard_tensor(self, tensor: Tensor) -> Tensor:
+        """Does with numbers what `heard` does; who follows brings a tensor of that shape and dtype, to be filled."""
+        return tensor if self.following.audience is None else self.following.audience.tensor(tensor)
 
     def lead_value[T](self, value: T, kind: type[T]) -> T:
         """A value of the lead rank, on every rank; all ranks must call it. See `replica_value`."""
@@ -192,7 +217,17 @@ class Topology:
 
     def gather[T](self, value: T, kind: type[T]) -> list[T]:
         """Every replica's value, by data rank, on every rank; all ranks must call it. See `replica_value`."""
-        return collectives.gather(value, kind, self.data_group(), self.device.torch_device)
+        if not self.holds_shard:
+            return [self.heard(value, kind) for _ in range(self.data_size)]
+        found = collectives.gather(value, kind, self.data_group(), self.device.torch_device)
+        return [self.heard(one, kind) for one in found]
+
+    def gather_tensors(self, own: Tensor) -> list[Tensor]:
+        """Every replica's tensor of one shape and dtype, by data rank, on every rank; all ranks must call it."""
+        parts = [torch.empty_like(own) for _ in range(self.data_size)]
+        if self.holds_shard:
+            dist.all_gather(parts, own, group=self.groups.dp)
+        return list(self.heard_tensor(torch.stack(parts)).unbind())
 
     def gather_all[T](self, value: T, kind: type[T]) -> list[T]:
         """Every rank's value, by rank, on every rank; all ranks must call it. See `replica_value`."""
@@ -235,32 +270,46 @@ class Topology:
 def _placed(
     device: Device,
     grid: GridConfig,
+    ranks: Sequence[int],
     section: str,
     timeout: timedelta,
     work: Work,
     roles: Mapping[str, Topology],
     home: Topology | None,
 ) -> Topology:
-    """This rank's place in a grid over all ranks; all of them must call it, for all grids in one order."""
+    """This rank's place in a grid over some ranks; all ranks must call it, for all grids in one order."""
     world = dist.get_world_size()
-    if world % grid.replica_ranks:
+    if not ranks or len(ranks) % grid.replica_ranks:
+        whose = (
+            f"{world} ranks were started"
+            if len(ranks) == world
+            else f"{len(ranks)} of {world} ranks hold the model"
+        )
         raise RecipeError(
-            f"{world} ranks were started, but {section}.tensor x {section}.pipeline = {grid.tensor} x {grid.pipeline} "
+            f"{whose}, but {section}.tensor x {section}.pipeline = {grid.tensor} x {grid.pipeline} "
             f"= {grid.replica_ranks}; start a multiple of {grid.replica_ranks} ranks"
         )
-    groups = make_groups(range(world), grid.tensor, grid.pipeline, timeout)
+    if ranks[-1] >= world:
+        raise RecipeError(
+            f"{section}.ranks names rank {ranks[-1]} of {world} ranks, 0 to {world - 1}; start more"
+        )
+    data_size = len(ranks) // grid.replica_ranks
+    groups = make_groups(ranks, grid.tensor, grid.pipeline, timeout)
+    following = Following.of(ranks, world, data_size, grid.pipeline, timeout)
+    followed = following.followed
     return Topology(
         device=device,
         rank=dist.get_rank(),
-        tensor_rank=groups.tp.rank(),
+        tensor_rank=groups.tp.rank() if followed is None else 0,
         tensor_size=grid.tensor,
-        pipeline_rank=groups.pp.rank(),
+        pipeline_rank=groups.pp.rank() if followed is None else 0,
         pipeline_size=grid.pipeline,
-        data_rank=groups.dp.rank(),
-        data_size=groups.dp.size(),
+        data_rank=groups.dp.rank() if followed is None else followed,
+        data_size=data_size,
         sequence_parallel=grid.sequence and grid.tensor > 1,
         groups=groups,
         work=work,
+        following=following,
         roles=roles,
         home=home,
     )

@@ -10,7 +10,7 @@ import torch
 
 from rto_megatron.config.rollouts import RolloutConfig
 from rto_megatron.data.packing import token_batch
-from rto_megatron.engine.megatron import Model
+from rto_megatron.engine.absent import RoleModel
 from rto_megatron.engine.offload import HostMemory
 from rto_megatron.errors import MachineError, PoolError, RecipeError, UserError
 from rto_megatron.generation.contract import NoServersLeft, RolloutEngine, Unreachable
@@ -119,7 +119,7 @@ class PolicyPush:
 
     def __init__(
         self,
-        policy: Model,
+        policy: RoleModel,
         sync: WeightSync,
         pool: VllmPool | None,
         tolerance: float,
@@ -253,7 +253,7 @@ class ConnectedPool:
             self.shared.take_from_pool()
 
 
-def connect_pool(config: RolloutConfig, policy: Model, memory: HostMemory | None = None) -> ConnectedPool:
+def connect_pool(config: RolloutConfig, policy: RoleModel, memory: HostMemory | None = None) -> ConnectedPool:
     """The configured pool, for pushes of one policy; all ranks must call it. No server is asked yet.
 
     Args:
@@ -325,7 +325,7 @@ def meeting_host(servers: Sequence[str]) -> str:
 
 def open_push(
     config: RolloutConfig,
-    policy: Model,
+    policy: RoleModel,
     pool: VllmPool | None,
     token: str,
     host: str,
@@ -351,7 +351,7 @@ def open_push(
         part=PushPart(
             is_controller=topology.is_lead,
             sender=topology.data_rank * replica_ranks + source.sender
-            if topology.data_rank in replicas
+            if topology.holds_shard and topology.data_rank in replicas
             else None,
             num_senders=len(replicas) * replica_ranks,
         ),
@@ -362,5 +362,5 @@ def open_push(
         host=host,
         is_shared=phases is not None,
     )
-    tolerance = config.logprob_tolerance or CANARY_TOLERANCE[policy.module.config.params_dtype]
+    tolerance = config.logprob_tolerance or CANARY_TOLERANCE[policy.dtype]
     return PolicyPush(policy, sync, pool, tolerance, shared)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from rto_megatron.engine.megatron import Model
+from rto_megatron.engine.absent import AbsentModel, RoleModel
 from rto_megatron.engine.weights import stage_pieces
 from rto_megatron.models.parameters import stage_of, stored_parameters
 from rto_megatron.models.weight_map import cut, dtype_name
@@ -20,7 +20,7 @@ class PolicySource:
         PolicySource(policy).specs()
     """
 
-    def __init__(self, policy: Model) -> None:
+    def __init__(self, policy: RoleModel) -> None:
         self.policy = policy
 
     @property
@@ -32,7 +32,7 @@ class PolicySource:
     def specs(self) -> tuple[PieceSpec, ...]:
         """The piece of every tensor on each rank of a replica; equal on all ranks."""
         shape, topology = self.policy.shape, self.policy.topology
-        dtype = self.policy.module.config.params_dtype
+        dtype = self.policy.dtype
         specs = []
         for parameter in stored_parameters(shape, self.policy.has_scalar_head):
             first_sender = stage_of(parameter, shape, topology.pipeline_size) * topology.tensor_size
@@ -51,5 +51,5 @@ class PolicySource:
     def pieces(self, sender: int) -> Iterator[tuple[str, Tensor]]:
         """This rank's pieces in the order of `specs`."""
         model = self.policy
-        assert sender == self.sender
+        assert sender == self.sender and not isinstance(model, AbsentModel)
         return stage_pieces(model.module, model.shape, model.has_scalar_head, model.topology)

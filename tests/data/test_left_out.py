@@ -10,7 +10,7 @@ import pytest
 from data.test_loader import assistant, user, write_lines
 from transformers import PreTrainedTokenizerBase
 
-from rto_megatron.data.encoder import Limits
+from rto_megatron.data.limits import Limits
 from rto_megatron.data.loader import load_demonstrations, load_judged, load_pairs, load_prompts
 from rto_megatron.data.template import TemplateOptions
 from rto_megatron.errors import DataError

@@ -18,6 +18,10 @@ LAYOUTS = {
     "tp2_sp": (2, 2, 1, True),
     "tp2_pp2": (4, 2, 2, False),
     "tp2_pp2_sp": (4, 2, 2, True),
+    # The policy has the ranks that no role has for itself.
+    "tp2_of_4": (4, 2, 1, False),
+    "pp2_of_3": (3, 1, 2, False),
+    "dp2_of_3": (3, 1, 1, False),
 }
 
 
