@@ -20,11 +20,23 @@ class RankLayout:
     tensor: int
     pipeline: int
     data: int  # replicas
+    expert: int = 1  # parts of the experts of a mixture
+    expert_tensor: int | None = None  # ranks of one; None: as many as tensor
 
     @property
     def replica_ranks(self) -> int:
         """Ranks that hold the model once."""
         return self.tensor * self.pipeline
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks of a stage over which a mixture's experts are cut and spread."""
+        return self.expert * (self.expert_tensor or self.tensor)
+
+    @property
+    def expert_replicas(self) -> int:
+        """How often each expert is held."""
+        return self.tensor * self.data // self.expert_ranks
 
     @property
     def world_size(self) -> int:
@@ -36,8 +48,10 @@ def layout_on(parallel: ParallelConfig, world_size: int | None = None, role: str
     """The layout of a role on so many ranks, rounded down to whole replicas; None: on the fewest for all roles."""
     grid = parallel.grid_of(role)
     if world_size is None:
-        world_size = math.lcm(parallel.replica_ranks, *(one.replica_ranks for one in parallel.roles.values()))
-    return RankLayout(grid.tensor, grid.pipeline, world_size // grid.replica_ranks)
+        world_size = math.lcm(parallel.whole_ranks, *(one.whole_ranks for one in parallel.roles.values()))
+    return RankLayout(
+        grid.tensor, grid.pipeline, world_size // grid.replica_ranks, grid.expert, grid.expert_tensor
+    )
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -13,12 +14,13 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from torch import Tensor
 
+from rto_megatron.engine.filling import filled
 from rto_megatron.engine.finite import refuse_together
 from rto_megatron.engine.optimizer import set_learning_rate, state_tensors
 from rto_megatron.engine.presence import require_present
+from rto_megatron.engine.router_health import router_metrics, watched_routers
 from rto_megatron.models.build import forward
 from rto_megatron.models.model_flops import forward_flops
 from rto_megatron.models.shape import ModelShape
@@ -75,7 +77,8 @@ class FrozenModel:
         """Log-probs of the targets, or values with a scalar head, of every position; no gradients.
 
         Args:
-            batches: one or more; equal on all ranks of a replica, which must all call this.
+            batches: equal on all ranks of a replica, which must all call this. One or more; none only of a mixture
+                whose replicas exchange tokens, which call this together.
 
         Returns:
             one float32 [T] per batch, in nats or reward units, on every rank of the replica.
@@ -187,19 +190,21 @@ class TrainedModel:
         batches = [m.batch for m in microbatches]
         _require_rows(self, batches)
         require_present(self.gradient_buffers(), f"gradients of {self.name}")
-        get_moe_metrics_tracker().clear()
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
+        passes = filled(batches, self.shape, self.topology)
         # The schedule divides by the number of micro-batches and the reduction by the number of replicas.
-        factor = len(microbatches) * self.topology.data_size
-        outputs = _schedule(self, batches)(
-            forward_step_func=partial(_training_step, self, loss, reading or TOKENS, factor),
-            data_iterator=iter(microbatches),
-            model=self.wrapped,
-            forward_only=False,
-        )
+        factor = len(passes) * self.topology.data_size
+        with watched_routers(self.module, len(batches), len(passes)):
+            outputs = _schedule(self, passes)(
+                forward_step_func=partial(_training_step, self, loss, reading or TOKENS, factor),
+                data_iterator=iter(zip_longest(passes, microbatches)),
+                model=self.wrapped,
+                forward_only=False,
+            )
         _count(self, batches, _TRAINING_FORWARDS)
-        metrics = {**self._collect(outputs), **self._expert_balance(len(microbatches))}
+        health = router_metrics(self.module, self.name, self.shape, self.topology, len(batches))
+        metrics = {**self._collect(outputs), **health}
         self._refuse_nonfinite(outputs, names)
         return metrics
 
@@ -226,16 +231,6 @@ class TrainedModel:
                 before = totals.get(key, (0.0, 0.0))
                 totals[key] = (before[0] + total, before[1] + count)
         return at_home(self.topology.last_stage_value(totals, _SUMS), self.topology)
-
-    def _expert_balance(self, num_microbatches: int) -> Metrics:
-        """The load-balancing loss before its weight, mean over layers and micro-batches; nothing without one."""
-        if not self.module.config.moe_aux_loss_coeff:
-            return {}
-        # Each rank holds its layers' and, under sequence parallelism, its tokens' part, and as Megatron's schedule does
-        # each replica takes the mean of its own micro-batches, of which others may have more or fewer.
-        own = get_moe_metrics_tracker().metrics["load_balancing_loss"].values.sum() / num_microbatches
-        layers = self.shape.num_layers * self.topology.data_size
-        return {f"loss/{self.name}_moe_aux": (float(self.topology.all_sum(own)) / layers, 1.0)}
 
     def _refuse_nonfinite(
         self, outputs: list[tuple[dict[str, tuple[float, float]], bool]], names: Sequence[Sequence[str]]
@@ -297,21 +292,26 @@ def _forward_only(
         iterator: Iterator[tuple[int, TokenBatch]], chunk: GPTModel
     ) -> tuple[Tensor, Callable[..., Tensor]]:
         index, batch = next(iterator)
-        return forward(chunk, batch), lambda raw, non_loss_data=True: read(index, raw)
+        return forward(
+            chunk, batch
+        ), lambda raw, non_loss_data=True: read(index, raw) if index < len(batches) else raw
 
     _require_rows(model, batches)
+    passes = filled(batches, model.shape, model.topology)
+    if not passes:
+        return []
     model.module.eval()
     with torch.no_grad():
-        outputs: list[Tensor] = _schedule(model, batches)(
+        outputs: list[Tensor] = _schedule(model, passes)(
             forward_step_func=step,
-            data_iterator=iter(enumerate(batches)),
+            data_iterator=iter(enumerate(passes)),
             model=model.module,
             forward_only=True,
             collect_non_loss_data=True,
         )
     model.module.train()
     _count(model, batches, 1)
-    return outputs
+    return outputs[: len(batches)]
 
 
 def _schedule(model: Model, batches: Sequence[TokenBatch]) -> Callable[..., list[Any]]:
@@ -344,7 +344,7 @@ def _require_rows(model: Model, batches: Sequence[TokenBatch]) -> None:
     A model whose weights wait in host memory would read anything.
     """
     require_present(model.module.parameters(), f"weights of {model.name}")
-    largest, num_rows = max(batch.largest_id for batch in batches), model.shape.vocab_size
+    largest, num_rows = max((batch.largest_id for batch in batches), default=0), model.shape.vocab_size
     if largest >= num_rows:
         raise ValueError(
             f"{model.name} has no row for id {largest}, expected ids below its vocab_size of {num_rows}; the data, the "
@@ -357,16 +357,18 @@ def _training_step[M: Microbatch](
     loss: Loss[M],
     reading: Reading[M],
     factor: int,
-    iterator: Iterator[M],
+    iterator: Iterator[tuple[TokenBatch, M | None]],
     chunk: GPTModel,
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, tuple[Metrics, bool]]]]:
-    microbatch = next(iterator)
+    batch, microbatch = next(iterator)
 
     def loss_of(raw: Tensor) -> tuple[Tensor, tuple[Metrics, bool]]:
+        if microbatch is None:  # of padding alone: the backward of its exchange is what others wait for
+            return raw.float().sum() * 0, ({}, True)
         output = loss(reading.read(model, microbatch, raw), microbatch)
         return output.loss * factor, (output.metrics, bool(torch.isfinite(output.loss)))
 
-    return forward(chunk, microbatch.batch), loss_of
+    return forward(chunk, batch), loss_of
 
 
 def training_hooks(config: TransformerConfig) -> None:

@@ -1,5 +1,6 @@
 """Who this rank is, and with whom it speaks."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -57,20 +58,29 @@ class Topology:
         seed: int,
         timeout: timedelta = timedelta(minutes=30),
         roles: Mapping[RoleName, GridConfig] | None = None,
+        expert: int = 1,
+        expert_tensor: int | None = None,
     ) -> "Topology":
         """Joins the process group that the launcher announced in the environment.
 
         Args:
             timeout: of a collective; longer than one rank may let the others wait, such as for rollouts.
-            roles: role -> its own layout; None: all have the one of `tensor` and `pipeline`.
+            roles: role -> its own layout; None: all have the one of the policy.
+            expert, expert_tensor: parts of the experts of a mixture, and ranks of one; see `GridConfig`.
 
         Raises:
             AbsentRanks: not all ranks came.
-            RecipeError: the number of ranks is no multiple of tensor x pipeline.
+            RecipeError: the number of ranks holds no whole number of models.
         """
         if not dist.is_initialized():
             join_ranks(device.backend, timeout)
-        grid = GridConfig(tensor=tensor, pipeline=pipeline, sequence=sequence)
+        grid = GridConfig(
+            tensor=tensor,
+            pipeline=pipeline,
+            sequence=sequence,
+            expert=expert,
+            expert_tensor=expert_tensor,
+        )
         others: dict[str, Topology] = {}
         policy = _placed(device, grid, "parallel", timeout, Work(), others, None)
         seed_generators(seed, policy.tensor_rank)
@@ -126,6 +136,22 @@ class Topology:
         """Token rows are padded to a multiple of this: sequence parallelism cuts them in equal parts."""
         return self.tensor_size if self.sequence_parallel else 1
 
+    @property
+    def spread(self) -> int:
+        """Ranks of a stage that hold all its parameters, experts too: those of one replica, or of several."""
+        experts = self.groups.ep.size() * self.groups.expt_tp.size()
+        return math.lcm(self.tensor_size, experts)
+
+    @property
+    def stage_rank(self) -> int:
+        """This rank's place among all of its stage: tensor ranks of the first replica come first."""
+        return int(self.groups.tp_dp_cp.rank())
+
+    @property
+    def is_exchanging(self) -> bool:
+        """Whether a mixture's replicas send each other tokens: they make their passes together."""
+        return bool(self.groups.tp_ep.size() > self.tensor_size)
+
     def data_group(self) -> dist.ProcessGroup:
         """Ranks that hold the same shard in every replica."""
         group: dist.ProcessGroup = self.groups.dp
@@ -153,6 +179,12 @@ class Topology:
     def any(self, is_true: bool) -> bool:
         """True on every rank when it is on one; all ranks must call it."""
         return bool(self.all_sum(torch.tensor(float(is_true), device=self.device.torch_device)))
+
+    def most(self, count: int) -> int:
+        """The largest count of the replicas that exchange tokens; all their ranks must call it."""
+        total = torch.tensor(count, device=self.device.torch_device)
+        dist.all_reduce(total, dist.ReduceOp.MAX, group=self.groups.tp_ep)
+        return int(total)
 
     def from_last_stage(self, tensors: list[Tensor] | None, lengths: list[int]) -> list[Tensor]:
         """Float32 vectors computed on the last pipeline stage, on every rank; every rank of a replica must call it.
@@ -221,11 +253,11 @@ class Topology:
 
     def gather_tensor_shards(self, shard: Tensor) -> list[Tensor]:
         """The shards of all tensor ranks, in order; every rank of the tensor group must call it."""
-        if self.tensor_size == 1:
-            return [shard]
-        shards = [torch.empty_like(shard) for _ in range(self.tensor_size)]
-        dist.all_gather(shards, shard.contiguous(), group=self.groups.tp)
-        return shards
+        return _all_of(shard, self.groups.tp)
+
+    def gather_expert_shards(self, shard: Tensor) -> list[Tensor]:
+        """The shards of an expert, in order; every rank that holds one of them must call it."""
+        return _all_of(shard, self.groups.expt_tp)
 
     def barrier(self) -> None:
         """Waits for all ranks."""
@@ -248,7 +280,12 @@ def _placed(
             f"{world} ranks were started, but {section}.tensor x {section}.pipeline = {grid.tensor} x {grid.pipeline} "
             f"= {grid.replica_ranks}; start a multiple of {grid.replica_ranks} ranks"
         )
-    groups = make_groups(range(world), grid.tensor, grid.pipeline, timeout)
+    if world % grid.whole_ranks:
+        raise RecipeError(
+            f"{world} ranks were started, and with {section}.expert={grid.expert} parts of {grid.expert_cut} ranks "
+            f"each the experts of a model lie on {grid.whole_ranks}; start a multiple of {grid.whole_ranks} ranks"
+        )
+    groups = make_groups(range(world), grid.tensor, grid.pipeline, timeout, grid.expert, grid.expert_tensor)
     return Topology(
         device=device,
         rank=dist.get_rank(),
@@ -264,6 +301,14 @@ def _placed(
         roles=roles,
         home=home,
     )
+
+
+def _all_of(shard: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    if group.size() == 1:
+        return [shard]
+    shards = [torch.empty_like(shard) for _ in range(group.size())]
+    dist.all_gather(shards, shard.contiguous(), group=group)
+    return shards
 
 
 def _last_of(group: dist.ProcessGroup) -> int:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -80,13 +79,10 @@ def weights_fingerprint(model: Model) -> str:
     topology = model.topology
     tensors = stage_hf_tensors(model.module, model.shape, model.has_scalar_head, topology)
     own: dict[str, str] = {}
-    if topology.tensor_rank == 0 and topology.data_rank == 0:
-        for name, tensor in tensors:
-            # A copy in any case: memory that numpy has seen cannot be given away any more, as offload does.
-            raw = tensor.detach().to("cpu", torch.bfloat16, copy=True).contiguous().view(torch.uint8)
-            own[name] = hashlib.sha256(raw.numpy()).hexdigest()
-    elif topology.data_rank == 0:
-        deque(tensors, maxlen=0)  # the other tensor ranks only take part in the gathers
+    for name, tensor in tensors:
+        # A copy in any case: memory that numpy has seen cannot be given away any more, as offload does.
+        raw = tensor.detach().to("cpu", torch.bfloat16, copy=True).contiguous().view(torch.uint8)
+        own[name] = hashlib.sha256(raw.numpy()).hexdigest()
     parts = topology.gather_all(own, dict[str, str])
     digests = {name: digest for part in parts for name, digest in part.items()}
     lines = "\n".join(f"{name} {digest}" for name, digest in sorted(digests.items()))
