@@ -88,6 +88,14 @@ class RewardError(UserError):
     """
 
 
+class JudgeError(UserError):
+    """The endpoint that judges answers cannot be used, or what it says is no verdict.
+
+    Example:
+        JudgeError("http://127.0.0.1:8000/v1 refused a request with status 401; the key is wrong")
+    """
+
+
 class MachineError(UserError):
     """The machine or its packages are in the way: ports, disk, GPUs, the environment of the process.
 
@@ -106,6 +114,7 @@ SUBJECTS: tuple[type[UserError], ...] = (
     ConversionError,
     PoolError,
     RewardError,
+    JudgeError,
     MachineError,
 )
 _SHOWN = 20

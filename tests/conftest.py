@@ -1,6 +1,7 @@
 """Shared settings: one device preparation before anything imports megatron.core."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,8 @@ def pytest_configure(config: pytest.Config) -> None:
         from rto_megatron.platform.device import prepare
 
         prepare()
+        # A shell's background jobs ignore it, and so would every launcher that a test interrupts.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         import pool_server
 
         config.pluginmanager.register(pool_server)
@@ -43,13 +46,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     It begins with them, as they take the longest and leave a core to the others for much of it.
     """
-    if config.getoption("fast"):
-        slow = [item for item in items if _starts_processes(item)]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in slow]
     for item in items:
         if isinstance(item, pytest.Function) and "pool_server" in item.fixturenames:
             item.add_marker("pool")
+    if config.getoption("fast"):
+        slow = [item for item in items if item.get_closest_marker("pool") or _starts_processes(item)]
+        config.hook.pytest_deselected(items=slow)
+        kept = set(items).difference(slow)
+        items[:] = [item for item in items if item in kept]
+    for item in items:
         group = "pool" if item.get_closest_marker("pool") else item.nodeid.partition("::")[0]
         item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: item.get_closest_marker("pool") is None)
@@ -57,7 +62,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _starts_processes(item: pytest.Item) -> bool:
     """Whether its file can: it has imported what does."""
-    starters = {"run_ranks", "subprocess", "pool_server", "OwnServer", "launched"}
+    starters = {"run_ranks", "subprocess", "OwnServer", "launched"}
     return isinstance(item, pytest.Function) and not starters.isdisjoint(vars(item.module))
 
 

@@ -12,7 +12,7 @@ from rto_megatron.cli.options import Assume, Overrides, Recipe
 from rto_megatron.errors import RecipeError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from rto_megatron.config.plan import BatchPlan, RankLayout, StagePlan
     from rto_megatron.config.rewards import Source
@@ -102,11 +102,11 @@ def _missing_here(config: "Stage") -> list[str]:
 def _split(config: "Stage", gpus: int, pool_gpus: int | None) -> tuple[int, int]:
     """Trainer ranks and pool GPUs."""
     from rto_megatron.config.facts import facts_of
-    from rto_megatron.config.plan import layout_on
+    from rto_megatron.config.plan import fewest_ranks
 
     facts = facts_of(config)
     if gpus == 0:
-        return layout_on(config.parallel).world_size, 0
+        return fewest_ranks(config.parallel), 0
     if facts.is_colocated:
         if pool_gpus is not None:
             raise RecipeError("--pool-gpus has no effect with rollout.colocated=true; remove it")
@@ -126,9 +126,15 @@ def _layout_table(plan: "StagePlan", pool_gpus: int) -> Table:
 
     facts, layout, batches = plan.facts, plan.layout, plan.batches
     table = Table("", "", title="layout and batch arithmetic", show_header=False)
-    table.add_row("trainer ranks", f"{layout.world_size} = {_cut(layout)}")
-    for role in plan.config.parallel.roles:
-        table.add_row(f"of them the {role}'s", _cut(plan.layout_of(role)))
+    if layout.num_ranks == plan.world_size:
+        table.add_row("trainer ranks", f"{plan.world_size} = {_cut(layout)}")
+    else:
+        of_policy = _spans(plan.config.parallel.ranks_of("policy", plan.world_size))
+        table.add_row("trainer ranks", str(plan.world_size))
+        table.add_row("of them the policy's", f"{_cut(layout)}, ranks {of_policy}")
+    for role, grid in plan.config.parallel.roles.items():
+        where = "" if grid.ranks is None else f", ranks {grid.ranks}"
+        table.add_row(f"of them the {role}'s", _cut(plan.layout_of(role)) + where)
     if facts.pool is not None:
         own = "the trainer's GPUs, in turn" if facts.is_colocated else f"{pool_gpus} GPUs of its own"
         where = own if pool_gpus else "one server on the CPU"
@@ -183,16 +189,15 @@ def _optimizer_step(batch: "TrainBatchConfig", replicas: int, plan: "BatchPlan",
 
 
 def _models_table(plan: "StagePlan", shapes: "Mapping[str, FoundShape]") -> Table:
-    from rto_megatron.planning.memory import activation_bytes, gib, model_bytes, role_cost
+    from rto_megatron.planning.memory import gib, role_cost
 
-    roles, world_size = plan.roles, plan.layout.world_size
-    table = Table(
-        "role", "model", "shape from", "work", title=f"models, each on all {world_size} trainer ranks"
-    )
+    sets, title = plan.rank_sets, f"models, each on all {plan.world_size} trainer ranks"
+    if len(sets) > 1:
+        title = f"models on {plan.world_size} trainer ranks"
+    table = Table("role", "model", "shape from", "work", title=title)
     for name in ("parameters", "per rank", "memory per rank"):
         table.add_column(name, justify="right")
-    total = activations = activation_bytes(plan, shapes)
-    for role in roles:
+    for role in plan.roles:
         work = f"shares {role.shares}" if role.shares else ("trained" if role.is_trained else "frozen")
         kind = "fresh value head" if role.is_head_fresh else "value head"
         head = f" ({kind})" if role.has_value_head else ""
@@ -203,23 +208,42 @@ def _models_table(plan: "StagePlan", shapes: "Mapping[str, FoundShape]") -> Tabl
             )
             continue
         cost = role_cost(role, found.shape, plan)
-        total += cost.bytes_per_rank
         numbers = (f"{cost.parameters / 1e6:,.1f} M", f"{cost.parameters_per_rank / 1e6:,.1f} M")
         table.add_row(
             role.name, _short(role.path), found.source, work + head, *numbers, gib(cost.bytes_per_rank)
         )
-    table.add_section()
-    table.add_row("activations", "", "", "largest micro-batch, estimated", "", "", gib(activations))
-    complete = all(role.name in shapes for role in roles)
+    for ranks, names in sets.items():
+        table.add_section()
+        _add_sum(table, plan, shapes, names, f" of ranks {_spans(ranks)}" if len(sets) > 1 else "")
+    return table
+
+
+def _add_sum(
+    table: Table, plan: "StagePlan", shapes: "Mapping[str, FoundShape]", names: "Collection[str]", where: str
+) -> None:
+    """Rows with the memory of a rank that holds some roles."""
+    from rto_megatron.planning.memory import activation_bytes, gib, model_bytes, role_cost
+
+    activations = activation_bytes(plan, shapes, names)
+    table.add_row("activations", "", "", f"largest micro-batch{where}, estimated", "", "", gib(activations))
+    known = [role for role in plan.roles if role.name in names and role.name in shapes]
+    total = activations + sum(role_cost(one, shapes[one.name].shape, plan).bytes_per_rank for one in known)
     if (training := plan.facts.training) is not None and training.offload:
         away = ", ".join(training.offload)
-        spared = total - activations - model_bytes(plan, shapes)
+        spared = total - activations - model_bytes(plan, shapes, names)
         table.add_row(
             "offload", "", "", f"spared while scoring or updating, of {away}", "", "", f"-{gib(spared)}"
         )
         total -= spared
-    table.add_row("sum", "", "", "" if complete else "without the unknown models", "", "", gib(total))
-    return table
+    missing = "" if len(known) == len(names) else "without the unknown models"
+    table.add_row(f"sum{where}", "", "", missing, "", "", gib(total))
+
+
+def _spans(ranks: "Sequence[int]") -> str:
+    """Ranks as people write them: 0-3, 8-15."""
+    starts = [rank for rank in ranks if rank - 1 not in ranks]
+    ends = [rank for rank in ranks if rank + 1 not in ranks]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
 def _rewards_table(sources: "Sequence[Source]") -> Table:

@@ -70,7 +70,7 @@ def hf_to_megatron(
 
     options = _options(dtype, max_shard_size, head)
     proofs = _proofs(verify, tensor, pipeline)
-    _show(convert_to_megatron(source, target, options, proofs, _bar, dry_run), target, dry_run)
+    _show(convert_to_megatron(source, target, options, proofs, bar, dry_run), target, dry_run)
 
 
 @app.command("megatron-to-hf")
@@ -105,7 +105,7 @@ def megatron_to_hf(
     options = _options(dtype, max_shard_size, head)
     opened = open_megatron(source, hf_files, options.has_scalar_head)
     proofs = _proofs(verify, tensor, pipeline)
-    _show(convert_to_hf(opened, target, options, proofs, _bar, dry_run), target, dry_run)
+    _show(convert_to_hf(opened, target, options, proofs, bar, dry_run), target, dry_run)
 
 
 @app.command("verify")
@@ -120,7 +120,7 @@ def verify_command(
     """Prove that a Hugging Face folder and a Megatron checkpoint hold one model; names every tensor that differs."""
     from rto_megatron.convert.conversion import verify_pair
 
-    shown = verify_pair(hf, megatron, _is_scalar(head), _proofs(verify, tensor, pipeline), _bar)
+    shown = verify_pair(hf, megatron, _is_scalar(head), _proofs(verify, tensor, pipeline), bar)
     _console().print(shown)
 
 
@@ -177,7 +177,8 @@ def _proofs(verify: str, tensor: int, pipeline: int) -> "Proofs":
 
 
 @contextmanager
-def _bar(title: str, size: int) -> "Iterator[Advance]":
+def bar(title: str, size: int) -> "Iterator[Advance]":
+    """Shows the progress of a conversion by its bytes."""
     from rich.progress import (
         BarColumn,
         DownloadColumn,

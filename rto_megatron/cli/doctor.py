@@ -85,7 +85,7 @@ def _of_this_machine() -> "list[Finding]":
 def _of_recipe(recipe: Path, overrides: Sequence[str]) -> "list[Finding]":
     from rto_megatron.config.facts import facts_of
     from rto_megatron.config.load import load_recipe
-    from rto_megatron.config.plan import layout_on
+    from rto_megatron.config.plan import fewest_ranks
     from rto_megatron.config.reward_code import rewards_of
     from rto_megatron.diagnosis import connections, disk
     from rto_megatron.diagnosis.finding import Finding, findings_of
@@ -103,7 +103,7 @@ def _of_recipe(recipe: Path, overrides: Sequence[str]) -> "list[Finding]":
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return findings
     # Alone, the doctor takes the smallest number of ranks that the layout allows.
-    num_ranks = started if started > 1 else layout_on(config.parallel).world_size
+    num_ranks = started if started > 1 else fewest_ranks(config.parallel)
     findings += findings_of("models", partial(check_models, config, num_ranks))
     findings += findings_of("data", partial(check_data, config))
     findings += findings_of("rewards", partial(check_rewards, rewards_of(config)))

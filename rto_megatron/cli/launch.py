@@ -118,7 +118,7 @@ def _run(
     import torch
 
     from rto_megatron.config.facts import facts_of
-    from rto_megatron.config.plan import layout_on
+    from rto_megatron.config.plan import most_ranks
     from rto_megatron.engine.source import find_sources
     from rto_megatron.launching.attempts import run_attempts
     from rto_megatron.launching.launched_pool import launched_pool, plan_pool
@@ -139,8 +139,7 @@ def _run(
             free_gpus -= len(devices)
         if not prepare(1):
             raise PoolError("the pool's servers ended before a rank was started; their logs say why")
-    model_ranks = layout_on(config.parallel).world_size
-    num_ranks = ranks or max(1, free_gpus // model_ranks) * model_ranks
+    num_ranks = ranks or most_ranks(config.parallel, free_gpus)
     return run_attempts(
         config.run.dir, restarts, stopping, prepare, lambda: start_ranks(num_ranks, arguments)
     )

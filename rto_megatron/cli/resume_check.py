@@ -91,11 +91,11 @@ def resume_check_rank(config: Annotated[Path, typer.Argument(help="A saved confi
 
 def _layout(config: "TrainStage", resume_at: str | None, replicas: int) -> "tuple[TrainParallelConfig, int]":
     """The layout of the resumed run, and its ranks."""
-    from rto_megatron.config.plan import layout_on
+    from rto_megatron.config.plan import fewest_ranks
 
     own = config.parallel
     if resume_at is None:
-        return own, layout_on(own).world_size * replicas
+        return own, fewest_ranks(own, replicas)
     sizes = resume_at.split("x")
     if len(sizes) != 3 or not all(size.isdigit() and int(size) for size in sizes):
         raise RecipeError(
@@ -103,7 +103,7 @@ def _layout(config: "TrainStage", resume_at: str | None, replicas: int) -> "tupl
         )
     tensor, pipeline, data = map(int, sizes)
     other = own.model_copy(update={"tensor": tensor, "pipeline": pipeline, "roles": {}})
-    return other, layout_on(other).world_size * data
+    return other, fewest_ranks(other, data)
 
 
 def run_both(
@@ -121,13 +121,13 @@ def run_both(
         parallel, num_ranks: of the resumed run.
         train: starts fresh processes, so that nothing but the checkpoint passes from one run to the other.
     """
-    from rto_megatron.config.plan import layout_on
+    from rto_megatron.config.plan import fewest_ranks
     from rto_megatron.proofs.resumed_runs import resumed_run, whole_run
 
     if (root / "whole").exists() or (root / "resumed").exists():
         raise RecipeError(f"--scratch {root} holds the runs of an earlier check; name a new folder")
     whole = whole_run(config, k, root / "whole")
-    train(whole, layout_on(whole.parallel).world_size * replicas)
+    train(whole, fewest_ranks(whole.parallel, replicas))
     train(resumed_run(whole, k, root / "resumed", parallel), num_ranks)
 
 

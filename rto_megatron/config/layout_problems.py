@@ -3,7 +3,7 @@
 from rto_megatron.algorithms import ALGORITHMS
 from rto_megatron.algorithms.method import OfflineMethod
 from rto_megatron.config.facts import facts_of
-from rto_megatron.config.plan import layout_on
+from rto_megatron.config.plan import fewest_ranks
 from rto_megatron.config.roles import Role, allowed_roles, roles_of
 from rto_megatron.config.schema import ReinforcementStage, Stage
 from rto_megatron.config.training import GridConfig
@@ -11,20 +11,30 @@ from rto_megatron.config.training import GridConfig
 
 def layout_problems(config: Stage, world_size: int, origin: str) -> list[str]:
     """Of the policy's layout; see `checks.find_problems`."""
-    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    parallel = config.parallel
     problems = []
-    if config.parallel.sequence and tensor == 1:
+    if parallel.sequence and parallel.tensor == 1:
         problems.append("parallel.sequence=true needs parallel.tensor > 1; set parallel.sequence=false")
-    replica_ranks = config.parallel.replica_ranks
-    if world_size % replica_ranks:
+    replica_ranks, num_ranks = parallel.replica_ranks, len(parallel.ranks_of("policy", world_size))
+    if not num_ranks:
+        return [
+            *problems,
+            f"parallel.roles names all {_ranks(world_size)}, and the policy has none; {_start(config)}",
+        ]
+    if num_ranks % replica_ranks:
+        left = "" if num_ranks == world_size else f" of {world_size} that are left to the policy"
+        advice = "start a multiple of it or change the layout" if not left else _start(config)
         problems.append(
-            f"parallel.tensor x parallel.pipeline = {tensor} x {pipeline} = {replica_ranks} "
-            f"does not divide the {_ranks(world_size)}{f' ({origin})' if origin else ''}; "
-            "start a multiple of it or change the layout"
+            f"parallel.tensor x parallel.pipeline = {parallel.tensor} x {parallel.pipeline} = {replica_ranks} "
+            f"does not divide the {_ranks(num_ranks)}{left}{f' ({origin})' if origin else ''}; {advice}"
         )
         return problems
-    problems += _experts(config.parallel, "parallel", world_size)
-    return problems + _batches(config, layout_on(config.parallel, world_size).data)
+    problems += _experts(parallel, "parallel", num_ranks)
+    return problems + _batches(config, num_ranks // replica_ranks)
+
+
+def _start(config: Stage) -> str:
+    return f"start {fewest_ranks(config.parallel)} ranks, or give roles other ranks"
 
 
 def role_problems(config: Stage, world_size: int) -> list[str]:
@@ -53,7 +63,9 @@ def role_problems(config: Stage, world_size: int) -> list[str]:
 
 def _role(config: Stage, role: Role, world_size: int) -> list[str]:
     key, grid = config.parallel.key_of(role.name), config.parallel.grid_of(role.name)
-    problems = []
+    problems = _own_ranks(config, role.name, world_size)
+    if problems:
+        return problems
     if grid.sequence and grid.tensor == 1:
         problems.append(f"{key}.sequence=true needs {key}.tensor > 1; set {key}.sequence=false")
     method = ALGORITHMS.get(config.stage)
@@ -62,17 +74,65 @@ def _role(config: Stage, role: Role, world_size: int) -> list[str]:
             f"{key}: stage {config.stage} compares whole distributions where they lie, so its reference has the "
             "policy's layout; remove it"
         )
-    if world_size % grid.replica_ranks:
-        fits = [n for n in range(1, world_size + 1) if world_size % (n * grid.pipeline) == 0]
+    num_ranks = len(config.parallel.ranks_of(role.name, world_size))
+    if num_ranks % grid.replica_ranks:
+        fits = [n for n in range(1, num_ranks + 1) if num_ranks % (n * grid.pipeline) == 0]
         nearest = min(fits, key=lambda n: abs(n - grid.tensor), default=None)
         advice = f"set {key}.pipeline to 1" if nearest is None else f"set {key}.tensor to {nearest}"
+        other = "start another number" if num_ranks == world_size else "give it another number of ranks"
         problems.append(
             f"{key}.tensor x {key}.pipeline = {grid.tensor} x {grid.pipeline} = {grid.replica_ranks} does not divide "
-            f"the {_ranks(world_size)}, all of which hold the {role.name}; {advice}, or start another number"
+            f"the {_ranks(num_ranks)}, all of which hold the {role.name}; {advice}, or {other}"
         )
         return problems
-    problems += _experts(grid, key, world_size)
-    return problems + _shares(config, role, world_size // grid.replica_ranks)
+    problems += _experts(grid, key, num_ranks)
+    return problems + _shares(config, role, num_ranks // grid.replica_ranks)
+
+
+def _own_ranks(config: Stage, role: str, world_size: int) -> list[str]:
+    """What is wrong with the ranks that a role has for itself."""
+    parallel = config.parallel
+    key, own = f"{parallel.key_of(role)}.ranks", parallel.ranks_of(role, world_size)
+    ranks = next((grid.ranks for name, grid in parallel.roles.items() if name == role), None)
+    if ranks is None:
+        return []
+    problems = []
+    if facts_of(config).is_colocated:
+        problems.append(
+            f"{key}={ranks} cannot work with rollout.colocated=true: a server of the pool gets its weights from the "
+            "policy's ranks on its GPUs; remove it, or give the pool GPUs of its own"
+        )
+    if own[0] == 0:
+        problems.append(
+            f"{key}={ranks} takes rank 0, which leads the job and holds the policy; "
+            f"{_last_ranks(config, role, world_size) or _start(config)}"
+        )
+    if own[-1] >= world_size:
+        problems.append(
+            f"{key}={ranks} names rank {own[-1]} of a job of {_ranks(world_size)}, 0 to {world_size - 1}; "
+            f"{_last_ranks(config, role, world_size) or _start(config)}"
+        )
+    for name, grid in parallel.roles.items():
+        if name != role and set(grid.own_ranks) & set(own) and grid.own_ranks != own and name > role:
+            problems.append(
+                f"{key}={ranks} and parallel.roles.{name}.ranks={grid.ranks} overlap; roles have the same ranks, or "
+                "none in common"
+            )
+    return problems
+
+
+def _last_ranks(config: Stage, role: str, world_size: int) -> str | None:
+    """The last ranks, as near to the number asked for as leaves the policy whole replicas; None: there are none."""
+    parallel = config.parallel
+    if sum(grid.ranks is not None for grid in parallel.roles.values()) > 1:
+        return None
+    wanted, step = len(parallel.ranks_of(role, world_size)), parallel.grid_of(role).replica_ranks
+    fits = [n for n in range(step, world_size, step) if (world_size - n) % parallel.replica_ranks == 0]
+    if not fits:
+        return None
+    first = world_size - min(fits, key=lambda n: abs(n - wanted))
+    named = str(first) if first == world_size - 1 else f"{first}-{world_size - 1}"
+    return f"set {parallel.key_of(role)}.ranks to {named}"
 
 
 def _experts(grid: GridConfig, key: str, world_size: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import chain
 
 from rto_megatron.config.facts import Facts, facts_of
 from rto_megatron.config.roles import Role, needs_dpo, roles_of
@@ -14,7 +15,7 @@ class RankLayout:
     """How a model lies on the trainer's ranks.
 
     Example:
-        RankLayout(tensor=2, pipeline=2, data=4).world_size == 16
+        RankLayout(tensor=2, pipeline=2, data=4).num_ranks == 16
     """
 
     tensor: int
@@ -29,6 +30,11 @@ class RankLayout:
         return self.tensor * self.pipeline
 
     @property
+    def num_ranks(self) -> int:
+        """All ranks that hold the model."""
+        return self.replica_ranks * self.data
+
+    @property
     def expert_ranks(self) -> int:
         """Ranks of a stage over which a mixture's experts are cut and spread."""
         return self.expert * (self.expert_tensor or self.tensor)
@@ -38,20 +44,36 @@ class RankLayout:
         """How often each expert is held."""
         return self.tensor * self.data // self.expert_ranks
 
-    @property
-    def world_size(self) -> int:
-        """All ranks."""
-        return self.replica_ranks * self.data
+
+def layout_on(parallel: ParallelConfig, world_size: int, role: str = "policy") -> RankLayout:
+    """The layout of a role, where the job has so many ranks; rounded down to whole replicas."""
+    grid, ranks = parallel.grid_of(role), parallel.ranks_of(role, world_size)
+    data = len(ranks) // grid.replica_ranks
+    return RankLayout(grid.tensor, grid.pipeline, data, grid.expert, grid.expert_tensor)
 
 
-def layout_on(parallel: ParallelConfig, world_size: int | None = None, role: str = "policy") -> RankLayout:
-    """The layout of a role on so many ranks, rounded down to whole replicas; None: on the fewest for all roles."""
-    grid = parallel.grid_of(role)
-    if world_size is None:
-        world_size = math.lcm(parallel.whole_ranks, *(one.whole_ranks for one in parallel.roles.values()))
-    return RankLayout(
-        grid.tensor, grid.pipeline, world_size // grid.replica_ranks, grid.expert, grid.expert_tensor
-    )
+def fewest_ranks(parallel: ParallelConfig, times: int = 1) -> int:
+    """The smallest number of ranks that holds every role.
+
+    Args:
+        times: of what lies on the policy's ranks, so many replicas, or so many times what holds all roles there.
+    """
+    own, step = _own_and_step(parallel)
+    highest = max((grid.own_ranks.stop for grid in parallel.roles.values()), default=0)
+    return own + step * max(times, -(-(highest - own) // step))
+
+
+def most_ranks(parallel: ParallelConfig, available: int) -> int:
+    """The largest number up to `available` that holds every role; the smallest of all where none is so small."""
+    own, step = _own_and_step(parallel)
+    return fewest_ranks(parallel, max(1, (available - own) // step))
+
+
+def _own_and_step(parallel: ParallelConfig) -> tuple[int, int]:
+    """How many ranks belong to single roles, and what the number of the others is a multiple of."""
+    own = set(chain.from_iterable(grid.own_ranks for grid in parallel.roles.values()))
+    shared = [grid.whole_ranks for grid in parallel.roles.values() if not grid.own_ranks]
+    return len(own), math.lcm(parallel.whole_ranks, *shared)
 
 
 @dataclass(frozen=True)
@@ -84,6 +106,7 @@ class StagePlan:
 
     config: Stage
     facts: Facts
+    world_size: int  # all ranks
     layout: RankLayout  # of the policy, and of every role that names none
     roles: tuple[Role, ...]
     batches: BatchPlan
@@ -92,7 +115,16 @@ class StagePlan:
     def layout_of(self, role: str) -> RankLayout:
         """Of one model."""
         assert role in {one.name for one in self.roles}, role
-        return layout_on(self.config.parallel, self.layout.world_size, role)
+        return layout_on(self.config.parallel, self.world_size, role)
+
+    @property
+    def rank_sets(self) -> dict[tuple[int, ...], tuple[str, ...]]:
+        """Ranks that hold the same models -> those models; the policy's first."""
+        found: dict[tuple[int, ...], tuple[str, ...]] = {}
+        for role in self.roles:
+            ranks = tuple(self.config.parallel.ranks_of(role.name, self.world_size))
+            found[ranks] = (*found.get(ranks, ()), role.name)
+        return found
 
 
 def plan_stage(config: Stage, world_size: int) -> StagePlan:
@@ -101,6 +133,7 @@ def plan_stage(config: Stage, world_size: int) -> StagePlan:
     return StagePlan(
         config=config,
         facts=facts,
+        world_size=world_size,
         layout=layout,
         roles=roles_of(config),
         batches=_batches(facts, layout.data),

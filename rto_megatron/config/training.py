@@ -1,10 +1,12 @@
 """Sections of a recipe about the training itself: the run, its layout, precision, batches and optimizers."""
 
 import math
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 LoggerName = Literal["tensorboard", "wandb", "swanlab"]
 RoleName = Literal["critic", "reference", "reward", "dpo", "dpo_reference"]
@@ -114,7 +116,7 @@ class RolloutRunConfig(EvaluatedRunConfig):
 
 
 class GridConfig(Section):
-    """How a model is cut over all ranks; data parallel size is world / (tensor x pipeline).
+    """How a model is cut over its ranks; data parallel size is their number / (tensor x pipeline).
 
     The ranks of a pipeline stage are shared by the experts of a mixture in another way than by its other layers: each
     expert is cut over `expert_tensor` ranks, and `expert` such groups hold different experts.
@@ -149,6 +151,47 @@ class GridConfig(Section):
         return self.pipeline * math.lcm(self.tensor, self.expert * self.expert_cut)
 
 
+class RoleGridConfig(GridConfig):
+    """How the model of a role is cut, over the policy's ranks or its own.
+
+    Example:
+        critic: {tensor: 2, ranks: 4-7}
+    """
+
+    ranks: str | None = Field(
+        default=None,
+        pattern=r"^\d+(-\d+)?$",
+        description="ranks that the role has instead of the policy's, counted from 0, as in 4-7; null: the policy's",
+    )
+
+    @property
+    def own_ranks(self) -> range:
+        """What `ranks` says; empty where it says nothing."""
+        if self.ranks is None:
+            return range(0)
+        first, _, last = self.ranks.partition("-")
+        return range(int(first), int(last or first) + 1)
+
+    @field_validator("ranks", mode="before")
+    @classmethod
+    def _one_rank(cls, found: object) -> object:
+        return str(found) if isinstance(found, int) else found
+
+    @field_validator("ranks")
+    @classmethod
+    def _ascending(cls, found: str | None) -> str | None:
+        first, dash, last = (found or "").partition("-")
+        if dash and int(last) < int(first):
+            raise ValueError(f"ranks={found} ends before it begins; write {last}-{first}")
+        return found
+
+
+def shared_ranks(roles: Mapping[RoleName, RoleGridConfig], world_size: int) -> list[int]:
+    """The ranks that no role has for itself: those of the policy, and of every role that names none."""
+    own = set(chain.from_iterable(grid.own_ranks for grid in roles.values()))
+    return [rank for rank in range(world_size) if rank not in own]
+
+
 class ParallelConfig(GridConfig):
     """Layout of the policy, and of every role that names none of its own.
 
@@ -156,13 +199,19 @@ class ParallelConfig(GridConfig):
         parallel: {tensor: 4, pipeline: 2, sequence: true, roles: {critic: {tensor: 1}}}
     """
 
-    roles: dict[RoleName, GridConfig] = Field(
-        default={}, description="role -> a layout of its own, on the same ranks; the others have the policy's"
+    roles: dict[RoleName, RoleGridConfig] = Field(
+        default={},
+        description="role -> a layout of its own, on the policy's ranks or others; the rest have the policy's",
     )
 
     def grid_of(self, role: str) -> GridConfig:
         """How a role is cut."""
         return next((grid for name, grid in self.roles.items() if name == role), self)
+
+    def ranks_of(self, role: str, world_size: int) -> Sequence[int]:
+        """The ranks that hold a role, of so many."""
+        own = next((grid.own_ranks for name, grid in self.roles.items() if name == role), range(0))
+        return own or shared_ranks(self.roles, world_size)
 
     def key_of(self, role: str) -> str:
         """The section that says so."""

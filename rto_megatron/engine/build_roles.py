@@ -11,9 +11,10 @@ from rto_megatron.config.training import (
     PrecisionConfig,
     TrainParallelConfig,
 )
+from rto_megatron.engine.absent import AbsentModel, FrozenRole, TrainedRole
 from rto_megatron.engine.checkpoint import load_weights
 from rto_megatron.engine.megatron import FrozenModel, TrainedModel, training_hooks
-from rto_megatron.engine.optimizer import build_optimizer, wrap_for_training
+from rto_megatron.engine.optimizer import build_optimizer, meet_builders, wrap_for_training
 from rto_megatron.engine.source import WeightSource
 from rto_megatron.engine.weights import hf_reader, load_hf_tensors, megatron_reader, random_reader
 from rto_megatron.errors import ModelFolderError, UserError
@@ -33,7 +34,7 @@ def build_frozen(
     precision: FrozenPrecisionConfig,
     topology: Topology,
 ) -> FrozenModel:
-    """A loaded model without gradients."""
+    """A loaded model without gradients, on a rank of its layout."""
     shape = source.shape()
     config = transformer_config(shape, topology, _DTYPES[precision.dtype], recompute=False)
     module = build_model(shape, config, topology, has_scalar_head)
@@ -57,7 +58,7 @@ def build_trained(
     scale: ValueScale | None = None,
     moe_aux_loss_coef: float = 0.0,
 ) -> TrainedModel:
-    """A loaded model with gradients and optimizer.
+    """A loaded model with gradients and optimizer, on a rank of its layout.
 
     Args:
         parallel: of it, how replicas share optimizer and gradients; `topology` has the rest.
@@ -76,6 +77,65 @@ def build_trained(
     wrapped = wrap_for_training(module, parallel, topology)
     built = build_optimizer(wrapped, optimizer, parallel, topology)
     return TrainedModel(name, shape, has_scalar_head, frozen.scale, module, wrapped, built, topology)
+
+
+def place_frozen(
+    name: str,
+    source: WeightSource,
+    has_scalar_head: bool,
+    precision: FrozenPrecisionConfig,
+    topology: Topology,
+) -> FrozenRole:
+    """What `build_frozen` gives, where this rank holds a part of it; all ranks must call it."""
+    if topology.holds_shard:
+        return build_frozen(name, source, has_scalar_head, precision, topology)
+    scale = source.scale() if has_scalar_head else ValueScale()
+    return _absent(name, source, has_scalar_head, precision, topology, scale)
+
+
+def place_trained(
+    name: str,
+    source: WeightSource,
+    has_scalar_head: bool,
+    precision: PrecisionConfig,
+    optimizer: OptimizerConfig,
+    topology: Topology,
+    seed: int,
+    parallel: TrainParallelConfig,
+    is_head_fresh: bool = False,
+    scale: ValueScale | None = None,
+    moe_aux_loss_coef: float = 0.0,
+) -> TrainedRole:
+    """What `build_trained` gives, where this rank holds a part of it; all ranks must call it."""
+    if topology.holds_shard:
+        return build_trained(
+            name, source, has_scalar_head, precision, optimizer, topology, seed, parallel,
+            is_head_fresh, scale, moe_aux_loss_coef,
+        )  # fmt: skip
+    is_balanced = bool(moe_aux_loss_coef) and source.shape().experts is not None
+    found = scale or source.scale()
+    model = _absent(name, source, has_scalar_head, precision, topology, found, is_balanced)
+    meet_builders()
+    return model
+
+
+def _absent(
+    name: str,
+    source: WeightSource,
+    has_scalar_head: bool,
+    precision: FrozenPrecisionConfig,
+    topology: Topology,
+    scale: ValueScale,
+    is_balanced: bool = False,
+) -> AbsentModel:
+    """Meets the ranks of the layout where they load."""
+    dtype = _DTYPES[precision.dtype]
+    model = AbsentModel(name, source.shape(), has_scalar_head, scale, dtype, topology, is_balanced)
+    if source.kind == "checkpoint":
+        load_weights(source.path, model)
+    else:
+        topology.raise_together(None)
+    return model
 
 
 def _load(model: FrozenModel, source: WeightSource, seed: int, is_head_fresh: bool) -> None:
@@ -115,17 +175,21 @@ def _told(not_finite: dict[str, int], model: FrozenModel, path: Path) -> UserErr
     return None
 
 
-def build_average(model: TrainedModel, source: WeightSource) -> FrozenModel:
+def build_average(model: TrainedRole, source: WeightSource) -> FrozenRole:
     """An average that starts at `source`, as the model did; its name is the model's with `_ema`."""
     precision = FrozenPrecisionConfig(dtype="fp32")
-    return build_frozen(f"{model.name}_ema", source, model.has_scalar_head, precision, model.topology)
+    return place_frozen(f"{model.name}_ema", source, model.has_scalar_head, precision, model.topology)
 
 
 @torch.no_grad()
-def update_average(average: FrozenModel, model: TrainedModel, beta: float) -> None:
+def update_average(average: FrozenRole, model: TrainedRole, beta: float) -> None:
     """average <- beta average + (1 - beta) model; call it after every optimizer step.
+
+    Nothing happens on a rank that holds neither.
 
     Source: OpenRLHF 0.4.4, utils/deepspeed/deepspeed.py:moving_average.
     """
+    if isinstance(average, AbsentModel) or isinstance(model, AbsentModel):
+        return
     for mean, weight in zip(average.module.parameters(), model.module.parameters(), strict=True):
         mean.lerp_(weight.float(), 1 - beta)

@@ -7,9 +7,11 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 
+from rto_megatron.engine.absent import AbsentModel, RoleModel
 from rto_megatron.engine.expert_state import with_experts_apart
 from rto_megatron.engine.integrity import CheckpointError, require_intact
 from rto_megatron.engine.megatron import FrozenModel, Model, TrainedModel
+from rto_megatron.engine.plain_values import plain_state, plain_text
 from rto_megatron.engine.presence import require_present
 from rto_megatron.engine.saving import Saving
 from rto_megatron.engine.weights import random_reader
@@ -33,6 +35,7 @@ def _model_shards(model: Model) -> ShardedStateDict:
 
 
 def _whole_state(model: Model, is_loading: bool) -> ShardedStateDict:
+    """All of a model that this rank holds; the ranks that hold it must call it."""
     shards = _model_shards(model)
     if isinstance(model, FrozenModel):
         return {"model": shards}
@@ -40,10 +43,20 @@ def _whole_state(model: Model, is_loading: bool) -> ShardedStateDict:
     return {"model": shards, "optimizer": optimizer}
 
 
+def _saved_state(model: RoleModel) -> ShardedStateDict:
+    """What this rank brings to a save of a model; all ranks must call it."""
+    if isinstance(model, AbsentModel):
+        return plain_state(model.topology.heard("", str))
+    state = _whole_state(model, is_loading=False)
+    if model.topology.following.num_followers:
+        model.topology.heard(plain_text(state), str)
+    return state
+
+
 def begin_save(
     run_dir: Path,
     step: int,
-    models: Mapping[str, Model],
+    models: Mapping[str, RoleModel],
     hf_folders: dict[str, Path],
     state: Json,
     keep: int,
@@ -64,14 +77,15 @@ def begin_save(
         CheckpointError: on every rank; the checkpoint exists already, or there is no room for it.
     """
     for role, model in models.items():
-        require_present(model.module.parameters(), f"weights of {role}")
+        if not isinstance(model, AbsentModel):
+            require_present(model.module.parameters(), f"weights of {role}")
     saving = Saving(run_dir, step, keep, next(iter(models.values())).topology)
     saving.prepare({role: hf_folders[role] for role in models}, state, texts or {})
-    saving.plan({role: _whole_state(model, is_loading=False) for role, model in models.items()})
+    saving.plan({role: _saved_state(model) for role, model in models.items()})
     return saving
 
 
-def load_weights(path: Path, model: Model, fresh_head_seed: int | None = None) -> None:
+def load_weights(path: Path, model: RoleModel, fresh_head_seed: int | None = None) -> None:
     """Fills a model's parameters from <checkpoint>/<role>, written at any layout; all ranks must call it.
 
     Args:
@@ -80,6 +94,10 @@ def load_weights(path: Path, model: Model, fresh_head_seed: int | None = None) -
     Raises:
         CheckpointError: the checkpoint is damaged or of another model.
     """
+    if isinstance(model, AbsentModel):
+        require_intact(path, model.topology)
+        _load(path, {})
+        return
     shards = _model_shards(model)
     if fresh_head_seed is not None:
         shards = {key: shard for key, shard in shards.items() if not key.startswith("output_layer.")}
@@ -92,7 +110,7 @@ def load_weights(path: Path, model: Model, fresh_head_seed: int | None = None) -
     model.module.load_state_dict(loaded)
 
 
-def load_state(path: Path, model: Model) -> None:
+def load_state(path: Path, model: RoleModel) -> None:
     """Fills parameters, and optimizer state of a trained model, from <checkpoint>/<role>; all ranks must call it.
 
     Raises:
@@ -102,8 +120,11 @@ def load_state(path: Path, model: Model) -> None:
     restore(path, model)
 
 
-def restore(path: Path, model: Model) -> None:
+def restore(path: Path, model: RoleModel) -> None:
     """Does what `load_state` does, with a checkpoint that was found whole before."""
+    if isinstance(model, AbsentModel):
+        _load(path, {})
+        return
     loaded = _load(path, _whole_state(model, is_loading=True))
     model.module.load_state_dict(loaded["model"])
     if isinstance(model, TrainedModel):

@@ -8,8 +8,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rto_megatron.engine.absent import AbsentModel, RoleModel
 from rto_megatron.engine.holders import place_of
-from rto_megatron.engine.megatron import Model
 from rto_megatron.engine.weights import stage_hf_tensors
 from rto_megatron.models.config_files import as_exported
 from rto_megatron.models.weight_map import dtype_name
@@ -17,7 +17,7 @@ from rto_megatron.models.weight_map import dtype_name
 _SHARD_BYTES = 4 << 30
 
 
-def export_hf(model: Model, hf_files: Path, folder: Path) -> None:
+def export_hf(model: RoleModel, hf_files: Path, folder: Path) -> None:
     """Streams every tensor once, each rank that answers for some into files of its own; all ranks must call it.
 
     Args:
@@ -31,11 +31,12 @@ def export_hf(model: Model, hf_files: Path, folder: Path) -> None:
         shutil.copytree(hf_files, partial, ignore=shutil.ignore_patterns("*.safetensors*"))
     topology.barrier()
     written: dict[str, str] = {}
-    tensors = stage_hf_tensors(model.module, model.shape, model.has_scalar_head, topology)
-    for number, group in enumerate(_groups(tensors)):
-        file = f"model-{place_of(topology):03d}-{number:05d}.safetensors"
-        save_file(group, partial / file, metadata={"format": "pt"})
-        written.update(dict.fromkeys(group, file))
+    if not isinstance(model, AbsentModel):
+        tensors = stage_hf_tensors(model.module, model.shape, model.has_scalar_head, topology)
+        for number, group in enumerate(_groups(tensors)):
+            file = f"model-{place_of(topology):03d}-{number:05d}.safetensors"
+            save_file(group, partial / file, metadata={"format": "pt"})
+            written.update(dict.fromkeys(group, file))
     all_written = topology.gather_all(written, dict[str, str])
     if topology.is_lead:
         weight_map = {name: file for part in all_written for name, file in part.items()}
@@ -60,7 +61,8 @@ def _groups(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]
         yield group
 
 
-def _write_config(path: Path, model: Model) -> None:
-    dtype = dtype_name(model.module.config.params_dtype)
-    config = as_exported(json.loads(path.read_text()), model.shape.family, model.has_scalar_head, dtype)
+def _write_config(path: Path, model: RoleModel) -> None:
+    config = as_exported(
+        json.loads(path.read_text()), model.shape.family, model.has_scalar_head, dtype_name(model.dtype)
+    )
     path.write_text(json.dumps(config, indent=2))

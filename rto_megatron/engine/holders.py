@@ -21,7 +21,7 @@ def num_places(topology: Topology) -> int:
 
 
 def place_of(topology: Topology) -> int:
-    """This rank's number among those that hold the model with it: stage after stage."""
+    """This rank's number among those that hold the model with it, of which it is one: stage after stage."""
     return topology.pipeline_rank * topology.spread + topology.stage_rank % topology.spread
 
 
@@ -39,8 +39,8 @@ def holders(parameter: MappedParameter, shape: ModelShape, topology: Topology) -
     num_shards = topology.tensor_size
     if parameter.expert is not None:
         assert shape.experts is not None
-        num_shards = topology.groups.expt_tp.size()
-        first += parameter.expert // (shape.experts.num // topology.groups.ep.size()) * num_shards
+        num_shards = topology.expert_tensor_size
+        first += parameter.expert // (shape.experts.num // topology.expert_size) * num_shards
     return range(first, first + (1 if parameter.layout.dim is None else num_shards))
 
 
@@ -48,7 +48,7 @@ def shard_of(parameter: MappedParameter, topology: Topology) -> tuple[int, int]:
     """(rank, size) of this rank among those that a parameter is cut over."""
     if parameter.expert is None:
         return topology.tensor_rank, topology.tensor_size
-    return topology.groups.expt_tp.rank(), topology.groups.expt_tp.size()
+    return topology.groups.expt_tp.rank(), topology.expert_tensor_size
 
 
 def gathered(parameter: MappedParameter, shard: Tensor, topology: Topology) -> list[Tensor]:

@@ -16,17 +16,17 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
+from rto_megatron.engine.exchange import SUMS, everywhere, rows_everywhere, summed
 from rto_megatron.engine.filling import filled
 from rto_megatron.engine.finite import refuse_together
 from rto_megatron.engine.optimizer import set_learning_rate, state_tensors
 from rto_megatron.engine.presence import require_present
-from rto_megatron.engine.router_health import router_metrics, watched_routers
+from rto_megatron.engine.router_health import own_report, router_metrics, watched_routers
 from rto_megatron.models.build import forward
 from rto_megatron.models.model_flops import forward_flops
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.models.token_entropy import token_entropies
 from rto_megatron.models.token_logprobs import token_logprobs
-from rto_megatron.parallel.dealing import at_home
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.types import (
     JudgedMicrobatch,
@@ -39,7 +39,9 @@ from rto_megatron.types import (
     ValueScale,
 )
 
-_SUMS = dict[str, tuple[float, float]]
+type _Seen = list[
+    tuple[dict[str, tuple[float, float]], bool]
+]  # of each micro-batch: metrics, is the loss finite
 _TRAINING_FORWARDS = 3  # what a forward with its backward costs
 
 type Microbatch = SupervisedMicrobatch | PairMicrobatch | JudgedMicrobatch | Minibatch
@@ -72,6 +74,12 @@ class FrozenModel:
     scale: ValueScale
     module: GPTModel
     topology: Topology
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        dtype: torch.dtype = self.module.config.params_dtype
+        return dtype
 
     def token_outputs(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
         """Log-probs of the targets, or values with a scalar head, of every position; no gradients.
@@ -150,6 +158,12 @@ class TrainedModel:
     optimizer: MegatronOptimizer
     topology: Topology
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        dtype: torch.dtype = self.module.config.params_dtype
+        return dtype
+
     def token_outputs(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
         """Computes what `FrozenModel.token_outputs` does, with the weights of this moment."""
         return _token_outputs(self, batches)
@@ -160,10 +174,7 @@ class TrainedModel:
         outputs = _forward_only(
             self, batches, lambda index, raw: reading.read(self, microbatches[index], raw).flatten()
         )
-        lengths = [rows * b.tokens_T.numel() for b in batches]
-        is_last = self.topology.is_last_stage
-        flat = self.topology.from_last_stage(outputs if is_last else None, lengths)
-        return [f if rows == 1 else f.view(rows, -1) for f in flat]
+        return rows_everywhere(outputs if self.topology.is_last_stage else None, batches, rows, self.topology)
 
     def gradients[M: Microbatch](
         self,
@@ -172,7 +183,19 @@ class TrainedModel:
         names: Sequence[Sequence[str]],
         reading: "Reading[M] | None" = None,
     ) -> Metrics:
+        """Does what `accumulate` and what it returns do."""
+        return self.accumulate(microbatches, loss, names, reading)()
+
+    def accumulate[M: Microbatch](
+        self,
+        microbatches: Sequence[M],
+        loss: Loss[M],
+        names: Sequence[Sequence[str]],
+        reading: "Reading[M] | None" = None,
+    ) -> Callable[[], Metrics]:
         """Accumulates and reduces the gradients of sum(loss) over all micro-batches of all replicas.
+
+        Only ranks that hold the model meet here, so models of other ranks may do the same meanwhile.
 
         Args:
             microbatches: this replica's part of the global batch; the weights inside already hold its denominator.
@@ -181,11 +204,9 @@ class TrainedModel:
             reading: what the loss sees; None: log-probs of the targets, or values with a scalar head.
 
         Returns:
-            this replica's sums and counts, on every rank of the replica; with a layout of the model's own those of all
-            replicas.
-
-        Raises:
-            PoisonedError: on every rank, when a loss or gradient of any rank is NaN or infinite; nothing was stepped.
+            what all ranks call then. It gives this replica's sums and counts, on every rank of the replica; with a
+            layout of the model's own those of all replicas. It raises PoisonedError on every rank, when a loss or
+            gradient of any rank is NaN or infinite; nothing was stepped.
         """
         batches = [m.batch for m in microbatches]
         _require_rows(self, batches)
@@ -203,8 +224,14 @@ class TrainedModel:
                 forward_only=False,
             )
         _count(self, batches, _TRAINING_FORWARDS)
-        health = router_metrics(self.module, self.name, self.shape, self.topology, len(batches))
-        metrics = {**self._collect(outputs), **health}
+        # Another model's pass may come before this one is settled, and the tracker of balances is one for all.
+        return partial(self._settled, outputs, own_report(self.module, self.shape, len(batches)), names)
+
+    def _settled(self, outputs: _Seen, report: Tensor, names: Sequence[Sequence[str]]) -> Metrics:
+        own = summed(metrics for metrics, _ in outputs or [])
+        is_balanced = bool(self.module.config.moe_aux_loss_coeff)
+        health = router_metrics(self.name, self.shape, report, is_balanced, self.topology)
+        metrics = {**everywhere(own, self.topology), **health}
         self._refuse_nonfinite(outputs, names)
         return metrics
 
@@ -217,24 +244,15 @@ class TrainedModel:
         require_present(state_tensors(self.optimizer), f"the optimizer's numbers of {self.name}")
         set_learning_rate(self.optimizer, lr)
         _, gradient_norm, _ = self.optimizer.step()
-        return {} if gradient_norm is None else {f"{self.name}/grad_norm": (float(gradient_norm), 1.0)}
+        own = {} if gradient_norm is None else {f"{self.name}/grad_norm": (float(gradient_norm), 1.0)}
+        return self.topology.heard(own, SUMS)
 
     def gradient_buffers(self) -> list[Tensor]:
         """The memory of all gradients, of experts too."""
         buffers = [*self.wrapped.buffers, *self.wrapped.expert_parallel_buffers]
         return [buffer.grad_data for buffer in buffers]
 
-    def _collect(self, outputs: list[tuple[dict[str, tuple[float, float]], bool]]) -> Metrics:
-        totals: dict[str, tuple[float, float]] = {}
-        for metrics, _ in outputs or []:
-            for key, (total, count) in metrics.items():
-                before = totals.get(key, (0.0, 0.0))
-                totals[key] = (before[0] + total, before[1] + count)
-        return at_home(self.topology.last_stage_value(totals, _SUMS), self.topology)
-
-    def _refuse_nonfinite(
-        self, outputs: list[tuple[dict[str, tuple[float, float]], bool]], names: Sequence[Sequence[str]]
-    ) -> None:
+    def _refuse_nonfinite(self, outputs: _Seen, names: Sequence[Sequence[str]]) -> None:
         bad = [
             name
             for (_, is_finite), group in zip(outputs or [], names, strict=False)

@@ -15,6 +15,7 @@ from torch import Tensor, UntypedStorage
 
 from rto_megatron.config.step_phases import NEEDED, StepPhase
 from rto_megatron.config.training import Parkable
+from rto_megatron.engine.absent import AbsentModel, RoleModel
 from rto_megatron.engine.megatron import FrozenModel, Model, TrainedModel
 from rto_megatron.engine.optimizer import state_tensors
 from rto_megatron.types import Metrics
@@ -143,12 +144,12 @@ class HostMemory:
 
 
 def host_memory(
-    names: Sequence[Parkable], models: Mapping[str, Model], said: Callable[[str], None]
+    names: Sequence[Parkable], models: Mapping[str, RoleModel], said: Callable[[str], None]
 ) -> HostMemory:
     """Parks the named roles, and the gradients and optimizers of all trained ones.
 
     Args:
-        models: role -> model.
+        models: role -> model; those of other ranks are no affair of this one.
     """
     trained = [model for model in models.values() if isinstance(model, TrainedModel)]
 
@@ -168,10 +169,10 @@ def host_memory(
             parts[name] = ParkedPart(states, others)
         elif name == "gradients":
             parts[name] = ParkedPart(gradients, content="dropped")
-        else:
-            is_constant = isinstance(models[name], FrozenModel) and name != "policy_ema"
+        elif not isinstance(model := models[name], AbsentModel):
+            is_constant = isinstance(model, FrozenModel) and name != "policy_ema"
             content: Content = "stays" if is_constant else "changes"
-            parts[name] = ParkedPart(partial(_weights, models[name]), content=content)
+            parts[name] = ParkedPart(partial(_weights, model), content=content)
     return HostMemory(parts, said)
 
 

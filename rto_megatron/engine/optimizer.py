@@ -1,6 +1,7 @@
 """The optimizer of a trained role: Megatron's, with our learning-rate schedule."""
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import (
@@ -65,6 +66,16 @@ def build_optimizer(
     else:
         _keep_no_state(optimizer)
     return optimizer
+
+
+def meet_builders() -> None:
+    """Takes part in what `build_optimizer` does on the ranks of a model, on all other ranks of the job.
+
+    megatron-core 0.19.2 agrees on parameter groups among all ranks (`_get_param_groups`), for weights and for experts.
+    """
+    world = dist.get_world_size()
+    for _ in ("weights", "experts"):
+        dist.all_gather_object([None] * world, [])
 
 
 def _keep_no_state(optimizer: MegatronOptimizer) -> None:

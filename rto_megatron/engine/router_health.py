@@ -8,10 +8,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from torch import Tensor
 
-from rto_megatron.models.experts import routers, tallies
+from rto_megatron.models.experts import routers
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.parallel.topology import Topology
-from rto_megatron.types import Metrics
 
 
 @contextmanager
@@ -33,21 +32,46 @@ def watched_routers(module: GPTModel, num_microbatches: int, num_passes: int) ->
         config.moe_aux_loss_coeff = weight
 
 
+def own_report(module: GPTModel, shape: ModelShape, num_microbatches: int) -> Tensor:
+    """What `watched_routers` counted on this rank, with the load-balancing loss of its micro-batches before its weight.
+
+    Returns:
+        float64 [layers, E + 3]: `WatchedRouter.tally`, then the loss, summed over the ranks of a replica; on the host.
+    """
+    report = no_report(shape)
+    for router in routers(module):
+        report[router.layer_number - 1, :-1] = router.tally.cpu()
+    recorded = get_moe_metrics_tracker().metrics.get("load_balancing_loss")
+    if recorded is not None and num_microbatches:
+        # Each rank holds its layers' and, under sequence parallelism, its tokens' part, and as Megatron's schedule does
+        # each replica takes the mean of its own micro-batches, of which others may have more or fewer.
+        report[:, -1] = recorded.values.cpu().double() / num_microbatches
+    return report
+
+
+def no_report(shape: ModelShape) -> Tensor:
+    """That of a rank which holds nothing of the model; empty for a dense one."""
+    width = 0 if shape.experts is None else shape.experts.num + 3
+    return torch.zeros(shape.num_layers, width, dtype=torch.float64)
+
+
 def router_metrics(
-    module: GPTModel, name: str, shape: ModelShape, topology: Topology, num_microbatches: int
-) -> Metrics:
-    """What `watched_routers` counted, over all replicas; nothing of a dense model. All ranks must call it.
+    name: str, shape: ModelShape, own: Tensor, is_balanced: bool, topology: Topology
+) -> dict[str, tuple[float, float]]:
+    """How the routers of a model did on all replicas; nothing of a dense one. All ranks must call it.
 
     Args:
-        num_microbatches: of this replica.
+        own: what `own_report` gave on this rank.
+        is_balanced: whether it is trained with a load-balancing loss.
     """
     if shape.experts is None:
         return {}
-    counts = topology.all_sum(tallies(module, shape.num_layers, topology.device.torch_device))
-    health = health_of(counts[list(shape.experts.layers)], shape.experts.per_token)
+    report = topology.all_sum(own.to(topology.device.torch_device)).cpu()
+    health = health_of(report[list(shape.experts.layers), :-1], shape.experts.per_token)
     metrics = {f"router/{name}_{key}": (value, 1.0) for key, value in health.items()}
-    if module.config.moe_aux_loss_coeff:
-        metrics[f"loss/{name}_moe_aux"] = (_balance(num_microbatches, shape, topology), 1.0)
+    if is_balanced:
+        balance = float(report[:, -1].sum()) / (shape.num_layers * topology.data_size)
+        metrics[f"loss/{name}_moe_aux"] = (balance, 1.0)
     return metrics
 
 
@@ -75,14 +99,3 @@ def health_of(counts: Tensor, per_token: int) -> dict[str, float]:
         "idle_fraction": float((loads == 0).double().mean()),
         "entropy": float((nats / tokens).mean()),
     }
-
-
-def _balance(num_microbatches: int, shape: ModelShape, topology: Topology) -> float:
-    """The load-balancing loss before its weight, mean over layers and micro-batches."""
-    # Each rank holds its layers' and, under sequence parallelism, its tokens' part, and as Megatron's schedule does
-    # each replica takes the mean of its own micro-batches, of which others may have more or fewer.
-    recorded = get_moe_metrics_tracker().metrics.get("load_balancing_loss")
-    own = torch.zeros((), device=topology.device.torch_device)  # of a stage whose layers are dense
-    if recorded is not None and num_microbatches:
-        own = recorded.values.sum() / num_microbatches
-    return float(topology.all_sum(own)) / (shape.num_layers * topology.data_size)

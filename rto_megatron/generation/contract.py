@@ -35,6 +35,7 @@ class Sampling:
         top_p: mass of the nucleus; 1 is everything.
         top_k: how many of the likeliest tokens are sampled from; None: all.
         seed: base of every request's own seed.
+        places: of each prompt in a larger request of which this one is a part; None: as they come here.
 
     Example:
         Sampling(max_tokens=1024, eos_ids=(2,), seed=42)
@@ -47,6 +48,11 @@ class Sampling:
     top_p: float = 1.0
     top_k: int | None = None
     seed: int = 0
+    places: tuple[int, ...] | None = None
+
+    def request_seed(self, version: int, index: int) -> int:
+        """The seed of the prompt at `index`, the same in a part of a request as in the whole."""
+        return request_seed(self.seed, version, index if self.places is None else self.places[index])
 
 
 class RolloutEngine(Protocol):

@@ -5,7 +5,7 @@ import random
 from collections.abc import Iterable, Sequence
 
 from rto_megatron.errors import DataError
-from rto_megatron.generation.contract import Sampling, StaleWeights, request_seed
+from rto_megatron.generation.contract import Sampling, StaleWeights
 from rto_megatron.types import Prompt, Rollout
 
 
@@ -36,7 +36,7 @@ class ScriptedEngine:
         return [self._draw(index, prompt, sampling) for index, prompt in enumerate(prompts)]
 
     def _draw(self, index: int, prompt: Prompt, sampling: Sampling) -> Rollout:
-        chance = random.Random(f"{request_seed(sampling.seed, self._version, index)}/{prompt.id}")
+        chance = random.Random(f"{sampling.request_seed(self._version, index)}/{prompt.id}")
         words = [token for token in range(self._vocab_size) if token not in sampling.eos_ids]
         length = chance.randint(max(1, sampling.min_tokens), sampling.max_tokens)
         is_stopped = chance.random() < 0.5

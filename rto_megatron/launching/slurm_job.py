@@ -12,7 +12,7 @@ import rto_megatron
 from rto_megatron.config.checks import refuse
 from rto_megatron.config.facts import facts_of
 from rto_megatron.config.load import dump
-from rto_megatron.config.plan import StagePlan, layout_on
+from rto_megatron.config.plan import StagePlan, fewest_ranks
 from rto_megatron.config.run_folder import make_run_folder
 from rto_megatron.config.schema import Stage
 from rto_megatron.errors import RecipeError
@@ -156,8 +156,7 @@ def plan_job(
     """
     refuse([*allocation.problems(), *_folder_problems(config, allocation)])
     _refuse_other_machines(config, allocation)
-    model_ranks = layout_on(config.parallel).world_size
-    ranks_per_node = allocation.gpus or max(1, model_ranks // allocation.trainer_nodes)
+    ranks_per_node = allocation.gpus or max(1, fewest_ranks(config.parallel) // allocation.trainer_nodes)
     plan, shapes = judged(
         config, ranks_per_node * allocation.trainer_nodes, assume, _origin(allocation, ranks_per_node)
     )

@@ -20,6 +20,7 @@ from rto_megatron.generation.vllm.start.server import (
     Progress,
     Server,
     ServerOptions,
+    label_weights,
     start_server,
     stop_server,
     wait_until_ready,
@@ -29,6 +30,7 @@ from rto_megatron.platform.open_files import raise_file_limit
 
 _POLL_S = 0.5
 _FIRST_PAUSE_S = 1.0
+LOADED_VERSION = 0  # of weights that servers read from their folder; a trainer's first push replaces it
 _PROVEN_AFTER_S = 1800.0  # a server that ran so long has all its restarts before it again
 
 
@@ -140,8 +142,10 @@ def supervised(
             server = start_server(one)
             starting.callback(stop_server, server)
             servers.append((replace(one, port=urlsplit(server.address).port), server))
-        for _, server in servers:
+        for one, server in servers:
             wait_until_ready(server, progress=progress)
+            if one.load_weights:
+                label_weights(server, LOADED_VERSION)
             progress(f"inference server {server.address} is ready")
         supervisor = Supervisor(servers, progress, max_restarts)
         starting.pop_all()

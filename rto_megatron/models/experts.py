@@ -69,7 +69,7 @@ class WatchedRouter(TopKRouter):  # type: ignore[misc]  # megatron-core has no t
         is_mtp_layer: bool = False,
     ) -> None:
         super().__init__(config, pg_collection, is_mtp_layer)
-        self.tally = torch.zeros(0)
+        self.reset()
 
     def reset(self) -> None:
         """Starts counting anew."""
@@ -86,8 +86,6 @@ class WatchedRouter(TopKRouter):  # type: ignore[misc]  # megatron-core has no t
         return probs, is_chosen
 
     def _watch(self, logits: Tensor, is_chosen: Tensor, padding_mask: Tensor | None) -> None:
-        if not self.tally.numel():
-            self.reset()
         entropy_T = torch.distributions.Categorical(logits=logits.float()).entropy()
         is_real_T = torch.ones_like(entropy_T) if padding_mask is None else ~padding_mask.reshape(-1)
         weights_T = is_real_T.double()
@@ -145,16 +143,3 @@ def tag_experts(model: torch.nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if ".mlp.experts." in name:
             parameter.allreduce = False  # type: ignore[attr-defined]  # megatron reads it there
-
-
-def tallies(model: torch.nn.Module, num_layers: int, device: torch.device) -> Tensor:
-    """What the routers of this rank counted, float64 [layers of the whole model, E + 2]; summed over all ranks it is
-    what all tokens did. Empty of a dense model."""
-    found = list(routers(model))
-    if not found:
-        return torch.zeros(num_layers, 0, dtype=torch.float64, device=device)
-    counts = torch.zeros(num_layers, found[0].num_experts + 2, dtype=torch.float64, device=device)
-    for router in found:
-        if router.tally.numel():
-            counts[router.layer_number - 1] = router.tally
-    return counts

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from rto_megatron.parallel.topology import Topology
@@ -90,6 +89,4 @@ def _of_replicas(rows: Tensor, height: int, topology: Topology) -> list[Tensor]:
     width = () if rows.ndim == 1 else (max(topology.gather(rows.shape[1], int)),)
     own = rows.new_zeros(height, *width)
     own[tuple(slice(size) for size in rows.shape)] = rows
-    parts = [torch.empty_like(own) for _ in range(topology.data_size)]
-    dist.all_gather(parts, own, group=topology.data_group())
-    return parts
+    return topology.gather_tensors(own)

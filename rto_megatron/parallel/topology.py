@@ -1,7 +1,7 @@
 """Who this rank is, and with whom it speaks."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -10,9 +10,10 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from rto_megatron.config.training import GridConfig, RoleName
+from rto_megatron.config.training import GridConfig, RoleGridConfig, RoleName, shared_ranks
 from rto_megatron.errors import SUBJECTS, RecipeError, UserError
 from rto_megatron.parallel import collectives
+from rto_megatron.parallel.following import Following
 from rto_megatron.parallel.groups import make_groups
 from rto_megatron.parallel.meeting import join_ranks
 from rto_megatron.parallel.seeds import seed_generators
@@ -22,10 +23,11 @@ from rto_megatron.platform.device import Device
 
 @dataclass(frozen=True)
 class Topology:
-    """A TP x PP x DP layout of all ranks, and this rank's place in it.
+    """A TP x PP x DP layout, and this rank's place in it.
 
     A replica is the tensor x pipeline ranks that hold one copy of a model; `data_rank` numbers the replicas. The job
-    has the policy's layout; a role has it too, or one of its own, which `of` gives.
+    has the policy's layout; a role has it too, or one of its own, which `of` gives. Where a layout is not on all ranks
+    the others follow a replica of it: they have its data rank, make its calls, and hear what it knows.
 
     Example:
         Topology.init(prepare(), tensor=2, pipeline=2, sequence=True, seed=42)
@@ -43,10 +45,13 @@ class Topology:
     # Of the layout, for Megatron's constructors and schedules; a group that was not made raises when it is asked for.
     groups: ProcessGroupCollection = field(default_factory=ProcessGroupCollection, compare=False, repr=False)
     work: Work = field(default_factory=Work, compare=False, repr=False)  # of all models of this rank
+    following: Following = field(default_factory=lambda: Following(0, None, None), compare=False, repr=False)
     # Role -> the layout that it has for itself.
     roles: "Mapping[str, Topology]" = field(default_factory=dict, compare=False, repr=False)
     # Of a role with a layout of its own, the policy's: from where its data comes and where its numbers are wanted.
     home: "Topology | None" = field(default=None, compare=False, repr=False)
+    expert_size: int = 1  # parts of a mixture's experts
+    expert_tensor_size: int = 1  # ranks of one
 
     @classmethod
     def init(
@@ -57,7 +62,7 @@ class Topology:
         sequence: bool,
         seed: int,
         timeout: timedelta = timedelta(minutes=30),
-        roles: Mapping[RoleName, GridConfig] | None = None,
+        roles: Mapping[RoleName, RoleGridConfig] | None = None,
         expert: int = 1,
         expert_tensor: int | None = None,
     ) -> "Topology":
@@ -70,11 +75,11 @@ class Topology:
 
         Raises:
             AbsentRanks: not all ranks came.
-            RecipeError: the number of ranks holds no whole number of models.
+            RecipeError: the number of a layout's ranks holds no whole number of models.
         """
         if not dist.is_initialized():
             join_ranks(device.backend, timeout)
-        grid = GridConfig(
+        grid = RoleGridConfig(
             tensor=tensor,
             pipeline=pipeline,
             sequence=sequence,
@@ -82,13 +87,14 @@ class Topology:
             expert_tensor=expert_tensor,
         )
         others: dict[str, Topology] = {}
-        policy = _placed(device, grid, "parallel", timeout, Work(), others, None)
+        shared = shared_ranks(roles or {}, dist.get_world_size())
+        policy = _placed(device, grid, shared, "parallel", timeout, Work(), others, None)
         seed_generators(seed, policy.tensor_rank)
         made = {grid: policy}
         for role, own in (roles or {}).items():
             if own not in made:
-                section = f"parallel.roles.{role}"
-                made[own] = _placed(device, own, section, timeout, policy.work, {}, policy)
+                section, place = f"parallel.roles.{role}", own.own_ranks or shared
+                made[own] = _placed(device, own, place, section, timeout, policy.work, {}, policy)
             others[role] = made[own]
         return policy
 
@@ -102,14 +108,19 @@ class Topology:
         return all(place.home is None for place in self.roles.values())
 
     @property
+    def holds_shard(self) -> bool:
+        """Whether this rank is one of the layout's, and no follower."""
+        return self.following.followed is None
+
+    @property
     def replica_ranks(self) -> int:
         """Ranks that hold a model once."""
         return self.tensor_size * self.pipeline_size
 
     @property
     def world_size(self) -> int:
-        """All ranks."""
-        return self.data_size * self.replica_ranks
+        """All ranks of the job."""
+        return self.data_size * self.replica_ranks + self.following.num_followers
 
     @property
     def is_lead(self) -> bool:
@@ -119,7 +130,7 @@ class Topology:
     @property
     def is_replica_lead(self) -> bool:
         """True on one rank of every replica: the one that asks the pool for rollouts."""
-        return self.tensor_rank == 0 and self.pipeline_rank == 0
+        return self.holds_shard and self.tensor_rank == 0 and self.pipeline_rank == 0
 
     @property
     def is_first_stage(self) -> bool:
@@ -139,18 +150,17 @@ class Topology:
     @property
     def spread(self) -> int:
         """Ranks of a stage that hold all its parameters, experts too: those of one replica, or of several."""
-        experts = self.groups.ep.size() * self.groups.expt_tp.size()
-        return math.lcm(self.tensor_size, experts)
+        return math.lcm(self.tensor_size, self.expert_size * self.expert_tensor_size)
 
     @property
     def stage_rank(self) -> int:
-        """This rank's place among all of its stage: tensor ranks of the first replica come first."""
+        """This rank's place among all of its stage, if it holds a shard: the first replica's ranks come first."""
         return int(self.groups.tp_dp_cp.rank())
 
     @property
     def is_exchanging(self) -> bool:
         """Whether a mixture's replicas send each other tokens: they make their passes together."""
-        return bool(self.groups.tp_ep.size() > self.tensor_size)
+        return self.expert_size * self.expert_tensor_size > self.tensor_size
 
     def data_group(self) -> dist.ProcessGroup:
         """Ranks that hold the same shard in every replica."""
@@ -164,11 +174,12 @@ class Topology:
 
     def dp_sum(self, tensor: Tensor) -> Tensor:
         """Sum over replicas, leaving `tensor` as it is; every rank must call it."""
-        if self.data_size == 1:
+        if self.data_size == 1 and not self.following.num_followers:
             return tensor
         total = tensor.clone()
-        dist.all_reduce(total, group=self.groups.dp)
-        return total
+        if self.holds_shard:
+            dist.all_reduce(total, group=self.groups.dp)
+        return self.heard_tensor(total)
 
     def all_sum(self, tensor: Tensor) -> Tensor:
         """Sum over all ranks, leaving `tensor` as it is; every rank must call it."""
@@ -187,13 +198,16 @@ class Topology:
         return int(total)
 
     def from_last_stage(self, tensors: list[Tensor] | None, lengths: list[int]) -> list[Tensor]:
-        """Float32 vectors computed on the last pipeline stage, on every rank; every rank of a replica must call it.
+        """Float32 vectors computed on the last pipeline stage, on every rank; every rank of a replica must call it, and
+        those that follow it.
 
         Args:
             tensors: one [length] vector per entry of `lengths` on the last stage, None elsewhere.
             lengths: known on every rank.
         """
-        if self.pipeline_size == 1:
+        if not lengths:
+            return []
+        if self.pipeline_size == 1 and not self.following.num_followers:
             assert tensors is not None
             return tensors
         flat = (
@@ -201,22 +215,36 @@ class Topology:
             if tensors is not None
             else torch.empty(sum(lengths), device=self.device.torch_device)
         )
-        dist.broadcast(flat, _last_of(self.groups.pp), group=self.groups.pp)
-        return list(flat.split(lengths))
+        if self.holds_shard and self.pipeline_size > 1:
+            dist.broadcast(flat, _last_of(self.groups.pp), group=self.groups.pp)
+        return list(self.heard_tensor(flat).split(lengths))
 
     def replica_value[T](self, value: T, kind: type[T]) -> T:
-        """A value of the replica's lead, on every rank of the replica; all of them must call it.
+        """A value of the replica's lead, on every rank of the replica and those that follow it; all must call it.
 
         Args:
             kind: the type of the value, by which the others read it.
         """
-        source = dist.get_global_rank(self.groups.mp, 0)
-        return collectives.broadcast(value, kind, source, self.groups.mp, self.device.torch_device)
+        if self.holds_shard:
+            source = dist.get_global_rank(self.groups.mp, 0)
+            value = collectives.broadcast(value, kind, source, self.groups.mp, self.device.torch_device)
+        return self.heard(value, kind)
 
     def last_stage_value[T](self, value: T, kind: type[T]) -> T:
-        """A value of the replica's last pipeline stage, on every rank of the replica; see `replica_value`."""
-        source, group = _last_of(self.groups.pp), self.groups.pp
-        return collectives.broadcast(value, kind, source, group, self.device.torch_device)
+        """A value of the replica's last pipeline stage; see `replica_value`."""
+        if self.holds_shard:
+            source, group = _last_of(self.groups.pp), self.groups.pp
+            value = collectives.broadcast(value, kind, source, group, self.device.torch_device)
+        return self.heard(value, kind)
+
+    def heard[T](self, value: T, kind: type[T]) -> T:
+        """What all ranks of a replica have, on those that follow it too; all must call it. See `replica_value`."""
+        audience = self.following.audience
+        return value if audience is None else audience.value(value, kind, self.device.torch_device)
+
+    def heard_tensor(self, tensor: Tensor) -> Tensor:
+        """Does with numbers what `heard` does; who follows brings a tensor of that shape and dtype, to be filled."""
+        return tensor if self.following.audience is None else self.following.audience.tensor(tensor)
 
     def lead_value[T](self, value: T, kind: type[T]) -> T:
         """A value of the lead rank, on every rank; all ranks must call it. See `replica_value`."""
@@ -224,7 +252,17 @@ class Topology:
 
     def gather[T](self, value: T, kind: type[T]) -> list[T]:
         """Every replica's value, by data rank, on every rank; all ranks must call it. See `replica_value`."""
-        return collectives.gather(value, kind, self.data_group(), self.device.torch_device)
+        if not self.holds_shard:
+            return [self.heard(value, kind) for _ in range(self.data_size)]
+        found = collectives.gather(value, kind, self.data_group(), self.device.torch_device)
+        return [self.heard(one, kind) for one in found]
+
+    def gather_tensors(self, own: Tensor) -> list[Tensor]:
+        """Every replica's tensor of one shape and dtype, by data rank, on every rank; all ranks must call it."""
+        parts = [torch.empty_like(own) for _ in range(self.data_size)]
+        if self.holds_shard:
+            dist.all_gather(parts, own, group=self.groups.dp)
+        return list(self.heard_tensor(torch.stack(parts)).unbind())
 
     def gather_all[T](self, value: T, kind: type[T]) -> list[T]:
         """Every rank's value, by rank, on every rank; all ranks must call it. See `replica_value`."""
@@ -267,39 +305,55 @@ class Topology:
 def _placed(
     device: Device,
     grid: GridConfig,
+    ranks: Sequence[int],
     section: str,
     timeout: timedelta,
     work: Work,
     roles: Mapping[str, Topology],
     home: Topology | None,
 ) -> Topology:
-    """This rank's place in a grid over all ranks; all of them must call it, for all grids in one order."""
+    """This rank's place in a grid over some ranks; all ranks must call it, for all grids in one order."""
     world = dist.get_world_size()
-    if world % grid.replica_ranks:
+    if not ranks or len(ranks) % grid.replica_ranks:
+        whose = (
+            f"{world} ranks were started"
+            if len(ranks) == world
+            else f"{len(ranks)} of {world} ranks hold the model"
+        )
         raise RecipeError(
-            f"{world} ranks were started, but {section}.tensor x {section}.pipeline = {grid.tensor} x {grid.pipeline} "
+            f"{whose}, but {section}.tensor x {section}.pipeline = {grid.tensor} x {grid.pipeline} "
             f"= {grid.replica_ranks}; start a multiple of {grid.replica_ranks} ranks"
         )
-    if world % grid.whole_ranks:
+    if ranks[-1] >= world:
         raise RecipeError(
-            f"{world} ranks were started, and with {section}.expert={grid.expert} parts of {grid.expert_cut} ranks "
-            f"each the experts of a model lie on {grid.whole_ranks}; start a multiple of {grid.whole_ranks} ranks"
+            f"{section}.ranks names rank {ranks[-1]} of {world} ranks, 0 to {world - 1}; start more"
         )
-    groups = make_groups(range(world), grid.tensor, grid.pipeline, timeout, grid.expert, grid.expert_tensor)
+    if len(ranks) % grid.whole_ranks:
+        raise RecipeError(
+            f"{len(ranks)} ranks hold the model, and with {section}.expert={grid.expert} parts of {grid.expert_cut} "
+            f"ranks each its experts lie on {grid.whole_ranks}; start a multiple of {grid.whole_ranks} ranks"
+        )
+    data_size = len(ranks) // grid.replica_ranks
+    groups = make_groups(ranks, grid.tensor, grid.pipeline, timeout, grid.expert, grid.expert_tensor)
+    following = Following.of(ranks, world, data_size, grid.pipeline, timeout)
+    followed = following.followed
     return Topology(
         device=device,
         rank=dist.get_rank(),
-        tensor_rank=groups.tp.rank(),
+        tensor_rank=groups.tp.rank() if followed is None else 0,
         tensor_size=grid.tensor,
-        pipeline_rank=groups.pp.rank(),
+        pipeline_rank=groups.pp.rank() if followed is None else 0,
         pipeline_size=grid.pipeline,
-        data_rank=groups.dp.rank(),
-        data_size=groups.dp.size(),
+        data_rank=groups.dp.rank() if followed is None else followed,
+        data_size=data_size,
         sequence_parallel=grid.sequence and grid.tensor > 1,
         groups=groups,
         work=work,
+        following=following,
         roles=roles,
         home=home,
+        expert_size=grid.expert,
+        expert_tensor_size=grid.expert_cut,
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rto_megatron.config.checks import find_problems, refuse
-from rto_megatron.config.plan import StagePlan, layout_on, plan_stage
+from rto_megatron.config.plan import StagePlan, fewest_ranks, plan_stage
 from rto_megatron.config.roles import roles_of
 from rto_megatron.config.schema import EvaluateStage, ReinforcementStage
 from rto_megatron.errors import RecipeError
@@ -211,7 +211,7 @@ def _refuse_overfull(config: SamplingStage, num_ranks: int, pool_tensor: int) ->
     assert config.rollout.gpu_memory_fraction is not None
     memory = torch.cuda.get_device_properties(0).total_memory
     gpu = SharedGpu(memory, config.rollout.gpu_memory_fraction, pool_tensor)
-    plan = plan_stage(config, max(num_ranks, layout_on(config.parallel).world_size))
+    plan = plan_stage(config, max(num_ranks, fewest_ranks(config.parallel)))
     phases = phase_memory(plan, shapes, gpu)
     refuse(memory_problems(config, shapes["policy"].shape, phases, gpu))
 

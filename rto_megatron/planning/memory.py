@@ -8,7 +8,7 @@ recomputation the layers' inputs and one layer's inside, else 34 bytes x hidden 
 et al. 2022, without the attention matrix, which is never stored), and fp32 logits with their gradient.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from rto_megatron.config.facts import Facts, facts_of
@@ -70,21 +70,35 @@ def _resident(role: Role, shape: ModelShape, plan: StagePlan) -> list[dict[str, 
     ]
 
 
-def model_bytes(plan: StagePlan, shapes: Mapping[str, FoundShape]) -> int:
+def model_bytes(
+    plan: StagePlan, shapes: Mapping[str, FoundShape], names: Collection[str] | None = None
+) -> int:
     """Memory of the models on the fullest rank while it scores or updates, whichever takes more.
 
     Models of unknown shape count nothing.
+
+    Args:
+        names: of the roles that the rank holds; None: all.
     """
-    return max(resident_bytes(plan, shapes, "score"), resident_bytes(plan, shapes, "update"))
+    return max(resident_bytes(plan, shapes, phase, names) for phase in ("score", "update"))
 
 
-def resident_bytes(plan: StagePlan, shapes: Mapping[str, FoundShape], phase: StepPhase) -> int:
-    """Memory of the models on the fullest rank in a phase: all of it, less what `offload` then keeps on the host."""
+def resident_bytes(
+    plan: StagePlan,
+    shapes: Mapping[str, FoundShape],
+    phase: StepPhase,
+    names: Collection[str] | None = None,
+) -> int:
+    """Memory of the models on the fullest rank in a phase: all of it, less what `offload` then keeps on the host.
+
+    Args:
+        names: see `model_bytes`.
+    """
     training = plan.facts.training
     away = set() if training is None else set(training.offload) - NEEDED[phase]
     size = 0.0
     for role in plan.roles:
-        if role.name not in shapes or role.shares is not None:
+        if role.name not in shapes or role.shares is not None or role.name not in (names or shapes):
             continue
         for parts in _resident(role, shapes[role.name].shape, plan):
             size += sum(width for name, width in parts.items() if name not in away)
@@ -124,10 +138,15 @@ def _parts(role: Role, facts: Facts, config: Stage, replicas: int) -> dict[str, 
     return {**weights, "gradients": _GRADIENT_BYTES, **average, "optimizer": state / shards}
 
 
-def activation_bytes(plan: StagePlan, shapes: Mapping[str, FoundShape]) -> int:
+def activation_bytes(
+    plan: StagePlan, shapes: Mapping[str, FoundShape], names: Collection[str] | None = None
+) -> int:
     """Activations of the largest micro-batch in training, in bytes; 0 without training.
 
     By number that is one of the longest sequences; by tokens one that is full, or a longer sequence alone.
+
+    Args:
+        names: see `model_bytes`.
     """
     training = plan.facts.training
     if training is None:
@@ -138,7 +157,7 @@ def activation_bytes(plan: StagePlan, shapes: Mapping[str, FoundShape]) -> int:
     width = 1 if training.precision.dtype == "bf16" else 2
     peak = 0
     for role in plan.roles:
-        if not role.is_trained or role.name not in shapes:
+        if not role.is_trained or role.name not in shapes or role.name not in (names or shapes):
             continue
         shape, tensor = shapes[role.name].shape, plan.layout_of(role.name).tensor
         inside_layer = 34 * width * tokens * shape.hidden_size // tensor

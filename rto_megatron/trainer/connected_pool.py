@@ -10,8 +10,8 @@ import torch
 
 from rto_megatron.config.rollouts import RolloutConfig
 from rto_megatron.data.packing import token_batch
+from rto_megatron.engine.absent import RoleModel
 from rto_megatron.engine.holders import num_places, run_of
-from rto_megatron.engine.megatron import Model
 from rto_megatron.engine.offload import HostMemory
 from rto_megatron.errors import MachineError, PoolError, RecipeError, UserError
 from rto_megatron.generation.contract import NoServersLeft, RolloutEngine, Unreachable
@@ -120,7 +120,7 @@ class PolicyPush:
 
     def __init__(
         self,
-        policy: Model,
+        policy: RoleModel,
         sync: WeightSync,
         pool: VllmPool | None,
         tolerance: float,
@@ -254,7 +254,7 @@ class ConnectedPool:
             self.shared.take_from_pool()
 
 
-def connect_pool(config: RolloutConfig, policy: Model, memory: HostMemory | None = None) -> ConnectedPool:
+def connect_pool(config: RolloutConfig, policy: RoleModel, memory: HostMemory | None = None) -> ConnectedPool:
     """The configured pool, for pushes of one policy; all ranks must call it. No server is asked yet.
 
     Args:
@@ -326,7 +326,7 @@ def meeting_host(servers: Sequence[str]) -> str:
 
 def open_push(
     config: RolloutConfig,
-    policy: Model,
+    policy: RoleModel,
     pool: VllmPool | None,
     token: str,
     host: str,
@@ -344,14 +344,14 @@ def open_push(
         return topology.gather_all(text, str)
 
     source = PolicySource(policy)
-    num_senders, own_run = num_places(topology), run_of(topology)
+    num_senders, own_run = num_places(topology), run_of(topology) if topology.holds_shard else None
     runs = range(topology.world_size // num_senders if config.colocated else 1)
     sync = WeightSync(
         source=source,
         ask=AskPushedServers(token, phases),
         part=PushPart(
             is_controller=topology.is_lead,
-            sender=own_run * num_senders + source.sender if own_run in runs else None,
+            sender=None if own_run is None or own_run not in runs else own_run * num_senders + source.sender,
             num_senders=len(runs) * num_senders,
         ),
         device=topology.device.torch_device,
@@ -361,5 +361,5 @@ def open_push(
         host=host,
         is_shared=phases is not None,
     )
-    tolerance = config.logprob_tolerance or CANARY_TOLERANCE[policy.module.config.params_dtype]
+    tolerance = config.logprob_tolerance or CANARY_TOLERANCE[policy.dtype]
     return PolicyPush(policy, sync, pool, tolerance, shared)

@@ -7,8 +7,8 @@ from rto_megatron.algorithms.termination import TruncationPolicy, compared_ban
 from rto_megatron.config import schema
 from rto_megatron.data.cut import Layout
 from rto_megatron.data.packing import response_mask, rollout_grid
-from rto_megatron.engine.build_roles import build_frozen
-from rto_megatron.engine.megatron import Model
+from rto_megatron.engine.absent import RoleModel
+from rto_megatron.engine.build_roles import place_frozen
 from rto_megatron.lifecycle.starting import begin_steps
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.reporting.evaluation import Estimate, Evaluation, estimate, save_evaluation
@@ -41,9 +41,9 @@ def evaluate(config: schema.EvaluateStage, topology: Topology, pool: ConnectedPo
     """
     setup = prepare_stage(config, topology)
     table = known_reward("evaluate.true_reward", config.evaluate.true_reward, setup)
-    policy = build_frozen("policy", setup.sources["policy"], False, config.precision, topology)
+    policy = place_frozen("policy", setup.sources["policy"], False, config.precision, topology)
     of_reference = topology.of("reference")
-    reference = build_frozen("reference", setup.sources["reference"], False, config.precision, of_reference)
+    reference = place_frozen("reference", setup.sources["reference"], False, config.precision, of_reference)
     prompts = load_unseen(config, setup)
     rewards = build_sources(config, setup, prompts)
     sampler = (pool or connect_pool(config.rollout, policy)).stopping_at(config.sampling.stop, setup.decode)
@@ -94,14 +94,14 @@ def build_sources(config: schema.EvaluateStage, setup: Setup, prompts: Sequence[
 
     def reward_model() -> RewardSource:
         place = setup.topology.of("reward")
-        model = build_frozen("reward", setup.sources["reward"], True, config.precision, place)
+        model = place_frozen("reward", setup.sources["reward"], True, config.precision, place)
         return ModelReward(model, setup.layout, setup.eos, _AS_SAMPLED)
 
     return build_rewards(config, setup, prompts, config.evaluate.num_samples, reward_model)
 
 
 def kl_to_reference(
-    rollouts: Sequence[Rollout], policy: Model, reference: Model, layout: Layout, drawn: Distribution
+    rollouts: Sequence[Rollout], policy: RoleModel, reference: RoleModel, layout: Layout, drawn: Distribution
 ) -> list[float]:
     """log(pi/pi_ref) of each response, in nats: its mean over what pi sampled is the KL divergence.
 

@@ -8,8 +8,9 @@ from typing import Protocol
 
 from torch import Tensor
 
+from rto_megatron.engine.absent import TrainedRole
 from rto_megatron.engine.finite import EmptyUpdateError, PoisonedError
-from rto_megatron.engine.megatron import Microbatch, Reading, TrainedModel
+from rto_megatron.engine.megatron import Microbatch, Reading
 from rto_megatron.errors import RecipeError, UserError
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.reporting.progress import say
@@ -36,8 +37,8 @@ class Update(Protocol):
     """One model's part of an optimizer step.
 
     Example:
-        update.gradients(change)
-        update.apply()
+        settle = update.accumulate(change)
+        metrics = settle() | update.apply()
     """
 
     @property
@@ -45,8 +46,8 @@ class Update(Protocol):
         """Whether its forward and backward passes count in the pace of a rank."""
         ...
 
-    def gradients(self, change: LossChange) -> Metrics:
-        """Accumulates its gradients; all ranks must call it."""
+    def accumulate(self, change: LossChange) -> Callable[[], Metrics]:
+        """Accumulates its gradients; all ranks must call it and what it returns, see `TrainedModel.accumulate`."""
         ...
 
     def apply(self) -> Metrics:
@@ -68,7 +69,7 @@ class ModelUpdate[M: Microbatch]:
         ModelUpdate(policy, microbatches, loss, names, lr=1e-6)
     """
 
-    model: TrainedModel
+    model: TrainedRole
     microbatches: Sequence[M]
     loss: Callable[[Tensor, M], LossOutput]
     names: Sequence[Sequence[str]]
@@ -76,9 +77,9 @@ class ModelUpdate[M: Microbatch]:
     reading: Reading[M] | None = None
     is_paced: bool = True
 
-    def gradients(self, change: LossChange) -> Metrics:
-        """See `Update.gradients`."""
-        return self.model.gradients(self.microbatches, change(self.loss), self.names, self.reading)
+    def accumulate(self, change: LossChange) -> Callable[[], Metrics]:
+        """See `Update.accumulate`."""
+        return self.model.accumulate(self.microbatches, change(self.loss), self.names, self.reading)
 
     def apply(self) -> Metrics:
         """See `Update.apply`."""
@@ -130,12 +131,14 @@ class Guard:
     def step(self, updates: Sequence[Update]) -> None:
         """One optimizer step of every model, inside `skipping`; all ranks must call it.
 
-        All gradients come first: where one of them is refused, no model is stepped.
+        All gradients come first: where one of them is refused, no model is stepped. No rank hears of another before it
+        has made its own passes, so models of different ranks make theirs at the same time.
 
         Raises:
             PoisonedError: on every rank, when a loss or gradient of any rank is NaN or infinite.
         """
-        metrics = [one.gradients(self.loss_change(one)) for one in updates]
+        passes = [one.accumulate(self.loss_change(one)) for one in updates]
+        metrics = [settle() for settle in passes]
         metrics += self.apply(updates)
         for part in metrics:
             self._run.record(part)

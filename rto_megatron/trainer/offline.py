@@ -31,17 +31,10 @@ from rto_megatron.data.packing import (
     supervised_microbatches,
 )
 from rto_megatron.data.vocabulary import token_ids
-from rto_megatron.engine.build_roles import build_frozen, build_trained
+from rto_megatron.engine.absent import FrozenRole, RoleModel, TrainedRole
+from rto_megatron.engine.build_roles import place_frozen, place_trained
 from rto_megatron.engine.divergence import divergence_from, divergence_microbatches
-from rto_megatron.engine.megatron import (
-    TOKENS,
-    FrozenModel,
-    Loss,
-    Microbatch,
-    Model,
-    Reading,
-    TrainedModel,
-)
+from rto_megatron.engine.megatron import TOKENS, FrozenModel, Loss, Microbatch, Reading
 from rto_megatron.engine.offload import HostMemory, host_memory
 from rto_megatron.errors import RecipeError
 from rto_megatron.parallel.dealing import shared_out
@@ -106,8 +99,8 @@ class Trainee:
     """
 
     role: str
-    model: TrainedModel
-    reference: FrozenModel | None  # None where the method has none
+    model: TrainedRole
+    reference: FrozenRole | None  # None where the method has none
     memory: HostMemory  # what of both waits there
 
 
@@ -146,7 +139,7 @@ def _reads_judgements(method: Method) -> TypeGuard[OfflineMethod[JudgedMicrobatc
 def _build(config: schema.OfflineStage, setup: Setup) -> Trainee:
     is_reward, sources = facts_of(config).is_reward_model, setup.sources
     role = "reward" if is_reward else "policy"
-    model = build_trained(
+    model = place_trained(
         role, sources["policy"], is_reward, config.precision, config.optimizer, setup.topology, config.run.seed,
         config.parallel, is_head_fresh=is_reward, scale=ValueScale(),
         moe_aux_loss_coef=config.models.moe_aux_loss_coef,
@@ -154,8 +147,10 @@ def _build(config: schema.OfflineStage, setup: Setup) -> Trainee:
     reference = None
     if "reference" in sources:
         of_reference = setup.topology.of("reference")
-        reference = build_frozen("reference", sources["reference"], False, config.precision, of_reference)
-    models: dict[str, Model] = {role: model} if reference is None else {role: model, "reference": reference}
+        reference = place_frozen("reference", sources["reference"], False, config.precision, of_reference)
+    models: dict[str, RoleModel] = (
+        {role: model} if reference is None else {role: model, "reference": reference}
+    )
     memory = host_memory(config.offload, models, lambda text: say(text, setup.topology.is_lead))
     return Trainee(role, model, reference, memory)
 
@@ -212,7 +207,7 @@ def _train[E: Example, M: Microbatch](
 
 
 def evaluate[E: Example, M: Microbatch](
-    model: TrainedModel,
+    model: TrainedRole,
     task: Task[E, M],
     examples: Sequence[E],
     topology: Topology,
@@ -299,7 +294,7 @@ def divergence_task(
     load: Load[PreferencePair], loss: Loss[PairMicrobatch], layout: Layout, trainee: Trainee
 ) -> Task[PreferencePair, DivergenceMicrobatch]:
     """The task of pairs and a loss on whole distributions."""
-    assert trainee.reference is not None
+    assert isinstance(trainee.reference, FrozenModel), "checked: its reference has the policy's layout"
     build = partial(divergence_microbatches, reference=trainee.reference, layout=layout)
     reading = divergence_from(trainee.reference)
     return Task(load, len, build, loss, reading, layout.groups_of, is_coupled=False)
@@ -310,7 +305,7 @@ def _num_targets(examples: Sequence[Demonstration]) -> int:
 
 
 def _pairs(
-    reference: FrozenModel | None, layout: Layout, pairs: Sequence[PreferencePair], num_pairs: int
+    reference: FrozenRole | None, layout: Layout, pairs: Sequence[PreferencePair], num_pairs: int
 ) -> list[PairMicrobatch]:
     logp_ref_G2 = torch.zeros(len(pairs), 2, device=layout.device)
     if reference is not None:
@@ -320,8 +315,8 @@ def _pairs(
 
 
 def _judged(
-    model: TrainedModel,
-    reference: FrozenModel,
+    model: TrainedRole,
+    reference: FrozenRole,
     layout: Layout,
     answers: Sequence[JudgedResponse],
     num_answers: int,
@@ -340,7 +335,7 @@ def _judged(
 
 
 def response_logprobs(
-    model: Model, answers: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], layout: Layout
+    model: RoleModel, answers: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], layout: Layout
 ) -> Tensor:
     """Summed log-probs of each (prompt ids, response ids), [number of answers], nats, without gradients.
 

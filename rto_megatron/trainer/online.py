@@ -17,8 +17,9 @@ from rto_megatron.config.learning_rate import learning_rate, updates_per_step
 from rto_megatron.config.roles import roles_of
 from rto_megatron.config.training import OptimizerConfig
 from rto_megatron.data.tokenizer import tokens_with
-from rto_megatron.engine.build_roles import build_average, build_frozen, build_trained, update_average
-from rto_megatron.engine.megatron import ENTROPIES, FrozenModel, Model, TrainedModel
+from rto_megatron.engine.absent import FrozenRole, RoleModel, TrainedRole
+from rto_megatron.engine.build_roles import build_average, place_frozen, place_trained, update_average
+from rto_megatron.engine.megatron import ENTROPIES
 from rto_megatron.engine.offload import host_memory
 from rto_megatron.errors import RecipeError
 from rto_megatron.parallel.topology import Topology
@@ -235,17 +236,17 @@ def build_roles(
     topology, sources, precision = setup.topology, setup.sources, config.precision
     fresh = {role.name for role in roles_of(config) if role.is_head_fresh}
 
-    def trained(name: str, is_scalar: bool, optimizer: OptimizerConfig) -> TrainedModel:
-        return build_trained(
+    def trained(name: str, is_scalar: bool, optimizer: OptimizerConfig) -> TrainedRole:
+        return place_trained(
             name, sources[name], is_scalar, precision, optimizer, topology.of(name), config.run.seed,
             config.parallel, is_head_fresh=name in fresh,
             scale=ValueScale() if name in fresh else None, moe_aux_loss_coef=config.models.moe_aux_loss_coef,
         )  # fmt: skip
 
-    built: dict[str, Model] = {}
+    built: dict[str, RoleModel] = {}
 
-    def frozen(name: str, is_scalar: bool = False) -> FrozenModel:
-        model = build_frozen(name, sources[name], is_scalar, precision, topology.of(name))
+    def frozen(name: str, is_scalar: bool = False) -> FrozenRole:
+        model = place_frozen(name, sources[name], is_scalar, precision, topology.of(name))
         built[name] = model
         return model
 
@@ -274,7 +275,7 @@ def build_roles(
 
 def open_run(config: schema.ReinforcementStage, setup: Setup, roles: Roles, num_steps: int) -> Run:
     """The run, whose checkpoints hold the policy and, where there are, its average and the critic."""
-    candidates: dict[str, Model | None] = {
+    candidates: dict[str, RoleModel | None] = {
         "policy": roles.policy,
         "policy_ema": roles.average,
         "critic": roles.critic,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rto_megatron.data.cut import CutSequences, Layout
-from rto_megatron.engine.megatron import FrozenModel, TrainedModel
+from rto_megatron.engine.absent import FrozenRole, TrainedRole
 from rto_megatron.engine.offload import HostMemory
 from rto_megatron.trainer.reward_sum import RewardSum
 from rto_megatron.trainer.role_shares import RoleShares
@@ -26,13 +26,13 @@ class Roles:
         roles.policy.shape, roles.reward.rate(rollouts)
     """
 
-    policy: TrainedModel
-    average: FrozenModel | None  # of the policy; None where none is kept
-    critic: TrainedModel | None  # None: a method without one
-    reference: FrozenModel
+    policy: TrainedRole
+    average: FrozenRole | None  # of the policy; None where none is kept
+    critic: TrainedRole | None  # None: a method without one
+    reference: FrozenRole
     reward: RewardSum
-    dpo: FrozenModel | None  # None: no DPO reward
-    dpo_reference: FrozenModel | None  # None: the reference, whose forward is shared
+    dpo: FrozenRole | None  # None: no DPO reward
+    dpo_reference: FrozenRole | None  # None: the reference, whose forward is shared
     memory: HostMemory = field(default_factory=HostMemory)  # what of them waits there
 
 

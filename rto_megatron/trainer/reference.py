@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from rto_megatron.config import schema
-from rto_megatron.engine.megatron import FrozenModel, Model
+from rto_megatron.engine.absent import AbsentModel, FrozenRole, RoleModel
+from rto_megatron.engine.megatron import Model
 from rto_megatron.engine.source import WeightSource
 from rto_megatron.engine.weights import stage_hf_tensors
 from rto_megatron.errors import ModelFolderError, RunFolderError
@@ -16,7 +17,7 @@ from rto_megatron.trainer.opinions import Roles
 from rto_megatron.trainer.setup import REFERENCE_FINGERPRINT, note_in_config
 
 
-def note_reference(folder: Path, reference: FrozenModel) -> None:
+def note_reference(folder: Path, reference: FrozenRole) -> None:
     """Records in `folder`/config.json what the model in training is compared with; all ranks must call it.
 
     Raises:
@@ -70,20 +71,25 @@ def _reference_key(config: schema.ReinforcementStage) -> str:
     return f"reference={config.models.reference or config.models.policy}"
 
 
-def weights_fingerprint(model: Model) -> str:
+def weights_fingerprint(model: RoleModel) -> str:
     """sha256 over all tensors by Hugging Face name, rounded to bfloat16; all ranks must call it.
 
     A model that is loaded in float32 here and in bfloat16 there has one fingerprint; a trained model has another
     than the one it started from as soon as any weight moved by a bfloat16 step.
     """
-    topology = model.topology
+    own = {} if isinstance(model, AbsentModel) else _own_digests(model)
+    parts = model.topology.gather_all(own, dict[str, str])
+    digests = {name: digest for part in parts for name, digest in part.items()}
+    lines = "\n".join(f"{name} {digest}" for name, digest in sorted(digests.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _own_digests(model: Model) -> dict[str, str]:
+    """Name -> sha256 of the tensors that this rank answers for."""
+    topology, own = model.topology, {}
     tensors = stage_hf_tensors(model.module, model.shape, model.has_scalar_head, topology)
-    own: dict[str, str] = {}
     for name, tensor in tensors:
         # A copy in any case: memory that numpy has seen cannot be given away any more, as offload does.
         raw = tensor.detach().to("cpu", torch.bfloat16, copy=True).contiguous().view(torch.uint8)
         own[name] = hashlib.sha256(raw.numpy()).hexdigest()
-    parts = topology.gather_all(own, dict[str, str])
-    digests = {name: digest for part in parts for name, digest in part.items()}
-    lines = "\n".join(f"{name} {digest}" for name, digest in sorted(digests.items()))
-    return hashlib.sha256(lines.encode()).hexdigest()
+    return own

@@ -13,7 +13,7 @@ from rto_megatron.algorithms.reward_shaping import overlong_punishment
 from rto_megatron.algorithms.termination import TruncationPolicy, close_response
 from rto_megatron.data.cut import Layout
 from rto_megatron.data.packing import sequence_batches
-from rto_megatron.engine.megatron import FrozenModel
+from rto_megatron.engine.absent import FrozenRole
 from rto_megatron.errors import UserError
 from rto_megatron.parallel.dealing import shared_out
 from rto_megatron.parallel.topology import Topology
@@ -55,7 +55,7 @@ class ModelReward:
         ModelReward(model, layout, EndOfSequence((2,), 2), policy="penalise").scores(rollouts)
     """
 
-    model: FrozenModel
+    model: FrozenRole
     layout: Layout
     eos: EndOfSequence
     policy: TruncationPolicy

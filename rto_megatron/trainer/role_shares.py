@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rto_megatron.data.cut import CutSequences, Layout
 from rto_megatron.data.packing import rollout_batches
-from rto_megatron.engine.megatron import Model
+from rto_megatron.engine.absent import RoleModel
 from rto_megatron.parallel.dealing import Share, of_all_replicas, shared_out
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.types import WHOLE, Distribution, Experience, Rollout, TokenBatch, TrainingRows
@@ -42,7 +42,7 @@ class RoleShares:
         """The policy's micro-batches, see `rollout_batches`."""
         return self._cut(None, self._rollouts, self._layout, drawn)
 
-    def outputs(self, model: Model, drawn: Distribution = WHOLE) -> list[Tensor]:
+    def outputs(self, model: RoleModel, drawn: Distribution = WHOLE) -> list[Tensor]:
         """Log-probs, or values, at the positions of the policy's micro-batches, [T] each; zeros at padding if it is
         another layout that read them.
 

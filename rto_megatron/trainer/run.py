@@ -8,9 +8,9 @@ from pathlib import Path
 from torch import Tensor
 
 from rto_megatron.config import checks, load, schema
+from rto_megatron.engine.absent import RoleModel
 from rto_megatron.engine.checkpoint import begin_save, restore
 from rto_megatron.engine.export import export_hf
-from rto_megatron.engine.megatron import Model
 from rto_megatron.engine.offload import HostMemory
 from rto_megatron.engine.recovery import find_valid
 from rto_megatron.engine.saving import Saving
@@ -60,7 +60,7 @@ class Run:
         self,
         config: schema.TrainStage,
         topology: Topology,
-        models: Mapping[str, Model],
+        models: Mapping[str, RoleModel],
         hf_files: dict[str, Path],
         num_steps: int,
         memory: HostMemory | None = None,

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from rto_megatron.engine.absent import AbsentModel, RoleModel
 from rto_megatron.engine.holders import holders, place_of
-from rto_megatron.engine.megatron import Model
 from rto_megatron.engine.weights import stage_pieces
 from rto_megatron.models.parameters import stored_parameters
 from rto_megatron.models.weight_map import cut, dtype_name
@@ -22,7 +22,7 @@ class PolicySource:
         PolicySource(policy).specs()
     """
 
-    def __init__(self, policy: Model) -> None:
+    def __init__(self, policy: RoleModel) -> None:
         self.policy = policy
 
     @property
@@ -33,7 +33,7 @@ class PolicySource:
     def specs(self) -> tuple[PieceSpec, ...]:
         """The piece of every tensor on each sender; equal on all ranks."""
         shape, topology = self.policy.shape, self.policy.topology
-        dtype = self.policy.module.config.params_dtype
+        dtype = self.policy.dtype
         specs = []
         for parameter in stored_parameters(shape, self.policy.has_scalar_head):
             dim, senders = parameter.layout.dim or 0, holders(parameter, shape, topology)
@@ -48,5 +48,5 @@ class PolicySource:
     def pieces(self, sender: int) -> Iterator[tuple[str, Tensor]]:
         """This rank's pieces in the order of `specs`."""
         model = self.policy
-        assert sender == self.sender
+        assert sender == self.sender and not isinstance(model, AbsentModel)
         return stage_pieces(model.module, model.shape, model.has_scalar_head, model.topology)

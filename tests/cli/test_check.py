@@ -42,7 +42,8 @@ def test_every_method_has_a_recipe_of_its_name(method: str, folder: str) -> None
 
 @pytest.mark.parametrize("recipe", PAPER, ids=lambda path: path.stem)
 def test_paper_recipes_pass_on_8_gpus(recipe: Path) -> None:
-    said = " ".join(check(str(recipe), "--gpus", "8").split())
+    pool = ["--pool-gpus", "2"] if recipe.stem == "rto_own_ranks" else []
+    said = " ".join(check(str(recipe), "--gpus", "8", *pool).split())
     assert said.endswith("sound for 8 GPUs; memory was not judged: compare the sum above with what there is.")
 
 
@@ -66,6 +67,24 @@ def test_the_layout_of_a_role_is_shown_and_counts_in_its_memory() -> None:
     assert "of them the critic's │ tensor 1 x pipeline 1 x data 4" in output
     (row,) = (line for line in output.splitlines() if "critic " in line and "trained" in line)
     assert "1,235.8 M │ 1,235.8 M │        10.4 GiB" in row
+
+
+def test_ranks_of_their_own_are_shown_and_judged_apart() -> None:
+    """A critic of 1,235.8 M parameters on two ranks of its own: 6 + 12 / 2 bytes a parameter, 13.8 GiB."""
+    output = check(str(RECIPES / "llama3_8b" / "rto_own_ranks.yaml"), "--gpus", "8", "--pool-gpus", "2")
+    assert "of them the policy's │ tensor 4 x pipeline 1 x data 1, ranks 0-3" in output
+    assert "of them the critic's │ tensor 1 x pipeline 1 x data 2, ranks 4-5" in output
+    rows = {
+        line.split("│")[1].strip(): line.split("│")[-2].strip()
+        for line in output.splitlines()
+        if "GiB" in line
+    }
+    assert (rows["critic"], rows["reward"]) == ("13.8 GiB", "2.3 GiB")
+    policy, others = (float(rows[f"sum of ranks {ranks}"].split()[0]) for ranks in ("0-3", "4-5"))
+    assert policy == pytest.approx(
+        33.7 + 3.7 + 3.7 + 8.4, abs=0.3
+    )  # with the reference, the DPO model and activations
+    assert others == pytest.approx(13.8 + 2.3 + 2.1, abs=0.3)
 
 
 def test_what_is_ahead_is_shown() -> None:

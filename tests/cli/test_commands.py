@@ -27,6 +27,9 @@ COMMANDS = (
     "report",
     "rollouts",
     "view",
+    "generate",
+    "judge",
+    "score",
     "quantize",
 )
 

@@ -6,7 +6,7 @@ import pytest
 
 from rto_megatron.config.checks import find_problems
 from rto_megatron.config.load import dump, load_recipe
-from rto_megatron.config.plan import layout_on, plan_stage
+from rto_megatron.config.plan import fewest_ranks, most_ranks, plan_stage
 from rto_megatron.config.schema import Stage
 from rto_megatron.errors import RecipeError
 
@@ -69,6 +69,41 @@ def rto(*overrides: str) -> Stage:
             8,
             ["stage tdpo compares whole distributions", "remove it"],
         ),
+        (
+            rto("parallel.roles.critic.ranks=4-7"),
+            4,
+            ["critic.ranks=4-7 names rank 7 of a job of 4 ranks, 0 to 3; start 8 ranks"],
+        ),
+        (
+            rto("parallel.roles.critic.ranks=4-9"),
+            8,
+            ["names rank 9 of a job of 8 ranks, 0 to 7; set parallel.roles.critic.ranks to 4-7"],
+        ),
+        (
+            rto("parallel.roles.critic.ranks=0-3"),
+            8,
+            ["takes rank 0, which leads the job", "set parallel.roles.critic.ranks to 4-7"],
+        ),
+        (
+            rto("parallel.roles.critic.ranks=6-7"),
+            8,
+            ["4 x 1 = 4 does not divide the 6 ranks of 8 that are left to the policy; start 10 ranks"],
+        ),
+        (
+            rto("parallel.roles.critic.ranks=4-7", "parallel.roles.reward.ranks=6-7"),
+            8,
+            ["critic.ranks=4-7 and parallel.roles.reward.ranks=6-7 overlap"],
+        ),
+        (
+            rto("parallel.roles.critic={tensor: 3, ranks: 4-7}"),
+            8,
+            ["3 x 1 = 3 does not divide the 4 ranks, all of which hold the critic", "critic.tensor to 2"],
+        ),
+        (
+            load_recipe(RECIPES / "rto_colocated.yaml", ["parallel.roles.critic.ranks=4-7"]),
+            8,
+            ["critic.ranks=4-7 cannot work with rollout.colocated=true", "remove it"],
+        ),
     ],
 )
 def test_a_layout_of_a_role_that_cannot_work_is_refused(
@@ -91,7 +126,7 @@ def test_a_role_that_does_not_exist_and_the_policy_are_no_keys() -> None:
 
 def test_the_fewest_ranks_hold_every_role() -> None:
     config = rto("parallel.tensor=4", "parallel.roles.critic={tensor: 3, pipeline: 2}")
-    assert layout_on(config.parallel).world_size == 12
+    assert fewest_ranks(config.parallel) == 12
     plan = plan_stage(config, 12)
     sizes = {role: plan.layout_of(role) for role in ("policy", "critic", "reward", "reference")}
     assert {role: (one.tensor, one.pipeline, one.data) for role, one in sizes.items()} == {
@@ -100,6 +135,29 @@ def test_the_fewest_ranks_hold_every_role() -> None:
         "reward": (1, 1, 12),
         "reference": (4, 1, 3),
     }
+
+
+def test_ranks_that_are_no_ranks_are_refused_where_they_are_read() -> None:
+    for ranks, said in (("7-4", "ends before it begins; write 4-7"), ("4,5", "ranks"), ("-1", "ranks")):
+        with pytest.raises(RecipeError, match=said):
+            rto(f"parallel.roles.critic.ranks='{ranks}'")
+    assert rto("parallel.roles.critic.ranks=4").parallel.roles["critic"].own_ranks == range(4, 5)
+
+
+def test_the_policy_has_the_ranks_that_no_role_has_for_itself() -> None:
+    config = rto("parallel.roles.critic.ranks=4-7", "parallel.roles.reward.ranks=4-7")
+    assert fewest_ranks(config.parallel) == 8
+    assert [most_ranks(config.parallel, number) for number in (4, 8, 11, 12, 19)] == [8, 8, 8, 12, 16]
+    assert find_problems(config, 8, {}) == []
+    sets = plan_stage(config, 8).rank_sets
+    assert sets == {
+        (0, 1, 2, 3): ("policy", "reference", "dpo", "dpo_reference"),
+        (4, 5, 6, 7): ("critic", "reward"),
+    }
+    # More ranks are the policy's, wherever they stand.
+    plan = plan_stage(config, 12)
+    assert (plan.layout.data, plan.layout_of("critic").data) == (2, 4)
+    assert plan.config.parallel.ranks_of("policy", 12) == [0, 1, 2, 3, 8, 9, 10, 11]
 
 
 def test_layouts_of_roles_come_back_from_a_saved_configuration(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def _require_near(differences: list[dict[str, float]]) -> None:
     assert {name: d for name, d in worst.items() if not d < TOLERANCE} == {}
 
 
-@pytest.mark.parametrize("layout", ["one", "tp2_pp2", "ep2"])
+@pytest.mark.parametrize("layout", [pytest.param("one", marks=pytest.mark.slow), "tp2_pp2", "ep2"])
 def test_what_we_write_loads_in_megatron(layout: str, converted: dict[str, Converted]) -> None:
     """With Megatron's default strictness, which refuses a missing parameter or extra state."""
     place = LAYOUTS[layout]
@@ -137,7 +137,8 @@ OF_A_RUN = {"tokenizer_type", "use_rotary_position_embeddings"}
 
 
 @pytest.mark.parametrize(
-    ("layout", "flags"), [("one", ""), ("tp2", "--finetune --no-load-optim --no-load-rng")]
+    ("layout", "flags"),
+    [pytest.param("one", "", marks=pytest.mark.slow), ("tp2", "--finetune --no-load-optim --no-load-rng")],
 )
 def test_megatron_lm_loads_what_we_write_with_the_arguments_in_it(
     layout: str, flags: str, converted: dict[str, Converted]
@@ -203,7 +204,7 @@ TRAINED: dict[str, tuple[tuple[str, ...], str, bool]] = {
 }
 
 
-@pytest.mark.parametrize("layout", TRAINED)
+@pytest.mark.parametrize("layout", ["tp2", pytest.param("pp2", marks=pytest.mark.slow), "tp2_pp2", "ep2"])
 def test_what_megatron_lm_trained_reads_back(layout: str, tmp_path: Path) -> None:
     """Weights, Adam's state, 800 arguments with enums among them, and random states, by save_checkpoint."""
     names, flags, is_named_as_te = TRAINED[layout]

@@ -24,6 +24,10 @@ LAYOUTS = {
     "ep2_tp2": (2, 2, 1, True),
     "ep4_tp2": (4, 2, 1, True),
     "ep2_tp2_etp2": (4, 2, 1, True),
+    # The policy has the ranks that no role has for itself.
+    "tp2_of_4": (4, 2, 1, False),
+    "pp2_of_3": (3, 1, 2, False),
+    "dp2_of_3": (3, 1, 1, False),
 }
 # Of those whose experts lie on different ranks: (parts of the experts, ranks of one)
 EXPERTS = {

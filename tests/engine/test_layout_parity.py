@@ -18,7 +18,7 @@ from trainer.tiny_runs import ENGINE_VOCAB, HeldPush, configure, join, write_fil
 from rto_megatron.algorithms import ALGORITHMS
 from rto_megatron.algorithms.method import OnlineMethod
 from rto_megatron.config.schema import STAGES, ActorCriticStage, OfflineStage, ReinforcementStage, Stage
-from rto_megatron.engine.build_roles import build_frozen
+from rto_megatron.engine.build_roles import place_frozen
 from rto_megatron.engine.export import export_hf
 from rto_megatron.engine.source import find_source
 from rto_megatron.generation.contract import Sampling
@@ -105,6 +105,12 @@ ROLES: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     "reward_tp": {"reward": {"tensor": 2}},
     "reference_tp": {"reference": {"tensor": 2, "sequence": True}},
     "frozen": {"reference": {"tensor": 2, "sequence": True}, "dpo": {"pipeline": 2}, "reward": {}},
+    # On ranks of their own.
+    "own_critic": {"critic": {"ranks": "2-3"}},
+    "own_critic_and_reward": {"critic": {"ranks": "2-3", "tensor": 2}, "reward": {"ranks": "2-3"}},
+    "own_frozen": {"reference": {"ranks": "2-3"}, "reward": {"ranks": "2-3", "pipeline": 2}, "critic": {}},
+    "own_last": {"critic": {"ranks": "2"}, "reference": {"ranks": "2"}},
+    "own_reference": {"reference": {"ranks": "2"}},
 }
 WITH_ROLES = [
     *(Case(stage, "tp2", roles="critic_dp") for stage in ("rto", "ppo")),
@@ -116,6 +122,12 @@ WITH_ROLES = [
     Case("rto", "dp2", options="tokens", roles="critic_tp"),
     Case("rto", "dp2", packed=False, options="tokens", roles="frozen"),
     Case("kto", "dp2", roles="reference_tp"),
+    *(Case(stage, "tp2_of_4", roles="own_critic") for stage in ("rto", "ppo")),
+    Case("rto", "tp2_of_4", options="tokens", roles="own_critic_and_reward"),
+    Case("rto", "tp2_of_4", packed=False, roles="own_frozen"),
+    Case("ppo", "pp2_of_3", roles="own_last"),
+    Case("grpo", "dp2_of_3", roles="own_reference"),
+    Case("kto", "dp2_of_3", roles="own_reference"),
 ]
 # Methods that compare groups run with RTO's token reward: without it their advantages are a part of these.
 GROUPED = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo")
@@ -195,7 +207,7 @@ def run_cases(cases: Sequence[Case], root: Path) -> None:
             train_offline(config, place)
         if isinstance(config, ActorCriticStage):
             source = find_source(config.run.dir, has_scalar_head=True, is_random=False, key="test")
-            critic = build_frozen("critic", source, True, config.precision, place)
+            critic = place_frozen("critic", source, True, config.precision, place)
             export_hf(critic, source.hf_folder, config.run.dir / "critic_hf")
         # What is not given its groups would take those of another role there, without a word.
         assert not parallel_state.model_parallel_is_initialized()

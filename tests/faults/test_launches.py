@@ -85,7 +85,7 @@ def test_a_signal_that_ends_plain_torchrun_leaves_no_rank(files: Path, tmp_path:
     launch.end()
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_no_rank_outlives_its_launcher(signum: signal.Signals, files: Path, tmp_path: Path) -> None:
     launch = endless(files, tmp_path / "run")
     ranks = launch.ranks()

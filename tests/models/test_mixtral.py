@@ -15,10 +15,10 @@ from transformers import MixtralConfig, MixtralForCausalLM, MixtralForSequenceCl
 
 from rto_megatron.algorithms import sft
 from rto_megatron.config.training import (
-    GridConfig,
     OptimizerConfig,
     ParallelConfig,
     PrecisionConfig,
+    RoleGridConfig,
     TrainParallelConfig,
 )
 from rto_megatron.data.packing import Layout, supervised_microbatches, token_batch
@@ -173,7 +173,7 @@ def test_what_cannot_be_trained_is_said(folder: Path) -> None:
     assert check_experts(shapes, sound, COEF) == check_experts(shapes, alone, 0.0) == []
     assert "set parallel.sequence=true" in check_experts(shapes, ParallelConfig(tensor=2), COEF)[0]
     assert "no trained model has experts" in check_experts({}, alone, COEF)[0]
-    of_critic = ParallelConfig(tensor=2, sequence=True, roles={"critic": GridConfig(tensor=2)})
+    of_critic = ParallelConfig(tensor=2, sequence=True, roles={"critic": RoleGridConfig(tensor=2)})
     (problem,) = check_experts({**shapes, "critic": shapes["policy"]}, of_critic, COEF)
     assert "models.critic" in problem and "set parallel.roles.critic.sequence=true" in problem
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from rto_megatron.config.training import GridConfig
+from rto_megatron.config.training import RoleGridConfig
 from rto_megatron.parallel.dealing import of_all_replicas, shared_out
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.platform.device import prepare
@@ -29,7 +29,7 @@ def _grid(texts: list[str]) -> torch.Tensor:
     return torch.tensor([[*_read(text), *([0.0] * (width - len(text)))] for text in texts])
 
 
-def _dealt(role: GridConfig) -> dict[str, tuple[list[str], list[list[float]], list[float]]]:
+def _dealt(role: RoleGridConfig) -> dict[str, tuple[list[str], list[list[float]], list[float]]]:
     policy = Topology.init(prepare(), tensor=2, pipeline=1, sequence=False, seed=1, roles={"reward": role})
     found = {}
     for name, held in HELD.items():
@@ -46,9 +46,9 @@ def _dealt(role: GridConfig) -> dict[str, tuple[list[str], list[list[float]], li
 
 
 @pytest.mark.parametrize(
-    "role", [GridConfig(), GridConfig(pipeline=2), GridConfig(tensor=4), GridConfig(tensor=2)]
+    "role", [RoleGridConfig(), RoleGridConfig(pipeline=2), RoleGridConfig(tensor=4), RoleGridConfig(tensor=2)]
 )
-def test_rows_come_back_to_the_replica_that_holds_their_item(role: GridConfig) -> None:
+def test_rows_come_back_to_the_replica_that_holds_their_item(role: RoleGridConfig) -> None:
     answers = run_ranks(4, _dealt, role)
     for rank, of_rank in enumerate(answers):
         for name, held in HELD.items():
@@ -57,7 +57,9 @@ def test_rows_come_back_to_the_replica_that_holds_their_item(role: GridConfig) -
             assert [row[: len(text)] for row, text in zip(rows, own, strict=True)] == [_read(t) for t in own]
             assert all(not any(row[len(text) :]) for row, text in zip(rows, own, strict=True))
             assert lengths == [len(text) for text in own]
-    if role == GridConfig():  # every text was read once, and nobody had nothing to read where another had two
+    if (
+        role == RoleGridConfig()
+    ):  # every text was read once, and nobody had nothing to read where another had two
         read = [of_rank["uneven"][0] for of_rank in answers]
         assert sorted(text for part in read for text in part) == ["abcde", "b", "cc", "d", "ef"]
         assert {len(part) for part in read} == {1, 2}

@@ -43,7 +43,7 @@ def _runs(root: Path, stage: str, layout: str, **models: Path) -> Path:
     return config.run.dir
 
 
-@pytest.mark.parametrize("layout", ["one", "tp2_pp2"])
+@pytest.mark.parametrize("layout", [pytest.param("one", marks=pytest.mark.slow), "tp2_pp2"])
 def test_rto_from_converted_models_is_bit_equal(root: Path, layout: str) -> None:
     roles = ("policy", "reward", "critic", "dpo")
     plain = _runs(root, "rto", layout)

@@ -9,7 +9,7 @@ from ranks import run_ranks
 from trainer.tiny_runs import configure, join, train
 
 from rto_megatron.config.schema import EvaluateStage
-from rto_megatron.config.training import GridConfig, RoleName
+from rto_megatron.config.training import RoleGridConfig, RoleName
 from rto_megatron.data.cut import Layout
 from rto_megatron.data.tokenizer import tokenizer_fingerprint
 from rto_megatron.data.true_reward import TrueReward
@@ -65,7 +65,7 @@ def test_a_true_reward_of_another_tokenizer_is_refused_before_sampling(files: Pa
     assert "token_file is not set" in answers[1]  # the pool, which this configuration does not name
 
 
-def _kl(files: Path, num_replicas: int, roles: dict[RoleName, GridConfig]) -> list[float]:
+def _kl(files: Path, num_replicas: int, roles: dict[RoleName, RoleGridConfig]) -> list[float]:
     place = Topology.init(prepare(), tensor=1, pipeline=1, sequence=False, seed=1, roles=roles)
     policy = frozen(place, files / "models/policy", is_scalar=False)
     reference = frozen(place.of("reference"), files / "models/reference", is_scalar=False)
@@ -77,7 +77,7 @@ def _kl(files: Path, num_replicas: int, roles: dict[RoleName, GridConfig]) -> li
 def test_the_kl_to_a_reference_of_another_layout_is_that_of_one_rank(files: Path) -> None:
     (alone,) = run_ranks(1, _kl, files, 1, {})
     for rank, found in enumerate(
-        run_ranks(2, _kl, files, 2, {"reference": GridConfig(tensor=2, sequence=True)})
+        run_ranks(2, _kl, files, 2, {"reference": RoleGridConfig(tensor=2, sequence=True)})
     ):
         assert found == pytest.approx(alone[rank::2], rel=1e-4)
 

@@ -188,7 +188,7 @@ def test_an_average_is_taken_after_every_optimizer_step(files: Path, tmp_path: P
     assert same(plain["policy/1"], with_average["policy/1"])
 
 
-@pytest.mark.parametrize("layout", ["one", "tp2"])
+@pytest.mark.parametrize("layout", [pytest.param("one", marks=pytest.mark.slow), "tp2"])
 def test_an_average_follows_its_definition_and_survives_a_resume(
     layout: str, files: Path, tmp_path: Path
 ) -> None:
@@ -264,7 +264,7 @@ def language_model_loss(files: Path, texts: Path) -> tuple[float, dict[str, Tens
     return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("layout", ["one", "dp2", "pp2"])
+@pytest.mark.parametrize("layout", ["one", "dp2", pytest.param("pp2", marks=pytest.mark.slow)])
 def test_texts_add_their_gradient_to_that_of_the_policy(layout: str, files: Path, tmp_path: Path) -> None:
     texts = tmp_path / "texts.jsonl"
     write_rows(texts, [{"text": text} for text in TEXTS])

@@ -63,8 +63,8 @@ def train(
 @pytest.mark.parametrize(
     ("layout", "faults"),
     [
-        ("one", {"lost_at": 3}),
-        ("dp2", {"dies_at": 3, "mortal_rank": 1}),
+        pytest.param("one", {"lost_at": 3}, marks=pytest.mark.slow),
+        pytest.param("dp2", {"dies_at": 3, "mortal_rank": 1}, marks=pytest.mark.slow),
         ("pp2", {"dies_at": 2}),
     ],
 )

@@ -83,6 +83,13 @@ def test_the_command_finds_a_resumed_rto_run_equal(files: Path, tmp_path: Path) 
         # What two replicas had ahead is taken by one.
         ("rto", "one", 2, (1, 2, 1), {"rollout__ahead": 1, "algorithm__pool_importance_cap": 2.0}),
         ("rto", "tp2", 1, (1, 2, 1), {"parallel__roles": {"critic": {}}}),
+        (
+            "rto",
+            "dp2_of_3",
+            2,
+            (1, 2, 1),
+            {"parallel__roles": {"critic": {"ranks": "2"}}, "parallel__distributed_optimizer": True},
+        ),
     ],
 )
 def test_a_resumed_run_keeps_everything_at_its_own_layout_and_nearly_at_another(

@@ -18,7 +18,7 @@ def _exported(stage: str, files: Path, run_dir: Path, layout: str, **changes: ob
     return {n: t for f in (run_dir / "hf").glob("*.safetensors") for n, t in load_file(f).items()}
 
 
-@pytest.mark.parametrize("layout", ["one", "tp2"])
+@pytest.mark.parametrize("layout", [pytest.param("one", marks=pytest.mark.slow), "tp2"])
 def test_rto_without_dpo_reward_is_ppo(layout: str, files: Path, tmp_path: Path) -> None:
     start = load_file(files / "models/policy/model.safetensors")
     ppo = _exported("ppo", files, tmp_path / "ppo", layout)

@@ -26,7 +26,12 @@ def _train(config: ReinforcementStage) -> None:
 
 @pytest.mark.parametrize(
     ("layout", "roles"),
-    [("tp2", {}), ("pp2", {}), ("dp2", {}), ("tp2_pp2_sp", {"critic": {"tensor": 2}, "reward": {}})],
+    [
+        ("tp2_of_4", {"critic": {"ranks": "2-3"}, "reward": {"ranks": "2-3", "tensor": 2}}),
+        ("pp2", {}),
+        ("dp2", {}),
+        ("tp2_pp2_sp", {"critic": {"tensor": 2}, "reward": {}}),
+    ],
 )
 def test_the_pool_samples_with_the_weights_of_every_step(
     layout: str, roles: dict[str, object], pool_files: Path, pool_server: PoolServer, tmp_path: Path

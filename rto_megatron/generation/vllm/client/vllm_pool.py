@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Sequence
 
 from rto_megatron.errors import UserError
-from rto_megatron.generation.contract import Arrived, Sampling, StaleWeights, request_seed
+from rto_megatron.generation.contract import Arrived, Sampling, StaleWeights
 from rto_megatron.generation.vllm.client.answers import (
     Answer,
     PromptTokens,
@@ -152,7 +152,7 @@ class VllmPool:
                 self._prompt_tokens += prompt_tokens(answer)
                 return rollout
 
-            body = request_body(prompt, sampling, request_seed(sampling.seed, version, index))
+            body = request_body(prompt, sampling, sampling.request_seed(version, index))
             async with room:
                 rollout = await dispatch.ask(body, read)
             arrived(index, rollout)

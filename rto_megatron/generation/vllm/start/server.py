@@ -184,6 +184,15 @@ def wait_until_ready(server: Server, timeout_s: float = 600, progress: Progress 
                 progress(f"inference server {server.address} is starting, {waited:.0f} s")
 
 
+def label_weights(server: Server, version: int) -> None:
+    """Names the weights that a server read from its folder, so that an engine can ask for them.
+
+    A server calls them what it calls random ones, "default", and one that is started again does so too.
+    """
+    with ServerClient(server.address, read_token(server.token_file), timeout_s=30) as client:
+        client.request("POST", "/update_weight_version", {"new_version": str(version)})
+
+
 def stop_server(server: Server, grace_s: float = 15) -> None:
     """Ends the server and every process of its group; safe to call twice."""
     for stop_signal, patience_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 5.0)):

@@ -1,0 +1,162 @@
+"""Arena-Hard's rates against golden numbers, through files in the official layouts."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from benchmarks.made_files import GOLDEN, rto, write_lines
+
+from rto_megatron.benchmarks.arena_judgments import battles, label_of, read_judgments
+from rto_megatron.benchmarks.arena_scores import StyledBattles, styled_rates
+from rto_megatron.errors import DataError
+
+STYLED = GOLDEN["ah_v0_1_style_control"]
+
+
+def judgments(path: Path, games: list[list[str | None]], **columns: str) -> Path:
+    rows = [
+        {
+            **({"question_id": name} if "uid" not in columns else {"uid": name}),
+            "model": "ours", "judge": "gpt-4-1106-preview", **{k: v for k, v in columns.items() if k != "uid"},
+            "games": [{"user_prompt": "", "judgment": "", "score": label} for label in labels],
+        }
+        for name, *labels in games
+    ]  # fmt: skip
+    return write_lines(path, rows)
+
+
+def test_the_plain_rate_equals_golden_numbers_through_the_command(tmp_path: Path) -> None:
+    golden = GOLDEN["ah_v0_1_raw"]
+    path = judgments(tmp_path / "model_judgment/gpt-4-1106-preview/ours.jsonl", golden["games"])
+    shown = rto("score", tmp_path / "model_judgment", "--json", tmp_path / "s.json")
+    (pool,) = json.loads((tmp_path / "s.json").read_text())["arena_hard"]
+    (scored,) = pool["scores"]
+    assert scored["win_rate"]["rate"] == pytest.approx(golden["score"], rel=1e-12)
+    assert (scored["num_battles"], scored["num_unjudged"]) == (golden["n_battles"], 1)
+    assert (pool["baseline"], pool["judges"]) == ("gpt-4-0314", ["gpt-4-1106-preview"])
+    assert "55.3" in shown and "against gpt-4-0314" in shown
+    assert battles(read_judgments(path)).wins.sum() == golden["model_wins"] + golden["ties"] / 2
+
+
+def test_the_standard_error_is_over_questions(tmp_path: Path) -> None:
+    """Ten times the same question is no more evidence than one, twenty questions with as many battles are."""
+    alike = [[f"q{n}", "A>B", "B>A"] if n % 2 else [f"q{n}", "B>A", "A>B"] for n in range(20)]
+    path = judgments(tmp_path / "ours.jsonl", alike)
+    rto("score", path, "--json", tmp_path / "s.json")
+    (pool,) = json.loads((tmp_path / "s.json").read_text())["arena_hard"]
+    # Both games of a question agree: 20 means of 0 and 1, not 40 battles.
+    assert pool["scores"][0]["standard_error"] == pytest.approx(
+        100 * np.std([0, 1] * 10, ddof=1) / np.sqrt(20)
+    )
+
+
+def test_version_2_counts_questions_with_both_verdicts_and_each_category_alone(tmp_path: Path) -> None:
+    games: list[list[str | None]] = [["q1", "A>B", None], ["q2", "A<<B", "A=B"], ["q3", "A>B", "B>A"]]
+    hard = judgments(tmp_path / "a.jsonl", games, uid="", category="hard_prompt", baseline="o3-mini")
+    rows = [json.loads(line) for line in hard.read_text().splitlines()]
+    rows.append({**rows[2], "uid": "q4", "category": "creative_writing", "baseline": "gemini"})
+    write_lines(hard, rows)
+    rto("score", hard, "--json", tmp_path / "s.json")
+    pools = json.loads((tmp_path / "s.json").read_text())["arena_hard"]
+    # q1 is left out; q2: A<<B is a strong win of the model, then a tie; q3: the model loses both games.
+    rates = {pool["category"]: pool["scores"][0]["win_rate"]["rate"] for pool in pools}
+    assert rates == {"hard_prompt": pytest.approx(100 * 3.5 / 6), "creative_writing": 0}
+    assert pools[0]["scores"][0]["num_unjudged"] == 1
+
+
+def styled(models: list[str]) -> StyledBattles:
+    chosen = [one for one in STYLED["battles"] if one["model_b"] in models]
+    names = ("token", "header", "list", "bold")
+    styles = [
+        [(one[f"{name}_a"] - one[f"{name}_b"]) / (one[f"{name}_a"] + one[f"{name}_b"] + 1) for name in names]
+        for one in chosen
+    ]
+    wins = [{"model_a": 0.0, "model_b": 1.0}.get(one["winner"], 0.5) for one in chosen]
+    places = [models.index(one["model_b"]) for one in chosen]
+    return StyledBattles(tuple(models), np.array(places), np.array(wins), np.array(styles))
+
+
+def test_rates_at_equal_style_equal_golden_numbers_and_depend_on_the_pool() -> None:
+    together = styled_rates(styled(["m1", "m2"]), num_rounds=2, seed=0)
+    alone = [styled_rates(styled([name]), num_rounds=2, seed=0)[0] for name in ("m1", "m2")]
+    for rates, golden in ((together, STYLED["score_sc"]), (alone, STYLED["score_sc_if_model_alone_in_pool"])):
+        assert [one.rate for one in rates] == pytest.approx([golden["m1"], golden["m2"]], abs=1e-3)
+
+
+def pool_files(folder: Path) -> None:
+    """The golden battles as files: a question a battle, won in game 0, game 1 without a verdict."""
+    rows: dict[str, list[dict[str, object]]] = {"base": [], "m1": [], "m2": []}
+    judged: dict[str, list[list[str | None]]] = {"m1": [], "m2": []}
+    for number, one in enumerate(STYLED["battles"]):
+        label = {"model_a": "A>B", "model_b": "B>A"}.get(one["winner"], "A=B")
+        judged[one["model_b"]].append([f"q{number}", label, None])
+        for model, side in (("base", "a"), (one["model_b"], "b")):
+            style = {
+                "token_len": one[f"token_{side}"],
+                "header_count": {"h1": one[f"header_{side}"], "h2": 0},
+                "list_count": {"ordered": one[f"list_{side}"]},
+                "bold_count": {"**": one[f"bold_{side}"]},
+            }
+            answer = {"question_id": f"q{number}", "model_id": model, "conv_metadata": style}
+            rows[model].append({**answer, "choices": [{"index": 0, "turns": [{"content": "x"}]}]})
+    for model, games in judged.items():
+        path = judgments(folder / f"model_judgment/j/{model}.jsonl", games, baseline="base")
+        write_lines(path, [{**json.loads(line), "model": model} for line in path.read_text().splitlines()])
+    for model, answers in rows.items():
+        write_lines(folder / f"model_answer/{model}.jsonl", answers)
+
+
+def test_style_control_of_files_names_its_pool(tmp_path: Path) -> None:
+    pool_files(tmp_path)
+    shown = rto(
+        "score", tmp_path / "model_judgment", "--answers", tmp_path / "model_answer", "--rounds", 20,
+        "--json", tmp_path / "s.json",
+    )  # fmt: skip
+    (pool,) = json.loads((tmp_path / "s.json").read_text())["arena_hard"]
+    rates = {one["model"]: one["styled"]["rate"] for one in pool["scores"]}
+    assert rates == pytest.approx(STYLED["score_sc"], abs=1e-3)
+    assert all(one["styled"]["low"] < one["styled"]["rate"] < one["styled"]["high"] for one in pool["scores"])
+    assert "equal style is that of this pool: m1, m2, and the baseline" in shown and "unverified" in shown
+
+
+def test_style_control_says_what_answers_it_lacks(tmp_path: Path) -> None:
+    pool_files(tmp_path)
+    (tmp_path / "model_answer/base.jsonl").unlink()
+    arguments = ("score", tmp_path / "model_judgment", "--answers", tmp_path / "model_answer")
+    with pytest.raises(DataError, match="no answers of base"):
+        rto(*arguments)
+    write_lines(
+        tmp_path / "model_answer/base.jsonl",
+        [{"question_id": "q0", "model_id": "base", "choices": [{"turns": [{"content": "x"}]}]}],
+    )
+    with pytest.raises(
+        DataError, match=r"(?s)have no counts of style.*question q1 is judged and not answered"
+    ):
+        rto(*arguments)
+
+
+def test_a_question_twice_and_other_kinds_of_files_are_refused(tmp_path: Path) -> None:
+    path = judgments(tmp_path / "ours.jsonl", [["q1", "A>B", "A>B"], ["q1", "A>B", "A>B"]])
+    with pytest.raises(DataError, match="'q1' is judged more than once"):
+        rto("score", path)
+    with pytest.raises(DataError, match="games is None, expected a list of two"):
+        rto("score", write_lines(path, [{"question_id": "q1", "model": "ours"}]))
+    with pytest.raises(DataError, match="judge answers first"):
+        rto("score", (tmp_path / "empty").mkdir() or tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("said", "old", "new"),
+    [
+        ("so [[A>B]]", ("A>B", False), ("A>B", False)),
+        ("[[A>B]] and again [[A>B]]", ("A>B", False), ("A>B", False)),
+        ("[[A>B]], no: [[B>>A]]", (None, False), ("B>>A", False)),
+        ("undecided", (None, True), (None, False)),
+        ("[A=B]", (None, True), ("A=B", False)),
+    ],
+)
+def test_verdicts_are_read_as_each_version_does(
+    said: str, old: tuple[str | None, bool], new: tuple[str | None, bool]
+) -> None:
+    assert (label_of(said, "v0.1"), label_of(said, "v2.0")) == (old, new)
