@@ -24,7 +24,7 @@ def padding_batch(topology: Topology) -> TokenBatch:
     """The shortest micro-batch: no sequence, rows as a layout wants them."""
     length = topology.row_multiple
     tokens_T = torch.zeros(length, dtype=torch.int64, device=topology.device.torch_device)
-    return TokenBatch(tokens_T, tokens_T, (0, length), 1, (), 0)
+    return TokenBatch(tokens_T, tokens_T, (0, length), 1, (), 0, asked_N=tokens_T[:0])
 
 
 def filled(batches: Sequence[TokenBatch], shape: ModelShape, topology: Topology) -> list[TokenBatch]:

@@ -187,7 +187,12 @@ def build_model(
 
 
 def forward(model: torch.nn.Module, batch: TokenBatch) -> Tensor:
-    """Logits [b, s, v / tp] or scalar head values [b, s, 1]; hidden states between pipeline stages."""
+    """What comes out of the model's last stage, hidden states of the others.
+
+    Returns:
+        [b, s, 1] values of a scalar head; of a language model the states that the output projection reads, [s, b, h]
+        with this tensor rank's part of s under sequence parallelism (`engine/readings.py` applies the projection).
+    """
     rows = batch.tokens_T.view(batch.num_rows, -1)
     positions = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
     packed = None
@@ -205,7 +210,14 @@ def forward(model: torch.nn.Module, batch: TokenBatch) -> Tensor:
     config = model.config
     assert isinstance(config, TransformerConfig)
     padding = is_padding(batch) if model.training and config.num_moe_experts is not None else None
-    outputs: Tensor = model(rows, positions, None, packed_seq_params=packed, padding_mask=padding)
+    outputs: Tensor = model(
+        rows,
+        positions,
+        None,
+        packed_seq_params=packed,
+        padding_mask=padding,
+        output_processor=_raw_output,
+    )
     return outputs
 
 
@@ -215,3 +227,11 @@ def is_padding(batch: TokenBatch) -> Tensor:
     for start, last in zip(batch.cu_seqlens, batch.last_positions, strict=False):
         is_padding_T[start : last + 1] = False
     return is_padding_T.view(batch.num_rows, -1).to(batch.tokens_T.device)
+
+
+def _raw_output(hidden_states: Tensor, output_layer: torch.nn.Module, **_: object) -> Tensor:
+    """Called by GPTModel in the place of its output layer."""
+    if not isinstance(output_layer, ScalarHead):
+        return hidden_states
+    values: Tensor = output_layer(hidden_states)[0]
+    return values.transpose(0, 1)
