@@ -267,9 +267,8 @@ def _forward_only(
         iterator: Iterator[tuple[int, TokenBatch]], chunk: GPTModel
     ) -> tuple[Tensor, Callable[..., Tensor]]:
         index, batch = next(iterator)
-        return forward(
-            chunk, batch
-        ), lambda raw, non_loss_data=True: read(index, raw) if index < len(batches) else raw
+        is_asked = index < len(batches)
+        return forward(chunk, batch), lambda raw, non_loss_data=True: read(index, raw) if is_asked else raw
 
     _require_rows(model, batches)
     passes = filled(batches, model.shape, model.topology)
@@ -341,12 +340,10 @@ def _training_step[M: Microbatch](
 
     def loss_of(raw: Tensor) -> tuple[Tensor, tuple[Metrics, bool]]:
         if microbatch is None:  # of padding alone: the backward of its exchange is what others wait for
-            unread = raw.float().sum()
-            if (
-                not model.has_scalar_head
-            ):  # a reduction that overlaps the backward waits for every weight's gradient
-                unread = unread + output_weight(model.module)[0, 0].float()
-            return unread * 0, ({}, True)
+            nothing = raw.float().sum() * 0
+            if not model.has_scalar_head:  # gradients that go off early wait for that of every weight
+                nothing = nothing + output_weight(model.module)[0, 0].float() * 0
+            return nothing, ({}, True)
         output = loss(reading.read(model, microbatch, raw), microbatch)
         return output.loss * factor, (output.metrics, bool(torch.isfinite(output.loss)))
 
