@@ -30,8 +30,8 @@ from rto_megatron.algorithms.sft import SFT, Config
 from rto_megatron.config.training import OptimizerConfig, ParallelConfig, PrecisionConfig
 from rto_megatron.data.batches import Batches
 from rto_megatron.data.cut import Layout
-from rto_megatron.data.encoder import Limits
 from rto_megatron.data.grouping import lengths_of, read_lengths
+from rto_megatron.data.limits import Limits
 from rto_megatron.data.loader import load_pairs
 from rto_megatron.data.packing import supervised_microbatches
 from rto_megatron.data.tokenizer import load_tokenizer, train_tokenizer

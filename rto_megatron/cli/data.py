@@ -1,4 +1,4 @@
-"""`rto synthesize`, `rto tokenizer` and `rto reasoning-gym`: what a run needs before its first stage."""
+"""`rto data`, `rto synthesize`, `rto tokenizer` and `rto reasoning-gym`: what a run needs before its first stage."""
 
 import json
 from collections.abc import Iterator
@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from rto_megatron.errors import DataError, MachineError, RecipeError
+from rto_megatron.cli.options import Overrides, Recipe
+from rto_megatron.errors import DataError, MachineError, RecipeError, UserError, refuse_if
 
 _VOCABULARY_MULTIPLE = 64  # tensor parallelism cuts the vocabulary in equal parts
 
@@ -17,6 +18,55 @@ def register(app: typer.Typer) -> None:
     app.command()(synthesize)
     app.command()(tokenizer)
     app.command(name="reasoning-gym")(reasoning_gym)
+    of_data = typer.Typer(name="data", help="Look at what a stage reads.", no_args_is_help=True)
+    of_data.callback()(_nothing_by_itself)
+    of_data.command()(preview)
+    app.add_typer(of_data)
+
+
+def _nothing_by_itself() -> None:
+    """Keeps `preview` a sub-command while it is the only one."""
+
+
+def preview(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    rows: Annotated[
+        int, typer.Option(min=1, help="Rows of each source that are read, from its first.")
+    ] = 1000,
+    examples: Annotated[int, typer.Option(min=0, help="Examples of each source that are shown.")] = 2,
+) -> None:
+    """Show what a stage reads: tokens with the trained ones coloured, lengths, and what was cut, dropped and why.
+
+    Needs the policy's tokenizer on this machine, no GPU and no weights. Without colours, trained tokens stand in ⟦ ⟧.
+    """
+    from rich.console import Console
+
+    from rto_megatron.config.load import load_recipe
+    from rto_megatron.data.look import data_sources, first_examples
+    from rto_megatron.planning.local_data import policy_tokenizer
+    from rto_megatron.reporting.data_preview import print_preview
+
+    config = load_recipe(recipe, overrides or [])
+    tokenizer, eos = policy_tokenizer(config)
+    if tokenizer is None:
+        raise RecipeError(
+            f"models.policy={config.models.policy}: there is no tokenizer on this machine, and no token can be shown "
+            "without one; download the model, run the stage that writes it, or name another (models.policy=FOLDER)"
+        )
+    console = Console() if Console().is_terminal else Console(width=140)
+    problems = []
+    for data in data_sources(config):
+        if data.absence is not None and data.absence != "on the hub":
+            problems.append(f"{data.key}: {data.source}: {data.absence}")
+            continue
+        try:
+            loaded = first_examples(config, data, tokenizer, eos, rows)
+        except UserError as error:
+            problems.append(f"{data.key}: {error}")
+        else:
+            print_preview(console, data.key, loaded, tokenizer, examples)
+    refuse_if(problems, f"{recipe}: {len(problems)} of its sources cannot be read", DataError)
 
 
 def synthesize(

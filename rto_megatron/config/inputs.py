@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from rto_megatron.config.source_names import HeldOutSources, Sources
 from rto_megatron.config.template_arguments import TemplateArguments
 from rto_megatron.config.training import Section
 
@@ -43,7 +44,8 @@ class ModelsConfig(Section):
 
 
 class DataConfig(Section):
-    """Data are local .jsonl, .jsonl.gz or .parquet files, or a hub data set as `owner/name:split`.
+    """Data are local files, folders or patterns of files, hub data sets as `owner/name:split` or
+    `owner/name:config:split`, and lists of those.
 
     Example:
         data: {max_prompt_tokens: 512, overlong: drop}
@@ -58,6 +60,17 @@ class DataConfig(Section):
         description="error: rows that cannot be used end the run, and all are named; drop: it goes on without them, "
         "counted and logged",
     )
+    layout: (
+        Literal[
+            "prompt", "context_messages",
+            "messages", "response", "completion", "alpaca", "sharegpt",
+            "conversations", "answers", "texts", "transcripts", "instruction", "question",
+            "label",
+        ]
+        | None
+    ) = Field(
+        default=None, description="which columns are read of rows that are in several layouts (docs/data.md)"
+    )  # fmt: skip
     template: TemplateArguments = Field(
         default={},
         description="arguments that the tokenizer's chat template reads, as for apply_chat_template "
@@ -72,8 +85,8 @@ class ExampleDataConfig(DataConfig):
         data: {train: pairs.jsonl, eval: held_out.jsonl, max_length: 1024}
     """
 
-    train: str = Field(min_length=1)
-    eval: str | None = Field(default=None, min_length=1)
+    train: Sources
+    eval: HeldOutSources | None = None
     eval_samples: int | None = Field(default=None, ge=1, description="rows of `eval` to use; null: all")
     max_length: int = Field(default=2048, ge=2, description="prompt and answer, in tokens")
     open_thought: Literal["error", "keep"] = Field(
@@ -87,6 +100,24 @@ class ExampleDataConfig(DataConfig):
     )
 
 
+class DemonstrationDataConfig(ExampleDataConfig):
+    """Conversations that are learnt from.
+
+    Example:
+        data: {train: chat.jsonl, loss_on: all}
+    """
+
+    loss_on: Literal["last", "all"] = Field(
+        default="last",
+        description="which of the assistant's turns are learnt: the last one, or all but those of weight 0",
+    )
+    empty_thoughts: Literal["learn", "skip"] = Field(
+        default="learn",
+        description="what happens to a thought without text, as templates of reasoning models write before answers "
+        "without one; skip: no loss on it",
+    )
+
+
 class PromptDataConfig(DataConfig):
     """Prompts that the policy answers.
 
@@ -94,16 +125,15 @@ class PromptDataConfig(DataConfig):
         data: {train: prompts.jsonl, max_prompt_tokens: 512}
     """
 
-    train: str = Field(min_length=1)
-    pretrain: str | None = Field(
+    train: Sources
+    pretrain: Sources | None = Field(
         default=None,
-        min_length=1,
         description="texts for a language-model loss beside the policy's (`algorithm.ptx_coef`); null: none",
     )
     true_reward: Path | None = Field(
         default=None, description="the synthetic task's table: logs the true return of what was sampled"
     )
-    eval: str | None = Field(default=None, min_length=1, description="held-out prompts; null: none")
+    eval: HeldOutSources | None = Field(default=None, description="held-out prompts; null: none")
     eval_samples: int | None = Field(default=None, ge=1, description="rows of `eval` to use; null: all")
 
 
@@ -114,5 +144,5 @@ class EvaluateDataConfig(DataConfig):
         data: {eval: prompts.jsonl, eval_samples: 256}
     """
 
-    eval: str = Field(min_length=1, description="held-out prompts")
+    eval: HeldOutSources = Field(description="held-out prompts")
     eval_samples: int | None = Field(default=None, ge=1, description="rows of `eval` to use; null: all")

@@ -19,6 +19,7 @@ from rto_megatron.config.facts import facts_of
 from rto_megatron.config.overrides import (
     VARIABLES,
     Override,
+    as_lists,
     escaped,
     interpolations,
     is_variable,
@@ -34,6 +35,7 @@ from rto_megatron.config.recipes import require_recipe
 from rto_megatron.config.reward_code import with_code
 from rto_megatron.config.run_folder import make_run_folder
 from rto_megatron.config.schema import STAGES, Stage
+from rto_megatron.config.source_names import absolute
 from rto_megatron.errors import RecipeError
 
 Tree = dict[str, object]
@@ -41,7 +43,7 @@ Tree = dict[str, object]
 # Keys that hold a path of this machine; the others (models, data) may also name something on the hub, so they
 # are made absolute only if they exist.
 _LOCAL_PATHS = ("run.dir", "rollout.token_file", "evaluate.true_reward", "data.true_reward")
-_PATHS_OR_HUB_NAMES = ("data.train", "data.eval", "data.pretrain")
+_SOURCES = ("train", "eval", "pretrain")  # of section `data`
 _DEEPEST = 20
 _MODELS = ("policy", "reference", "critic", "reward", "dpo", "dpo_reference")
 
@@ -63,8 +65,10 @@ def load_recipe(recipe: Path, overrides: Sequence[str] = ()) -> Stage:
         )
     for key in _LOCAL_PATHS:
         _make_absolute(tree, key, only_if_present=False)
-    for key in (*_PATHS_OR_HUB_NAMES, *(f"models.{role}" for role in _MODELS)):
-        _make_absolute(tree, key, only_if_present=True)
+    for role in _MODELS:
+        _make_absolute(tree, f"models.{role}", only_if_present=True)
+    if isinstance(data := tree.get("data"), dict):
+        data |= {key: _absolute_sources(data[key]) for key in _SOURCES if key in data}
     config = _validate(STAGES[name], tree, origin)
     if (sampling := facts_of(config).sampling) is None:
         return config
@@ -145,7 +149,7 @@ def _text_keys(from_file: DictConfig, overrides: Sequence[Override]) -> frozense
         stage = OmegaConf.select(tree, "stage")
     except OmegaConfBaseException:  # the interpolation is refused with all others
         stage = None
-    return frozenset({"stage", *(text_keys(STAGES[stage]) if stage in STAGES else ())})
+    return frozenset({"stage", *(text_keys(STAGES[stage]) if stage in STAGES else ())}) - as_lists(overrides)
 
 
 def _resolved(tree: DictConfig, text: frozenset[str]) -> Tree:
@@ -256,6 +260,17 @@ def _make_absolute(tree: Tree, key: str, only_if_present: bool) -> None:
         path = Path(section[leaf]).expanduser()
         if path.exists() or not only_if_present:
             section[leaf] = str(path.absolute())
+
+
+def _absolute_sources(given: object) -> object:
+    """The same names of data, alone, in a list, or with weights."""
+    if isinstance(given, str):
+        return absolute(given)
+    if isinstance(given, list):
+        return [_absolute_sources(entry) for entry in given]
+    if isinstance(given, dict) and isinstance(given.get("source"), str):
+        return {**given, "source": absolute(given["source"])}
+    return given
 
 
 def stage_keys(stage: type[BaseModel]) -> Mapping[str, str]:

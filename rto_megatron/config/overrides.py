@@ -20,6 +20,7 @@ from rto_megatron.errors import RecipeError
 VARIABLES = "vars"
 _BATCH = "batch"
 _RIVALS = ("micro", "tokens")  # of the section: a recipe sets one
+_LISTS = ("data.train", "data.eval", "data.pretrain")  # text, or a list of texts and sections
 _OPENING = r"(\\*)\$\{"
 _NAMES_A_KEY = re.compile(r"\$\{([\w.]+)\}")
 
@@ -136,6 +137,13 @@ def typed(value: str) -> object:
     return tree["value"]
 
 
+def as_lists(overrides: Sequence[Override]) -> frozenset[str]:
+    """The keys that are given a list on the command line, as `data.train=[a.jsonl,b.jsonl]`; a file of that name is
+    none."""
+    given = (one for one in overrides if one.key in _LISTS and one.value.startswith("["))
+    return frozenset(one.key for one in given if not Path(one.value).exists())
+
+
 def text_keys(stage: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """The dotted keys of a stage whose values are text."""
     for name, field in stage.model_fields.items():
@@ -153,5 +161,6 @@ def _is_text(kind: object) -> bool:
     if origin is Literal:
         return all(isinstance(choice, str) for choice in get_args(kind))
     if origin in (Union, UnionType):
-        return all(_is_text(one) for one in get_args(kind) if one is not NoneType)
+        kinds = [one for one in get_args(kind) if one is not NoneType and get_origin(one) is not tuple]
+        return bool(kinds) and all(map(_is_text, kinds))
     return isinstance(kind, type) and issubclass(kind, str | Path)

@@ -14,6 +14,7 @@ from rto_megatron.algorithms import ALGORITHMS, reinforcement
 from rto_megatron.algorithms.method import Method, OnlineMethod
 from rto_megatron.config.inputs import (
     DataConfig,
+    DemonstrationDataConfig,
     EvaluateDataConfig,
     ExampleDataConfig,
     ModelsConfig,
@@ -89,6 +90,16 @@ class OfflineStage(TrainStage):
     run: EvaluatedRunConfig
     data: ExampleDataConfig
     algorithm: BaseModel
+
+
+class SupervisedStage(OfflineStage):
+    """Learns from demonstrations.
+
+    Example:
+        {stage: sft, data: {train: chat.jsonl, loss_on: all}}
+    """
+
+    data: DemonstrationDataConfig
 
 
 class RewardModelStage(OfflineStage):
@@ -170,7 +181,7 @@ def _kind(method: Method) -> type[TrainStage]:
         return ActorCriticStage if method.has_critic else ReinforcementStage
     if method.outputs == "values":
         return RewardModelStage
-    return OfflineStage if method.examples == "demonstrations" else PreferenceStage
+    return SupervisedStage if method.examples == "demonstrations" else PreferenceStage
 
 
 def _stage(name: str, method: Method) -> type[StageConfig]:

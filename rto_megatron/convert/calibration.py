@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from rto_megatron.data.chat import encode_prompt, encode_text
+from rto_megatron.data.row import Row
 from rto_megatron.data.soundness import TokenizerJudge, require_characters
-from rto_megatron.data.sources import Row, read_rows
+from rto_megatron.data.sources import read_rows
 from rto_megatron.data.template import ChatTemplate, TemplateOptions
 from rto_megatron.data.tokenizer import load_tokenizer
 from rto_megatron.data.turns import conversation_of, turns, with_system

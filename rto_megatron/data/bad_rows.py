@@ -34,7 +34,12 @@ def _line(reason: str, places: list[str]) -> str:
     line = f"{places[0]}: {reason}"
     if len(places) == 1:
         return line
-    # A place ends in its number, see `Row`.
-    numbers = [re.sub(r".*\D", "", place) for place in places[1 : _SHOWN + 1]]
-    more = len(places) - 1 - len(numbers)
-    return f"{line}; alike: {', '.join(numbers)}" + (f" and {more} more" if more else "")
+    # A place ends in its number, see `Row`; of another file it is named whole.
+    file = _file(places[0])
+    others = [place.removeprefix(file) if _file(place) == file else place for place in places[1 : _SHOWN + 1]]
+    more = len(places) - 1 - len(others)
+    return f"{line}; alike: {', '.join(others)}" + (f" and {more} more" if more else "")
+
+
+def _file(place: str) -> str:
+    return re.sub(r"\d+$", "", place)

@@ -2,13 +2,14 @@
 
 import hashlib
 import json
-import random
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 from rto_megatron.data.grouping import own_share
+from rto_megatron.data.mixture import Portion, pass_order
 from rto_megatron.errors import DataError, RecipeError
 from rto_megatron.types import Demonstration, Example, JudgedResponse, PreferencePair, Prompt
 
@@ -34,6 +35,8 @@ class Batches[T: Example]:
     costs, ranks take about as much of a global batch each, in unequal numbers. What
     is left of an epoch after its last full batch is dropped; another shuffle brings it back in later epochs.
     The number of consumed samples is the whole state; the items' number and digest go with it, to know them again.
+    A pass over a mixture takes of each part as much as its weight says. Passes go on where the one before stopped in a
+    shuffle of the part, so that all of its items are read equally often in the long run.
 
     Example:
         Batches(items, global_batch=64, seed=42, dp_rank=0, dp_size=4).next_batch()
@@ -47,6 +50,7 @@ class Batches[T: Example]:
         dp_rank: int = 0,
         dp_size: int = 1,
         cost: Callable[[T], float] | None = None,
+        portions: Sequence[Portion] = (),
     ) -> None:
         """Start at the first batch.
 
@@ -56,13 +60,18 @@ class Batches[T: Example]:
             seed: of the shuffles.
             dp_rank, dp_size: this rank among the data-parallel ranks.
             cost: what an item asks of a rank; None: all the same.
+            portions: of the parts of a mixture, whose items stand one after another; none: every item once a pass.
 
         Raises:
             UserError: fewer items than one global batch, or the ranks do not divide it where they must.
         """
-        if len(items) < global_batch:
+        assert not portions or sum(portion.num_items for portion in portions) == len(items)
+        is_plain = all(portion.weight == 1 for portion in portions)
+        self._portions = (Portion(len(items), 1.0),) if is_plain else tuple(portions)
+        self._per_pass = sum(portion.per_pass for portion in self._portions)
+        if self._per_pass < global_batch:
             raise DataError(
-                f"the data has {len(items)} items, fewer than one global batch of {global_batch}; "
+                f"the data has {self._per_pass} items, fewer than one global batch of {global_batch}; "
                 "use more data or a smaller batch"
             )
         if cost is None and global_batch % dp_size:
@@ -89,7 +98,12 @@ class Batches[T: Example]:
     @property
     def batches_per_epoch(self) -> int:
         """Full global batches in one pass over the items."""
-        return len(self._items) // self._global_batch
+        return self._per_pass // self._global_batch
+
+    @property
+    def items_per_pass(self) -> int:
+        """Items of a pass, before the last full batch and behind it."""
+        return self._per_pass
 
     @property
     def epoch(self) -> int:
@@ -100,8 +114,7 @@ class Batches[T: Example]:
         """This rank's slice of the next global batch."""
         if self._order_epoch != self.epoch:
             self._order_epoch = self.epoch
-            self._order = list(range(len(self._items)))
-            random.Random(f"{self._seed}/{self.epoch}").shuffle(self._order)
+            self._order = pass_order(self._portions, self._seed, self.epoch)
         per_epoch = self.batches_per_epoch * self._global_batch
         first = self._consumed_samples % per_epoch
         batch = [self._items[index] for index in self._order[first : first + self._global_batch]]
@@ -111,7 +124,7 @@ class Batches[T: Example]:
     @property
     def num_left_over(self) -> int:
         """Items that each pass leaves out behind its last full batch."""
-        return len(self._items) % self._global_batch
+        return self._per_pass % self._global_batch
 
     @cached_property
     def digest(self) -> str:
@@ -173,7 +186,8 @@ def _parts(example: Example) -> tuple[tuple[tuple[int, ...], ...], float]:
         case Prompt():
             return (example.token_ids,), 0.0
         case Demonstration():
-            return (example.prompt_ids, example.response_ids), 0.0
+            stretches = (tuple(chain.from_iterable(example.skipped)),) if example.skipped else ()
+            return (example.prompt_ids, example.response_ids, *stretches), 0.0
         case PreferencePair():
             return (example.prompt_ids, example.chosen_ids, example.rejected_ids), example.margin
         case JudgedResponse():

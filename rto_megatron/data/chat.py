@@ -7,7 +7,9 @@ tokenizer's end-of-sequence token is appended. What the template leaves out is r
 turns, which is counted.
 """
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,7 +17,7 @@ from rto_megatron.data.eos import own_eos
 from rto_megatron.data.left_out import Part, left_out, refuse
 from rto_megatron.data.messages import Conversation
 from rto_megatron.data.template import ChatTemplate
-from rto_megatron.data.thoughts import Answer, answer_after
+from rto_megatron.data.thoughts import Answer, answer_after, leading_empty_thought
 from rto_megatron.errors import DataError
 from rto_megatron.types import EndOfSequence
 
@@ -56,39 +58,47 @@ def encode_prompt(template: ChatTemplate, conversation: Conversation, where: str
         UserError: the template refuses the conversation or leaves something out.
     """
     text = template.text(conversation, True, where)
-    thoughts, others = _sorted(left_out(template, conversation, text, True, where), None)
+    thoughts, others = sorted_parts(left_out(template, conversation, text, True, where), ())
     refuse(template, conversation, others, where)
     return EncodedPrompt(encode_text(template.tokenizer, text), len(thoughts))
 
 
 def encode_exchange(
-    template: ChatTemplate, conversation: Conversation, where: str, eos: EndOfSequence | None = None
+    template: ChatTemplate,
+    conversation: Conversation,
+    where: str,
+    eos: EndOfSequence | None = None,
+    skips_empty_thoughts: bool = False,
 ) -> Exchange:
     """Ids of a prompt and of the assistant's answer to it, which is the conversation's last turn.
 
     Args:
         eos: what ends an answer; None: the tokenizer's alone.
+        skips_empty_thoughts: a thought without a word at the answer's beginning belongs to the prompt.
 
     Raises:
         UserError: the template refuses the conversation, leaves something out, or renders the prompt otherwise than
             the beginning of the conversation; or the answer does not close the thought that the prompt opens.
     """
-    prompt_text = template.text(conversation.prompt, True, where)
+    encode = partial(encode_text, template.tokenizer)
+    prompt_text, prompt_ids = template.prompt(conversation.prompt, encode, where)
     whole_text = template.text(conversation, False, where)
     answer = answer_after(prompt_text, whole_text, conversation.messages[-1].content)
-    lost = left_out(template, conversation, whole_text, False, where)
     last = len(conversation.messages) - 1
+    lost = left_out(template, conversation, whole_text, False, where, (last,))
     if answer.has_thought_back:
         lost = [part for part in lost if (part.turn, part.piece) != (last, "thought")]
-    thoughts, others = _sorted(lost, last)
+    thoughts, others = sorted_parts(lost, (last,))
     refuse(template, conversation, others, where)
     _require_agreed(template, conversation, answer, where)
     if answer.is_apart:
         in_prompt = left_out(template, conversation.prompt, prompt_text, True, where)
-        thoughts, others = _sorted(in_prompt, None)
+        thoughts, others = sorted_parts(in_prompt, ())
         refuse(template, conversation.prompt, others, where)
-    prompt_ids = encode_text(template.tokenizer, prompt_text)
-    whole_ids = () if answer.is_apart else encode_text(template.tokenizer, prompt_text + answer.text)
+    if skips_empty_thoughts and (empty := leading_empty_thought(prompt_text, answer.text)):
+        prompt_text, answer = prompt_text + empty, replace(answer, text=answer.text.removeprefix(empty))
+        prompt_ids = encode(prompt_text)
+    whole_ids = () if answer.is_apart else encode(prompt_text + answer.text)
     if whole_ids[: len(prompt_ids)] == prompt_ids and len(whole_ids) > len(prompt_ids):
         answer_ids = whole_ids[len(prompt_ids) :]
     else:
@@ -101,9 +111,9 @@ def encode_exchange(
     )
 
 
-def _sorted(lost: list[Part], trained: int | None) -> tuple[list[Part], list[Part]]:
+def sorted_parts(lost: list[Part], trained: Collection[int]) -> tuple[list[Part], list[Part]]:
     """Reasoning of turns that are not trained, and all else."""
-    thoughts = [part for part in lost if part.is_reasoning and part.turn != trained]
+    thoughts = [part for part in lost if part.is_reasoning and part.turn not in trained]
     return thoughts, [part for part in lost if part not in thoughts]
 
 
@@ -149,10 +159,17 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...
 
     That token may come from the template, the tokenizer or both.
     """
-    ids = tuple(tokenizer.encode(text, add_special_tokens=False))
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    return normal_start(tokenizer, ids, [False] * len(ids))[0]
+
+
+def normal_start(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], marks: Sequence[bool]
+) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+    """The ids with one beginning-of-sequence token if the tokenizer uses it, and the marks of each; that token's is
+    False."""
     bos = tokenizer.bos_token_id
-    if bos is None:
-        return ids
     first = next((i for i, token in enumerate(ids) if token != bos), len(ids))
-    has_bos = first > 0 or tokenizer.encode("")[:1] == [bos]
-    return (bos, *ids[first:]) if has_bos else ids
+    if bos is None or not (first > 0 or tokenizer.encode("")[:1] == [bos]):
+        return tuple(ids), tuple(marks)
+    return (bos, *ids[first:]), (False, *marks[first:])

@@ -1,62 +1,43 @@
-"""What a row says in each of the public layouts that are read, before any tokenizer sees it.
-
-Layouts, by column names:
-    prompts         context_messages [{role, content}]; or prompt, a string or a list of messages
-    pairs           chosen and rejected [{role, content}], as in ultrafeedback_binarized; optional prompt_id,
-                    and margin, or score_chosen and score_rejected (their difference is the margin)
-    demonstrations  messages [{role, content}]; or chosen, as above; or prompt and response strings. The
-                    last message is the target, everything before it is the prompt
-    judgements      prompt, completion (strings or messages) and label (true or false); or pairs, as above
-    texts           text, a string
+"""The public layouts that are read, by what they hold; docs/data.md says what becomes of each.
 
 Only the columns named here are looked at, and of those only what the layout takes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
+from rto_megatron.data.foreign_rows import (
+    alpaca_prompt,
+    conversations_column,
+    is_transcript,
+    question,
+    sharegpt,
+    transcript,
+)
 from rto_megatron.data.messages import Message
-from rto_megatron.data.other_layouts import Examples, name_layout
-from rto_megatron.data.rows import completed, conversation, first_column, label, prompt_messages, text
-from rto_megatron.data.sources import Row
-from rto_megatron.errors import DataError, UserError
+from rto_megatron.data.reading import Cells, Examples, Reader, RowLayout
+from rto_megatron.data.row import Row
+from rto_megatron.data.rows import (
+    answered,
+    completed,
+    conversation,
+    first_column,
+    label,
+    prompt_messages,
+    text,
+)
+from rto_megatron.errors import DataError
 
 TEXT_COLUMNS = (
-    "system", "prompt", "context_messages", "messages", "chosen", "rejected", "response", "completion", "text",
+    "system", "instruction", "input", "question", "prompt", "context_messages", "messages", "conversations",
+    "conversation", "chosen", "rejected", "response", "completion", "output", "text",
 )  # fmt: skip
 
+_NO_COINCIDENCE = 4  # words; two answers may well begin with a shorter prompt
 
-def read_prompt(row: Row) -> list[Message]:
-    """The conversation that waits for an answer."""
-    return _named("prompts", _prompt, row)
-
-
-def read_pair(row: Row) -> tuple[list[Message], list[Message]]:
-    """The better and the worse conversation; they differ in their last message."""
-    return _named("pairs", _pair, row)
-
-
-def read_demonstration(row: Row) -> list[Message]:
-    """The conversation whose last message is the target."""
-    return _named("demonstrations", _demonstration, row)
-
-
-def read_judgements(row: Row) -> list[tuple[list[Message], bool]]:
-    """Conversations, each with the verdict on its last message."""
-    return _named("judgements", _judgements, row)
-
-
-def read_text(row: Row) -> str:
-    """A text without roles."""
-    return _named("texts", _text, row)
-
-
-READERS: dict[Examples, Callable[[Row], object]] = {
-    "prompts": read_prompt,
-    "pairs": read_pair,
-    "demonstrations": read_demonstration,
-    "judgements": read_judgements,
-    "texts": read_text,
-}
+type _Conversation = list[Message]
+type _Pair = tuple[_Conversation, _Conversation]
+type _Judged = list[tuple[_Conversation, bool]]
 
 
 def texts(row: Row) -> Iterator[str]:
@@ -66,49 +47,195 @@ def texts(row: Row) -> Iterator[str]:
         if isinstance(value, str):
             yield value
         elif isinstance(value, list):
-            contents = (turn.get("content") for turn in value if isinstance(turn, dict))
+            contents = (turn.get("content", turn.get("value")) for turn in value if isinstance(turn, dict))
             yield from (content for content in contents if isinstance(content, str))
 
 
-def _named[T](wanted: Examples, read: Callable[[Row], T], row: Row) -> T:
-    """What `read` says, or its error, which names the layout that the row is in where that is a known one."""
-    try:
-        return read(row)
-    except UserError as error:
-        named = name_layout(row, wanted, error)
-        if named is error:
-            raise
-        raise named from error
+def _has_turns(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
-def _prompt(row: Row) -> list[Message]:
-    return prompt_messages(row, first_column(row, ("context_messages", "prompt"), "prompts"))
+def _begins_with_answer(value: object) -> bool:
+    return _has_turns(value) and isinstance(value, list) and value[0].get("role") == "assistant"
 
 
-def _pair(row: Row) -> tuple[list[Message], list[Message]]:
-    chosen = conversation(row, "chosen")
-    rejected = conversation(row, "rejected")
+def _are_answers(cells: Cells) -> bool:
+    """Two texts, neither of which is a whole transcript."""
+    both = (cells.get("chosen"), cells.get("rejected"))
+    return all(isinstance(said, str) for said in both) and not any(is_transcript(said) for said in both)
+
+
+def _whole_pair(cells: Cells) -> bool:
+    return _has_turns(cells.get("chosen")) and not _begins_with_answer(cells["chosen"])
+
+
+def _trl_pair(cells: Cells) -> bool:
+    return "prompt" in cells and _begins_with_answer(cells.get("chosen"))
+
+
+def _text_pair(cells: Cells) -> bool:
+    return "prompt" in cells and _are_answers(cells)
+
+
+def _is_transcript_pair(cells: Cells) -> bool:
+    return is_transcript(cells.get("chosen"))
+
+
+def _alpaca_pair(cells: Cells) -> bool:
+    return "instruction" in cells and _are_answers(cells)
+
+
+def _question_pair(cells: Cells) -> bool:
+    return "question" in cells and _are_answers(cells)
+
+
+def _prompt_and(row: Row, column: str) -> _Conversation:
+    return answered(row, prompt_messages(row, "prompt"), column)
+
+
+def _instruction_and(row: Row, column: str) -> _Conversation:
+    return answered(row, alpaca_prompt(row), column)
+
+
+def _question_and(row: Row, column: str) -> _Conversation:
+    return answered(row, question(row), column)
+
+
+# Name, what it reads, whether a row has it, and the whole conversation with the answer of a column.
+_PAIRS: tuple[tuple[str, str, Callable[[Cells], bool], Callable[[Row, str], _Conversation]], ...] = (
+    ("conversations", "chosen + rejected (conversations)", _whole_pair, conversation),
+    ("answers", "prompt + chosen + rejected (turns)", _trl_pair, _prompt_and),
+    ("texts", "prompt + chosen + rejected (texts)", _text_pair, _prompt_and),
+    ("transcripts", "chosen + rejected (Human: ... Assistant: ...)", _is_transcript_pair, transcript),
+    ("instruction", "instruction + input + chosen + rejected", _alpaca_pair, _instruction_and),
+    ("question", "question + chosen + rejected", _question_pair, _question_and),
+)
+
+
+def _alone(read: Callable[[Row, str], _Conversation], row: Row) -> _Conversation:
+    return read(row, "chosen")
+
+
+def _pair(read: Callable[[Row, str], _Conversation], row: Row) -> _Pair:
+    chosen, rejected = read(row, "chosen"), read(row, "rejected")
     if chosen[:-1] != rejected[:-1]:
         raise DataError(
             f"{row.where}: chosen and rejected do not answer the same prompt; "
             "all messages but the last have to be equal"
         )
+    asked = chosen[-2].content.strip()
+    if (
+        isinstance(row.columns["chosen"], str)
+        and len(asked.split()) >= _NO_COINCIDENCE
+        and all(answer[-1].content.lstrip().startswith(asked) for answer in (chosen, rejected))
+    ):
+        raise DataError(
+            f"{row.where}: chosen and rejected both begin with the prompt, {asked!r:.60}, which would be trained as a "
+            "part of the answer; remove it from both"
+        )
     return chosen, rejected
 
 
-def _demonstration(row: Row) -> list[Message]:
-    column = first_column(row, ("messages", "chosen", "response"), "demonstrations")
-    if column == "response":
-        return [*prompt_messages(row, "prompt"), Message("assistant", text(row, "response"))]
-    return conversation(row, column)
+def _both(read: Callable[[Row, str], _Conversation], row: Row) -> _Judged:
+    chosen, rejected = _pair(read, row)
+    return [(chosen, True), (rejected, False)]
 
 
-def _judgements(row: Row) -> list[tuple[list[Message], bool]]:
-    if "label" in row.columns:
-        return [(completed(row), label(row))]
+def _judged(row: Row) -> _Judged:
     first_column(row, ("chosen", "label"), "answers with verdicts")
-    return [(conversation(row, "chosen"), True), (conversation(row, "rejected"), False)]
+    return [(completed(row), label(row))]
 
 
-def _text(row: Row) -> str:
-    return text(row, first_column(row, ("text",), "texts"))
+def _demonstrated(row: Row) -> _Conversation:
+    first_column(row, _DEMONSTRATED, "demonstrations")
+    return conversation(row, "messages")
+
+
+_DEMONSTRATED = ("messages", "conversations", "chosen", "response", "completion", "output")
+
+
+PROMPTS = Reader(
+    "prompts",
+    (
+        RowLayout(
+            "prompt",
+            "prompt",
+            lambda cells: "context_messages" not in cells and "prompt" in cells,
+            lambda row: prompt_messages(row, first_column(row, ("context_messages", "prompt"), "prompts")),
+        ),
+        RowLayout(
+            "context_messages",
+            "context_messages",
+            lambda cells: "context_messages" in cells,
+            lambda row: prompt_messages(row, "context_messages"),
+        ),
+    ),
+)
+PAIRS = Reader(
+    "pairs",
+    tuple(RowLayout(name, columns, has, partial(_pair, read)) for name, columns, has, read in _PAIRS),
+)
+DEMONSTRATIONS = Reader(
+    "demonstrations",
+    (
+        RowLayout("messages", "messages", lambda cells: "messages" in cells, _demonstrated),
+        RowLayout(
+            "response",
+            "prompt + response",
+            lambda cells: "response" in cells,
+            lambda row: answered(row, prompt_messages(row, "prompt"), "response"),
+        ),
+        RowLayout(
+            "completion",
+            "prompt + completion",
+            lambda cells: "completion" in cells,
+            completed,
+        ),
+        RowLayout(
+            "alpaca",
+            "instruction + input + output",
+            lambda cells: {"instruction", "output"} <= cells.keys(),
+            lambda row: answered(row, alpaca_prompt(row), "output"),
+        ),
+        RowLayout(
+            "sharegpt",
+            "conversations",
+            lambda cells: _has_turns(cells.get(conversations_column(cells))),
+            sharegpt,
+        ),
+        *(
+            RowLayout(
+                name, f"the chosen answer of {columns}", has, partial(_alone, read), is_last_resort=True
+            )
+            for name, columns, has, read in _PAIRS
+        ),
+    ),
+)
+JUDGEMENTS = Reader(
+    "judgements",
+    (
+        RowLayout("label", "prompt + completion + label", lambda cells: "label" in cells, _judged),
+        *(
+            RowLayout(name, columns, has, partial(_both, read), is_last_resort=True)
+            for name, columns, has, read in _PAIRS
+        ),
+    ),
+)
+TEXTS = Reader(
+    "texts",
+    (
+        RowLayout(
+            "text",
+            "text",
+            lambda cells: "text" in cells,
+            lambda row: text(row, first_column(row, ("text",), "texts")),
+        ),
+    ),
+)
+READERS: Mapping[Examples, Reader[object]] = {
+    "prompts": PROMPTS,
+    "pairs": PAIRS,
+    "demonstrations": DEMONSTRATIONS,
+    "judgements": JUDGEMENTS,
+    "texts": TEXTS,
+}

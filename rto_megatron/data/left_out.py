@@ -2,10 +2,11 @@
 
 A template renders what it was written for and drops the rest without a word: turns of unknown roles, tools, calls,
 reasoning. Something counts as rendered if a word that is put into it shows in the text, or if the text changes when
-it is left out. Most conversations need one more rendering for that, with a word in everything.
+it is left out. That needs one more rendering, with a word in everything, unless all turns stand in the text as they
+are.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -17,6 +18,8 @@ from rto_megatron.errors import DataError, UserError
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _FIELDS = ("role", "content", *CALLS, *REASONING, "name", "tool_call_id")
+
+_NO_COINCIDENCE = 12  # characters
 
 type _Path = tuple[str | int, ...]
 
@@ -48,15 +51,21 @@ class Part:
 
 
 def left_out(
-    template: ChatTemplate, conversation: Conversation, text: str, with_header: bool, where: str
+    template: ChatTemplate,
+    conversation: Conversation,
+    text: str,
+    with_header: bool,
+    where: str,
+    trained: Collection[int] = (),
 ) -> list[Part]:
     """What is not in the rendered conversation.
 
-    Looked for are tools, the contents, calls and reasoning of all turns, and every field of the trained turn, which is
-    the last one where there is no header; what is empty cannot be lost.
+    Looked for are tools, the contents, calls and reasoning of all turns, and every field of the trained turns; what is
+    empty cannot be lost.
 
     Args:
         text: the conversation as `template` renders it.
+        trained: numbers of the trained turns.
     """
 
     def rendered(tree: dict[str, object]) -> str | None:
@@ -65,8 +74,10 @@ def left_out(
         except UserError:
             return None  # the template looks at it, and does not take it
 
+    if _stands_in(template, conversation, text):
+        return []
     tree = _tree(conversation)
-    parts = list(_parts(conversation, has_trained=not with_header))
+    parts = list(_parts(conversation, trained))
     words = _words(text, len(parts))
     marked = tree
     for part, word in zip(parts, words, strict=True):
@@ -74,6 +85,23 @@ def left_out(
     marked_text = rendered(marked) or ""
     absent = [part for part, word in zip(parts, words, strict=True) if word not in marked_text]
     return [part for part in absent if rendered(_changed(tree, part, _emptied(part))) == text]
+
+
+def _stands_in(template: ChatTemplate, conversation: Conversation, text: str) -> bool:
+    """Whether the turns of a plain conversation stand in the text one behind another, each of them too long for the
+    template to have written by itself: then nothing is lost, and no other rendering is needed to know."""
+    if conversation.tools or conversation.arguments or template.options.arguments or template.prints_date:
+        return False
+    place = 0
+    for message in conversation.messages:
+        content = message.content.strip()
+        if len(content) < _NO_COINCIDENCE or message.fields or split_thought(content).closing:
+            return False
+        place = text.find(content, place)
+        if place < 0 or content in template.source:
+            return False
+        place += len(content)
+    return True
 
 
 def refuse(template: ChatTemplate, conversation: Conversation, lost: Sequence[Part], where: str) -> None:
@@ -108,9 +136,8 @@ def _name(part: Part, conversation: Conversation) -> str:
     return turn if part.path[2] == "content" else f"{part.path[2]!r} of {turn}"
 
 
-def _parts(conversation: Conversation, has_trained: bool) -> Iterator[Part]:
+def _parts(conversation: Conversation, trained: Collection[int]) -> Iterator[Part]:
     yield from (Part(("tools", number)) for number in range(len(conversation.tools)))
-    last = len(conversation.messages) - 1
     for number, message in enumerate(conversation.messages):
         place: _Path = ("messages", number)
         reply = split_thought(message.content if message.role == "assistant" else "")
@@ -125,7 +152,7 @@ def _parts(conversation: Conversation, has_trained: bool) -> Iterator[Part]:
                 yield from (Part((*place, name, *inner)) for inner in _calls(value))
             elif _is_empty(value):
                 continue
-            elif name in CALLS or name in REASONING or (has_trained and number == last):
+            elif name in CALLS or name in REASONING or number in trained:
                 yield Part((*place, name))
 
 

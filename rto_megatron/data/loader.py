@@ -10,16 +10,21 @@ from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
-from rto_megatron.data.encoder import Encoder, Limits, Loaded, load_rows
-from rto_megatron.data.layouts import read_demonstration, read_judgements, read_pair, read_prompt, read_text
+from rto_megatron.config.source_names import Sources
+from rto_megatron.data.encoder import Encoder
+from rto_megatron.data.layouts import DEMONSTRATIONS, JUDGEMENTS, PAIRS, PROMPTS, TEXTS
+from rto_megatron.data.limits import Limits
+from rto_megatron.data.load_report import Loaded
+from rto_megatron.data.loading import load_rows
+from rto_megatron.data.mixture import Portion
+from rto_megatron.data.row import Row
 from rto_megatron.data.rows import json_columns, margin, row_id
-from rto_megatron.data.sources import Row
 from rto_megatron.errors import DataError
 from rto_megatron.types import Demonstration, EndOfSequence, JudgedResponse, PreferencePair, Prompt
 
 
 def load_prompts(
-    source: str,
+    source: Sources,
     tokenizer: PreTrainedTokenizerBase,
     limits: Limits,
     max_rows: int | None = None,
@@ -28,7 +33,7 @@ def load_prompts(
     """Load prompts for rollouts.
 
     Args:
-        source: see `sources.read_rows`.
+        source: see `sources.scan_rows`; or the parts of a mixture.
         tokenizer: the policy's, with a chat template.
         limits: only `max_prompt_tokens` and `overlong` matter here.
         max_rows: rows to read; None for all.
@@ -40,7 +45,7 @@ def load_prompts(
     encoder = Encoder(tokenizer, limits)
 
     def convert(row: Row) -> Prompt | None:
-        ids = encoder.prompt(row, read_prompt(row))
+        ids = encoder.prompt(row, encoder.read(PROMPTS, row))
         kept = encoder.limited_prompt(row, ids, limits.max_prompt_tokens)
         return None if kept is None else Prompt(row_id(row), kept, json_columns(row) if keeps_columns else {})
 
@@ -48,7 +53,7 @@ def load_prompts(
 
 
 def load_pairs(
-    source: str,
+    source: Sources,
     tokenizer: PreTrainedTokenizerBase,
     limits: Limits,
     max_rows: int | None = None,
@@ -65,7 +70,7 @@ def load_pairs(
     encoder = Encoder(tokenizer, limits, eos)
 
     def convert(row: Row) -> PreferencePair | None:
-        chosen, rejected = read_pair(row)
+        chosen, rejected = encoder.read(PAIRS, row)
         by = margin(row) if has_margins else 0.0
         chosen_exchange = encoder.example(row, chosen)
         rejected_exchange = encoder.example(row, rejected)
@@ -85,7 +90,7 @@ def load_pairs(
 
 
 def load_demonstrations(
-    source: str,
+    source: Sources,
     tokenizer: PreTrainedTokenizerBase,
     limits: Limits,
     max_rows: int | None = None,
@@ -95,7 +100,10 @@ def load_demonstrations(
     encoder = Encoder(tokenizer, limits, eos, closes_cut_answers=False)
 
     def convert(row: Row) -> Demonstration | None:
-        exchange = encoder.example(row, read_demonstration(row))
+        messages = encoder.read(DEMONSTRATIONS, row)
+        if limits.loss_on == "all":
+            return encoder.turns(row, messages)
+        exchange = encoder.example(row, messages)
         if exchange is None:
             return None
         return Demonstration(row_id(row), exchange.prompt_ids, exchange.answer_ids)
@@ -104,7 +112,7 @@ def load_demonstrations(
 
 
 def load_judged(
-    source: str,
+    source: Sources,
     tokenizer: PreTrainedTokenizerBase,
     limits: Limits,
     max_rows: int | None = None,
@@ -122,15 +130,27 @@ def load_judged(
         others = (rows[index - back][0] for back in range(1, len(rows)))
         other = next((one for one in others if one.prompt_ids != row[0].prompt_ids), None)
         if other is None:
-            raise DataError(f"{source}: all rows answer one prompt; the KL baseline of KTO needs another one")
+            raise DataError(
+                f"{loaded.report.source}: all rows answer one prompt; the KL baseline of KTO needs another one"
+            )
         for answer in row:
             room = limits.max_length - len(answer.prompt_ids)
             answers.append(replace(answer, unrelated_ids=encoder.fitted(other.response_ids, room)))
-    return Loaded(tuple(answers), loaded.report)
+    return Loaded(tuple(answers), loaded.report, _of_answers(loaded))
+
+
+def _of_answers(loaded: Loaded[tuple[JudgedResponse, ...]]) -> tuple[Portion, ...]:
+    """What a pass takes of each part, in answers."""
+    portions, first = [], 0
+    for portion in loaded.portions:
+        rows = loaded.items[first : first + portion.num_items]
+        portions.append(Portion(sum(map(len, rows)), portion.weight))
+        first += portion.num_items
+    return tuple(portions)
 
 
 def load_judged_rows(
-    source: str,
+    source: Sources,
     tokenizer: PreTrainedTokenizerBase,
     limits: Limits,
     max_rows: int | None = None,
@@ -141,7 +161,7 @@ def load_judged_rows(
 
     def convert(row: Row) -> tuple[JudgedResponse, ...] | None:
         answers = []
-        for messages, is_desirable in read_judgements(row):
+        for messages, is_desirable in encoder.read(JUDGEMENTS, row):
             exchange = encoder.example(row, messages)
             if exchange is None:
                 return None
@@ -154,7 +174,7 @@ def load_judged_rows(
 
 
 def load_texts(
-    source: str, tokenizer: PreTrainedTokenizerBase, limits: Limits, max_rows: int | None = None
+    source: Sources, tokenizer: PreTrainedTokenizerBase, limits: Limits, max_rows: int | None = None
 ) -> Loaded[Demonstration]:
     """Load texts of column `text` for a language-model loss on every token but the first.
 
@@ -166,7 +186,7 @@ def load_texts(
     encoder = Encoder(tokenizer, limits)
 
     def convert(row: Row) -> Demonstration | None:
-        ids = encoder.text(row, read_text(row))
+        ids = encoder.text(row, encoder.read(TEXTS, row))
         if len(ids) > limits.max_length:
             encoder.counts["truncated_answers"] += 1
             ids = ids[: limits.max_length]

@@ -17,6 +17,7 @@ class Message:
     Attributes:
         content: empty where the row has none.
         fields: what the turn has beside role and content, such as `tool_calls`; none is null.
+        is_learnt: False where the row gives the turn the weight 0, as OpenAI's and ShareGPT's layouts can.
 
     Example:
         Message(role="user", content="hello").turn()
@@ -25,6 +26,7 @@ class Message:
     role: str
     content: str
     fields: Mapping[str, object] = field(default_factory=dict)
+    is_learnt: bool = True
 
     def turn(self) -> Turn:
         """The turn as a template takes it; one that calls tools and says nothing has no content."""

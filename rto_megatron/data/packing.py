@@ -72,6 +72,10 @@ def token_batch(
     tokens_T = torch.tensor(flat, dtype=torch.int64)
     targets_T = tokens_T.roll(-1)
     targets_T[[end - 1 for end in cu_seqlens[1:]]] = 0  # before padding it is PADDING_ID, 0 as well
+    asked = [
+        torch.arange(start + prompt_len - 1, last)
+        for start, last, (_, prompt_len) in zip(cu_seqlens, last_positions, sequences, strict=False)
+    ]
     return TokenBatch(
         tokens_T.to(device),
         targets_T.to(device),
@@ -79,6 +83,7 @@ def token_batch(
         num_rows,
         tuple(last_positions),
         max(flat),
+        torch.cat(asked).to(device),
     )
 
 
@@ -147,7 +152,7 @@ def supervised_microbatches(
 
     Args:
         demonstrations: this rank's share of the global batch.
-        num_target_tokens: what the loss is divided by: response tokens of the global batch, all ranks.
+        num_target_tokens: what the loss is divided by: learnt tokens of the global batch, all ranks.
         layout: micro-batch size and packing.
     """
     microbatches = []
@@ -155,7 +160,12 @@ def supervised_microbatches(
         group = [demonstrations[number] for number in numbers]
         sequences = [(demo.prompt_ids + demo.response_ids, len(demo.prompt_ids)) for demo in group]
         batch = token_batch(sequences, layout.packed, layout.multiple_of, layout.device)
-        weight_T = _response_mask(sequences, batch) / num_target_tokens
+        mask_T = _response_mask(sequences, batch)
+        for start, demo in zip(batch.cu_seqlens, group, strict=False):
+            predicts_first = start + len(demo.prompt_ids) - 1
+            for first, end in demo.skipped:
+                mask_T[predicts_first + first : predicts_first + end] = 0.0
+        weight_T = mask_T / num_target_tokens
         microbatches.append(SupervisedMicrobatch(batch, weight_T))
     return microbatches
 

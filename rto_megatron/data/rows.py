@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 
 from rto_megatron.data.messages import Message
-from rto_megatron.data.sources import Row
+from rto_megatron.data.row import Row
 from rto_megatron.data.turns import require_prompt, turns, with_system
 from rto_megatron.errors import DataError
 from rto_megatron.types import Columns
@@ -61,13 +61,23 @@ def prompt_messages(row: Row, column: str) -> list[Message]:
 
 def conversation(row: Row, column: str) -> list[Message]:
     messages = turns(row, column)
+    require_answered(row, column, messages)
+    require_prompt(row, column, messages[:-1])
+    return with_system(row, messages)
+
+
+def require_answered(row: Row, column: str, messages: list[Message]) -> list[Message]:
+    """The messages themselves.
+
+    Raises:
+        DataError: they are no prompt and an answer.
+    """
     if len(messages) < 2 or messages[-1].role != "assistant":
         raise DataError(
             f"{row.where}: {column!r} has the roles {[message.role for message in messages]}; "
             "expected a prompt and a last message of the assistant"
         )
-    require_prompt(row, column, messages[:-1])
-    return with_system(row, messages)
+    return messages
 
 
 def margin(row: Row) -> float | None:
@@ -88,18 +98,22 @@ def _number(row: Row, column: str) -> float:
     return float(value)
 
 
-def completed(row: Row) -> list[Message]:
-    """The prompt and all turns of the completion, of which the last is the answer."""
-    prompt = prompt_messages(row, "prompt")
-    if not isinstance(row.columns.get("completion"), list):
-        return [*prompt, Message("assistant", text(row, "completion"))]
-    completion = turns(row, "completion")
-    if completion[-1].role != "assistant":
+def answered(row: Row, prompt: Sequence[Message], column: str) -> list[Message]:
+    """The prompt and all turns of the answer in a column, a text or messages, of which the last is the answer."""
+    if not isinstance(row.columns.get(column), list):
+        return [*prompt, Message("assistant", text(row, column))]
+    answer = turns(row, column)
+    if answer[-1].role != "assistant":
         raise DataError(
-            f"{row.where}: 'completion' has the roles {[message.role for message in completion]}; expected a last "
-            "message of the assistant, which is what the label judges"
+            f"{row.where}: {column!r} has the roles {[message.role for message in answer]}; expected a last "
+            "message of the assistant, which is what is learnt or judged"
         )
-    return [*prompt, *completion]
+    return [*prompt, *answer]
+
+
+def completed(row: Row) -> list[Message]:
+    """The columns prompt and completion."""
+    return answered(row, prompt_messages(row, "prompt"), "completion")
 
 
 def label(row: Row) -> bool:

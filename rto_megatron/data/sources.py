@@ -1,47 +1,21 @@
-"""Rows of a data source with the place each one came from, so that every error can name it."""
+"""What a name of the configuration stands for, and the rows behind it."""
 
-import gzip
-import json
 import re
-import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
-
+from rto_megatron.config.source_names import SUFFIXES, HubSet, hub_set, is_pattern
+from rto_megatron.data.file_rows import file_rows
+from rto_megatron.data.row import BadRow, Row, checked
 from rto_megatron.errors import DataError
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+:\w+")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One record and where it stands: `file:line`, or `source row n` where a format has no lines.
-
-    A column that is null is not among its columns: a table that was joined from several has nulls where one of them
-    had no such column.
-
-    Example:
-        Row(where="prompts.jsonl:1", columns={"prompt": "hello"})
-    """
-
-    where: str
-    columns: dict[str, object]
-
-
-@dataclass(frozen=True)
-class BadRow:
-    """A record that could not be read, among others that can.
-
-    Example:
-        BadRow(where="prompts.jsonl:2", problem="not valid JSON")
-    """
-
-    where: str
-    problem: str
+# Names of parts of a set, of which a folder often holds several.
+_SPLITS = re.compile(r"(?:^|[^a-z])(train|test|valid|validation|val|dev|eval)(?:[^a-z]|$)", re.IGNORECASE)
+_FORMS = (
+    f"a file ending in {', '.join(SUFFIXES)}, a folder or pattern of such files (data/*.jsonl), or a hub data set "
+    "written as owner/name:split or owner/name:config:split"
+)
 
 
 def read_rows(source: str) -> Iterator[Row]:
@@ -56,176 +30,82 @@ def read_rows(source: str) -> Iterator[Row]:
         yield row
 
 
-def is_file(source: str) -> bool:
-    """Whether a source is a local file by its name, be it there or not."""
-    return source.endswith(SUFFIXES)
-
-
 def scan_rows(source: str) -> Iterator[Row | BadRow]:
-    """Rows of a local .jsonl, .jsonl.gz, .json (a list of objects) or .parquet file, or of
-    `owner/name:split`.
+    """Rows of a local file, of all files of a folder or pattern in the order of their names, or of the hub.
+
+    A name that exists on this machine is that file or folder, whatever else it could mean.
 
     Raises:
-        DataError: the source does not exist, is empty, damaged or cut short, or is of another kind than its name says.
+        DataError: there is nothing of that name, or a file is empty, damaged, cut short or of another kind than its
+            name says.
+    """
+    files = local_files(source)
+    if files is not None:
+        for path in files:
+            yield from file_rows(path)
+        return
+    named = hub_set(source)
+    if named is None:
+        raise DataError(f"data source {source!r} is neither {_FORMS}")
+    yield from _hub(source, named)
+
+
+def local_files(source: str) -> list[Path] | None:
+    """The files of a source of this machine; None: it is none by its name.
+
+    Raises:
+        DataError: they are not there, or the folder does not say which of its files are meant.
     """
     path = Path(source)
-    if is_file(source):
-        if not path.is_file():
-            raise DataError(f"data file {source} does not exist (working directory {Path.cwd()})")
-        require_kind(path)
-        if source.endswith((".jsonl", ".jsonl.gz")):
-            return _json_lines(path)
-        return _json_list(path) if source.endswith(".json") else _parquet(path)
-    if HUB_NAME.fullmatch(source):
-        return _hub(source)
-    raise DataError(
-        f"data source {source!r} is neither a file ending in {', '.join(SUFFIXES)} "
-        "nor a hub data set written as owner/name:split"
-    )
+    if path.is_dir():
+        return _of_folder(path)
+    if path.exists():
+        return [_readable(path)]
+    if is_pattern(source):
+        found = sorted(Path(name) for name in glob(source, recursive=True) if Path(name).is_file())
+        if not found:
+            raise DataError(f"no data file matches {source} (working directory {Path.cwd()})")
+        return [_readable(path) for path in found]
+    if not source.endswith(SUFFIXES):
+        return None
+    raise DataError(f"data file {source} does not exist (working directory {Path.cwd()})")
 
 
-def _json_lines(path: Path) -> Iterator[Row | BadRow]:
-    number = 0
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                text = _decoded(path, line, number)
-                if text.strip():
-                    yield _parsed(f"{path}:{number}", text)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+def _readable(path: Path) -> Path:
+    if not path.name.endswith(SUFFIXES):
         raise DataError(
-            f"{path} is not a complete gzip file ({error}); {number} lines could be read; fetch it again"
-        ) from error
-
-
-def _decoded(path: Path, line: bytes, number: int) -> str:
-    try:
-        return line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 text in line {number} ({error}); convert it to UTF-8"
-        ) from error
-
-
-def _parsed(where: str, text: str) -> Row | BadRow:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        reason = f"not valid JSON ({error.msg} at column {error.colno}); one object per line is expected"
-        return BadRow(where, reason)
-    except RecursionError:
-        return BadRow(where, "not valid JSON (it is nested too deeply)")
-    return _checked(where, value)
-
-
-def _checked(where: str, value: object) -> Row | BadRow:
-    if not isinstance(value, dict):
-        return BadRow(where, f"found a JSON {type(value).__name__}, expected an object with columns")
-    return Row(where, {column: entry for column, entry in value.items() if entry is not None})
-
-
-def _json_list(path: Path) -> Iterator[Row | BadRow]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":
-            raise DataError(
-                f"{path}:{error.lineno}: a second JSON value follows the first; a .json file holds one list of "
-                "objects: if this one has an object a line, rename it to .jsonl"
-            ) from error
-        raise DataError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error}); convert it to UTF-8") from error
-    if not isinstance(values, list):
-        raise DataError(
-            f"{path}: found one JSON {type(values).__name__}, expected a list of objects; if the file has an object a "
-            "line, rename it to .jsonl"
+            f"{path} has no ending of a data file ({', '.join(SUFFIXES)}); rename it or name another file"
         )
-    for number, value in enumerate(values, start=1):
-        yield _checked(f"{path} row {number}", value)
+    return path
 
 
-def _parquet(path: Path) -> Iterator[Row | BadRow]:
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            for batch in table.iter_batches():
-                for columns in _records(batch):
-                    number += 1
-                    where = f"{path} row {number}"
-                    yield BadRow(where, columns) if isinstance(columns, str) else _checked(where, columns)
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
+def _of_folder(folder: Path) -> list[Path]:
+    names = sorted(p for p in folder.iterdir() if p.is_file() and p.name.endswith(SUFFIXES))
+    files = [path for path in names if not path.name.startswith(".")]
+    if not files:
+        deeper = next((p for p in folder.glob("*/*") if p.name.endswith(SUFFIXES)), None)
+        hint = f"; {deeper.parent} has some" if deeper else ""
+        raise DataError(f"the folder {folder} holds no file ending in {', '.join(SUFFIXES)}{hint}")
+    splits = {match[1].lower() for path in files if (match := _SPLITS.search(path.name))}
+    if len(splits) > 1:
         raise DataError(
-            f"{path} is not a complete parquet file: what follows row {number} cannot be read ({reason}); fetch it "
-            "again, or write it anew from its source"
-        ) from error
+            f"the folder {folder} holds files of several parts of a set ({', '.join(sorted(splits))}): "
+            f"{', '.join(path.name for path in files[:6])}; name one file, or a pattern such as {folder}/train*"
+        )
+    return files
 
 
-def _records(batch: pyarrow.RecordBatch) -> list[dict[str, object] | str]:
-    """Columns of each row, or why they cannot be read."""
-    try:
-        return list(batch.to_pylist())
-    except UnicodeDecodeError as error:
-        if batch.num_rows == 1:
-            return [f"a string is not UTF-8 text ({error})"]
-    return [record for number in range(batch.num_rows) for record in _records(batch.slice(number, 1))]
-
-
-def _hub(source: str) -> Iterator[Row | BadRow]:
+def _hub(source: str, named: HubSet) -> Iterator[Row | BadRow]:
     # Imported here because it takes seconds and local files do not need it.
     import datasets
 
-    name, split = source.rsplit(":", 1)
     try:
-        table = datasets.load_dataset(name, split=split)
-    except (datasets.exceptions.DatasetNotFoundError, ConnectionError, ValueError) as error:
+        table = datasets.load_dataset(named.name, named.config, split=named.split)
+    except (datasets.exceptions.DatasetNotFoundError, OSError, ValueError) as error:
         raise DataError(
-            f"data set {name!r}, split {split!r}, could not be loaded from the hub ({error}); "
-            "check both names and the network, or give a local file"
+            f"data set {named.name!r}, {'' if named.config is None else f'config {named.config!r}, '}split "
+            f"{named.split!r}, could not be loaded from the hub ({error}); check these names and the network, or give "
+            "a local file"
         ) from error
     for number, columns in enumerate(table, start=1):
-        yield _checked(f"{source} row {number}", columns)
-
-
-_LINES, _LIST, _GZIP, _PARQUET = "JSON objects, one a line", "one JSON list", "gzip", "parquet"
-_EXPECTED = {".jsonl": _LINES, ".gz": _GZIP, ".json": _LIST, ".parquet": _PARQUET}
-# First bytes -> what they begin, and what to do about it.
-_KINDS = {
-    b"\x1f\x8b": (_GZIP, "rename it to .jsonl.gz, or unpack it"),
-    b"PAR1": (_PARQUET, "rename it to .parquet"),
-    b"PK\x03\x04": ("a zip archive", "unpack it"),
-    b"\x28\xb5\x2f\xfd": ("zstandard", "unpack it"),
-    b"\xfd7zXZ": ("xz", "unpack it"),
-    b"BZh": ("bzip2", "unpack it"),
-    b"\xff\xfe": ("UTF-16 text", "convert it to UTF-8"),
-    b"\xfe\xff": ("UTF-16 text", "convert it to UTF-8"),
-    b"version https://git-lfs": ("a Git LFS pointer", "fetch the file behind it with git lfs pull"),
-    b"<": ("a web page or XML", "a failed download may have left it; fetch the file again"),
-    b"[": (_LIST, "rename it to .json"),
-    b"{": (_LINES, "rename it to .jsonl"),
-}
-_HEAD = 4096  # bytes; blank lines may stand before the text
-_BOM = b"\xef\xbb\xbf"
-
-
-def require_kind(path: Path) -> None:
-    """Refuses a file that is empty or of another kind than its name says; what it cannot tell it lets pass.
-
-    Raises:
-        DataError: it cannot be read; or says what the file really is and what to do.
-    """
-    try:
-        with path.open("rb") as opened:
-            head = opened.read(_HEAD)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error}); let this user read it") from error
-    if not head:
-        raise DataError(f"{path} is empty: it has 0 bytes; write it again, or name another file")
-    expected = _EXPECTED[path.suffix]
-    starts = (head, head.removeprefix(_BOM).lstrip())
-    known = (entry for start in starts for magic, entry in _KINDS.items() if start.startswith(magic))
-    found, advice = next(known, (expected, ""))
-    # A .json file that begins with an object may hold nothing else: only its reader can tell.
-    if found != expected and (found, expected) != (_LINES, _LIST):
-        raise DataError(f"{path} is named {path.suffix}, for {expected}, but is {found}; {advice}")
+        yield checked(f"{source} row {number}", columns)

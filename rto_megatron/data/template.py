@@ -1,5 +1,6 @@
 """A tokenizer's chat template, with the arguments and the date of a run."""
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -17,6 +18,7 @@ from rto_megatron.data.soundness import require_characters
 from rto_megatron.errors import DataError, TokenizerError
 
 _CLOCK = "strftime_now"
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
 # What transformers gives to every template, beside the special tokens.
 _ALWAYS = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", _CLOCK}
 
@@ -51,6 +53,15 @@ class _Generation(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+@dataclass
+class _LatestPrompt:
+    """What was rendered last with a header: the answers of a pair stand in one file behind another."""
+
+    conversation: Conversation | None = None
+    text: str = ""
+    ids: tuple[int, ...] = ()
+
+
 class _RefusedError(Exception):
     """A template that cannot render what it was given, in its own words."""
 
@@ -68,6 +79,7 @@ class ChatTemplate:
 
     tokenizer: PreTrainedTokenizerBase
     options: TemplateOptions = TemplateOptions()
+    _latest: _LatestPrompt = field(default_factory=_LatestPrompt, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self._refuse_unread(self.options.arguments, "data.template")
@@ -81,16 +93,52 @@ class ChatTemplate:
         Raises:
             DataError: the template refuses the conversation, or does not read the row's arguments.
         """
+        return self._attempt(
+            conversation, where, lambda turns: self._rendered(turns, conversation, with_header)
+        )
+
+    def prompt(
+        self, conversation: Conversation, encode: Callable[[str], tuple[int, ...]], where: str
+    ) -> tuple[str, tuple[int, ...]]:
+        """The rendered conversation with a header, and its ids; the same one is not rendered twice in a row.
+
+        Raises:
+            DataError: as `text`.
+        """
+        if conversation != self._latest.conversation:
+            text = self.text(conversation, True, where)
+            self._latest.text, self._latest.ids = text, encode(text)
+            self._latest.conversation = conversation
+        return self._latest.text, self._latest.ids
+
+    def assistant_mask(self, conversation: Conversation, where: str) -> tuple[list[int], list[int]]:
+        """transformers' token ids of the conversation, and 1 for each that the template marks as the assistant's.
+
+        Raises:
+            DataError: as `text`.
+        """
+
+        def masked(turns: list[Turn]) -> tuple[list[int], list[int]]:
+            encoded = self._apply(
+                turns, conversation, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            )
+            assert isinstance(encoded, Mapping)
+            return [*encoded["input_ids"]], [*encoded["assistant_masks"]]
+
+        return self._attempt(conversation, where, masked)
+
+    def _attempt[T](self, conversation: Conversation, where: str, render: Callable[[list[Turn]], T]) -> T:
+        """With the turns as the template takes them."""
         self._refuse_unread(conversation.arguments, f"{where}: column chat_template_kwargs")
         turns = [message.turn() for message in conversation.messages]
         for message in conversation.messages:
             require_characters(message.content, where)
         try:
-            return self._rendered(turns, conversation, with_header)
+            return render(turns)
         except _RefusedError as refusal:
             if any("tool_calls" in turn for turn in turns):
                 try:
-                    return self._rendered([_openai(turn) for turn in turns], conversation, with_header)
+                    return render([_openai(turn) for turn in turns])
                 except _RefusedError:
                     pass  # the first refusal is of the documented form
             raise DataError(
@@ -99,9 +147,20 @@ class ChatTemplate:
             ) from refusal
 
     @cached_property
+    def marks_turns(self) -> bool:
+        """Whether it marks what the assistant writes, as transformers' masks need it."""
+        texts = self._texts()
+        return bool(texts) and all(_GENERATION.search(text) for text in texts)
+
+    @cached_property
     def variables(self) -> frozenset[str]:
         """What the template reads and does not set itself."""
         return frozenset(name for tree in self._trees for name in jinja2.meta.find_undeclared_variables(tree))
+
+    @cached_property
+    def source(self) -> str:
+        """All that it is written in."""
+        return "\n".join(self._texts())
 
     @property
     def prints_date(self) -> bool:
@@ -147,22 +206,18 @@ class ChatTemplate:
         )
 
     def _rendered(self, turns: list[Turn], conversation: Conversation, with_header: bool) -> str:
+        return str(self._apply(turns, conversation, tokenize=False, add_generation_prompt=with_header))
+
+    def _apply(self, turns: list[Turn], conversation: Conversation, **how: bool) -> object:
         arguments = {**self.options.arguments, **conversation.arguments}
         if self.options.moment is not None and self.prints_date:
             arguments[_CLOCK] = self.options.moment.strftime  # takes the place of transformers' own
         # Its signature names strings, where templates take any value.
         render: Callable[..., object] = self.tokenizer.apply_chat_template
         try:
-            text = render(
-                turns,
-                tools=list(conversation.tools) or None,
-                tokenize=False,
-                add_generation_prompt=with_header,
-                **arguments,
-            )
+            return render(turns, tools=list(conversation.tools) or None, **how, **arguments)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise _RefusedError(str(error)) from error
-        return str(text)
 
 
 def _openai(turn: Turn) -> Turn:

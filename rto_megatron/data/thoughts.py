@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 _TAG = r"(?:\w+:)?(?:think|thought|reason)\w*"
 _OPENED = re.compile(rf"<({_TAG})>(\s*)\Z")
+_EMPTY = re.compile(rf"<({_TAG})>\s*</\1>\s*")
+_EMPTY_REST = re.compile(rf"\s*</{_TAG}>\s*")
 _PARTS = re.compile(rf"((?:\s*<{_TAG}>)*)(.*)(</{_TAG}>)(.*)", re.DOTALL)
 
 
@@ -80,3 +82,15 @@ def answer_after(prompt_text: str, whole_text: str, content: str) -> Answer:
         indent = reply.rest[: len(reply.rest) - len(reply.rest.lstrip())]
         rest = reply.thought.removeprefix(space) + closing + indent + rest.lstrip()
     return Answer(rest, is_open=closing not in rest, has_thought_back=has_thought_back)
+
+
+def empty_thoughts(text: str) -> list[tuple[int, int]]:
+    """Where thoughts without a word stand in a text, with the space behind them: first character and end."""
+    return [found.span() for found in _EMPTY.finditer(text)]
+
+
+def leading_empty_thought(prompt_text: str, answer_text: str) -> str:
+    """The beginning of an answer that is a thought without a word, or the end of one that the prompt opens."""
+    pattern = _EMPTY_REST if _OPENED.search(prompt_text) else _EMPTY
+    found = pattern.match(answer_text)
+    return found[0] if found else ""

@@ -11,13 +11,14 @@ from rto_megatron.data.messages import (
     with_parsed_arguments,
     without_nulls,
 )
-from rto_megatron.data.sources import Row
+from rto_megatron.data.row import Row
 from rto_megatron.errors import DataError
 
 _SYSTEM = ("system", "system_prompt")
 _ARGUMENTS = "chat_template_kwargs"  # TRL's name
 _SPOKEN = ("user", "assistant")  # turns that say something or are none
 _UNASKED = ("system", "assistant")
+_EXPECTED_TURNS = "expected a list of messages {'role': ..., 'content': ...}"  # and weight, 0 or 1
 
 
 def turns(row: Row, column: str) -> list[Message]:
@@ -26,17 +27,32 @@ def turns(row: Row, column: str) -> list[Message]:
     Raises:
         DataError: there is none, or one has no role, no text, or calls that are no list.
     """
-    value = row.columns.get(column)
-    expected = "expected a list of messages {'role': ..., 'content': ...}"
     if column not in row.columns:
-        raise DataError(f"{row.where}: column {column!r} is missing, found {sorted(row.columns)}; {expected}")
+        raise DataError(
+            f"{row.where}: column {column!r} is missing, found {sorted(row.columns)}; {_EXPECTED_TURNS}"
+        )
+    return messages_of(row, column, row.columns[column])
+
+
+def messages_of(row: Row, column: str, value: object) -> list[Message]:
+    """The messages of a value that stands in a column, or was made of one.
+
+    Raises:
+        DataError: as `turns`.
+    """
     if not isinstance(value, list) or not value:
-        raise DataError(f"{row.where}: column {column!r} is {value!r:.60}; {expected}")
+        raise DataError(f"{row.where}: column {column!r} is {value!r:.60}; {_EXPECTED_TURNS}")
     messages = []
     for number, turn in enumerate(value):
         message = _message(turn)
         if message is None:
-            raise DataError(f"{row.where}: message {number} of {column!r} is {turn!r:.60}; {expected}")
+            kinds = _other_kinds(turn)
+            what = (
+                f"has parts of the types {', '.join(kinds)}; only text is read"
+                if kinds
+                else f"is {turn!r:.60}"
+            )
+            raise DataError(f"{row.where}: message {number} of {column!r} {what}; {_EXPECTED_TURNS}")
         if not message.content.strip() and message.role in _SPOKEN and not _calls(message):
             raise DataError(
                 f"{row.where}: message {number} ({message.role}) of {column!r} is empty; remove the row"
@@ -57,11 +73,30 @@ def _message(turn: object) -> Message | None:
             return None
         if calls:
             fields["tool_calls"] = [with_parsed_arguments(call) for call in calls]
-    role, content = (
-        present.get("role"),
-        present.get("content", "" if any(c in fields for c in CALLS) else None),
-    )
-    return Message(role, content, fields) if isinstance(role, str) and isinstance(content, str) else None
+    weight = fields.pop("weight", 1)
+    role = present.get("role")
+    content = _content(present.get("content", "" if any(c in fields for c in CALLS) else None))
+    if not isinstance(role, str) or not isinstance(content, str) or weight not in (0, 1):
+        return None
+    return Message(role, content, fields, is_learnt=bool(weight))
+
+
+def _content(content: object) -> object:
+    """Parts of type text as one text, a line each as vLLM joins them for templates that take strings."""
+    if not isinstance(content, list):
+        return content
+    texts = [
+        part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+        for part in content
+    ]
+    return "\n".join(map(str, texts)) if all(isinstance(text, str) for text in texts) else None
+
+
+def _other_kinds(turn: object) -> list[str]:
+    """The types of a turn's parts that are no text."""
+    content = turn.get("content") if isinstance(turn, dict) else None
+    parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+    return sorted({str(part.get("type")) for part in parts} - {"text"})
 
 
 def _calls(message: Message) -> bool:

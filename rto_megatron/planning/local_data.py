@@ -31,7 +31,9 @@ def look_at(config: "Stage") -> list[LookedAt]:
 
     sources = data_sources(config)
     try:
-        tokenizer, eos = _tokenizer(config) if any(data.absence is None for data in sources) else (None, None)
+        tokenizer, eos = (
+            policy_tokenizer(config) if any(data.absence is None for data in sources) else (None, None)
+        )
     except UserError as error:
         return [LookedAt("models.policy", str(error), is_problem=True)]
     by = "with the policy's tokenizer" if tokenizer else "layout alone, as the policy's tokenizer is not here"
@@ -49,7 +51,7 @@ def look_at(config: "Stage") -> list[LookedAt]:
     return looked
 
 
-def _tokenizer(config: "Stage") -> "tuple[PreTrainedTokenizerBase | None, EndOfSequence | None]":
+def policy_tokenizer(config: "Stage") -> "tuple[PreTrainedTokenizerBase | None, EndOfSequence | None]":
     """The policy's and what ends its answers, if it is on this machine."""
     from rto_megatron.data.eos import read_eos
     from rto_megatron.data.tokenizer import has_tokenizer, load_tokenizer

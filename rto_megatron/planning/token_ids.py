@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from rto_megatron.config.checks import refuse
 from rto_megatron.config.facts import facts_of
 from rto_megatron.config.schema import Stage
-from rto_megatron.data.encoder import Loaded
+from rto_megatron.data.load_report import Loaded
 from rto_megatron.data.tokenizer import has_tokenizer, load_plain_tokenizer
 from rto_megatron.data.vocabulary import (
     Embedding,

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from rto_megatron.data.batches import Batches, BatchesState
-from rto_megatron.data.encoder import Loaded
+from rto_megatron.data.load_report import Loaded
 from rto_megatron.errors import UserError
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.reporting.progress import say
@@ -25,11 +25,12 @@ def feed[T: Example](
     Raises:
         DataError: fewer items than one global batch, or the ranks do not divide it.
     """
-    batches = Batches(loaded.items, global_batch, seed, topology.data_rank, topology.data_size, cost)
+    rank, size = topology.data_rank, topology.data_size
+    batches = Batches(loaded.items, global_batch, seed, rank, size, cost, loaded.portions)
     if batches.num_left_over:
         say(
-            f"{loaded.report.source}: {batches.num_left_over} of {len(loaded.items)} stand behind the last full batch "
-            f"of {global_batch} and are left out of a pass; the next pass shuffles, and leaves out others",
+            f"{loaded.report.source}: {batches.num_left_over} of {batches.items_per_pass} stand behind the last full "
+            f"batch of {global_batch} and are left out of a pass; the next pass shuffles, and leaves out others",
             topology.is_lead,
         )
     return batches

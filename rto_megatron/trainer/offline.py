@@ -19,9 +19,11 @@ from rto_megatron.config import schema
 from rto_megatron.config.facts import facts_of
 from rto_megatron.config.inputs import ExampleDataConfig
 from rto_megatron.config.learning_rate import learning_rate
+from rto_megatron.config.source_names import Sources
 from rto_megatron.data.cut import Layout
-from rto_megatron.data.encoder import Limits, Loaded
 from rto_megatron.data.grouping import own_share
+from rto_megatron.data.limits import Limits
+from rto_megatron.data.load_report import Loaded
 from rto_megatron.data.loader import load_demonstrations, load_judged, load_pairs
 from rto_megatron.data.packing import (
     judged_microbatches,
@@ -34,8 +36,9 @@ from rto_megatron.data.vocabulary import token_ids
 from rto_megatron.engine.absent import FrozenRole, RoleModel, TrainedRole
 from rto_megatron.engine.build_roles import place_frozen, place_trained
 from rto_megatron.engine.divergence import divergence_from, divergence_microbatches
-from rto_megatron.engine.megatron import TOKENS, FrozenModel, Loss, Microbatch, Reading
+from rto_megatron.engine.megatron import TOKENS, FrozenModel, Loss, Microbatch
 from rto_megatron.engine.offload import HostMemory, host_memory
+from rto_megatron.engine.readings import Reading
 from rto_megatron.errors import RecipeError
 from rto_megatron.parallel.dealing import shared_out
 from rto_megatron.parallel.topology import Topology
@@ -67,9 +70,9 @@ from rto_megatron.types import (
 
 _EVALUATED_AT_A_TIME = 16  # micro-batches
 
-# (source, tokenizer, limits, rows to read or None for all, end-of-sequence)
+# (sources, tokenizer, limits, rows to read or None for all, end-of-sequence)
 type Load[E: Example] = Callable[
-    [str, PreTrainedTokenizerBase, Limits, int | None, EndOfSequence | None], Loaded[E]
+    [Sources, PreTrainedTokenizerBase, Limits, int | None, EndOfSequence | None], Loaded[E]
 ]
 
 
@@ -300,7 +303,7 @@ def divergence_task(
 
 
 def _num_targets(examples: Sequence[Demonstration]) -> int:
-    return sum(len(e.response_ids) for e in examples)
+    return sum(example.num_learnt for example in examples)
 
 
 def _pairs(

@@ -35,9 +35,10 @@ class Pretraining:
         if config.data.pretrain is not None:
             loaded = load_texts(config.data.pretrain, setup.tokenizer, setup.limits)
             setup.admit(loaded)
-            if len(loaded.items) < config.batch.train:
+            num_texts = sum(portion.per_pass for portion in loaded.portions)
+            if num_texts < config.batch.train:
                 raise DataError(
-                    f"data.pretrain: {config.data.pretrain} has {len(loaded.items)} texts, and an optimizer step takes "
+                    f"data.pretrain: {loaded.report.source} has {num_texts} texts, and an optimizer step takes "
                     f"as many as responses, batch.train={config.batch.train}; name more texts"
                 )
             self._texts = feed(loaded, config.batch.train, config.run.seed, setup.topology, setup.cost)

@@ -40,6 +40,7 @@ _FREE = (
     "batch.packed",
     "data.eval",
     "data.eval_samples",
+    "data.layout",
     "data.true_reward",
     "models.allow_unverified_reference",
     "offload",
@@ -57,6 +58,8 @@ _BEFORE: Mapping[str, Json] = {
     "rewards": [],
     "rollout.ahead": 0,
     "algorithm.pool_importance_mode": "token_truncate",
+    "data.loss_on": "last",
+    "data.empty_thoughts": "learn",
 }
 
 # Mappings whose entries a recipe names: they are compared as a whole, so that one that came or went is seen.

@@ -16,9 +16,10 @@ from rto_megatron.config.roles import roles_of
 from rto_megatron.config.run_folder import make_run_folder, open_folder_warning
 from rto_megatron.data.budget import over_budget
 from rto_megatron.data.cut import Layout
-from rto_megatron.data.encoder import Limits, Loaded, limits_of
 from rto_megatron.data.eos import read_eos
 from rto_megatron.data.grouping import read_lengths
+from rto_megatron.data.limits import Limits, limits_of
+from rto_megatron.data.load_report import Loaded
 from rto_megatron.data.tokenizer import encoding_fingerprint, load_tokenizer
 from rto_megatron.engine.source import WeightSource, find_sources
 from rto_megatron.models.layout_checks import check_experts, check_layout

@@ -99,3 +99,17 @@ def test_a_budget_is_held_against_the_data(files: Path, tmp_path: Path) -> None:
     result = _check(files, "dpo", data, "batch.tokens=4")
     assert result.exit_code != 0
     assert "batch.tokens=4 is below the longest prompt" in str(result.exception)
+
+
+def test_layouts_and_parts_of_a_mixture_are_shown(files: Path, tmp_path: Path) -> None:
+    chat, tasks = tmp_path / "chat.jsonl", tmp_path / "tasks.csv"
+    write_rows(chat, [_row("red fox", "blue dog")] * 3)
+    tasks.write_text("instruction,input,output\nred fox,,blue dog\n")
+    given = (f"data.train=[{chat},{{source: {tasks}, weight: 2}}]",)
+    found = _found(_check(files, "sft", chat, *given))
+    assert f"{chat}: 3 rows read, 3 kept layout: messages (3 rows)" in found
+    assert f"{tasks}: 1 rows read, 1 kept layout: alpaca (1 rows)" in found
+    refused = _check(files, "sft", chat, "data.layout=texts_of_old")
+    assert "data.layout" in str(refused.exception)
+    refused = _check(files, "dpo", chat, "data.layout=alpaca")
+    assert "data.layout=alpaca is no layout of pairs" in str(refused.exception) + refused.output

@@ -145,6 +145,12 @@ def test_every_key_of_text_is_told_by_its_type(stage: str) -> None:
     expected = set()
     tree = STAGES[stage].model_json_schema()
 
+    def types(node: dict[str, object]) -> set[object]:
+        choices = node.get("anyOf")
+        if not isinstance(choices, list):
+            return {node.get("type")}
+        return {kind for one in choices for kind in types(one)}
+
     def look(node: dict[str, object], prefix: str) -> None:
         properties = node.get("properties")
         assert isinstance(properties, dict)
@@ -152,9 +158,7 @@ def test_every_key_of_text_is_told_by_its_type(stage: str) -> None:
             whole = tree["$defs"][field["$ref"].rpartition("/")[2]] if "$ref" in field else field
             if "properties" in whole:
                 look(whole, f"{prefix}{name}.")
-            elif {one["type"] for one in whole.get("anyOf", [whole]) if one.get("type") != "null"} == {
-                "string"
-            }:
+            elif types(whole) - {"null"} in ({"string"}, {"string", "array"}):  # a source of data, or several
                 expected.add(f"{prefix}{name}")
 
     look(tree, "")

@@ -13,7 +13,7 @@ import pytest
 from data.written_rows import demonstration, pair, turns, write_lines
 from transformers import PreTrainedTokenizerBase
 
-from rto_megatron.data.encoder import Limits
+from rto_megatron.data.limits import Limits
 from rto_megatron.data.loader import load_demonstrations, load_judged, load_pairs, load_prompts, load_texts
 from rto_megatron.errors import DataError
 
@@ -68,7 +68,7 @@ def test_dropped_bad_rows_are_counted_with_the_reasons_of_the_first(
     summary, *reasons = report.summary().splitlines()
     assert summary == f"{source}: 7 rows read, 2 kept, 5 bad rows"
     assert [reason.split(": ")[0] for reason in reasons[:3]] == [f"  {source}:{line}" for line in (2, 3, 4)]
-    assert reasons[3:] == ["  and 2 more rows"]
+    assert reasons[3:] == ["  and 2 more rows", "  layout: messages (2 rows)"]
 
 
 def test_nothing_left_names_the_reasons(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
@@ -166,45 +166,10 @@ def test_half_a_character_is_named_with_its_row(
     assert load_demonstrations(unread, tokenizer, STRICT).report.kept == 1
 
 
-OTHER_LAYOUTS = {
-    "TRL's prompt + completion layout": (load_demonstrations, {"prompt": "a", "completion": "b"}),
-    "Alpaca's layout": (load_demonstrations, {"instruction": "a", "input": "", "output": "b"}),
-    "ShareGPT's layout": (
-        load_demonstrations,
-        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
-    ),
-    "lists of parts": (
-        load_demonstrations,
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, *turns("a", "b")[1:]]},
-    ),
-    "a preference pair of strings": (load_pairs, {"prompt": "a", "chosen": "b", "rejected": "c"}),
-    "TRL's preference layout": (
-        load_pairs,
-        {"prompt": turns("a", "b")[:1], "chosen": turns("a", "b")[1:], "rejected": turns("a", "c")[1:]},
-    ),
-    "HH": (
-        load_pairs,
-        {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"},
-    ),
-    "Orca's layout": (load_pairs, {"system": "s", "question": "a", "chosen": "b", "rejected": "c"}),
-}
-
-
-@pytest.mark.parametrize("name", OTHER_LAYOUTS)
-def test_a_known_layout_that_is_not_read_is_named(
-    name: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
-    load, row = OTHER_LAYOUTS[name]
-    _, line = refusal(load, write_lines(tmp_path / "rows.jsonl", [row, row]), tokenizer, STRICT)
-    assert "rows.jsonl:1: this looks like " in line and line.endswith("alike: 2")
-    assert name in line and "which is not read; write" in line
-
-
-def test_a_layout_is_not_named_where_something_else_is_wrong(
+def test_columns_beside_those_that_are_read_may_hold_anything(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     # Sets often carry the columns of their source beside those that are read.
-    row = {**demonstration("the dog " * 60, "the fox " * 90), "instruction": "a", "output": "b"}
-    source = write_lines(tmp_path / "rows.jsonl", [row])
-    assert "over the limit" in refusal(load_demonstrations, source, tokenizer, Limits(20, 400, "error"))[1]
-    assert load_demonstrations(source, tokenizer, STRICT).report.kept == 1
+    row = {**demonstration("the dog"), "instruction": "the fox", "output": None, "notes": [1], "text": 3}
+    loaded = load_demonstrations(write_lines(tmp_path / "rows.jsonl", [row]), tokenizer, STRICT)
+    assert loaded.report.kept == 1

@@ -9,7 +9,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
-from rto_megatron.data.encoder import Limits
+from rto_megatron.data.limits import Limits
 from rto_megatron.data.loader import (
     load_demonstrations,
     load_judged,
@@ -179,7 +179,8 @@ def test_overlong_prompts_are_dropped_and_counted(tokenizer: PreTrainedTokenizer
     loaded = load_prompts(source, tokenizer, Limits(20, 400, "drop"))
     assert len(loaded.items) == 1
     assert loaded.report.dropped == 1
-    assert loaded.report.summary() == f"{source}: 2 rows read, 1 kept, 1 dropped"
+    lines = loaded.report.summary().splitlines()
+    assert lines == [f"{source}: 2 rows read, 1 kept, 1 dropped", "  layout: prompt (2 rows)"]
 
 
 def test_overlong_prompt_error_names_line_and_limit(
@@ -287,7 +288,7 @@ def test_sources_that_cannot_be_read(tokenizer: PreTrainedTokenizerBase, tmp_pat
     with pytest.raises(DataError, match="does not exist"):
         load_prompts(str(tmp_path / "missing.jsonl"), tokenizer, LIMITS)
     with pytest.raises(DataError, match="owner/name:split"):
-        load_prompts("some.csv", tokenizer, LIMITS)
+        load_prompts("some.table", tokenizer, LIMITS)
     rows = "".join(json.dumps({"prompt": f"fox {i}"}) + "\n" for i in range(500)).encode()
     truncated = tmp_path / "cut.jsonl.gz"
     truncated.write_bytes(gzip.compress(rows)[:-40])

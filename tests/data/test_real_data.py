@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from rto_megatron.data.encoder import Limits
+from rto_megatron.data.limits import Limits
 from rto_megatron.data.loader import load_demonstrations, load_pairs, load_prompts
 from rto_megatron.data.tokenizer import load_tokenizer, train_tokenizer
 

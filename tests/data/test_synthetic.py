@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from transformers import AutoConfig
 
-from rto_megatron.data.encoder import Limits
+from rto_megatron.data.limits import Limits
 from rto_megatron.data.loader import load_demonstrations, load_pairs, load_prompts
 from rto_megatron.data.synthetic import Sizes, write_synthetic_task
 from rto_megatron.data.synthetic_source import SHORT, TOPICS, WORDS, draw_language

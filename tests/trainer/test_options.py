@@ -23,7 +23,7 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 from rto_megatron.algorithms import ppo
 from rto_megatron.config.schema import ReinforcementStage
 from rto_megatron.config.training import OptimizerConfig
-from rto_megatron.data.encoder import Limits
+from rto_megatron.data.limits import Limits
 from rto_megatron.data.loader import load_texts
 from rto_megatron.data.packing import Layout
 from rto_megatron.data.tokenizer import load_tokenizer

@@ -5,8 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from engine.layouts import LAYOUTS
 from ranks import run_ranks
-from trainer.tiny_runs import configure, train
+from trainer.tiny_runs import WORDS, configure, train, write_rows
+
+from rto_megatron.reporting.metrics import read_metrics
 
 DATED = "{{ bos_token }}{{ strftime_now('%d %b %Y') }}{% for m in messages %}<|{{ m.role }}|> {{ m.content }}"
 DATED += "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
@@ -51,3 +54,33 @@ def test_the_date_of_the_first_start_is_given_again(files: Path, tmp_path: Path)
     assert "the checkpoint was made with other data" in str(run(3))
     (run_dir / "template_date").write_text("yesterday\n")
     assert "holds 'yesterday', expected the moment of the run's start" in str(run(3))
+
+
+def test_a_mixture_of_conversations_trains_alike_on_any_ranks_and_goes_on(
+    files: Path, tmp_path: Path
+) -> None:
+    talks, tasks = tmp_path / "talks.jsonl", tmp_path / "tasks.csv"
+    turns = [
+        [_said("user", n), _said("assistant", n + 1), _said("user", n), _said("assistant", n)]
+        for n in range(8)
+    ]
+    write_rows(talks, [{"messages": talk} for talk in turns])
+    tasks.write_text(
+        "instruction,output\n" + "".join(f"{WORDS[n]} fox,{WORDS[n + 1]} dog\n" for n in range(4))
+    )
+    mixture = [str(talks), {"source": str(tasks), "weight": 2}]
+
+    def run(layout: str, steps: int, name: str) -> list[float]:
+        keys = {"data__train": mixture, "data__loss_on": "all", "run__save_every": 1, "run__steps": steps}
+        assert not any(
+            run_ranks(LAYOUTS[layout][0], train, configure("sft", files, tmp_path / name, layout, **keys))
+        )
+        return [line["loss"] for line in read_metrics(tmp_path / name)]
+
+    whole = run("one", 5, "one")  # a pass has four steps
+    assert run("dp2", 5, "two") == pytest.approx(whole, rel=1e-5)
+    assert len(run("dp2", 6, "one")) == 6
+
+
+def _said(role: str, number: int) -> dict[str, str]:
+    return {"role": role, "content": f"{WORDS[number % len(WORDS)]} {WORDS[(number * 5 + 1) % len(WORDS)]}"}

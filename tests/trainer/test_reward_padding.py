@@ -13,7 +13,7 @@ from tiny_tokenizers import add_token, change_json, set_padding
 from trainer.tiny_runs import configure, train
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rto_megatron.data.encoder import Limits
+from rto_megatron.data.limits import Limits
 from rto_megatron.data.loader import load_pairs
 from rto_megatron.data.tokenizer import encoding_fingerprint, load_tokenizer
 from rto_megatron.reporting.metrics import read_metrics
