@@ -8,7 +8,8 @@ from torch import Tensor
 
 from rto_megatron.engine.exchange import SUMS, everywhere, expert_balance, rows_everywhere
 from rto_megatron.engine.finite import refuse_together
-from rto_megatron.engine.megatron import FrozenModel, Loss, Microbatch, Model, Reading, TrainedModel
+from rto_megatron.engine.megatron import FrozenModel, Loss, Microbatch, Model, TrainedModel
+from rto_megatron.engine.readings import Reading
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.types import Metrics, TokenBatch, ValueScale

@@ -184,7 +184,12 @@ def build_model(
 
 
 def forward(model: torch.nn.Module, batch: TokenBatch) -> Tensor:
-    """Logits [b, s, v / tp] or scalar head values [b, s, 1]; hidden states between pipeline stages."""
+    """What comes out of the model's last stage, hidden states of the others.
+
+    Returns:
+        [b, s, 1] values of a scalar head; of a language model the states that the output projection reads, [s, b, h]
+        with this tensor rank's part of s under sequence parallelism (`engine/readings.py` applies the projection).
+    """
     rows = batch.tokens_T.view(batch.num_rows, -1)
     positions = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
     packed = None
@@ -198,5 +203,13 @@ def forward(model: torch.nn.Module, batch: TokenBatch) -> Tensor:
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
         )
-    outputs: Tensor = model(rows, positions, None, packed_seq_params=packed)
+    outputs: Tensor = model(rows, positions, None, packed_seq_params=packed, output_processor=_raw_output)
     return outputs
+
+
+def _raw_output(hidden_states: Tensor, output_layer: torch.nn.Module, **_: object) -> Tensor:
+    """Called by GPTModel in the place of its output layer."""
+    if not isinstance(output_layer, ScalarHead):
+        return hidden_states
+    values: Tensor = output_layer(hidden_states)[0]
+    return values.transpose(0, 1)

@@ -4,8 +4,8 @@ Memory of a trained model with Adam (Megatron-LM's theoretical_memory_usage.py):
 bf16 (weight 2, fp32 gradient 4, fp32 master 4, moments 8), or 6 + 12 / data-parallel ranks with the
 distributed optimizer; 16 in fp32; a frozen model has its weights only. Activations are the largest training
 forward of one micro-batch: with recomputation the layers' inputs and one layer's inside, else 34 bytes x
-hidden x layers a token (Korthikanti et al. 2022, without the attention matrix, which is never stored), and
-fp32 logits with their gradient.
+hidden x layers a token (Korthikanti et al. 2022, without the attention matrix, which is never stored), and for a
+language model what reads its log-probs, a chunk of positions at a time (`models/head_memory.py`).
 """
 
 from collections.abc import Collection, Mapping
@@ -17,6 +17,7 @@ from rto_megatron.config.roles import Role, roles_of
 from rto_megatron.config.schema import Stage, TrainStage
 from rto_megatron.config.step_phases import NEEDED, StepPhase
 from rto_megatron.config.training import FrozenPrecisionConfig
+from rto_megatron.models.head_memory import head_bytes
 from rto_megatron.models.parameters import fullest_stage, num_parameters
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.planning.shapes import FoundShape
@@ -151,8 +152,9 @@ def activation_bytes(
             layers = 2 * width * tokens * shape.hidden_size * shape.num_layers + inside_layer
         else:
             layers = inside_layer * shape.num_layers
-        logits = 0 if role.has_value_head else 2 * 4 * tokens * shape.vocab_size // tensor
-        peak = max(peak, layers + logits)
+        columns = -(-shape.vocab_size // tensor)
+        head = 0 if role.has_value_head else head_bytes(tokens, shape.hidden_size, columns, 2 * width)
+        peak = max(peak, layers + head)
     return peak
 
 

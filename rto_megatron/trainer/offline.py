@@ -34,8 +34,9 @@ from rto_megatron.data.vocabulary import vocabulary_of
 from rto_megatron.engine.absent import FrozenRole, RoleModel, TrainedRole
 from rto_megatron.engine.build_roles import place_frozen, place_trained
 from rto_megatron.engine.divergence import divergence_from, divergence_microbatches
-from rto_megatron.engine.megatron import TOKENS, FrozenModel, Loss, Microbatch, Reading
+from rto_megatron.engine.megatron import TOKENS, FrozenModel, Loss, Microbatch
 from rto_megatron.engine.offload import HostMemory, host_memory
+from rto_megatron.engine.readings import Reading
 from rto_megatron.errors import RecipeError
 from rto_megatron.parallel.dealing import shared_out
 from rto_megatron.parallel.topology import Topology

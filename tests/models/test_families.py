@@ -56,7 +56,9 @@ def _hugging_face(folder: Path) -> list[Tensor]:
 def _read_all(layout: str, root: Path) -> dict[str, tuple[list[Tensor], set[str]]]:
     """`variant/head` -> outputs of each sequence, and tensors of this stage that differ from the file's bits."""
     place, seen = topology(layout), {}
-    batch = token_batch(SEQUENCES, True, place.row_multiple, place.device.torch_device)
+    batch = token_batch(
+        [(ids, 1) for ids, _ in SEQUENCES], True, place.row_multiple, place.device.torch_device
+    )
     for name in RUN:
         for is_scalar, head in HEADS.items():
             model = frozen(place, root / name / head, is_scalar)

@@ -16,6 +16,7 @@ from trainer.tiny_runs import ENGINE_VOCAB, HeldPush, configure, join
 from rto_megatron.config.checks import find_problems
 from rto_megatron.config.load import load_recipe
 from rto_megatron.config.schema import ReinforcementStage
+from rto_megatron.data.batches import BatchesState
 from rto_megatron.errors import UserError
 from rto_megatron.generation.contract import NoServersLeft, Sampling
 from rto_megatron.generation.scripted import ScriptedEngine
@@ -23,12 +24,13 @@ from rto_megatron.lifecycle.stopping import STOP_FILE
 from rto_megatron.reporting.metrics import read_metrics
 from rto_megatron.reporting.rates import rates
 from rto_megatron.storage.checkpoints import latest_checkpoint
-from rto_megatron.trainer.ahead import AheadSampler
-from rto_megatron.trainer.arrivals import Hear
+from rto_megatron.trainer.ahead import AheadSampler, AskedBatch, kept_ahead
+from rto_megatron.trainer.arrivals import Arrivals, Hear
 from rto_megatron.trainer.checked_scores import Scorer
 from rto_megatron.trainer.connected_pool import ConnectedPool
 from rto_megatron.trainer.online import train_online
 from rto_megatron.trainer.parts import Parts, planned_parts
+from rto_megatron.trainer.pool_requests import Asked, PoolAnswer, answered
 from rto_megatron.trainer.resume import fixed_keys, read_ahead, require_same
 from rto_megatron.trainer.sampler import OnPolicySampler
 from rto_megatron.types import Prompt, Rollout, ScoredRollouts
@@ -112,6 +114,27 @@ def test_a_bug_in_the_thread_ends_the_rank(
     with pytest.raises(RankError, match="InjectedFault: injected fault in_gen:2:0:raise"):
         run_ranks(1, train, config)
     assert ages(tmp_path / "run") == [0, 1]
+
+
+def test_one_push_samples_two_batches_ahead(files: Path, tmp_path: Path) -> None:
+    two = {**AHEAD, "rollout__ahead": 2, "run__steps": 5, "run__save_every": None}
+    assert run_ranks(1, train, configure("reinforce_pp", files, tmp_path, **two)) == [None]
+    assert ages(tmp_path) == [0, 1, 2, 1, 2]
+
+
+def _kept_around_a_failure(config: ReinforcementStage) -> list[str]:
+    rollouts = [Rollout(name, (1,), (2,), (-1.0,), "stop", 0) for name in "ab"]
+    failed: Future[PoolAnswer] = Future()
+    failed.set_result(PoolAnswer((), NoServersLeft(REASON), 0.0))
+    asked = [answered((rollouts[0],)), Asked(failed, Arrivals(0, 1)), answered((rollouts[1],))]
+    batches = [AskedBatch(one, BatchesState(number, 0)) for number, one in enumerate(asked)]
+    return [rollout.prompt_id for rollout in kept_ahead(batches, 1, join(config))]
+
+
+def test_what_comes_behind_a_failed_batch_is_not_kept(files: Path, tmp_path: Path) -> None:
+    """A resumed run takes what is kept for its next batches, in their order."""
+    config = configure("reinforce_pp", files, tmp_path, **AHEAD)
+    assert run_ranks(1, _kept_around_a_failure, config) == [["a"]]
 
 
 class Meeting:
