@@ -15,7 +15,8 @@ from pathlib import Path
 from rto_megatron.benchmarks.markdown_counts import markdown_counts
 from rto_megatron.benchmarks.questions import Benchmark, Question, text_of
 from rto_megatron.benchmarks.token_counts import CountTokens
-from rto_megatron.data.sources import Row, read_rows
+from rto_megatron.data.row import Row
+from rto_megatron.data.sources import read_rows
 from rto_megatron.errors import DataError, refuse_if
 
 _ANSWER_COLUMNS: tuple[tuple[Benchmark, set[str]], ...] = (

@@ -14,7 +14,8 @@ from typing import Literal
 import numpy as np
 
 from rto_megatron.benchmarks.questions import text_of
-from rto_megatron.data.sources import Row, read_rows
+from rto_megatron.data.row import Row
+from rto_megatron.data.sources import read_rows
 from rto_megatron.errors import DataError, refuse_if
 
 Version = Literal["v0.1", "v2.0"]

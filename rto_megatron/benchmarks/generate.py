@@ -20,10 +20,11 @@ from rto_megatron.benchmarks.answer_files import write_answers, write_whole
 from rto_megatron.benchmarks.journal import Journal
 from rto_megatron.benchmarks.questions import Benchmark, Question, Questions, read_questions
 from rto_megatron.benchmarks.token_counts import OFFICIAL, CountTokens, token_counter
-from rto_megatron.data.encoder import Encoder, Limits
+from rto_megatron.data.encoder import Encoder
 from rto_megatron.data.eos import read_eos
+from rto_megatron.data.limits import Limits
 from rto_megatron.data.messages import Message
-from rto_megatron.data.sources import Row
+from rto_megatron.data.row import Row
 from rto_megatron.data.template import TemplateOptions
 from rto_megatron.data.tokenizer import load_tokenizer
 from rto_megatron.errors import DataError, RunFolderError, refuse_if

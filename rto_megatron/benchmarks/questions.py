@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from rto_megatron.data.sources import Row, read_rows
+from rto_megatron.data.row import Row
+from rto_megatron.data.sources import read_rows
 from rto_megatron.errors import DataError, refuse_if
 
 Benchmark = Literal["alpaca_eval", "arena_hard_v0.1", "arena_hard_v2.0"]

@@ -124,6 +124,32 @@ def verify_command(
     _console().print(shown)
 
 
+@app.command("gguf-to-hf")
+def gguf_to_hf(
+    source: Annotated[
+        Path, typer.Argument(help="One .gguf file, of a family that is trained here.", show_default=False)
+    ],
+    target: Annotated[Path, typer.Argument(help="New folder to write.", show_default=False)],
+    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of the weights written.")] = "bf16",
+) -> None:
+    """Write a Hugging Face folder from llama.cpp's file: a starting point for training, with what packing lost lost.
+
+    Needs the package gguf. Every tensor is read back bit-equal, and two greedy answers are shown beside the file's own.
+    """
+    import torch
+
+    from rto_megatron.convert.gguf_to_hf import convert_gguf
+    from rto_megatron.reporting.progress import say
+
+    report = convert_gguf(source, target, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
+    say(f"{target}: {report.model_type}, {report.num_tensors} tensors in {report.dtype}, bit-equal", True)
+    for one in report.answers:
+        say(
+            f"  {one.question} -> {one.answer!r} ({one.num_alike} of {one.num_tokens} tokens as the file's)",
+            True,
+        )
+
+
 @app.command("outputs", hidden=True)
 def outputs(
     megatron: Path,

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rto_megatron.models.context_attention import GatheredKeysAttention, UlyssesAttention
+from rto_megatron.models.experts import with_grouped_experts
 from rto_megatron.models.families import FAMILIES
 from rto_megatron.models.modules import GroupedGPT, PackedCoreAttention, RMSNorm, ScalarHead
 from rto_megatron.models.shape import ModelShape
@@ -78,7 +79,7 @@ def transformer_config(
         # "none" where there is nothing to balance: other roles of the same run may be dense.
         moe_router_load_balancing_type="aux_loss" if shape.experts else "none",
         moe_aux_loss_coeff=moe_aux_loss_coef if shape.experts else 0.0,
-        **_experts(shape),
+        **_experts(shape, topology),
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
@@ -102,12 +103,14 @@ def _cut(topology: Topology) -> dict[str, object]:
     }
 
 
-def _experts(shape: ModelShape) -> dict[str, object]:
-    """Megatron's settings of a mixture; none for a dense model."""
+def _experts(shape: ModelShape, topology: Topology) -> dict[str, object]:
+    """Megatron's settings of a mixture; none for a dense model, whatever the layout does with experts."""
     experts = shape.experts
     if experts is None:
         return {}
     return {
+        "expert_model_parallel_size": topology.groups.ep.size(),
+        "expert_tensor_parallel_size": topology.groups.expt_tp.size(),
         "num_moe_experts": experts.num,
         "moe_router_topk": experts.per_token,
         "moe_ffn_hidden_size": experts.ffn_hidden_size,
@@ -122,7 +125,7 @@ def _experts(shape: ModelShape) -> dict[str, object]:
 
 
 def layer_spec(config: TransformerConfig, num_experts: int | None) -> ModuleSpec:
-    """The modules of a layer: Megatron's local ones, with the norm and the core attention of this package.
+    """The modules of a layer: Megatron's local ones, with this package's norm, core attention, experts and router.
 
     Args:
         num_experts: None: a dense layer.
@@ -140,7 +143,7 @@ def layer_spec(config: TransformerConfig, num_experts: int | None) -> ModuleSpec
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     # The fused-norm key names of TransformerEngine would hide which parameter a checkpoint entry is.
     layer.submodules.sharded_state_dict_keys_map = {}
-    return layer
+    return layer if num_experts is None else with_grouped_experts(layer)
 
 
 def _block_spec(shape: ModelShape, config: TransformerConfig, stage: int) -> TransformerBlockSubmodules:
@@ -209,10 +212,13 @@ def forward(model: torch.nn.Module, batch: TokenBatch, topology: Topology) -> Te
         Over context ranks b is 1 and s this rank's part of the row.
     """
     is_cut = topology.context_size > 1
-    if is_cut:
-        rows = batch.tokens_T[None, own_part(len(batch.tokens_T), topology)]
-    else:
-        rows = batch.tokens_T.view(batch.num_rows, -1)
+
+    def as_rows(numbers_T: Tensor) -> Tensor:
+        if is_cut:
+            return numbers_T[None, own_part(len(numbers_T), topology)]
+        return numbers_T.view(batch.num_rows, -1)
+
+    rows = as_rows(batch.tokens_T)
     positions = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
     packed = None
     if is_cut or (batch.num_rows == 1 and len(batch.cu_seqlens) > 2):
@@ -225,8 +231,27 @@ def forward(model: torch.nn.Module, batch: TokenBatch, topology: Topology) -> Te
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
         )
-    outputs: Tensor = model(rows, positions, None, packed_seq_params=packed, output_processor=_raw_output)
+    # Of a mixture in training: padding is no load of an expert.
+    config = model.config
+    assert isinstance(config, TransformerConfig)
+    padding = as_rows(is_padding(batch)) if model.training and config.num_moe_experts is not None else None
+    outputs: Tensor = model(
+        rows,
+        positions,
+        None,
+        packed_seq_params=packed,
+        padding_mask=padding,
+        output_processor=_raw_output,
+    )
     return outputs
+
+
+def is_padding(batch: TokenBatch) -> Tensor:
+    """True where no sequence is, bool [T]."""
+    is_padding_T = torch.ones(batch.tokens_T.shape, dtype=torch.bool)
+    for start, last in zip(batch.cu_seqlens, batch.last_positions, strict=False):
+        is_padding_T[start : last + 1] = False
+    return is_padding_T.to(batch.tokens_T.device)
 
 
 def _raw_output(hidden_states: Tensor, output_layer: torch.nn.Module, **_: object) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _NO_OWNERS = {"runs", "models", "checkpoints", "outputs"}  # first words of paths here that are no hub names
 _FORMATS = {
-    ".gguf": "a GGUF file, llama.cpp's format, which is not read here",
+    ".gguf": "a GGUF file, llama.cpp's format, of which rto convert gguf-to-hf makes a folder",
     ".nemo": "NeMo's archive, which is not read here",
 }
 _SHOWN = 3

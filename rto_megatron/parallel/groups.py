@@ -15,7 +15,13 @@ from torch import Tensor
 
 
 def make_groups(
-    ranks: Sequence[int], tensor: int, context: int, pipeline: int, timeout: timedelta
+    ranks: Sequence[int],
+    tensor: int,
+    pipeline: int,
+    timeout: timedelta,
+    expert: int = 1,
+    expert_tensor: int | None = None,
+    context: int = 1,
 ) -> ProcessGroupCollection:
     """The groups of a TP x CP x PP x DP grid; every rank of the job must call it, for all layouts in one order.
 
@@ -25,10 +31,11 @@ def make_groups(
     Args:
         ranks: global ranks of the grid, ascending; as many as a multiple of tensor x context x pipeline.
         timeout: of a collective.
+        expert, expert_tensor: parts of the experts, and ranks of one; None: `tensor`. With the defaults experts are
+            replicated over data and context ranks and split over tensor ranks.
 
     Returns:
-        The groups that this rank is in; none where it is not of the grid. Experts are replicated over data and context
-        ranks and split over tensor ranks.
+        The groups that this rank is in; none where it is not of the grid.
     """
     grid = torch.tensor(list(ranks)).view(
         pipeline, -1, context, tensor
@@ -54,6 +61,8 @@ def make_groups(
     groups.intra_dp_cp = groups.dp_cp_gtp_remat = dp_cp
     groups.expt_dp = groups.intra_expt_dp = groups.expt_dp_gtp_remat = dp_cp
     groups.tp_dp_cp, groups.intra_dist_opt = stage, whole
+    if (expert, expert_tensor or tensor) != (1, tensor):
+        _spread_experts(groups, grid.reshape(pipeline, -1), expert, expert_tensor or tensor, timeout)
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:  # scratch space of sequence parallelism, of no layout
         parallel_state._set_global_memory_buffer()
     return groups
@@ -62,6 +71,22 @@ def make_groups(
 def _along(grid: Tensor, dim: int) -> Tensor:
     """The rows of a dimension."""
     return grid.movedim(dim, -1).reshape(-1, grid.shape[dim])
+
+
+def _spread_experts(
+    groups: ProcessGroupCollection, stages: Tensor, expert: int, expert_tensor: int, timeout: timedelta
+) -> None:
+    """Sets the groups of experts: the ranks of a stage [stage, rank] are numbered with the shard of an expert fastest,
+    then the part of the experts, then their replica."""
+    pipeline = len(stages)
+    grid = stages.view(pipeline, -1, expert, expert_tensor)  # [stage, replica, part, shard]
+    groups.expt_tp = _own(grid.reshape(-1, expert_tensor), timeout)
+    groups.ep = _own(grid.permute(0, 1, 3, 2).reshape(-1, expert), timeout)
+    groups.tp_ep = _own(grid.reshape(-1, expert * expert_tensor), timeout)
+    groups.tp_ep_pp = _own(grid.permute(1, 0, 2, 3).reshape(grid.shape[1], -1), timeout)
+    groups.tp_ep_pp_with_egtp_remat = groups.tp_ep_pp
+    replicas = _own(grid.permute(0, 2, 3, 1).reshape(-1, grid.shape[1]), timeout)
+    groups.expt_dp = groups.intra_expt_dp = groups.expt_dp_gtp_remat = replicas
 
 
 def _own(rows: Tensor, timeout: timedelta) -> dist.ProcessGroup | None:

@@ -12,7 +12,7 @@ from rto_megatron.errors import RecipeError
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "launchers" / "recipes"
-CONVERSIONS = ("convert hf-to-megatron", "convert megatron-to-hf", "convert verify")
+CONVERSIONS = ("convert hf-to-megatron", "convert megatron-to-hf", "convert gguf-to-hf", "convert verify")
 COMMANDS = (
     "train",
     "launch",

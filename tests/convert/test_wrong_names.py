@@ -62,7 +62,7 @@ def test_files_in_place_of_their_folder(models: Path, tmp_path: Path) -> None:
     (tmp_path / "q4").mkdir()
     (tmp_path / "q4/model-q4_k_m.gguf").write_bytes(b"GGUF")
     for named in (tmp_path / "q4", tmp_path / "q4/model-q4_k_m.gguf"):
-        assert "a GGUF file, llama.cpp's format, which is not read here" in _refusal(
+        assert "llama.cpp's format, of which rto convert gguf-to-hf makes a folder" in _refusal(
             "hf-to-megatron", named, tmp_path / "m"
         )
     (tmp_path / "q4/config.json").write_text((models / "language/config.json").read_text())

@@ -26,6 +26,13 @@ LAYOUTS = {
     "cp2_dp2": (4, 1, 1, False),
     "cp4": (4, 1, 1, False),
     "cp4_gather": (4, 1, 1, False),
+    "ep2": (2, 1, 1, False),
+    "ep2_dp4": (4, 1, 1, False),
+    "ep2_pp2": (4, 1, 2, False),
+    "ep2_tp2": (2, 2, 1, True),
+    "ep4_tp2": (4, 2, 1, True),
+    "ep2_tp2_etp2": (4, 2, 1, True),
+    "cp2_ep2": (2, 1, 1, False),
     # The policy has the ranks that no role has for itself.
     "tp2_of_4": (4, 2, 1, False),
     "pp2_of_3": (3, 1, 2, False),
@@ -41,6 +48,17 @@ CONTEXT: dict[str, tuple[int, ContextScheme]] = {
     "cp2_dp2": (2, "ulysses"),
     "cp4": (4, "ulysses"),
     "cp4_gather": (4, "gather"),
+    "cp2_ep2": (2, "ulysses"),
+}
+# Of those whose experts lie on different ranks: (parts of the experts, ranks of one)
+EXPERTS = {
+    "ep2": (2, 1),
+    "ep2_dp4": (2, 1),
+    "ep2_pp2": (2, None),
+    "ep2_tp2": (2, 1),
+    "ep4_tp2": (4, 1),
+    "ep2_tp2_etp2": (2, 2),
+    "cp2_ep2": (2, 1),
 }
 
 
@@ -48,8 +66,17 @@ def topology(layout: str) -> Topology:
     """This rank's place in a layout."""
     _, tensor, pipeline, sequence = LAYOUTS[layout]
     context, scheme = CONTEXT.get(layout, (1, "ulysses"))
+    expert, expert_tensor = EXPERTS.get(layout, (1, None))
     return Topology.init(
-        prepare(), tensor, pipeline, sequence, seed=1, context=context, context_scheme=scheme
+        prepare(),
+        tensor,
+        pipeline,
+        sequence,
+        seed=1,
+        expert=expert,
+        expert_tensor=expert_tensor,
+        context=context,
+        context_scheme=scheme,
     )
 
 

@@ -202,9 +202,8 @@ def test_deepseek_is_read_and_not_built(tmp_path: Path) -> None:
     ],
 )
 def test_sizes_of_experts_limit_the_tensor_ranks(name: str, message: str, tmp_path: Path) -> None:
-    problems = check_layout(
-        read_shape(_config(tmp_path, name)), GridConfig(tensor=64, pipeline=2), "models.policy"
-    )
+    grid = GridConfig(tensor=64, pipeline=2)
+    problems = check_layout(read_shape(_config(tmp_path, name)), grid, "models.policy")
     assert f"models.policy: parallel.tensor=64 does not divide {message}" in problems
 
 

@@ -89,10 +89,8 @@ def test_a_damaged_config_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_a_layout_that_fits_has_no_problems() -> None:
-    assert [
-        check_layout(SHAPE, GridConfig(tensor=t, pipeline=p), "models.policy")
-        for t, p in ((1, 1), (2, 2), (4, 1))
-    ] == [[]] * 3
+    grids = [GridConfig(tensor=t, pipeline=p) for t, p in ((1, 1), (2, 2), (4, 1))]
+    assert [check_layout(SHAPE, grid, "models.policy") for grid in grids] == [[]] * 3
 
 
 def test_ulysses_needs_a_head_for_every_context_rank() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 # MetricLog imports it in the rank that logs; imported here, forked ranks have it already.
 import torch.utils.tensorboard  # noqa: F401
-from engine.layouts import CONTEXT, LAYOUTS
+from engine.layouts import CONTEXT, EXPERTS, LAYOUTS
 from tiny_models import write_llama
 
 from rto_megatron.algorithms import ALGORITHMS
@@ -74,12 +74,20 @@ def configure(stage: str, root: Path, run_dir: Path, layout: str = "one", **chan
     """A configuration of four steps over the files of `root`; `changes` are keys with `__` for dots, or sections."""
     _, tensor, pipeline, sequence = LAYOUTS[layout]
     context, scheme = CONTEXT.get(layout, (1, "ulysses"))
-    parallel = {"context": context, "context_scheme": scheme, "sequence": sequence}
+    expert, expert_tensor = EXPERTS.get(layout, (1, None))
     adam = {"lr": 1e-3, "warmup_fraction": 0.5}
     tree: dict[str, Any] = {
         "stage": stage,
         "run": {"dir": run_dir, "steps": 4, "save_every": 2},
-        "parallel": {"tensor": tensor, "pipeline": pipeline, **parallel},
+        "parallel": {
+            "tensor": tensor,
+            "context": context,
+            "context_scheme": scheme,
+            "pipeline": pipeline,
+            "sequence": sequence,
+            "expert": expert,
+            "expert_tensor": expert_tensor,
+        },
         "precision": {"dtype": "fp32"},
         "models": {"policy": root / "models/policy"},
         "data": {"train": str(root / "pairs.jsonl"), "max_prompt_tokens": 100},
@@ -163,6 +171,8 @@ def join(config: Stage) -> Topology:
         parallel.sequence,
         seed=config.run.seed,
         roles=parallel.roles,
+        expert=parallel.expert,
+        expert_tensor=parallel.expert_tensor,
         context=parallel.context,
         context_scheme=parallel.context_scheme,
     )
