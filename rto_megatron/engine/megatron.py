@@ -341,10 +341,8 @@ def _training_step[M: Microbatch](
     def loss_of(raw: Tensor) -> tuple[Tensor, tuple[Metrics, bool]]:
         if microbatch is None:  # of padding alone: the backward of its exchange is what others wait for
             nothing = raw.float().sum() * 0
-            if (
-                not model.has_scalar_head
-            ):  # whose gradient, 0 as well, is waited for where gradients go off early
-                nothing = nothing + output_weight(model.module).float().sum() * 0
+            if not model.has_scalar_head:  # gradients that go off early wait for that of every weight
+                nothing = nothing + output_weight(model.module)[0, 0].float() * 0
             return nothing, ({}, True)
         output = loss(reading.read(model, microbatch, raw), microbatch)
         return output.loss * factor, (output.metrics, bool(torch.isfinite(output.loss)))

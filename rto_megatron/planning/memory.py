@@ -107,6 +107,12 @@ def resident_bytes(
     return int(size)
 
 
+def fullest_bytes(plan: StagePlan, shapes: Mapping[str, FoundShape]) -> int:
+    """Models and activations on the fullest rank, whatever roles it holds; see `model_bytes`."""
+    sets = plan.rank_sets.values()
+    return max(model_bytes(plan, shapes, names) + activation_bytes(plan, shapes, names) for names in sets)
+
+
 def weight_bytes(precision: FrozenPrecisionConfig) -> int:
     """The bytes of one number in the stage's dtype."""
     return 2 if precision.dtype == "bf16" else 4

@@ -61,8 +61,8 @@ def test_a_sound_layout_has_no_problems_and_is_counted() -> None:
         ),
         (
             GridConfig(tensor=4, expert=2),
-            "models.policy has experts on different ranks (parallel.expert=2), which over parallel.tensor=4 ranks needs "
-            "sequence parallelism; set parallel.sequence=true",
+            "models.policy has experts on different ranks (parallel.expert=2), which over parallel.tensor=4 ranks "
+            "needs sequence parallelism; set parallel.sequence=true",
         ),
     ],
 )

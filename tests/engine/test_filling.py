@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _uneven(
     layout: str, model: Path, recompute: bool, coef: float
 ) -> tuple[dict[str, Tensor], Metrics, list[Tensor]]:
-    """A step in which replica 0 has one sequence and replica 1 the others, one by one; then outputs of replica 1."""
+    """A step in which replica 0 has one sequence and replica 1 the others, singly; then outputs of replica 1 alone."""
     place = topology(layout)
     source = find_source(model, False, is_random=False, key="test")
     precision = PrecisionConfig(dtype="fp32", recompute=recompute)
