@@ -120,7 +120,7 @@ class ChatClient:
                 asyncio.timeout(self._endpoint.timeout_s),
                 self._http.post(self._route, json=body, allow_redirects=False) as response,
             ):
-                status, text = response.status, await response.text(errors="replace")
+                status, text = response.status, self._without_key(await response.text(errors="replace"))
                 wait_s = _asked_pause(response.headers.get("retry-after"))
         except TimeoutError:
             raise _PassingError(f"no answer within {self._endpoint.timeout_s:g} s") from None
@@ -130,9 +130,14 @@ class ChatClient:
             return _reply(self._route, text)
         return self._refused(status, text, wait_s)
 
+    def _without_key(self, text: str) -> str:
+        """What an endpoint says may hold the key that it was sent, and is kept and shown."""
+        key = self._endpoint.key
+        return text if key is None else text.replace(key, "[key]")
+
     def _refused(self, status: int, text: str, wait_s: float) -> JudgeReply:
         """A reply that says why a single request is refused, or an error that says what to do."""
-        said = plain(text)[:_SHOWN]
+        said = self._without_key(text)
         if status == 429 and "insufficient_quota" in text:
             raise JudgeError(
                 f"{self._route}: the account's quota is used up ({said}); what was judged is kept: renew it and "

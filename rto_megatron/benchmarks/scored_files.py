@@ -1,6 +1,6 @@
 """Win rates of files of judgments, found by what they are, and shown as tables that say what they rest on."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -175,9 +175,9 @@ def _arena_hard(paths: Sequence[Path], options: ScoreOptions) -> list[ArenaPool]
             )
         scores = [score(one, options.num_rounds, options.seed) for one in members]
         if options.answers is not None:
-            styled = styled_rates(
-                styled_battles(members, _read_pool(options.answers)), options.num_rounds, options.seed
-            )
+            wanted = {name for one in members for name in (one.model, one.baseline)}
+            answers = _read_pool(options.answers, wanted)
+            styled = styled_rates(styled_battles(members, answers), options.num_rounds, options.seed)
             scores = [replace(one, styled=rate) for one, rate in zip(scores, styled, strict=True)]
         baselines, judges = ({getter(one) for one in members} for getter in (_baseline, _judge))
         scored.append(
@@ -194,12 +194,18 @@ def _judge(judgments: Judgments) -> str:
     return judgments.judge
 
 
-def _read_pool(folder: Path) -> dict[str, Answers]:
-    files = [path for path in sorted(folder.rglob("*.jsonl")) if path.name not in (JOURNAL, REPLIES)]
-    files = [path for path in files if "model_judgment" not in path.parts]
-    if not files:
-        raise DataError(f"--answers {folder} holds no answers (*.jsonl)")
-    return {one.model: one for one in map(read_answers, files)}
+def _read_pool(folder: Path, wanted: Collection[str]) -> dict[str, Answers]:
+    """The answers of these models: Arena-Hard's files are named by their model."""
+    kept = (JOURNAL, REPLIES)
+    files = [
+        path for path in sorted(folder.rglob("*.jsonl")) if path.stem in wanted and path.name not in kept
+    ]
+    found = [read_answers(path) for path in files if "model_judgment" not in path.parts]
+    twice = [one for one in found if sum(other.model == one.model for other in found) > 1]
+    refuse_if(
+        [str(one.path) for one in twice], f"--answers {folder} has several answers of one model", DataError
+    )
+    return {one.model: one for one in found}
 
 
 def tables(scores: Scores) -> list[Table]:

@@ -35,7 +35,7 @@ def score(
     answers: Annotated[
         Path | None,
         typer.Option(
-            help="Folder with Arena-Hard's model_answer/*.jsonl of all models and the baseline, for style control."
+            help="Folder with Arena-Hard's model_answer/*.jsonl of all models and of the baseline: style control."
         ),
     ] = None,
     baseline: Annotated[

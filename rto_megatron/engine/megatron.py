@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -12,10 +13,10 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from torch import Tensor
 
-from rto_megatron.engine.exchange import SUMS, everywhere, expert_balance, rows_everywhere, summed
+from rto_megatron.engine.exchange import SUMS, everywhere, rows_everywhere, summed
+from rto_megatron.engine.filling import filled
 from rto_megatron.engine.finite import refuse_together
 from rto_megatron.engine.optimizer import set_learning_rate, state_tensors
 from rto_megatron.engine.presence import require_present
@@ -27,6 +28,7 @@ from rto_megatron.engine.readings import (
     read_outputs,
     whole_logits,
 )
+from rto_megatron.engine.router_health import own_report, router_metrics, watched_routers
 from rto_megatron.models.build import forward
 from rto_megatron.models.model_flops import forward_flops, head_flops
 from rto_megatron.models.shape import ModelShape
@@ -76,7 +78,8 @@ class FrozenModel:
         """Log-probs of the targets, or values with a scalar head, of every position; no gradients.
 
         Args:
-            batches: one or more; equal on all ranks of a replica, which must all call this.
+            batches: equal on all ranks of a replica, which must all call this. One or more; none only of a mixture
+                whose replicas exchange tokens, which call this together.
 
         Returns:
             one float32 [T] per batch, in nats or reward units, on every rank of the replica.
@@ -185,26 +188,27 @@ class TrainedModel:
         batches = [m.batch for m in microbatches]
         _require_rows(self, batches)
         require_present(self.gradient_buffers(), f"gradients of {self.name}")
-        get_moe_metrics_tracker().clear()
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
+        passes = filled(batches, self.shape, self.topology)
         # The schedule divides by the number of micro-batches and the reduction by the number of replicas.
-        factor = len(microbatches) * self.topology.data_size
-        told = _schedule(self, batches)(
-            forward_step_func=partial(_training_step, self, loss, reading or TOKENS, factor),
-            data_iterator=iter(microbatches),
-            model=self.wrapped,
-            forward_only=False,
-        )
+        factor = len(passes) * self.topology.data_size
+        with watched_routers(self.module, len(batches), len(passes)):
+            outputs = _schedule(self, passes)(
+                forward_step_func=partial(_training_step, self, loss, reading or TOKENS, factor),
+                data_iterator=iter(zip_longest(passes, microbatches)),
+                model=self.wrapped,
+                forward_only=False,
+            )
         _count(self, batches, _TRAINING_FORWARDS)
         # Another model's pass may come before this one is settled, and the tracker of balances is one for all.
-        return partial(self._settled, told, self._own_balance(len(microbatches)), names)
+        return partial(self._settled, outputs, own_report(self.module, self.shape, len(batches)), names)
 
-    def _settled(self, outputs: _Seen, balance: Tensor | None, names: Sequence[Sequence[str]]) -> Metrics:
+    def _settled(self, outputs: _Seen, report: Tensor, names: Sequence[Sequence[str]]) -> Metrics:
         own = summed(metrics for metrics, _ in outputs or [])
-        metrics = everywhere(own, self.topology)
-        if balance is not None:
-            metrics = {**metrics, **expert_balance(self.name, self.shape, balance, self.topology)}
+        is_balanced = bool(self.module.config.moe_aux_loss_coeff)
+        health = router_metrics(self.name, self.shape, report, is_balanced, self.topology)
+        metrics = {**everywhere(own, self.topology), **health}
         self._refuse_nonfinite(outputs, names)
         return metrics
 
@@ -224,15 +228,6 @@ class TrainedModel:
         """The memory of all gradients, of experts too."""
         buffers = [*self.wrapped.buffers, *self.wrapped.expert_parallel_buffers]
         return [buffer.grad_data for buffer in buffers]
-
-    def _own_balance(self, num_microbatches: int) -> Tensor | None:
-        """This rank's part of the load-balancing loss; None without one."""
-        if not self.module.config.moe_aux_loss_coeff:
-            return None
-        # Each rank holds its layers' and, under sequence parallelism, its tokens' part, and as Megatron's schedule does
-        # each replica takes the mean of its own micro-batches, of which others may have more or fewer.
-        own: Tensor = get_moe_metrics_tracker().metrics["load_balancing_loss"].values.sum() / num_microbatches
-        return own
 
     def _refuse_nonfinite(self, outputs: _Seen, names: Sequence[Sequence[str]]) -> None:
         bad = [
@@ -272,21 +267,25 @@ def _forward_only(
         iterator: Iterator[tuple[int, TokenBatch]], chunk: GPTModel
     ) -> tuple[Tensor, Callable[..., Tensor]]:
         index, batch = next(iterator)
-        return forward(chunk, batch), lambda raw, non_loss_data=True: read(index, raw)
+        is_asked = index < len(batches)
+        return forward(chunk, batch), lambda raw, non_loss_data=True: read(index, raw) if is_asked else raw
 
     _require_rows(model, batches)
+    passes = filled(batches, model.shape, model.topology)
+    if not passes:
+        return []
     model.module.eval()
     with torch.no_grad():
-        outputs: list[Tensor] = _schedule(model, batches)(
+        outputs: list[Tensor] = _schedule(model, passes)(
             forward_step_func=step,
-            data_iterator=iter(enumerate(batches)),
+            data_iterator=iter(enumerate(passes)),
             model=model.module,
             forward_only=True,
             collect_non_loss_data=True,
         )
     model.module.train()
     _count(model, batches, 1)
-    return outputs
+    return outputs[: len(batches)]
 
 
 def _schedule(model: Model, batches: Sequence[TokenBatch]) -> Callable[..., list[Any]]:
@@ -321,7 +320,7 @@ def _require_rows(model: Model, batches: Sequence[TokenBatch]) -> None:
     A model whose weights wait in host memory would read anything.
     """
     require_present(model.module.parameters(), f"weights of {model.name}")
-    largest, num_rows = max(batch.largest_id for batch in batches), model.shape.vocab_size
+    largest, num_rows = max((batch.largest_id for batch in batches), default=0), model.shape.vocab_size
     if largest >= num_rows:
         raise ValueError(
             f"{model.name} has no row for id {largest}, expected ids below its vocab_size of {num_rows}; the data, the "
@@ -334,16 +333,21 @@ def _training_step[M: Microbatch](
     loss: Loss[M],
     reading: Reading[M],
     factor: int,
-    iterator: Iterator[M],
+    iterator: Iterator[tuple[TokenBatch, M | None]],
     chunk: GPTModel,
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, tuple[Metrics, bool]]]]:
-    microbatch = next(iterator)
+    batch, microbatch = next(iterator)
 
     def loss_of(raw: Tensor) -> tuple[Tensor, tuple[Metrics, bool]]:
+        if microbatch is None:  # of padding alone: the backward of its exchange is what others wait for
+            nothing = raw.float().sum() * 0
+            if not model.has_scalar_head:  # gradients that go off early wait for that of every weight
+                nothing = nothing + output_weight(model.module)[0, 0].float() * 0
+            return nothing, ({}, True)
         output = loss(reading.read(model, microbatch, raw), microbatch)
         return output.loss * factor, (output.metrics, bool(torch.isfinite(output.loss)))
 
-    return forward(chunk, microbatch.batch), loss_of
+    return forward(chunk, batch), loss_of
 
 
 def training_hooks(config: TransformerConfig) -> None:

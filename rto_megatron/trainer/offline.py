@@ -232,7 +232,8 @@ def evaluate[E: Example, M: Microbatch](
     most = max(topology.gather(len(some), int))
     for group in [*some, *([[]] * (most - len(some)))]:
         microbatches = task.microbatches(group, task.size(examples))
-        outputs = model.outputs(microbatches, task.reading) if microbatches else []
+        is_called = microbatches or model.topology.is_exchanging
+        outputs = model.outputs(microbatches, task.reading) if is_called else []
         with torch.no_grad():
             for output, microbatch in zip(outputs, microbatches, strict=True):
                 total = add(total, task.loss(output, microbatch).metrics)
@@ -341,7 +342,7 @@ def response_logprobs(
     With a layout of the model's own all ranks must call it.
     """
     share = shared_out(list(answers), list[tuple[tuple[int, ...], tuple[int, ...]]], model.topology)
-    if not share.items:
+    if not share.items and not model.topology.is_exchanging:
         return torch.zeros(0, device=layout.device)
     sequences = [(prompt_ids + response_ids, len(prompt_ids)) for prompt_ids, response_ids in share.items]
     cut = sequence_batches(sequences, packed_for(model.topology, layout))

@@ -24,7 +24,7 @@ from rto_megatron.data.load_report import Loaded
 from rto_megatron.data.prepared import PreparedData
 from rto_megatron.data.tokenizer import encoding_fingerprint, load_tokenizer
 from rto_megatron.engine.source import WeightSource, find_sources
-from rto_megatron.models.layout_checks import check_experts, check_layout
+from rto_megatron.models.layout_checks import check_experts, check_layout, idle_expert_keys
 from rto_megatron.models.model_flops import forward_flops
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.parallel.topology import Topology
@@ -135,11 +135,11 @@ def setup_problems(config: schema.Stage, sources: Mapping[str, WeightSource], wo
         *(
             problem
             for role, shape in shapes.items()
-            for grid in [parallel.grid_of(role)]
             for problem in check_layout(
-                shape, grid.tensor, grid.pipeline, f"models.{role}", parallel.key_of(role)
+                shape, parallel.grid_of(role), f"models.{role}", parallel.key_of(role)
             )
         ),
+        *idle_expert_keys(shapes, parallel),
         *check_experts(
             {role.name: shapes[role.name] for role in roles_of(config) if role.is_trained},
             parallel,

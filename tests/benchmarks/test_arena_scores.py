@@ -136,6 +136,17 @@ def test_style_control_says_what_answers_it_lacks(tmp_path: Path) -> None:
         rto(*arguments)
 
 
+def test_answers_of_a_model_in_two_places_are_refused_and_those_of_others_not_read(tmp_path: Path) -> None:
+    pool_files(tmp_path)
+    (tmp_path / "model_answer/others.jsonl").write_text("no answers\n")
+    rto("score", tmp_path / "model_judgment", "--answers", tmp_path, "--rounds", 10)
+    text = (tmp_path / "model_answer/m1.jsonl").read_text()
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/m1.jsonl").write_text(text)
+    with pytest.raises(DataError, match=r"several answers of one model"):
+        rto("score", tmp_path / "model_judgment", "--answers", tmp_path)
+
+
 def test_a_question_twice_and_other_kinds_of_files_are_refused(tmp_path: Path) -> None:
     path = judgments(tmp_path / "ours.jsonl", [["q1", "A>B", "A>B"], ["q1", "A>B", "A>B"]])
     with pytest.raises(DataError, match="'q1' is judged more than once"):

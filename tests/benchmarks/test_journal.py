@@ -18,6 +18,7 @@ def test_entries_come_back_and_a_line_that_a_kill_cut_is_gone_whole(tmp_path: Pa
     with Journal(path) as journal:
         assert journal.entries == ({"key": "één\n", "n": 1},)
         journal.append({"n": 2})
+    assert path.read_text().endswith('\n{"n": 2}\n')
     with Journal(path) as journal:
         assert journal.entries == ({"key": "één\n", "n": 1}, {"n": 2})
     assert path.stat().st_mode & 0o777 == 0o600

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,10 @@ def prefers(word: str) -> object:
         )
 
     return respond
+
+
+def answer_always(answer: Said | Refused, body: Body) -> Said | Refused:
+    return answer
 
 
 @pytest.fixture
@@ -180,6 +185,17 @@ def test_an_endpoint_that_cannot_judge_is_told_at_once(
         with pytest.raises(JudgeError, match=said):
             judge_alpaca(heard.url, alpaca, tmp_path / "out", "--concurrency", 1)
         assert len(heard.bodies) == 1
+
+
+def test_a_key_that_the_endpoint_repeats_is_neither_shown_nor_kept(
+    alpaca: tuple[Path, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "key").write_text(KEY)
+    for said in (Refused(401, f"wrong {KEY}"), Refused(400, f'{{"code": "content_filter", "of": "{KEY}"}}')):
+        with chat_service(partial(answer_always, said)) as heard, pytest.raises(JudgeError) as told:
+            judge_alpaca(heard.url, alpaca, tmp_path / "out", "--key-file", tmp_path / "key")
+        assert KEY not in str(told.value) + (tmp_path / "out/judge_replies.jsonl").read_text()
+    assert "[key]" in (tmp_path / "out/judge_replies.jsonl").read_text()
 
 
 def test_a_server_that_is_not_there_is_named(alpaca: tuple[Path, Path], tmp_path: Path) -> None:
