@@ -270,7 +270,8 @@ class TokenBatch:
     `targets_T[t]`, the token at t + 1 of the same sequence (0 at its last position).
 
     Example:
-        TokenBatch(tensor([5, 6, 7, 8, 9]), tensor([6, 7, 0, 9, 0]), (0, 3, 5), 1, (2, 4), 9)  # 3 and 2 tokens
+        # Sequences of 3 and 2 tokens, of which the last 2 and the last one are the response.
+        TokenBatch(tensor([5, 6, 7, 8, 9]), tensor([6, 7, 0, 9, 0]), (0, 3, 5), 1, (2, 4), 9, tensor([0, 1, 3]))
     """
 
     tokens_T: Tensor  # int64
@@ -281,6 +282,9 @@ class TokenBatch:
     num_rows: int
     last_positions: tuple[int, ...]  # index into T of each real sequence's last token, S entries
     largest_id: int  # of all tokens
+    asked_N: (
+        Tensor  # int64, ascending: where the target is a response token; a language model is read there alone
+    )
     banned: BannedTargets | None = None  # None: log-probs are of the whole vocabulary
     temperature: float = 1.0  # by which logits are divided before their softmax
 
@@ -317,10 +321,12 @@ class DivergenceMicrobatch(PairMicrobatch):
     """Pairs on which the policy is compared with the reference's whole distribution.
 
     Example:
-        microbatch.reference_hidden_TH.shape
+        microbatch.reference_hidden_NH.shape
     """
 
-    reference_hidden_TH: Tensor  # [T, hidden size], the reference's final states; empty but on the last stage
+    reference_hidden_NH: (
+        Tensor  # the reference's final states where `batch` asks; empty but on the last stage
+    )
 
 
 @dataclass(frozen=True)

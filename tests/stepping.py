@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from rto_megatron.engine.megatron import Loss, Microbatch, Reading, TrainedModel
+from rto_megatron.engine.megatron import Loss, Microbatch, TrainedModel
+from rto_megatron.engine.readings import Reading
 from rto_megatron.types import Metrics
 
 

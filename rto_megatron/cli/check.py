@@ -167,7 +167,13 @@ def _layout_table(plan: "StagePlan", pool_gpus: int) -> Table:
 
 
 def _cut(layout: "RankLayout") -> str:
-    return f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}"
+    cut = f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}"
+    if (layout.expert, layout.expert_tensor) == (1, None):
+        return cut
+    return (
+        f"{cut}; experts in {layout.expert} parts x {layout.expert_ranks // layout.expert} ranks, "
+        f"held {layout.expert_replicas} times"
+    )
 
 
 def _optimizer_step(batch: "TrainBatchConfig", replicas: int, plan: "BatchPlan", items: str) -> str:

@@ -43,7 +43,8 @@ def resume_check(
     resume_at: Annotated[
         str | None,
         typer.Option(
-            metavar="TPxPPxDP", help="Resume at another layout, as in 1x2x1, and compare up to rounding."
+            metavar="TPxPPxDP[xEP]",
+            help="Resume at another layout, as in 1x2x1, and compare up to rounding; EP: parts of the experts.",
         ),
     ] = None,
     tolerance: Annotated[
@@ -97,13 +98,14 @@ def _layout(config: "TrainStage", resume_at: str | None, replicas: int) -> "tupl
     if resume_at is None:
         return own, fewest_ranks(own, replicas)
     sizes = resume_at.split("x")
-    if len(sizes) != 3 or not all(size.isdigit() and int(size) for size in sizes):
+    if len(sizes) not in (3, 4) or not all(size.isdigit() and int(size) for size in sizes):
         raise RecipeError(
-            f"--resume-at {resume_at}: expected tensor x pipeline x data-parallel size, as in 1x2x1"
+            f"--resume-at {resume_at}: expected tensor x pipeline x data-parallel size, as in 1x2x1, and for a mixture "
+            "the parts of its experts behind them, as in 1x1x2x2"
         )
-    tensor, pipeline, data = map(int, sizes)
-    other = own.model_copy(update={"tensor": tensor, "pipeline": pipeline, "roles": {}})
-    return other, fewest_ranks(other, data)
+    tensor, pipeline, data, expert = map(int, (*sizes, "1")[:4])
+    cut = {"tensor": tensor, "pipeline": pipeline, "expert": expert, "expert_tensor": None}
+    return own.model_copy(update={**cut, "roles": {}}), tensor * pipeline * data
 
 
 def run_both(

@@ -71,6 +71,10 @@ class DataConfig(Section):
     ) = Field(
         default=None, description="which columns are read of rows that are in several layouts (docs/data.md)"
     )  # fmt: skip
+    cache: Path | None = Field(
+        default=None,
+        description="folder of tokenized data that runs and ranks of a machine share; null: data_cache beside run.dir",
+    )
     template: TemplateArguments = Field(
         default={},
         description="arguments that the tokenizer's chat template reads, as for apply_chat_template "

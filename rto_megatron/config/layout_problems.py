@@ -6,6 +6,7 @@ from rto_megatron.config.facts import facts_of
 from rto_megatron.config.plan import fewest_ranks
 from rto_megatron.config.roles import Role, allowed_roles, roles_of
 from rto_megatron.config.schema import ReinforcementStage, Stage
+from rto_megatron.config.training import GridConfig
 
 
 def layout_problems(config: Stage, world_size: int, origin: str) -> list[str]:
@@ -28,6 +29,7 @@ def layout_problems(config: Stage, world_size: int, origin: str) -> list[str]:
             f"does not divide the {_ranks(num_ranks)}{left}{f' ({origin})' if origin else ''}; {advice}"
         )
         return problems
+    problems += _experts(parallel, "parallel", num_ranks)
     return problems + _batches(config, num_ranks // replica_ranks)
 
 
@@ -83,6 +85,7 @@ def _role(config: Stage, role: Role, world_size: int) -> list[str]:
             f"the {_ranks(num_ranks)}, all of which hold the {role.name}; {advice}, or {other}"
         )
         return problems
+    problems += _experts(grid, key, num_ranks)
     return problems + _shares(config, role, num_ranks // grid.replica_ranks)
 
 
@@ -130,6 +133,32 @@ def _last_ranks(config: Stage, role: str, world_size: int) -> str | None:
     first = world_size - min(fits, key=lambda n: abs(n - wanted))
     named = str(first) if first == world_size - 1 else f"{first}-{world_size - 1}"
     return f"set {parallel.key_of(role)}.ranks to {named}"
+
+
+def _experts(grid: GridConfig, key: str, world_size: int) -> list[str]:
+    """Whether the ranks of a stage can be shared by the experts of a mixture as a grid says."""
+    tensor, cut, stage_ranks = grid.tensor, grid.expert_cut, world_size // grid.pipeline
+    if tensor % cut:
+        fits = [n for n in range(1, tensor + 1) if tensor % n == 0]
+        return [
+            f"{key}.expert_tensor={cut} does not divide {key}.tensor={tensor}, so an expert would be cut over ranks "
+            f"that share no layer; it can be one of {fits}, or null for {tensor}"
+        ]
+
+    def is_whole(expert: int) -> bool:
+        """Whether the experts lie on a part of a replica's tensor ranks, or on those of whole replicas."""
+        ranks = expert * cut
+        return stage_ranks % ranks == 0 and (tensor % ranks == 0 or ranks % tensor == 0)
+
+    if is_whole(grid.expert):
+        return []
+    fits = [n for n in range(1, stage_ranks + 1) if is_whole(n)]
+    nearest = min(fits, key=lambda n: abs(n - grid.expert))
+    return [
+        f"{key}.expert x {key}.expert_tensor = {grid.expert} x {cut} = {grid.expert * cut} ranks for the experts of a "
+        f"stage, which the {stage_ranks} ranks of a stage (tensor {tensor} x data {stage_ranks // tensor}) cannot be "
+        f"shared by; set {key}.expert to {nearest} (of {fits}), or start another number of ranks"
+    ]
 
 
 def _shares(config: Stage, role: Role, replicas: int) -> list[str]:

@@ -42,7 +42,7 @@ Tree = dict[str, object]
 
 # Keys that hold a path of this machine; the others (models, data) may also name something on the hub, so they
 # are made absolute only if they exist.
-_LOCAL_PATHS = ("run.dir", "rollout.token_file", "evaluate.true_reward", "data.true_reward")
+_LOCAL_PATHS = ("run.dir", "rollout.token_file", "evaluate.true_reward", "data.true_reward", "data.cache")
 _SOURCES = ("train", "eval", "pretrain")  # of section `data`
 _DEEPEST = 20
 _MODELS = ("policy", "reference", "critic", "reward", "dpo", "dpo_reference")

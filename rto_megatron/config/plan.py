@@ -21,6 +21,8 @@ class RankLayout:
     tensor: int
     pipeline: int
     data: int  # replicas
+    expert: int = 1  # parts of the experts of a mixture
+    expert_tensor: int | None = None  # ranks of one; None: as many as tensor
 
     @property
     def replica_ranks(self) -> int:
@@ -32,11 +34,22 @@ class RankLayout:
         """All ranks that hold the model."""
         return self.replica_ranks * self.data
 
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks of a stage over which a mixture's experts are cut and spread."""
+        return self.expert * (self.expert_tensor or self.tensor)
+
+    @property
+    def expert_replicas(self) -> int:
+        """How often each expert is held."""
+        return self.tensor * self.data // self.expert_ranks
+
 
 def layout_on(parallel: ParallelConfig, world_size: int, role: str = "policy") -> RankLayout:
     """The layout of a role, where the job has so many ranks; rounded down to whole replicas."""
     grid, ranks = parallel.grid_of(role), parallel.ranks_of(role, world_size)
-    return RankLayout(grid.tensor, grid.pipeline, len(ranks) // grid.replica_ranks)
+    data = len(ranks) // grid.replica_ranks
+    return RankLayout(grid.tensor, grid.pipeline, data, grid.expert, grid.expert_tensor)
 
 
 def fewest_ranks(parallel: ParallelConfig, times: int = 1) -> int:
@@ -59,8 +72,8 @@ def most_ranks(parallel: ParallelConfig, available: int) -> int:
 def _own_and_step(parallel: ParallelConfig) -> tuple[int, int]:
     """How many ranks belong to single roles, and what the number of the others is a multiple of."""
     own = set(chain.from_iterable(grid.own_ranks for grid in parallel.roles.values()))
-    shared = [grid.replica_ranks for grid in parallel.roles.values() if not grid.own_ranks]
-    return len(own), math.lcm(parallel.replica_ranks, *shared)
+    shared = [grid.whole_ranks for grid in parallel.roles.values() if not grid.own_ranks]
+    return len(own), math.lcm(parallel.whole_ranks, *shared)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Sections of a recipe about the training itself: the run, its layout, precision, batches and optimizers."""
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -117,6 +118,9 @@ class RolloutRunConfig(EvaluatedRunConfig):
 class GridConfig(Section):
     """How a model is cut over its ranks; data parallel size is their number / (tensor x pipeline).
 
+    The ranks of a pipeline stage are shared by the experts of a mixture in another way than by its other layers: each
+    expert is cut over `expert_tensor` ranks, and `expert` such groups hold different experts.
+
     Example:
         critic: {tensor: 2, sequence: true}
     """
@@ -124,11 +128,27 @@ class GridConfig(Section):
     tensor: int = Field(default=1, ge=1)
     pipeline: int = Field(default=1, ge=1)
     sequence: bool = Field(default=False, description="Megatron sequence parallelism over the tensor ranks")
+    expert: int = Field(
+        default=1, ge=1, description="in how many parts the experts of a mixture lie on different ranks"
+    )
+    expert_tensor: int | None = Field(
+        default=None, ge=1, description="over how many ranks an expert is cut; null: as other layers"
+    )
 
     @property
     def replica_ranks(self) -> int:
-        """Ranks that hold the model once."""
+        """Ranks that hold the model once, without those experts that lie on ranks of other replicas."""
         return self.tensor * self.pipeline
+
+    @property
+    def expert_cut(self) -> int:
+        """Tensor ranks of an expert."""
+        return self.expert_tensor or self.tensor
+
+    @property
+    def whole_ranks(self) -> int:
+        """Ranks that hold the model with all its experts: of one replica, or of several."""
+        return self.pipeline * math.lcm(self.tensor, self.expert * self.expert_cut)
 
 
 class RoleGridConfig(GridConfig):

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
+from rto_megatron.config.training import GridConfig
 from rto_megatron.convert.conversion_options import Advance, Options, is_narrower
 from rto_megatron.convert.conversion_report import (
     ConversionPlan,
@@ -129,7 +130,8 @@ def _require_possible(plan: ConversionPlan, proofs: Proofs) -> None:
     require_space(plan.target, plan.size())
     if proofs.logits is None:
         return
-    problems = check_layout(plan.shape, *proofs.layout, str(plan.source))
+    tensor, pipeline = proofs.layout
+    problems = check_layout(plan.shape, GridConfig(tensor=tensor, pipeline=pipeline), str(plan.source))
     if is_narrower(plan.dtype, plan.source_dtype):
         problems.append(
             f"--dtype rounds {dtype_name(plan.source_dtype)} to {dtype_name(plan.dtype)}, which moves the outputs; "

@@ -9,6 +9,7 @@ turns, which is counted.
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
@@ -79,7 +80,8 @@ def encode_exchange(
         UserError: the template refuses the conversation, leaves something out, or renders the prompt otherwise than
             the beginning of the conversation; or the answer does not close the thought that the prompt opens.
     """
-    prompt_text = template.text(conversation.prompt, True, where)
+    encode = partial(encode_text, template.tokenizer)
+    prompt_text, prompt_ids = template.prompt(conversation.prompt, encode, where)
     whole_text = template.text(conversation, False, where)
     answer = answer_after(prompt_text, whole_text, conversation.messages[-1].content)
     last = len(conversation.messages) - 1
@@ -95,8 +97,8 @@ def encode_exchange(
         refuse(template, conversation.prompt, others, where)
     if skips_empty_thoughts and (empty := leading_empty_thought(prompt_text, answer.text)):
         prompt_text, answer = prompt_text + empty, replace(answer, text=answer.text.removeprefix(empty))
-    prompt_ids = encode_text(template.tokenizer, prompt_text)
-    whole_ids = () if answer.is_apart else encode_text(template.tokenizer, prompt_text + answer.text)
+        prompt_ids = encode(prompt_text)
+    whole_ids = () if answer.is_apart else encode(prompt_text + answer.text)
     if whole_ids[: len(prompt_ids)] == prompt_ids and len(whole_ids) > len(prompt_ids):
         answer_ids = whole_ids[len(prompt_ids) :]
     else:

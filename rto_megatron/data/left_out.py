@@ -2,7 +2,8 @@
 
 A template renders what it was written for and drops the rest without a word: turns of unknown roles, tools, calls,
 reasoning. Something counts as rendered if a word that is put into it shows in the text, or if the text changes when
-it is left out. Most conversations need one more rendering for that, with a word in everything.
+it is left out. That needs one more rendering, with a word in everything, unless all turns stand in the text as they
+are.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -17,6 +18,8 @@ from rto_megatron.errors import DataError, UserError
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _FIELDS = ("role", "content", *CALLS, *REASONING, "name", "tool_call_id")
+
+_NO_COINCIDENCE = 12  # characters
 
 type _Path = tuple[str | int, ...]
 
@@ -71,6 +74,8 @@ def left_out(
         except UserError:
             return None  # the template looks at it, and does not take it
 
+    if _stands_in(template, conversation, text):
+        return []
     tree = _tree(conversation)
     parts = list(_parts(conversation, trained))
     words = _words(text, len(parts))
@@ -80,6 +85,23 @@ def left_out(
     marked_text = rendered(marked) or ""
     absent = [part for part, word in zip(parts, words, strict=True) if word not in marked_text]
     return [part for part in absent if rendered(_changed(tree, part, _emptied(part))) == text]
+
+
+def _stands_in(template: ChatTemplate, conversation: Conversation, text: str) -> bool:
+    """Whether the turns of a plain conversation stand in the text one behind another, each of them too long for the
+    template to have written by itself: then nothing is lost, and no other rendering is needed to know."""
+    if conversation.tools or conversation.arguments or template.options.arguments or template.prints_date:
+        return False
+    place = 0
+    for message in conversation.messages:
+        content = message.content.strip()
+        if len(content) < _NO_COINCIDENCE or message.fields or split_thought(content).closing:
+            return False
+        place = text.find(content, place)
+        if place < 0 or content in template.source:
+            return False
+        place += len(content)
+    return True
 
 
 def refuse(template: ChatTemplate, conversation: Conversation, lost: Sequence[Part], where: str) -> None:

@@ -7,6 +7,7 @@ was dropped or cut is counted in the `LoadReport`.
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,7 +16,7 @@ from rto_megatron.data.encoder import Encoder
 from rto_megatron.data.layouts import DEMONSTRATIONS, JUDGEMENTS, PAIRS, PROMPTS, TEXTS
 from rto_megatron.data.limits import Limits
 from rto_megatron.data.load_report import Loaded
-from rto_megatron.data.loading import load_rows
+from rto_megatron.data.loading import load_examples, load_rows
 from rto_megatron.data.mixture import Portion
 from rto_megatron.data.row import Row
 from rto_megatron.data.rows import json_columns, margin, row_id
@@ -29,6 +30,7 @@ def load_prompts(
     limits: Limits,
     max_rows: int | None = None,
     keeps_columns: bool = False,
+    shards: Path | None = None,
 ) -> Loaded[Prompt]:
     """Load prompts for rollouts.
 
@@ -38,6 +40,7 @@ def load_prompts(
         limits: only `max_prompt_tokens` and `overlong` matter here.
         max_rows: rows to read; None for all.
         keeps_columns: each prompt carries the columns of its row that JSON can hold.
+        shards: see `loading.load_examples`.
 
     Raises:
         UserError: a row is not in a known layout, a prompt is too long under "error", or no row is left.
@@ -49,7 +52,7 @@ def load_prompts(
         kept = encoder.limited_prompt(row, ids, limits.max_prompt_tokens)
         return None if kept is None else Prompt(row_id(row), kept, json_columns(row) if keeps_columns else {})
 
-    return load_rows(source, convert, encoder, max_rows)
+    return load_examples(source, convert, encoder, max_rows, shards)
 
 
 def load_pairs(
@@ -59,6 +62,7 @@ def load_pairs(
     max_rows: int | None = None,
     eos: EndOfSequence | None = None,
     has_margins: bool = False,
+    shards: Path | None = None,
 ) -> Loaded[PreferencePair]:
     """Load preference pairs; arguments and errors as `load_prompts`.
 
@@ -86,7 +90,7 @@ def load_pairs(
             margin=by or 0.0,
         )
 
-    return load_rows(source, convert, encoder, max_rows)
+    return load_examples(source, convert, encoder, max_rows, shards)
 
 
 def load_demonstrations(
@@ -95,6 +99,7 @@ def load_demonstrations(
     limits: Limits,
     max_rows: int | None = None,
     eos: EndOfSequence | None = None,
+    shards: Path | None = None,
 ) -> Loaded[Demonstration]:
     """Load supervised examples; arguments and errors as `load_pairs`."""
     encoder = Encoder(tokenizer, limits, eos, closes_cut_answers=False)
@@ -108,7 +113,7 @@ def load_demonstrations(
             return None
         return Demonstration(row_id(row), exchange.prompt_ids, exchange.answer_ids)
 
-    return load_rows(source, convert, encoder, max_rows)
+    return load_examples(source, convert, encoder, max_rows, shards)
 
 
 def load_judged(
@@ -174,7 +179,11 @@ def load_judged_rows(
 
 
 def load_texts(
-    source: Sources, tokenizer: PreTrainedTokenizerBase, limits: Limits, max_rows: int | None = None
+    source: Sources,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    max_rows: int | None = None,
+    shards: Path | None = None,
 ) -> Loaded[Demonstration]:
     """Load texts of column `text` for a language-model loss on every token but the first.
 
@@ -192,4 +201,4 @@ def load_texts(
             ids = ids[: limits.max_length]
         return None if len(ids) < 2 else Demonstration(row_id(row), ids[:1], ids[1:])
 
-    return load_rows(source, convert, encoder, max_rows, "of fewer than two tokens")
+    return load_examples(source, convert, encoder, max_rows, shards, "of fewer than two tokens")

@@ -1,82 +1,69 @@
 """Reads the rows of one or more sources, gathers what cannot be used, and reports."""
 
-from collections.abc import Callable
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
+from pathlib import Path
 
 from rto_megatron.config.source_names import MixturePart, Sources, parts_of, shown
 from rto_megatron.data.bad_rows import BadRows
 from rto_megatron.data.encoder import Encoder, OverlongError
-from rto_megatron.data.load_report import Loaded, LoadReport, PartReport
+from rto_megatron.data.load_report import Loaded, LoadReport
 from rto_megatron.data.mixture import Portion
 from rto_megatron.data.row import BadRow, Row
-from rto_megatron.data.sources import scan_rows
+from rto_megatron.data.sources import scan_rows, size_of
+from rto_megatron.data.stored import ShardWriter, StoredExamples
+from rto_megatron.data.tally import PartTally, Tally, added, from_json, gathered
+from rto_megatron.data.workers import num_workers, run_workers
 from rto_megatron.errors import DataError, TokenizerError, UserError
+from rto_megatron.types import Example
 
-_REASONS = 3  # why rows were bad, in a report
+_TALLY = "tally.json"
+_BLOCK = 64  # rows one after another that one process takes
 
 
 @dataclass
 class _Walk[T]:
-    """Grows while sources are read."""
+    """A way through all rows, of which one process converts every so many blocks."""
 
     encoder: Encoder
     convert: Callable[[Row], T | None]
-    items: list[T] = field(default_factory=list)
-    parts: list[PartReport] = field(default_factory=list)
-    num_rows: int = 0
-    bad: BadRows = field(default_factory=BadRows)
-    overlong: BadRows = field(default_factory=BadRows)
-    no_margins: list[int] = field(default_factory=list)  # pairs without one, of each part
+    take: Callable[[int, T], None]  # with the number of the row
+    worker: int = 0
+    num_workers: int = 1
+    number: int = 0  # of the next row
+    tally: Tally = field(default_factory=Tally)
 
     def through(self, part: MixturePart, max_rows: int | None) -> None:
-        counts, encoder = self.encoder.counts, self.encoder
-        kept, rows, no_margin = len(self.items), self.num_rows, counts["pairs_without_margin"]
-        encoder.layouts.clear()
+        own = PartTally()
+        self.tally.parts.append(own)
+        self.encoder.counts.clear()
+        self.encoder.layouts.clear()
         for row in islice(scan_rows(part.source), max_rows):
-            self.num_rows += 1
-            self._take(row)
-        self.no_margins.append(counts["pairs_without_margin"] - no_margin)
-        self.parts.append(
-            PartReport(
-                part.source, part.weight, self.num_rows - rows, len(self.items) - kept, dict(encoder.layouts)
-            )
-        )
+            if (self.number // _BLOCK) % self.num_workers == self.worker:
+                own.rows += 1
+                own.kept += self._takes(row)
+            self.number += 1
+        own.layouts, own.counts = Counter(self.encoder.layouts), Counter(self.encoder.counts)
 
-    def _take(self, row: Row | BadRow) -> None:
+    def _takes(self, row: Row | BadRow) -> bool:
+        """Whether the row becomes an example."""
         try:
             item = self.convert(_sound(row))
         except TokenizerError:
             raise
         except OverlongError as error:
-            self.overlong.add(row.where, str(error))
+            self.tally.overlong.append((self.number, row.where, str(error)))
         except UserError as error:
-            self.bad.add(row.where, str(error))
+            self.tally.bad.append((self.number, row.where, str(error)))
         else:
             if item is not None:
-                self.items.append(item)
-
-    def report(self, source: str) -> LoadReport:
-        counts = self.encoder.counts
-        return LoadReport(
-            source=source,
-            rows=self.num_rows,
-            kept=len(self.items),
-            dropped=self.num_rows - len(self.items) - self.bad.number,
-            truncated_prompts=counts["truncated_prompts"],
-            truncated_answers=counts["truncated_answers"],
-            truncated_answers_closed=counts["truncated_answers_closed"],
-            answers_cut_at_eos=counts["answers_cut_at_eos"],
-            identical_pairs=counts["identical_pairs"],
-            earlier_thoughts_left_out=counts["earlier_thoughts_left_out"],
-            answers_joined_apart=counts["answers_joined_apart"],
-            thoughts_left_open=counts["thoughts_left_open"],
-            turns_without_end=counts["turns_without_end"],
-            pairs_without_margin=counts["pairs_without_margin"],
-            bad_rows=self.bad.number,
-            reasons=tuple(self.bad.told(limit=_REASONS)),
-            parts=tuple(self.parts),
-        )
+                self.take(self.number, item)
+                return True
+        return False
 
 
 def load_rows[T](
@@ -95,20 +82,81 @@ def load_rows[T](
         UserError: a source or the tokenizer is not sound; or names all rows that cannot be used, unless they are
         dropped; or no row of a source is left; or the parts of a mixture do not fit together.
     """
-    walk: _Walk[T] = _Walk(encoder, convert)
-    for part in parts_of(sources):
-        left = None if max_rows is None else max_rows - walk.num_rows
-        walk.through(part, left)
-    source, bad = shown(sources), walk.bad
-    refuse_rows(
-        source, walk.num_rows, bad if encoder.limits.bad_rows == "error" else BadRows(), walk.overlong
+    items: list[T] = []
+    tally = _walked(sources, convert, encoder, max_rows, lambda _, item: items.append(item))
+    return Loaded(tuple(items), *_judged(sources, tally, encoder, max_rows, dropped_as))
+
+
+def load_examples[T: Example](
+    sources: Sources,
+    convert: Callable[[Row], T | None],
+    encoder: Encoder,
+    max_rows: int | None,
+    shards: Path | None,
+    dropped_as: str | None = None,
+) -> Loaded[T]:
+    """Does what `load_rows` does, and with `shards` in several processes where the sources are large.
+
+    Args:
+        shards: an empty folder, in which the examples then lie as long as they are used; None: they lie in memory.
+    """
+    if shards is None:
+        return load_rows(sources, convert, encoder, max_rows, dropped_as)
+    count = num_workers(sum(size_of(part.source) for part in parts_of(sources)), max_rows)
+    is_done = count > 1 and run_workers(
+        partial(_work, shards, count, sources, convert, encoder, max_rows), count
     )
-    report = walk.report(source)
-    if not walk.items:
+    if not is_done:  # what failed in a process of its own fails here too, and says why
+        for left in shards.iterdir():
+            shutil.rmtree(left)
+        count = 1
+        _work(shards, count, sources, convert, encoder, max_rows, 0)
+    tally = added([from_json(path.read_bytes()) for path in sorted(shards.glob(f"*/{_TALLY}"))])
+    return Loaded(StoredExamples[T].opened(shards), *_judged(sources, tally, encoder, max_rows, dropped_as))
+
+
+def _work[T: Example](
+    shards: Path,
+    count: int,
+    sources: Sources,
+    convert: Callable[[Row], T | None],
+    encoder: Encoder,
+    max_rows: int | None,
+    worker: int,
+) -> None:
+    folder = shards / f"shard_{worker}"
+    with ShardWriter[T](folder) as writer:
+        tally = _walked(sources, convert, encoder, max_rows, writer.add, worker, count)
+    (folder / _TALLY).write_bytes(tally.to_json())
+
+
+def _walked[T](
+    sources: Sources,
+    convert: Callable[[Row], T | None],
+    encoder: Encoder,
+    max_rows: int | None,
+    take: Callable[[int, T], None],
+    worker: int = 0,
+    workers: int = 1,
+) -> Tally:
+    walk = _Walk(encoder, convert, take, worker, workers)
+    for part in parts_of(sources):
+        walk.through(part, None if max_rows is None else max_rows - walk.number)
+    return walk.tally
+
+
+def _judged(
+    sources: Sources, tally: Tally, encoder: Encoder, max_rows: int | None, dropped_as: str | None
+) -> tuple[LoadReport, tuple[Portion, ...]]:
+    source, parts = shown(sources), parts_of(sources)
+    bad = gathered(tally.bad) if encoder.limits.bad_rows == "error" else BadRows()
+    refuse_rows(source, tally.rows, bad, gathered(tally.overlong))
+    report = tally.report(source, parts)
+    if not report.kept:
         _refuse_nothing(report, encoder.limits.max_prompt_tokens, dropped_as)
-    _refuse_unlike(report.parts, walk.no_margins, max_rows is not None)
-    portions = tuple(Portion(part.kept, part.weight) for part in report.parts)
-    return Loaded(tuple(walk.items), report, portions)
+    if len(parts) > 1:
+        _refuse_unlike(parts, tally.parts, max_rows is not None)
+    return report, tuple(Portion(part.kept, part.weight) for part in report.parts)
 
 
 def _sound(row: Row | BadRow) -> Row:
@@ -146,16 +194,14 @@ def _refuse_nothing(report: LoadReport, max_prompt_tokens: int, dropped_as: str 
     raise DataError(f"{report.source}: no rows to use; {report.rows} read, {', '.join(reasons)}")
 
 
-def _refuse_unlike(parts: tuple[PartReport, ...], no_margins: list[int], is_cut: bool) -> None:
+def _refuse_unlike(parts: Sequence[MixturePart], tallies: Sequence[PartTally], is_cut: bool) -> None:
     """Parts of which nothing is left, and parts without margins beside parts that have them."""
-    problems = []
-    if not is_cut:
-        empty = [part.source for part in parts if not part.kept]
-        problems += [f"{source} has no row to use; remove it from the mixture" for source in empty]
-    without = [
-        part.source for part, number in zip(parts, no_margins, strict=True) if number and number == part.kept
-    ]
-    if without and sum(no_margins) < sum(part.kept for part in parts):
+    both = list(zip(parts, tallies, strict=True))
+    empty = [part.source for part, tally in both if not tally.kept and not is_cut]
+    problems = [f"{source} has no row to use; remove it from the mixture" for source in empty]
+    lacking = [(part.source, tally.counts["pairs_without_margin"], tally.kept) for part, tally in both]
+    without = [source for source, number, kept in lacking if number and number == kept]
+    if without and sum(number for _, number, _ in lacking) < sum(kept for _, _, kept in lacking):
         problems.append(
             f"no pair of {', '.join(without)} has a margin, and pairs of the other parts have one; give margins to "
             "all, or set algorithm.margin=false"

@@ -72,6 +72,10 @@ def token_batch(
     tokens_T = torch.tensor(flat, dtype=torch.int64)
     targets_T = tokens_T.roll(-1)
     targets_T[[end - 1 for end in cu_seqlens[1:]]] = 0  # before padding it is PADDING_ID, 0 as well
+    asked = [
+        torch.arange(start + prompt_len - 1, last)
+        for start, last, (_, prompt_len) in zip(cu_seqlens, last_positions, sequences, strict=False)
+    ]
     return TokenBatch(
         tokens_T.to(device),
         targets_T.to(device),
@@ -79,6 +83,7 @@ def token_batch(
         num_rows,
         tuple(last_positions),
         max(flat),
+        torch.cat(asked).to(device),
     )
 
 

@@ -1,14 +1,20 @@
 """What a name of the configuration stands for, and the rows behind it."""
 
+import hashlib
 import re
 from collections.abc import Iterator
 from glob import glob
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rto_megatron.config.source_names import SUFFIXES, HubSet, hub_set, is_pattern
+from rto_megatron.data.file_kinds import require_kind
 from rto_megatron.data.file_rows import file_rows
 from rto_megatron.data.row import BadRow, Row, checked
 from rto_megatron.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 # Names of parts of a set, of which a folder often holds several.
 _SPLITS = re.compile(r"(?:^|[^a-z])(train|test|valid|validation|val|dev|eval)(?:[^a-z]|$)", re.IGNORECASE)
@@ -71,6 +77,34 @@ def local_files(source: str) -> list[Path] | None:
     raise DataError(f"data file {source} does not exist (working directory {Path.cwd()})")
 
 
+def size_of(source: str) -> int:
+    """Bytes of a source's files; 0 where they cannot be told."""
+    files = local_files(source)
+    return 0 if files is None else sum(path.stat().st_size for path in files)
+
+
+def state_of(source: str) -> list[str] | None:
+    """What tells the contents of a source from others; None: nothing does.
+
+    Raises:
+        DataError: as `scan_rows`.
+    """
+    files = local_files(source)
+    if files is not None:
+        for path in files:
+            require_kind(path)
+        return [f"{path} {_digest(path)}" for path in files]
+    named = hub_set(source)
+    stored = [] if named is None else _table(named).cache_files
+    found = [(entry["filename"], Path(entry["filename"]).stat()) for entry in stored]
+    return [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in found] or None
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
 def _readable(path: Path) -> Path:
     if not path.name.endswith(SUFFIXES):
         raise DataError(
@@ -96,16 +130,19 @@ def _of_folder(folder: Path) -> list[Path]:
 
 
 def _hub(source: str, named: HubSet) -> Iterator[Row | BadRow]:
+    for number, columns in enumerate(_table(named), start=1):
+        yield checked(f"{source} row {number}", columns)
+
+
+def _table(named: HubSet) -> "Dataset":
     # Imported here because it takes seconds and local files do not need it.
     import datasets
 
     try:
-        table = datasets.load_dataset(named.name, named.config, split=named.split)
+        return datasets.load_dataset(named.name, named.config, split=named.split)
     except (datasets.exceptions.DatasetNotFoundError, OSError, ValueError) as error:
         raise DataError(
             f"data set {named.name!r}, {'' if named.config is None else f'config {named.config!r}, '}split "
             f"{named.split!r}, could not be loaded from the hub ({error}); check these names and the network, or give "
             "a local file"
         ) from error
-    for number, columns in enumerate(table, start=1):
-        yield checked(f"{source} row {number}", columns)

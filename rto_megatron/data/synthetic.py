@@ -3,7 +3,7 @@
     sft_train.jsonl, sft_test.jsonl                  messages
     preferences_train.jsonl, preferences_test.jsonl  prompt, prompt_id, chosen, rejected
     prompts_train.jsonl, prompts_test.jsonl          context_messages
-    tokenizer/, models/policy/, models/reward/       Hugging Face folders; the models without weights
+    tokenizer/, models/policy/, models/reward/, models/mixture/  Hugging Face folders; the models without weights
     true_reward.json                                 see `true_reward.TrueReward`
 
 Responses come from the Markov source of `synthetic_source`, and preference labels are drawn from the
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from transformers import LlamaConfig, PreTrainedTokenizerBase
+from transformers import LlamaConfig, PreTrainedTokenizerBase, Qwen3MoeConfig
 
 from rto_megatron.data.synthetic_source import (
     REQUESTS,
@@ -195,6 +195,22 @@ def _write_models(out_dir: Path, tokenizer: PreTrainedTokenizerBase, hidden_size
             pad_token_id=tokenizer.pad_token_id,
             dtype="float32",
         ).save_pretrained(folder)
+    _write_mixture(out_dir / "models" / "mixture", out_dir / "models" / "policy", hidden_size)
+
+
+def _write_mixture(folder: Path, dense: Path, hidden_size: int) -> None:
+    """The dense policy's sizes, with four experts of which a token passes two."""
+    shutil.copytree(dense, folder, dirs_exist_ok=True)
+    sizes = json.loads((dense / "config.json").read_text())
+    shared = {key: value for key, value in sizes.items() if key not in ("architectures", "model_type")}
+    Qwen3MoeConfig(
+        **shared,
+        architectures=["Qwen3MoeForCausalLM"],
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=hidden_size,
+        norm_topk_prob=True,
+    ).save_pretrained(folder)
 
 
 def true_reward_table(

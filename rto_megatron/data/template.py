@@ -53,6 +53,15 @@ class _Generation(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+@dataclass
+class _LatestPrompt:
+    """What was rendered last with a header: the answers of a pair stand in one file behind another."""
+
+    conversation: Conversation | None = None
+    text: str = ""
+    ids: tuple[int, ...] = ()
+
+
 class _RefusedError(Exception):
     """A template that cannot render what it was given, in its own words."""
 
@@ -70,6 +79,7 @@ class ChatTemplate:
 
     tokenizer: PreTrainedTokenizerBase
     options: TemplateOptions = TemplateOptions()
+    _latest: _LatestPrompt = field(default_factory=_LatestPrompt, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self._refuse_unread(self.options.arguments, "data.template")
@@ -86,6 +96,20 @@ class ChatTemplate:
         return self._attempt(
             conversation, where, lambda turns: self._rendered(turns, conversation, with_header)
         )
+
+    def prompt(
+        self, conversation: Conversation, encode: Callable[[str], tuple[int, ...]], where: str
+    ) -> tuple[str, tuple[int, ...]]:
+        """The rendered conversation with a header, and its ids; the same one is not rendered twice in a row.
+
+        Raises:
+            DataError: as `text`.
+        """
+        if conversation != self._latest.conversation:
+            text = self.text(conversation, True, where)
+            self._latest.text, self._latest.ids = text, encode(text)
+            self._latest.conversation = conversation
+        return self._latest.text, self._latest.ids
 
     def assistant_mask(self, conversation: Conversation, where: str) -> tuple[list[int], list[int]]:
         """transformers' token ids of the conversation, and 1 for each that the template marks as the assistant's.
@@ -132,6 +156,11 @@ class ChatTemplate:
     def variables(self) -> frozenset[str]:
         """What the template reads and does not set itself."""
         return frozenset(name for tree in self._trees for name in jinja2.meta.find_undeclared_variables(tree))
+
+    @cached_property
+    def source(self) -> str:
+        """All that it is written in."""
+        return "\n".join(self._texts())
 
     @property
     def prints_date(self) -> bool:

@@ -7,9 +7,11 @@ in a kernel.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 
 from transformers import PreTrainedTokenizerBase
 
+from rto_megatron.data.batches import Fingerprinted
 from rto_megatron.data.chat import encode_text
 from rto_megatron.data.messages import Conversation, Message
 from rto_megatron.data.template import ChatTemplate
@@ -54,6 +56,13 @@ def token_ids(example: Example) -> tuple[int, ...]:
             return example.prompt_ids + example.chosen_ids + example.rejected_ids
         case JudgedResponse():
             return example.prompt_ids + example.response_ids + example.unrelated_ids
+
+
+def vocabulary_of(examples: Sequence[Example]) -> frozenset[int]:
+    """Every id that stands in one of the examples."""
+    if isinstance(examples, Fingerprinted):
+        return examples.vocabulary
+    return frozenset(chain.from_iterable(map(token_ids, examples)))
 
 
 def template_text(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rto_megatron.engine.exchange import SUMS, everywhere, expert_balance, rows_everywhere
+from rto_megatron.engine.exchange import SUMS, everywhere, rows_everywhere
 from rto_megatron.engine.finite import refuse_together
-from rto_megatron.engine.megatron import FrozenModel, Loss, Microbatch, Model, Reading, TrainedModel
+from rto_megatron.engine.megatron import FrozenModel, Loss, Microbatch, Model, TrainedModel
+from rto_megatron.engine.readings import Reading
+from rto_megatron.engine.router_health import no_report, router_metrics
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.types import Metrics, TokenBatch, ValueScale
@@ -52,10 +54,8 @@ class AbsentModel:
 
     def _settled(self) -> Metrics:
         topology = self.topology
-        metrics = everywhere({}, topology)
-        if self.is_balanced:
-            nothing = torch.zeros((), device=topology.device.torch_device)
-            metrics = {**metrics, **expert_balance(self.name, self.shape, nothing, topology)}
+        health = router_metrics(self.name, self.shape, no_report(self.shape), self.is_balanced, topology)
+        metrics = {**everywhere({}, topology), **health}
         refuse_together({}, topology)  # of losses
         refuse_together({}, topology)  # of gradients
         return metrics

@@ -8,6 +8,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 
 from rto_megatron.engine.absent import AbsentModel, RoleModel
+from rto_megatron.engine.expert_state import with_experts_apart
 from rto_megatron.engine.integrity import CheckpointError, require_intact
 from rto_megatron.engine.megatron import FrozenModel, Model, TrainedModel
 from rto_megatron.engine.plain_values import plain_state, plain_text
@@ -127,7 +128,7 @@ def restore(path: Path, model: RoleModel) -> None:
     loaded = _load(path, _whole_state(model, is_loading=True))
     model.module.load_state_dict(loaded["model"])
     if isinstance(model, TrainedModel):
-        model.optimizer.load_state_dict(loaded["optimizer"])
+        model.optimizer.load_state_dict(with_experts_apart(loaded["optimizer"], model.optimizer))
 
 
 def _load(folder: Path, shards: ShardedStateDict) -> ShardedStateDict:

@@ -1,21 +1,18 @@
 """What TDPO reads of two models: log-probs and the KL of whole distributions, the reference's from its hidden states.
 
-Logits of the reference are made chunk by chunk inside the policy's pass, so that they never exist as a whole; what is
-kept between the reference's pass and the policy's are its final states, one vector a position.
+Logits of the reference are made chunk by chunk inside the policy's pass, as the policy's are, so that they never exist
+as a whole; what is kept between the two passes are its final states, one vector a response token.
 """
 
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from rto_megatron.data.cut import Layout
 from rto_megatron.data.packing import pair_microbatches
-from rto_megatron.engine.megatron import FrozenModel, Model, Reading
-from rto_megatron.models.token_divergence import token_divergence
+from rto_megatron.engine.megatron import FrozenModel
+from rto_megatron.engine.readings import Reading, read_divergences
 from rto_megatron.types import DivergenceMicrobatch, PreferencePair
-
-_CHUNK = 1024  # positions: bounds the float32 logits that exist at a time
 
 
 def divergence_microbatches(
@@ -33,25 +30,13 @@ def divergence_microbatches(
     plain = pair_microbatches(pairs, torch.zeros(len(pairs), 2, device=layout.device), num_pairs, layout)
     states = reference.hidden_states([micro.batch for micro in plain])
     return [
-        DivergenceMicrobatch(m.batch, m.mask_T, m.weight_P, m.margin_P, m.logp_ref_S, hidden_TH)
-        for m, hidden_TH in zip(plain, states, strict=True)
+        DivergenceMicrobatch(m.batch, m.mask_T, m.weight_P, m.margin_P, m.logp_ref_S, hidden_NH)
+        for m, hidden_NH in zip(plain, states, strict=True)
     ]
 
 
 def divergence_from(reference: FrozenModel) -> Reading[DivergenceMicrobatch]:
     """Rows: log-prob of the target, the reference's, KL(reference || policy), [3, T] in nats."""
-
-    def read(model: Model, micro: DivergenceMicrobatch, raw: Tensor) -> Tensor:
-        targets = micro.batch.targets_T.view(micro.batch.num_rows, -1)
-        return token_divergence(
-            raw,
-            micro.reference_hidden_TH,
-            reference.output_weight(),
-            targets,
-            model.shape.vocab_size,
-            model.topology.tensor_rank,
-            model.topology.tensor_group(),
-            _CHUNK,
-        )
-
-    return Reading(3, read)
+    return Reading(
+        3, lambda model, micro, raw: read_divergences(model, micro, raw, reference.output_weight())
+    )

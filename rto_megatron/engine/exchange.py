@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from rto_megatron.models.shape import ModelShape
 from rto_megatron.parallel.dealing import at_home
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.types import Metrics, TokenBatch
@@ -37,13 +36,3 @@ def summed(parts: Iterable[Metrics]) -> dict[str, tuple[float, float]]:
 def everywhere(own: dict[str, tuple[float, float]], topology: Topology) -> Metrics:
     """What the last stage of a replica measured, on every rank as `at_home` has it; all ranks must call it."""
     return at_home(topology.last_stage_value(own, SUMS), topology)
-
-
-def expert_balance(name: str, shape: ModelShape, own: Tensor, topology: Topology) -> Metrics:
-    """The load-balancing loss of a mixture before its weight, mean over layers; all ranks must call it.
-
-    Args:
-        own: sum over the layers of this rank, mean over its micro-batches; 0 where it holds none.
-    """
-    layers = shape.num_layers * topology.data_size
-    return {f"loss/{name}_moe_aux": (float(topology.all_sum(own)) / layers, 1.0)}

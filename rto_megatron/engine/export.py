@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rto_megatron.engine.absent import AbsentModel, RoleModel
+from rto_megatron.engine.holders import place_of
 from rto_megatron.engine.weights import stage_hf_tensors
 from rto_megatron.models.config_files import as_exported
 from rto_megatron.models.weight_map import dtype_name
@@ -18,7 +18,7 @@ _SHARD_BYTES = 4 << 30
 
 
 def export_hf(model: RoleModel, hf_files: Path, folder: Path) -> None:
-    """Streams every tensor once, each pipeline stage into files of its own; all ranks must call it.
+    """Streams every tensor once, each rank that answers for some into files of its own; all ranks must call it.
 
     Args:
         hf_files: holds config.json and the tokenizer of the model.
@@ -31,15 +31,12 @@ def export_hf(model: RoleModel, hf_files: Path, folder: Path) -> None:
         shutil.copytree(hf_files, partial, ignore=shutil.ignore_patterns("*.safetensors*"))
     topology.barrier()
     written: dict[str, str] = {}
-    if not isinstance(model, AbsentModel) and topology.data_rank == 0:
+    if not isinstance(model, AbsentModel):
         tensors = stage_hf_tensors(model.module, model.shape, model.has_scalar_head, topology)
-        if topology.tensor_rank == 0:
-            for number, group in enumerate(_groups(tensors)):
-                file = f"model-stage{topology.pipeline_rank:03d}-{number:05d}.safetensors"
-                save_file(group, partial / file, metadata={"format": "pt"})
-                written.update(dict.fromkeys(group, file))
-        else:
-            deque(tensors, maxlen=0)  # the other tensor ranks only take part in the gathers
+        for number, group in enumerate(_groups(tensors)):
+            file = f"model-{place_of(topology):03d}-{number:05d}.safetensors"
+            save_file(group, partial / file, metadata={"format": "pt"})
+            written.update(dict.fromkeys(group, file))
     all_written = topology.gather_all(written, dict[str, str])
     if topology.is_lead:
         weight_map = {name: file for part in all_written for name, file in part.items()}

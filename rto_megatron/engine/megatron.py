@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -11,20 +12,26 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from torch import Tensor
 
-from rto_megatron.engine.exchange import SUMS, everywhere, expert_balance, rows_everywhere, summed
+from rto_megatron.engine.exchange import SUMS, everywhere, rows_everywhere, summed
+from rto_megatron.engine.filling import filled
 from rto_megatron.engine.finite import refuse_together
 from rto_megatron.engine.optimizer import set_learning_rate, state_tensors
 from rto_megatron.engine.presence import require_present
+from rto_megatron.engine.readings import (
+    Reading,
+    asked_states,
+    output_weight,
+    read_entropies,
+    read_outputs,
+    whole_logits,
+)
+from rto_megatron.engine.router_health import own_report, router_metrics, watched_routers
 from rto_megatron.models.build import forward
-from rto_megatron.models.model_flops import forward_flops
+from rto_megatron.models.model_flops import forward_flops, head_flops
 from rto_megatron.models.shape import ModelShape
-from rto_megatron.models.token_entropy import token_entropies
-from rto_megatron.models.token_logprobs import token_logprobs
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.types import (
     JudgedMicrobatch,
@@ -44,18 +51,6 @@ _TRAINING_FORWARDS = 3  # what a forward with its backward costs
 
 type Microbatch = SupervisedMicrobatch | PairMicrobatch | JudgedMicrobatch | Minibatch
 type Loss[M: Microbatch] = Callable[[Tensor, M], LossOutput]
-
-
-@dataclass(frozen=True)
-class Reading[M: Microbatch]:
-    """What a loss sees of a model's raw output: `num_rows` float32 numbers for every position.
-
-    Example:
-        Reading(num_rows=1, read=read)
-    """
-
-    num_rows: int
-    read: Callable[["Model", M, Tensor], Tensor]  # (model, micro-batch, raw output) -> [T], or [num_rows, T]
 
 
 @dataclass(frozen=True)
@@ -83,7 +78,8 @@ class FrozenModel:
         """Log-probs of the targets, or values with a scalar head, of every position; no gradients.
 
         Args:
-            batches: one or more; equal on all ranks of a replica, which must all call this.
+            batches: equal on all ranks of a replica, which must all call this. One or more; none only of a mixture
+                whose replicas exchange tokens, which call this together.
 
         Returns:
             one float32 [T] per batch, in nats or reward units, on every rank of the replica.
@@ -98,42 +94,26 @@ class FrozenModel:
         """
 
         def read(index: int, raw: Tensor) -> Tensor:
-            rows = raw.flatten(0, 1).float()
-            if self.has_scalar_head:
-                return rows
-            shards = self.topology.gather_tensor_shards(rows.T.contiguous())
-            return torch.cat(shards)[: self.shape.vocab_size].T
+            return raw.flatten(0, 1).float() if self.has_scalar_head else whole_logits(self, raw)
 
-        outputs = _forward_only(self, batches, read)
-        return outputs if self.topology.is_last_stage else [torch.empty(0) for _ in batches]
+        found = _forward_only(self, batches, read)
+        return found if self.topology.is_last_stage else [torch.empty(0) for _ in batches]
 
     def output_weight(self) -> Tensor:
         """This tensor rank's rows of the output projection [v, hidden size]; only on the last stage."""
-        if self.module.share_embeddings_and_output_weights:
-            tied: Tensor = self.module.shared_embedding_or_output_weight()
-            return tied
-        weight: Tensor = self.module.output_layer.weight
-        return weight
+        return output_weight(self.module)
 
     def hidden_states(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
-        """The final states of every position before the output projection, in the model's dtype; no gradients.
+        """The states before the output projection of the positions asked for, in the model's dtype; no gradients.
 
         Returns:
-            one [T, hidden size] per batch on the last pipeline stage, empty tensors on the others.
+            one [N, hidden size] per batch on the last pipeline stage, empty tensors on the others.
         """
-
-        def read(index: int, raw: Tensor) -> Tensor:
-            if self.topology.sequence_parallel:
-                raw = gather_from_sequence_parallel_region(raw, group=self.topology.tensor_group())
-            return raw.transpose(0, 1).flatten(0, 1)
-
-        self.module.post_process = False  # of the outer model alone: the decoder's final norm stays
-        try:
-            outputs = _forward_only(self, batches, read)
-        finally:
-            self.module.post_process = self.topology.is_last_stage
+        found = _forward_only(
+            self, batches, lambda index, raw: asked_states(raw, batches[index], self.topology)
+        )
         if self.topology.is_last_stage:
-            return outputs
+            return found
         return [torch.empty(0, device=b.tokens_T.device) for b in batches]
 
 
@@ -165,20 +145,20 @@ class TrainedModel:
         """Computes what `FrozenModel.token_outputs` does, with the weights of this moment."""
         return _token_outputs(self, batches)
 
-    def outputs[M: Microbatch](self, microbatches: Sequence[M], reading: "Reading[M]") -> list[Tensor]:
+    def outputs[M: Microbatch](self, microbatches: Sequence[M], reading: Reading[M]) -> list[Tensor]:
         """What a loss would see of each micro-batch, without gradients, on every rank of the replica."""
         rows, batches = reading.num_rows, [m.batch for m in microbatches]
-        outputs = _forward_only(
+        found = _forward_only(
             self, batches, lambda index, raw: reading.read(self, microbatches[index], raw).flatten()
         )
-        return rows_everywhere(outputs if self.topology.is_last_stage else None, batches, rows, self.topology)
+        return rows_everywhere(found if self.topology.is_last_stage else None, batches, rows, self.topology)
 
     def gradients[M: Microbatch](
         self,
         microbatches: Sequence[M],
         loss: Loss[M],
         names: Sequence[Sequence[str]],
-        reading: "Reading[M] | None" = None,
+        reading: Reading[M] | None = None,
     ) -> Metrics:
         """Does what `accumulate` and what it returns do."""
         return self.accumulate(microbatches, loss, names, reading)()
@@ -188,7 +168,7 @@ class TrainedModel:
         microbatches: Sequence[M],
         loss: Loss[M],
         names: Sequence[Sequence[str]],
-        reading: "Reading[M] | None" = None,
+        reading: Reading[M] | None = None,
     ) -> Callable[[], Metrics]:
         """Accumulates and reduces the gradients of sum(loss) over all micro-batches of all replicas.
 
@@ -208,26 +188,27 @@ class TrainedModel:
         batches = [m.batch for m in microbatches]
         _require_rows(self, batches)
         require_present(self.gradient_buffers(), f"gradients of {self.name}")
-        get_moe_metrics_tracker().clear()
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
+        passes = filled(batches, self.shape, self.topology)
         # The schedule divides by the number of micro-batches and the reduction by the number of replicas.
-        factor = len(microbatches) * self.topology.data_size
-        outputs = _schedule(self, batches)(
-            forward_step_func=partial(_training_step, self, loss, reading or TOKENS, factor),
-            data_iterator=iter(microbatches),
-            model=self.wrapped,
-            forward_only=False,
-        )
+        factor = len(passes) * self.topology.data_size
+        with watched_routers(self.module, len(batches), len(passes)):
+            outputs = _schedule(self, passes)(
+                forward_step_func=partial(_training_step, self, loss, reading or TOKENS, factor),
+                data_iterator=iter(zip_longest(passes, microbatches)),
+                model=self.wrapped,
+                forward_only=False,
+            )
         _count(self, batches, _TRAINING_FORWARDS)
         # Another model's pass may come before this one is settled, and the tracker of balances is one for all.
-        return partial(self._settled, outputs, self._own_balance(len(microbatches)), names)
+        return partial(self._settled, outputs, own_report(self.module, self.shape, len(batches)), names)
 
-    def _settled(self, outputs: _Seen, balance: Tensor | None, names: Sequence[Sequence[str]]) -> Metrics:
+    def _settled(self, outputs: _Seen, report: Tensor, names: Sequence[Sequence[str]]) -> Metrics:
         own = summed(metrics for metrics, _ in outputs or [])
-        metrics = everywhere(own, self.topology)
-        if balance is not None:
-            metrics = {**metrics, **expert_balance(self.name, self.shape, balance, self.topology)}
+        is_balanced = bool(self.module.config.moe_aux_loss_coeff)
+        health = router_metrics(self.name, self.shape, report, is_balanced, self.topology)
+        metrics = {**everywhere(own, self.topology), **health}
         self._refuse_nonfinite(outputs, names)
         return metrics
 
@@ -248,15 +229,6 @@ class TrainedModel:
         buffers = [*self.wrapped.buffers, *self.wrapped.expert_parallel_buffers]
         return [buffer.grad_data for buffer in buffers]
 
-    def _own_balance(self, num_microbatches: int) -> Tensor | None:
-        """This rank's part of the load-balancing loss; None without one."""
-        if not self.module.config.moe_aux_loss_coeff:
-            return None
-        # Each rank holds its layers' and, under sequence parallelism, its tokens' part, and as Megatron's schedule does
-        # each replica takes the mean of its own micro-batches, of which others may have more or fewer.
-        own: Tensor = get_moe_metrics_tracker().metrics["load_balancing_loss"].values.sum() / num_microbatches
-        return own
-
     def _refuse_nonfinite(self, outputs: _Seen, names: Sequence[Sequence[str]]) -> None:
         bad = [
             name
@@ -276,34 +248,14 @@ class TrainedModel:
 type Model = FrozenModel | TrainedModel
 
 
-def _outputs(model: Model, batch: TokenBatch, raw: Tensor) -> Tensor:
-    """Logits or head values [b, s, ...] -> [T] log-probs or scaled values."""
-    if model.has_scalar_head:
-        return (raw.flatten().float() - model.scale.mean) / model.scale.std
-    targets, topology = batch.targets_T.view(batch.num_rows, -1), model.topology
-    return token_logprobs(
-        raw, targets, model.shape.vocab_size, topology.tensor_rank, topology.tensor_group(),
-        batch.banned, batch.temperature,
-    ).flatten()  # fmt: skip
-
-
-def _entropies(model: Model, batch: TokenBatch, raw: Tensor) -> Tensor:
-    """Logits [b, s, v] -> [2, T]: log-probs of the targets, and entropies."""
-    targets, topology = batch.targets_T.view(batch.num_rows, -1), model.topology
-    return token_entropies(
-        raw, targets, model.shape.vocab_size, topology.tensor_rank, topology.tensor_group(),
-        batch.temperature, batch.banned,
-    )  # fmt: skip
-
-
-ENTROPIES: Reading[Microbatch] = Reading(2, lambda model, micro, raw: _entropies(model, micro.batch, raw))
-TOKENS: Reading[Microbatch] = Reading(1, lambda model, micro, raw: _outputs(model, micro.batch, raw))
+ENTROPIES: Reading[Microbatch] = Reading(2, lambda model, micro, raw: read_entropies(model, micro.batch, raw))
+TOKENS: Reading[Microbatch] = Reading(1, lambda model, micro, raw: read_outputs(model, micro.batch, raw))
 
 
 def _token_outputs(model: Model, batches: Sequence[TokenBatch]) -> list[Tensor]:
-    outputs = _forward_only(model, batches, lambda index, raw: _outputs(model, batches[index], raw))
+    found = _forward_only(model, batches, lambda index, raw: read_outputs(model, batches[index], raw))
     is_last = model.topology.is_last_stage
-    return model.topology.from_last_stage(outputs if is_last else None, [b.tokens_T.numel() for b in batches])
+    return model.topology.from_last_stage(found if is_last else None, [b.tokens_T.numel() for b in batches])
 
 
 def _forward_only(
@@ -315,21 +267,25 @@ def _forward_only(
         iterator: Iterator[tuple[int, TokenBatch]], chunk: GPTModel
     ) -> tuple[Tensor, Callable[..., Tensor]]:
         index, batch = next(iterator)
-        return forward(chunk, batch), lambda raw, non_loss_data=True: read(index, raw)
+        is_asked = index < len(batches)
+        return forward(chunk, batch), lambda raw, non_loss_data=True: read(index, raw) if is_asked else raw
 
     _require_rows(model, batches)
+    passes = filled(batches, model.shape, model.topology)
+    if not passes:
+        return []
     model.module.eval()
     with torch.no_grad():
-        outputs: list[Tensor] = _schedule(model, batches)(
+        outputs: list[Tensor] = _schedule(model, passes)(
             forward_step_func=step,
-            data_iterator=iter(enumerate(batches)),
+            data_iterator=iter(enumerate(passes)),
             model=model.module,
             forward_only=True,
             collect_non_loss_data=True,
         )
     model.module.train()
     _count(model, batches, 1)
-    return outputs
+    return outputs[: len(batches)]
 
 
 def _schedule(model: Model, batches: Sequence[TokenBatch]) -> Callable[..., list[Any]]:
@@ -353,6 +309,8 @@ def _count(model: Model, batches: Sequence[TokenBatch], num_forwards: int) -> No
         for start, last in zip(batch.cu_seqlens, batch.last_positions, strict=False)
     ]
     flops = forward_flops(model.shape, model.has_scalar_head, lengths)
+    if not model.has_scalar_head:  # which is applied where log-probs are asked for
+        flops -= head_flops(model.shape, sum(lengths) - sum(len(batch.asked_N) for batch in batches))
     model.topology.work.add(num_forwards * flops / model.topology.replica_ranks)
 
 
@@ -362,7 +320,7 @@ def _require_rows(model: Model, batches: Sequence[TokenBatch]) -> None:
     A model whose weights wait in host memory would read anything.
     """
     require_present(model.module.parameters(), f"weights of {model.name}")
-    largest, num_rows = max(batch.largest_id for batch in batches), model.shape.vocab_size
+    largest, num_rows = max((batch.largest_id for batch in batches), default=0), model.shape.vocab_size
     if largest >= num_rows:
         raise ValueError(
             f"{model.name} has no row for id {largest}, expected ids below its vocab_size of {num_rows}; the data, the "
@@ -375,16 +333,21 @@ def _training_step[M: Microbatch](
     loss: Loss[M],
     reading: Reading[M],
     factor: int,
-    iterator: Iterator[M],
+    iterator: Iterator[tuple[TokenBatch, M | None]],
     chunk: GPTModel,
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, tuple[Metrics, bool]]]]:
-    microbatch = next(iterator)
+    batch, microbatch = next(iterator)
 
     def loss_of(raw: Tensor) -> tuple[Tensor, tuple[Metrics, bool]]:
+        if microbatch is None:  # of padding alone: the backward of its exchange is what others wait for
+            nothing = raw.float().sum() * 0
+            if not model.has_scalar_head:  # gradients that go off early wait for that of every weight
+                nothing = nothing + output_weight(model.module)[0, 0].float() * 0
+            return nothing, ({}, True)
         output = loss(reading.read(model, microbatch, raw), microbatch)
         return output.loss * factor, (output.metrics, bool(torch.isfinite(output.loss)))
 
-    return forward(chunk, microbatch.batch), loss_of
+    return forward(chunk, batch), loss_of
 
 
 def training_hooks(config: TransformerConfig) -> None:

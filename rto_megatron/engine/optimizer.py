@@ -13,6 +13,7 @@ from megatron.core.optimizer import (
 from torch import Tensor
 
 from rto_megatron.config import training
+from rto_megatron.models.experts import tag_experts
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.platform.torch_adam import prime_adam_state
 
@@ -26,6 +27,7 @@ def wrap_for_training(
         use_distributed_optimizer=parallel.distributed_optimizer,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
     )
+    tag_experts(model)
     wrapped = DistributedDataParallel(model.config, config, model, pg_collection=topology.groups)
     if parallel.overlap_grad_reduce:
         # A bucket goes off once it holds its gradients, which are whole in the backward of the last micro-batch alone.

@@ -8,13 +8,14 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from rto_megatron.engine.holders import gathered, holders, place_of, run_of, shard_of
 from rto_megatron.engine.source import WeightSource
 from rto_megatron.errors import ModelFolderError
 from rto_megatron.models.families.blocks import SCALAR_HEAD
 from rto_megatron.models.hf_config import read_config
-from rto_megatron.models.parameters import parameter_map, stage_of, stored_parameters
+from rto_megatron.models.parameters import parameter_map, stored_parameters
 from rto_megatron.models.shape import ModelShape
-from rto_megatron.models.weight_map import MappedParameter, TensorReader, merge
+from rto_megatron.models.weight_map import TensorReader, merge
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.storage.hf_model import HfModel
 from rto_megatron.storage.megatron_args import require_agreement
@@ -24,13 +25,23 @@ from rto_megatron.storage.torch_dist_reader import TorchDistReader
 
 
 def local_parameters(model: GPTModel) -> dict[str, torch.nn.Parameter]:
-    """Parameters of this rank by the name they have in the whole model (layers numbered from the first stage)."""
+    """Parameters of this rank by the name they have in the whole model.
+
+    Layers are numbered from the first stage, experts from the first part.
+    """
     first_layer = model.decoder.layers[0].layer_number - 1
+    first_expert = 0
+    if model.config.num_moe_experts is not None:
+        parts_of_experts = model.pg_collection.ep
+        first_expert = parts_of_experts.rank() * (model.config.num_moe_experts // parts_of_experts.size())
     named = {}
     for name, parameter in model.named_parameters():
         parts = name.split(".")
         if parts[:2] == ["decoder", "layers"]:
             parts[2] = str(int(parts[2]) + first_layer)
+        if "local_experts" in parts:
+            number = parts.index("local_experts") + 1
+            parts[number] = str(int(parts[number]) + first_expert)
         named[".".join(parts)] = parameter
     return named
 
@@ -52,9 +63,9 @@ def load_hf_tensors(
     for mapped in parameter_map(shape, has_scalar_head):
         parameter = local.pop(mapped.megatron, None)
         if parameter is None:
-            continue  # another stage's, or an output projection that is tied to the embedding of this rank
+            continue  # of other ranks, or an output projection that is tied to the embedding of this one
         tensors = [read(name, size) for name, size in mapped.sizes()]
-        parameter.copy_(mapped.layout.shard(tensors, topology.tensor_rank, topology.tensor_size))
+        parameter.copy_(mapped.layout.shard(tensors, *shard_of(mapped, topology)))
         if num_not_finite(parameter):
             counts = {
                 name: num_not_finite(t.to(parameter.dtype))
@@ -73,37 +84,33 @@ def load_hf_tensors(
 def stage_hf_tensors(
     model: GPTModel, shape: ModelShape, has_scalar_head: bool, topology: Topology
 ) -> Iterator[tuple[str, Tensor]]:
-    """The Hugging Face tensors that this pipeline stage owns, whole, in map order; all tensor ranks must iterate."""
-    local = local_parameters(model)
-    for mapped in stage_parameters(shape, has_scalar_head, topology):
-        shards = topology.gather_tensor_shards(local[mapped.megatron].detach())
-        yield from zip(mapped.hf, merge(mapped.layout, shards), strict=True)
+    """The Hugging Face tensors that this rank answers for, whole, in map order; all ranks of the job must iterate.
+
+    Every tensor is one rank's: of the first replica, or of the first that holds the expert, tensor rank 0.
+    """
+    local, place = local_parameters(model), place_of(topology)
+    for mapped in stored_parameters(shape, has_scalar_head):
+        if run_of(topology) or place not in holders(mapped, shape, topology):
+            continue
+        shards = gathered(mapped, local[mapped.megatron].detach(), topology)
+        if shard_of(mapped, topology)[0] == 0:
+            yield from zip(mapped.hf, merge(mapped.layout, shards), strict=True)
 
 
 @torch.no_grad()
 def stage_pieces(
     model: GPTModel, shape: ModelShape, has_scalar_head: bool, topology: Topology
 ) -> Iterator[tuple[str, Tensor]]:
-    """The runs of Hugging Face tensors that this tensor rank of this stage answers for, in map order; no collective.
+    """The runs of Hugging Face tensors that a rank in this one's place answers for, in map order; no collective.
 
     Whole tensors that every tensor rank holds are tensor rank 0's; see `weight_map.ShardLayout.pieces`.
     """
-    local = local_parameters(model)
-    rank, size = topology.tensor_rank, topology.tensor_size
-    for mapped in stage_parameters(shape, has_scalar_head, topology):
-        if mapped.layout.dim is None and rank:
-            continue
-        pieces = mapped.layout.pieces(local[mapped.megatron].detach(), rank, size)
-        yield from ((name, piece) for name, piece in zip(mapped.hf, pieces, strict=True) if piece.numel())
-
-
-def stage_parameters(
-    shape: ModelShape, has_scalar_head: bool, topology: Topology
-) -> Iterator[MappedParameter]:
-    """The parameters that this rank's pipeline stage owns, in map order."""
+    local, place = local_parameters(model), place_of(topology)
     for mapped in stored_parameters(shape, has_scalar_head):
-        if stage_of(mapped, shape, topology.pipeline_size) == topology.pipeline_rank:
-            yield mapped
+        if place not in holders(mapped, shape, topology):
+            continue
+        pieces = mapped.layout.pieces(local[mapped.megatron].detach(), *shard_of(mapped, topology))
+        yield from ((name, piece) for name, piece in zip(mapped.hf, pieces, strict=True) if piece.numel())
 
 
 def hf_reader(folder: Path, has_scalar_head: bool, fresh_head_seed: int | None = None) -> TensorReader:

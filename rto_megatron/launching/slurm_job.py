@@ -19,7 +19,7 @@ from rto_megatron.errors import RecipeError
 from rto_megatron.launching.slurm_allocation import Allocation, directives, log_pattern, text_problems
 from rto_megatron.planning.colocated_memory import pool_weight_bytes
 from rto_megatron.planning.judgement import judged
-from rto_megatron.planning.memory import activation_bytes, gib, model_bytes, weight_bytes
+from rto_megatron.planning.memory import fullest_bytes, gib, weight_bytes
 from rto_megatron.planning.placement import max_model_len
 from rto_megatron.planning.shapes import FoundShape, hugging_face_folder
 
@@ -273,7 +273,7 @@ def _pool_problems(shapes: dict[str, FoundShape], pool_tensor: int) -> list[str]
 def _memory_problems(
     job: Job, plan: StagePlan, shapes: dict[str, FoundShape], pool_tensor: int, gpu_bytes: int
 ) -> list[str]:
-    trainer = model_bytes(plan, shapes) + activation_bytes(plan, shapes)
+    trainer = fullest_bytes(plan, shapes)
     problems = []
     if trainer > gpu_bytes:
         problems.append(

@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor
 from torch.nn import functional
 
+from rto_megatron.models.experts import with_grouped_experts
 from rto_megatron.models.families import FAMILIES
 from rto_megatron.models.modules import GroupedGPT, PackedCoreAttention, RMSNorm, ScalarHead
 from rto_megatron.models.shape import ModelShape
@@ -75,7 +76,7 @@ def transformer_config(
         # "none" where there is nothing to balance: other roles of the same run may be dense.
         moe_router_load_balancing_type="aux_loss" if shape.experts else "none",
         moe_aux_loss_coeff=moe_aux_loss_coef if shape.experts else 0.0,
-        **_experts(shape),
+        **_experts(shape, topology),
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
@@ -89,12 +90,14 @@ def transformer_config(
     )
 
 
-def _experts(shape: ModelShape) -> dict[str, object]:
-    """Megatron's settings of a mixture; none for a dense model."""
+def _experts(shape: ModelShape, topology: Topology) -> dict[str, object]:
+    """Megatron's settings of a mixture; none for a dense model, whatever the layout does with experts."""
     experts = shape.experts
     if experts is None:
         return {}
     return {
+        "expert_model_parallel_size": topology.groups.ep.size(),
+        "expert_tensor_parallel_size": topology.groups.expt_tp.size(),
         "num_moe_experts": experts.num,
         "moe_router_topk": experts.per_token,
         "moe_ffn_hidden_size": experts.ffn_hidden_size,
@@ -109,7 +112,7 @@ def _experts(shape: ModelShape) -> dict[str, object]:
 
 
 def layer_spec(config: TransformerConfig, num_experts: int | None) -> ModuleSpec:
-    """The modules of a layer: Megatron's local ones, with the norm and the core attention of this package.
+    """The modules of a layer: Megatron's local ones, with this package's norm, core attention, experts and router.
 
     Args:
         num_experts: None: a dense layer.
@@ -125,7 +128,7 @@ def layer_spec(config: TransformerConfig, num_experts: int | None) -> ModuleSpec
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     # The fused-norm key names of TransformerEngine would hide which parameter a checkpoint entry is.
     layer.submodules.sharded_state_dict_keys_map = {}
-    return layer
+    return layer if num_experts is None else with_grouped_experts(layer)
 
 
 def _block_spec(shape: ModelShape, config: TransformerConfig, stage: int) -> TransformerBlockSubmodules:
@@ -184,7 +187,12 @@ def build_model(
 
 
 def forward(model: torch.nn.Module, batch: TokenBatch) -> Tensor:
-    """Logits [b, s, v / tp] or scalar head values [b, s, 1]; hidden states between pipeline stages."""
+    """What comes out of the model's last stage, hidden states of the others.
+
+    Returns:
+        [b, s, 1] values of a scalar head; of a language model the states that the output projection reads, [s, b, h]
+        with this tensor rank's part of s under sequence parallelism (`engine/readings.py` applies the projection).
+    """
     rows = batch.tokens_T.view(batch.num_rows, -1)
     positions = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
     packed = None
@@ -198,5 +206,32 @@ def forward(model: torch.nn.Module, batch: TokenBatch) -> Tensor:
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
         )
-    outputs: Tensor = model(rows, positions, None, packed_seq_params=packed)
+    # Of a mixture in training: padding is no load of an expert.
+    config = model.config
+    assert isinstance(config, TransformerConfig)
+    padding = is_padding(batch) if model.training and config.num_moe_experts is not None else None
+    outputs: Tensor = model(
+        rows,
+        positions,
+        None,
+        packed_seq_params=packed,
+        padding_mask=padding,
+        output_processor=_raw_output,
+    )
     return outputs
+
+
+def is_padding(batch: TokenBatch) -> Tensor:
+    """True where no sequence is, bool [b, s]."""
+    is_padding_T = torch.ones(batch.tokens_T.shape, dtype=torch.bool)
+    for start, last in zip(batch.cu_seqlens, batch.last_positions, strict=False):
+        is_padding_T[start : last + 1] = False
+    return is_padding_T.view(batch.num_rows, -1).to(batch.tokens_T.device)
+
+
+def _raw_output(hidden_states: Tensor, output_layer: torch.nn.Module, **_: object) -> Tensor:
+    """Called by GPTModel in the place of its output layer."""
+    if not isinstance(output_layer, ScalarHead):
+        return hidden_states
+    values: Tensor = output_layer(hidden_states)[0]
+    return values.transpose(0, 1)

@@ -1,20 +1,18 @@
 """Why a model cannot be built or trained in a layout, said before anything is built."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from rto_megatron.config.training import ParallelConfig
+from rto_megatron.config.training import GridConfig, ParallelConfig
 from rto_megatron.models.families import FAMILIES
 from rto_megatron.models.shape import ModelShape
 
 
-def check_layout(
-    shape: ModelShape, tensor: int, pipeline: int, where: str, section: str = "parallel"
-) -> list[str]:
-    """Why this model cannot be cut in `tensor` x `pipeline` pieces, one sentence each; empty when it can.
+def check_layout(shape: ModelShape, grid: GridConfig, where: str, section: str = "parallel") -> list[str]:
+    """Why this model cannot be cut as a grid says, one sentence each; empty when it can.
 
     Args:
         where: the model's key.
-        section: the key of the section with `tensor` and `pipeline`.
+        section: the key of the section with the grid.
     """
     not_run = FAMILIES[shape.family].not_run
     if not_run is not None:
@@ -23,24 +21,63 @@ def check_layout(
     counts = [
         (shape.num_heads, "num_attention_heads"),
         (shape.num_kv_heads, "num_key_value_heads"),
-        (shape.ffn_hidden_size, "intermediate_size"),
     ]
-    if shape.experts is not None:
-        counts.append((shape.experts.ffn_hidden_size, "an expert's intermediate size"))
-        if shape.experts.shared_ffn_hidden_size is not None:
-            counts.append((shape.experts.shared_ffn_hidden_size, "the shared expert's intermediate size"))
+    if shape.experts is None or not shape.is_uniform:  # else no layer has a network of this size
+        counts.append((shape.ffn_hidden_size, "intermediate_size"))
+    if shape.experts is not None and shape.experts.shared_ffn_hidden_size is not None:
+        counts.append((shape.experts.shared_ffn_hidden_size, "the shared expert's intermediate size"))
     for count, name in counts:
-        if count % tensor:
-            allowed = [t for t in (1, 2, 4, 8, 16, 32) if count % t == 0]
-            problems.append(
-                f"{where}: {section}.tensor={tensor} does not divide {name}={count}; it can be one of {allowed}"
-            )
-    if shape.num_layers % pipeline:
-        allowed = [p for p in range(1, shape.num_layers + 1) if shape.num_layers % p == 0]
-        problems.append(
-            f"{where}: {section}.pipeline={pipeline} does not divide num_hidden_layers={shape.num_layers}; "
-            f"it can be one of {allowed}"
+        problems += _undivided(count, name, grid.tensor, f"{where}: {section}.tensor", _POWERS)
+    if shape.experts is not None:
+        size, key = shape.experts.ffn_hidden_size, "tensor" if grid.expert_tensor is None else "expert_tensor"
+        problems += _undivided(
+            size, "an expert's intermediate size", grid.expert_cut, f"{where}: {section}.{key}", _POWERS
         )
+        num = shape.experts.num
+        problems += _undivided(
+            num, "the number of experts", grid.expert, f"{where}: {section}.expert", range(1, num + 1)
+        )
+        if grid.expert > 1 and grid.tensor > 1 and not grid.sequence:
+            problems.append(
+                f"{where} has experts on different ranks ({section}.expert={grid.expert}), which over {section}.tensor="
+                f"{grid.tensor} ranks needs sequence parallelism; set {section}.sequence=true"
+            )
+    layers = shape.num_layers
+    problems += _undivided(
+        layers, "num_hidden_layers", grid.pipeline, f"{where}: {section}.pipeline", range(1, layers + 1)
+    )
+    return problems
+
+
+_POWERS = (1, 2, 4, 8, 16, 32)
+
+
+def _undivided(count: int, name: str, parts: int, key: str, choices: Iterable[int]) -> list[str]:
+    if count % parts == 0:
+        return []
+    allowed = [number for number in choices if count % number == 0]
+    return [f"{key}={parts} does not divide {name}={count}; it can be one of {allowed}"]
+
+
+def idle_expert_keys(shapes: Mapping[str, ModelShape], parallel: ParallelConfig) -> list[str]:
+    """Where layouts spread or cut experts, and no model has any, one sentence each.
+
+    Args:
+        shapes: role -> shape of all models that the stage loads.
+    """
+    problems = []
+    for section in dict.fromkeys(parallel.key_of(role) for role in shapes):
+        roles = [role for role in shapes if parallel.key_of(role) == section]
+        grid = parallel.grid_of(roles[0])
+        if any(shapes[role].experts is not None for role in roles):
+            continue
+        keys = {"expert": grid.expert, "expert_tensor": grid.expert_tensor}
+        problems += [
+            f"{section}.{key}={value} has no effect: no model of this layout ({', '.join(roles)}) has experts; "
+            "remove it"
+            for key, value in keys.items()
+            if value not in (1, None)
+        ]
     return problems
 
 
@@ -72,7 +109,7 @@ def check_experts(
     problems = []
     for role in mixtures:
         grid, section = parallel.grid_of(role), parallel.key_of(role)
-        if grid.tensor > 1 and not grid.sequence:
+        if grid.tensor > 1 and grid.expert == 1 and not grid.sequence:
             problems.append(
                 f"models.{role} has experts, which Megatron trains over {section}.tensor={grid.tensor} ranks only with "
                 f"sequence parallelism; set {section}.sequence=true"

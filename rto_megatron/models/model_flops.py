@@ -23,6 +23,11 @@ def forward_flops(shape: ModelShape, has_scalar_head: bool, lengths: Iterable[in
     return float(2 * weights * sum(found) + attention * sum(length * length for length in found))
 
 
+def head_flops(shape: ModelShape, num_positions: int) -> float:
+    """Operations of a language model's output projection in a forward of so many positions."""
+    return 2.0 * num_positions * shape.hidden_size * shape.vocab_size
+
+
 def weights_per_token(shape: ModelShape, has_scalar_head: bool) -> int:
     """Weights in matrix products of one token: the head counts, the search in the embedding does not."""
     head = shape.hidden_size * (1 if has_scalar_head else shape.vocab_size)

@@ -103,11 +103,19 @@ class RMSNorm(torch.nn.Module):
 
 
 class GroupedGPT(GPTModel):  # type: ignore[misc]  # megatron-core has no types
-    """Megatron's model, which knows its groups also where 0.19.2 asks the global state: a tied output weight.
+    """Megatron's model, which knows its groups also where 0.19.2 asks the global state: a tied output weight, padding
+    under sequence parallelism.
 
     Example:
         GroupedGPT(config, layers, vocab_size, max_sequence_length, pg_collection=topology.groups)
     """
+
+    def _preprocess(self, *, padding_mask: Tensor | None = None, **inputs: object) -> tuple[object, ...]:
+        """Megatron's, with the tensor rank's part of the padding [b, s] on every pipeline stage."""
+        *made, _ = super()._preprocess(padding_mask=None, **inputs)
+        if padding_mask is not None and self.config.sequence_parallel:
+            padding_mask = padding_mask.chunk(self.tp_group.size(), 1)[self.tp_group.rank()]
+        return (*made, padding_mask)
 
     def tie_embeddings_and_output_weights_state_dict(
         self,

@@ -40,13 +40,13 @@ def num_parameters(shape: ModelShape, has_scalar_head: bool) -> int:
     return sum(_size(p) for p in stored_parameters(shape, has_scalar_head))
 
 
-def fullest_stage(shape: ModelShape, has_scalar_head: bool, pipeline_size: int) -> int:
-    """Parameters of the largest pipeline stage, a tied copy on the last one included."""
-    sizes = [0] * pipeline_size
+def stage_sizes(shape: ModelShape, has_scalar_head: bool, pipeline_size: int) -> list[tuple[int, int]]:
+    """Parameters of every pipeline stage, without experts and of all experts; a tied copy on the last one counts."""
+    sizes = [[0, 0] for _ in range(pipeline_size)]
     for parameter in parameter_map(shape, has_scalar_head):
         if not parameter.is_copy or pipeline_size > 1:
-            sizes[stage_of(parameter, shape, pipeline_size)] += _size(parameter)
-    return max(sizes)
+            sizes[stage_of(parameter, shape, pipeline_size)][parameter.expert is not None] += _size(parameter)
+    return [(others, experts) for others, experts in sizes]
 
 
 def _size(parameter: MappedParameter) -> int:

@@ -167,6 +167,7 @@ class MappedParameter:
     is_output_side: bool = False  # lives on the last pipeline stage
     is_copy: bool = False  # a tied copy on the last stage: loaded, never exported
     is_float32: bool = False  # kept in float32 whatever the dtype of the model
+    expert: int | None = None  # of which expert of its layer it is; None: of none
 
     def dtype(self, model: torch.dtype) -> torch.dtype:
         """In which a model of dtype `model` keeps it."""

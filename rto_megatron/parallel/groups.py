@@ -15,7 +15,12 @@ from torch import Tensor
 
 
 def make_groups(
-    ranks: Sequence[int], tensor: int, pipeline: int, timeout: timedelta
+    ranks: Sequence[int],
+    tensor: int,
+    pipeline: int,
+    timeout: timedelta,
+    expert: int = 1,
+    expert_tensor: int | None = None,
 ) -> ProcessGroupCollection:
     """The groups of a TP x PP x DP grid; every rank of the job must call it, for all layouts in one order.
 
@@ -24,10 +29,11 @@ def make_groups(
     Args:
         ranks: global ranks of the grid, ascending; as many as a multiple of tensor x pipeline.
         timeout: of a collective.
+        expert, expert_tensor: parts of the experts, and ranks of one; None: `tensor`. With the defaults experts are
+            replicated over data ranks and split over tensor ranks.
 
     Returns:
-        The groups that this rank is in; none where it is not of the grid. Experts are replicated over data ranks and
-        split over tensor ranks.
+        The groups that this rank is in; none where it is not of the grid.
     """
     grid = torch.tensor(list(ranks)).view(pipeline, -1, tensor)  # [stage, data rank, tensor rank]
     pipelines = grid.permute(1, 2, 0).reshape(-1, pipeline)
@@ -45,9 +51,27 @@ def make_groups(
     groups.dp = groups.dp_cp = groups.intra_dp_cp = groups.dp_cp_gtp_remat = dp
     groups.expt_dp = groups.intra_expt_dp = groups.expt_dp_gtp_remat = dp
     groups.tp_dp_cp, groups.intra_dist_opt = stage, whole
+    if (expert, expert_tensor or tensor) != (1, tensor):
+        _spread_experts(groups, grid.reshape(pipeline, -1), expert, expert_tensor or tensor, timeout)
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:  # scratch space of sequence parallelism, of no layout
         parallel_state._set_global_memory_buffer()
     return groups
+
+
+def _spread_experts(
+    groups: ProcessGroupCollection, stages: Tensor, expert: int, expert_tensor: int, timeout: timedelta
+) -> None:
+    """Sets the groups of experts: the ranks of a stage [stage, rank] are numbered with the shard of an expert fastest,
+    then the part of the experts, then their replica."""
+    pipeline = len(stages)
+    grid = stages.view(pipeline, -1, expert, expert_tensor)  # [stage, replica, part, shard]
+    groups.expt_tp = _own(grid.reshape(-1, expert_tensor), timeout)
+    groups.ep = _own(grid.permute(0, 1, 3, 2).reshape(-1, expert), timeout)
+    groups.tp_ep = _own(grid.reshape(-1, expert * expert_tensor), timeout)
+    groups.tp_ep_pp = _own(grid.permute(1, 0, 2, 3).reshape(grid.shape[1], -1), timeout)
+    groups.tp_ep_pp_with_egtp_remat = groups.tp_ep_pp
+    replicas = _own(grid.permute(0, 2, 3, 1).reshape(-1, grid.shape[1]), timeout)
+    groups.expt_dp = groups.intra_expt_dp = groups.expt_dp_gtp_remat = replicas
 
 
 def _by_shard(grid: Tensor) -> Tensor:

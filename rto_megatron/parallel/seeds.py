@@ -18,7 +18,7 @@ def seed_step(seed: int, step: int, tensor_rank: int) -> None:
 
 
 def seed_generators(seed: int, tensor_rank: int) -> None:
-    """Seeds those generators of Megatron that differ by tensor rank; experts are split as other layers are."""
+    """Seeds those generators of Megatron that differ by tensor rank; none of them draws for experts."""
     model_parallel_cuda_manual_seed(
         seed, force_reset_rng=True, tp_rank=tensor_rank, ep_rank=0, etp_rank=tensor_rank
     )

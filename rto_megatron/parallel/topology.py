@@ -1,5 +1,6 @@
 """Who this rank is, and with whom it speaks."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -49,6 +50,8 @@ class Topology:
     roles: "Mapping[str, Topology]" = field(default_factory=dict, compare=False, repr=False)
     # Of a role with a layout of its own, the policy's: from where its data comes and where its numbers are wanted.
     home: "Topology | None" = field(default=None, compare=False, repr=False)
+    expert_size: int = 1  # parts of a mixture's experts
+    expert_tensor_size: int = 1  # ranks of one
 
     @classmethod
     def init(
@@ -60,20 +63,29 @@ class Topology:
         seed: int,
         timeout: timedelta = timedelta(minutes=30),
         roles: Mapping[RoleName, RoleGridConfig] | None = None,
+        expert: int = 1,
+        expert_tensor: int | None = None,
     ) -> "Topology":
         """Joins the process group that the launcher announced in the environment.
 
         Args:
             timeout: of a collective; longer than one rank may let the others wait, such as for rollouts.
-            roles: role -> its own layout; None: all have the one of `tensor` and `pipeline`.
+            roles: role -> its own layout; None: all have the one of the policy.
+            expert, expert_tensor: parts of the experts of a mixture, and ranks of one; see `GridConfig`.
 
         Raises:
             AbsentRanks: not all ranks came.
-            RecipeError: the number of a layout's ranks is no multiple of its tensor x pipeline.
+            RecipeError: the number of a layout's ranks holds no whole number of models.
         """
         if not dist.is_initialized():
             join_ranks(device.backend, timeout)
-        grid = RoleGridConfig(tensor=tensor, pipeline=pipeline, sequence=sequence)
+        grid = RoleGridConfig(
+            tensor=tensor,
+            pipeline=pipeline,
+            sequence=sequence,
+            expert=expert,
+            expert_tensor=expert_tensor,
+        )
         others: dict[str, Topology] = {}
         shared = shared_ranks(roles or {}, dist.get_world_size())
         policy = _placed(device, grid, shared, "parallel", timeout, Work(), others, None)
@@ -135,6 +147,21 @@ class Topology:
         """Token rows are padded to a multiple of this: sequence parallelism cuts them in equal parts."""
         return self.tensor_size if self.sequence_parallel else 1
 
+    @property
+    def spread(self) -> int:
+        """Ranks of a stage that hold all its parameters, experts too: those of one replica, or of several."""
+        return math.lcm(self.tensor_size, self.expert_size * self.expert_tensor_size)
+
+    @property
+    def stage_rank(self) -> int:
+        """This rank's place among all of its stage, if it holds a shard: the first replica's ranks come first."""
+        return int(self.groups.tp_dp_cp.rank())
+
+    @property
+    def is_exchanging(self) -> bool:
+        """Whether a mixture's replicas send each other tokens: they make their passes together."""
+        return self.expert_size * self.expert_tensor_size > self.tensor_size
+
     def data_group(self) -> dist.ProcessGroup:
         """Ranks that hold the same shard in every replica."""
         group: dist.ProcessGroup = self.groups.dp
@@ -164,6 +191,12 @@ class Topology:
         """True on every rank when it is on one; all ranks must call it."""
         return bool(self.all_sum(torch.tensor(float(is_true), device=self.device.torch_device)))
 
+    def most(self, count: int) -> int:
+        """The largest count of the replicas that exchange tokens; all their ranks must call it."""
+        total = torch.tensor(count, device=self.device.torch_device)
+        dist.all_reduce(total, dist.ReduceOp.MAX, group=self.groups.tp_ep)
+        return int(total)
+
     def from_last_stage(self, tensors: list[Tensor] | None, lengths: list[int]) -> list[Tensor]:
         """Float32 vectors computed on the last pipeline stage, on every rank; every rank of a replica must call it, and
         those that follow it.
@@ -172,6 +205,8 @@ class Topology:
             tensors: one [length] vector per entry of `lengths` on the last stage, None elsewhere.
             lengths: known on every rank.
         """
+        if not lengths:
+            return []
         if self.pipeline_size == 1 and not self.following.num_followers:
             assert tensors is not None
             return tensors
@@ -256,11 +291,11 @@ class Topology:
 
     def gather_tensor_shards(self, shard: Tensor) -> list[Tensor]:
         """The shards of all tensor ranks, in order; every rank of the tensor group must call it."""
-        if self.tensor_size == 1:
-            return [shard]
-        shards = [torch.empty_like(shard) for _ in range(self.tensor_size)]
-        dist.all_gather(shards, shard.contiguous(), group=self.groups.tp)
-        return shards
+        return _all_of(shard, self.groups.tp)
+
+    def gather_expert_shards(self, shard: Tensor) -> list[Tensor]:
+        """The shards of an expert, in order; every rank that holds one of them must call it."""
+        return _all_of(shard, self.groups.expt_tp)
 
     def barrier(self) -> None:
         """Waits for all ranks."""
@@ -293,8 +328,13 @@ def _placed(
         raise RecipeError(
             f"{section}.ranks names rank {ranks[-1]} of {world} ranks, 0 to {world - 1}; start more"
         )
+    if len(ranks) % grid.whole_ranks:
+        raise RecipeError(
+            f"{len(ranks)} ranks hold the model, and with {section}.expert={grid.expert} parts of {grid.expert_cut} "
+            f"ranks each its experts lie on {grid.whole_ranks}; start a multiple of {grid.whole_ranks} ranks"
+        )
     data_size = len(ranks) // grid.replica_ranks
-    groups = make_groups(ranks, grid.tensor, grid.pipeline, timeout)
+    groups = make_groups(ranks, grid.tensor, grid.pipeline, timeout, grid.expert, grid.expert_tensor)
     following = Following.of(ranks, world, data_size, grid.pipeline, timeout)
     followed = following.followed
     return Topology(
@@ -312,7 +352,17 @@ def _placed(
         following=following,
         roles=roles,
         home=home,
+        expert_size=grid.expert,
+        expert_tensor_size=grid.expert_cut,
     )
+
+
+def _all_of(shard: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    if group.size() == 1:
+        return [shard]
+    shards = [torch.empty_like(shard) for _ in range(group.size())]
+    dist.all_gather(shards, shard.contiguous(), group=group)
+    return shards
 
 
 def _last_of(group: dist.ProcessGroup) -> int:

@@ -7,7 +7,7 @@ from rto_megatron.config.plan import StagePlan, plan_stage
 from rto_megatron.config.roles import Role
 from rto_megatron.config.schema import Stage
 from rto_megatron.errors import RecipeError
-from rto_megatron.models.layout_checks import check_experts, check_layout
+from rto_megatron.models.layout_checks import check_experts, check_layout, idle_expert_keys
 from rto_megatron.planning.shapes import FoundShape, find_shape
 
 
@@ -30,13 +30,12 @@ def judged(
     problems = find_problems(config, world_size, limits, origin)
     parallel = config.parallel
     for name, found in shapes.items():
-        grid = parallel.grid_of(name)
-        problems += check_layout(
-            found.shape, grid.tensor, grid.pipeline, f"models.{name}", parallel.key_of(name)
-        )
+        problems += check_layout(found.shape, parallel.grid_of(name), f"models.{name}", parallel.key_of(name))
     trained = {r.name: shapes[r.name].shape for r in roles if r.is_trained and r.name in shapes}
     if all(role.name in shapes for role in roles if role.is_trained):
         problems += check_experts(trained, parallel, config.models.moe_aux_loss_coef)
+    if all(role.name in shapes for role in roles if role.shares is None):
+        problems += idle_expert_keys({name: found.shape for name, found in shapes.items()}, parallel)
     refuse(problems)
     return plan, shapes
 

@@ -2,10 +2,11 @@
 
 Memory of a trained model with Adam (Megatron-LM's theoretical_memory_usage.py): 18 bytes a parameter in
 bf16 (weight 2, fp32 gradient 4, fp32 master 4, moments 8), or 6 + 12 / data-parallel ranks with the
-distributed optimizer; 16 in fp32; a frozen model has its weights only. Activations are the largest training
-forward of one micro-batch: with recomputation the layers' inputs and one layer's inside, else 34 bytes x
-hidden x layers a token (Korthikanti et al. 2022, without the attention matrix, which is never stored), and
-fp32 logits with their gradient.
+distributed optimizer; 16 in fp32; a frozen model has its weights only. Experts lie on ranks of their own,
+which have fewer replicas. Activations are the largest training forward of one micro-batch: with
+recomputation the layers' inputs and one layer's inside, else 34 bytes x hidden x layers a token (Korthikanti
+et al. 2022, without the attention matrix, which is never stored), and for a language model what reads its
+log-probs, a chunk of positions at a time (`models/head_memory.py`).
 """
 
 from collections.abc import Collection, Mapping
@@ -17,7 +18,8 @@ from rto_megatron.config.roles import Role, roles_of
 from rto_megatron.config.schema import Stage, TrainStage
 from rto_megatron.config.step_phases import NEEDED, StepPhase
 from rto_megatron.config.training import FrozenPrecisionConfig
-from rto_megatron.models.parameters import fullest_stage, num_parameters
+from rto_megatron.models.head_memory import head_bytes
+from rto_megatron.models.parameters import num_parameters, stage_sizes
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.planning.shapes import FoundShape
 
@@ -43,11 +45,31 @@ def role_cost(role: Role, shape: ModelShape, plan: StagePlan) -> RoleCost:
     total = num_parameters(shape, role.has_value_head)
     if role.shares is not None:
         return RoleCost(total, 0, 0)
-    layout = plan.layout_of(role.name)
-    per_rank = -(-fullest_stage(shape, role.has_value_head, layout.pipeline) // layout.tensor)
     return RoleCost(
-        total, per_rank, int(per_rank * _bytes_per_parameter(role, plan.facts, plan.config, layout.data))
+        total,
+        sum(_held(role, shape, plan)),
+        int(sum(sum(parts.values()) for parts in _resident(role, shape, plan))),
     )
+
+
+def _held(role: Role, shape: ModelShape, plan: StagePlan) -> tuple[int, int]:
+    """Parameters on the fullest rank, without experts and of experts."""
+    layout = plan.layout_of(role.name)
+    stages = [
+        (-(-others // layout.tensor), -(-experts // layout.expert_ranks))
+        for others, experts in stage_sizes(shape, role.has_value_head, layout.pipeline)
+    ]
+    return max(stages, key=sum)
+
+
+def _resident(role: Role, shape: ModelShape, plan: StagePlan) -> list[dict[str, float]]:
+    """Bytes on the fullest rank of what a role has, by the names of `offload`: of experts, whose optimizer has other
+    replicas to be shared with, and of the rest."""
+    layout = plan.layout_of(role.name)
+    return [
+        {name: width * num for name, width in _parts(role, plan.facts, plan.config, replicas).items()}
+        for num, replicas in zip(_held(role, shape, plan), (layout.data, layout.expert_replicas), strict=True)
+    ]
 
 
 def model_bytes(
@@ -80,10 +102,15 @@ def resident_bytes(
     for role in plan.roles:
         if role.name not in shapes or role.shares is not None or role.name not in (names or shapes):
             continue
-        parts = _parts(role, plan.facts, plan.config, plan.layout_of(role.name).data)
-        here = sum(width for name, width in parts.items() if name not in away)
-        size += role_cost(role, shapes[role.name].shape, plan).parameters_per_rank * here
+        for parts in _resident(role, shapes[role.name].shape, plan):
+            size += sum(width for name, width in parts.items() if name not in away)
     return int(size)
+
+
+def fullest_bytes(plan: StagePlan, shapes: Mapping[str, FoundShape]) -> int:
+    """Models and activations on the fullest rank, whatever roles it holds; see `model_bytes`."""
+    sets = plan.rank_sets.values()
+    return max(model_bytes(plan, shapes, names) + activation_bytes(plan, shapes, names) for names in sets)
 
 
 def weight_bytes(precision: FrozenPrecisionConfig) -> int:
@@ -101,12 +128,8 @@ def checkpoint_bytes(config: TrainStage, shapes: Mapping[str, FoundShape]) -> in
     for role in roles_of(config):
         if role.is_trained:
             parameters = num_parameters(shapes[role.name].shape, role.has_value_head)
-            size += parameters * (_bytes_per_parameter(role, facts, config, replicas=1) - _GRADIENT_BYTES)
+            size += parameters * (sum(_parts(role, facts, config, replicas=1).values()) - _GRADIENT_BYTES)
     return int(size)
-
-
-def _bytes_per_parameter(role: Role, facts: Facts, config: Stage, replicas: int) -> float:
-    return sum(_parts(role, facts, config, replicas).values())
 
 
 def _parts(role: Role, facts: Facts, config: Stage, replicas: int) -> dict[str, float]:
@@ -151,8 +174,9 @@ def activation_bytes(
             layers = 2 * width * tokens * shape.hidden_size * shape.num_layers + inside_layer
         else:
             layers = inside_layer * shape.num_layers
-        logits = 0 if role.has_value_head else 2 * 4 * tokens * shape.vocab_size // tensor
-        peak = max(peak, layers + logits)
+        columns = -(-shape.vocab_size // tensor)
+        head = 0 if role.has_value_head else head_bytes(tokens, shape.hidden_size, columns, 2 * width)
+        peak = max(peak, layers + head)
     return peak
 
 

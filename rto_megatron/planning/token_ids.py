@@ -16,6 +16,7 @@ from rto_megatron.data.vocabulary import (
     smallest_embedding,
     spare_tokens,
     token_ids,
+    vocabulary_of,
     vocabulary_problems,
 )
 from rto_megatron.models.layout_checks import check_sampled_ids
@@ -66,8 +67,10 @@ def require_embedded(
     Raises:
         UserError: on every rank; see `vocabulary.require_rows`.
     """
-    rows = ((example.id, token_ids(example)) for example in loaded.items)
-    require_rows(loaded.report.source, rows, tokenizer, _smallest(sources))
+    smallest = _smallest(sources)
+    if smallest.lacks(max(vocabulary_of(loaded.items), default=0)):
+        rows = ((example.id, token_ids(example)) for example in loaded.items)
+        require_rows(loaded.report.source, rows, tokenizer, smallest)
 
 
 def _absent_ids(

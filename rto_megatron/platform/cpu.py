@@ -2,7 +2,7 @@
 
 `install()` must run before anything else imports megatron.core, and only in trainer ranks. Every patch is one
 function; PATCHES gives the order. A patch is here because something that this package runs fails without it:
-GPT, dense or with experts, over TP, PP, SP and DP, DDP, the distributed optimizer, recompute, checkpoints.
+GPT, dense or with experts, over TP, PP, SP, EP and DP, DDP, the distributed optimizer, recompute, checkpoints.
 """
 
 import contextlib
@@ -10,12 +10,12 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from datetime import timedelta
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroupGloo, Store, distributed_c10d
+from torch.distributed import ProcessGroup, ProcessGroupGloo, Store, distributed_c10d
 from torch.utils._device import _device_constructors
 
 from rto_megatron.platform.patches import apply_missing, replace
@@ -241,6 +241,69 @@ def p11_gloo_devices() -> None:
     replace(distributed_c10d, "ProcessGroupGloo", _OnSharedDevices)
 
 
+def _as_host_numbers(tensor: object, as_numpy: bool = False, record_stream: bool = False) -> object:
+    return tensor.numpy() if as_numpy and isinstance(tensor, Tensor) else tensor
+
+
+def p12_split_sizes() -> None:
+    """Split sizes of an exchange of tokens become numbers on the host.
+
+    Call site: _maybe_dtoh_and_synchronize of transformer/moe/token_dispatcher.py moves only tensors that are on a GPU,
+    and gloo's all-to-all refuses sizes that are a tensor.
+    """
+    from megatron.core.transformer.moe import token_dispatcher
+
+    replace(token_dispatcher, "maybe_move_tensor_to_cpu", _as_host_numbers)
+
+
+def _gather_uneven(gather: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def gather_padded(
+        rows: Tensor,
+        group: ProcessGroup,
+        output_split_sizes: Sequence[int] | None = None,
+        use_global_buffer: bool = False,
+    ) -> Tensor:
+        if output_split_sizes is None or group.size() == 1:
+            return gather(rows, group, output_split_sizes, use_global_buffer)
+        padded = rows.new_zeros(max(output_split_sizes), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        whole = gather(padded, group).chunk(group.size())
+        return torch.cat([part[:size] for part, size in zip(whole, output_split_sizes, strict=True)])
+
+    return gather_padded
+
+
+def _scatter_uneven(scatter: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def scatter_by_sum(
+        rows: Tensor,
+        group: ProcessGroup,
+        input_split_sizes: Sequence[int] | None = None,
+        use_global_buffer: bool = False,
+    ) -> Tensor:
+        if input_split_sizes is None or group.size() == 1:
+            return scatter(rows, group, input_split_sizes, use_global_buffer)
+        total = rows.contiguous().clone()
+        distributed_c10d.all_reduce(total, group=group)
+        own: Tensor = total.split([int(size) for size in input_split_sizes])[group.rank()]
+        return own.clone()
+
+    return scatter_by_sum
+
+
+def p13_uneven_parts() -> None:
+    """Parts of unequal length are gathered padded, and their sums scattered by an all-reduce.
+
+    Call sites: the exchange over the tensor ranks of an expert in transformer/moe/token_dispatcher.py, through
+    tensor_parallel/mappings.py. gloo takes equal parts alone.
+    """
+    from megatron.core.tensor_parallel import mappings
+
+    replace(mappings, "_gather_along_first_dim", _gather_uneven(mappings._gather_along_first_dim))
+    replace(
+        mappings, "_reduce_scatter_along_first_dim", _scatter_uneven(mappings._reduce_scatter_along_first_dim)
+    )
+
+
 def _is_not_about_the_generator(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("CPU RNG state changed")
 
@@ -257,6 +320,8 @@ PATCHES: dict[str, Callable[[], None]] = {
     "P8": p8_rng_tracker,
     "P9": p9_side_streams,
     "P11": p11_gloo_devices,
+    "P12": p12_split_sizes,
+    "P13": p13_uneven_parts,
 }
 
 

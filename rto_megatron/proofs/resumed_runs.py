@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rto_megatron.config import load, schema
 from rto_megatron.config.facts import facts_of
@@ -24,6 +25,9 @@ from rto_megatron.storage.file_digests import checkpoint_name
 from rto_megatron.storage.megatron_folder import HF_FILES
 from rto_megatron.trainer.run_moment import MOMENT_FILE
 from rto_megatron.types import Prompt, Rollout
+
+if TYPE_CHECKING:
+    from rto_megatron.parallel.topology import Topology
 
 OBSERVED = "observed"  # <run>/observed/<rank>.json: generators at the end, and every request to the script
 
@@ -121,25 +125,32 @@ class ScriptedPush:
         """Nothing to leave."""
 
 
+def train_scripted(config: schema.TrainStage, topology: "Topology") -> ScriptedPool | None:
+    """Trains as one rank, from the checkpoint if there is one; the pool is the one of a replica lead that samples."""
+    from rto_megatron.engine.source import find_source
+    from rto_megatron.trainer.connected_pool import ConnectedPool
+    from rto_megatron.trainer.offline import train_offline
+    from rto_megatron.trainer.online import train_online
+
+    pool, facts = None, facts_of(config)
+    if facts.online is not None:
+        source = find_source(config.models.policy, False, config.models.random_init, "models.policy")
+        pool = ScriptedPool(source.shape().vocab_size) if topology.is_replica_lead else None
+        train_online(facts.online, topology, ConnectedPool(pool, ScriptedPush(pool)))
+    elif facts.offline is not None:
+        train_offline(facts.offline, topology)
+    return pool
+
+
 def run_observed(config: schema.TrainStage) -> None:
-    """Trains as one rank, from the checkpoint if there is one, and writes down what no checkpoint holds."""
+    """Trains as one rank, and writes down what no checkpoint holds."""
     from rto_megatron.platform.device import prepare
     from rto_megatron.trainer.stages import ranks
 
     with ranks(prepare(), config.parallel, config.run.seed) as topology:
-        from rto_megatron.engine.source import find_source
         from rto_megatron.parallel.seeds import generator_states
-        from rto_megatron.trainer.connected_pool import ConnectedPool
-        from rto_megatron.trainer.offline import train_offline
-        from rto_megatron.trainer.online import train_online
 
-        pool, facts = None, facts_of(config)
-        if facts.online is not None:
-            source = find_source(config.models.policy, False, config.models.random_init, "models.policy")
-            pool = ScriptedPool(source.shape().vocab_size) if topology.is_replica_lead else None
-            train_online(facts.online, topology, ConnectedPool(pool, ScriptedPush(pool)))
-        elif facts.offline is not None:
-            train_offline(facts.offline, topology)
+        pool = train_scripted(config, topology)
         folder = config.run.dir / OBSERVED
         folder.mkdir(exist_ok=True)
         observed = {"generators": generator_states(), "requests": pool.requests if pool else []}

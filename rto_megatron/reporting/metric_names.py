@@ -100,6 +100,20 @@ _CLIPPED = "`optimizer.max_grad_norm`"
 _EXPERTS = "`models.moe_aux_loss_coef`, and a model with experts"
 POOL = "a pool of vLLM servers"
 
+
+def _router(role: str, stages: StageGroup) -> tuple[Metric, ...]:
+    name, when = f"router/{role}", "a model with experts"
+    return (
+        Metric(f"{name}_load_max", "", "load of the busiest expert of a layer", stages, when),
+        Metric(f"{name}_load_min", "", "load of the idlest expert of a layer", stages, when),
+        Metric(f"{name}_load/NUMBER", "", "load of one expert, counted from 000", stages, when),
+        Metric(f"{name}_load_entropy", "", "entropy of the loads of a layer over that of equal ones; 1 is balance, 0 "
+               "one expert for all", stages, when),
+        Metric(f"{name}_idle_fraction", "fraction", "experts without a token", stages, when),
+        Metric(f"{name}_entropy", "nats", "entropy of a token's distribution over experts", stages, when),
+    )  # fmt: skip
+
+
 # What the losses of the offline stages say; on held-out data the same under `eval/`.
 LOSSES = Theme(
     "Losses of the offline stages",
@@ -231,6 +245,16 @@ THEMES = (
         ),
     ),
     Theme(
+        "Routers of mixtures of experts",
+        "Of a model that is trained: of all tokens of its last optimizer step but padding, means over the layers with "
+        "experts. A load is what an expert gets, over what it would get if all got as much: 1 is balance.",
+        (
+            *_router("policy", LANGUAGE),
+            *_router("critic", CRITIC),
+            *_router("reward", REWARD),
+        ),
+    ),
+    Theme(
         "Agreement with the pool",
         "Over the tokens that the pool sampled.",
         (
@@ -292,8 +316,14 @@ THEMES = (
 
 
 def listed_name(name: str) -> str:
-    """The name under which the table has a name of the log: its NAME is any source of rewards, its K a number."""
-    return re.sub(r"^eval/pass_at_\d+$", "eval/pass_at_K", re.sub(r"\breward/[^/]+/", "reward/NAME/", name))
+    """The name under which the table has a name of the log: NAME is any source of rewards, K and NUMBER a number."""
+    for pattern, listed in (
+        (r"^eval/pass_at_\d+$", "eval/pass_at_K"),
+        (r"\breward/[^/]+/", "reward/NAME/"),
+        (r"_load/\d+$", "_load/NUMBER"),
+    ):
+        name = re.sub(pattern, listed, name)
+    return name
 
 
 def metrics_of(stage: str) -> dict[str, Metric]:

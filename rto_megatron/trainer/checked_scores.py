@@ -90,9 +90,9 @@ class Scorer:
     @property
     def ear(self) -> Hear | None:
         """What asks of responses that are there early; None where all of a batch decide who shares a micro-batch, or a
-        model with a layout of its own needs all ranks at once."""
-        setup = self._setup
-        is_alone = setup.layout.tokens is None and setup.topology.is_layout_of_all
+        model needs all ranks at once: with a layout of its own, or as a mixture whose replicas exchange tokens."""
+        setup, place = self._setup, self._setup.topology
+        is_alone = setup.layout.tokens is None and place.is_layout_of_all and not place.is_exchanging
         return self.hear if is_alone else None
 
     def hear(self, sampled: Sequence[Rollout]) -> None:

@@ -11,6 +11,7 @@ import torch
 from rto_megatron.config.rollouts import RolloutConfig
 from rto_megatron.data.packing import token_batch
 from rto_megatron.engine.absent import RoleModel
+from rto_megatron.engine.holders import num_places, run_of
 from rto_megatron.engine.offload import HostMemory
 from rto_megatron.errors import MachineError, PoolError, RecipeError, UserError
 from rto_megatron.generation.contract import NoServersLeft, RolloutEngine, Unreachable
@@ -343,17 +344,15 @@ def open_push(
         return topology.gather_all(text, str)
 
     source = PolicySource(policy)
-    replica_ranks = topology.pipeline_size * topology.tensor_size
-    replicas = range(topology.data_size if config.colocated else 1)
+    num_senders, own_run = num_places(topology), run_of(topology) if topology.holds_shard else None
+    runs = range(topology.world_size // num_senders if config.colocated else 1)
     sync = WeightSync(
         source=source,
         ask=AskPushedServers(token, phases),
         part=PushPart(
             is_controller=topology.is_lead,
-            sender=topology.data_rank * replica_ranks + source.sender
-            if topology.holds_shard and topology.data_rank in replicas
-            else None,
-            num_senders=len(replicas) * replica_ranks,
+            sender=None if own_run is None or own_run not in runs else own_run * num_senders + source.sender,
+            num_senders=len(runs) * num_senders,
         ),
         device=topology.device.torch_device,
         bucket_bytes=config.bucket_mb << 20,

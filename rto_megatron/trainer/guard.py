@@ -10,7 +10,8 @@ from torch import Tensor
 
 from rto_megatron.engine.absent import TrainedRole
 from rto_megatron.engine.finite import EmptyUpdateError, PoisonedError
-from rto_megatron.engine.megatron import Microbatch, Reading
+from rto_megatron.engine.megatron import Microbatch
+from rto_megatron.engine.readings import Reading
 from rto_megatron.errors import RecipeError, UserError
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.reporting.progress import say

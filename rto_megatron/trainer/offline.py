@@ -10,7 +10,6 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from rto_megatron.algorithms import ALGORITHMS, kto
 from rto_megatron.algorithms.method import Method, OfflineMethod
@@ -22,9 +21,7 @@ from rto_megatron.config.learning_rate import learning_rate
 from rto_megatron.config.source_names import Sources
 from rto_megatron.data.cut import Layout
 from rto_megatron.data.grouping import own_share
-from rto_megatron.data.limits import Limits
 from rto_megatron.data.load_report import Loaded
-from rto_megatron.data.loader import load_demonstrations, load_judged, load_pairs
 from rto_megatron.data.packing import (
     judged_microbatches,
     pair_microbatches,
@@ -32,12 +29,14 @@ from rto_megatron.data.packing import (
     sequence_batches,
     supervised_microbatches,
 )
-from rto_megatron.data.vocabulary import token_ids
+from rto_megatron.data.prepared import PreparedData
+from rto_megatron.data.vocabulary import vocabulary_of
 from rto_megatron.engine.absent import FrozenRole, RoleModel, TrainedRole
 from rto_megatron.engine.build_roles import place_frozen, place_trained
 from rto_megatron.engine.divergence import divergence_from, divergence_microbatches
-from rto_megatron.engine.megatron import TOKENS, FrozenModel, Loss, Microbatch, Reading
+from rto_megatron.engine.megatron import TOKENS, FrozenModel, Loss, Microbatch
 from rto_megatron.engine.offload import HostMemory, host_memory
+from rto_megatron.engine.readings import Reading
 from rto_megatron.errors import RecipeError
 from rto_megatron.parallel.dealing import shared_out
 from rto_megatron.parallel.topology import Topology
@@ -55,7 +54,6 @@ from rto_megatron.trainer.setup import Setup, note_in_config, prepare_stage, sta
 from rto_megatron.types import (
     Demonstration,
     DivergenceMicrobatch,
-    EndOfSequence,
     Example,
     JudgedMicrobatch,
     JudgedResponse,
@@ -69,10 +67,8 @@ from rto_megatron.types import (
 
 _EVALUATED_AT_A_TIME = 16  # micro-batches
 
-# (sources, tokenizer, limits, rows to read or None for all, end-of-sequence)
-type Load[E: Example] = Callable[
-    [Sources, PreTrainedTokenizerBase, Limits, int | None, EndOfSequence | None], Loaded[E]
-]
+# (prepared data, sources, rows to read or None for all)
+type Load[E: Example] = Callable[[PreparedData, Sources, int | None], Loaded[E]]
 
 
 @dataclass(frozen=True)
@@ -118,7 +114,7 @@ def train_offline(config: schema.OfflineStage, topology: Topology) -> None:
             config, setup, trainee, judgement_task(method.build(config.algorithm).loss, setup.layout, trainee)
         )
     elif _reads_pairs(method):
-        load = partial(load_pairs, has_margins=facts_of(config).reads_margins)
+        load = partial(PreparedData.pairs, has_margins=facts_of(config).reads_margins)
         loss = method.build(config.algorithm).loss
         if method.outputs == "divergence":
             _train(config, setup, trainee, divergence_task(load, loss, setup.layout, trainee))
@@ -162,7 +158,7 @@ def _train[E: Example, M: Microbatch](
 ) -> None:
     topology, role, model = setup.topology, trainee.role, trainee.model
     is_reward = facts_of(config).is_reward_model
-    data = task.load(config.data.train, setup.tokenizer, setup.limits, None, setup.eos)
+    data = task.load(setup.prepared, config.data.train, None)
     setup.admit(data)
     batches = feed(data, config.batch.train, config.run.seed, topology, setup.cost)
     held_out = _held_out(task, config.data, setup)
@@ -172,8 +168,8 @@ def _train[E: Example, M: Microbatch](
         )
     hf_files = stage_hf_files(setup.sources["policy"], config.run.dir, role, topology, setup.eos)
     if is_reward:
-        known = chain(data.items, held_out)
-        give_own_padding(hf_files, frozenset(chain.from_iterable(map(token_ids, known))), topology)
+        used_ids = vocabulary_of(data.items) | vocabulary_of(held_out)
+        give_own_padding(hf_files, used_ids, topology)
     if trainee.reference is not None:
         note_reference(hf_files, trainee.reference)
     run = Run(
@@ -236,7 +232,8 @@ def evaluate[E: Example, M: Microbatch](
     most = max(topology.gather(len(some), int))
     for group in [*some, *([[]] * (most - len(some)))]:
         microbatches = task.microbatches(group, task.size(examples))
-        outputs = model.outputs(microbatches, task.reading) if microbatches else []
+        is_called = microbatches or model.topology.is_exchanging
+        outputs = model.outputs(microbatches, task.reading) if is_called else []
         with torch.no_grad():
             for output, microbatch in zip(outputs, microbatches, strict=True):
                 total = add(total, task.loss(output, microbatch).metrics)
@@ -261,7 +258,7 @@ def _held_out[E: Example, M: Microbatch](
 ) -> Sequence[E]:
     if not data.eval:
         return ()
-    loaded = task.load(data.eval, setup.tokenizer, setup.limits, data.eval_samples, setup.eos)
+    loaded = task.load(setup.prepared, data.eval, data.eval_samples)
     setup.admit(loaded)
     return loaded.items
 
@@ -271,7 +268,9 @@ def demonstration_task(
 ) -> Task[Demonstration, SupervisedMicrobatch]:
     """The data, the loss and the outputs of supervised learning, put together."""
     build = partial(supervised_microbatches, layout=layout)
-    return Task(load_demonstrations, _num_targets, build, loss, TOKENS, layout.groups_of, is_coupled=False)
+    return Task(
+        PreparedData.demonstrations, _num_targets, build, loss, TOKENS, layout.groups_of, is_coupled=False
+    )
 
 
 def judgement_task(
@@ -280,7 +279,7 @@ def judgement_task(
     """The task of answers with verdicts."""
     assert trainee.reference is not None
     build = partial(_judged, trainee.model, trainee.reference, layout)
-    return Task(load_judged, len, build, loss, TOKENS, layout.groups_of, is_coupled=True)
+    return Task(PreparedData.judged, len, build, loss, TOKENS, layout.groups_of, is_coupled=True)
 
 
 def pair_task(
@@ -343,7 +342,7 @@ def response_logprobs(
     With a layout of the model's own all ranks must call it.
     """
     share = shared_out(list(answers), list[tuple[tuple[int, ...], tuple[int, ...]]], model.topology)
-    if not share.items:
+    if not share.items and not model.topology.is_exchanging:
         return torch.zeros(0, device=layout.device)
     sequences = [(prompt_ids + response_ids, len(prompt_ids)) for prompt_ids, response_ids in share.items]
     cut = sequence_batches(sequences, packed_for(model.topology, layout))

@@ -9,7 +9,6 @@ from rto_megatron.algorithms.losses import to_metrics
 from rto_megatron.algorithms.policy_losses import Loss
 from rto_megatron.config import schema
 from rto_megatron.data.batches import Batches, BatchesState
-from rto_megatron.data.loader import load_texts
 from rto_megatron.data.packing import supervised_microbatches
 from rto_megatron.errors import DataError
 from rto_megatron.trainer.feed import feed, go_on
@@ -33,7 +32,7 @@ class Pretraining:
         self._coef = config.algorithm.ptx_coef
         self._texts: Batches[Demonstration] | None = None
         if config.data.pretrain is not None:
-            loaded = load_texts(config.data.pretrain, setup.tokenizer, setup.limits)
+            loaded = setup.prepared.texts(config.data.pretrain)
             setup.admit(loaded)
             num_texts = sum(portion.per_pass for portion in loaded.portions)
             if num_texts < config.batch.train:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -89,11 +88,8 @@ def _own_digests(model: Model) -> dict[str, str]:
     """Name -> sha256 of the tensors that this rank answers for."""
     topology, own = model.topology, {}
     tensors = stage_hf_tensors(model.module, model.shape, model.has_scalar_head, topology)
-    if topology.tensor_rank == 0 and topology.data_rank == 0:
-        for name, tensor in tensors:
-            # A copy in any case: memory that numpy has seen cannot be given away any more, as offload does.
-            raw = tensor.detach().to("cpu", torch.bfloat16, copy=True).contiguous().view(torch.uint8)
-            own[name] = hashlib.sha256(raw.numpy()).hexdigest()
-    elif topology.data_rank == 0:
-        deque(tensors, maxlen=0)  # the other tensor ranks only take part in the gathers
+    for name, tensor in tensors:
+        # A copy in any case: memory that numpy has seen cannot be given away any more, as offload does.
+        raw = tensor.detach().to("cpu", torch.bfloat16, copy=True).contiguous().view(torch.uint8)
+        own[name] = hashlib.sha256(raw.numpy()).hexdigest()
     return own

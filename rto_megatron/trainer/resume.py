@@ -41,6 +41,7 @@ _FREE = (
     "data.eval",
     "data.eval_samples",
     "data.layout",
+    "data.cache",
     "data.true_reward",
     "models.allow_unverified_reference",
     "offload",

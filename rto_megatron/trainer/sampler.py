@@ -6,7 +6,6 @@ from typing import Protocol
 from rto_megatron.config import schema
 from rto_megatron.config.rewards import reads_columns
 from rto_megatron.data.batches import Batches, BatchesState
-from rto_megatron.data.loader import load_prompts
 from rto_megatron.generation.contract import RolloutEngine, Sampling
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.trainer.arrivals import Hear
@@ -218,7 +217,7 @@ class WrappedSampler:
 def load_batches(config: schema.ReinforcementStage, setup: Setup) -> Batches[Prompt]:
     """This replica's share of every rollout step's prompts."""
     keeps_columns = reads_columns(config.rewards)
-    loaded = load_prompts(config.data.train, setup.tokenizer, setup.limits, keeps_columns=keeps_columns)
+    loaded = setup.prepared.prompts(config.data.train, keeps_columns=keeps_columns)
     setup.admit(loaded)
     return feed(loaded, config.batch.rollout, config.run.seed, setup.topology)
 

@@ -18,11 +18,12 @@ from rto_megatron.data.budget import over_budget
 from rto_megatron.data.cut import Layout
 from rto_megatron.data.eos import read_eos
 from rto_megatron.data.grouping import read_lengths
-from rto_megatron.data.limits import Limits, limits_of
+from rto_megatron.data.limits import limits_of
 from rto_megatron.data.load_report import Loaded
+from rto_megatron.data.prepared import PreparedData
 from rto_megatron.data.tokenizer import encoding_fingerprint, load_tokenizer
 from rto_megatron.engine.source import WeightSource, find_sources
-from rto_megatron.models.layout_checks import check_experts, check_layout
+from rto_megatron.models.layout_checks import check_experts, check_layout, idle_expert_keys
 from rto_megatron.models.model_flops import forward_flops
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.parallel.topology import Topology
@@ -38,6 +39,7 @@ from rto_megatron.types import EndOfSequence, Example, Rollout
 
 # In the config.json of a model that was trained against a reference.
 REFERENCE_FINGERPRINT = "reference_fingerprint"
+_CACHE = "data_cache"
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Setup:
     tokenizer: PreTrainedTokenizerBase
     eos: EndOfSequence  # of the policy
     layout: Layout
-    limits: Limits
+    prepared: PreparedData
     # FLOPs of a forward of all models, by which replicas share batches; None: they take as many items each.
     cost: Callable[[Example | Rollout], float] | None
 
@@ -95,7 +97,9 @@ def prepare_stage(config: schema.Stage, topology: Topology) -> Setup:
     batch, device = config.batch, topology.device.torch_device
     layout = Layout(batch.micro, batch.packed, topology.row_multiple, device, batch.tokens)
     cost = None if batch.tokens is None else _cost(config, sources)
-    return Setup(topology, sources, tokenizer, eos, layout, limits_of(config, moment), cost)
+    cache = config.data.cache or config.run.dir.parent / _CACHE
+    prepared = PreparedData(cache, tokenizer, limits_of(config, moment), eos)
+    return Setup(topology, sources, tokenizer, eos, layout, prepared, cost)
 
 
 def _cost(config: schema.Stage, sources: Mapping[str, WeightSource]) -> Callable[[Example | Rollout], float]:
@@ -124,11 +128,11 @@ def setup_problems(config: schema.Stage, sources: Mapping[str, WeightSource], wo
         *(
             problem
             for role, shape in shapes.items()
-            for grid in [parallel.grid_of(role)]
             for problem in check_layout(
-                shape, grid.tensor, grid.pipeline, f"models.{role}", parallel.key_of(role)
+                shape, parallel.grid_of(role), f"models.{role}", parallel.key_of(role)
             )
         ),
+        *idle_expert_keys(shapes, parallel),
         *check_experts(
             {role.name: shapes[role.name] for role in roles_of(config) if role.is_trained},
             parallel,

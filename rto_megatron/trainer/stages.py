@@ -97,6 +97,8 @@ def ranks(
             seed,
             timeout,
             parallel.roles,
+            parallel.expert,
+            parallel.expert_tensor,
         )
     except UserError:
         if dist.is_initialized():

@@ -8,7 +8,6 @@ from pathlib import Path
 from rto_megatron.config import schema
 from rto_megatron.config.rewards import reads_columns
 from rto_megatron.config.run_folder import make_run_folder
-from rto_megatron.data.loader import load_prompts
 from rto_megatron.errors import DataError
 from rto_megatron.trainer.setup import Setup
 from rto_megatron.types import Prompt, Rewards, Rollout
@@ -24,7 +23,7 @@ def load_unseen(config: schema.Rewarded, setup: Setup) -> tuple[Prompt, ...]:
     """
     data, columns = config.data, reads_columns(config.rewards)
     assert data.eval is not None
-    loaded = load_prompts(data.eval, setup.tokenizer, setup.limits, data.eval_samples, columns)
+    loaded = setup.prepared.prompts(data.eval, data.eval_samples, columns)
     setup.admit(loaded)
     if len(loaded.items) < setup.topology.data_size:
         raise DataError(

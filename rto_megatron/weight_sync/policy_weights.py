@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from rto_megatron.engine.absent import AbsentModel, RoleModel
+from rto_megatron.engine.holders import holders, place_of
 from rto_megatron.engine.weights import stage_pieces
-from rto_megatron.models.parameters import stage_of, stored_parameters
+from rto_megatron.models.parameters import stored_parameters
 from rto_megatron.models.weight_map import cut, dtype_name
 from rto_megatron.weight_sync.manifest import PieceSpec
 
@@ -14,7 +15,8 @@ from rto_megatron.weight_sync.manifest import PieceSpec
 class PolicySource:
     """Plays the family's weight map backward; see `weight_sync.manifest.PieceSource`.
 
-    Sender p x (tensor ranks) + t is tensor rank t of pipeline stage p; it sends what it holds, nothing is gathered.
+    Senders are the ranks that hold the model with all its experts once (`engine.holders`): each sends what it answers
+    for, nothing is gathered.
 
     Example:
         PolicySource(policy).specs()
@@ -25,27 +27,22 @@ class PolicySource:
 
     @property
     def sender(self) -> int:
-        """This rank's index among the senders of its replica."""
-        topology = self.policy.topology
-        return topology.pipeline_rank * topology.tensor_size + topology.tensor_rank
+        """This rank's index among the senders of its run."""
+        return place_of(self.policy.topology)
 
     def specs(self) -> tuple[PieceSpec, ...]:
-        """The piece of every tensor on each rank of a replica; equal on all ranks."""
+        """The piece of every tensor on each sender; equal on all ranks."""
         shape, topology = self.policy.shape, self.policy.topology
         dtype = self.policy.dtype
         specs = []
         for parameter in stored_parameters(shape, self.policy.has_scalar_head):
-            first_sender = stage_of(parameter, shape, topology.pipeline_size) * topology.tensor_size
-            dim = parameter.layout.dim
-            owners = range(1 if dim is None else topology.tensor_size)
-            for rank in owners:
+            dim, senders = parameter.layout.dim or 0, holders(parameter, shape, topology)
+            for rank, sender in enumerate(senders):
                 for name, size in parameter.sizes():
-                    start, length = cut(size[dim or 0], rank, len(owners))
+                    start, length = cut(size[dim], rank, len(senders))
                     if length:
                         named = dtype_name(parameter.dtype(dtype))
-                        specs.append(
-                            PieceSpec(name, named, size, first_sender + rank, dim or 0, start, length)
-                        )
+                        specs.append(PieceSpec(name, named, size, sender, dim, start, length))
         return tuple(specs)
 
     def pieces(self, sender: int) -> Iterator[tuple[str, Tensor]]:

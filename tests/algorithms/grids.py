@@ -46,7 +46,9 @@ def ragged_batch(lengths: tuple[int, ...], packed: bool) -> TokenBatch:
     if packed:
         offsets.append(offsets[-1] + 2)
     ids = torch.zeros(offsets[-1], dtype=torch.int64)
-    return TokenBatch(ids, ids, tuple(offsets), 1 if packed else len(lengths), last, 0)
+    return TokenBatch(
+        ids, ids, tuple(offsets), 1 if packed else len(lengths), last, 0, torch.arange(len(ids))
+    )
 
 
 def to_positions(grid_BR: Tensor, batch: TokenBatch, prompt_length: int, padding: float) -> Tensor:

@@ -28,7 +28,13 @@ def check(*arguments: str) -> str:
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("llama-3-8b", 8_030_261_248), ("llama-3-70b", 70_553_706_496), ("llama-3.2-1b", 1_235_814_400)],
+    [
+        ("llama-3-8b", 8_030_261_248),
+        ("llama-3-70b", 70_553_706_496),
+        ("llama-3.2-1b", 1_235_814_400),
+        ("qwen3-1.7b", 1_720_574_976),
+        ("qwen3-30b-a3b", 30_532_122_624),
+    ],
 )
 def test_parameter_counts_are_the_published_ones(name: str, parameters: int) -> None:
     assert num_parameters(KNOWN_SHAPES[name], has_scalar_head=False) == parameters
@@ -38,6 +44,15 @@ def test_parameter_counts_are_the_published_ones(name: str, parameters: int) -> 
 @pytest.mark.parametrize("method", ALGORITHMS)
 def test_every_method_has_a_recipe_of_its_name(method: str, folder: str) -> None:
     assert load_recipe(RECIPES / folder / f"{method}.yaml").stage == method
+
+
+@pytest.mark.parametrize("stage", ["dpo", "rto"])
+def test_recipes_of_a_mixture_pass_on_32_gpus(stage: str) -> None:
+    printed = check(str(RECIPES / "qwen3_30b_a3b" / f"{stage}.yaml"), "--gpus", "32")
+    replicas = 16 if stage == "dpo" else 8  # half of the GPUs sample
+    assert f"data {replicas // 2}; experts in 8 parts x 1 ranks, held {replicas // 8} times" in printed
+    # Of 48 x 128 experts of 3 x 2048 x 768 a rank holds an eighth of half, of the rest a quarter.
+    assert "2,197.2 M" in printed
 
 
 @pytest.mark.parametrize("recipe", PAPER, ids=lambda path: path.stem)

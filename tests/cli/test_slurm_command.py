@@ -122,6 +122,17 @@ def test_ranks_of_a_job_without_gpus_are_those_of_the_layout(tmp_path: Path) -> 
 def test_a_job_without_gpus_has_ranks_for_every_role(tmp_path: Path) -> None:
     keys = ("parallel.tensor=2", "parallel.roles.reference.tensor=4")
     assert plan("dpo", Allocation(2), f"vars.root={tmp_path}", *keys).ranks_per_node == 2
+    own = ("parallel.tensor=2", "parallel.roles.reference.ranks=2-3")
+    assert plan("dpo", Allocation(2), f"vars.root={tmp_path}", *own).ranks_per_node == 2
+
+
+def test_ranks_of_a_role_s_own_count_in_the_memory_of_those_alone(tmp_path: Path, model: Path) -> None:
+    """The policy's 8 ranks: 2.0e9 parameters at 12 bytes and twice 2, and 4.2 GiB of activations; no critic beside."""
+    own = ("parallel.roles.critic={tensor: 4, ranks: 8-15}", "parallel.roles.reward={tensor: 4, ranks: 8-15}")
+    keys = (f"vars.root={tmp_path}", "parallel.distributed_optimizer=true", *own)
+    plan("rto", EIGHT, *keys, gib=36, model=model)
+    with pytest.raises(RecipeError, match=r"the trainer takes 34\.\d GiB of a GPU's 33\.0 GiB"):
+        plan("rto", EIGHT, *keys, gib=33, model=model)
 
 
 def test_a_container_sees_the_checkout_and_the_run(tmp_path: Path) -> None:
@@ -152,6 +163,13 @@ def test_a_container_sees_the_checkout_and_the_run(tmp_path: Path) -> None:
         ("rto", Allocation(12, 8, 8), (), 64, "does not divide the policy's 32 attention heads"),
         ("sft", Allocation(3, 0, 8), ("parallel.tensor=16",), 1, "does not divide the 24 ranks"),
         ("rto", EIGHT, ("parallel.roles.critic.tensor=3",), 1, "3 x 1 = 3 does not divide the 16 ranks"),
+        (
+            "rto",
+            EIGHT,
+            ("parallel.roles.critic.ranks=12-16",),
+            1,
+            "names rank 16 of a job of 16 ranks, 0 to 15",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(

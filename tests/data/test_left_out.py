@@ -243,3 +243,40 @@ def test_arguments_of_the_recipe_reach_the_template_and_others_are_refused(
     assert "03 Feb 2025!<user>" in sft(own, dated, tmp_path, moment=moment)[0]
     with pytest.raises(DataError, match=r"data\.template: .* does not read quiet; it reads loud"):
         sft(row, dated, tmp_path, arguments={"quiet": True})
+
+
+LONG = "the quick brown fox jumps over the lazy dog"
+HIDDEN = {
+    "a turn that the next one repeats": [
+        turn("developer", LONG),
+        user(f"{LONG}; the dog sleeps"),
+        assistant("write a short answer"),
+    ],
+    "a turn that the one before repeats": [
+        user(f"{LONG}; {LONG}"),
+        turn("developer", LONG),
+        user("naïve café"),
+        assistant("write a short answer"),
+    ],
+    "a turn in the words of the template": [
+        user(LONG),
+        turn("developer", "<assistant><think>"),
+        assistant(LONG),
+    ],
+    "a turn that the answer repeats": [
+        user("write a short answer"),
+        turn("developer", LONG),
+        assistant(LONG),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_a_long_turn_is_missed_though_its_text_stands_elsewhere(
+    name: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    template = with_template(tokenizer, REASONS.replace("<think>", "<assistant><think>"))
+    with pytest.raises(DataError, match=r"leaves out message \d \(developer\)"):
+        sft({"messages": HIDDEN[name]}, template, tmp_path)
+    kept = [message for message in HIDDEN[name] if message["role"] != "developer"]
+    assert sft({"messages": kept}, template, tmp_path)[1].startswith(str(kept[-1]["content"]))

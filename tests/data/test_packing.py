@@ -95,6 +95,7 @@ def test_positions_follow_the_definition() -> None:
     # o + p - 1 .. o + p + n - 2 is 2..5 for the first sequence and 7..9 for the second.
     expected = [0, 0, 1, 2, 3, 4, 0, 5, 6, 7, 0]
     assert scatter_to_positions(grid_BR, batch, [3, 1], [4, 3]).tolist() == expected
+    assert batch.asked_N.tolist() == [2, 3, 4, 5, 7, 8, 9]
 
 
 def test_gather_passes_gradients() -> None:

@@ -10,7 +10,8 @@ import pyarrow.parquet
 import pytest
 from data.written_rows import demonstration, write_lines
 
-from rto_megatron.data.sources import BadRow, read_rows, scan_rows
+from rto_megatron.data.row import BadRow
+from rto_megatron.data.sources import read_rows, scan_rows
 from rto_megatron.errors import DataError
 
 ROWS = [demonstration("the dog"), demonstration("a dog")]

@@ -18,17 +18,35 @@ LAYOUTS = {
     "tp2_sp": (2, 2, 1, True),
     "tp2_pp2": (4, 2, 2, False),
     "tp2_pp2_sp": (4, 2, 2, True),
+    "ep2": (2, 1, 1, False),
+    "ep2_dp4": (4, 1, 1, False),
+    "ep2_pp2": (4, 1, 2, False),
+    "ep2_tp2": (2, 2, 1, True),
+    "ep4_tp2": (4, 2, 1, True),
+    "ep2_tp2_etp2": (4, 2, 1, True),
     # The policy has the ranks that no role has for itself.
     "tp2_of_4": (4, 2, 1, False),
     "pp2_of_3": (3, 1, 2, False),
     "dp2_of_3": (3, 1, 1, False),
+}
+# Of those whose experts lie on different ranks: (parts of the experts, ranks of one)
+EXPERTS = {
+    "ep2": (2, 1),
+    "ep2_dp4": (2, 1),
+    "ep2_pp2": (2, None),
+    "ep2_tp2": (2, 1),
+    "ep4_tp2": (4, 1),
+    "ep2_tp2_etp2": (2, 2),
 }
 
 
 def topology(layout: str) -> Topology:
     """This rank's place in a layout."""
     _, tensor, pipeline, sequence = LAYOUTS[layout]
-    return Topology.init(prepare(), tensor, pipeline, sequence, seed=1)
+    expert, expert_tensor = EXPERTS.get(layout, (1, None))
+    return Topology.init(
+        prepare(), tensor, pipeline, sequence, seed=1, expert=expert, expert_tensor=expert_tensor
+    )
 
 
 def frozen(place: Topology, folder: Path, is_scalar: bool, dtype: str = "fp32") -> FrozenModel:

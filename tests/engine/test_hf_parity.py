@@ -17,7 +17,7 @@ def _outputs(layout: str, folder: Path, is_scalar: bool, packed: bool) -> list[l
     place = topology(layout)
     model = frozen(place, folder, is_scalar)
     batches = [
-        token_batch(group, packed, place.row_multiple, place.device.torch_device)
+        token_batch([(ids, 1) for ids, _ in group], packed, place.row_multiple, place.device.torch_device)
         for group in (SEQUENCES[:3], SEQUENCES[3:])
     ]
     outputs = model.token_outputs(batches)

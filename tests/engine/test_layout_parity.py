@@ -194,7 +194,7 @@ def _configuration(case: Case, root: Path) -> Stage:
     return configure(case.stage, root, root / case.folder, case.layout, **keys)
 
 
-def _run(cases: Sequence[Case], root: Path) -> None:
+def run_cases(cases: Sequence[Case], root: Path) -> None:
     """Trains one case after the other as one rank; exports the critic beside what the run itself exports."""
     for case in cases:
         config = _configuration(case, root)
@@ -230,17 +230,23 @@ def _weights(case: Case, root: Path) -> dict[str, Tensor]:
         of_layout = [one for one in CASES if one.layout == case.layout]
         if case.layout == "one":
             of_layout += ON_ONE_RANK
-        run_ranks(LAYOUTS[case.layout][0], _run, of_layout, root, timeout_seconds=300)
+        run_ranks(LAYOUTS[case.layout][0], run_cases, of_layout, root, timeout_seconds=300)
         _TRAINED.add((case.layout, root))
+    return weights_of(root / case.folder)
+
+
+def weights_of(run_dir: Path) -> dict[str, Tensor]:
+    """Whole tensors that a case exported, by model and Hugging Face name."""
     return {
         f"{role}/{name}": tensor
         for role, export in (("policy", "hf"), ("critic", "critic_hf"))
-        for file in sorted((root / case.folder / export).glob("*.safetensors"))
+        for file in sorted((run_dir / export).glob("*.safetensors"))
         for name, tensor in load_file(file).items()
     }
 
 
-def _start(root: Path) -> dict[str, Tensor]:
+def start_of(root: Path) -> dict[str, Tensor]:
+    """Those that policy and critic start from."""
     return {
         f"{role}/{name}": tensor
         for role in ("policy", "critic")
@@ -250,7 +256,7 @@ def _start(root: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.folder)
 def test_a_step_moves_the_weights_as_on_one_rank(case: Case, root: Path) -> None:
-    want, got, start = _weights(case.oracle, root), _weights(case, root), _start(root)
+    want, got, start = _weights(case.oracle, root), _weights(case, root), start_of(root)
     assert got.keys() == want.keys()
     has_critic = any(name.startswith("critic/") for name in want)
     assert has_critic == issubclass(STAGES[case.stage], ActorCriticStage)

@@ -1,6 +1,5 @@
 """One RTO update from fixed rollouts gives the one-rank gradients and weights at every layout, policy and critic."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -9,6 +8,7 @@ import pytest
 import torch
 from engine.fixed_rollouts import rollouts
 from engine.layouts import LAYOUTS, frozen, topology, trained
+from engine.whole_tensors import whole
 from megatron.core.distributed import DistributedDataParallel
 from ranks import run_ranks
 from safetensors.torch import load_file
@@ -19,10 +19,6 @@ from torch import Tensor
 from rto_megatron.algorithms import rto
 from rto_megatron.config.training import OptimizerConfig
 from rto_megatron.data.packing import Layout
-from rto_megatron.engine.megatron import TrainedModel
-from rto_megatron.engine.weights import local_parameters
-from rto_megatron.models.parameters import parameter_map, stage_of
-from rto_megatron.models.weight_map import merge
 from rto_megatron.trainer.opinions import Roles
 from rto_megatron.trainer.reward_source import ModelReward
 from rto_megatron.trainer.reward_sum import alone
@@ -72,17 +68,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     return made
 
 
-def _whole(model: TrainedModel, value: Callable[[torch.nn.Parameter], Tensor]) -> dict[str, Tensor]:
-    """Whole tensors of this pipeline stage, by Hugging Face name."""
-    place, local, whole = model.topology, local_parameters(model.module), {}
-    for mapped in parameter_map(model.shape, model.has_scalar_head):
-        if mapped.is_copy or stage_of(mapped, model.shape, place.pipeline_size) != place.pipeline_rank:
-            continue
-        shards = place.gather_tensor_shards(value(local[mapped.megatron]).detach().float())
-        whole.update(zip(mapped.hf, merge(mapped.layout, shards), strict=True))
-    return {name: tensor.clone() for name, tensor in whole.items()}
-
-
 def _without(reduction: str) -> None:
     """Takes one gradient reduction away, as a broken build would."""
     if reduction == "data":
@@ -127,10 +112,10 @@ def _update(case: Case, root: Path) -> dict[str, dict[str, Tensor]]:
         for model, loss in ((critic, algorithm.value_loss), (policy, algorithm.policy_loss)):
             if not seen.get(f"{model.name}/gradient") and not case.is_distributed_optimizer:
                 model.gradients(one.microbatches, loss, one.names)
-                seen[f"{model.name}/gradient"] = _whole(model, lambda p: p.main_grad)
+                seen[f"{model.name}/gradient"] = whole(model, lambda p: p.main_grad)
             take_step(model, one.microbatches, loss, one.names, case.optimizer.lr)
     for model in (critic, policy):
-        seen[f"{model.name}/weights"] = _whole(model, lambda p: p)
+        seen[f"{model.name}/weights"] = whole(model, lambda p: p)
     is_reporter = place.tensor_rank == 0 and place.data_rank == 0
     return seen if is_reporter else {}
 

@@ -123,7 +123,7 @@ def test_an_export_loads_in_transformers(
     _assert_same({n: p.detach() for n, p in loaded.named_parameters()}, whole(model, lambda p: p))
     if dtype == "bf16":
         return
-    batch = token_batch(TEXTS, True, 1, place.device.torch_device)
+    batch = token_batch([(ids, 1) for ids, _ in TEXTS], True, 1, place.device.torch_device)
     (outputs_T,) = model.token_outputs([batch])
     exported = HfModel(tmp_path / "hf", loaded.eval(), source.is_scalar)
     with torch.no_grad():

@@ -23,7 +23,7 @@ from rto_megatron.data.packing import Layout, supervised_microbatches, token_bat
 from rto_megatron.engine.weights import stage_hf_tensors
 from rto_megatron.models.config_files import read_shape
 from rto_megatron.models.families import FAMILIES
-from rto_megatron.models.parameters import fullest_stage, num_parameters, parameter_map
+from rto_megatron.models.parameters import num_parameters, parameter_map, stage_sizes
 from rto_megatron.types import Demonstration, LossOutput, SupervisedMicrobatch
 
 # The package binds the same name to a function.
@@ -56,7 +56,9 @@ def _hugging_face(folder: Path) -> list[Tensor]:
 def _read_all(layout: str, root: Path) -> dict[str, tuple[list[Tensor], set[str]]]:
     """`variant/head` -> outputs of each sequence, and tensors of this stage that differ from the file's bits."""
     place, seen = topology(layout), {}
-    batch = token_batch(SEQUENCES, True, place.row_multiple, place.device.torch_device)
+    batch = token_batch(
+        [(ids, 1) for ids, _ in SEQUENCES], True, place.row_multiple, place.device.torch_device
+    )
     for name in RUN:
         for is_scalar, head in HEADS.items():
             model = frozen(place, root / name / head, is_scalar)
@@ -108,7 +110,7 @@ def test_the_map_has_the_names_and_sizes_of_the_file(name: str, head: str, root:
 
 @pytest.mark.parametrize("head", HEADS.values())
 @pytest.mark.parametrize("name", ["qwen3_moe_mixed", "qwen2_moe", "deepseek_v3", "llama3_tied"])
-def test_the_fullest_stage_is_counted_in_the_file(name: str, head: str, root: Path) -> None:
+def test_stages_and_experts_are_counted_in_the_file(name: str, head: str, root: Path) -> None:
     folder, is_scalar = root / name / head, head == HEADS[True]
     shape, stored = read_shape(folder), load_file(folder / "model.safetensors")
     stages = [0, 0]
@@ -119,8 +121,10 @@ def test_the_fullest_stage_is_counted_in_the_file(name: str, head: str, root: Pa
             stages["embed_tokens" not in tensor_name] += tensor.numel()
     if shape.is_tied and not is_scalar:
         stages[1] += stored["model.embed_tokens.weight"].numel()
-    assert fullest_stage(shape, is_scalar, 2) == max(stages)
-    assert fullest_stage(shape, is_scalar, 1) == sum(t.numel() for t in stored.values())
+    assert [sum(size) for size in stage_sizes(shape, is_scalar, 2)] == stages
+    ((others, experts),) = stage_sizes(shape, is_scalar, 1)
+    assert others + experts == sum(t.numel() for t in stored.values())
+    assert experts == sum(t.numel() for name, t in stored.items() if ".experts." in name)
 
 
 def _value_loss(values_T: Tensor, micro: SupervisedMicrobatch) -> LossOutput:

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from tiny_families import COMMON, VARIANTS, write_family
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from rto_megatron.config.training import GridConfig
 from rto_megatron.errors import ModelFolderError
 from rto_megatron.models.config_files import config_of, read_shape
 from rto_megatron.models.families import FAMILIES
@@ -186,7 +187,7 @@ def test_deepseek_is_read_and_not_built(tmp_path: Path) -> None:
     assert shape.latent is not None and shape.head_dim == 24
     assert shape.experts is not None and shape.experts.layers == (1, 2, 3)
     assert shape.experts.shared_ffn_hidden_size == 96
-    (problem,) = check_layout(shape, 3, 3, "models.policy")
+    (problem,) = check_layout(shape, GridConfig(tensor=3, pipeline=3), "models.policy")
     assert problem.startswith("models.policy: no deepseek_v3 model can be built here: multi-head latent")
     yarn = {"rope_type": "yarn", "factor": 40.0, "rope_theta": 1e4}
     assert read_shape(_config(tmp_path, "deepseek_v3", rope_parameters=yarn)).rope_scaling_factor is None
@@ -201,7 +202,8 @@ def test_deepseek_is_read_and_not_built(tmp_path: Path) -> None:
     ],
 )
 def test_sizes_of_experts_limit_the_tensor_ranks(name: str, message: str, tmp_path: Path) -> None:
-    problems = check_layout(read_shape(_config(tmp_path, name)), 64, 2, "models.policy")
+    grid = GridConfig(tensor=64, pipeline=2)
+    problems = check_layout(read_shape(_config(tmp_path, name)), grid, "models.policy")
     assert f"models.policy: parallel.tensor=64 does not divide {message}" in problems
 
 

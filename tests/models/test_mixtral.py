@@ -71,7 +71,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _outputs(layout: str, model: Path, is_scalar: bool) -> list[Tensor]:
     place = topology(layout)
-    batch = token_batch(SEQUENCES, True, place.row_multiple, place.device.torch_device)
+    batch = token_batch(
+        [(ids, 1) for ids, _ in SEQUENCES], True, place.row_multiple, place.device.torch_device
+    )
     (values_T,) = frozen(place, model, is_scalar).token_outputs([batch])
     return [
         values_T[start : last + 1]

@@ -80,7 +80,9 @@ def _outputs(layout: str, folder: Path, packed: bool) -> list[Tensor]:
     model = frozen(place, folder, False)
     norms = {type(layer.input_layernorm) for layer in model.module.decoder.layers}
     assert norms == {RMSNorm if FAMILIES[model.shape.family].layer_spec is None else TorchNorm}
-    batch = token_batch(SEQUENCES, packed, place.row_multiple, place.device.torch_device)
+    batch = token_batch(
+        [(ids, 1) for ids, _ in SEQUENCES], packed, place.row_multiple, place.device.torch_device
+    )
     (values_T,) = model.token_outputs([batch])
     starts = batch.cu_seqlens[: len(SEQUENCES)]
     return [

@@ -8,6 +8,7 @@ import pytest
 from models.shapes import SHAPE
 from tiny_models import llama_config
 
+from rto_megatron.config.training import GridConfig
 from rto_megatron.errors import ModelFolderError
 from rto_megatron.models.config_files import read_shape
 from rto_megatron.models.layout_checks import check_layout
@@ -88,12 +89,13 @@ def test_a_damaged_config_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_a_layout_that_fits_has_no_problems() -> None:
-    assert [check_layout(SHAPE, t, p, "models.policy") for t, p in ((1, 1), (2, 2), (4, 1))] == [[]] * 3
+    grids = [GridConfig(tensor=t, pipeline=p) for t, p in ((1, 1), (2, 2), (4, 1))]
+    assert [check_layout(SHAPE, grid, "models.policy") for grid in grids] == [[]] * 3
 
 
 def test_every_obstacle_is_a_sentence() -> None:
     shape = replace(SHAPE, num_heads=6, num_kv_heads=2, ffn_hidden_size=22, num_layers=6)
-    assert check_layout(shape, 4, 4, "models.critic") == [
+    assert check_layout(shape, GridConfig(tensor=4, pipeline=4), "models.critic") == [
         "models.critic: parallel.tensor=4 does not divide num_attention_heads=6; it can be one of [1, 2]",
         "models.critic: parallel.tensor=4 does not divide num_key_value_heads=2; it can be one of [1, 2]",
         "models.critic: parallel.tensor=4 does not divide intermediate_size=22; it can be one of [1, 2]",

@@ -14,7 +14,11 @@ from rto_megatron.parallel.groups import make_groups
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.platform.device import prepare
 
-LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (8, 1)]  # tensor, pipeline, on eight ranks
+# On eight ranks: tensor, pipeline, and of experts the parts and the ranks of one.
+LAYOUTS = [
+    *((tensor, pipeline, 1, None) for tensor, pipeline in ((1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (8, 1))),
+    *((1, 1, 2, None), (1, 1, 8, None), (2, 1, 2, 1), (2, 2, 4, 1), (2, 1, 2, 2), (4, 1, 2, 1), (2, 2, 1, 1)),
+]
 Ranks = dict[str, list[int] | None]
 
 
@@ -29,11 +33,21 @@ def _ranks(groups: ProcessGroupCollection) -> Ranks:
 def _both() -> list[tuple[Ranks, Ranks]]:
     """Ours and Megatron's of every layout; ours first, so that they cannot lean on the global state."""
     dist.init_process_group("gloo")
-    own = [_ranks(make_groups(range(8), *layout, timedelta(minutes=1))) for layout in LAYOUTS]
+    limit = timedelta(minutes=1)
+    own = [
+        _ranks(make_groups(range(8), tensor, pipeline, limit, *experts))
+        for tensor, pipeline, *experts in LAYOUTS
+    ]
     parallel_state._GLOBAL_MEMORY_BUFFER = None
     found = []
     for layout, ours in zip(LAYOUTS, own, strict=True):
-        parallel_state.initialize_model_parallel(*layout)
+        tensor, pipeline, expert, expert_tensor = layout
+        parallel_state.initialize_model_parallel(
+            tensor,
+            pipeline,
+            expert_model_parallel_size=expert,
+            expert_tensor_parallel_size=expert_tensor,
+        )
         found.append((ours, _ranks(ProcessGroupCollection.use_mpu_process_groups())))
         parallel_state.destroy_model_parallel()
     return found

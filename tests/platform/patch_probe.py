@@ -28,6 +28,8 @@ SHARDED = Layout()
 SPREAD = Layout(tp=2, bf16=True, overlap=True)
 STAGES = Layout(pp=2)
 MIXTURE = Layout(distributed_optimizer=False, experts=4)
+EXPERTS_APART = Layout(distributed_optimizer=False, experts=4, ep=2)
+EXPERTS_CUT = Layout(distributed_optimizer=False, experts=4, ep=2, etp=2)
 
 
 def install_all_but(skip: Set[str]) -> None:
@@ -125,6 +127,7 @@ def main() -> None:
                 "train spread": outcome(2, train, SPREAD, none),
                 "train stages": outcome(2, train, STAGES, none),
                 "train mixture": outcome(1, train, MIXTURE, none),
+                "train experts cut": outcome(4, train, EXPERTS_CUT, none),
                 "resume sharded": outcome(2, resume, SHARDED, none, 2, root / "0"),
                 "resume at 0": outcome(1, resume, ONE, none, 0, root / "1"),
                 "generator": outcome(1, keep_the_generator, ONE, none),
@@ -137,6 +140,8 @@ def main() -> None:
                 "P7": outcome(1, train, ONE, {"P7"}),
                 "P8": outcome(1, keep_the_generator, ONE, {"P8"}),
                 "P9": outcome(1, train, MIXTURE, {"P9"}),
+                "P12": outcome(2, train, EXPERTS_APART, {"P12"}),
+                "P13": outcome(4, train, EXPERTS_CUT, {"P13"}),
                 "O1": outcome(1, resume, SHARDED, {"O1"}, 1, root / "O1"),
                 "O2": outcome(1, resume, SHARDED, {"O2"}, 1, root / "O2"),
                 "O3": outcome(1, resume, ONE, {"O3"}, 0, root / "O3"),

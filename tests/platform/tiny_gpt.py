@@ -52,6 +52,8 @@ class Layout:
     recompute: bool = False
     dropout: float = 0.0
     experts: int | None = None
+    ep: int = 1
+    etp: int | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,12 @@ class Trainee:
 def start(layout: Layout) -> None:
     """Join the job of the environment and seed the ranks."""
     dist.init_process_group("gloo")
-    parallel_state.initialize_model_parallel(layout.tp, layout.pp)
+    parallel_state.initialize_model_parallel(
+        layout.tp,
+        layout.pp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+    )
     model_parallel_cuda_manual_seed(7)
 
 
@@ -88,6 +95,8 @@ def build(layout: Layout) -> Trainee:
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
         num_moe_experts=layout.experts,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
         add_bias_linear=layout.experts is None,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,

@@ -9,7 +9,7 @@ from typing import Any
 
 # MetricLog imports it in the rank that logs; imported here, forked ranks have it already.
 import torch.utils.tensorboard  # noqa: F401
-from engine.layouts import LAYOUTS
+from engine.layouts import EXPERTS, LAYOUTS
 from tiny_models import write_llama
 
 from rto_megatron.algorithms import ALGORITHMS
@@ -73,11 +73,18 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
 def configure(stage: str, root: Path, run_dir: Path, layout: str = "one", **changes: object) -> Stage:
     """A configuration of four steps over the files of `root`; `changes` are keys with `__` for dots, or sections."""
     _, tensor, pipeline, sequence = LAYOUTS[layout]
+    expert, expert_tensor = EXPERTS.get(layout, (1, None))
     adam = {"lr": 1e-3, "warmup_fraction": 0.5}
     tree: dict[str, Any] = {
         "stage": stage,
         "run": {"dir": run_dir, "steps": 4, "save_every": 2},
-        "parallel": {"tensor": tensor, "pipeline": pipeline, "sequence": sequence},
+        "parallel": {
+            "tensor": tensor,
+            "pipeline": pipeline,
+            "sequence": sequence,
+            "expert": expert,
+            "expert_tensor": expert_tensor,
+        },
         "precision": {"dtype": "fp32"},
         "models": {"policy": root / "models/policy"},
         "data": {"train": str(root / "pairs.jsonl"), "max_prompt_tokens": 100},
@@ -161,6 +168,8 @@ def join(config: Stage) -> Topology:
         parallel.sequence,
         seed=config.run.seed,
         roles=parallel.roles,
+        expert=parallel.expert,
+        expert_tensor=parallel.expert_tensor,
     )
 
 

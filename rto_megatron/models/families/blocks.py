@@ -1,5 +1,7 @@
 """The parts that decoder families share, as maps from Hugging Face names to Megatron parameters."""
 
+from dataclasses import replace
+
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.models.weight_map import (
     GateUpRows,
@@ -117,7 +119,8 @@ def mixture(
         names = tuple(f"{hf}.experts.{expert}.{name}" for name in expert_names)
         assert len(names) == 3
         ours = f"{mg}.experts.local_experts.{expert}"
-        parameters += gated(ours, names, shape.hidden_size, experts.ffn_hidden_size, index)
+        network = gated(ours, names, shape.hidden_size, experts.ffn_hidden_size, index)
+        parameters += [replace(parameter, expert=expert) for parameter in network]
     return tuple(parameters)
 
 

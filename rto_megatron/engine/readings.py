@@ -1,0 +1,130 @@
+"""What a loss or a score sees of a model's raw output: log-probs, entropies or values at positions, no logits.
+
+A language model puts out the states that its output projection reads. Of these the positions whose log-probs are asked
+for are taken, and the projection is applied to a chunk of them at a time (`models/output_head.py`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor
+
+from rto_megatron.models.head_memory import CHUNK_POSITIONS
+from rto_megatron.models.output_head import Targets
+from rto_megatron.models.token_divergence import token_divergence
+from rto_megatron.models.token_entropy import token_entropies
+from rto_megatron.models.token_logprobs import token_logprobs
+from rto_megatron.parallel.topology import Topology
+from rto_megatron.types import BannedTargets, DivergenceMicrobatch, TokenBatch
+
+if TYPE_CHECKING:  # models are made of readings
+    from rto_megatron.engine.megatron import Model
+
+
+@dataclass(frozen=True)
+class Reading[M]:
+    """What a loss sees of a model's raw output: `num_rows` float32 numbers for every position.
+
+    Example:
+        Reading(num_rows=1, read=read)
+    """
+
+    num_rows: int
+    read: Callable[["Model", M, Tensor], Tensor]  # (model, micro-batch, raw output) -> [T], or [num_rows, T]
+
+
+def read_outputs(model: "Model", batch: TokenBatch, raw: Tensor) -> Tensor:
+    """Log-probs of the targets asked for, 0 elsewhere; or a scalar head's values of all positions, scaled: [T]."""
+    if model.has_scalar_head:
+        return (raw.flatten().float() - model.scale.mean) / model.scale.std
+    logp_N = token_logprobs(
+        asked_states(raw, batch, model.topology),
+        output_weight(model.module),
+        model.shape.vocab_size,
+        model.topology.tensor_group(),
+        _asked(batch),
+        CHUNK_POSITIONS,
+    )
+    return _at_positions(logp_N[None], batch)[0]
+
+
+def read_entropies(model: "Model", batch: TokenBatch, raw: Tensor) -> Tensor:
+    """Log-probs of the targets asked for, and entropies there, 0 elsewhere: [2, T]."""
+    outputs_2N = token_entropies(
+        asked_states(raw, batch, model.topology),
+        output_weight(model.module),
+        model.shape.vocab_size,
+        model.topology.tensor_group(),
+        _asked(batch),
+        CHUNK_POSITIONS,
+    )
+    return _at_positions(outputs_2N, batch)
+
+
+def read_divergences(
+    model: "Model", micro: DivergenceMicrobatch, raw: Tensor, reference_weight_vh: Tensor
+) -> Tensor:
+    """Rows: log-prob of the target, the reference's, KL(reference || policy), [3, T] in nats; 0 where none is asked."""
+    batch = micro.batch
+    outputs_3N = token_divergence(
+        (asked_states(raw, batch, model.topology), output_weight(model.module)),
+        (micro.reference_hidden_NH, reference_weight_vh),
+        batch.targets_T[batch.asked_N],
+        model.shape.vocab_size,
+        model.topology.tensor_group(),
+        CHUNK_POSITIONS,
+    )
+    return _at_positions(outputs_3N, batch)
+
+
+def whole_logits(model: "Model", raw: Tensor) -> Tensor:
+    """Logits of all positions over the whole vocabulary, on every tensor rank, to compare models with: [T, V]."""
+    states_Th = _states(raw, model.topology)
+    shards = model.topology.gather_tensor_shards((output_weight(model.module) @ states_Th.t()).float())
+    return torch.cat(shards)[: model.shape.vocab_size].T
+
+
+def asked_states(raw: Tensor, batch: TokenBatch, topology: Topology) -> Tensor:
+    """The final states of the positions that are asked for, equal on all tensor ranks: [N, h]."""
+    return _states(raw, topology).index_select(0, batch.asked_N)
+
+
+def output_weight(module: GPTModel) -> Tensor:
+    """This tensor rank's rows of the output projection [v, h]; only on the last stage."""
+    if module.share_embeddings_and_output_weights:
+        tied: Tensor = module.shared_embedding_or_output_weight()
+        return tied
+    weight: Tensor = module.output_layer.weight
+    return weight
+
+
+def _states(raw: Tensor, topology: Topology) -> Tensor:
+    """[s, b, h], under sequence parallelism this tensor rank's part of it -> [T, h].
+
+    Each tensor rank derives its columns' part of the states' gradient: backward adds them up.
+    """
+    group = topology.tensor_group()
+    if topology.sequence_parallel:
+        whole: Tensor = gather_from_sequence_parallel_region(raw, group=group)
+    else:
+        whole = copy_to_tensor_model_parallel_region(raw, group=group)
+    return whole.transpose(0, 1).flatten(0, 1)
+
+
+def _asked(batch: TokenBatch) -> Targets:
+    banned = batch.banned
+    if banned is not None:
+        banned = BannedTargets(banned.ids, banned.is_banned_T[batch.asked_N])
+    return Targets(batch.targets_T[batch.asked_N], banned, batch.temperature)
+
+
+def _at_positions(values_kN: Tensor, batch: TokenBatch) -> Tensor:
+    zeros_kT = values_kN.new_zeros(len(values_kN), len(batch.tokens_T))
+    return zeros_kT.index_copy(1, batch.asked_N, values_kN)

@@ -1,0 +1,23 @@
+"""What log-probs of a language model take beside its layers: arithmetic alone, for plans made without torch."""
+
+CHUNK_POSITIONS = 1024  # whose logits exist at a time; a multiple of what makes a matrix product fast
+
+
+def head_bytes(num_positions: int, hidden_size: int, num_columns: int, number_bytes: int) -> int:
+    """Peak memory of log-probs and entropies with their gradients, on one tensor rank.
+
+    Args:
+        num_positions: asked for in a micro-batch, at most all of them.
+        num_columns: of the vocabulary on this rank, v.
+        number_bytes: of a number of the model, e.
+
+    Returns:
+        bytes: of the states asked for as they are gathered, kept and derived, 3 e h a position; of one chunk's logits
+        10 a number, twice in float32 with a mask or a gradient in the model's dtype; of the projection's gradient e a
+        weight, and 4 more to add it up in float32 where a model of fewer bits has several chunks.
+    """
+    chunk = min(num_positions, CHUNK_POSITIONS)
+    is_added_up = number_bytes < 4 and num_positions > CHUNK_POSITIONS
+    states = 3 * number_bytes * num_positions * hidden_size
+    gradient = (number_bytes + 4 * is_added_up) * num_columns * hidden_size
+    return states + 10 * chunk * num_columns + gradient
