@@ -84,6 +84,28 @@ def test_the_layout_of_a_role_is_shown_and_counts_in_its_memory() -> None:
     assert "1,235.8 M │ 1,235.8 M │        10.4 GiB" in row
 
 
+def test_context_ranks_share_tokens_and_the_optimizer() -> None:
+    """2,007.6 M parameters on a rank: 6 + 12 / 2 bytes each, 22.4 GiB, though there is one replica."""
+    recipe = str(RECIPES / "llama3_1_8b" / "rto_32k.yaml")
+    output = check(recipe, "--gpus", "16")
+    assert "8 = tensor 4 x context 2 x pipeline 1 x data 1" in output
+    (row,) = (line for line in output.splitlines() if "policy " in line and "trained" in line)
+    assert "2,007.6 M │        22.4 GiB" in row
+    shape = find_shape(Path("Llama-3.1-8B"), None)
+    assert shape is not None
+    sizes = {}
+    for context, scheme in ((1, "ulysses"), (2, "ulysses"), (2, "gather"), (4, "ulysses")):
+        keys = [f"parallel.context={context}", f"parallel.context_scheme={scheme}"]
+        plan = plan_stage(load_recipe(Path(recipe), keys), 16)
+        sizes[context, scheme] = activation_bytes(plan, {"policy": shape})
+    gradient_of_head = 6 * (128256 // 4) * 4096
+    chunk = 10 * 1024 * (128256 // 4)
+    whole, half, quarter = (sizes[c, "ulysses"] - gradient_of_head - chunk for c in (1, 2, 4))
+    assert (whole, whole) == (2 * half, 4 * quarter)
+    # Keys and values of the layer that is recomputed, of 32,768 tokens and 8 heads of 128 on 4 tensor ranks.
+    assert sizes[2, "gather"] - sizes[2, "ulysses"] == 2 * 2 * 32768 * 8 * 128 // 4
+
+
 def test_ranks_of_their_own_are_shown_and_judged_apart() -> None:
     """A critic of 1,235.8 M parameters on two ranks of its own: 6 + 12 / 2 bytes a parameter, 13.8 GiB."""
     output = check(str(RECIPES / "llama3_8b" / "rto_own_ranks.yaml"), "--gpus", "8", "--pool-gpus", "2")
