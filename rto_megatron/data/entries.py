@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from rto_megatron.data.load_report import Loaded, LoadReport
 from rto_megatron.data.mixture import Portion
-from rto_megatron.data.stored import ShardWriter, StoredExamples
+from rto_megatron.data.stored import ExampleWriter, StoredExamples
 from rto_megatron.types import Example
 
 _META = "meta"  # its own sha256 in the first line, then JSON
@@ -40,7 +40,7 @@ def write_entry[T: Example](folder: Path, loaded: Loaded[T]) -> None:
     """Writes what is missing of an entry into its folder, where the examples may lie already."""
     items = loaded.items
     if not isinstance(items, StoredExamples):
-        with ShardWriter[T](folder / "shard_0") as writer:
+        with ExampleWriter[T](folder / "shard_0") as writer:
             for number, item in enumerate(items):
                 writer.add(number, item)
         items = StoredExamples[T].opened(folder)
