@@ -41,7 +41,7 @@ def check(
         int,
         typer.Option(
             min=0,
-            help="GPUs of the job; 0: parallel.tensor x parallel.pipeline processes on the CPU.",
+            help="GPUs of the job; 0: parallel.tensor x context x pipeline processes on the CPU.",
         ),
     ] = 0,
     pool_gpus: Annotated[
@@ -167,7 +167,8 @@ def _layout_table(plan: "StagePlan", pool_gpus: int) -> Table:
 
 
 def _cut(layout: "RankLayout") -> str:
-    cut = f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}"
+    context = f" x context {layout.context}" if layout.context > 1 else ""
+    cut = f"tensor {layout.tensor}{context} x pipeline {layout.pipeline} x data {layout.data}"
     if (layout.expert, layout.expert_tensor) == (1, None):
         return cut
     return (

@@ -12,9 +12,7 @@ from rto_megatron.config.training import GridConfig
 def layout_problems(config: Stage, world_size: int, origin: str) -> list[str]:
     """Of the policy's layout; see `checks.find_problems`."""
     parallel = config.parallel
-    problems = []
-    if parallel.sequence and parallel.tensor == 1:
-        problems.append("parallel.sequence=true needs parallel.tensor > 1; set parallel.sequence=false")
+    problems = _without_effect(parallel, "parallel")
     replica_ranks, num_ranks = parallel.replica_ranks, len(parallel.ranks_of("policy", world_size))
     if not num_ranks:
         return [
@@ -25,8 +23,8 @@ def layout_problems(config: Stage, world_size: int, origin: str) -> list[str]:
         left = "" if num_ranks == world_size else f" of {world_size} that are left to the policy"
         advice = "start a multiple of it or change the layout" if not left else _start(config)
         problems.append(
-            f"parallel.tensor x parallel.pipeline = {parallel.tensor} x {parallel.pipeline} = {replica_ranks} "
-            f"does not divide the {_ranks(num_ranks)}{left}{f' ({origin})' if origin else ''}; {advice}"
+            f"{parallel.product('parallel')} does not divide the {_ranks(num_ranks)}{left}"
+            f"{f' ({origin})' if origin else ''}; {advice}"
         )
         return problems
     problems += _experts(parallel, "parallel", num_ranks)
@@ -66,8 +64,7 @@ def _role(config: Stage, role: Role, world_size: int) -> list[str]:
     problems = _own_ranks(config, role.name, world_size)
     if problems:
         return problems
-    if grid.sequence and grid.tensor == 1:
-        problems.append(f"{key}.sequence=true needs {key}.tensor > 1; set {key}.sequence=false")
+    problems = _without_effect(grid, key)
     method = ALGORITHMS.get(config.stage)
     if isinstance(method, OfflineMethod) and method.outputs == "divergence":
         problems.append(
@@ -76,13 +73,14 @@ def _role(config: Stage, role: Role, world_size: int) -> list[str]:
         )
     num_ranks = len(config.parallel.ranks_of(role.name, world_size))
     if num_ranks % grid.replica_ranks:
-        fits = [n for n in range(1, num_ranks + 1) if num_ranks % (n * grid.pipeline) == 0]
+        others = grid.context * grid.pipeline
+        fits = [n for n in range(1, num_ranks + 1) if num_ranks % (n * others) == 0]
         nearest = min(fits, key=lambda n: abs(n - grid.tensor), default=None)
         advice = f"set {key}.pipeline to 1" if nearest is None else f"set {key}.tensor to {nearest}"
         other = "start another number" if num_ranks == world_size else "give it another number of ranks"
         problems.append(
-            f"{key}.tensor x {key}.pipeline = {grid.tensor} x {grid.pipeline} = {grid.replica_ranks} does not divide "
-            f"the {_ranks(num_ranks)}, all of which hold the {role.name}; {advice}, or {other}"
+            f"{grid.product(key)} does not divide the {_ranks(num_ranks)}, all of which hold the {role.name}; "
+            f"{advice}, or {other}"
         )
         return problems
     problems += _experts(grid, key, num_ranks)
@@ -135,6 +133,18 @@ def _last_ranks(config: Stage, role: str, world_size: int) -> str | None:
     return f"set {parallel.key_of(role)}.ranks to {named}"
 
 
+def _without_effect(grid: GridConfig, key: str) -> list[str]:
+    problems = []
+    if grid.sequence and grid.tensor == 1:
+        problems.append(f"{key}.sequence=true needs {key}.tensor > 1; set {key}.sequence=false")
+    if grid.context_scheme != GridConfig().context_scheme and grid.context == 1:
+        problems.append(
+            f"{key}.context_scheme={grid.context_scheme} has no effect with {key}.context=1; remove it or set "
+            f"{key}.context"
+        )
+    return problems
+
+
 def _experts(grid: GridConfig, key: str, world_size: int) -> list[str]:
     """Whether the ranks of a stage can be shared by the experts of a mixture as a grid says."""
     tensor, cut, stage_ranks = grid.tensor, grid.expert_cut, world_size // grid.pipeline
@@ -154,9 +164,11 @@ def _experts(grid: GridConfig, key: str, world_size: int) -> list[str]:
         return []
     fits = [n for n in range(1, stage_ranks + 1) if is_whole(n)]
     nearest = min(fits, key=lambda n: abs(n - grid.expert))
+    context = "" if grid.context == 1 else f" x context {grid.context}"
     return [
         f"{key}.expert x {key}.expert_tensor = {grid.expert} x {cut} = {grid.expert * cut} ranks for the experts of a "
-        f"stage, which the {stage_ranks} ranks of a stage (tensor {tensor} x data {stage_ranks // tensor}) cannot be "
+        f"stage, which the {stage_ranks} ranks of a stage (tensor {tensor}{context} x data "
+        f"{stage_ranks // tensor // grid.context}) cannot be "
         f"shared by; set {key}.expert to {nearest} (of {fits}), or start another number of ranks"
     ]
 

@@ -23,11 +23,17 @@ class RankLayout:
     data: int  # replicas
     expert: int = 1  # parts of the experts of a mixture
     expert_tensor: int | None = None  # ranks of one; None: as many as tensor
+    context: int = 1  # ranks that share the tokens of a row
 
     @property
     def replica_ranks(self) -> int:
-        """Ranks that hold the model once."""
-        return self.tensor * self.pipeline
+        """Ranks that work on a micro-batch together."""
+        return self.tensor * self.context * self.pipeline
+
+    @property
+    def copies(self) -> int:
+        """Ranks that hold the same shard of the model, over which a distributed optimizer is sharded."""
+        return self.data * self.context
 
     @property
     def num_ranks(self) -> int:
@@ -42,14 +48,14 @@ class RankLayout:
     @property
     def expert_replicas(self) -> int:
         """How often each expert is held."""
-        return self.tensor * self.data // self.expert_ranks
+        return self.tensor * self.copies // self.expert_ranks
 
 
 def layout_on(parallel: ParallelConfig, world_size: int, role: str = "policy") -> RankLayout:
     """The layout of a role, where the job has so many ranks; rounded down to whole replicas."""
     grid, ranks = parallel.grid_of(role), parallel.ranks_of(role, world_size)
     data = len(ranks) // grid.replica_ranks
-    return RankLayout(grid.tensor, grid.pipeline, data, grid.expert, grid.expert_tensor)
+    return RankLayout(grid.tensor, grid.pipeline, data, grid.expert, grid.expert_tensor, grid.context)
 
 
 def fewest_ranks(parallel: ParallelConfig, times: int = 1) -> int:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 LoggerName = Literal["tensorboard", "wandb", "swanlab"]
+ContextScheme = Literal["ulysses", "gather"]
 RoleName = Literal["critic", "reference", "reward", "dpo", "dpo_reference"]
 # Roles, and what trained ones have beside weights.
 Parkable = Literal[
@@ -116,7 +117,7 @@ class RolloutRunConfig(EvaluatedRunConfig):
 
 
 class GridConfig(Section):
-    """How a model is cut over its ranks; data parallel size is their number / (tensor x pipeline).
+    """How a model is cut over its ranks; data parallel size is their number / (tensor x context x pipeline).
 
     The ranks of a pipeline stage are shared by the experts of a mixture in another way than by its other layers: each
     expert is cut over `expert_tensor` ranks, and `expert` such groups hold different experts.
@@ -126,6 +127,15 @@ class GridConfig(Section):
     """
 
     tensor: int = Field(default=1, ge=1)
+    context: int = Field(
+        default=1,
+        ge=1,
+        description="ranks over which the tokens of a row are cut, each with a copy of the model",
+    )
+    context_scheme: ContextScheme = Field(
+        default="ulysses",
+        description="how attention sees what other context ranks hold: it exchanges tokens for heads, or gathers keys",
+    )
     pipeline: int = Field(default=1, ge=1)
     sequence: bool = Field(default=False, description="Megatron sequence parallelism over the tensor ranks")
     expert: int = Field(
@@ -137,8 +147,20 @@ class GridConfig(Section):
 
     @property
     def replica_ranks(self) -> int:
-        """Ranks that hold the model once, without those experts that lie on ranks of other replicas."""
-        return self.tensor * self.pipeline
+        """Ranks that work on a micro-batch together, and hold the model but for experts on ranks of other replicas."""
+        return self.tensor * self.context * self.pipeline
+
+    @property
+    def row_multiple(self) -> int:
+        """Token rows are padded to a multiple of this."""
+        return (self.tensor if self.sequence else 1) * self.context
+
+    def product(self, section: str) -> str:
+        """How `replica_ranks` comes about, for messages about a section."""
+        sizes = {"tensor": self.tensor, "context": self.context, "pipeline": self.pipeline}
+        named = {name: size for name, size in sizes.items() if name != "context" or size > 1}
+        keys = " x ".join(f"{section}.{name}" for name in named)
+        return f"{keys} = {' x '.join(map(str, named.values()))} = {self.replica_ranks}"
 
     @property
     def expert_cut(self) -> int:
@@ -148,7 +170,7 @@ class GridConfig(Section):
     @property
     def whole_ranks(self) -> int:
         """Ranks that hold the model with all its experts: of one replica, or of several."""
-        return self.pipeline * math.lcm(self.tensor, self.expert * self.expert_cut)
+        return self.pipeline * math.lcm(self.tensor * self.context, self.expert * self.expert_cut)
 
 
 class RoleGridConfig(GridConfig):

@@ -126,9 +126,8 @@ def first_examples(
 
 
 def _layout(config: schema.Stage) -> Layout:
-    batch, parallel = config.batch, config.parallel
-    row_multiple = parallel.tensor if parallel.sequence else 1
-    return Layout(batch.micro, batch.packed, row_multiple, torch.device("cpu"), batch.tokens)
+    batch = config.batch
+    return Layout(batch.micro, batch.packed, config.parallel.row_multiple, torch.device("cpu"), batch.tokens)
 
 
 def _layout_alone(data: DataSource, limits: Limits) -> str:

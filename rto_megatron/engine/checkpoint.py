@@ -30,7 +30,7 @@ _METADATA = {
 
 
 def _model_shards(model: Model) -> ShardedStateDict:
-    metadata = {**_METADATA, "dp_cp_group": model.topology.data_group()}
+    metadata = {**_METADATA, "dp_cp_group": model.topology.groups.dp_cp}
     return model.module.sharded_state_dict(metadata=metadata)
 
 

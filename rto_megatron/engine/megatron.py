@@ -268,7 +268,8 @@ def _forward_only(
     ) -> tuple[Tensor, Callable[..., Tensor]]:
         index, batch = next(iterator)
         is_asked = index < len(batches)
-        return forward(chunk, batch), lambda raw, non_loss_data=True: read(index, raw) if is_asked else raw
+        output = forward(chunk, batch, model.topology)
+        return output, lambda raw, non_loss_data=True: read(index, raw) if is_asked else raw
 
     _require_rows(model, batches)
     passes = filled(batches, model.shape, model.topology)
@@ -347,7 +348,7 @@ def _training_step[M: Microbatch](
         output = loss(reading.read(model, microbatch, raw), microbatch)
         return output.loss * factor, (output.metrics, bool(torch.isfinite(output.loss)))
 
-    return forward(chunk, batch), loss_of
+    return forward(chunk, batch, model.topology), loss_of
 
 
 def training_hooks(config: TransformerConfig) -> None:

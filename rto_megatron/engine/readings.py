@@ -21,6 +21,7 @@ from rto_megatron.models.output_head import Targets
 from rto_megatron.models.token_divergence import token_divergence
 from rto_megatron.models.token_entropy import token_entropies
 from rto_megatron.models.token_logprobs import token_logprobs
+from rto_megatron.parallel.context import own_part, whole_rows
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.types import BannedTargets, DivergenceMicrobatch, TokenBatch
 
@@ -43,16 +44,17 @@ class Reading[M]:
 def read_outputs(model: "Model", batch: TokenBatch, raw: Tensor) -> Tensor:
     """Log-probs of the targets asked for, 0 elsewhere; or a scalar head's values of all positions, scaled: [T]."""
     if model.has_scalar_head:
-        return (raw.flatten().float() - model.scale.mean) / model.scale.std
+        values_T = whole_rows(raw.flatten()[None].float(), model.topology)[0]
+        return (values_T - model.scale.mean) / model.scale.std
     logp_N = token_logprobs(
         asked_states(raw, batch, model.topology),
         output_weight(model.module),
         model.shape.vocab_size,
         model.topology.tensor_group(),
-        _asked(batch),
+        _asked(batch, model.topology),
         CHUNK_POSITIONS,
     )
-    return _at_positions(logp_N[None], batch)[0]
+    return _at_positions(logp_N[None], batch, model.topology)[0]
 
 
 def read_entropies(model: "Model", batch: TokenBatch, raw: Tensor) -> Tensor:
@@ -62,10 +64,10 @@ def read_entropies(model: "Model", batch: TokenBatch, raw: Tensor) -> Tensor:
         output_weight(model.module),
         model.shape.vocab_size,
         model.topology.tensor_group(),
-        _asked(batch),
+        _asked(batch, model.topology),
         CHUNK_POSITIONS,
     )
-    return _at_positions(outputs_2N, batch)
+    return _at_positions(outputs_2N, batch, model.topology)
 
 
 def read_divergences(
@@ -76,12 +78,12 @@ def read_divergences(
     outputs_3N = token_divergence(
         (asked_states(raw, batch, model.topology), output_weight(model.module)),
         (micro.reference_hidden_NH, reference_weight_vh),
-        batch.targets_T[batch.asked_N],
+        batch.targets_T[_own_positions(batch, model.topology)],
         model.shape.vocab_size,
         model.topology.tensor_group(),
         CHUNK_POSITIONS,
     )
-    return _at_positions(outputs_3N, batch)
+    return _at_positions(outputs_3N, batch, model.topology)
 
 
 def whole_logits(model: "Model", raw: Tensor) -> Tensor:
@@ -92,8 +94,9 @@ def whole_logits(model: "Model", raw: Tensor) -> Tensor:
 
 
 def asked_states(raw: Tensor, batch: TokenBatch, topology: Topology) -> Tensor:
-    """The final states of the positions that are asked for, equal on all tensor ranks: [N, h]."""
-    return _states(raw, topology).index_select(0, batch.asked_N)
+    """The final states of this context rank's positions that are asked for, equal on all tensor ranks: [N, h]."""
+    states_th = _states(raw, topology)
+    return states_th.index_select(0, _own_positions(batch, topology) - _first(batch, topology))
 
 
 def output_weight(module: GPTModel) -> Tensor:
@@ -118,13 +121,27 @@ def _states(raw: Tensor, topology: Topology) -> Tensor:
     return whole.transpose(0, 1).flatten(0, 1)
 
 
-def _asked(batch: TokenBatch) -> Targets:
-    banned = batch.banned
+def _first(batch: TokenBatch, topology: Topology) -> int:
+    first: int = own_part(len(batch.tokens_T), topology).start
+    return first
+
+
+def _own_positions(batch: TokenBatch, topology: Topology) -> Tensor:
+    """Of the positions asked for those on this context rank, counted in the whole row."""
+    if topology.context_size == 1:
+        return batch.asked_N
+    own = own_part(len(batch.tokens_T), topology)
+    return batch.asked_N[(batch.asked_N >= own.start) & (batch.asked_N < own.stop)]
+
+
+def _asked(batch: TokenBatch, topology: Topology) -> Targets:
+    own_N, banned = _own_positions(batch, topology), batch.banned
     if banned is not None:
-        banned = BannedTargets(banned.ids, banned.is_banned_T[batch.asked_N])
-    return Targets(batch.targets_T[batch.asked_N], banned, batch.temperature)
+        banned = BannedTargets(banned.ids, banned.is_banned_T[own_N])
+    return Targets(batch.targets_T[own_N], banned, batch.temperature)
 
 
-def _at_positions(values_kN: Tensor, batch: TokenBatch) -> Tensor:
-    zeros_kT = values_kN.new_zeros(len(values_kN), len(batch.tokens_T))
-    return zeros_kT.index_copy(1, batch.asked_N, values_kN)
+def _at_positions(values_kN: Tensor, batch: TokenBatch, topology: Topology) -> Tensor:
+    zeros_kt = values_kN.new_zeros(len(values_kN), len(batch.tokens_T) // topology.context_size)
+    own_N = _own_positions(batch, topology) - _first(batch, topology)
+    return whole_rows(zeros_kt.index_copy(1, own_N, values_kN), topology)

@@ -13,14 +13,19 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor
 from torch.nn import functional
 
+from rto_megatron.models.context_attention import GatheredKeysAttention, UlyssesAttention
 from rto_megatron.models.experts import with_grouped_experts
 from rto_megatron.models.families import FAMILIES
 from rto_megatron.models.modules import GroupedGPT, PackedCoreAttention, RMSNorm, ScalarHead
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.models.weight_map import padded_vocab
+from rto_megatron.parallel.context import own_part
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.types import TokenBatch
 
+# parallel.context_scheme -> Megatron's name for it, and the attention that does it.
+_SCHEMES = {"ulysses": "a2a", "gather": "all_gather"}
+_CONTEXT_ATTENTION = {"a2a": UlyssesAttention, "all_gather": GatheredKeysAttention}
 _ACTIVATIONS = {
     "silu": functional.silu,
     "gelu": functional.gelu,
@@ -61,9 +66,7 @@ def transformer_config(
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        tensor_model_parallel_size=topology.tensor_size,
-        pipeline_model_parallel_size=topology.pipeline_size,
-        sequence_parallel=topology.sequence_parallel,
+        **_cut(topology),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -88,6 +91,16 @@ def transformer_config(
         recompute_method="uniform" if recompute else None,
         recompute_num_layers=1 if recompute else None,
     )
+
+
+def _cut(topology: Topology) -> dict[str, object]:
+    return {
+        "tensor_model_parallel_size": topology.tensor_size,
+        "context_parallel_size": topology.context_size,
+        "cp_comm_type": _SCHEMES[topology.context_scheme],
+        "pipeline_model_parallel_size": topology.pipeline_size,
+        "sequence_parallel": topology.sequence_parallel,
+    }
 
 
 def _experts(shape: ModelShape, topology: Topology) -> dict[str, object]:
@@ -123,7 +136,9 @@ def layer_spec(config: TransformerConfig, num_experts: int | None) -> ModuleSpec
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
-    attention.core_attention = PackedCoreAttention
+    attention.core_attention = (
+        PackedCoreAttention if config.context_parallel_size == 1 else _CONTEXT_ATTENTION[config.cp_comm_type]
+    )
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     # The fused-norm key names of TransformerEngine would hide which parameter a checkpoint entry is.
@@ -186,17 +201,27 @@ def build_model(
     return model.to(topology.device.torch_device)
 
 
-def forward(model: torch.nn.Module, batch: TokenBatch) -> Tensor:
+def forward(model: torch.nn.Module, batch: TokenBatch, topology: Topology) -> Tensor:
     """What comes out of the model's last stage, hidden states of the others.
+
+    A row that is cut over context ranks is read as a packed one, also where its sequences are padded ones.
 
     Returns:
         [b, s, 1] values of a scalar head; of a language model the states that the output projection reads, [s, b, h]
         with this tensor rank's part of s under sequence parallelism (`engine/readings.py` applies the projection).
+        Over context ranks b is 1 and s this rank's part of the row.
     """
-    rows = batch.tokens_T.view(batch.num_rows, -1)
+    is_cut = topology.context_size > 1
+
+    def as_rows(numbers_T: Tensor) -> Tensor:
+        if is_cut:
+            return numbers_T[None, own_part(len(numbers_T), topology)]
+        return numbers_T.view(batch.num_rows, -1)
+
+    rows = as_rows(batch.tokens_T)
     positions = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
     packed = None
-    if batch.num_rows == 1 and len(batch.cu_seqlens) > 2:
+    if is_cut or (batch.num_rows == 1 and len(batch.cu_seqlens) > 2):
         offsets = torch.tensor(batch.cu_seqlens, dtype=torch.int32, device=rows.device)
         longest = int(offsets.diff().max())
         packed = PackedSeqParams(
@@ -209,7 +234,7 @@ def forward(model: torch.nn.Module, batch: TokenBatch) -> Tensor:
     # Of a mixture in training: padding is no load of an expert.
     config = model.config
     assert isinstance(config, TransformerConfig)
-    padding = is_padding(batch) if model.training and config.num_moe_experts is not None else None
+    padding = as_rows(is_padding(batch)) if model.training and config.num_moe_experts is not None else None
     outputs: Tensor = model(
         rows,
         positions,
@@ -222,11 +247,11 @@ def forward(model: torch.nn.Module, batch: TokenBatch) -> Tensor:
 
 
 def is_padding(batch: TokenBatch) -> Tensor:
-    """True where no sequence is, bool [b, s]."""
+    """True where no sequence is, bool [T]."""
     is_padding_T = torch.ones(batch.tokens_T.shape, dtype=torch.bool)
     for start, last in zip(batch.cu_seqlens, batch.last_positions, strict=False):
         is_padding_T[start : last + 1] = False
-    return is_padding_T.view(batch.num_rows, -1).to(batch.tokens_T.device)
+    return is_padding_T.to(batch.tokens_T.device)
 
 
 def _raw_output(hidden_states: Tensor, output_layer: torch.nn.Module, **_: object) -> Tensor:

@@ -46,6 +46,8 @@ def check_layout(shape: ModelShape, grid: GridConfig, where: str, section: str =
     problems += _undivided(
         layers, "num_hidden_layers", grid.pipeline, f"{where}: {section}.pipeline", range(1, layers + 1)
     )
+    if shape.num_heads % grid.tensor == 0:
+        problems += _context(shape.num_heads // grid.tensor, grid, where, section)
     return problems
 
 
@@ -79,6 +81,17 @@ def idle_expert_keys(shapes: Mapping[str, ModelShape], parallel: ParallelConfig)
             if value is not None
         ]
     return problems
+
+
+def _context(heads: int, grid: GridConfig, where: str, section: str) -> list[str]:
+    if grid.context_scheme != "ulysses" or heads % grid.context == 0:
+        return []
+    allowed = [c for c in range(1, heads + 1) if heads % c == 0]
+    return [
+        f"{where}: {section}.context={grid.context} does not divide the {heads} attention heads of a tensor rank "
+        f"(num_attention_heads={heads * grid.tensor} / {section}.tensor={grid.tensor}), which ulysses shares "
+        f"out; it can be one of {allowed}, or set {section}.context_scheme=gather"
+    ]
 
 
 def check_sampled_ids(vocab_sizes: Mapping[str, int], policy: str) -> list[str]:

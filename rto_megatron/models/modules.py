@@ -14,6 +14,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention.bias import causal_lower_right
 
 
 class PackedCoreAttention(MegatronModule):  # type: ignore[misc]  # megatron-core has no types
@@ -36,7 +37,6 @@ class PackedCoreAttention(MegatronModule):  # type: ignore[misc]  # megatron-cor
         super().__init__(config=config)
         has_window = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.window = config.window_size[0] + 1 if has_window else None
-        assert config.context_parallel_size == 1, "the local core attention has no context parallelism"
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
     def forward(
@@ -52,22 +52,23 @@ class PackedCoreAttention(MegatronModule):  # type: ignore[misc]  # megatron-cor
         """Packed: query [t, n, d] -> [t, n * d]. Padded: [s, b, n, d] -> [s, b, n * d]."""
         assert attention_mask is None and attention_bias is None
         if packed_seq_params is None:
-            out = self._attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)))  # [b, n, s, d]
+            out = self.attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)))  # [b, n, s, d]
             out = out.permute(2, 0, 1, 3)
             return out.reshape(*out.shape[:2], -1)
         lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
         pieces = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
-        outs = [
-            self._attend(*(x.transpose(0, 1)[None] for x in piece))[0].transpose(0, 1) for piece in pieces
-        ]
+        outs = [self.attend(*(x.transpose(0, 1)[None] for x in piece))[0].transpose(0, 1) for piece in pieces]
         out = torch.cat(outs)
         return out.reshape(out.shape[0], -1)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[b, n, s, d] -> the same."""
-        length, sees = query.shape[2], None
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[b, n, s, d] -> the same; keys may begin before the queries, and end with them."""
+        length, before, sees = key.shape[2], key.shape[2] - query.shape[2], None
         if self.window is not None and length > self.window:
-            sees = query.new_ones(length, length, dtype=torch.bool).tril().triu(1 - self.window)
+            seen = query.new_ones(query.shape[2], length, dtype=torch.bool)
+            sees = seen.tril(before).triu(before + 1 - self.window)
+        elif before:
+            sees = causal_lower_right(query.shape[2], length)
         return functional.scaled_dot_product_attention(
             query,
             key,

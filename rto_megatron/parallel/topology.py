@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from rto_megatron.config.training import GridConfig, RoleGridConfig, RoleName, shared_ranks
+from rto_megatron.config.training import ContextScheme, GridConfig, RoleGridConfig, RoleName, shared_ranks
 from rto_megatron.errors import SUBJECTS, RecipeError, UserError
 from rto_megatron.parallel import collectives
 from rto_megatron.parallel.following import Following
@@ -23,11 +23,12 @@ from rto_megatron.platform.device import Device
 
 @dataclass(frozen=True)
 class Topology:
-    """A TP x PP x DP layout, and this rank's place in it.
+    """A TP x CP x PP x DP layout, and this rank's place in it.
 
-    A replica is the tensor x pipeline ranks that hold one copy of a model; `data_rank` numbers the replicas. The job
-    has the policy's layout; a role has it too, or one of its own, which `of` gives. Where a layout is not on all ranks
-    the others follow a replica of it: they have its data rank, make its calls, and hear what it knows.
+    A copy of a model is on tensor x pipeline ranks. A replica is the context x as many that work on one micro-batch, of
+    whose rows each context rank has a part; `data_rank` numbers the replicas. The job has the policy's layout; a role
+    has it too, or one of its own, which `of` gives. Where a layout is not on all ranks the others follow a replica of
+    it: they have its data rank, make its calls, and hear what it knows.
 
     Example:
         Topology.init(prepare(), tensor=2, pipeline=2, sequence=True, seed=42)
@@ -42,6 +43,9 @@ class Topology:
     data_rank: int
     data_size: int
     sequence_parallel: bool
+    context_rank: int = 0
+    context_size: int = 1
+    context_scheme: ContextScheme = "ulysses"
     # Of the layout, for Megatron's constructors and schedules; a group that was not made raises when it is asked for.
     groups: ProcessGroupCollection = field(default_factory=ProcessGroupCollection, compare=False, repr=False)
     work: Work = field(default_factory=Work, compare=False, repr=False)  # of all models of this rank
@@ -65,6 +69,8 @@ class Topology:
         roles: Mapping[RoleName, RoleGridConfig] | None = None,
         expert: int = 1,
         expert_tensor: int | None = None,
+        context: int = 1,
+        context_scheme: ContextScheme = "ulysses",
     ) -> "Topology":
         """Joins the process group that the launcher announced in the environment.
 
@@ -81,6 +87,8 @@ class Topology:
             join_ranks(device.backend, timeout)
         grid = RoleGridConfig(
             tensor=tensor,
+            context=context,
+            context_scheme=context_scheme,
             pipeline=pipeline,
             sequence=sequence,
             expert=expert,
@@ -114,8 +122,8 @@ class Topology:
 
     @property
     def replica_ranks(self) -> int:
-        """Ranks that hold a model once."""
-        return self.tensor_size * self.pipeline_size
+        """Ranks that work on a micro-batch together."""
+        return self.tensor_size * self.context_size * self.pipeline_size
 
     @property
     def world_size(self) -> int:
@@ -130,7 +138,8 @@ class Topology:
     @property
     def is_replica_lead(self) -> bool:
         """True on one rank of every replica: the one that asks the pool for rollouts."""
-        return self.holds_shard and self.tensor_rank == 0 and self.pipeline_rank == 0
+        is_first = self.tensor_rank == 0 and self.context_rank == 0 and self.pipeline_rank == 0
+        return self.holds_shard and is_first
 
     @property
     def is_first_stage(self) -> bool:
@@ -144,8 +153,8 @@ class Topology:
 
     @property
     def row_multiple(self) -> int:
-        """Token rows are padded to a multiple of this: sequence parallelism cuts them in equal parts."""
-        return self.tensor_size if self.sequence_parallel else 1
+        """Token rows are padded to a multiple of this: context and sequence parallelism cut them in equal parts."""
+        return (self.tensor_size if self.sequence_parallel else 1) * self.context_size
 
     @property
     def spread(self) -> int:
@@ -170,6 +179,11 @@ class Topology:
     def tensor_group(self) -> dist.ProcessGroup:
         """Ranks that hold the shards of one layer, and with it of the vocabulary."""
         group: dist.ProcessGroup = self.groups.tp
+        return group
+
+    def context_group(self) -> dist.ProcessGroup:
+        """Ranks that hold the same shard and the parts of one row."""
+        group: dist.ProcessGroup = self.groups.cp
         return group
 
     def dp_sum(self, tensor: Tensor) -> Tensor:
@@ -225,6 +239,9 @@ class Topology:
         Args:
             kind: the type of the value, by which the others read it.
         """
+        if self.holds_shard and self.tensor_rank == 0 and self.pipeline_rank == 0:
+            source, group = dist.get_global_rank(self.groups.cp, 0), self.groups.cp
+            value = collectives.broadcast(value, kind, source, group, self.device.torch_device)
         if self.holds_shard:
             source = dist.get_global_rank(self.groups.mp, 0)
             value = collectives.broadcast(value, kind, source, self.groups.mp, self.device.torch_device)
@@ -321,8 +338,7 @@ def _placed(
             else f"{len(ranks)} of {world} ranks hold the model"
         )
         raise RecipeError(
-            f"{whose}, but {section}.tensor x {section}.pipeline = {grid.tensor} x {grid.pipeline} "
-            f"= {grid.replica_ranks}; start a multiple of {grid.replica_ranks} ranks"
+            f"{whose}, but {grid.product(section)}; start a multiple of {grid.replica_ranks} ranks"
         )
     if ranks[-1] >= world:
         raise RecipeError(
@@ -334,7 +350,8 @@ def _placed(
             f"ranks each its experts lie on {grid.whole_ranks}; start a multiple of {grid.whole_ranks} ranks"
         )
     data_size = len(ranks) // grid.replica_ranks
-    groups = make_groups(ranks, grid.tensor, grid.pipeline, timeout, grid.expert, grid.expert_tensor)
+    experts = (grid.expert, grid.expert_tensor)
+    groups = make_groups(ranks, grid.tensor, grid.pipeline, timeout, *experts, grid.context)
     following = Following.of(ranks, world, data_size, grid.pipeline, timeout)
     followed = following.followed
     return Topology(
@@ -347,6 +364,9 @@ def _placed(
         data_rank=groups.dp.rank() if followed is None else followed,
         data_size=data_size,
         sequence_parallel=grid.sequence and grid.tensor > 1,
+        context_rank=groups.cp.rank() if followed is None else 0,
+        context_size=grid.context,
+        context_scheme=grid.context_scheme,
         groups=groups,
         work=work,
         following=following,

@@ -4,8 +4,9 @@ Memory of a trained model with Adam (Megatron-LM's theoretical_memory_usage.py):
 bf16 (weight 2, fp32 gradient 4, fp32 master 4, moments 8), or 6 + 12 / data-parallel ranks with the
 distributed optimizer; 16 in fp32; a frozen model has its weights only. Experts lie on ranks of their own,
 which have fewer replicas. Activations are the largest training forward of one micro-batch: with
-recomputation the layers' inputs and one layer's inside, else 34 bytes x hidden x layers a token (Korthikanti
-et al. 2022, without the attention matrix, which is never stored), and for a language model what reads its
+recomputation the layers' inputs and one layer's inside, else 34 bytes x hidden x layers a token of a context
+rank (Korthikanti et al. 2022, without the attention matrix, which is never stored; where keys are gathered,
+those of the whole row too), and for a language model what reads its
 log-probs, a chunk of positions at a time (`models/head_memory.py`).
 """
 
@@ -68,7 +69,9 @@ def _resident(role: Role, shape: ModelShape, plan: StagePlan) -> list[dict[str, 
     layout = plan.layout_of(role.name)
     return [
         {name: width * num for name, width in _parts(role, plan.facts, plan.config, replicas).items()}
-        for num, replicas in zip(_held(role, shape, plan), (layout.data, layout.expert_replicas), strict=True)
+        for num, replicas in zip(
+            _held(role, shape, plan), (layout.copies, layout.expert_replicas), strict=True
+        )
     ]
 
 
@@ -167,15 +170,18 @@ def activation_bytes(
     for role in plan.roles:
         if not role.is_trained or role.name not in shapes or role.name not in (names or shapes):
             continue
-        shape, tensor = shapes[role.name].shape, plan.layout_of(role.name).tensor
-        inside_layer = 34 * width * tokens * shape.hidden_size // tensor
+        shape, grid = shapes[role.name].shape, plan.config.parallel.grid_of(role.name)
+        tensor, own = grid.tensor, -(-tokens // grid.context)
+        inside_layer = 34 * width * own * shape.hidden_size // tensor
+        if grid.context > 1 and grid.context_scheme == "gather":
+            inside_layer += 2 * 2 * width * tokens * shape.num_kv_heads * shape.head_dim // tensor
         # The first of P pipeline stages has layers / P, and 1F1B keeps P micro-batches in flight there.
         if training.precision.recompute:
-            layers = 2 * width * tokens * shape.hidden_size * shape.num_layers + inside_layer
+            layers = 2 * width * own * shape.hidden_size * shape.num_layers + inside_layer
         else:
             layers = inside_layer * shape.num_layers
         columns = -(-shape.vocab_size // tensor)
-        head = 0 if role.has_value_head else head_bytes(tokens, shape.hidden_size, columns, 2 * width)
+        head = 0 if role.has_value_head else head_bytes(own, shape.hidden_size, columns, 2 * width)
         peak = max(peak, layers + head)
     return peak
 

@@ -25,8 +25,8 @@ def _llama(layers: int, hidden: int, ffn: int, heads: int, head_dim: int, versio
         max_positions=8192 if version == "3" else 131072,
         norm_eps=1e-5,
         rope_theta=500000.0,
-        rope_scaling_factor=None if version == "3" else 32.0,
-        is_tied=version != "3",
+        rope_scaling_factor={"3": None, "3.1": 8.0, "3.2": 32.0}[version],
+        is_tied=version == "3.2",
         init_std=0.02,
     )
 
@@ -71,6 +71,8 @@ _QWEN3_1_7B = ModelShape(
 KNOWN_SHAPES = {
     "llama-3-8b": _llama(32, 4096, 14336, 32, 128, "3"),
     "llama-3-70b": _llama(80, 8192, 28672, 64, 128, "3"),
+    "llama-3.1-8b": _llama(32, 4096, 14336, 32, 128, "3.1"),
+    "llama-3.1-70b": _llama(80, 8192, 28672, 64, 128, "3.1"),
     "llama-3.2-1b": _llama(16, 2048, 8192, 32, 64, "3.2"),
     "llama-3.2-3b": _llama(28, 3072, 8192, 24, 128, "3.2"),
     "qwen3-1.7b": _QWEN3_1_7B,

@@ -1,4 +1,7 @@
-"""Packed sequences are rotated at once, on GPUs too: megatron-core 0.19.2 turns them one by one."""
+"""Packed sequences are rotated at once, on GPUs too: megatron-core 0.19.2 turns them one by one.
+
+Over context ranks a row is cut into equal runs of tokens, where Megatron cuts every sequence (`parallel/context.py`).
+"""
 
 import functools
 from collections.abc import Callable
@@ -25,18 +28,22 @@ def install() -> None:
 
 def _all_at_once(one_by_one: Rotate) -> Rotate:
     """Hands each token the frequencies of its position: then all rows are rotated alike, bit for bit as one by one."""
+    from megatron.core.models.common.embeddings import rope_utils
 
     @functools.wraps(one_by_one)
-    def rotate(tokens: Tensor, cu_seqlens: Tensor, freqs: Tensor, **options: object) -> Tensor:
-        group = options.get("cp_group")
-        assert isinstance(group, torch.distributed.ProcessGroup)
-        num_tokens = len(tokens)
-        if (
-            group.size() == 1 and len(freqs) != num_tokens
-        ):  # else they are those of the tokens already, or cut up
-            starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=num_tokens)
-            freqs = freqs[torch.arange(num_tokens, device=freqs.device) - starts]
-            cu_seqlens = cu_seqlens[[0, -1]]
-        return one_by_one(tokens, cu_seqlens, freqs, **options)
+    def rotate(
+        tokens: Tensor,
+        cu_seqlens: Tensor,
+        freqs: Tensor,
+        *,
+        cp_group: torch.distributed.ProcessGroup,
+        **options: object,
+    ) -> Tensor:
+        num_tokens = len(tokens) * cp_group.size()  # of the whole row, as the offsets are
+        starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=num_tokens)
+        positions = torch.arange(num_tokens, device=freqs.device) - starts
+        own = positions.chunk(cp_group.size())[cp_group.rank()]
+        rotated: Tensor = rope_utils._apply_rotary_pos_emb_bshd(tokens[:, None], freqs[own], **options)
+        return rotated.squeeze(1)
 
     return rotate

@@ -99,6 +99,8 @@ def ranks(
             parallel.roles,
             parallel.expert,
             parallel.expert_tensor,
+            parallel.context,
+            parallel.context_scheme,
         )
     except UserError:
         if dist.is_initialized():

@@ -84,22 +84,44 @@ def test_the_layout_of_a_role_is_shown_and_counts_in_its_memory() -> None:
     assert "1,235.8 M │ 1,235.8 M │        10.4 GiB" in row
 
 
+def test_context_ranks_share_tokens_and_the_optimizer() -> None:
+    """2,007.6 M parameters on a rank: 6 + 12 / 2 bytes each, 22.4 GiB, though there is one replica."""
+    recipe = str(RECIPES / "llama3_1_8b" / "rto_32k.yaml")
+    output = check(recipe, "--gpus", "16")
+    assert "8 = tensor 4 x context 2 x pipeline 1 x data 1" in output
+    (row,) = (line for line in output.splitlines() if "policy " in line and "trained" in line)
+    assert "2,007.6 M │        22.4 GiB" in row
+    shape = find_shape(Path("Llama-3.1-8B"), None)
+    assert shape is not None
+    sizes = {}
+    for context, scheme in ((1, "ulysses"), (2, "ulysses"), (2, "gather"), (4, "ulysses")):
+        keys = [f"parallel.context={context}", f"parallel.context_scheme={scheme}"]
+        plan = plan_stage(load_recipe(Path(recipe), keys), 16)
+        sizes[context, scheme] = activation_bytes(plan, {"policy": shape})
+    gradient_of_head = 6 * (128256 // 4) * 4096
+    chunk = 10 * 1024 * (128256 // 4)
+    whole, half, quarter = (sizes[c, "ulysses"] - gradient_of_head - chunk for c in (1, 2, 4))
+    assert (whole, whole) == (2 * half, 4 * quarter)
+    # Keys and values of the layer that is recomputed, of 32,768 tokens and 8 heads of 128 on 4 tensor ranks.
+    assert sizes[2, "gather"] - sizes[2, "ulysses"] == 2 * 2 * 32768 * 8 * 128 // 4
+
+
 def test_ranks_of_their_own_are_shown_and_judged_apart() -> None:
     """A critic of 1,235.8 M parameters on two ranks of its own: 6 + 12 / 2 bytes a parameter, 13.8 GiB."""
     output = check(str(RECIPES / "llama3_8b" / "rto_own_ranks.yaml"), "--gpus", "8", "--pool-gpus", "2")
     assert "of them the policy's │ tensor 4 x pipeline 1 x data 1, ranks 0-3" in output
     assert "of them the critic's │ tensor 1 x pipeline 1 x data 2, ranks 4-5" in output
-    rows = {
-        line.split("│")[1].strip(): line.split("│")[-2].strip()
+    cells = [
+        (line.split("│")[1].strip(), float(line.split("│")[-2].split()[0]))
         for line in output.splitlines()
-        if "GiB" in line
-    }
-    assert (rows["critic"], rows["reward"]) == ("13.8 GiB", "2.3 GiB")
-    policy, others = (float(rows[f"sum of ranks {ranks}"].split()[0]) for ranks in ("0-3", "4-5"))
-    assert policy == pytest.approx(
-        33.7 + 3.7 + 3.7 + 5.9, abs=0.3
-    )  # with the reference, the DPO model and activations
-    assert others == pytest.approx(13.8 + 2.3 + 2.1, abs=0.3)
+        if " GiB │" in line
+    ]
+    of_policy, of_critic = (size for name, size in cells if name == "activations")
+    sizes = dict(cells)
+    assert (sizes["critic"], sizes["reward"]) == (13.8, 2.3)
+    models = 33.7 + 3.7 + 3.7  # policy, reference and DPO model
+    assert sizes["sum of ranks 0-3"] == pytest.approx(models + of_policy, abs=0.3)
+    assert sizes["sum of ranks 4-5"] == pytest.approx(13.8 + 2.3 + of_critic, abs=0.3)
 
 
 def test_what_is_ahead_is_shown() -> None:

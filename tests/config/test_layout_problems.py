@@ -30,6 +30,26 @@ def rto(*overrides: str) -> Stage:
             4,
             ["1 x 8 = 8", "set parallel.roles.reward.pipeline to 1"],
         ),
+        (
+            rto("parallel.roles.critic.context=3"),
+            4,
+            [
+                "critic.tensor x parallel.roles.critic.context x",
+                "= 1 x 3 x 1 = 3 does not divide the 4 ranks",
+            ],
+        ),
+        (
+            rto("parallel.context=2"),
+            4,
+            [
+                "parallel.tensor x parallel.context x parallel.pipeline = 4 x 2 x 1 = 8 does not divide the 4 ranks"
+            ],
+        ),
+        (
+            rto("parallel.context_scheme=gather"),
+            4,
+            ["parallel.context_scheme=gather has no effect with parallel.context=1; remove it or set"],
+        ),
         (rto("parallel.roles.critic.sequence=true"), 4, ["needs parallel.roles.critic.tensor > 1"]),
         (
             rto("batch.train=64", "batch.micro=32", "batch.rollout=64"),

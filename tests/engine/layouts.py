@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from rto_megatron.config.training import OptimizerConfig, PrecisionConfig, TrainParallelConfig
+from rto_megatron.config.training import ContextScheme, OptimizerConfig, PrecisionConfig, TrainParallelConfig
 from rto_megatron.engine.build_roles import build_frozen, build_trained
 from rto_megatron.engine.megatron import FrozenModel, TrainedModel
 from rto_megatron.engine.source import find_source
@@ -18,16 +18,37 @@ LAYOUTS = {
     "tp2_sp": (2, 2, 1, True),
     "tp2_pp2": (4, 2, 2, False),
     "tp2_pp2_sp": (4, 2, 2, True),
+    "cp2": (2, 1, 1, False),
+    "cp2_gather": (2, 1, 1, False),
+    "tp2_cp2_sp": (4, 2, 1, True),
+    "tp2_cp2_gather_sp": (4, 2, 1, True),
+    "cp2_pp2": (4, 1, 2, False),
+    "cp2_dp2": (4, 1, 1, False),
+    "cp4": (4, 1, 1, False),
+    "cp4_gather": (4, 1, 1, False),
     "ep2": (2, 1, 1, False),
     "ep2_dp4": (4, 1, 1, False),
     "ep2_pp2": (4, 1, 2, False),
     "ep2_tp2": (2, 2, 1, True),
     "ep4_tp2": (4, 2, 1, True),
     "ep2_tp2_etp2": (4, 2, 1, True),
+    "cp2_ep2": (2, 1, 1, False),
     # The policy has the ranks that no role has for itself.
     "tp2_of_4": (4, 2, 1, False),
     "pp2_of_3": (3, 1, 2, False),
     "dp2_of_3": (3, 1, 1, False),
+}
+# name -> (context ranks, scheme), of layouts that cut rows
+CONTEXT: dict[str, tuple[int, ContextScheme]] = {
+    "cp2": (2, "ulysses"),
+    "cp2_gather": (2, "gather"),
+    "tp2_cp2_sp": (2, "ulysses"),
+    "tp2_cp2_gather_sp": (2, "gather"),
+    "cp2_pp2": (2, "ulysses"),
+    "cp2_dp2": (2, "ulysses"),
+    "cp4": (4, "ulysses"),
+    "cp4_gather": (4, "gather"),
+    "cp2_ep2": (2, "ulysses"),
 }
 # Of those whose experts lie on different ranks: (parts of the experts, ranks of one)
 EXPERTS = {
@@ -37,15 +58,25 @@ EXPERTS = {
     "ep2_tp2": (2, 1),
     "ep4_tp2": (4, 1),
     "ep2_tp2_etp2": (2, 2),
+    "cp2_ep2": (2, 1),
 }
 
 
 def topology(layout: str) -> Topology:
     """This rank's place in a layout."""
     _, tensor, pipeline, sequence = LAYOUTS[layout]
+    context, scheme = CONTEXT.get(layout, (1, "ulysses"))
     expert, expert_tensor = EXPERTS.get(layout, (1, None))
     return Topology.init(
-        prepare(), tensor, pipeline, sequence, seed=1, expert=expert, expert_tensor=expert_tensor
+        prepare(),
+        tensor,
+        pipeline,
+        sequence,
+        seed=1,
+        expert=expert,
+        expert_tensor=expert_tensor,
+        context=context,
+        context_scheme=scheme,
     )
 
 

@@ -122,7 +122,7 @@ def test_a_fresh_head_depends_on_the_seed_alone(folders: Path, tmp_path: Path) -
 def _step(model: TrainedModel) -> None:
     place = model.topology
     own = DATA[place.data_rank :: place.data_size]
-    layout = Layout(1, True, 1, place.device.torch_device)
+    layout = Layout(1, True, place.row_multiple, place.device.torch_device)
     tokens = sum(len(one.response_ids) for one in DATA)
     names = [[one.id] for one in own]
     take_step(model, supervised_microbatches(own, tokens, layout), SFT(Config()).loss, names, 1e-3)
@@ -146,7 +146,13 @@ def _train(
 
 @pytest.mark.parametrize(
     ("saved_at", "loaded_at", "is_distributed"),
-    [("tp2_pp2", "one", False), ("dp2", "one", True), ("one", "dp2", True)],
+    [
+        ("tp2_pp2", "one", False),
+        ("dp2", "one", True),
+        ("one", "dp2", True),
+        ("cp2", "dp2", True),
+        ("dp2", "cp2_gather", True),
+    ],
 )
 def test_training_continues_at_another_layout(
     saved_at: str, loaded_at: str, is_distributed: bool, folders: Path, tmp_path: Path

@@ -72,7 +72,8 @@ class Case:
     @property
     def oracle(self) -> "Case":
         """The same on one rank."""
-        return replace(self, layout="one", packed=True, roles="")
+        options = "" if self.options == "recompute" else self.options
+        return replace(self, layout="one", packed=True, roles="", options=options)
 
 
 OPTIONS: Mapping[str, Mapping[str, object]] = {
@@ -91,6 +92,7 @@ OPTIONS: Mapping[str, Mapping[str, object]] = {
         "sampling__min_response_tokens": 5,
     },
     # Micro-batches of every layout by tokens, and what a phase does without in host memory.
+    "recompute": {"precision__recompute": True},
     "tokens": {
         "batch__micro": None,
         "batch__tokens": 60,
@@ -105,6 +107,7 @@ ROLES: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     "reward_tp": {"reward": {"tensor": 2}},
     "reference_tp": {"reference": {"tensor": 2, "sequence": True}},
     "frozen": {"reference": {"tensor": 2, "sequence": True}, "dpo": {"pipeline": 2}, "reward": {}},
+    "critic_cp": {"critic": {"context": 2, "context_scheme": "gather"}},
     # On ranks of their own.
     "own_critic": {"critic": {"ranks": "2-3"}},
     "own_critic_and_reward": {"critic": {"ranks": "2-3", "tensor": 2}, "reward": {"ranks": "2-3"}},
@@ -129,6 +132,18 @@ WITH_ROLES = [
     Case("grpo", "dp2_of_3", roles="own_reference"),
     Case("kto", "dp2_of_3", roles="own_reference"),
 ]
+# Rows that are cut over context ranks: every kind of loss alone, the dimensions together for two.
+CUT_ROWS = [
+    *(Case(stage, "cp2") for stage in ("sft", "reward_model", "dpo", "kto", "rto", "grpo")),
+    Case("tdpo", "cp2_gather", packed=False),
+    Case("rto", "cp2_gather", options="entropy"),
+    Case("rto", "cp2", options="tokens"),
+    Case("rto", "cp2_gather", packed=False, options="recompute"),
+    Case("dpo", "tp2_cp2_sp", options="recompute"),
+    Case("rto", "cp2_pp2"),
+    Case("rto", "cp2", roles="critic_dp"),
+    Case("ppo", "cp2", roles="critic_cp"),
+]
 # Methods that compare groups run with RTO's token reward: without it their advantages are a part of these.
 GROUPED = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo")
 # The reference's hidden states are gathered under sequence parallelism, and padded rows are longer than their answers.
@@ -138,19 +153,8 @@ TDPO = [
     Case("tdpo", "tp2_sp", packed=False),
 ]
 WITH_OPTIONS = [("rto", "capped"), ("rto", "entropy")]
-# Of the methods that read the same outputs of the same models a few, as four ranks cost the most.
-AT_TP_PP = (
-    "sft",
-    "reward_model",
-    "dpo",
-    "tdpo",
-    "kto",
-    "rto",
-    "semi_rto",
-    "rto_reinforce_pp",
-    "grpo",
-    "gspo",
-)
+# tools/layout_matrix.py has every method here too; four ranks cost the most.
+AT_TP_PP = ("dpo", "tdpo", "rto")
 CASES = [
     *(
         Case(stage, layout)
@@ -163,6 +167,7 @@ CASES = [
     Case("rto", packed=False, options="capped"),
     Case("rto", packed=False, options="entropy"),
     *WITH_ROLES,
+    *CUT_ROWS,
 ]
 ON_ONE_RANK = [
     *map(Case, ALGORITHMS),

@@ -177,6 +177,12 @@ SAME = [
     Case("one", packed=False),
     Case("one", micro=8),
     Case("tp2_sp", packed=False, micro=1),
+    Case("cp2"),
+    Case("cp2_gather", packed=False),
+    Case("tp2_cp2_gather_sp"),
+    Case("tp2_cp2_sp", packed=False),
+    Case("cp2_pp2", is_tied=True),
+    Case("cp2_dp2", is_overlapped=True),
 ]
 ADAM_LAYOUTS = ["tp2_sp", "pp2", "dp2", "tp2_pp2"]
 # What to take away, where it matters, and the models that must then differ.
@@ -185,6 +191,7 @@ REDUCTIONS = [
     (Case("tp2_sp", disable="replicated"), {"policy", "critic"}),
     (Case("pp2", is_tied=True, disable="tied"), {"policy"}),
     (Case("tp2_sp", disable="value_head"), {"critic"}),
+    (Case("cp2", disable="data"), {"policy", "critic"}),  # context ranks are among those that reduce
 ]
 
 

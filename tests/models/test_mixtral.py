@@ -138,7 +138,7 @@ def _balance_by_definition(model: MixtralForCausalLM) -> float:
     return float(torch.stack(losses).mean())
 
 
-@pytest.mark.parametrize("layout", ["one", "tp2_sp", "pp2"])
+@pytest.mark.parametrize("layout", ["one", "tp2_sp", "pp2", "cp2", "cp2_ep2"])
 def test_load_balancing_loss_is_its_definition_and_one_step_equals_one_rank(
     layout: str, folder: Path
 ) -> None:

@@ -93,6 +93,18 @@ def test_a_layout_that_fits_has_no_problems() -> None:
     assert [check_layout(SHAPE, grid, "models.policy") for grid in grids] == [[]] * 3
 
 
+def test_ulysses_needs_a_head_for_every_context_rank() -> None:
+    shape = replace(SHAPE, num_heads=12, num_kv_heads=4)
+    fits = [GridConfig(tensor=2, context=c) for c in (1, 2, 3, 6)]
+    gathers = GridConfig(tensor=2, context=4, context_scheme="gather")
+    assert [check_layout(shape, grid, "models.policy") for grid in (*fits, gathers)] == [[]] * 5
+    assert check_layout(shape, GridConfig(tensor=2, context=4), "models.critic", "parallel.roles.critic") == [
+        "models.critic: parallel.roles.critic.context=4 does not divide the 6 attention heads of a tensor rank "
+        "(num_attention_heads=12 / parallel.roles.critic.tensor=2), which ulysses shares out; it can be one of "
+        "[1, 2, 3, 6], or set parallel.roles.critic.context_scheme=gather"
+    ]
+
+
 def test_every_obstacle_is_a_sentence() -> None:
     shape = replace(SHAPE, num_heads=6, num_kv_heads=2, ffn_hidden_size=22, num_layers=6)
     assert check_layout(shape, GridConfig(tensor=4, pipeline=4), "models.critic") == [

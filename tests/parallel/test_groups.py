@@ -14,10 +14,22 @@ from rto_megatron.parallel.groups import make_groups
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.platform.device import prepare
 
-# On eight ranks: tensor, pipeline, and of experts the parts and the ranks of one.
+# On eight ranks: tensor, pipeline, of experts the parts and the ranks of one, context.
 LAYOUTS = [
-    *((tensor, pipeline, 1, None) for tensor, pipeline in ((1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (8, 1))),
-    *((1, 1, 2, None), (1, 1, 8, None), (2, 1, 2, 1), (2, 2, 4, 1), (2, 1, 2, 2), (4, 1, 2, 1), (2, 2, 1, 1)),
+    *(
+        (tensor, pipeline, 1, None, 1)
+        for tensor, pipeline in ((1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (8, 1))
+    ),
+    *(
+        (1, 1, 2, None, 1),
+        (1, 1, 8, None, 1),
+        (2, 1, 2, 1, 1),
+        (2, 2, 4, 1, 1),
+        (2, 1, 2, 2, 1),
+        (4, 1, 2, 1, 1),
+    ),
+    *((2, 2, 1, 1, 1), (1, 1, 1, None, 2), (2, 1, 1, None, 2), (2, 2, 1, None, 2), (1, 2, 1, None, 4)),
+    (2, 1, 4, 1, 2),
 ]
 Ranks = dict[str, list[int] | None]
 
@@ -41,10 +53,11 @@ def _both() -> list[tuple[Ranks, Ranks]]:
     parallel_state._GLOBAL_MEMORY_BUFFER = None
     found = []
     for layout, ours in zip(LAYOUTS, own, strict=True):
-        tensor, pipeline, expert, expert_tensor = layout
+        tensor, pipeline, expert, expert_tensor, context = layout
         parallel_state.initialize_model_parallel(
             tensor,
             pipeline,
+            context_parallel_size=context,
             expert_model_parallel_size=expert,
             expert_tensor_parallel_size=expert_tensor,
         )

@@ -38,21 +38,22 @@ def test_resumed_training_of_experts_equals_uninterrupted(
     assert all(1.0 <= balance < 4.0 for balance in balances)  # 1 is perfect balance, 4 one expert for all
 
 
-@pytest.mark.parametrize("layout", ["one", "pp2"])
+@pytest.mark.parametrize(("layout", "roles"), [("one", {}), ("pp2_of_3", {"critic": {"ranks": "2"}})])
 def test_rto_trains_the_experts_of_an_earlier_stage(
-    layout: str, mixtral: Path, files: Path, tmp_path: Path
+    layout: str, roles: dict[str, object], mixtral: Path, files: Path, tmp_path: Path
 ) -> None:
     sft = configure(
         "sft", files, tmp_path / "sft", models__policy=mixtral, run__steps=1, run__save_every=None
     )
     assert run_ranks(1, train, sft) == [None]
-    keys = {"models__policy": tmp_path / "sft", "models__reference": tmp_path / "sft"}
+    keys = {f"models__{role}": tmp_path / "sft" for role in ("policy", "reference")}
+    keys |= {"parallel__roles": roles}
     rto = configure(
         "rto", files, tmp_path / "rto", layout, run__steps=2, models__moe_aux_loss_coef=0.01, **keys
     )
     num_ranks = LAYOUTS[layout][0]
     assert run_ranks(num_ranks, train, rto) == [None] * num_ranks
-    assert "loss/policy_moe_aux" in read_metrics(tmp_path / "rto")[-1]
+    assert 1.0 <= read_metrics(tmp_path / "rto")[-1]["loss/policy_moe_aux"] < 4.0
 
 
 def test_experts_over_tensor_ranks_need_sequence_parallelism(

@@ -30,6 +30,7 @@ def _train(config: ReinforcementStage) -> None:
         ("tp2_of_4", {"critic": {"ranks": "2-3"}, "reward": {"ranks": "2-3", "tensor": 2}}),
         ("pp2", {}),
         ("dp2", {}),
+        ("cp2", {"reward": {}}),
         ("tp2_pp2_sp", {"critic": {"tensor": 2}, "reward": {}}),
     ],
 )

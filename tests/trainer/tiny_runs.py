@@ -9,7 +9,7 @@ from typing import Any
 
 # MetricLog imports it in the rank that logs; imported here, forked ranks have it already.
 import torch.utils.tensorboard  # noqa: F401
-from engine.layouts import EXPERTS, LAYOUTS
+from engine.layouts import CONTEXT, EXPERTS, LAYOUTS
 from tiny_models import write_llama
 
 from rto_megatron.algorithms import ALGORITHMS
@@ -73,6 +73,7 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
 def configure(stage: str, root: Path, run_dir: Path, layout: str = "one", **changes: object) -> Stage:
     """A configuration of four steps over the files of `root`; `changes` are keys with `__` for dots, or sections."""
     _, tensor, pipeline, sequence = LAYOUTS[layout]
+    context, scheme = CONTEXT.get(layout, (1, "ulysses"))
     expert, expert_tensor = EXPERTS.get(layout, (1, None))
     adam = {"lr": 1e-3, "warmup_fraction": 0.5}
     tree: dict[str, Any] = {
@@ -80,6 +81,8 @@ def configure(stage: str, root: Path, run_dir: Path, layout: str = "one", **chan
         "run": {"dir": run_dir, "steps": 4, "save_every": 2},
         "parallel": {
             "tensor": tensor,
+            "context": context,
+            "context_scheme": scheme,
             "pipeline": pipeline,
             "sequence": sequence,
             "expert": expert,
@@ -170,6 +173,8 @@ def join(config: Stage) -> Topology:
         roles=parallel.roles,
         expert=parallel.expert,
         expert_tensor=parallel.expert_tensor,
+        context=parallel.context,
+        context_scheme=parallel.context_scheme,
     )
 
 

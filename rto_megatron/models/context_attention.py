@@ -1,0 +1,114 @@
+"""Attention over rows that are cut over context ranks, in two schemes.
+
+Legend: t positions of this context rank, T of the whole row, n query heads and k key-value heads on this tensor rank,
+d numbers a head, c context ranks.
+
+    ulysses  tokens are exchanged for heads: every rank attends over whole sequences with n / c of the heads, and
+             receives (2 n + 2 k) (c - 1) / c^2 times T d numbers. Any lengths are balanced. c must divide n.
+    gather   keys and values of the whole row come to every rank, 2 k (c - 1) / c times T d numbers, and its queries
+             see those before them. Any number of heads; the last ranks of a long sequence have the most to do.
+"""
+
+import math
+from itertools import pairwise
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import all_to_all, gather_from_sequence_parallel_region
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from rto_megatron.models.modules import PackedCoreAttention
+
+
+class UlyssesAttention(PackedCoreAttention):
+    """Exchanges tokens for heads, attends as without context ranks, and exchanges back.
+
+    Example:
+        output = attention.forward(query, key, value, None, packed_seq_params=packed)
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        *_: object,
+        pg_collection: ProcessGroupCollection,
+        softmax_scale: float | None = None,
+        **__: object,
+    ) -> None:
+        super().__init__(config, layer_number, softmax_scale=softmax_scale)
+        self.group = pg_collection.cp
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: object = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """[t, n, d] -> [t, n * d]; the offsets of `packed_seq_params` are those of the whole row."""
+        assert packed_seq_params is not None, "rows are cut as packed ones"
+        size, (num_tokens, num_heads, width) = self.group.size(), query.shape
+        if key.shape[1] % size:  # a head whose queries go to several ranks goes to each of them
+            copies = size // math.gcd(size, key.shape[1])
+            key, value = (x.repeat_interleave(copies, dim=1) for x in (key, value))
+        by_rank = [x.unflatten(1, (size, -1)) for x in (query, key, value)]
+        counts = [x.shape[2] for x in by_rank]
+        mine = torch.cat(by_rank, 2).transpose(0, 1).contiguous()  # [c, t, (n + 2 k) / c, d]
+        query, key, value = all_to_all(self.group, mine).flatten(0, 1).split(counts, dim=1)
+        out = super().forward(query, key, value, None, packed_seq_params=packed_seq_params)
+        theirs = out.view(size, num_tokens, num_heads // size, width)
+        back: Tensor = all_to_all(self.group, theirs.contiguous())  # [c of heads, t, n / c, d]
+        return back.transpose(0, 1).reshape(num_tokens, num_heads * width)
+
+
+class GatheredKeysAttention(PackedCoreAttention):
+    """Gathers keys and values of the whole row; queries stay where they are.
+
+    Example:
+        output = attention.forward(query, key, value, None, packed_seq_params=packed)
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        *_: object,
+        pg_collection: ProcessGroupCollection,
+        softmax_scale: float | None = None,
+        **__: object,
+    ) -> None:
+        super().__init__(config, layer_number, softmax_scale=softmax_scale)
+        self.group = pg_collection.cp
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: object = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """See `UlyssesAttention.forward`."""
+        assert packed_seq_params is not None, "rows are cut as packed ones"
+        # Backward adds up what all ranks' queries say of a key, and gives it to the rank that has it.
+        both: Tensor = gather_from_sequence_parallel_region(
+            torch.cat((key, value), -1), tensor_parallel_output_grad=True, group=self.group
+        )
+        key, value = both.split((key.shape[-1], value.shape[-1]), dim=-1)
+        first = self.group.rank() * len(query)
+        offsets, outs = packed_seq_params.cu_seqlens_q.tolist(), []
+        for start, end in pairwise(offsets):
+            from_, to = max(start, first), min(end, first + len(query))
+            if from_ >= to:
+                continue
+            piece = (query[from_ - first : to - first], key[start:to], value[start:to])
+            outs.append(self.attend(*(x.transpose(0, 1)[None] for x in piece))[0].transpose(0, 1))
+        return torch.cat(outs).flatten(1)
