@@ -17,13 +17,15 @@ def over_budget(examples: Sequence[Example], source: str, layout: Layout) -> str
     budget = layout.tokens
     if budget is None or not examples:
         return None
-    least = max(layout.size(Extent.of(least_lengths(example))) for example in examples)
+    # One walk for both, as examples in files are made when they are asked for.
+    extents = [(Extent.of(least_lengths(one)), Extent.of(lengths_of(one))) for one in examples]
+    least = max(layout.size(extent) for extent, _ in extents)
     if least > budget:
         raise RecipeError(
             f"batch.tokens={budget} is below the longest prompt of {source}: with a single token of an answer it takes "
             f"{least} tokens of a micro-batch; set batch.tokens to {least} at least, or lower data.max_prompt_tokens"
         )
-    warning = beyond_budget(examples, layout)
+    warning = _beyond([layout.size(extent) for _, extent in extents], budget)
     return None if warning is None else f"of the examples of {source} {warning}"
 
 
@@ -32,10 +34,14 @@ def beyond_budget(examples: Sequence[Example | Rollout], layout: Layout) -> str 
     budget = layout.tokens
     if budget is None:
         return None
-    longer = [size for example in examples if (size := layout.size(Extent.of(lengths_of(example)))) > budget]
+    return _beyond([layout.size(Extent.of(lengths_of(example))) for example in examples], budget)
+
+
+def _beyond(sizes: Sequence[int], budget: int) -> str | None:
+    longer = [size for size in sizes if size > budget]
     if not longer:
         return None
     return (
-        f"{len(longer)} of {len(examples)} take more than batch.tokens={budget}, up to {max(longer)}; each of them is "
+        f"{len(longer)} of {len(sizes)} take more than batch.tokens={budget}, up to {max(longer)}; each of them is "
         "alone in a micro-batch, which needs that much more memory"
     )

@@ -15,8 +15,8 @@ from rto_megatron.data.load_report import Loaded, LoadReport
 from rto_megatron.data.mixture import Portion
 from rto_megatron.data.row import BadRow, Row
 from rto_megatron.data.sources import scan_rows, size_of
-from rto_megatron.data.stored import ShardWriter, StoredExamples
-from rto_megatron.data.tally import PartTally, Tally, added, from_json, gathered
+from rto_megatron.data.stored import ExampleWriter, StoredExamples
+from rto_megatron.data.tally import PartTally, RowTally, added, from_json, gathered
 from rto_megatron.data.workers import num_workers, run_workers
 from rto_megatron.errors import DataError, TokenizerError, UserError
 from rto_megatron.types import Example
@@ -35,7 +35,7 @@ class _Walk[T]:
     worker: int = 0
     num_workers: int = 1
     number: int = 0  # of the next row
-    tally: Tally = field(default_factory=Tally)
+    tally: RowTally = field(default_factory=RowTally)
 
     def through(self, part: MixturePart, max_rows: int | None) -> None:
         own = PartTally()
@@ -125,7 +125,7 @@ def _work[T: Example](
     worker: int,
 ) -> None:
     folder = shards / f"shard_{worker}"
-    with ShardWriter[T](folder) as writer:
+    with ExampleWriter[T](folder) as writer:
         tally = _walked(sources, convert, encoder, max_rows, writer.add, worker, count)
     (folder / _TALLY).write_bytes(tally.to_json())
 
@@ -138,7 +138,7 @@ def _walked[T](
     take: Callable[[int, T], None],
     worker: int = 0,
     workers: int = 1,
-) -> Tally:
+) -> RowTally:
     walk = _Walk(encoder, convert, take, worker, workers)
     for part in parts_of(sources):
         walk.through(part, None if max_rows is None else max_rows - walk.number)
@@ -146,7 +146,7 @@ def _walked[T](
 
 
 def _judged(
-    sources: Sources, tally: Tally, encoder: Encoder, max_rows: int | None, dropped_as: str | None
+    sources: Sources, tally: RowTally, encoder: Encoder, max_rows: int | None, dropped_as: str | None
 ) -> tuple[LoadReport, tuple[Portion, ...]]:
     source, parts = shown(sources), parts_of(sources)
     bad = gathered(tally.bad) if encoder.limits.bad_rows == "error" else BadRows()

@@ -6,7 +6,9 @@ code. Its files have digests, which every reader checks.
 
 import hashlib
 import json
+import os
 import shutil
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -129,13 +131,16 @@ class PreparedData:
         return found
 
     def _written[T: Example](self, entry: Path, load: Callable[[Path | None], Loaded[T]]) -> Loaded[T]:
-        partial = entry.with_name(f".partial_{entry.name}")
-        for left in (partial, entry):
+        # Locks of some file systems hold on one host alone, and another may write the same entry.
+        own = f".partial_{entry.name}_{socket.gethostname()}"
+        for left in (entry, *entry.parent.glob(f"{own}_*")):
             shutil.rmtree(left, ignore_errors=True)
+        partial = entry.with_name(f"{own}_{os.getpid()}")
         partial.mkdir(mode=0o700)
         try:
             write_entry(partial, load(partial))
-            partial.rename(entry)
+            if not entry.exists():
+                partial.rename(entry)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         found: Loaded[T] | None = read_entry(entry)

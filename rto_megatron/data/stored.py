@@ -28,11 +28,11 @@ _SEQUENCES = {"prompt": 1, "demonstration": 2, "pair": 3, "judged": 3}
 _AT_A_TIME = 1 << 22  # tokens
 
 
-class ShardWriter[T: Example]:
+class ExampleWriter[T: Example]:
     """Writes examples of one kind into a folder; without any there is none.
 
     Example:
-        with ShardWriter(folder) as writer: writer.add(0, Prompt("p7", (1, 529, 3)))
+        with ExampleWriter(folder) as writer: writer.add(0, Prompt("p7", (1, 529, 3)))
     """
 
     def __init__(self, folder: Path) -> None:

@@ -30,11 +30,11 @@ class PartTally:
 
 
 @dataclass
-class Tally:
+class RowTally:
     """Of all sources; grows while rows are read.
 
     Example:
-        Tally([PartTally()]).report("chat.jsonl", parts)
+        RowTally([PartTally()]).report("chat.jsonl", parts)
     """
 
     parts: list[PartTally] = field(default_factory=list)
@@ -53,7 +53,7 @@ class Tally:
 
     def to_json(self) -> bytes:
         """As another process reads it."""
-        return TypeAdapter(Tally).dump_json(self)
+        return TypeAdapter(RowTally).dump_json(self)
 
     def report(self, source: str, parts: Sequence[MixturePart]) -> LoadReport:
         """What became of the rows, for people."""
@@ -83,12 +83,12 @@ class Tally:
         )
 
 
-def from_json(text: bytes) -> Tally:
-    """What `Tally.to_json` wrote."""
-    return TypeAdapter(Tally).validate_json(text)
+def from_json(text: bytes) -> RowTally:
+    """What `RowTally.to_json` wrote."""
+    return TypeAdapter(RowTally).validate_json(text)
 
 
-def added(tallies: Sequence[Tally]) -> Tally:
+def added(tallies: Sequence[RowTally]) -> RowTally:
     """Of rows that several processes shared, in the order of the rows."""
     parts = [
         PartTally(
@@ -103,7 +103,7 @@ def added(tallies: Sequence[Tally]) -> Tally:
         sorted(problem for tally in tallies for problem in asdict(tally)[name])
         for name in ("bad", "overlong")
     )
-    return Tally(parts, bad, overlong)
+    return RowTally(parts, bad, overlong)
 
 
 def gathered(problems: Sequence[Problem]) -> BadRows:

@@ -39,6 +39,8 @@ def own_report(module: GPTModel, shape: ModelShape, num_microbatches: int) -> Te
         float64 [layers, E + 3]: `WatchedRouter.tally`, then the loss, summed over the ranks of a replica; on the host.
     """
     report = no_report(shape)
+    if shape.experts is None:
+        return report
     for router in routers(module):
         report[router.layer_number - 1, :-1] = router.tally.cpu()
     recorded = get_moe_metrics_tracker().metrics.get("load_balancing_loss")

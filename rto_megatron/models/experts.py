@@ -28,7 +28,7 @@ class GroupedExperts(SequentialMLP):  # type: ignore[misc]  # megatron-core has 
     take what the loop over experts takes, in two calls instead of two for each expert.
 
     Example:
-        output = experts(tokens, tokens_per_expert, probs)[0]
+        output = experts.forward(tokens, tokens_per_expert, probs)[0]
     """
 
     def forward(

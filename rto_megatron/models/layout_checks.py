@@ -73,12 +73,12 @@ def idle_expert_keys(shapes: Mapping[str, ModelShape], parallel: ParallelConfig)
         grid = parallel.grid_of(roles[0])
         if any(shapes[role].experts is not None for role in roles):
             continue
-        keys = {"expert": grid.expert, "expert_tensor": grid.expert_tensor}
+        keys = {"expert": None if grid.expert == 1 else grid.expert, "expert_tensor": grid.expert_tensor}
         problems += [
             f"{section}.{key}={value} has no effect: no model of this layout ({', '.join(roles)}) has experts; "
             "remove it"
             for key, value in keys.items()
-            if value not in (1, None)
+            if value is not None
         ]
     return problems
 

@@ -97,7 +97,7 @@ class Statistic(Protocol):
     """What is read of the logits of each position; see `read_in_chunks`.
 
     Example:
-        LogprobStatistic(shard, asked)
+        statistic.part(logits_Cv, slice(0, 64))
     """
 
     def part(self, logits_Cv: Tensor, rows: slice) -> Tensor:

@@ -1,6 +1,7 @@
 """What every stage does before its first step: sources, layout checks, tokenizer, optimizer steps."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -97,9 +98,15 @@ def prepare_stage(config: schema.Stage, topology: Topology) -> Setup:
     batch, device = config.batch, topology.device.torch_device
     layout = Layout(batch.micro, batch.packed, topology.row_multiple, device, batch.tokens)
     cost = None if batch.tokens is None else _cost(config, sources)
-    cache = config.data.cache or config.run.dir.parent / _CACHE
-    prepared = PreparedData(cache, tokenizer, limits_of(config, moment), eos)
+    prepared = PreparedData(_cache(config), tokenizer, limits_of(config, moment), eos)
     return Setup(topology, sources, tokenizer, eos, layout, prepared, cost)
+
+
+def _cache(config: schema.Stage) -> Path:
+    """Where tokenized data lie; in the run folder where the one beside it belongs to another user."""
+    beside = config.run.dir.parent / _CACHE
+    is_own = os.access(beside if beside.exists() else beside.parent, os.W_OK | os.X_OK)
+    return config.data.cache or (beside if is_own else config.run.dir / _CACHE)
 
 
 def _cost(config: schema.Stage, sources: Mapping[str, WeightSource]) -> Callable[[Example | Rollout], float]:

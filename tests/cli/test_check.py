@@ -111,17 +111,17 @@ def test_ranks_of_their_own_are_shown_and_judged_apart() -> None:
     output = check(str(RECIPES / "llama3_8b" / "rto_own_ranks.yaml"), "--gpus", "8", "--pool-gpus", "2")
     assert "of them the policy's │ tensor 4 x pipeline 1 x data 1, ranks 0-3" in output
     assert "of them the critic's │ tensor 1 x pipeline 1 x data 2, ranks 4-5" in output
-    rows = {
-        line.split("│")[1].strip(): line.split("│")[-2].strip()
+    cells = [
+        (line.split("│")[1].strip(), float(line.split("│")[-2].split()[0]))
         for line in output.splitlines()
-        if "GiB" in line
-    }
-    assert (rows["critic"], rows["reward"]) == ("13.8 GiB", "2.3 GiB")
-    policy, others = (float(rows[f"sum of ranks {ranks}"].split()[0]) for ranks in ("0-3", "4-5"))
-    assert policy == pytest.approx(
-        33.7 + 3.7 + 3.7 + 6.0, abs=0.3
-    )  # with the reference, the DPO model and activations
-    assert others == pytest.approx(13.8 + 2.3 + 2.1, abs=0.3)
+        if " GiB │" in line
+    ]
+    of_policy, of_critic = (size for name, size in cells if name == "activations")
+    sizes = dict(cells)
+    assert (sizes["critic"], sizes["reward"]) == (13.8, 2.3)
+    models = 33.7 + 3.7 + 3.7  # policy, reference and DPO model
+    assert sizes["sum of ranks 0-3"] == pytest.approx(models + of_policy, abs=0.3)
+    assert sizes["sum of ranks 4-5"] == pytest.approx(13.8 + 2.3 + of_critic, abs=0.3)
 
 
 def test_what_is_ahead_is_shown() -> None:

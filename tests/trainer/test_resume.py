@@ -108,7 +108,10 @@ CASES = {
     # The lead has no critic, whose step and parameter groups it writes all the same.
     "tp2-critic-and-reward-on-own-ranks": (
         "tp2_of_4",
-        {"parallel__roles": {"critic": {"ranks": "2-3"}, "reward": {"ranks": "2-3", "tensor": 2}}},
+        {
+            "parallel__roles": {"critic": {"ranks": "2-3"}, "reward": {"ranks": "2-3", "tensor": 2}},
+            "algorithm__ema_beta": 0.9,
+        },
     ),
     "bf16-dp2-sharded": ("dp2", {"parallel__distributed_optimizer": True, "precision__dtype": "bf16"}),
 }

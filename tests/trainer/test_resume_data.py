@@ -1,6 +1,7 @@
 """A run goes on with the data and the date it began with, or says that they are others."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from engine.layouts import LAYOUTS
 from ranks import run_ranks
 from trainer.tiny_runs import WORDS, configure, train, write_rows
 
+from rto_megatron.data import workers
 from rto_megatron.reporting.metrics import read_metrics
 
 DATED = "{{ bos_token }}{{ strftime_now('%d %b %Y') }}{% for m in messages %}<|{{ m.role }}|> {{ m.content }}"
@@ -57,8 +59,11 @@ def test_the_date_of_the_first_start_is_given_again(files: Path, tmp_path: Path)
 
 
 def test_a_mixture_of_conversations_trains_alike_on_any_ranks_and_goes_on(
-    files: Path, tmp_path: Path
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(
+        workers, "_WORTHWHILE", 500
+    )  # bytes: ranks share the work with processes of their own
     talks, tasks = tmp_path / "talks.jsonl", tmp_path / "tasks.csv"
     turns = [
         [_said("user", n), _said("assistant", n + 1), _said("user", n), _said("assistant", n)]
@@ -80,6 +85,8 @@ def test_a_mixture_of_conversations_trains_alike_on_any_ranks_and_goes_on(
     whole = run("one", 5, "one")  # a pass has four steps
     assert run("dp2", 5, "two") == pytest.approx(whole, rel=1e-5)
     assert len(run("dp2", 6, "one")) == 6
+    (entry,) = (tmp_path / "data_cache").glob("*/")
+    assert len([*entry.glob("shard_*")]) == min(len(os.sched_getaffinity(0)), 2)
 
 
 def _said(role: str, number: int) -> dict[str, str]:
