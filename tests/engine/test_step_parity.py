@@ -178,9 +178,9 @@ SAME = [
     Case("one", micro=8),
     Case("tp2_sp", packed=False, micro=1),
     Case("cp2"),
-    Case("cp2_gather", packed=False),
+    Case("cp2_gather", packed=False, micro=1),
     Case("tp2_cp2_gather_sp"),
-    Case("tp2_cp2_sp", packed=False),
+    Case("tp2_cp2_sp", packed=False, micro=3),  # the border of the parts lies in a row
     Case("cp2_pp2", is_tied=True),
     Case("cp2_dp2", is_overlapped=True),
 ]
