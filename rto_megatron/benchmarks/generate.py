@@ -42,6 +42,7 @@ TEMPERATURES: Mapping[Benchmark, float] = {
     "arena_hard_v2.0": 0.0,
 }
 MAX_TOKENS = 4096
+_ROOM_STEP = 64  # tokens
 
 # Engine and version of its weights, given the longest prompt and answer, in tokens.
 type OpenPool = Callable[[int], AbstractContextManager[tuple[RolloutEngine, int]]]
@@ -190,7 +191,7 @@ def _encoded(
         except DataError as error:
             problems.append(str(error))
             continue
-        room = min(plan.max_tokens, max_positions - len(ids))
+        room = _room(max_positions - len(ids), plan.max_tokens)
         if room < 1:
             problems.append(
                 f"{question.where}: the prompt has {len(ids)} tokens, and the model takes {max_positions} in all"
@@ -205,6 +206,13 @@ def _encoded(
             True,
         )
     return asked
+
+
+def _room(left: int, wanted: int) -> int:
+    """Tokens of an answer. What a pool is asked at once has one limit, so that short rooms are whole steps."""
+    if left >= wanted:
+        return wanted
+    return left if left < _ROOM_STEP else left - left % _ROOM_STEP
 
 
 def _known(journal: Journal, asked: Sequence[_Asked], folder: Path) -> dict[str, tuple[str, bool]]:

@@ -173,6 +173,14 @@ def test_long_questions_leave_fewer_tokens_and_too_long_ones_are_named(
         run(model, prompts, tmp_path / "new", engine)
 
 
+def test_questions_of_similar_lengths_go_to_the_pool_together(model: Path, tmp_path: Path) -> None:
+    questions = [{"instruction": "one " * count} for count in (1, 64, 65, 66)]
+    engine = TellingEngine()
+    run(model, write_json(tmp_path / "q.json", questions), tmp_path / "out", engine, max_tokens=220)
+    assert engine.asked == [("0",), ("1", "2", "3")]
+    assert [one.max_tokens for one in engine.samplings] == [220, 128]
+
+
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
