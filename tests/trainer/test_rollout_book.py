@@ -52,14 +52,16 @@ def _assert_speed(logged: dict[str, float], rows: list[dict[str, Any]], files: P
     layer = hidden * size * (2 * heads + 2 * kv_heads) + 3 * hidden * shape.intermediate_size
     lengths = [len(row["prompt_ids"]) + len(row["response_ids"]) for row in rows]
 
-    def forward(head: int, read: list[int]) -> int:
-        products = 2 * (shape.num_hidden_layers * layer + hidden * head) * sum(read)
+    def forward(head: int, read: list[int], asked: list[int]) -> int:
+        products = 2 * (shape.num_hidden_layers * layer * sum(read) + hidden * head * sum(asked))
         return products + 2 * shape.num_hidden_layers * heads * size * sum(one**2 for one in read)
 
     # The reward model reads a cut response with an end of sequence behind it.
     closed = [one + (row["finish_reason"] == "length") for one, row in zip(lengths, rows, strict=True)]
-    # Policy, reference, DPO model; critic and reward model, whose head has one row.
-    flops = (3 + 3) * forward(shape.vocab_size, lengths) + (1 + 3) * forward(1, lengths) + forward(1, closed)
+    # Policy, reference, DPO model, whose head is read at responses; critic and reward model, whose head has one row.
+    answers = [len(row["response_ids"]) for row in rows]
+    flops = (3 + 3) * forward(shape.vocab_size, lengths, answers)
+    flops += (1 + 3) * forward(1, lengths, lengths) + forward(1, closed, closed)
     assert logged["time/model_tflops"] == pytest.approx(flops / 2 / logged["time/step_s"] / 1e12, rel=1e-6)
     assert logged["time/mfu"] == pytest.approx(logged["time/model_tflops"] / 0.5)
     assert logged["memory/peak_gib"] > 0.05
