@@ -2,7 +2,7 @@
 # Sets the environment up if needed, then lint, type check and the tests that need no GPU: about 20 minutes on 2 cores.
 # launchers/slow_tests.sh has those with servers, launchers and schedulers of their own.
 # Usage: bash launchers/test.sh [pytest arguments]        TEST_PROCESSES=N shares the tests out over N processes (2).
-#        bash launchers/test.sh --fast    leaves out what starts ranks, servers or programs: about 4 minutes.
+#        bash launchers/test.sh --fast    leaves out what starts ranks, servers or programs: under 3 minutes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export CUDA_VISIBLE_DEVICES="" # these tests fork ranks, which CUDA forbids; launchers/test_gpu.sh has those for a GPU
