@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 
 from rto_megatron.benchmarks.answer_files import Answers
 from rto_megatron.benchmarks.arena_judgments import Battles, Judgments, battles
-from rto_megatron.benchmarks.win_rates import standard_error
+from rto_megatron.benchmarks.win_rates import bootstrap_interval, standard_error
 from rto_megatron.errors import DataError, refuse_if
 
 STYLES = ("token_len", "header_count", "list_count", "bold_count")
@@ -63,16 +63,13 @@ def score(judgments: Judgments, num_rounds: int, seed: int) -> ArenaScore:
     fought = battles(judgments)
     if not len(fought.wins):
         raise DataError(f"{judgments.path}: no game has a verdict; look at the judge's answers in it")
-    chance = np.random.default_rng(seed)
-    count = len(fought.wins)
-    rounds = [fought.wins[chance.integers(count, size=count)].mean() for _ in range(num_rounds)]
-    limits = (2.5, 97.5) if judgments.version == "v0.1" else (5, 95)
-    low, high = (float(one) for one in np.percentile(rounds, limits))
+    percent = 95 if judgments.version == "v0.1" else 90
+    low, high = bootstrap_interval(fought.wins, num_rounds, seed, percent)
     return ArenaScore(
         judgments.model,
         Interval(100 * float(fought.wins.mean()), 100 * low, 100 * high),
         100 * _clustered_error(fought),
-        count,
+        len(fought.wins),
         judgments.num_unjudged,
     )
 

@@ -22,12 +22,8 @@ from torch import Tensor
 from rto_megatron.models.modules import PackedCoreAttention
 
 
-class UlyssesAttention(PackedCoreAttention):
-    """Exchanges tokens for heads, attends as without context ranks, and exchanges back.
-
-    Example:
-        output = attention.forward(query, key, value, None, packed_seq_params=packed)
-    """
+class _CutRows(PackedCoreAttention):
+    """Knows the ranks over which rows are cut."""
 
     def __init__(
         self,
@@ -40,6 +36,14 @@ class UlyssesAttention(PackedCoreAttention):
     ) -> None:
         super().__init__(config, layer_number, softmax_scale=softmax_scale)
         self.group = pg_collection.cp
+
+
+class UlyssesAttention(_CutRows):
+    """Exchanges tokens for heads, attends as without context ranks, and exchanges back.
+
+    Example:
+        output = attention.forward(query, key, value, None, packed_seq_params=packed)
+    """
 
     def forward(
         self,
@@ -67,24 +71,12 @@ class UlyssesAttention(PackedCoreAttention):
         return back.transpose(0, 1).reshape(num_tokens, num_heads * width)
 
 
-class GatheredKeysAttention(PackedCoreAttention):
+class GatheredKeysAttention(_CutRows):
     """Gathers keys and values of the whole row; queries stay where they are.
 
     Example:
         output = attention.forward(query, key, value, None, packed_seq_params=packed)
     """
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        *_: object,
-        pg_collection: ProcessGroupCollection,
-        softmax_scale: float | None = None,
-        **__: object,
-    ) -> None:
-        super().__init__(config, layer_number, softmax_scale=softmax_scale)
-        self.group = pg_collection.cp
 
     def forward(
         self,
