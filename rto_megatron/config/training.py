@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 LoggerName = Literal["tensorboard", "wandb", "swanlab"]
 ContextScheme = Literal["ulysses", "gather"]
+KernelsChoice = Literal["torch", "transformer_engine", "auto"]
 RoleName = Literal["critic", "reference", "reward", "dpo", "dpo_reference"]
 # Roles, and what trained ones have beside weights.
 Parkable = Literal[
@@ -260,10 +261,14 @@ class FrozenPrecisionConfig(Section):
     """How forwards compute; log-softmax is always fp32.
 
     Example:
-        precision: {dtype: bf16}
+        precision: {dtype: bf16, kernels: auto}
     """
 
     dtype: Literal["fp32", "bf16"] = "bf16"
+    kernels: KernelsChoice = Field(
+        default="torch",
+        description="what computes the layers of all roles: torch, TransformerEngine, or it where it is installed",
+    )
 
 
 class PrecisionConfig(FrozenPrecisionConfig):

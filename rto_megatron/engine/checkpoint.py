@@ -6,11 +6,14 @@ from pathlib import Path
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
 
 from rto_megatron.engine.absent import AbsentModel, RoleModel
 from rto_megatron.engine.expert_state import with_experts_apart
 from rto_megatron.engine.integrity import CheckpointError, require_intact
 from rto_megatron.engine.megatron import FrozenModel, Model, TrainedModel
+from rto_megatron.engine.optimizer import step_at_once
 from rto_megatron.engine.plain_values import plain_state, plain_text
 from rto_megatron.engine.presence import require_present
 from rto_megatron.engine.saving import Saving
@@ -27,11 +30,19 @@ _METADATA = {
     "singleton_local_shards": False,
     "chained_optim_avoid_prefix": True,
 }
+_NORM_STATE = "norm._extra_state"
 
 
 def _model_shards(model: Model) -> ShardedStateDict:
     metadata = {**_METADATA, "dp_cp_group": model.topology.groups.dp_cp}
-    return model.module.sharded_state_dict(metadata=metadata)
+    shards = model.module.sharded_state_dict(metadata=metadata)
+    # Of TransformerEngine's norms, and empty: torch's have none, and a checkpoint is that of either.
+    return {name: shard for name, shard in shards.items() if not name.endswith(_NORM_STATE)}
+
+
+def _fill(module: GPTModel, loaded: Mapping[str, Tensor]) -> None:
+    unsaved = {name: None for name in module.state_dict() if name.endswith(_NORM_STATE)}
+    module.load_state_dict({**unsaved, **loaded})
 
 
 def _whole_state(model: Model, is_loading: bool) -> ShardedStateDict:
@@ -107,7 +118,7 @@ def load_weights(path: Path, model: RoleModel, fresh_head_seed: int | None = Non
         loaded["output_layer.weight"] = random_reader(fresh_head_seed, 0.0)(
             "score.weight", (1, model.shape.hidden_size)
         )
-    model.module.load_state_dict(loaded)
+    _fill(model.module, loaded)
 
 
 def load_state(path: Path, model: RoleModel) -> None:
@@ -126,9 +137,10 @@ def restore(path: Path, model: RoleModel) -> None:
         _load(path, {})
         return
     loaded = _load(path, _whole_state(model, is_loading=True))
-    model.module.load_state_dict(loaded["model"])
+    _fill(model.module, loaded["model"])
     if isinstance(model, TrainedModel):
         model.optimizer.load_state_dict(with_experts_apart(loaded["optimizer"], model.optimizer))
+        step_at_once(model.optimizer)
 
 
 def _load(folder: Path, shards: ShardedStateDict) -> ShardedStateDict:

@@ -12,6 +12,7 @@ from rto_megatron.engine.holders import gathered, holders, place_of, run_of, sha
 from rto_megatron.engine.source import WeightSource
 from rto_megatron.errors import ModelFolderError
 from rto_megatron.models.families.blocks import SCALAR_HEAD
+from rto_megatron.models.fused_layers import plain_name
 from rto_megatron.models.hf_config import read_config
 from rto_megatron.models.parameters import parameter_map, stored_parameters
 from rto_megatron.models.shape import ModelShape
@@ -27,7 +28,7 @@ from rto_megatron.storage.torch_dist_reader import TorchDistReader
 def local_parameters(model: GPTModel) -> dict[str, torch.nn.Parameter]:
     """Parameters of this rank by the name they have in the whole model.
 
-    Layers are numbered from the first stage, experts from the first part.
+    Layers are numbered from the first stage, experts from the first part; names are those of torch's layers.
     """
     first_layer = model.decoder.layers[0].layer_number - 1
     first_expert = 0
@@ -36,7 +37,7 @@ def local_parameters(model: GPTModel) -> dict[str, torch.nn.Parameter]:
         first_expert = parts_of_experts.rank() * (model.config.num_moe_experts // parts_of_experts.size())
     named = {}
     for name, parameter in model.named_parameters():
-        parts = name.split(".")
+        parts = plain_name(name).split(".")
         if parts[:2] == ["decoder", "layers"]:
             parts[2] = str(int(parts[2]) + first_layer)
         if "local_experts" in parts:

@@ -4,28 +4,31 @@ import logging
 from functools import partial
 
 import torch
+from megatron.core.extensions.transformer_engine import TENorm
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 from torch.nn import functional
 
-from rto_megatron.models.context_attention import GatheredKeysAttention, UlyssesAttention
+from rto_megatron.models.context_attention import context_attention
 from rto_megatron.models.experts import with_grouped_experts
 from rto_megatron.models.families import FAMILIES
-from rto_megatron.models.modules import GroupedGPT, PackedCoreAttention, RMSNorm, ScalarHead
+from rto_megatron.models.fused_layers import fused_layer_spec, fused_settings, is_fused
+from rto_megatron.models.modules import GroupedGPT, RMSNorm, ScalarHead
+from rto_megatron.models.packed_rows import packed_row
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.models.weight_map import padded_vocab
 from rto_megatron.parallel.context import own_part
 from rto_megatron.parallel.topology import Topology
+from rto_megatron.platform.copies import copied_to
 from rto_megatron.types import TokenBatch
 
-# parallel.context_scheme -> Megatron's name for it, and the attention that does it.
-_SCHEMES = {"ulysses": "a2a", "gather": "all_gather"}
-_CONTEXT_ATTENTION = {"a2a": UlyssesAttention, "all_gather": GatheredKeysAttention}
+_SCHEMES = {"ulysses": "a2a", "gather": "all_gather"}  # parallel.context_scheme -> Megatron's name for it
+# Of torch's layers: kernels that are TransformerEngine's or apex's, and compiled ones that nobody has measured.
+_NO_FUSIONS = {"bias_activation_fusion": False, "bias_dropout_fusion": False, "apply_rope_fusion": False}
 _ACTIVATIONS = {
     "silu": functional.silu,
     "gelu": functional.gelu,
@@ -40,7 +43,7 @@ def transformer_config(
     recompute: bool,
     moe_aux_loss_coef: float = 0.0,
 ) -> TransformerConfig:
-    """Megatron's configuration of a pre-norm, gated, bias-free decoder; fusions that need CUDA kernels are off.
+    """Megatron's configuration of a pre-norm, gated, bias-free decoder.
 
     Args:
         moe_aux_loss_coef: weight of the load-balancing loss of a mixture of experts (arXiv 2101.03961, eq. 4), mean
@@ -82,11 +85,9 @@ def transformer_config(
         **_experts(shape, topology),
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
         persist_layer_norm=False,
-        apply_rope_fusion=False,
         cross_entropy_loss_fusion=False,
+        **(fused_settings(shape, topology) if is_fused(shape, topology, dtype) else _NO_FUSIONS),
         recompute_granularity="full" if recompute else None,
         recompute_method="uniform" if recompute else None,
         recompute_num_layers=1 if recompute else None,
@@ -136,9 +137,7 @@ def layer_spec(config: TransformerConfig, num_experts: int | None) -> ModuleSpec
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
-    attention.core_attention = (
-        PackedCoreAttention if config.context_parallel_size == 1 else _CONTEXT_ATTENTION[config.cp_comm_type]
-    )
+    attention.core_attention = context_attention(config)
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     # The fused-norm key names of TransformerEngine would hide which parameter a checkpoint entry is.
@@ -146,15 +145,19 @@ def layer_spec(config: TransformerConfig, num_experts: int | None) -> ModuleSpec
     return layer if num_experts is None else with_grouped_experts(layer)
 
 
-def _block_spec(shape: ModelShape, config: TransformerConfig, stage: int) -> TransformerBlockSubmodules:
-    make = FAMILIES[shape.family].layer_spec or layer_spec
+def _block_spec(
+    shape: ModelShape, config: TransformerConfig, topology: Topology
+) -> TransformerBlockSubmodules:
+    make, norm = FAMILIES[shape.family].layer_spec or layer_spec, RMSNorm
+    if is_fused(shape, topology, config.params_dtype):
+        make, norm = fused_layer_spec, TENorm
     dense = make(config, None)
     sparse = dense if shape.experts is None else make(config, shape.experts.num)
     with_experts = () if shape.experts is None else shape.experts.layers
     layers = config.num_layers // config.pipeline_model_parallel_size
-    own = range(stage * layers, (stage + 1) * layers)
+    own = range(topology.pipeline_rank * layers, (topology.pipeline_rank + 1) * layers)
     return TransformerBlockSubmodules(
-        layer_specs=[sparse if i in with_experts else dense for i in own], layer_norm=RMSNorm
+        layer_specs=[sparse if i in with_experts else dense for i in own], layer_norm=norm
     )
 
 
@@ -163,19 +166,14 @@ def build_model(
     config: TransformerConfig,
     topology: Topology,
     has_scalar_head: bool,
-    layers: TransformerBlockSubmodules | None = None,
 ) -> GPTModel:
-    """This rank's part of the model, parameters uninitialised; load them before use.
-
-    Args:
-        layers: another implementation of them, to compare with; None: this package's.
-    """
+    """This rank's part of the model, parameters uninitialised; load them before use."""
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(
         logging.ERROR
     )  # GPTModel's notice of 0.19
     model = GroupedGPT(
         config=config,
-        transformer_layer_spec=layers or _block_spec(shape, config, topology.pipeline_rank),
+        transformer_layer_spec=_block_spec(shape, config, topology),
         vocab_size=padded_vocab(shape.vocab_size, topology.tensor_size),
         max_sequence_length=shape.max_positions,
         pre_process=topology.is_first_stage,
@@ -222,15 +220,7 @@ def forward(model: torch.nn.Module, batch: TokenBatch, topology: Topology) -> Te
     positions = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
     packed = None
     if is_cut or (batch.num_rows == 1 and len(batch.cu_seqlens) > 2):
-        offsets = torch.tensor(batch.cu_seqlens, dtype=torch.int32, device=rows.device)
-        longest = int(offsets.diff().max())
-        packed = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=offsets,
-            cu_seqlens_kv=offsets,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
-        )
+        packed = packed_row(batch.cu_seqlens, rows.device)
     # Of a mixture in training: padding is no load of an expert.
     config = model.config
     assert isinstance(config, TransformerConfig)
@@ -251,7 +241,7 @@ def is_padding(batch: TokenBatch) -> Tensor:
     is_padding_T = torch.ones(batch.tokens_T.shape, dtype=torch.bool)
     for start, last in zip(batch.cu_seqlens, batch.last_positions, strict=False):
         is_padding_T[start : last + 1] = False
-    return is_padding_T.to(batch.tokens_T.device)
+    return copied_to(is_padding_T, batch.tokens_T.device)
 
 
 def _raw_output(hidden_states: Tensor, output_layer: torch.nn.Module, **_: object) -> Tensor:

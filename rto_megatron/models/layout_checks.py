@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-from rto_megatron.config.training import GridConfig, ParallelConfig
+from rto_megatron.config.training import GridConfig, KernelsChoice, ParallelConfig
 from rto_megatron.models.families import FAMILIES
 from rto_megatron.models.shape import ModelShape
 
@@ -59,6 +59,22 @@ def _undivided(count: int, name: str, parts: int, key: str, choices: Iterable[in
         return []
     allowed = [number for number in choices if count % number == 0]
     return [f"{key}={parts} does not divide {name}={count}; it can be one of {allowed}"]
+
+
+def check_kernels(shapes: Mapping[str, ModelShape], kernels: KernelsChoice) -> list[str]:
+    """Why models cannot have the layers that a recipe asks for, one sentence each.
+
+    Args:
+        shapes: role -> shape.
+    """
+    if kernels != "transformer_engine":
+        return []
+    return [
+        f"models.{role}: {shape.family} models have layers of their own, in whose place TransformerEngine's cannot be; "
+        "set precision.kernels=auto or torch"
+        for role, shape in shapes.items()
+        if FAMILIES[shape.family].layer_spec is not None
+    ]
 
 
 def idle_expert_keys(shapes: Mapping[str, ModelShape], parallel: ParallelConfig) -> list[str]:
