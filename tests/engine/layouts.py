@@ -13,6 +13,7 @@ from rto_megatron.platform.device import prepare
 LAYOUTS = {
     "one": (1, 1, 1, False),
     "tp2": (2, 2, 1, False),
+    "tp4": (4, 4, 1, False),
     "pp2": (2, 1, 2, False),
     "dp2": (2, 1, 1, False),
     "tp2_sp": (2, 2, 1, True),
