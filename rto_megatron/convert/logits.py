@@ -125,6 +125,7 @@ def _in_transformers(kind: "type[_BaseAutoModelClass]", model: HfModel) -> "PreT
     folder = model.folder.path
     if "quantization_config" not in model.config.values:
         loading = {"dtype": torch.float32, "use_safetensors": True, "local_files_only": True}
+        loading["attn_implementation"] = "eager"  # torch's kernels leave out a soft cap of scores
         loaded: PreTrainedModel = kind.from_pretrained(folder, **loading).eval()
         return loaded
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
