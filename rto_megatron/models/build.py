@@ -1,6 +1,7 @@
 """Builds Megatron's GPTModel from a shape: the one place that knows its constructor, its spec and its chatter."""
 
 import logging
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -13,10 +14,12 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor
 from torch.nn import functional
 
+from rto_megatron.models.chunks import ModelChunks, StageLayout, cut_of
 from rto_megatron.models.context_attention import GatheredKeysAttention, UlyssesAttention
 from rto_megatron.models.experts import with_grouped_experts
 from rto_megatron.models.families import FAMILIES
 from rto_megatron.models.modules import GroupedGPT, PackedCoreAttention, RMSNorm, ScalarHead
+from rto_megatron.models.pipeline_cut import PipelineCut
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.models.weight_map import padded_vocab
 from rto_megatron.parallel.context import own_part
@@ -39,10 +42,12 @@ def transformer_config(
     dtype: torch.dtype,
     recompute: bool,
     moe_aux_loss_coef: float = 0.0,
+    has_scalar_head: bool = False,
 ) -> TransformerConfig:
     """Megatron's configuration of a pre-norm, gated, bias-free decoder; fusions that need CUDA kernels are off.
 
     Args:
+        has_scalar_head: counts where stages are balanced (`models.pipeline_cut`).
         moe_aux_loss_coef: weight of the load-balancing loss of a mixture of experts (arXiv 2101.03961, eq. 4), mean
             over the micro-batches of a step; Megatron adds its gradient in the backward pass.
     """
@@ -66,7 +71,7 @@ def transformer_config(
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        **_cut(topology),
+        **_cut(topology, cut_of(shape, has_scalar_head, topology)),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -93,14 +98,28 @@ def transformer_config(
     )
 
 
-def _cut(topology: Topology) -> dict[str, object]:
+def _cut(topology: Topology, layers: PipelineCut) -> dict[str, object]:
     return {
+        **_stages(topology, layers),
         "tensor_model_parallel_size": topology.tensor_size,
         "context_parallel_size": topology.context_size,
         "cp_comm_type": _SCHEMES[topology.context_scheme],
-        "pipeline_model_parallel_size": topology.pipeline_size,
         "sequence_parallel": topology.sequence_parallel,
     }
+
+
+def _stages(topology: Topology, layers: PipelineCut) -> dict[str, object]:
+    if topology.pipeline_size == 1:
+        return {}
+    sizes = {
+        "pipeline_model_parallel_size": topology.pipeline_size,
+        "pipeline_model_parallel_layout": StageLayout(layers, topology.pipeline_rank),
+    }
+    if topology.virtual_size == 1:
+        return sizes
+    # What goes to the next stage and comes from the one before it are matched by order where both are one rank, unless
+    # they are exchanged one by one: with 0.19.2's defaults two stages take each other's numbers.
+    return {**sizes, "overlap_p2p_comm": True, "batch_p2p_comm": False}
 
 
 def _experts(shape: ModelShape, topology: Topology) -> dict[str, object]:
@@ -146,16 +165,24 @@ def layer_spec(config: TransformerConfig, num_experts: int | None) -> ModuleSpec
     return layer if num_experts is None else with_grouped_experts(layer)
 
 
-def _block_spec(shape: ModelShape, config: TransformerConfig, stage: int) -> TransformerBlockSubmodules:
+def _block_spec(
+    shape: ModelShape, config: TransformerConfig, own_layers: Iterable[int]
+) -> TransformerBlockSubmodules:
     make = FAMILIES[shape.family].layer_spec or layer_spec
     dense = make(config, None)
     sparse = dense if shape.experts is None else make(config, shape.experts.num)
     with_experts = () if shape.experts is None else shape.experts.layers
-    layers = config.num_layers // config.pipeline_model_parallel_size
-    own = range(stage * layers, (stage + 1) * layers)
     return TransformerBlockSubmodules(
-        layer_specs=[sparse if i in with_experts else dense for i in own], layer_norm=RMSNorm
+        layer_specs=[sparse if i in with_experts else dense for i in own_layers], layer_norm=RMSNorm
     )
+
+
+def build_chunks(
+    shape: ModelShape, config: TransformerConfig, topology: Topology, has_scalar_head: bool
+) -> ModelChunks:
+    """This rank's parts of the model, parameters uninitialised; load them before use."""
+    numbers = range(topology.virtual_size)
+    return ModelChunks([build_model(shape, config, topology, has_scalar_head, number=n) for n in numbers])
 
 
 def build_model(
@@ -164,22 +191,28 @@ def build_model(
     topology: Topology,
     has_scalar_head: bool,
     layers: TransformerBlockSubmodules | None = None,
+    number: int = 0,
 ) -> GPTModel:
-    """This rank's part of the model, parameters uninitialised; load them before use.
+    """One of this rank's chunks of the model; see `build_chunks`.
 
     Args:
         layers: another implementation of them, to compare with; None: this package's.
+        number: of the chunk on its stage.
     """
+    is_first = topology.is_first_stage and number == 0
+    is_last = topology.is_last_stage and number == topology.virtual_size - 1
+    own_layers = cut_of(shape, has_scalar_head, topology).own_layers(topology.pipeline_rank, number)
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(
         logging.ERROR
     )  # GPTModel's notice of 0.19
     model = GroupedGPT(
         config=config,
-        transformer_layer_spec=layers or _block_spec(shape, config, topology.pipeline_rank),
+        transformer_layer_spec=layers or _block_spec(shape, config, own_layers),
         vocab_size=padded_vocab(shape.vocab_size, topology.tensor_size),
         max_sequence_length=shape.max_positions,
-        pre_process=topology.is_first_stage,
-        post_process=topology.is_last_stage,
+        pre_process=is_first,
+        post_process=is_last,
+        vp_stage=number if topology.virtual_size > 1 else None,
         parallel_output=True,
         share_embeddings_and_output_weights=shape.is_tied and not has_scalar_head,
         position_embedding_type="rope",
@@ -188,11 +221,11 @@ def build_model(
         rope_scaling_factor=shape.rope_scaling_factor or 8.0,
         pg_collection=topology.groups,
     )
-    if shape.embedding_scale != 1 and topology.is_first_stage:
+    if shape.embedding_scale != 1 and is_first:
         model.embedding.register_forward_hook(
             lambda module, inputs, embedded: embedded * shape.embedding_scale
         )
-    if has_scalar_head and topology.is_last_stage:
+    if has_scalar_head and is_last:
         model.output_layer = ScalarHead(config, topology.tensor_group())
     for module in model.modules():
         vars(module).setdefault(
