@@ -193,7 +193,7 @@ def _layers(role: "Role", found: "FoundShape", layout: "RankLayout") -> str:
     """How many layers each stage has, where a layout says something of it."""
     from rto_megatron.models.pipeline_cut import pipeline_cut
 
-    if layout.stages is None and layout.virtual == 1:
+    if role.shares is not None or (layout.stages is None and layout.virtual == 1):
         return ""
     sizes = (layout.pipeline, layout.virtual, layout.stages)
     return (

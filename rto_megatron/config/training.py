@@ -156,9 +156,9 @@ class GridConfig(Section):
         default=None, ge=1, description="over how many ranks an expert is cut; null: as other layers"
     )
 
-    @field_validator("stages", mode="plain")
+    @field_validator("stages", mode="before")
     @classmethod
-    def _numbers_or_auto(cls, found: object) -> StageLayers:
+    def _numbers_or_auto(cls, found: object) -> object:
         if found is None or found == "auto":
             return found
         if isinstance(found, list | tuple) and found and all(type(num) is int and num > 0 for num in found):

@@ -177,8 +177,11 @@ def activation_bytes(
         shape, grid = shapes[role.name].shape, plan.config.parallel.grid_of(role.name)
         tensor, own = grid.tensor, -(-tokens // grid.context)
         inside_layer = 34 * width * own * shape.hidden_size // tensor
+        heads, groups = shape.num_heads, shape.num_kv_heads
         if grid.context > 1 and grid.context_scheme == "gather":
-            inside_layer += 2 * 2 * width * tokens * shape.num_kv_heads * shape.head_dim // tensor
+            inside_layer += 2 * 2 * width * tokens * max(groups // tensor, 1) * shape.head_dim
+        if tensor > groups:  # a head's ranks hold q, k and v of all of them
+            inside_layer += width * own * (heads + 2 * groups) * shape.head_dim
         # Even stages of 1F1B: the first of P has layers / P, and P micro-batches in flight.
         stages = (grid.pipeline, grid.virtual, grid.stages)
         held = pipeline_cut(shape, role.has_value_head, *stages).in_flight()

@@ -19,6 +19,7 @@ from rto_megatron.platform.device import prepare
 LAYOUTS = {
     "one": (1, 1, 1, False),
     "tp2": (2, 2, 1, False),
+    "tp4": (4, 4, 1, False),
     "pp2": (2, 1, 2, False),
     "dp2": (2, 1, 1, False),
     "tp2_sp": (2, 2, 1, True),
@@ -50,6 +51,7 @@ LAYOUTS = {
     "tp2_of_4": (4, 2, 1, False),
     "pp2_of_3": (3, 1, 2, False),
     "dp2_of_3": (3, 1, 1, False),
+    "ep2_of_3": (3, 1, 1, False),
 }
 # name -> (context ranks, scheme), of layouts that cut rows
 CONTEXT: dict[str, tuple[int, ContextScheme]] = {
@@ -74,6 +76,7 @@ EXPERTS = {
     "ep2_tp2_etp2": (2, 2),
     "cp2_ep2": (2, 1),
     "ep2_pp2_v2": (2, None),
+    "ep2_of_3": (2, 1),
 }
 # name -> (chunks of each stage, layers of the stages), of layouts whose stages are interleaved or uneven
 CHUNKS: dict[str, tuple[int, StageLayers]] = {
