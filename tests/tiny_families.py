@@ -5,7 +5,21 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GraniteConfig,
+    GranitePreTrainedModel,
+)
+from transformers.modeling_layers import GenericForSequenceClassification
+
+
+class GraniteForSequenceClassification(GenericForSequenceClassification, GranitePreTrainedModel):
+    """transformers has none: of its parts."""
+
+
+AutoModelForSequenceClassification.register(GraniteConfig, GraniteForSequenceClassification, exist_ok=True)
 
 # Four layers for two pipeline stages; two key-value groups of two heads; every split dimension is even.
 COMMON: dict[str, object] = {
@@ -70,7 +84,50 @@ VARIANTS: dict[str, dict[str, object]] = {
     "qwen2": {"model_type": "qwen2"},
     "qwen2_tied": {"model_type": "qwen2", "tie_word_embeddings": True, "vocab_size": 97},
     "qwen3": {"model_type": "qwen3", "head_dim": 32},
-    "qwen3_tied": {"model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": True, "vocab_size": 97},
+    "qwen3_tied": {
+        "model_type": "qwen3",
+        "head_dim": 32,
+        "tie_word_embeddings": True,
+        "vocab_size": 97,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 5000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "smollm3": {"model_type": "smollm3", "no_rope_layers": [1, 0, 1, 0]},
+    "olmo2": {"model_type": "olmo2"},
+    "granite": {
+        "model_type": "granite",
+        "embedding_multiplier": 6.0,
+        "residual_multiplier": 0.4,
+        "attention_multiplier": 0.1,
+        "logits_scaling": 3.0,
+    },
+    "gemma2": {
+        "model_type": "gemma2",
+        "head_dim": 24,
+        "query_pre_attn_scalar": 20,
+        "sliding_window": 3,
+        "attn_logit_softcapping": 1.5,
+        "final_logit_softcapping": 2.0,
+        "tie_word_embeddings": True,
+    },
+    "gemma3_text": {
+        "model_type": "gemma3_text",
+        "head_dim": 24,
+        "query_pre_attn_scalar": 20,
+        "sliding_window": 3,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+        "tie_word_embeddings": True,
+        "vocab_size": 97,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0},
+        },
+    },
+    "seed_oss": {"model_type": "seed_oss", "head_dim": 32},
     "mixtral": {
         "model_type": "mixtral",
         "head_dim": 32,

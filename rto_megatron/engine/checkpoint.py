@@ -6,8 +6,6 @@ from pathlib import Path
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.models.gpt import GPTModel
-from torch import Tensor
 
 from rto_megatron.engine.absent import AbsentModel, RoleModel
 from rto_megatron.engine.expert_state import with_experts_apart
@@ -34,15 +32,21 @@ _NORM_STATE = "norm._extra_state"
 
 
 def _model_shards(model: Model) -> ShardedStateDict:
+    """By number of the chunk and by name; a file knows neither, but places in the whole model."""
     metadata = {**_METADATA, "dp_cp_group": model.topology.groups.dp_cp}
-    shards = model.module.sharded_state_dict(metadata=metadata)
+    chunks = enumerate(model.module.chunks)
+    return {str(number): _shards_of(chunk.sharded_state_dict(metadata=metadata)) for number, chunk in chunks}
+
+
+def _shards_of(shards: ShardedStateDict) -> ShardedStateDict:
     # Of TransformerEngine's norms, and empty: torch's have none, and a checkpoint is that of either.
     return {name: shard for name, shard in shards.items() if not name.endswith(_NORM_STATE)}
 
 
-def _fill(module: GPTModel, loaded: Mapping[str, Tensor]) -> None:
-    unsaved = {name: None for name in module.state_dict() if name.endswith(_NORM_STATE)}
-    module.load_state_dict({**unsaved, **loaded})
+def _fill(model: Model, loaded: ShardedStateDict) -> None:
+    for number, chunk in enumerate(model.module.chunks):
+        unsaved = {name: None for name in chunk.state_dict() if name.endswith(_NORM_STATE)}
+        chunk.load_state_dict({**unsaved, **loaded[str(number)]})
 
 
 def _whole_state(model: Model, is_loading: bool) -> ShardedStateDict:
@@ -111,14 +115,16 @@ def load_weights(path: Path, model: RoleModel, fresh_head_seed: int | None = Non
         return
     shards = _model_shards(model)
     if fresh_head_seed is not None:
-        shards = {key: shard for key, shard in shards.items() if not key.startswith("output_layer.")}
+        shards = {
+            number: {key: shard for key, shard in chunk.items() if not key.startswith("output_layer.")}
+            for number, chunk in shards.items()
+        }
     require_intact(path, model.topology)
     loaded = _load(path, {"model": shards})["model"]
     if fresh_head_seed is not None and model.topology.is_last_stage:
-        loaded["output_layer.weight"] = random_reader(fresh_head_seed, 0.0)(
-            "score.weight", (1, model.shape.hidden_size)
-        )
-    _fill(model.module, loaded)
+        head = random_reader(fresh_head_seed, 0.0)("score.weight", (1, model.shape.hidden_size))
+        loaded[str(len(loaded) - 1)]["output_layer.weight"] = head
+    _fill(model, loaded)
 
 
 def load_state(path: Path, model: RoleModel) -> None:
@@ -137,7 +143,7 @@ def restore(path: Path, model: RoleModel) -> None:
         _load(path, {})
         return
     loaded = _load(path, _whole_state(model, is_loading=True))
-    _fill(model.module, loaded["model"])
+    _fill(model, loaded["model"])
     if isinstance(model, TrainedModel):
         model.optimizer.load_state_dict(with_experts_apart(loaded["optimizer"], model.optimizer))
         step_at_once(model.optimizer)

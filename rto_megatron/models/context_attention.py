@@ -33,9 +33,10 @@ class _CutRows(PackedCoreAttention):
         *_: object,
         pg_collection: ProcessGroupCollection,
         softmax_scale: float | None = None,
+        softcap: float | None = None,
         **__: object,
     ) -> None:
-        super().__init__(config, layer_number, softmax_scale=softmax_scale)
+        super().__init__(config, layer_number, softmax_scale=softmax_scale, softcap=softcap)
         self.group = pg_collection.cp
 
 
@@ -96,7 +97,7 @@ class GatheredKeysAttention(_CutRows):
             torch.cat((key, value), -1), tensor_parallel_output_grad=True, group=self.group
         )
         key, value = both.split((key.shape[-1], value.shape[-1]), dim=-1)
-        if has_kernel(query, value):
+        if self.softcap is None and has_kernel(query, value):
             return self.attend_at_once(query, key, value, packed_seq_params.offsets)
         first, outs = self.group.rank() * len(query), []
         for from_, to, start in self._pieces(len(query), packed_seq_params.offsets):

@@ -16,7 +16,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from rto_megatron.models.context_attention import context_attention
 from rto_megatron.models.experts import WatchedRouter
-from rto_megatron.models.families import FAMILIES
+from rto_megatron.models.layout_checks import own_layer_parts
+from rto_megatron.models.rotation_shape import PLAIN_ROTATION
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.parallel.topology import Topology
 
@@ -30,10 +31,10 @@ _PLAIN_NAMES = (
 def is_fused(shape: ModelShape, topology: Topology, dtype: torch.dtype) -> bool:
     """Whether a model has these layers.
 
-    In float32 it has torch's, as TransformerEngine's attention is for 16 bits; and so it has where its family brings
-    modules of its own.
+    In float32 it has torch's, as TransformerEngine's attention is for 16 bits; and so it has where parts of it are
+    modules of this package.
     """
-    if dtype == torch.float32 or FAMILIES[shape.family].layer_spec is not None:
+    if dtype == torch.float32 or own_layer_parts(shape):
         return False
     return topology.device.kernels == "transformer_engine"
 
@@ -48,11 +49,11 @@ def fused_settings(shape: ModelShape, topology: Topology) -> dict[str, object]:
         "bias_activation_fusion": shape.activation == "silu",
         "bias_dropout_fusion": True,
         # The fused kernel knows rows that are cut sequence by sequence, not as parallel.context cuts them.
-        "apply_rope_fusion": is_cuda and topology.context_size == 1,
+        "apply_rope_fusion": is_cuda and topology.context_size == 1 and shape.rotation == PLAIN_ROTATION,
     }
 
 
-def fused_layer_spec(config: TransformerConfig, num_experts: int | None) -> ModuleSpec:
+def fused_layer_spec(shape: ModelShape, config: TransformerConfig, num_experts: int | None) -> ModuleSpec:
     """The modules of a layer, with this package's router and, where rows are cut, its attention.
 
     Args:

@@ -187,9 +187,9 @@ def _attention(
     CALLS.append(f"DotProductAttention {qkv_format} {attn_mask_type}")
     assert attention_mask is None and all(found is None for found in rest.values()), rest
     if qkv_format != "thd":
-        out = _attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)), attn_mask_type).permute(
-            2, 0, 1, 3
-        )
+        out = _attend(
+            *(x.permute(1, 2, 0, 3) for x in (query, key, value)), attn_mask_type, self.softmax_scale
+        ).permute(2, 0, 1, 3)
         return out.reshape(*out.shape[:2], -1)
     # As TransformerEngine asserts.
     assert "padding" in attn_mask_type and query.dim() == 3
@@ -199,14 +199,16 @@ def _attention(
     assert isinstance(max_seqlen_q, int) and max(lengths) <= max_seqlen_q == max_seqlen_kv
     pieces = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
     outs = [
-        _attend(*(x.transpose(0, 1)[None] for x in piece), attn_mask_type)[0].transpose(0, 1)
+        _attend(*(x.transpose(0, 1)[None] for x in piece), attn_mask_type, self.softmax_scale)[0].transpose(
+            0, 1
+        )
         for piece in pieces
     ]
     return torch.cat(outs).flatten(1)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: str) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: str, scale: float) -> Tensor:
     is_grouped = query.shape[1] != key.shape[1]
     return functional.scaled_dot_product_attention(
-        query, key, value, is_causal="causal" in mask, enable_gqa=is_grouped
+        query, key, value, is_causal="causal" in mask, scale=scale, enable_gqa=is_grouped
     )

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from rto_megatron.data.packing import token_batch
 from rto_megatron.engine.weights import load_hf_tensors, local_parameters
-from rto_megatron.models.build import build_model, forward, transformer_config
+from rto_megatron.models.build import build_chunks, forward, transformer_config
 from rto_megatron.models.config_files import read_shape
 from rto_megatron.storage.hf_model import HfModel
 
@@ -41,9 +41,11 @@ def _flow(layout: str, folder: Path, is_packed: bool, recompute: bool) -> tuple[
     standin.CALLS.clear()
     for place in places(layout):
         config = transformer_config(shape, place, torch.float64, recompute)
-        model = build_model(shape, config, place, False)
+        model = build_chunks(shape, config, place, False)
         load_hf_tensors(model, shape, False, place, read)
-        states = forward(model, token_batch(TEXTS, is_packed, place.row_multiple, torch.device("cpu")), place)
+        states = forward(
+            model.last, token_batch(TEXTS, is_packed, place.row_multiple, torch.device("cpu")), place
+        )
         generator = torch.Generator().manual_seed(3)
         weight = torch.randn(states.shape, generator=generator, dtype=torch.float64)
         (states * weight).sum().backward()
