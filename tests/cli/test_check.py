@@ -123,6 +123,21 @@ def test_context_ranks_share_tokens_and_the_optimizer() -> None:
     assert sizes[2, "gather"] - sizes[2, "ulysses"] == 2 * 2 * 32768 * 8 * 128 // 4
 
 
+def test_interleaved_stages_are_shown_and_count_by_the_fullest() -> None:
+    """Of 80 layers of 855.65 M parameters the middle stages have 21, on 8 ranks; the outer ones 19 and 1,050.67 M."""
+    recipe = str(RECIPES / "llama3_70b" / "rto.yaml")
+    output = check(recipe, "--gpus", "64")
+    assert "32 = tensor 8 x pipeline 4 in 5 chunks x data 1" in output
+    (row,) = (line for line in output.splitlines() if "policy " in line and "trained" in line)
+    assert "layers 19 + 21" in row and "2,246.1 M │        37.7 GiB" in row
+    assert "sound for 64 GPUs" in output
+    keys = [f"parallel.roles.{role}.pipeline=4" for role in ("critic", "reward")]
+    keys += ["batch.tokens=null", "batch.micro=1", "batch.train=6", "batch.rollout=1026"]
+    by_number = check(recipe, *keys, "--gpus", "64")
+    # 6 micro-batches and 2 empty ones go through 5 chunks a stage: of 43 passes' time the last stage waits for 3.
+    assert "idle for 7% of the time, 2 empty micro-batches filling up their number" in by_number
+
+
 def test_ranks_of_their_own_are_shown_and_judged_apart() -> None:
     """A critic of 1,235.8 M parameters on two ranks of its own: 6 + 12 / 2 bytes a parameter, 13.8 GiB."""
     output = check(str(RECIPES / "llama3_8b" / "rto_own_ranks.yaml"), "--gpus", "8", "--pool-gpus", "2")
