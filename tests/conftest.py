@@ -62,7 +62,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _starts_processes(item: pytest.Item) -> bool:
     """Whether its file can: it has imported what does."""
-    starters = {"run_ranks", "subprocess", "OwnServer", "launched"}
+    starters = {"run_ranks", "subprocess", "launched"}
     return isinstance(item, pytest.Function) and not starters.isdisjoint(vars(item.module))
 
 

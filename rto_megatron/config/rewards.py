@@ -1,7 +1,7 @@
 """The section `rewards` of a recipe: what pays a response, one entry a source, combined by weight.
 
-The score of a response is the sum of weight x (what a source gives, normalised, then clipped). A source that pays
-tokens adds to the reward of those tokens, beside the DPO reward and the KL penalty of the method.
+The score of a response is the sum of weight x (what a source gives, punished for length, normalised, then clipped). A
+source that pays tokens adds to the reward of those tokens, beside the DPO reward and the KL penalty of the method.
 """
 
 import re
@@ -43,12 +43,18 @@ class SourceSection(Section):
 
 
 class ResponseSource(SourceSection):
-    """A source of one number a response.
+    """A source that looks at what a response says.
 
     Example:
-        {name: exact, normalize: group}
+        {name: exact, normalize: group, overlong_buffer_tokens: 256}
     """
 
+    overlong_buffer_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="L_cache of DAPO's soft punishment of length, 0 to -1, which joins what it gives, before "
+        "`normalize`; null: none",
+    )
     normalize: Literal["group", "batch"] | None = Field(
         default=None,
         description="(score - mean) / (standard deviation + 1e-4), of the responses to the same prompt or of all "

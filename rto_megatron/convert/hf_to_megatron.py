@@ -26,6 +26,8 @@ def plan_import(model: HfModel, source: Path, target: Path, options: Options) ->
     dtype, notes = options.dtype or model.dtype(), []
     if (unread := model.folder.weights.note()) is not None:
         notes.append(unread)
+    if model.folder.renamed is not None:
+        notes.append(model.folder.renamed)
     found = {dtype_name(stored.dtype) for stored in model.folder.tensors.values()}
     if found != {dtype_name(dtype)}:
         notes.append(f"the source has {', '.join(sorted(found))}, written as {dtype_name(dtype)}")

@@ -84,7 +84,16 @@ class FrozenModel:
         Returns:
             one float32 [T] per batch, in nats or reward units, on every rank of the replica.
         """
-        return _token_outputs(self, batches)
+        return self.begin_outputs(batches)()
+
+    def begin_outputs(self, batches: Sequence[TokenBatch]) -> Callable[[], list[Tensor]]:
+        """Computes what `token_outputs` gives, where only ranks that hold the model meet: models of other ranks may do
+        the same meanwhile.
+
+        Returns:
+            what all ranks call then, and what gives the outputs.
+        """
+        return _begin_outputs(self, batches)
 
     def raw_outputs(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
         """Logits over the whole vocabulary, or values as the head gives them, of every position; no gradients.
@@ -143,7 +152,11 @@ class TrainedModel:
 
     def token_outputs(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
         """Computes what `FrozenModel.token_outputs` does, with the weights of this moment."""
-        return _token_outputs(self, batches)
+        return self.begin_outputs(batches)()
+
+    def begin_outputs(self, batches: Sequence[TokenBatch]) -> Callable[[], list[Tensor]]:
+        """See `FrozenModel.begin_outputs`."""
+        return _begin_outputs(self, batches)
 
     def outputs[M: Microbatch](self, microbatches: Sequence[M], reading: Reading[M]) -> list[Tensor]:
         """What a loss would see of each micro-batch, without gradients, on every rank of the replica."""
@@ -252,10 +265,10 @@ ENTROPIES: Reading[Microbatch] = Reading(2, lambda model, micro, raw: read_entro
 TOKENS: Reading[Microbatch] = Reading(1, lambda model, micro, raw: read_outputs(model, micro.batch, raw))
 
 
-def _token_outputs(model: Model, batches: Sequence[TokenBatch]) -> list[Tensor]:
+def _begin_outputs(model: Model, batches: Sequence[TokenBatch]) -> Callable[[], list[Tensor]]:
     found = _forward_only(model, batches, lambda index, raw: read_outputs(model, batches[index], raw))
-    is_last = model.topology.is_last_stage
-    return model.topology.from_last_stage(found if is_last else None, [b.tokens_T.numel() for b in batches])
+    own = found if model.topology.is_last_stage else None
+    return partial(model.topology.from_last_stage, own, [b.tokens_T.numel() for b in batches])
 
 
 def _forward_only(
@@ -304,11 +317,7 @@ def _schedule(model: Model, batches: Sequence[TokenBatch]) -> Callable[..., list
 
 def _count(model: Model, batches: Sequence[TokenBatch], num_forwards: int) -> None:
     """Notes what a pass needs by the model's mathematics, without padding."""
-    lengths = [
-        last + 1 - start
-        for batch in batches
-        for start, last in zip(batch.cu_seqlens, batch.last_positions, strict=False)
-    ]
+    lengths = [length for batch in batches for length in batch.lengths]
     flops = forward_flops(model.shape, model.has_scalar_head, lengths)
     if not model.has_scalar_head:  # which is applied where log-probs are asked for
         flops -= head_flops(model.shape, sum(lengths) - sum(len(batch.asked_N) for batch in batches))

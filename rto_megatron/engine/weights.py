@@ -109,8 +109,10 @@ def stage_pieces(
     for mapped in stored_parameters(shape, has_scalar_head):
         if place not in holders(mapped, shape, topology):
             continue
-        pieces = mapped.layout.pieces(local[mapped.megatron].detach(), *shard_of(mapped, topology))
-        yield from ((name, piece) for name, piece in zip(mapped.hf, pieces, strict=True) if piece.numel())
+        shard = shard_of(mapped, topology)
+        pieces = mapped.layout.pieces(local[mapped.megatron].detach(), *shard)
+        runs = zip(mapped.runs(*shard), pieces, strict=True)
+        yield from ((mapped.hf[run.tensor], piece) for run, piece in runs if run.length)
 
 
 def hf_reader(folder: Path, has_scalar_head: bool, fresh_head_seed: int | None = None) -> TensorReader:

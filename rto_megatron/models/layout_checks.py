@@ -18,16 +18,14 @@ def check_layout(shape: ModelShape, grid: GridConfig, where: str, section: str =
     if not_run is not None:
         return [f"{where}: no {shape.family} model can be built here: {not_run}"]
     problems = []
-    counts = [
-        (shape.num_heads, "num_attention_heads"),
-        (shape.num_kv_heads, "num_key_value_heads"),
-    ]
+    counts = [(shape.num_heads, "num_attention_heads")]
     if shape.experts is None or not shape.is_uniform:  # else no layer has a network of this size
         counts.append((shape.ffn_hidden_size, "intermediate_size"))
     if shape.experts is not None and shape.experts.shared_ffn_hidden_size is not None:
         counts.append((shape.experts.shared_ffn_hidden_size, "the shared expert's intermediate size"))
     for count, name in counts:
         problems += _undivided(count, name, grid.tensor, f"{where}: {section}.tensor", _POWERS)
+    problems += _key_value_heads(shape, grid.tensor, f"{where}: {section}.tensor")
     if shape.experts is not None:
         size, key = shape.experts.ffn_hidden_size, "tensor" if grid.expert_tensor is None else "expert_tensor"
         problems += _undivided(
@@ -59,6 +57,23 @@ def _undivided(count: int, name: str, parts: int, key: str, choices: Iterable[in
         return []
     allowed = [number for number in choices if count % number == 0]
     return [f"{key}={parts} does not divide {name}={count}; it can be one of {allowed}"]
+
+
+def _key_value_heads(shape: ModelShape, tensor: int, key: str) -> list[str]:
+    """Whole heads lie on every rank, or one head on several, which hold equal parts of the rows of q, k and v."""
+    heads, groups = shape.num_heads, shape.num_kv_heads
+    rows = (heads + 2 * groups) * shape.head_dim
+
+    def fits(size: int) -> bool:
+        return groups % size == 0 or (size % groups == 0 and rows % size == 0)
+
+    if fits(tensor):
+        return []
+    allowed = [size for size in _POWERS if heads % size == 0 and fits(size)]
+    reason = f"does not divide num_key_value_heads={groups} and is no multiple of it"
+    if tensor % groups == 0:
+        reason = f"is above num_key_value_heads={groups}, and does not divide the {rows} rows of q, k and v"
+    return [f"{key}={tensor} {reason}; it can be one of {allowed}"]
 
 
 def idle_expert_keys(shapes: Mapping[str, ModelShape], parallel: ParallelConfig) -> list[str]:

@@ -21,9 +21,9 @@ from rto_megatron.parallel.work import Work
 from rto_megatron.platform.device import Device
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Topology:
-    """A TP x CP x PP x DP layout, and this rank's place in it.
+    """A TP x CP x PP x DP layout, and this rank's place in it; each is equal to itself alone.
 
     A copy of a model is on tensor x pipeline ranks. A replica is the context x as many that work on one micro-batch, of
     whose rows each context rank has a part; `data_rank` numbers the replicas. The job has the policy's layout; a role
@@ -47,13 +47,13 @@ class Topology:
     context_size: int = 1
     context_scheme: ContextScheme = "ulysses"
     # Of the layout, for Megatron's constructors and schedules; a group that was not made raises when it is asked for.
-    groups: ProcessGroupCollection = field(default_factory=ProcessGroupCollection, compare=False, repr=False)
-    work: Work = field(default_factory=Work, compare=False, repr=False)  # of all models of this rank
-    following: Following = field(default_factory=lambda: Following(0, None, None), compare=False, repr=False)
+    groups: ProcessGroupCollection = field(default_factory=ProcessGroupCollection, repr=False)
+    work: Work = field(default_factory=Work, repr=False)  # of all models of this rank
+    following: Following = field(default_factory=lambda: Following(0, None, None), repr=False)
     # Role -> the layout that it has for itself.
-    roles: "Mapping[str, Topology]" = field(default_factory=dict, compare=False, repr=False)
+    roles: "Mapping[str, Topology]" = field(default_factory=dict, repr=False)
     # Of a role with a layout of its own, the policy's: from where its data comes and where its numbers are wanted.
-    home: "Topology | None" = field(default=None, compare=False, repr=False)
+    home: "Topology | None" = field(default=None, repr=False)
     expert_size: int = 1  # parts of a mixture's experts
     expert_tensor_size: int = 1  # ranks of one
 

@@ -174,8 +174,11 @@ def activation_bytes(
         shape, grid = shapes[role.name].shape, plan.config.parallel.grid_of(role.name)
         tensor, own = grid.tensor, -(-tokens // grid.context)
         inside_layer = (30 + 2 * shape.num_norms) * width * own * shape.hidden_size // tensor
+        heads, groups = shape.num_heads, shape.num_kv_heads
         if grid.context > 1 and grid.context_scheme == "gather":
-            inside_layer += 2 * 2 * width * tokens * shape.num_kv_heads * shape.head_dim // tensor
+            inside_layer += 2 * 2 * width * tokens * max(groups // tensor, 1) * shape.head_dim
+        if tensor > groups:  # a head's ranks hold q, k and v of all of them
+            inside_layer += width * own * (heads + 2 * groups) * shape.head_dim
         # The first of P pipeline stages has layers / P, and 1F1B keeps P micro-batches in flight there.
         if training.precision.recompute:
             layers = 2 * width * own * shape.hidden_size * shape.num_layers + inside_layer

@@ -16,6 +16,7 @@ from rto_megatron.config.facts import facts_of
 from rto_megatron.config.learning_rate import learning_rate, updates_per_step
 from rto_megatron.config.roles import roles_of
 from rto_megatron.config.training import OptimizerConfig
+from rto_megatron.data.budget import budget_fill
 from rto_megatron.data.tokenizer import tokens_with
 from rto_megatron.engine.absent import FrozenRole, RoleModel, TrainedRole
 from rto_megatron.engine.build_roles import build_average, place_frozen, place_trained, update_average
@@ -211,6 +212,7 @@ def update(
             rates["lr/policy"] = lr = learning_rate(config.optimizer, number, total)
             names = [*one.names, *text_names]
             mixed: list[Minibatch | SupervisedMicrobatch] = [*one.microbatches, *texts]
+            run.record(budget_fill([micro.batch for micro in mixed], setup.layout))
             due.append(ModelUpdate(roles.policy, mixed, policy_loss, names, lr, reading))
         with guard.skipping():
             require_tokens(one, setup.topology)

@@ -208,11 +208,11 @@ def test_rto_with_its_own_dpo_reference_holds_one_more_model() -> None:
 
 
 def test_heads_layers_and_lengths_are_checked_against_the_shapes() -> None:
-    overrides = ["parallel.tensor=16", "parallel.pipeline=5", "data.max_prompt_tokens=9000"]
+    overrides = ["parallel.tensor=12", "parallel.pipeline=5", "data.max_prompt_tokens=9000"]
     with pytest.raises(RecipeError) as caught:
-        check(str(RECIPES / "llama3_8b" / "rto.yaml"), *overrides, "--gpus", "160", "--pool-gpus", "80")
+        check(str(RECIPES / "llama3_8b" / "rto.yaml"), *overrides, "--gpus", "120", "--pool-gpus", "60")
     message = str(caught.value)
-    assert "parallel.tensor=16 does not divide num_key_value_heads=8" in message
+    assert "parallel.tensor=12 does not divide num_key_value_heads=8" in message
     assert "parallel.pipeline=5 does not divide num_hidden_layers=32" in message
     assert "10024 tokens, but models.policy reads at most 8192" in message
 

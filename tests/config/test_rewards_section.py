@@ -90,6 +90,10 @@ def test_mistakes_in_the_list_are_told_with_place_and_remedy(
             "the shortest response would be punished",
         ),
         (
+            ["rewards=[{kind: model, overlong_buffer_tokens: 1025}]"],
+            "rewards.model.overlong_buffer_tokens=1025 is above sampling.max_response_tokens=1024",
+        ),
+        (
             ["rewards=[{kind: model},{kind: math_verify, timeout_s: 50}]", "run.collective_timeout_s=40"],
             "may take 50 s",
         ),

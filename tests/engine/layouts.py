@@ -13,6 +13,7 @@ from rto_megatron.platform.device import prepare
 LAYOUTS = {
     "one": (1, 1, 1, False),
     "tp2": (2, 2, 1, False),
+    "tp4": (4, 4, 1, False),
     "pp2": (2, 1, 2, False),
     "dp2": (2, 1, 1, False),
     "tp2_sp": (2, 2, 1, True),
@@ -37,6 +38,7 @@ LAYOUTS = {
     "tp2_of_4": (4, 2, 1, False),
     "pp2_of_3": (3, 1, 2, False),
     "dp2_of_3": (3, 1, 1, False),
+    "ep2_of_3": (3, 1, 1, False),
 }
 # name -> (context ranks, scheme), of layouts that cut rows
 CONTEXT: dict[str, tuple[int, ContextScheme]] = {
@@ -59,6 +61,7 @@ EXPERTS = {
     "ep4_tp2": (4, 1),
     "ep2_tp2_etp2": (2, 2),
     "cp2_ep2": (2, 1),
+    "ep2_of_3": (2, 1),
 }
 
 

@@ -164,6 +164,7 @@ CASES = [
     ),
     *TDPO,
     *(Case(stage, layout, options=options) for layout in METHODS_AT for stage, options in WITH_OPTIONS),
+    Case("sft", "tp4"),  # a key-value head on two tensor ranks
     Case("rto", packed=False, options="capped"),
     Case("rto", packed=False, options="entropy"),
     *WITH_ROLES,

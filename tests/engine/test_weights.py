@@ -162,9 +162,9 @@ def _names(folder: Path, change: Callable[[str], str]) -> None:
 
 def test_foreign_names_are_one_sentence_in_the_trainer_too(tmp_path: Path) -> None:
     write_llama(tmp_path)
-    _names(tmp_path, lambda name: f"module.{name}")
+    _names(tmp_path, lambda name: f"base_model.model.{name}")
     (error,) = run_ranks(1, _error, "one", tmp_path)
-    assert error is not None and "the prefix 'module.model.' instead of 'model.'" in error
+    assert error is not None and "the prefix 'base_model.model.model.' instead of 'model.'" in error
 
 
 def test_an_adapter_beside_the_weights_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:

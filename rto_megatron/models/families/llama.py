@@ -1,7 +1,5 @@
 """Llama 2, 3, 3.1 and 3.2: LlamaForCausalLM and LlamaForSequenceClassification."""
 
-import re
-
 from rto_megatron.models.families import blocks
 from rto_megatron.models.family import Family
 from rto_megatron.models.shape import ModelShape
@@ -18,14 +16,9 @@ def is_dense(shape: ModelShape) -> bool:
     return shape.experts is None and shape.latent is None and not shape.own_parts
 
 
-def _left_aside(shape: ModelShape) -> dict[re.Pattern[str], str]:
-    return {re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"): "computed from config.json"}
-
-
 FAMILY = Family(
     architectures={False: "LlamaForCausalLM", True: "LlamaForSequenceClassification"},
     layer=layer,
     holds=lambda shape: is_dense(shape) and not (shape.has_qkv_bias or shape.has_qk_norm),
     config=lambda shape: {"attention_bias": False, "mlp_bias": False},
-    left_aside=_left_aside,
 )
