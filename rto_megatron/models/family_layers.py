@@ -20,7 +20,7 @@ class FamilyLayer(TransformerLayer):  # type: ignore[misc]  # megatron-core has 
     """Megatron's layer, which norms or scales what attention and feed-forward network add to the residual.
 
     Example:
-        hidden, _ = layer.forward(hidden, attention_mask=None, rotary_pos_emb=angles)
+        FamilyLayer(config, parts, behind=norm, scale=1.0)
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class FamilyAttention(SelfAttention):  # type: ignore[misc]  # megatron-core has
     """Megatron's attention, with norms over all heads of q and of k, a base of rotation by kind of layer, longrope.
 
     Example:
-        output, _ = attention.forward(hidden, None, rotary_pos_emb=angles)
+        FamilyAttention(config, parts, layer_number=1, shape=shape)
     """
 
     def __init__(
