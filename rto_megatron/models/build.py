@@ -197,7 +197,7 @@ def build_model(
         rope_scaling_factor=shape.rope_scaling_factor or 8.0,
         pg_collection=topology.groups,
     )
-    if shape.rotation.yarn or shape.rotation.divisor != 1 or shape.rotation.windowed_theta is not None:
+    if shape.rotation.has_own_angles:
         model.rotary_pos_emb = Rotations(shape, config, topology.groups.cp)
     if shape.embedding_scale != 1 and is_first:
         scale = torch.tensor(

@@ -20,7 +20,7 @@ class FamilyLayer(TransformerLayer):  # type: ignore[misc]  # megatron-core has 
     """Megatron's layer, which norms or scales what attention and feed-forward network add to the residual.
 
     Example:
-        hidden, _ = layer.forward(hidden, attention_mask=None, rotary_pos_emb=angles)
+        FamilyLayer(config, parts, behind=norm, scale=1.0)
     """
 
     def __init__(
@@ -54,10 +54,10 @@ def _adder(norm: torch.nn.Module | None, scale: float, is_training: bool, is_fus
 
 
 class FamilyAttention(SelfAttention):  # type: ignore[misc]  # megatron-core has no types
-    """Megatron's attention, with norms over all heads of q and of k, and a base of rotation by kind of layer.
+    """Megatron's attention, with norms over all heads of q and of k, a base of rotation by kind of layer, longrope.
 
     Example:
-        output, _ = attention.forward(hidden, None, rotary_pos_emb=angles)
+        FamilyAttention(config, parts, layer_number=1, shape=shape)
     """
 
     def __init__(
@@ -73,6 +73,8 @@ class FamilyAttention(SelfAttention):  # type: ignore[misc]  # megatron-core has
         is_windowed = layer_number - 1 in shape.windowed_layers
         self.rotation = int(is_windowed and shape.rotation.windowed_theta is not None)
         self.has_own_norms = shape.has_whole_qk_norm
+        if shape.rotation.longrope is not None:  # what Megatron computes from yarn's settings
+            self._yarn_concentration_factor = shape.rotation.longrope.amplitude
         if shape.has_whole_qk_norm:
             self.q_norm, self.k_norm = (
                 AllHeadsRMSNorm(

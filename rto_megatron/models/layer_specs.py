@@ -42,7 +42,8 @@ def layer_spec(shape: ModelShape, config: TransformerConfig, num_experts: int | 
         behind = None if shape.norms == "before" else norm
         layer.params = {**layer.params, "behind": behind, "scale": shape.residual_scale}
     attention = layer.submodules.self_attention
-    if shape.has_whole_qk_norm or shape.rotation.windowed_theta is not None:
+    rotation = shape.rotation
+    if shape.has_whole_qk_norm or rotation.windowed_theta is not None or rotation.longrope is not None:
         attention.module = FamilyAttention
         attention.params = {**attention.params, "shape": shape}
     core = context_attention(config)

@@ -176,8 +176,8 @@ def activation_bytes(
             continue
         shape, grid = shapes[role.name].shape, plan.config.parallel.grid_of(role.name)
         tensor, own = grid.tensor, -(-tokens // grid.context)
-        heads, groups = shape.num_heads, shape.num_kv_heads
         inside_layer = (30 + 2 * shape.num_norms) * width * own * shape.hidden_size // tensor
+        heads, groups = shape.num_heads, shape.num_kv_heads
         if grid.context > 1 and grid.context_scheme == "gather":
             inside_layer += 2 * 2 * width * tokens * max(groups // tensor, 1) * shape.head_dim
         if tensor > groups:  # a head's ranks hold q, k and v of all of them

@@ -41,6 +41,8 @@ def check(*arguments: str) -> str:
         ("gemma-2-9b", 9_241_705_984),
         ("gemma-3-1b", 999_885_952),
         ("seed-oss-36b", 36_151_104_512),
+        ("phi-4", 14_659_507_200),
+        ("phi-4-mini", 3_836_021_760),
     ],
 )
 def test_parameter_counts_are_the_published_ones(name: str, parameters: int) -> None:

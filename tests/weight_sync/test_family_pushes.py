@@ -27,6 +27,7 @@ VARIANTS = [
     "smollm3",
     "olmo2",
     "seed_oss",
+    "phi3",
 ]
 
 
