@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.models.weight_map import (
     GateUpRows,
+    Joined,
     MappedParameter,
     QkvRows,
     Replicated,
@@ -170,6 +171,16 @@ def shared_expert(shape: ModelShape, index: int, hf: str) -> tuple[MappedParamet
         return network
     gate = matrix(f"{mg}.gate_weight", f"{hf}_gate.weight", (1, shape.hidden_size), Replicated(), index)
     return (*network, gate)
+
+
+def joined(parameter: MappedParameter) -> MappedParameter:
+    """The parameter of q, k and v, or of gate and up, where a family keeps these in one tensor; others as they are."""
+    if len(parameter.hf) == 1:
+        return parameter
+    name = parameter.hf[0].replace(".q_proj.", ".qkv_proj.").replace(".gate_proj.", ".gate_up_proj.")
+    lengths = tuple(size[0] for size in parameter.hf_shapes)
+    size = (sum(lengths), *parameter.hf_shapes[0][1:])
+    return replace(parameter, hf=(name,), hf_shapes=(size,), layout=Joined(parameter.layout, lengths))
 
 
 def embedding(shape: ModelShape) -> MappedParameter:
