@@ -1,7 +1,9 @@
 """Tiny random folders of every model family in Hugging Face format: the oracle of the Megatron models."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,6 +135,21 @@ VARIANTS: dict[str, dict[str, object]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5},
     },
     "seed_oss": {"model_type": "seed_oss", "head_dim": 32},
+    "phi3": {"model_type": "phi3", "sliding_window": 3},
+    "phi3_longrope": {
+        "model_type": "phi3",
+        "tie_word_embeddings": True,
+        "vocab_size": 97,
+        "original_max_position_embeddings": 64,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 5000.0,
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0, 1.25, 1.5, 2.0, 3.0, 5.0],
+            "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0],
+            "original_max_position_embeddings": 64,
+        },
+    },
     "mixtral": {
         "model_type": "mixtral",
         "head_dim": 32,
@@ -165,6 +182,11 @@ VARIANTS: dict[str, dict[str, object]] = {
 }
 
 
+def configuration_of(name: str, **changes: object) -> dict[str, Any]:
+    """Keys of config.json, which transformers may change in place."""
+    return deepcopy({**COMMON, **VARIANTS[name], **changes})
+
+
 def write_family(
     folder: Path, name: str, is_scalar: bool = False, seed: int = 5, **changes: object
 ) -> torch.nn.Module:
@@ -175,7 +197,7 @@ def write_family(
         changes: further keys of config.json.
     """
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(**{**COMMON, **VARIANTS[name], **changes})
+    config = AutoConfig.for_model(**configuration_of(name, **changes))
     kind = AutoModelForSequenceClassification if is_scalar else AutoModelForCausalLM
     model = kind.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     with torch.no_grad():

@@ -67,7 +67,7 @@ def resume_check(
     from rto_megatron.trainer.stages import ranks
 
     config = read_config(recipe, overrides or [])
-    parallel, num_ranks = _layout(config, resume_at, replicas)
+    parallel, num_ranks = resumed_layout(config, resume_at, replicas)
     with tempfile.TemporaryDirectory(prefix="resume-check-") as temporary:
         root = scratch or Path(temporary)
         run_both(config, steps, replicas, parallel, num_ranks, root, _train)
@@ -90,8 +90,17 @@ def resume_check_rank(config: Annotated[Path, typer.Argument(help="A saved confi
     run_observed(read_config(config, []))
 
 
-def _layout(config: "TrainStage", resume_at: str | None, replicas: int) -> "tuple[TrainParallelConfig, int]":
-    """The layout of the resumed run, and its ranks."""
+def resumed_layout(
+    config: "TrainStage", resume_at: str | None, replicas: int
+) -> "tuple[TrainParallelConfig, int]":
+    """The layout of the resumed run, and its ranks.
+
+    Args:
+        resume_at: see `resume_check`; None: the run's own.
+
+    Raises:
+        RecipeError: `resume_at` is no layout.
+    """
     from rto_megatron.config.plan import fewest_ranks
 
     own = config.parallel
@@ -104,8 +113,15 @@ def _layout(config: "TrainStage", resume_at: str | None, replicas: int) -> "tupl
             "the parts of its experts behind them, as in 1x1x2x2"
         )
     tensor, pipeline, data, expert = map(int, (*sizes, "1")[:4])
-    cut = {"tensor": tensor, "pipeline": pipeline, "expert": expert, "expert_tensor": None}
-    return own.model_copy(update={**cut, "roles": {}}), tensor * pipeline * data
+    cut = {"tensor": tensor, "pipeline": pipeline, "expert": expert}
+    plain: dict[str, object] = {
+        "context": 1,
+        "virtual": 1,
+        "stages": None,
+        "expert_tensor": None,
+        "roles": {},
+    }
+    return own.model_copy(update={**plain, **cut}), tensor * pipeline * data
 
 
 def run_both(

@@ -18,7 +18,7 @@ from rto_megatron.engine.optimizer import build_optimizer, meet_builders, wrap_f
 from rto_megatron.engine.source import WeightSource
 from rto_megatron.engine.weights import hf_reader, load_hf_tensors, megatron_reader, random_reader
 from rto_megatron.errors import ModelFolderError, UserError
-from rto_megatron.models.build import build_model, transformer_config
+from rto_megatron.models.build import build_chunks, transformer_config
 from rto_megatron.models.families.blocks import EMBEDDING
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.storage.not_finite import described
@@ -36,8 +36,10 @@ def build_frozen(
 ) -> FrozenModel:
     """A loaded model without gradients, on a rank of its layout."""
     shape = source.shape()
-    config = transformer_config(shape, topology, _DTYPES[precision.dtype], recompute=False)
-    module = build_model(shape, config, topology, has_scalar_head)
+    config = transformer_config(
+        shape, topology, _DTYPES[precision.dtype], recompute=False, has_scalar_head=has_scalar_head
+    )
+    module = build_chunks(shape, config, topology, has_scalar_head)
     module.requires_grad_(False)
     scale = source.scale() if has_scalar_head else ValueScale()
     model = FrozenModel(name, shape, has_scalar_head, scale, module, topology)
@@ -68,10 +70,10 @@ def build_trained(
     """
     shape = source.shape()
     config = transformer_config(
-        shape, topology, _DTYPES[precision.dtype], precision.recompute, moe_aux_loss_coef
+        shape, topology, _DTYPES[precision.dtype], precision.recompute, moe_aux_loss_coef, has_scalar_head
     )
     training_hooks(config)
-    module = build_model(shape, config, topology, has_scalar_head)
+    module = build_chunks(shape, config, topology, has_scalar_head)
     frozen = FrozenModel(name, shape, has_scalar_head, scale or source.scale(), module, topology)
     _load(frozen, source, seed, is_head_fresh)
     wrapped = wrap_for_training(module, parallel, topology)

@@ -30,8 +30,15 @@ _METADATA = {
 
 
 def _model_shards(model: Model) -> ShardedStateDict:
+    """By number of the chunk and by name; a file knows neither, but places in the whole model."""
     metadata = {**_METADATA, "dp_cp_group": model.topology.groups.dp_cp}
-    return model.module.sharded_state_dict(metadata=metadata)
+    chunks = enumerate(model.module.chunks)
+    return {str(number): chunk.sharded_state_dict(metadata=metadata) for number, chunk in chunks}
+
+
+def _fill(model: Model, loaded: ShardedStateDict) -> None:
+    for number, chunk in enumerate(model.module.chunks):
+        chunk.load_state_dict(loaded[str(number)])
 
 
 def _whole_state(model: Model, is_loading: bool) -> ShardedStateDict:
@@ -100,14 +107,16 @@ def load_weights(path: Path, model: RoleModel, fresh_head_seed: int | None = Non
         return
     shards = _model_shards(model)
     if fresh_head_seed is not None:
-        shards = {key: shard for key, shard in shards.items() if not key.startswith("output_layer.")}
+        shards = {
+            number: {key: shard for key, shard in chunk.items() if not key.startswith("output_layer.")}
+            for number, chunk in shards.items()
+        }
     require_intact(path, model.topology)
     loaded = _load(path, {"model": shards})["model"]
     if fresh_head_seed is not None and model.topology.is_last_stage:
-        loaded["output_layer.weight"] = random_reader(fresh_head_seed, 0.0)(
-            "score.weight", (1, model.shape.hidden_size)
-        )
-    model.module.load_state_dict(loaded)
+        head = random_reader(fresh_head_seed, 0.0)("score.weight", (1, model.shape.hidden_size))
+        loaded[str(len(loaded) - 1)]["output_layer.weight"] = head
+    _fill(model, loaded)
 
 
 def load_state(path: Path, model: RoleModel) -> None:
@@ -126,7 +135,7 @@ def restore(path: Path, model: RoleModel) -> None:
         _load(path, {})
         return
     loaded = _load(path, _whole_state(model, is_loading=True))
-    model.module.load_state_dict(loaded["model"])
+    _fill(model, loaded["model"])
     if isinstance(model, TrainedModel):
         model.optimizer.load_state_dict(with_experts_apart(loaded["optimizer"], model.optimizer))
 

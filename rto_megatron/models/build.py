@@ -11,8 +11,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor
 from torch.nn import functional
 
+from rto_megatron.models.chunks import ModelChunks, StageLayout, cut_of
 from rto_megatron.models.layer_specs import block_spec
 from rto_megatron.models.modules import GroupedGPT, ScalarHead
+from rto_megatron.models.pipeline_cut import PipelineCut
 from rto_megatron.models.rotations import Rotations
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.models.weight_map import padded_vocab
@@ -35,10 +37,12 @@ def transformer_config(
     dtype: torch.dtype,
     recompute: bool,
     moe_aux_loss_coef: float = 0.0,
+    has_scalar_head: bool = False,
 ) -> TransformerConfig:
     """Megatron's configuration of a gated, bias-free decoder; fusions that need CUDA kernels are off.
 
     Args:
+        has_scalar_head: counts where stages are balanced (`models.pipeline_cut`).
         moe_aux_loss_coef: weight of the load-balancing loss of a mixture of experts (arXiv 2101.03961, eq. 4), mean
             over the micro-batches of a step; Megatron adds its gradient in the backward pass.
     """
@@ -57,7 +61,7 @@ def transformer_config(
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        **_cut(topology),
+        **_cut(topology, cut_of(shape, has_scalar_head, topology)),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -105,14 +109,28 @@ def _attention(shape: ModelShape) -> dict[str, object]:
     }
 
 
-def _cut(topology: Topology) -> dict[str, object]:
+def _cut(topology: Topology, layers: PipelineCut) -> dict[str, object]:
     return {
+        **_stages(topology, layers),
         "tensor_model_parallel_size": topology.tensor_size,
         "context_parallel_size": topology.context_size,
         "cp_comm_type": _SCHEMES[topology.context_scheme],
-        "pipeline_model_parallel_size": topology.pipeline_size,
         "sequence_parallel": topology.sequence_parallel,
     }
+
+
+def _stages(topology: Topology, layers: PipelineCut) -> dict[str, object]:
+    if topology.pipeline_size == 1:
+        return {}
+    sizes = {
+        "pipeline_model_parallel_size": topology.pipeline_size,
+        "pipeline_model_parallel_layout": StageLayout(layers, topology.pipeline_rank),
+    }
+    if topology.virtual_size == 1:
+        return sizes
+    # What goes to the next stage and comes from the one before it are matched by order where both are one rank, unless
+    # they are exchanged one by one: with 0.19.2's defaults two stages take each other's numbers.
+    return {**sizes, "overlap_p2p_comm": True, "batch_p2p_comm": False}
 
 
 def _experts(shape: ModelShape, topology: Topology) -> dict[str, object]:
@@ -136,28 +154,42 @@ def _experts(shape: ModelShape, topology: Topology) -> dict[str, object]:
     }
 
 
+def build_chunks(
+    shape: ModelShape, config: TransformerConfig, topology: Topology, has_scalar_head: bool
+) -> ModelChunks:
+    """This rank's parts of the model, parameters uninitialised; load them before use."""
+    numbers = range(topology.virtual_size)
+    return ModelChunks([build_model(shape, config, topology, has_scalar_head, number=n) for n in numbers])
+
+
 def build_model(
     shape: ModelShape,
     config: TransformerConfig,
     topology: Topology,
     has_scalar_head: bool,
     layers: TransformerBlockSubmodules | None = None,
+    number: int = 0,
 ) -> GPTModel:
-    """This rank's part of the model, parameters uninitialised; load them before use.
+    """One of this rank's chunks of the model; see `build_chunks`.
 
     Args:
         layers: another implementation of them, to compare with; None: this package's.
+        number: of the chunk on its stage.
     """
+    is_first = topology.is_first_stage and number == 0
+    is_last = topology.is_last_stage and number == topology.virtual_size - 1
+    own_layers = cut_of(shape, has_scalar_head, topology).own_layers(topology.pipeline_rank, number)
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(
         logging.ERROR
     )  # GPTModel's notice of 0.19
     model = GroupedGPT(
         config=config,
-        transformer_layer_spec=layers or block_spec(shape, config, topology.pipeline_rank),
+        transformer_layer_spec=layers or block_spec(shape, config, own_layers),
         vocab_size=padded_vocab(shape.vocab_size, topology.tensor_size),
         max_sequence_length=shape.max_positions,
-        pre_process=topology.is_first_stage,
-        post_process=topology.is_last_stage,
+        pre_process=is_first,
+        post_process=is_last,
+        vp_stage=number if topology.virtual_size > 1 else None,
         parallel_output=True,
         share_embeddings_and_output_weights=shape.is_tied and not has_scalar_head,
         position_embedding_type="rope",
@@ -167,14 +199,14 @@ def build_model(
         rope_scaling_factor=shape.rope_scaling_factor or 8.0,
         pg_collection=topology.groups,
     )
-    if shape.rotation.yarn or shape.rotation.divisor != 1 or shape.rotation.windowed_theta is not None:
+    if shape.rotation.has_own_angles:
         model.rotary_pos_emb = Rotations(shape, config, topology.groups.cp)
-    if shape.embedding_scale != 1 and topology.is_first_stage:
+    if shape.embedding_scale != 1 and is_first:
         scale = torch.tensor(
             shape.embedding_scale, dtype=config.params_dtype
         ).item()  # rounded, as Gemma's is
         model.embedding.register_forward_hook(lambda module, inputs, embedded: embedded * scale)
-    if has_scalar_head and topology.is_last_stage:
+    if has_scalar_head and is_last:
         model.output_layer = ScalarHead(config, topology.tensor_group())
     for module in model.modules():
         vars(module).setdefault(

@@ -54,7 +54,7 @@ def _adder(norm: torch.nn.Module | None, scale: float, is_training: bool, is_fus
 
 
 class FamilyAttention(SelfAttention):  # type: ignore[misc]  # megatron-core has no types
-    """Megatron's attention, with norms over all heads of q and of k, and a base of rotation by kind of layer.
+    """Megatron's attention, with norms over all heads of q and of k, a base of rotation by kind of layer, longrope.
 
     Example:
         FamilyAttention(config, parts, layer_number=1, shape=shape)
@@ -73,6 +73,8 @@ class FamilyAttention(SelfAttention):  # type: ignore[misc]  # megatron-core has
         is_windowed = layer_number - 1 in shape.windowed_layers
         self.rotation = int(is_windowed and shape.rotation.windowed_theta is not None)
         self.has_own_norms = shape.has_whole_qk_norm
+        if shape.rotation.longrope is not None:  # what Megatron computes from yarn's settings
+            self._yarn_concentration_factor = shape.rotation.longrope.amplitude
         if shape.has_whole_qk_norm:
             self.q_norm, self.k_norm = (
                 AllHeadsRMSNorm(

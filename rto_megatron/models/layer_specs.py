@@ -1,5 +1,6 @@
 """Which modules a family's layers are made of: Megatron's local ones, and this package's in their places."""
 
+from collections.abc import Iterable
 from functools import partial
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -41,7 +42,8 @@ def layer_spec(shape: ModelShape, config: TransformerConfig, num_experts: int | 
         behind = None if shape.norms == "before" else norm
         layer.params = {**layer.params, "behind": behind, "scale": shape.residual_scale}
     attention = layer.submodules.self_attention
-    if shape.has_whole_qk_norm or shape.rotation.windowed_theta is not None:
+    rotation = shape.rotation
+    if shape.has_whole_qk_norm or rotation.windowed_theta is not None or rotation.longrope is not None:
         attention.module = FamilyAttention
         attention.params = {**attention.params, "shape": shape}
     core = (
@@ -57,14 +59,14 @@ def layer_spec(shape: ModelShape, config: TransformerConfig, num_experts: int | 
     return layer if num_experts is None else with_grouped_experts(layer)
 
 
-def block_spec(shape: ModelShape, config: TransformerConfig, stage: int) -> TransformerBlockSubmodules:
-    """The layers of one pipeline stage, with the norm behind the last."""
+def block_spec(
+    shape: ModelShape, config: TransformerConfig, own_layers: Iterable[int]
+) -> TransformerBlockSubmodules:
+    """The layers of one chunk of a pipeline stage, counted from 0 in the model, with the norm behind the last."""
     make = FAMILIES[shape.family].layer_spec or layer_spec
     dense = make(shape, config, None)
     sparse = dense if shape.experts is None else make(shape, config, shape.experts.num)
     with_experts = () if shape.experts is None else shape.experts.layers
-    layers = config.num_layers // config.pipeline_model_parallel_size
-    own = range(stage * layers, (stage + 1) * layers)
     return TransformerBlockSubmodules(
-        layer_specs=[sparse if i in with_experts else dense for i in own], layer_norm=norm_of(shape)
+        layer_specs=[sparse if i in with_experts else dense for i in own_layers], layer_norm=norm_of(shape)
     )

@@ -40,16 +40,57 @@ def check_layout(shape: ModelShape, grid: GridConfig, where: str, section: str =
                 f"{where} has experts on different ranks ({section}.expert={grid.expert}), which over {section}.tensor="
                 f"{grid.tensor} ranks needs sequence parallelism; set {section}.sequence=true"
             )
-    layers = shape.num_layers
-    problems += _undivided(
-        layers, "num_hidden_layers", grid.pipeline, f"{where}: {section}.pipeline", range(1, layers + 1)
-    )
+    problems += _stages(shape.num_layers, grid, where, section)
     if shape.num_heads % grid.tensor == 0:
         problems += _context(shape.num_heads // grid.tensor, grid, where, section)
     return problems
 
 
 _POWERS = (1, 2, 4, 8, 16, 32)
+
+
+def _stages(layers: int, grid: GridConfig, where: str, section: str) -> list[str]:
+    """Whether the layers of a model can be shared by the stages of a grid, and by the chunks of each."""
+    pipeline, virtual, stages = grid.pipeline, grid.virtual, grid.stages
+    chunks = pipeline * virtual
+    product = f"{where}: {section}.pipeline x {section}.virtual = {pipeline} x {virtual} = {chunks}"
+    if stages is not None and layers < chunks:
+        key, most = ("pipeline", layers) if layers < pipeline else ("virtual", layers // pipeline)
+        return [
+            f"{product} chunks have a layer each at least, and num_hidden_layers={layers}; set {section}.{key} to "
+            f"{most} at most"
+        ]
+    if isinstance(stages, tuple):
+        if sum(stages) == layers:
+            return []
+        return [
+            f"{where}: {section}.stages={list(stages)} has {sum(stages)} layers, and num_hidden_layers={layers}; it "
+            f"can be {_nearest(stages, layers)}, or auto"
+        ]
+    if stages == "auto" or layers % chunks == 0:
+        return []
+    auto = f", or set {section}.stages=auto" if layers >= chunks else ""
+    if layers % pipeline:
+        return [
+            problem + auto
+            for problem in _undivided(
+                layers, "num_hidden_layers", pipeline, f"{where}: {section}.pipeline", range(1, layers + 1)
+            )
+        ]
+    each = layers // pipeline
+    allowed = [number for number in range(1, each + 1) if each % number == 0]
+    return [
+        f"{product} does not divide num_hidden_layers={layers}; {section}.virtual can be one of {allowed}{auto}"
+    ]
+
+
+def _nearest(stages: tuple[int, ...], layers: int) -> list[int]:
+    """The stages with layers added where there are fewest, or taken where there are most, until all are shared out."""
+    found = list(stages)
+    while sum(found) != layers:
+        step = 1 if sum(found) < layers else -1
+        found[found.index(min(found) if step > 0 else max(found))] += step
+    return found
 
 
 def _undivided(count: int, name: str, parts: int, key: str, choices: Iterable[int]) -> list[str]:

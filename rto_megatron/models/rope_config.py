@@ -1,7 +1,8 @@
 """How config.json says that positions rotate heads: read from the keys of two transformers versions, and written.
 
 Kinds beside the plain one, of which a family names those that it has (`Family.ropes`): llama3 (Megatron's scaling of
-Llama 3.1), yarn, linear, partial (a share of each head), by_layer (layers with a window have a base of their own).
+Llama 3.1), yarn, linear, longrope, partial (a share of each head), by_layer (layers with a window have a base of their
+own).
 """
 
 from collections.abc import Collection
@@ -9,13 +10,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rto_megatron.models.hf_config import HfConfig
-from rto_megatron.models.rotation_shape import PLAIN_ROTATION, Rotation, Yarn
+from rto_megatron.models.rotation_shape import PLAIN_ROTATION, LongRope, Rotation, Yarn
 from rto_megatron.models.shape import ModelShape
 
 # What megatron-core's RotaryEmbedding hard-codes for Llama-3.1 scaling.
 MEGATRON_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _LOCAL_THETA = 10000.0  # of Gemma 3, where config.json has none
 _YARN = {"beta_fast": 32.0, "beta_slow": 1.0}  # transformers' defaults
+_LONGROPE_REFUSED = ("factor", "attention_factor", "short_mscale", "long_mscale")
 _YARN_REFUSED = ("attention_factor", "attn_factor", "mscale", "mscale_all_dim")
 
 
@@ -58,12 +60,15 @@ def read_rope(config: HfConfig, kinds: Collection[str]) -> FoundRope:
         return FoundRope(theta, float(rope["factor"]), rotation, 0)
     if kind == "linear" in kinds:
         return FoundRope(theta, None, replace(rotation, divisor=float(rope["factor"])), 0)
+    if kind in ("longrope", "su") and "longrope" in kinds:
+        longrope = _longrope(config, rope)
+        return FoundRope(theta, None, replace(rotation, longrope=longrope), 0)
     if kind == "yarn" in kinds:
         yarn = _yarn(config, rope)
         return FoundRope(
             theta, None, replace(rotation, yarn=yarn), int(yarn.factor * yarn.original_positions)
         )
-    known = ", ".join(sorted({"llama3", "linear", "yarn"} & set(kinds))) or "no scaling"
+    known = ", ".join(sorted({"llama3", "linear", "yarn", "longrope"} & set(kinds))) or "no scaling"
     config.refuse(
         f"rope scaling {rope} cannot be expressed here; this family has {known}, and of llama3 megatron-core knows "
         f"{MEGATRON_ROPE}"
@@ -101,6 +106,25 @@ def _yarn(config: HfConfig, rope: dict[str, Any]) -> Yarn:
     return Yarn(float(rope["factor"]), int(original), **betas)
 
 
+def _longrope(config: HfConfig, rope: dict[str, Any]) -> LongRope:
+    set_apart = [key for key in _LONGROPE_REFUSED if rope.get(key) is not None]
+    if set_apart:
+        config.refuse(f"{set_apart} of rope scaling are set; longrope here follows from the positions alone")
+    positions = config.values["max_position_embeddings"]
+    factors = [tuple(map(float, rope.get(key) or ())) for key in ("short_factor", "long_factor")]
+    heads = config.values["num_attention_heads"]
+    head_dim = config.values.get("head_dim") or config.values["hidden_size"] // heads
+    wanted = int(head_dim * _share(config, rope, {"partial"})) // 2
+    if any(len(found) != wanted for found in factors):
+        config.refuse(
+            f"rope scaling has {len(factors[0])} short and {len(factors[1])} long factors; expected {wanted}, one for "
+            "every frequency"
+        )
+    inside = rope.get("original_max_position_embeddings")
+    original = config.values.get("original_max_position_embeddings") or inside or positions
+    return LongRope(factors[0], factors[1], int(original), int(positions))
+
+
 def rope_keys(shape: ModelShape) -> dict[str, object]:
     """The keys of config.json that `read_rope` reads, as transformers 4 and 5 both do."""
     rotation, scaling = shape.rotation, None
@@ -115,6 +139,13 @@ def rope_keys(shape: ModelShape) -> dict[str, object]:
             "original_max_position_embeddings": yarn.original_positions,
             "beta_fast": yarn.beta_fast,
             "beta_slow": yarn.beta_slow,
+        }
+    if (longrope := rotation.longrope) is not None:
+        scaling = {
+            "rope_type": "longrope",
+            "short_factor": list(longrope.short_factors),
+            "long_factor": list(longrope.long_factors),
+            "original_max_position_embeddings": longrope.original_positions,
         }
     keys: dict[str, object] = {"rope_theta": shape.rope_theta, "rope_scaling": scaling}
     if rotation.share != 1:

@@ -29,6 +29,8 @@ class Rotations(RotaryEmbedding):  # type: ignore[misc]  # megatron-core has no 
         super().__init__(*_sizes(shape, shape.rope_theta), use_cpu_initialization=True, cp_group=group)
         if rotation.yarn is not None:
             self.inv_freq = yarn_frequencies(self.inv_freq, rotation.yarn, shape.rope_theta)
+        if rotation.longrope is not None:
+            self.inv_freq = self.inv_freq / torch.tensor(rotation.longrope.short_factors)
         if rotation.divisor != 1:
             self.inv_freq = self.inv_freq / rotation.divisor
         self.windowed = None if rotation.windowed_theta is None else make(rotation.windowed_theta)

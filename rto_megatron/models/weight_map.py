@@ -3,6 +3,7 @@
 The same map is played forward for import and backward for export and for weight sync, so the two cannot drift apart.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -276,6 +277,11 @@ class MappedParameter:
     def dtype(self, model: torch.dtype) -> torch.dtype:
         """In which a model of dtype `model` keeps it."""
         return torch.float32 if self.is_float32 else model
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in its Hugging Face tensors."""
+        return sum(math.prod(size) for size in self.hf_shapes)
 
     def sizes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """(name, shape) of its Hugging Face tensors."""

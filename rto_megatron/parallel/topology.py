@@ -10,13 +10,21 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from rto_megatron.config.training import ContextScheme, GridConfig, RoleGridConfig, RoleName, shared_ranks
-from rto_megatron.errors import SUBJECTS, RecipeError, UserError
+from rto_megatron.config.training import (
+    ContextScheme,
+    GridConfig,
+    RoleGridConfig,
+    RoleName,
+    StageLayers,
+    shared_ranks,
+)
+from rto_megatron.errors import SUBJECTS, UserError
 from rto_megatron.parallel import collectives
 from rto_megatron.parallel.following import Following
 from rto_megatron.parallel.groups import make_groups
 from rto_megatron.parallel.meeting import join_ranks
 from rto_megatron.parallel.seeds import seed_generators
+from rto_megatron.parallel.whole_models import require_whole_models
 from rto_megatron.parallel.work import Work
 from rto_megatron.platform.device import Device
 
@@ -56,6 +64,8 @@ class Topology:
     home: "Topology | None" = field(default=None, repr=False)
     expert_size: int = 1  # parts of a mixture's experts
     expert_tensor_size: int = 1  # ranks of one
+    virtual_size: int = 1  # chunks of a model on each stage
+    stages: StageLayers = None  # layers of each stage
 
     @classmethod
     def init(
@@ -71,6 +81,8 @@ class Topology:
         expert_tensor: int | None = None,
         context: int = 1,
         context_scheme: ContextScheme = "ulysses",
+        virtual: int = 1,
+        stages: StageLayers = None,
     ) -> "Topology":
         """Joins the process group that the launcher announced in the environment.
 
@@ -78,6 +90,7 @@ class Topology:
             timeout: of a collective; longer than one rank may let the others wait, such as for rollouts.
             roles: role -> its own layout; None: all have the one of the policy.
             expert, expert_tensor: parts of the experts of a mixture, and ranks of one; see `GridConfig`.
+            virtual, stages: chunks of a model on each stage, and layers of each; see `GridConfig`.
 
         Raises:
             AbsentRanks: not all ranks came.
@@ -93,6 +106,8 @@ class Topology:
             sequence=sequence,
             expert=expert,
             expert_tensor=expert_tensor,
+            virtual=virtual,
+            stages=stages,
         )
         others: dict[str, Topology] = {}
         shared = shared_ranks(roles or {}, dist.get_world_size())
@@ -331,24 +346,7 @@ def _placed(
 ) -> Topology:
     """This rank's place in a grid over some ranks; all ranks must call it, for all grids in one order."""
     world = dist.get_world_size()
-    if not ranks or len(ranks) % grid.replica_ranks:
-        whose = (
-            f"{world} ranks were started"
-            if len(ranks) == world
-            else f"{len(ranks)} of {world} ranks hold the model"
-        )
-        raise RecipeError(
-            f"{whose}, but {grid.product(section)}; start a multiple of {grid.replica_ranks} ranks"
-        )
-    if ranks[-1] >= world:
-        raise RecipeError(
-            f"{section}.ranks names rank {ranks[-1]} of {world} ranks, 0 to {world - 1}; start more"
-        )
-    if len(ranks) % grid.whole_ranks:
-        raise RecipeError(
-            f"{len(ranks)} ranks hold the model, and with {section}.expert={grid.expert} parts of {grid.expert_cut} "
-            f"ranks each its experts lie on {grid.whole_ranks}; start a multiple of {grid.whole_ranks} ranks"
-        )
+    require_whole_models(grid, ranks, world, section)
     data_size = len(ranks) // grid.replica_ranks
     experts = (grid.expert, grid.expert_tensor)
     groups = make_groups(ranks, grid.tensor, grid.pipeline, timeout, *experts, grid.context)
@@ -374,6 +372,8 @@ def _placed(
         home=home,
         expert_size=grid.expert,
         expert_tensor_size=grid.expert_cut,
+        virtual_size=grid.virtual,
+        stages=grid.stages,
     )
 
 

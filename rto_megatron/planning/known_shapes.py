@@ -205,6 +205,38 @@ _GLM_4_9B = ModelShape(
     rotation=Rotation(share=0.5, is_interleaved=True),
 )
 
+_PHI_4 = ModelShape(
+    family="phi3",
+    num_layers=40,
+    hidden_size=5120,
+    ffn_hidden_size=17920,
+    num_heads=40,
+    num_kv_heads=10,
+    head_dim=128,
+    vocab_size=100352,
+    max_positions=16384,
+    norm_eps=1e-5,
+    rope_theta=250000.0,
+    rope_scaling_factor=None,
+    is_tied=False,
+    init_std=0.02,
+)
+
+# Its longrope has factors that come with the model, and change nothing that a plan counts.
+_PHI_4_MINI = replace(
+    _PHI_4,
+    num_layers=32,
+    hidden_size=3072,
+    ffn_hidden_size=8192,
+    num_heads=24,
+    num_kv_heads=8,
+    vocab_size=200064,
+    max_positions=4096,
+    rope_theta=10000.0,
+    is_tied=True,
+    rotation=Rotation(share=0.75),
+)
+
 KNOWN_SHAPES = {
     "llama-3-8b": _llama(32, 4096, 14336, 32, 128, "3"),
     "llama-3-70b": _llama(80, 8192, 28672, 64, 128, "3"),
@@ -221,6 +253,8 @@ KNOWN_SHAPES = {
     "gemma-3-1b": _GEMMA_3_1B,
     "glm-4-9b": _GLM_4_9B,
     "seed-oss-36b": _SEED_OSS_36B,
+    "phi-4": _PHI_4,
+    "phi-4-mini": _PHI_4_MINI,
 }
 # What the names of folders of a known shape look like, in lower case.
 _SPELLINGS = {
@@ -233,6 +267,8 @@ _SPELLINGS = {
     "gemma-3-1b": r"gemma-3-1b",
     "glm-4-9b": r"glm-4-9b-0414",
     "seed-oss-36b": r"seed-oss-36b",
+    "phi-4-mini": r"phi-4-mini-instruct",
+    "phi-4": r"phi-4$",
 }
 
 

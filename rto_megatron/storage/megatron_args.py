@@ -13,7 +13,7 @@ import torch
 from rto_megatron.errors import ModelFolderError, refuse_if
 from rto_megatron.models.families import FAMILIES
 from rto_megatron.models.hf_config import HfConfig
-from rto_megatron.models.rotation_shape import Rotation, Yarn
+from rto_megatron.models.rotation_shape import LongRope, Rotation, Yarn
 from rto_megatron.models.shape import Experts, ModelShape
 from rto_megatron.models.weight_map import padded_vocab
 from rto_megatron.storage.megatron_common import read_args
@@ -155,7 +155,7 @@ def beyond_megatron_lm(shape: ModelShape) -> str | None:
         shape.rotation,
         set(shape.own_parts) - {"window", "windowed_layers", "has_shifted_norms"},
     )
-    if rotation.yarn is None and rotation.windowed_theta is None and rotation.divisor == 1:
+    if not rotation.has_own_angles:
         parts -= {"rotation"}
     if not parts:
         return None
@@ -248,12 +248,16 @@ def _own_parts(values: dict[str, Any]) -> dict[str, Any]:
     """What `parts_of` wrote; of Megatron-LM's own checkpoints the layers that do not rotate, which it can say."""
     parts = dict(values.get(PARTS) or {})
     rotation = dict(parts.pop("rotation", {}))
-    yarn = rotation.pop("yarn", None)
+    yarn, longrope = rotation.pop("yarn", None), rotation.pop("longrope", None)
     unrotated = values.get("no_rope_freq")
     if isinstance(unrotated, list | tuple):
         rotation["unrotated_layers"] = tuple(i for i, is_without in enumerate(unrotated) if is_without)
     if rotation:
-        parts["rotation"] = Rotation(**rotation, yarn=None if yarn is None else Yarn(**yarn))
+        parts["rotation"] = Rotation(
+            **rotation,
+            yarn=None if yarn is None else Yarn(**yarn),
+            longrope=None if longrope is None else LongRope(**longrope),
+        )
     return parts
 
 

@@ -101,6 +101,8 @@ def ranks(
             parallel.expert_tensor,
             parallel.context,
             parallel.context_scheme,
+            parallel.virtual,
+            parallel.stages,
         )
     except UserError:
         if dist.is_initialized():

@@ -33,10 +33,10 @@ class PolicySource:
     def specs(self) -> tuple[PieceSpec, ...]:
         """The piece of every tensor on each sender; equal on all ranks."""
         shape, topology = self.policy.shape, self.policy.topology
-        dtype = self.policy.dtype
+        dtype, has_head = self.policy.dtype, self.policy.has_scalar_head
         specs = []
-        for parameter in stored_parameters(shape, self.policy.has_scalar_head):
-            dim, senders = parameter.layout.dim or 0, holders(parameter, shape, topology)
+        for parameter in stored_parameters(shape, has_head):
+            dim, senders = parameter.layout.dim or 0, holders(parameter, shape, has_head, topology)
             for rank, sender in enumerate(senders):
                 for run in parameter.runs(rank, len(senders)):
                     if run.length:

@@ -42,6 +42,8 @@ def check(*arguments: str) -> str:
         ("gemma-3-1b", 999_885_952),
         ("glm-4-9b", 9_400_279_040),
         ("seed-oss-36b", 36_151_104_512),
+        ("phi-4", 14_659_507_200),
+        ("phi-4-mini", 3_836_021_760),
     ],
 )
 def test_parameter_counts_are_the_published_ones(name: str, parameters: int) -> None:
@@ -120,6 +122,21 @@ def test_context_ranks_share_tokens_and_the_optimizer() -> None:
     assert (whole, whole) == (2 * half, 4 * quarter)
     # Keys and values of the layer that is recomputed, of 32,768 tokens and 8 heads of 128 on 4 tensor ranks.
     assert sizes[2, "gather"] - sizes[2, "ulysses"] == 2 * 2 * 32768 * 8 * 128 // 4
+
+
+def test_interleaved_stages_are_shown_and_count_by_the_fullest() -> None:
+    """Of 80 layers of 855.65 M parameters the middle stages have 21, on 8 ranks; the outer ones 19 and 1,050.67 M."""
+    recipe = str(RECIPES / "llama3_70b" / "rto.yaml")
+    output = check(recipe, "--gpus", "64")
+    assert "32 = tensor 8 x pipeline 4 in 5 chunks x data 1" in output
+    (row,) = (line for line in output.splitlines() if "policy " in line and "trained" in line)
+    assert "layers 19 + 21" in row and "2,246.1 M │        37.7 GiB" in row
+    assert "sound for 64 GPUs" in output
+    keys = [f"parallel.roles.{role}.pipeline=4" for role in ("critic", "reward")]
+    keys += ["batch.tokens=null", "batch.micro=1", "batch.train=6", "batch.rollout=1026"]
+    by_number = check(recipe, *keys, "--gpus", "64")
+    # 6 micro-batches and 2 empty ones go through 5 chunks a stage: of 43 passes' time the last stage waits for 3.
+    assert "idle for 7% of the time, 2 empty micro-batches filling up their number" in by_number
 
 
 def test_ranks_of_their_own_are_shown_and_judged_apart() -> None:

@@ -2,7 +2,13 @@
 
 from pathlib import Path
 
-from rto_megatron.config.training import ContextScheme, OptimizerConfig, PrecisionConfig, TrainParallelConfig
+from rto_megatron.config.training import (
+    ContextScheme,
+    OptimizerConfig,
+    PrecisionConfig,
+    StageLayers,
+    TrainParallelConfig,
+)
 from rto_megatron.engine.build_roles import build_frozen, build_trained
 from rto_megatron.engine.megatron import FrozenModel, TrainedModel
 from rto_megatron.engine.source import find_source
@@ -34,6 +40,13 @@ LAYOUTS = {
     "ep4_tp2": (4, 2, 1, True),
     "ep2_tp2_etp2": (4, 2, 1, True),
     "cp2_ep2": (2, 1, 1, False),
+    "pp2_v2": (2, 1, 2, False),
+    "tp2_pp2_v2_sp": (4, 2, 2, True),
+    "cp2_pp2_v2": (4, 1, 2, False),
+    "pp2_v2_dp2": (4, 1, 2, False),
+    "ep2_pp2_v2": (4, 1, 2, False),
+    "pp2_uneven": (2, 1, 2, False),
+    "pp3_uneven": (3, 1, 3, False),
     # The policy has the ranks that no role has for itself.
     "tp2_of_4": (4, 2, 1, False),
     "pp2_of_3": (3, 1, 2, False),
@@ -51,6 +64,7 @@ CONTEXT: dict[str, tuple[int, ContextScheme]] = {
     "cp4": (4, "ulysses"),
     "cp4_gather": (4, "gather"),
     "cp2_ep2": (2, "ulysses"),
+    "cp2_pp2_v2": (2, "ulysses"),
 }
 # Of those whose experts lie on different ranks: (parts of the experts, ranks of one)
 EXPERTS = {
@@ -61,7 +75,18 @@ EXPERTS = {
     "ep4_tp2": (4, 1),
     "ep2_tp2_etp2": (2, 2),
     "cp2_ep2": (2, 1),
+    "ep2_pp2_v2": (2, None),
     "ep2_of_3": (2, 1),
+}
+# name -> (chunks of each stage, layers of the stages), of layouts whose stages are interleaved or uneven
+CHUNKS: dict[str, tuple[int, StageLayers]] = {
+    "pp2_v2": (2, None),
+    "tp2_pp2_v2_sp": (2, None),
+    "cp2_pp2_v2": (2, None),
+    "pp2_v2_dp2": (2, None),
+    "ep2_pp2_v2": (2, None),
+    "pp2_uneven": (1, (3, 1)),
+    "pp3_uneven": (1, "auto"),
 }
 
 
@@ -70,6 +95,7 @@ def topology(layout: str) -> Topology:
     _, tensor, pipeline, sequence = LAYOUTS[layout]
     context, scheme = CONTEXT.get(layout, (1, "ulysses"))
     expert, expert_tensor = EXPERTS.get(layout, (1, None))
+    virtual, stages = CHUNKS.get(layout, (1, None))
     return Topology.init(
         prepare(),
         tensor,
@@ -80,6 +106,8 @@ def topology(layout: str) -> Topology:
         expert_tensor=expert_tensor,
         context=context,
         context_scheme=scheme,
+        virtual=virtual,
+        stages=stages,
     )
 
 

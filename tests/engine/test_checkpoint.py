@@ -27,7 +27,7 @@ from rto_megatron.engine.recovery import Found, find_valid
 from rto_megatron.engine.source import find_source
 from rto_megatron.engine.weights import stage_hf_tensors
 from rto_megatron.errors import UserError
-from rto_megatron.models.build import build_model, transformer_config
+from rto_megatron.models.build import build_chunks, transformer_config
 from rto_megatron.types import Demonstration
 
 ADAM = OptimizerConfig(lr=1e-3)
@@ -289,7 +289,7 @@ def test_a_checkpoint_of_another_model_is_refused(folders: Path, run_dir: Path) 
         model = trained(topology("one"), folders / "critic", True, ADAM)
         shape = replace(model.shape, num_layers=model.shape.num_layers + 2)
         config = transformer_config(shape, model.topology, torch.float32, recompute=False)
-        deeper = replace(model, shape=shape, module=build_model(shape, config, model.topology, True))
+        deeper = replace(model, shape=shape, module=build_chunks(shape, config, model.topology, True))
         with pytest.raises(CheckpointError) as caught:
             load_weights(run_dir / "checkpoints/step_000001/critic", deeper)
         return str(caught.value)

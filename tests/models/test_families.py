@@ -32,7 +32,8 @@ finalize = import_module("megatron.core.distributed.finalize_model_grads")
 SGD = OptimizerConfig(kind="sgd", lr=0.5, max_grad_norm=None)
 HEADS = {False: "language", True: "scalar"}
 RUN = [name for name, changes in VARIANTS.items() if FAMILIES[str(changes["model_type"])].not_run is None]
-OWN = ["smollm3", "olmo2", "granite", "gemma2", "gemma3_text", "glm4"]  # with parts that Llama has not
+# With parts that Llama has not.
+OWN = ["smollm3", "olmo2", "granite", "gemma2", "gemma3_text", "glm4", "phi3", "phi3_longrope"]
 TRAINED = ["mistral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "qwen3_moe_mixed", *OWN]
 MIXTURES = [name for name in TRAINED if "moe" in name]
 
@@ -61,7 +62,7 @@ def _read_all(layout: str, root: Path) -> dict[str, tuple[list[Tensor], set[str]
     batch = token_batch(
         [(ids, 1) for ids, _ in SEQUENCES], True, place.row_multiple, place.device.torch_device
     )
-    for name in OWN if layout in CONTEXT else RUN:
+    for name in OWN if layout in (*CONTEXT, "pp2_v2") else RUN:
         for is_scalar, head in HEADS.items():
             model = frozen(place, root / name / head, is_scalar)
             (values_T,) = model.token_outputs([batch])
@@ -86,7 +87,7 @@ def _read(layout: str, root: Path) -> list[dict[str, tuple[list[Tensor], set[str
     ("name", "layout"),
     [
         *product(RUN, ("one", "tp2", "tp2_sp", "pp2", "tp2_pp2_sp")),
-        *product(OWN, ("cp2", "cp2_gather")),
+        *product(OWN, ("cp2", "cp2_gather", "pp2_v2")),
     ],
 )
 def test_outputs_and_weights_equal_hugging_face(name: str, layout: str, head: str, root: Path) -> None:

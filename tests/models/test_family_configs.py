@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from tiny_families import COMMON, VARIANTS, write_family
+from tiny_families import COMMON, VARIANTS, configuration_of, write_family
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rto_megatron.config.training import GridConfig
@@ -18,6 +18,7 @@ from rto_megatron.models.layout_checks import check_layout
 from rto_megatron.models.parameters import num_parameters, parameter_map
 
 WINDOWED = ["qwen2", "qwen3", "qwen2_moe", "qwen3_moe"]
+_LONGROPE = {"type": "su", "short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
 TOKENS = torch.tensor([[5, 9, 2, 11, 60, 1, 33, 8]])
 
 
@@ -28,7 +29,7 @@ def _written(folder: Path, config: dict[str, object]) -> Path:
 
 def _config(folder: Path, name: str, *absent: str, **changes: object) -> Path:
     """A config.json as transformers 5 writes it, with changes and without the keys in `absent`."""
-    values = AutoConfig.for_model(**{**COMMON, **VARIANTS[name]}).to_dict()
+    values = AutoConfig.for_model(**configuration_of(name)).to_dict()
     return _written(folder, {**{k: v for k, v in values.items() if k not in absent}, **changes})
 
 
@@ -171,6 +172,17 @@ def test_a_window_of_qwen_counts_only_when_it_is_used(name: str, tmp_path: Path)
             "only the others'",
         ),
         ("seed_oss", {"attention_out_bias": True}, r"\['attention_out_bias'\] is set"),
+        (
+            "phi3_longrope",
+            {"partial_rotary_factor": 0.5, "rope_scaling": _LONGROPE},
+            "has 6 short and 6 long factors",
+        ),
+        (
+            "phi3_longrope",
+            {"rope_scaling": {**_LONGROPE, "attention_factor": 1.2}},
+            r"\['attention_factor'\] of rope",
+        ),
+        ("phi3", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "this family has longrope"),
         ("qwen2", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ("deepseek_v3", {"scoring_func": "softmax"}, "sigmoid scores"),
         ("deepseek_v3", {"moe_layer_freq": 2}, "every layer after the first dense"),
@@ -298,6 +310,7 @@ PUBLISHED: dict[str, tuple[str, int, tuple[int, ...], dict[str, object]]] = {
         (5120, 64, 27648, 80, 8),
         {"vocab_size": 155136, "head_dim": 128},
     ),
+    "phi-4": ("phi3", 14_659_507_200, (5120, 40, 17920, 40, 10), {"vocab_size": 100352}),
     "DeepSeek-V3 without its predictor of more tokens": (
         "deepseek_v3",
         671_026_419_200,

@@ -79,7 +79,7 @@ CASES: dict[str, tuple[Family, dict[str, object]]] = {
 def _outputs(layout: str, folder: Path, packed: bool) -> list[Tensor]:
     place = topology(layout)
     model = frozen(place, folder, False)
-    norms = {type(layer.input_layernorm) for layer in model.module.decoder.layers}
+    norms = {type(layer.input_layernorm) for layer in model.module.last.decoder.layers}
     assert norms == {RMSNorm if FAMILIES[model.shape.family].layer_spec is None else TorchNorm}
     batch = token_batch(
         [(ids, 1) for ids, _ in SEQUENCES], packed, place.row_multiple, place.device.torch_device

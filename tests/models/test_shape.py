@@ -121,5 +121,6 @@ def test_every_obstacle_is_a_sentence() -> None:
     assert check_layout(shape, GridConfig(tensor=4, pipeline=4), "models.critic") == [
         "models.critic: parallel.tensor=4 does not divide num_attention_heads=6; it can be one of [1, 2]",
         "models.critic: parallel.tensor=4 does not divide intermediate_size=22; it can be one of [1, 2]",
-        "models.critic: parallel.pipeline=4 does not divide num_hidden_layers=6; it can be one of [1, 2, 3, 6]",
+        "models.critic: parallel.pipeline=4 does not divide num_hidden_layers=6; it can be one of [1, 2, 3, 6], "
+        "or set parallel.stages=auto",
     ]

@@ -11,7 +11,7 @@ from ranks import run_ranks
 from trainer.tiny_runs import configure
 
 from rto_megatron.algorithms.kl_controller import KLController
-from rto_megatron.cli.resume_check import run_both, told
+from rto_megatron.cli.resume_check import resumed_layout, run_both, told
 from rto_megatron.config import load
 from rto_megatron.config.schema import TrainStage
 from rto_megatron.data.batches import Batches
@@ -90,6 +90,7 @@ def test_the_command_finds_a_resumed_rto_run_equal(files: Path, tmp_path: Path) 
             (1, 2, 1),
             {"parallel__roles": {"critic": {"ranks": "2"}}, "parallel__distributed_optimizer": True},
         ),
+        ("rto", "pp2_v2", 1, (1, 1, 2), {"parallel__roles": {"critic": {"pipeline": 2, "stages": (1, 3)}}}),
     ],
 )
 def test_a_resumed_run_keeps_everything_at_its_own_layout_and_nearly_at_another(
@@ -103,11 +104,8 @@ def test_a_resumed_run_keeps_everything_at_its_own_layout_and_nearly_at_another(
 ) -> None:
     config = configure(stage, files, tmp_path / "run", layout, **keys)
     assert isinstance(config, TrainStage)
-    parallel, num_ranks = config.parallel, config.parallel.tensor * replicas
-    if resume_at is not None:
-        tensor, pipeline, data = resume_at
-        parallel = parallel.model_copy(update={"tensor": tensor, "pipeline": pipeline, "roles": {}})
-        num_ranks = tensor * pipeline * data
+    at = None if resume_at is None else "x".join(map(str, resume_at))
+    parallel, num_ranks = resumed_layout(config, at, replicas)
     run_both(config, 1, replicas, parallel, num_ranks, tmp_path, _train)
     judge, tolerance = (compare, 0.0) if resume_at is None else (compare_layouts, 0.02)
     (items,) = run_ranks(1, _compared, judge, tmp_path)

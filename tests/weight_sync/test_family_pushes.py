@@ -28,6 +28,7 @@ VARIANTS = [
     "smollm3",
     "olmo2",
     "seed_oss",
+    "phi3",
 ]
 
 
