@@ -298,6 +298,12 @@ PUBLISHED: dict[str, tuple[str, int, tuple[int, ...], dict[str, object]]] = {
         (1152, 26, 6912, 4, 1),
         {"vocab_size": 262144, "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 512},
     ),
+    "GLM-4-9B-0414": (
+        "glm4",
+        9_400_279_040,
+        (4096, 40, 13696, 32, 2),
+        {"vocab_size": 151552, "head_dim": 128},
+    ),
     "Seed-OSS-36B": (
         "seed_oss",
         36_151_104_512,
