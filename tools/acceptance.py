@@ -205,7 +205,7 @@ def kernels(root: Path) -> None:
     from rto_megatron.engine.readings import output_weight
     from rto_megatron.engine.source import find_source
     from rto_megatron.models.build import build_model, forward, transformer_config
-    from rto_megatron.models.modules import RMSNorm
+    from rto_megatron.models.norms import RMSNorm
     from rto_megatron.trainer.stages import ranks
 
     with ranks(device, ParallelConfig(), seed=1) as topology, torch.no_grad():

@@ -147,7 +147,7 @@ def _lengths(config: Stage, max_positions: Mapping[str, int]) -> list[str]:
             end = " + 1 for the end-of-sequence behind a cut response" if appended else ""
             problems.append(
                 f"{keys}{end} = {longest + appended} tokens, but models.{role} reads at most {limit} "
-                "(max_position_embeddings)"
+                "(max_position_embeddings, with longrope original_max_position_embeddings)"
             )
     return problems
 

@@ -129,6 +129,7 @@ def _in_transformers(kind: "type[_BaseAutoModelClass]", model: HfModel) -> "PreT
     is_quantized = "quantization_config" in model.config.values
     if model.is_plain and not is_quantized:
         loading = {"dtype": torch.float32, "use_safetensors": True, "local_files_only": True}
+        loading["attn_implementation"] = "eager"  # torch's kernels leave out a soft cap of scores
         loaded: PreTrainedModel = kind.from_pretrained(folder, **loading).eval()
         return loaded
     config = AutoConfig.from_pretrained(folder, local_files_only=True)

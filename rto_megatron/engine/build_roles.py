@@ -148,7 +148,8 @@ def _load(model: FrozenModel, source: WeightSource, seed: int, is_head_fresh: bo
     fresh_head_seed = seed if is_head_fresh else None
     try:
         if source.kind == "random":
-            read = random_reader(seed, model.shape.init_std)
+            norm = 0.0 if model.shape.has_shifted_norms else 1.0
+            read = random_reader(seed, model.shape.init_std, norm)
         elif source.kind == "megatron":
             read = megatron_reader(source, model.has_scalar_head, fresh_head_seed)
         else:

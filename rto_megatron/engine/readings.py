@@ -17,7 +17,9 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from rto_megatron.models.head_memory import CHUNK_POSITIONS
+from rto_megatron.models.logit_shaping import LogitShaping
 from rto_megatron.models.output_head import Targets
+from rto_megatron.models.shape import ModelShape
 from rto_megatron.models.token_divergence import token_divergence
 from rto_megatron.models.token_entropy import token_entropies
 from rto_megatron.models.token_logprobs import token_logprobs
@@ -53,6 +55,7 @@ def read_outputs(model: "Model", batch: TokenBatch, raw: Tensor) -> Tensor:
         model.topology.tensor_group(),
         _asked(batch, model.topology),
         CHUNK_POSITIONS,
+        LogitShaping.of(model.shape),
     )
     return _at_positions(logp_N[None], batch, model.topology)[0]
 
@@ -66,12 +69,17 @@ def read_entropies(model: "Model", batch: TokenBatch, raw: Tensor) -> Tensor:
         model.topology.tensor_group(),
         _asked(batch, model.topology),
         CHUNK_POSITIONS,
+        LogitShaping.of(model.shape),
     )
     return _at_positions(outputs_2N, batch, model.topology)
 
 
 def read_divergences(
-    model: "Model", micro: DivergenceMicrobatch, raw: Tensor, reference_weight_vh: Tensor
+    model: "Model",
+    micro: DivergenceMicrobatch,
+    raw: Tensor,
+    reference_weight_vh: Tensor,
+    reference: ModelShape,
 ) -> Tensor:
     """Rows: log-prob of the target, the reference's, KL(reference || policy), [3, T] in nats; 0 where none is asked."""
     batch = micro.batch
@@ -82,6 +90,7 @@ def read_divergences(
         model.shape.vocab_size,
         model.topology.tensor_group(),
         CHUNK_POSITIONS,
+        (LogitShaping.of(model.shape), LogitShaping.of(reference)),
     )
     return _at_positions(outputs_3N, batch, model.topology)
 
@@ -89,7 +98,8 @@ def read_divergences(
 def whole_logits(model: "Model", raw: Tensor) -> Tensor:
     """Logits of all positions over the whole vocabulary, on every tensor rank, to compare models with: [T, V]."""
     states_Th = _states(raw, model.topology)
-    shards = model.topology.gather_tensor_shards((output_weight(model.module.last) @ states_Th.t()).float())
+    own_vT = LogitShaping.of(model.shape).shaped((output_weight(model.module.last) @ states_Th.t()).float())
+    shards = model.topology.gather_tensor_shards(own_vT)
     return torch.cat(shards)[: model.shape.vocab_size].T
 
 

@@ -152,15 +152,18 @@ def with_fresh_head(read: TensorReader, seed: int) -> TensorReader:
     return lambda name, size: draw(name, size) if name == SCALAR_HEAD else read(name, size)
 
 
-def random_reader(seed: int, init_std: float) -> TensorReader:
+def random_reader(seed: int, init_std: float, norm: float = 1.0) -> TensorReader:
     """Draws each tensor from a generator of its own, so that the draw does not depend on the parallel layout.
 
-    Norm weights are 1; a scalar head has standard deviation 1 / (hidden size + 1), as OpenRLHF's reward models start.
+    Args:
+        norm: the weights of norms.
+
+    A scalar head has standard deviation 1 / (hidden size + 1), as OpenRLHF's reward models start.
     """
 
     def read(name: str, size: tuple[int, ...]) -> Tensor:
         if name.endswith("norm.weight"):
-            return torch.ones(size)
+            return torch.full(size, norm)
         std = 1.0 / (size[-1] + 1) if name == SCALAR_HEAD else init_std
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

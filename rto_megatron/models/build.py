@@ -1,25 +1,21 @@
 """Builds Megatron's GPTModel from a shape: the one place that knows its constructor, its spec and its chatter."""
 
 import logging
-from collections.abc import Iterable
 from functools import partial
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 from torch.nn import functional
 
 from rto_megatron.models.chunks import ModelChunks, StageLayout, cut_of
-from rto_megatron.models.context_attention import GatheredKeysAttention, UlyssesAttention
-from rto_megatron.models.experts import with_grouped_experts
-from rto_megatron.models.families import FAMILIES
-from rto_megatron.models.modules import GroupedGPT, PackedCoreAttention, RMSNorm, ScalarHead
+from rto_megatron.models.layer_specs import block_spec
+from rto_megatron.models.modules import GroupedGPT, ScalarHead
 from rto_megatron.models.pipeline_cut import PipelineCut
+from rto_megatron.models.rotations import Rotations
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.models.weight_map import padded_vocab
 from rto_megatron.parallel.context import own_part
@@ -28,7 +24,6 @@ from rto_megatron.types import TokenBatch
 
 # parallel.context_scheme -> Megatron's name for it, and the attention that does it.
 _SCHEMES = {"ulysses": "a2a", "gather": "all_gather"}
-_CONTEXT_ATTENTION = {"a2a": UlyssesAttention, "all_gather": GatheredKeysAttention}
 _ACTIVATIONS = {
     "silu": functional.silu,
     "gelu": functional.gelu,
@@ -44,7 +39,7 @@ def transformer_config(
     moe_aux_loss_coef: float = 0.0,
     has_scalar_head: bool = False,
 ) -> TransformerConfig:
-    """Megatron's configuration of a pre-norm, gated, bias-free decoder; fusions that need CUDA kernels are off.
+    """Megatron's configuration of a gated, bias-free decoder; fusions that need CUDA kernels are off.
 
     Args:
         has_scalar_head: counts where stages are balanced (`models.pipeline_cut`).
@@ -62,12 +57,7 @@ def transformer_config(
         layernorm_epsilon=shape.norm_eps,
         gated_linear_unit=True,
         activation_func=_ACTIVATIONS[shape.activation],
-        window_size=None
-        if shape.window is None
-        else (shape.window - 1, 0),  # tokens before and after the own one
-        window_attn_skip_freq=[int(i in shape.windowed_layers) for i in range(shape.num_layers)]
-        if shape.windowed_layers
-        else None,
+        **_attention(shape),
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -96,6 +86,27 @@ def transformer_config(
         recompute_method="uniform" if recompute else None,
         recompute_num_layers=1 if recompute else None,
     )
+
+
+def _attention(shape: ModelShape) -> dict[str, object]:
+    """Megatron's settings of what attention sees, by layer, and how positions and scores are scaled."""
+
+    def by_layer(layers: tuple[int, ...]) -> list[int] | None:
+        return [int(i in layers) for i in range(shape.num_layers)] if layers else None
+
+    yarn, scale = shape.rotation.yarn, shape.score_scale
+    if (
+        yarn is not None
+    ):  # queries and keys have the amplitude alike, for where there is one whole heads rotate
+        scale = (scale or shape.head_dim**-0.5) * yarn.amplitude**2
+    return {
+        # Tokens before and after the own one.
+        "window_size": None if shape.window is None else (shape.window - 1, 0),
+        "window_attn_skip_freq": by_layer(shape.windowed_layers),
+        "no_rope_freq": by_layer(shape.rotation.unrotated_layers),
+        "rotary_interleaved": shape.rotation.is_interleaved,
+        "softmax_scale": scale,
+    }
 
 
 def _cut(topology: Topology, layers: PipelineCut) -> dict[str, object]:
@@ -143,40 +154,6 @@ def _experts(shape: ModelShape, topology: Topology) -> dict[str, object]:
     }
 
 
-def layer_spec(config: TransformerConfig, num_experts: int | None) -> ModuleSpec:
-    """The modules of a layer: Megatron's local ones, with this package's norm, core attention, experts and router.
-
-    Args:
-        num_experts: None: a dense layer.
-    """
-    layer: ModuleSpec = get_gpt_layer_local_spec(
-        num_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
-    )
-    layer.submodules.input_layernorm = RMSNorm
-    layer.submodules.pre_mlp_layernorm = RMSNorm
-    attention = layer.submodules.self_attention.submodules
-    attention.core_attention = (
-        PackedCoreAttention if config.context_parallel_size == 1 else _CONTEXT_ATTENTION[config.cp_comm_type]
-    )
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    # The fused-norm key names of TransformerEngine would hide which parameter a checkpoint entry is.
-    layer.submodules.sharded_state_dict_keys_map = {}
-    return layer if num_experts is None else with_grouped_experts(layer)
-
-
-def _block_spec(
-    shape: ModelShape, config: TransformerConfig, own_layers: Iterable[int]
-) -> TransformerBlockSubmodules:
-    make = FAMILIES[shape.family].layer_spec or layer_spec
-    dense = make(config, None)
-    sparse = dense if shape.experts is None else make(config, shape.experts.num)
-    with_experts = () if shape.experts is None else shape.experts.layers
-    return TransformerBlockSubmodules(
-        layer_specs=[sparse if i in with_experts else dense for i in own_layers], layer_norm=RMSNorm
-    )
-
-
 def build_chunks(
     shape: ModelShape, config: TransformerConfig, topology: Topology, has_scalar_head: bool
 ) -> ModelChunks:
@@ -207,7 +184,7 @@ def build_model(
     )  # GPTModel's notice of 0.19
     model = GroupedGPT(
         config=config,
-        transformer_layer_spec=layers or _block_spec(shape, config, own_layers),
+        transformer_layer_spec=layers or block_spec(shape, config, own_layers),
         vocab_size=padded_vocab(shape.vocab_size, topology.tensor_size),
         max_sequence_length=shape.max_positions,
         pre_process=is_first,
@@ -216,15 +193,19 @@ def build_model(
         parallel_output=True,
         share_embeddings_and_output_weights=shape.is_tied and not has_scalar_head,
         position_embedding_type="rope",
+        rotary_percent=shape.rotation.share,
         rotary_base=shape.rope_theta,
         rope_scaling=shape.rope_scaling_factor is not None,
         rope_scaling_factor=shape.rope_scaling_factor or 8.0,
         pg_collection=topology.groups,
     )
+    if shape.rotation.has_own_angles:
+        model.rotary_pos_emb = Rotations(shape, config, topology.groups.cp)
     if shape.embedding_scale != 1 and is_first:
-        model.embedding.register_forward_hook(
-            lambda module, inputs, embedded: embedded * shape.embedding_scale
-        )
+        scale = torch.tensor(
+            shape.embedding_scale, dtype=config.params_dtype
+        ).item()  # rounded, as Gemma's is
+        model.embedding.register_forward_hook(lambda module, inputs, embedded: embedded * scale)
     if has_scalar_head and is_last:
         model.output_layer = ScalarHead(config, topology.tensor_group())
     for module in model.modules():

@@ -32,9 +32,10 @@ class _CutRows(PackedCoreAttention):
         *_: object,
         pg_collection: ProcessGroupCollection,
         softmax_scale: float | None = None,
+        softcap: float | None = None,
         **__: object,
     ) -> None:
-        super().__init__(config, layer_number, softmax_scale=softmax_scale)
+        super().__init__(config, layer_number, softmax_scale=softmax_scale, softcap=softcap)
         self.group = pg_collection.cp
 
 

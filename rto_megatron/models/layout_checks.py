@@ -106,13 +106,16 @@ def _key_value_heads(shape: ModelShape, tensor: int, key: str) -> list[str]:
     rows = (heads + 2 * groups) * shape.head_dim
 
     def fits(size: int) -> bool:
-        return groups % size == 0 or (size % groups == 0 and rows % size == 0)
+        may_share = not shape.has_whole_qk_norm and size % groups == 0
+        return groups % size == 0 or (may_share and rows % size == 0)
 
     if fits(tensor):
         return []
     allowed = [size for size in _POWERS if heads % size == 0 and fits(size)]
     reason = f"does not divide num_key_value_heads={groups} and is no multiple of it"
-    if tensor % groups == 0:
+    if tensor % groups == 0 and shape.has_whole_qk_norm:
+        reason = f"is above num_key_value_heads={groups}, over all of which {shape.family} has one norm"
+    elif tensor % groups == 0:
         reason = f"is above num_key_value_heads={groups}, and does not divide the {rows} rows of q, k and v"
     return [f"{key}={tensor} {reason}; it can be one of {allowed}"]
 

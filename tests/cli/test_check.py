@@ -17,6 +17,7 @@ from rto_megatron.planning.memory import activation_bytes, role_cost
 from rto_megatron.planning.shapes import KNOWN_SHAPES, find_shape, hugging_face_folder
 
 RECIPES = Path(__file__).parents[2] / "launchers" / "recipes"
+FAMILIES = sorted((RECIPES / "families").glob("*.yaml"))
 PAPER = sorted((RECIPES / "llama3_8b").glob("*.yaml"))
 
 
@@ -34,6 +35,14 @@ def check(*arguments: str) -> str:
         ("llama-3.2-1b", 1_235_814_400),
         ("qwen3-1.7b", 1_720_574_976),
         ("qwen3-30b-a3b", 30_532_122_624),
+        ("smollm3-3b", 3_075_098_624),
+        ("olmo-2-7b", 7_298_617_344),
+        ("granite-3.1-8b", 8_170_848_256),
+        ("gemma-2-9b", 9_241_705_984),
+        ("gemma-3-1b", 999_885_952),
+        ("seed-oss-36b", 36_151_104_512),
+        ("phi-4", 14_659_507_200),
+        ("phi-4-mini", 3_836_021_760),
     ],
 )
 def test_parameter_counts_are_the_published_ones(name: str, parameters: int) -> None:
@@ -60,6 +69,14 @@ def test_paper_recipes_pass_on_8_gpus(recipe: Path) -> None:
     pool = ["--pool-gpus", "2"] if recipe.stem == "rto_own_ranks" else []
     said = " ".join(check(str(recipe), "--gpus", "8", *pool).split())
     assert said.endswith("sound for 8 GPUs; memory was not judged: compare the sum above with what there is.")
+
+
+@pytest.mark.parametrize("recipe", FAMILIES, ids=lambda path: path.stem)
+def test_recipes_of_other_families_pass_without_their_models(recipe: Path) -> None:
+    gpus = "32" if "36b" in recipe.stem else "8"
+    said = " ".join(check(str(recipe), "--gpus", gpus).split())
+    assert f"sound for {gpus} GPUs" in said
+    assert find_shape(load_recipe(recipe).models.policy, None) is not None
 
 
 def test_layout_arithmetic_and_place_of_each_model_are_shown() -> None:

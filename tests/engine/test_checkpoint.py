@@ -12,6 +12,7 @@ from engine.layouts import LAYOUTS, topology, trained
 from ranks import run_ranks
 from safetensors.torch import load_file
 from stepping import take_step
+from tiny_families import write_family
 from tiny_models import SEQUENCES, write_llama
 from torch import Tensor
 
@@ -94,6 +95,14 @@ def test_weights_load_at_another_layout(layout: str, name: str, folders: Path, r
     checkpoint = run_dir / "checkpoints/step_000001"
     got = _merged(run_ranks(LAYOUTS[layout][0], _load, layout, folders, name, checkpoint))
     _assert_same(got, load_file(folders / name / "model.safetensors"))
+
+
+def test_norms_over_all_heads_are_cut_by_tensor_ranks_and_load_at_another_layout(tmp_path: Path) -> None:
+    for name, seed in (("policy", 5), ("other", 6)):
+        write_family(tmp_path / name, "olmo2", seed=seed)
+    run_ranks(2, _save, "tp2", tmp_path, ("policy",), tmp_path)
+    got = _merged(run_ranks(1, _load, "one", tmp_path, "policy", tmp_path / "checkpoints/step_000001"))
+    _assert_same(got, load_file(tmp_path / "policy/model.safetensors"))
 
 
 def _fresh(layout: str, path: Path, seed: int) -> dict[str, Tensor]:

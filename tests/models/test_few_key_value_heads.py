@@ -1,6 +1,7 @@
 """Fewer key-value heads than tensor ranks: Megatron gives one head to several ranks, and every number stays."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,10 @@ def test_a_layout_without_equal_parts_is_refused_with_numbers(root: Path) -> Non
     shape = read_shape(root / "qwen3")  # 4 heads of 32, 2 of them for keys and values
     assert check_layout(shape, GridConfig(tensor=4), "models.policy") == []
     problems = check_layout(shape, GridConfig(tensor=3), "models.policy")
+    (problem,) = check_layout(replace(shape, has_whole_qk_norm=True), GridConfig(tensor=4), "models.policy")
+    assert (
+        "tensor=4 is above num_key_value_heads=2, over all of which" in problem and "one of [1, 2]" in problem
+    )
     assert problems[1] == (
         "models.policy: parallel.tensor=3 does not divide num_key_value_heads=2 and is no multiple of it; it can be "
         "one of [1, 2, 4]"

@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rto_megatron.data.packing import token_batch
-from rto_megatron.models.build import layer_spec
 from rto_megatron.models.families import FAMILIES, llama, qwen2
 from rto_megatron.models.family import Family
 from rto_megatron.models.hf_config import HfConfig
-from rto_megatron.models.modules import RMSNorm
+from rto_megatron.models.layer_specs import layer_spec
+from rto_megatron.models.norms import RMSNorm
 from rto_megatron.models.shape import ModelShape
 
 WINDOW = 3
@@ -35,8 +35,8 @@ class TorchNorm(torch.nn.RMSNorm):
         super().__init__(hidden_size, eps=eps)
 
 
-def _own_spec(config: TransformerConfig, num_experts: int | None) -> ModuleSpec:
-    spec = layer_spec(config, num_experts)
+def _own_spec(shape: ModelShape, config: TransformerConfig, num_experts: int | None) -> ModuleSpec:
+    spec = layer_spec(shape, config, num_experts)
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = TorchNorm
     return spec
 

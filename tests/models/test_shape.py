@@ -56,7 +56,10 @@ def test_older_keys_and_absent_ones_have_transformers_meaning(tmp_path: Path) ->
     [
         ({"model_type": "gpt_neox"}, r"model_type is 'gpt_neox'; supported are \[.*'llama'"),
         ({"model_type": None}, r"model_type is None"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, r"rope scaling .*yarn.* cannot be"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+            r"rope scaling .*yarn.* cannot be.* this family has llama3",
+        ),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, r"rope scaling .*linear.* cannot be"),
         ({"rope_parameters": {**LLAMA3_ROPE, "low_freq_factor": 2.0}}, r"rope scaling .* cannot be"),
         (

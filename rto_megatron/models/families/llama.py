@@ -12,8 +12,8 @@ def layer(shape: ModelShape, index: int) -> tuple[MappedParameter, ...]:
 
 
 def is_dense(shape: ModelShape) -> bool:
-    """Attention as everyone has it, and no layer with experts."""
-    return shape.experts is None and shape.latent is None
+    """Attention and norms as Llama has them, but for a bias or norms of heads, and no layer with experts."""
+    return shape.experts is None and shape.latent is None and not shape.own_parts
 
 
 FAMILY = Family(
