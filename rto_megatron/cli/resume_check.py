@@ -81,11 +81,12 @@ def resume_check(
 
 def resume_check_rank(config: Annotated[Path, typer.Argument(help="A saved configuration.")]) -> None:
     """One rank of one of the two runs."""
+    from rto_megatron.config.load import load_recipe
     from rto_megatron.lifecycle.stopping import die_with_parent
     from rto_megatron.platform.device import prepare
 
     die_with_parent()
-    prepare()
+    prepare(load_recipe(config, []).precision)
     from rto_megatron.proofs.resumed_runs import read_config, run_observed
 
     run_observed(read_config(config, []))
