@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 LoggerName = Literal["tensorboard", "wandb", "swanlab"]
 ContextScheme = Literal["ulysses", "gather"]
+KernelsChoice = Literal["torch", "transformer_engine", "auto"]
 StageLayers = tuple[int, ...] | Literal["auto"] | None  # layers of each pipeline stage; None: equal numbers
 RoleName = Literal["critic", "reference", "reward", "dpo", "dpo_reference"]
 # Roles, and what trained ones have beside weights.
@@ -280,10 +281,14 @@ class FrozenPrecisionConfig(Section):
     """How forwards compute; log-softmax is always fp32.
 
     Example:
-        precision: {dtype: bf16}
+        precision: {dtype: bf16, kernels: auto}
     """
 
     dtype: Literal["fp32", "bf16"] = "bf16"
+    kernels: KernelsChoice = Field(
+        default="torch",
+        description="what computes the layers of all roles: torch, TransformerEngine, or it where it is installed",
+    )
 
 
 class PrecisionConfig(FrozenPrecisionConfig):

@@ -16,7 +16,13 @@ from rto_megatron.engine.checkpoint import load_weights
 from rto_megatron.engine.megatron import FrozenModel, TrainedModel, training_hooks
 from rto_megatron.engine.optimizer import build_optimizer, meet_builders, wrap_for_training
 from rto_megatron.engine.source import WeightSource
-from rto_megatron.engine.weights import hf_reader, load_hf_tensors, megatron_reader, random_reader
+from rto_megatron.engine.weights import (
+    hf_reader,
+    load_hf_tensors,
+    local_parameters,
+    megatron_reader,
+    random_reader,
+)
 from rto_megatron.errors import ModelFolderError, UserError
 from rto_megatron.models.build import build_chunks, transformer_config
 from rto_megatron.models.families.blocks import EMBEDDING
@@ -194,5 +200,6 @@ def update_average(average: FrozenRole, model: TrainedRole, beta: float) -> None
     """
     if isinstance(average, AbsentModel) or isinstance(model, AbsentModel):
         return
-    for mean, weight in zip(average.module.parameters(), model.module.parameters(), strict=True):
-        mean.lerp_(weight.float(), 1 - beta)
+    means = local_parameters(average.module)
+    for name, weight in local_parameters(model.module).items():  # the two may differ in kernels, so in order
+        means[name].lerp_(weight.float(), 1 - beta)

@@ -11,6 +11,7 @@ from rto_megatron.engine.absent import AbsentModel, RoleModel
 from rto_megatron.engine.expert_state import with_experts_apart
 from rto_megatron.engine.integrity import CheckpointError, require_intact
 from rto_megatron.engine.megatron import FrozenModel, Model, TrainedModel
+from rto_megatron.engine.optimizer import step_at_once
 from rto_megatron.engine.plain_values import plain_state, plain_text
 from rto_megatron.engine.presence import require_present
 from rto_megatron.engine.saving import Saving
@@ -27,18 +28,25 @@ _METADATA = {
     "singleton_local_shards": False,
     "chained_optim_avoid_prefix": True,
 }
+_NORM_STATE = "norm._extra_state"
 
 
 def _model_shards(model: Model) -> ShardedStateDict:
     """By number of the chunk and by name; a file knows neither, but places in the whole model."""
     metadata = {**_METADATA, "dp_cp_group": model.topology.groups.dp_cp}
     chunks = enumerate(model.module.chunks)
-    return {str(number): chunk.sharded_state_dict(metadata=metadata) for number, chunk in chunks}
+    return {str(number): _shards_of(chunk.sharded_state_dict(metadata=metadata)) for number, chunk in chunks}
+
+
+def _shards_of(shards: ShardedStateDict) -> ShardedStateDict:
+    # Of TransformerEngine's norms, and empty: torch's have none, and a checkpoint is that of either.
+    return {name: shard for name, shard in shards.items() if not name.endswith(_NORM_STATE)}
 
 
 def _fill(model: Model, loaded: ShardedStateDict) -> None:
     for number, chunk in enumerate(model.module.chunks):
-        chunk.load_state_dict(loaded[str(number)])
+        unsaved = {name: None for name in chunk.state_dict() if name.endswith(_NORM_STATE)}
+        chunk.load_state_dict({**unsaved, **loaded[str(number)]})
 
 
 def _whole_state(model: Model, is_loading: bool) -> ShardedStateDict:
@@ -138,6 +146,7 @@ def restore(path: Path, model: RoleModel) -> None:
     _fill(model, loaded["model"])
     if isinstance(model, TrainedModel):
         model.optimizer.load_state_dict(with_experts_apart(loaded["optimizer"], model.optimizer))
+        step_at_once(model.optimizer)
 
 
 def _load(folder: Path, shards: ShardedStateDict) -> ShardedStateDict:

@@ -19,6 +19,8 @@ from rto_megatron.models.experts import tag_experts
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.platform.torch_adam import prime_adam_state
 
+_FUSED_ON = frozenset({"cuda"})
+
 
 def wrap_for_training(
     model: ModelChunks, parallel: training.TrainParallelConfig, topology: Topology
@@ -76,9 +78,29 @@ def build_optimizer(
     )
     if config.kind == "adam":
         prime_adam_state(optimizer)
+        step_at_once(optimizer)
     else:
         _keep_no_state(optimizer)
     return optimizer
+
+
+def step_at_once(optimizer: MegatronOptimizer) -> None:
+    """Lets Adam step in one kernel on devices that have a fast one, and in torch's usual way on others.
+
+    Call it after a load too: a checkpoint may have been written on another device, or without the kernel.
+    """
+    for one in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
+        inner = one.optimizer
+        if not isinstance(inner, torch.optim.AdamW):
+            continue
+        for group in inner.param_groups:
+            is_fused = all(parameter.device.type in _FUSED_ON for parameter in group["params"])
+            group["fused"] = is_fused or None
+            for parameter in group[
+                "params"
+            ]:  # the kernel wants its counter beside it, the usual way on the host
+                step = inner.state[parameter]["step"]
+                inner.state[parameter]["step"] = step.to(parameter.device if is_fused else "cpu")
 
 
 def meet_builders() -> None:

@@ -12,6 +12,7 @@ from rto_megatron.engine.source import WeightSource
 from rto_megatron.errors import ModelFolderError
 from rto_megatron.models.chunks import ModelChunks
 from rto_megatron.models.families.blocks import SCALAR_HEAD
+from rto_megatron.models.fused_layers import plain_name
 from rto_megatron.models.hf_config import read_config
 from rto_megatron.models.parameters import parameter_map, stored_parameters
 from rto_megatron.models.shape import ModelShape
@@ -27,7 +28,7 @@ from rto_megatron.storage.torch_dist_reader import TorchDistReader
 def local_parameters(model: ModelChunks) -> dict[str, torch.nn.Parameter]:
     """Parameters of this rank by the name they have in the whole model.
 
-    Layers are numbered from the first stage, experts from the first part.
+    Layers are numbered from the first stage, experts from the first part; names are those of torch's layers.
     """
     first_expert, num_experts = 0, model.config.num_moe_experts
     if num_experts is not None:
@@ -37,7 +38,7 @@ def local_parameters(model: ModelChunks) -> dict[str, torch.nn.Parameter]:
     for chunk in model.chunks:
         first_layer = chunk.decoder.layers[0].layer_number - 1
         for name, parameter in chunk.named_parameters():
-            parts = name.split(".")
+            parts = plain_name(name).split(".")
             if parts[:2] == ["decoder", "layers"]:
                 parts[2] = str(int(parts[2]) + first_layer)
             if "local_experts" in parts:

@@ -5,25 +5,27 @@ from functools import partial
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 from torch.nn import functional
 
 from rto_megatron.models.chunks import ModelChunks, StageLayout, cut_of
+from rto_megatron.models.fused_layers import fused_settings, is_fused
 from rto_megatron.models.layer_specs import block_spec
 from rto_megatron.models.modules import GroupedGPT, ScalarHead
+from rto_megatron.models.packed_rows import packed_row
 from rto_megatron.models.pipeline_cut import PipelineCut
 from rto_megatron.models.rotations import Rotations
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.models.weight_map import padded_vocab
 from rto_megatron.parallel.context import own_part
 from rto_megatron.parallel.topology import Topology
+from rto_megatron.platform.copies import copied_to
 from rto_megatron.types import TokenBatch
 
-# parallel.context_scheme -> Megatron's name for it, and the attention that does it.
-_SCHEMES = {"ulysses": "a2a", "gather": "all_gather"}
+_SCHEMES = {"ulysses": "a2a", "gather": "all_gather"}  # parallel.context_scheme -> Megatron's name for it
+# Of torch's layers: kernels that are TransformerEngine's or apex's, and compiled ones that nobody has measured.
+_NO_FUSIONS = {"bias_activation_fusion": False, "bias_dropout_fusion": False, "apply_rope_fusion": False}
 _ACTIVATIONS = {
     "silu": functional.silu,
     "gelu": functional.gelu,
@@ -39,7 +41,7 @@ def transformer_config(
     moe_aux_loss_coef: float = 0.0,
     has_scalar_head: bool = False,
 ) -> TransformerConfig:
-    """Megatron's configuration of a gated, bias-free decoder; fusions that need CUDA kernels are off.
+    """Megatron's configuration of a gated, bias-free decoder.
 
     Args:
         has_scalar_head: counts where stages are balanced (`models.pipeline_cut`).
@@ -77,11 +79,9 @@ def transformer_config(
         **_experts(shape, topology),
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
         persist_layer_norm=False,
-        apply_rope_fusion=False,
         cross_entropy_loss_fusion=False,
+        **(fused_settings(shape, topology) if is_fused(shape, topology, dtype) else _NO_FUSIONS),
         recompute_granularity="full" if recompute else None,
         recompute_method="uniform" if recompute else None,
         recompute_num_layers=1 if recompute else None,
@@ -167,13 +167,11 @@ def build_model(
     config: TransformerConfig,
     topology: Topology,
     has_scalar_head: bool,
-    layers: TransformerBlockSubmodules | None = None,
     number: int = 0,
 ) -> GPTModel:
     """One of this rank's chunks of the model; see `build_chunks`.
 
     Args:
-        layers: another implementation of them, to compare with; None: this package's.
         number: of the chunk on its stage.
     """
     is_first = topology.is_first_stage and number == 0
@@ -184,7 +182,7 @@ def build_model(
     )  # GPTModel's notice of 0.19
     model = GroupedGPT(
         config=config,
-        transformer_layer_spec=layers or block_spec(shape, config, own_layers),
+        transformer_layer_spec=block_spec(shape, config, topology, own_layers),
         vocab_size=padded_vocab(shape.vocab_size, topology.tensor_size),
         max_sequence_length=shape.max_positions,
         pre_process=is_first,
@@ -236,15 +234,7 @@ def forward(model: torch.nn.Module, batch: TokenBatch, topology: Topology) -> Te
     positions = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
     packed = None
     if is_cut or (batch.num_rows == 1 and len(batch.cu_seqlens) > 2):
-        offsets = torch.tensor(batch.cu_seqlens, dtype=torch.int32, device=rows.device)
-        longest = int(offsets.diff().max())
-        packed = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=offsets,
-            cu_seqlens_kv=offsets,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
-        )
+        packed = packed_row(batch.cu_seqlens, rows.device)
     # Of a mixture in training: padding is no load of an expert.
     config = model.config
     assert isinstance(config, TransformerConfig)
@@ -265,7 +255,7 @@ def is_padding(batch: TokenBatch) -> Tensor:
     is_padding_T = torch.ones(batch.tokens_T.shape, dtype=torch.bool)
     for start, last in zip(batch.cu_seqlens, batch.last_positions, strict=False):
         is_padding_T[start : last + 1] = False
-    return is_padding_T.to(batch.tokens_T.device)
+    return copied_to(is_padding_T, batch.tokens_T.device)
 
 
 def _raw_output(hidden_states: Tensor, output_layer: torch.nn.Module, **_: object) -> Tensor:

@@ -3,21 +3,21 @@
 from collections.abc import Iterable
 from functools import partial
 
+from megatron.core.extensions.transformer_engine import TENorm
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from rto_megatron.models.context_attention import GatheredKeysAttention, UlyssesAttention
+from rto_megatron.models.context_attention import context_attention
 from rto_megatron.models.experts import with_grouped_experts
 from rto_megatron.models.families import FAMILIES
 from rto_megatron.models.family_layers import FamilyAttention, FamilyLayer
-from rto_megatron.models.modules import PackedCoreAttention
+from rto_megatron.models.fused_layers import fused_layer_spec, is_fused
 from rto_megatron.models.norms import NormBuilder, RMSNorm, ShiftedRMSNorm
 from rto_megatron.models.shape import ModelShape
-
-_CONTEXT_ATTENTION = {"a2a": UlyssesAttention, "all_gather": GatheredKeysAttention}
+from rto_megatron.parallel.topology import Topology
 
 
 def norm_of(shape: ModelShape) -> NormBuilder:
@@ -46,9 +46,7 @@ def layer_spec(shape: ModelShape, config: TransformerConfig, num_experts: int | 
     if shape.has_whole_qk_norm or rotation.windowed_theta is not None or rotation.longrope is not None:
         attention.module = FamilyAttention
         attention.params = {**attention.params, "shape": shape}
-    core = (
-        PackedCoreAttention if config.context_parallel_size == 1 else _CONTEXT_ATTENTION[config.cp_comm_type]
-    )
+    core = context_attention(config)
     attention.submodules.core_attention = (
         core if shape.score_softcap is None else partial(core, softcap=shape.score_softcap)
     )
@@ -60,13 +58,15 @@ def layer_spec(shape: ModelShape, config: TransformerConfig, num_experts: int | 
 
 
 def block_spec(
-    shape: ModelShape, config: TransformerConfig, own_layers: Iterable[int]
+    shape: ModelShape, config: TransformerConfig, topology: Topology, own_layers: Iterable[int]
 ) -> TransformerBlockSubmodules:
     """The layers of one chunk of a pipeline stage, counted from 0 in the model, with the norm behind the last."""
-    make = FAMILIES[shape.family].layer_spec or layer_spec
+    make, norm = FAMILIES[shape.family].layer_spec or layer_spec, norm_of(shape)
+    if is_fused(shape, topology, config.params_dtype):
+        make, norm = fused_layer_spec, TENorm
     dense = make(shape, config, None)
     sparse = dense if shape.experts is None else make(shape, config, shape.experts.num)
     with_experts = () if shape.experts is None else shape.experts.layers
     return TransformerBlockSubmodules(
-        layer_specs=[sparse if i in with_experts else dense for i in own_layers], layer_norm=norm_of(shape)
+        layer_specs=[sparse if i in with_experts else dense for i in own_layers], layer_norm=norm
     )

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-from rto_megatron.config.training import GridConfig, ParallelConfig
+from rto_megatron.config.training import GridConfig, KernelsChoice, ParallelConfig
 from rto_megatron.models.families import FAMILIES
 from rto_megatron.models.shape import ModelShape
 
@@ -98,6 +98,33 @@ def _undivided(count: int, name: str, parts: int, key: str, choices: Iterable[in
         return []
     allowed = [number for number in choices if count % number == 0]
     return [f"{key}={parts} does not divide {name}={count}; it can be one of {allowed}"]
+
+
+def check_kernels(shapes: Mapping[str, ModelShape], kernels: KernelsChoice) -> list[str]:
+    """Why models cannot have the layers that a recipe asks for, one sentence each.
+
+    Args:
+        shapes: role -> shape.
+    """
+    if kernels != "transformer_engine":
+        return []
+    return [
+        f"models.{role}: {shape.family} models have layers of their own ({', '.join(parts)}), in whose place "
+        "TransformerEngine's cannot be; set precision.kernels=auto or torch"
+        for role, shape in shapes.items()
+        if (parts := own_layer_parts(shape))
+    ]
+
+
+def own_layer_parts(shape: ModelShape) -> list[str]:
+    """What of a model needs modules of this package or of the family, so that no other layers can stand for them."""
+    parts = [name for name in shape.own_parts if name in _PARTS_OF_LAYERS]
+    if shape.rotation.windowed_theta is not None:
+        parts.append("windowed_theta")
+    return parts if FAMILIES[shape.family].layer_spec is None else [*parts, "layer_spec"]
+
+
+_PARTS_OF_LAYERS = ("norms", "has_shifted_norms", "has_whole_qk_norm", "residual_scale", "score_softcap")
 
 
 def _key_value_heads(shape: ModelShape, tensor: int, key: str) -> list[str]:

@@ -1,12 +1,12 @@
 """Modules of a GPTModel that are ours: core attention of packed sequences, knowledge of its groups, a scalar head."""
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.models.gpt import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
@@ -18,6 +18,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 from rto_megatron.models.head_memory import PART_QUERIES
+from rto_megatron.models.packed_rows import PackedRow, attend_at_once, has_kernel
 
 
 class PackedCoreAttention(MegatronModule):  # type: ignore[misc]  # megatron-core has no types
@@ -52,7 +53,7 @@ class PackedCoreAttention(MegatronModule):  # type: ignore[misc]  # megatron-cor
         attention_mask: Tensor | None,
         attn_mask_type: object = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PackedRow | None = None,
     ) -> Tensor:
         """Packed: query [t, n, d] -> [t, n * d]. Padded: [s, b, n, d] -> [s, b, n * d]."""
         assert attention_mask is None and attention_bias is None
@@ -60,7 +61,10 @@ class PackedCoreAttention(MegatronModule):  # type: ignore[misc]  # megatron-cor
             out = self.attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)))  # [b, n, s, d]
             out = out.permute(2, 0, 1, 3)
             return out.reshape(*out.shape[:2], -1)
-        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        row = packed_seq_params
+        if self.softcap is None and has_kernel(query, value):
+            return attend_at_once(query, key, value, row, row, self.window, self.softmax_scale).flatten(1)
+        lengths = [end - start for start, end in pairwise(row.offsets)]
         pieces = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
         outs = [self.attend(*(x.transpose(0, 1)[None] for x in piece))[0].transpose(0, 1) for piece in pieces]
         out = torch.cat(outs)

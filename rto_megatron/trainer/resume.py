@@ -35,6 +35,7 @@ _FREE = (
     "run.profile",
     "parallel",
     "precision.recompute",
+    "precision.kernels",
     "batch.micro",
     "batch.tokens",
     "batch.packed",

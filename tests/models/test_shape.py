@@ -11,7 +11,8 @@ from tiny_models import llama_config
 from rto_megatron.config.training import GridConfig
 from rto_megatron.errors import ModelFolderError
 from rto_megatron.models.config_files import read_shape
-from rto_megatron.models.layout_checks import check_layout
+from rto_megatron.models.families import FAMILIES
+from rto_megatron.models.layout_checks import check_kernels, check_layout
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -105,6 +106,26 @@ def test_ulysses_needs_a_head_for_every_context_rank() -> None:
         "models.critic: parallel.roles.critic.context=4 does not divide the 6 attention heads of a tensor rank "
         "(num_attention_heads=12 / parallel.roles.critic.tensor=2), which ulysses shares out; it can be one of "
         "[1, 2, 3, 6], or set parallel.roles.critic.context_scheme=gather"
+    ]
+
+
+def test_a_family_with_layers_of_its_own_refuses_transformer_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_kernels({"policy": SHAPE}, "transformer_engine") == []
+    monkeypatch.setitem(
+        FAMILIES, "llama", replace(FAMILIES["llama"], layer_spec=lambda shape, config, num_experts: None)
+    )
+    assert check_kernels({"policy": SHAPE}, "auto") == []
+    assert check_kernels({"policy": SHAPE}, "transformer_engine") == [
+        "models.policy: llama models have layers of their own (layer_spec), in whose place TransformerEngine's cannot "
+        "be; set precision.kernels=auto or torch"
+    ]
+
+
+def test_a_norm_over_all_heads_takes_no_head_twice() -> None:
+    shape = replace(SHAPE, family="olmo2", num_heads=8, num_kv_heads=2, has_whole_qk_norm=True)
+    assert check_layout(shape, GridConfig(tensor=4), "models.policy") == [
+        "models.policy: parallel.tensor=4 is above num_key_value_heads=2, over all of which olmo2 has one norm; it can "
+        "be one of [1, 2]"
     ]
 
 

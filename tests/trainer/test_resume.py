@@ -264,7 +264,8 @@ def test_a_resume_under_another_configuration_is_refused(files: Path, tmp_path: 
 
 def test_a_resume_may_be_longer_and_arranged_differently(files: Path, tmp_path: Path) -> None:
     assert run_ranks(1, train, configure("sft", files, tmp_path, run__steps=2)) == [None]
-    free = {"run__save_every": 1, "batch__micro": 1, "batch__packed": False, "precision__recompute": True}
+    free = {"run__save_every": 1, "batch__micro": 1, "batch__packed": False, "precision__recompute": True,
+            "precision__kernels": "auto"}  # fmt: skip
     assert run_ranks(2, train, configure("sft", files, tmp_path, "tp2", run__steps=3, **free)) == [None] * 2
     assert [entry["step"] for entry in read_metrics(tmp_path)] == [1, 2, 3]
 
