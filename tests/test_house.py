@@ -43,6 +43,7 @@ LAYERS = {
     "lifecycle": 14,
     "planning": 15,
     "trainer": 16,
+    "simulation": 17,
     "proofs": 17,
     "diagnosis": 19,
     "launching": 18,

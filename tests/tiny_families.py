@@ -129,6 +129,11 @@ VARIANTS: dict[str, dict[str, object]] = {
             "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0},
         },
     },
+    "glm4": {
+        "model_type": "glm4",
+        "head_dim": 32,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5},
+    },
     "seed_oss": {"model_type": "seed_oss", "head_dim": 32},
     "phi3": {"model_type": "phi3", "sliding_window": 3},
     "phi3_longrope": {

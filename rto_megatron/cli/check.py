@@ -68,7 +68,7 @@ def check(
     from rto_megatron.planning.token_ids import token_warnings
 
     config = load_recipe(recipe, overrides or [])
-    world_size, pool_size = _split(config, gpus, pool_gpus)
+    world_size, pool_size = split_gpus(config, gpus, pool_gpus)
     origin = f"of {gpus} GPUs the pool has {pool_size}" if 0 < world_size < gpus else ""
     plan, shapes = judged(config, world_size, assume or [], origin)
     spare = [*token_warnings(config, shapes), *_missing_here(config)]
@@ -100,8 +100,12 @@ def _missing_here(config: "Stage") -> list[str]:
     return [f"on this machine, {text}" for text in missing_loggers(training.run.loggers)] if training else []
 
 
-def _split(config: "Stage", gpus: int, pool_gpus: int | None) -> tuple[int, int]:
-    """Trainer ranks and pool GPUs."""
+def split_gpus(config: "Stage", gpus: int, pool_gpus: int | None) -> tuple[int, int]:
+    """Trainer ranks and pool GPUs of a job.
+
+    Raises:
+        RecipeError: one of both would have none.
+    """
     from rto_megatron.config.facts import facts_of
     from rto_megatron.config.plan import fewest_ranks
 

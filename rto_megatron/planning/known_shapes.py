@@ -185,6 +185,26 @@ _SEED_OSS_36B = ModelShape(
     has_qkv_bias=True,
 )
 
+_GLM_4_9B = ModelShape(
+    family="glm4",
+    num_layers=40,
+    hidden_size=4096,
+    ffn_hidden_size=13696,
+    num_heads=32,
+    num_kv_heads=2,
+    head_dim=128,
+    vocab_size=151552,
+    max_positions=32768,
+    norm_eps=1e-5,
+    rope_theta=1e4,
+    rope_scaling_factor=None,
+    is_tied=False,
+    init_std=0.02,
+    has_qkv_bias=True,
+    norms="around",
+    rotation=Rotation(share=0.5, is_interleaved=True),
+)
+
 _PHI_4 = ModelShape(
     family="phi3",
     num_layers=40,
@@ -231,6 +251,7 @@ KNOWN_SHAPES = {
     "granite-3.1-8b": _GRANITE_8B,
     "gemma-2-9b": _GEMMA_2_9B,
     "gemma-3-1b": _GEMMA_3_1B,
+    "glm-4-9b": _GLM_4_9B,
     "seed-oss-36b": _SEED_OSS_36B,
     "phi-4": _PHI_4,
     "phi-4-mini": _PHI_4_MINI,
@@ -244,6 +265,7 @@ _SPELLINGS = {
     "granite-3.1-8b": r"granite-3\.1-8b",
     "gemma-2-9b": r"gemma-2-9b",
     "gemma-3-1b": r"gemma-3-1b",
+    "glm-4-9b": r"glm-4-9b-0414",
     "seed-oss-36b": r"seed-oss-36b",
     "phi-4-mini": r"phi-4-mini-instruct",
     "phi-4": r"phi-4$",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import batched, chain
 from pathlib import Path
-from typing import TypeGuard
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -103,24 +103,39 @@ class Trainee:
     memory: HostMemory  # what of both waits there
 
 
+class UsesTask(Protocol):
+    """Does something with the task of a stage, whatever its examples and micro-batches are.
+
+    Example:
+        with_task(config, setup, trainee, use)
+    """
+
+    def __call__[E: Example, M: Microbatch](self, task: Task[E, M]) -> None:
+        """Called once."""
+        ...
+
+
 def train_offline(config: schema.OfflineStage, topology: Topology) -> None:
     """Trains SFT, a reward model or a preference method to the end of the run, from the last checkpoint if any."""
     setup = prepare_stage(config, topology)
-    trainee = _build(config, setup)
-    method = ALGORITHMS[config.stage]
+    trainee = build_trainee(config, setup)
+    with_task(config, setup, trainee, _Trained(config, setup, trainee))
+
+
+def with_task(config: schema.OfflineStage, setup: Setup, trainee: Trainee, use: UsesTask) -> None:
+    """Hands over what the stage does with its examples."""
+    method, layout = ALGORITHMS[config.stage], setup.layout
     if _reads_demonstrations(method):
-        _train(config, setup, trainee, demonstration_task(method.build(config.algorithm).loss, setup.layout))
+        use(demonstration_task(method.build(config.algorithm).loss, layout))
     elif _reads_judgements(method):
-        _train(
-            config, setup, trainee, judgement_task(method.build(config.algorithm).loss, setup.layout, trainee)
-        )
+        use(judgement_task(method.build(config.algorithm).loss, layout, trainee))
     elif _reads_pairs(method):
         load = partial(PreparedData.pairs, has_margins=facts_of(config).reads_margins)
         loss = method.build(config.algorithm).loss
         if method.outputs == "divergence":
-            _train(config, setup, trainee, divergence_task(load, loss, setup.layout, trainee))
+            use(divergence_task(load, loss, layout, trainee))
         else:
-            _train(config, setup, trainee, pair_task(load, loss, setup.layout, trainee))
+            use(pair_task(load, loss, layout, trainee))
 
 
 def _reads_demonstrations(method: Method) -> TypeGuard[OfflineMethod[SupervisedMicrobatch]]:
@@ -135,7 +150,8 @@ def _reads_judgements(method: Method) -> TypeGuard[OfflineMethod[JudgedMicrobatc
     return isinstance(method, OfflineMethod) and method.examples == "judgements"
 
 
-def _build(config: schema.OfflineStage, setup: Setup) -> Trainee:
+def build_trainee(config: schema.OfflineStage, setup: Setup) -> Trainee:
+    """The model in training and its reference, where it has one; all ranks must call it."""
     is_reward, sources = facts_of(config).is_reward_model, setup.sources
     role = "reward" if is_reward else "policy"
     model = place_trained(
@@ -152,6 +168,16 @@ def _build(config: schema.OfflineStage, setup: Setup) -> Trainee:
     )
     memory = host_memory(config.offload, models, lambda text: say(text, setup.topology.is_lead))
     return Trainee(role, model, reference, memory)
+
+
+@dataclass(frozen=True)
+class _Trained:
+    config: schema.OfflineStage
+    setup: Setup
+    trainee: Trainee
+
+    def __call__[E: Example, M: Microbatch](self, task: Task[E, M]) -> None:
+        _train(self.config, self.setup, self.trainee, task)
 
 
 def _train[E: Example, M: Microbatch](

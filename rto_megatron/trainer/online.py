@@ -49,7 +49,7 @@ from rto_megatron.trainer.rollout_book import RolloutBook
 from rto_megatron.trainer.run import Run
 from rto_megatron.trainer.sampler import Sampler, load_batches
 from rto_megatron.trainer.setup import Setup, prepare_stage, stage_hf_files
-from rto_megatron.trainer.update import optimizer_minibatches, require_tokens
+from rto_megatron.trainer.update import OptimizerStep, optimizer_minibatches, require_tokens
 from rto_megatron.types import (
     Experience,
     Minibatch,
@@ -188,8 +188,6 @@ def update(
     per_pass = config.responses_per_step // config.batch.train
     per_step = updates_per_step(config)
     total = run.num_steps * per_step
-    policy_loss = beside(algorithm.update_loss())
-    reading = ENTROPIES if config.algorithm.entropy_coef else None
     is_policy_due = run.step >= algorithm.critic_warmup_steps
     lrs: dict[str, float] = {}
     longest, seed = config.sampling.max_response_tokens, config.run.seed + run.step
@@ -198,22 +196,11 @@ def update(
         None if roles.critic is None else roles.critic.topology,
     )  # fmt: skip
     for number, one in enumerate(steps, start=run.step * per_step):
-        texts, text_names = pretraining.microbatches() if is_policy_due else ([], [])
-        due: list[Update] = []
-        rates = {}
-        if roles.critic is not None:
-            critic_optimizer, value_loss = facts_of(config).critic_optimizer, algorithm.value_loss
-            assert critic_optimizer is not None and value_loss is not None
-            rates["lr/critic"] = lr = learning_rate(critic_optimizer, number, total)
-            due.append(
-                ModelUpdate(roles.critic, one.of_critic, value_loss, one.critic_names, lr, is_paced=False)
-            )
+        texts = pretraining.microbatches() if is_policy_due else ([], [])
+        due, rates = due_updates(config, roles, algorithm, one, texts, is_policy_due, (number, total))
         if is_policy_due:
-            rates["lr/policy"] = lr = learning_rate(config.optimizer, number, total)
-            names = [*one.names, *text_names]
-            mixed: list[Minibatch | SupervisedMicrobatch] = [*one.microbatches, *texts]
-            run.record(budget_fill([micro.batch for micro in mixed], setup.layout))
-            due.append(ModelUpdate(roles.policy, mixed, policy_loss, names, lr, reading))
+            batches = [*(micro.batch for micro in one.microbatches), *(micro.batch for micro in texts[0])]
+            run.record(budget_fill(batches, setup.layout))
         with guard.skipping():
             require_tokens(one, setup.topology)
             guard.step(due)
@@ -221,6 +208,37 @@ def update(
             if is_policy_due and roles.average is not None and config.algorithm.ema_beta is not None:
                 update_average(roles.average, roles.policy, config.algorithm.ema_beta)
     return lrs
+
+
+def due_updates(
+    config: schema.ReinforcementStage,
+    roles: Roles,
+    algorithm: PolicyOptimization,
+    one: OptimizerStep,
+    texts: tuple[list[SupervisedMicrobatch], list[list[str]]],
+    is_policy_due: bool,
+    place: tuple[int, int],
+) -> tuple[list[Update], dict[str, float]]:
+    """What an optimizer step trains, the critic first, and at which learning rates.
+
+    Args:
+        texts: what the policy learns beside, and the ids of each micro-batch.
+        place: number of the optimizer step in the run, and how many there are.
+    """
+    due: list[Update] = []
+    rates = {}
+    if roles.critic is not None:
+        critic_optimizer, value_loss = facts_of(config).critic_optimizer, algorithm.value_loss
+        assert critic_optimizer is not None and value_loss is not None
+        rates["lr/critic"] = lr = learning_rate(critic_optimizer, *place)
+        due.append(ModelUpdate(roles.critic, one.of_critic, value_loss, one.critic_names, lr, is_paced=False))
+    if is_policy_due:
+        rates["lr/policy"] = lr = learning_rate(config.optimizer, *place)
+        mixed: list[Minibatch | SupervisedMicrobatch] = [*one.microbatches, *texts[0]]
+        reading = ENTROPIES if config.algorithm.entropy_coef else None
+        policy_loss = beside(algorithm.update_loss())
+        due.append(ModelUpdate(roles.policy, mixed, policy_loss, [*one.names, *texts[1]], lr, reading))
+    return due, rates
 
 
 def build_roles(

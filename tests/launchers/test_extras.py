@@ -57,3 +57,23 @@ def test_packages_are_installed_once_over_the_versions_of_the_environment(checko
 def test_a_skipped_test_is_an_error(checkout: Path) -> None:
     skipped = run(checkout, says="SKIPPED [1] tests/rewards/test_verifiers.py:32: pip install")
     assert skipped.returncode == 2 and "a test was skipped" in skipped.stderr
+
+
+def test_reasoning_gym_is_learnt_and_measured_before_and_after(checkout: Path) -> None:
+    shutil.copy(ROOT / "launchers/reasoning_gym.sh", checkout / "launchers")
+    (checkout / "launchers/extras.sh").write_text('#!/bin/bash\necho "$*" >>"$HOME/asked"\n')
+    script = ["bash", str(checkout / "launchers/reasoning_gym.sh"), "made"]
+    environment = {"PATH": os.environ["PATH"], "HOME": str(checkout)}
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    train, test, model, *stages, report = (checkout / "asked").read_text().splitlines()
+    assert "--out made/train.jsonl --size 2000 --seed 1" in train and "--out made/test.jsonl" in test
+    assert "--seed 2" in test and model.startswith("rto tokenizer made/train.jsonl --out made/model")
+    recipes = "rto launch --ranks 1 launchers/recipes/reasoning_gym/"
+    assert stages == [
+        f"{recipes}sft.yaml vars.root=made",
+        f"{recipes}grpo.yaml vars.root=made",
+        f"{recipes}evaluate.yaml vars.root=made vars.system=sft",
+        f"{recipes}evaluate.yaml vars.root=made vars.system=grpo",
+    ]
+    assert report == "rto report made"

@@ -33,7 +33,7 @@ SGD = OptimizerConfig(kind="sgd", lr=0.5, max_grad_norm=None)
 HEADS = {False: "language", True: "scalar"}
 RUN = [name for name, changes in VARIANTS.items() if FAMILIES[str(changes["model_type"])].not_run is None]
 # With parts that Llama has not.
-OWN = ["smollm3", "olmo2", "granite", "gemma2", "gemma3_text", "phi3", "phi3_longrope"]
+OWN = ["smollm3", "olmo2", "granite", "gemma2", "gemma3_text", "glm4", "phi3", "phi3_longrope"]
 TRAINED = ["mistral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "qwen3_moe_mixed", *OWN]
 MIXTURES = [name for name in TRAINED if "moe" in name]
 

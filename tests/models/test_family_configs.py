@@ -196,6 +196,15 @@ def test_what_megatron_cannot_express_is_refused(
     assert str(tmp_path / "config.json") in str(caught.value)
 
 
+def test_longrope_is_read_up_to_the_positions_of_pretraining(tmp_path: Path) -> None:
+    shape = read_shape(_config(tmp_path, "phi3_longrope", max_position_embeddings=128))
+    assert shape.max_positions == 64
+    assert config_of(shape, False, "float32")["max_position_embeddings"] == 128
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path)).model.rotary_emb
+    assert shape.rotation.longrope is not None
+    assert shape.rotation.longrope.amplitude == pytest.approx(theirs.attention_scaling)
+
+
 def test_one_expert_a_token_without_normalisation_is_accepted(tmp_path: Path) -> None:
     experts = read_shape(_config(tmp_path, "qwen2_moe", num_experts_per_tok=1)).experts
     assert experts is not None and experts.per_token == 1
@@ -297,6 +306,12 @@ PUBLISHED: dict[str, tuple[str, int, tuple[int, ...], dict[str, object]]] = {
         999_885_952,
         (1152, 26, 6912, 4, 1),
         {"vocab_size": 262144, "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 512},
+    ),
+    "GLM-4-9B-0414": (
+        "glm4",
+        9_400_279_040,
+        (4096, 40, 13696, 32, 2),
+        {"vocab_size": 151552, "head_dim": 128},
     ),
     "Seed-OSS-36B": (
         "seed_oss",

@@ -121,6 +121,14 @@ def test_a_family_with_layers_of_its_own_refuses_transformer_engines(monkeypatch
     ]
 
 
+def test_a_norm_over_all_heads_takes_no_head_twice() -> None:
+    shape = replace(SHAPE, family="olmo2", num_heads=8, num_kv_heads=2, has_whole_qk_norm=True)
+    assert check_layout(shape, GridConfig(tensor=4), "models.policy") == [
+        "models.policy: parallel.tensor=4 is above num_key_value_heads=2, over all of which olmo2 has one norm; it can "
+        "be one of [1, 2]"
+    ]
+
+
 def test_every_obstacle_is_a_sentence() -> None:
     shape = replace(SHAPE, num_heads=6, num_kv_heads=2, ffn_hidden_size=22, num_layers=6)
     assert check_layout(shape, GridConfig(tensor=4, pipeline=4), "models.critic") == [

@@ -24,6 +24,7 @@ VARIANTS = [
     "granite",
     "gemma2",
     "gemma3_text",
+    "glm4",
     "smollm3",
     "olmo2",
     "seed_oss",
