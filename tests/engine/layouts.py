@@ -40,6 +40,10 @@ LAYOUTS = {
     "ep4_tp2": (4, 2, 1, True),
     "ep2_tp2_etp2": (4, 2, 1, True),
     "cp2_ep2": (2, 1, 1, False),
+    "cp2_ep4": (4, 1, 1, False),
+    "cp2_ep2_pp2": (4, 1, 2, False),
+    "tp2_cp2_ep2_sp": (4, 2, 1, True),
+    "tp2_cp2_ep4_sp": (4, 2, 1, True),
     "pp2_v2": (2, 1, 2, False),
     "tp2_pp2_v2_sp": (4, 2, 2, True),
     "cp2_pp2_v2": (4, 1, 2, False),
@@ -64,6 +68,10 @@ CONTEXT: dict[str, tuple[int, ContextScheme]] = {
     "cp4": (4, "ulysses"),
     "cp4_gather": (4, "gather"),
     "cp2_ep2": (2, "ulysses"),
+    "cp2_ep4": (2, "ulysses"),
+    "cp2_ep2_pp2": (2, "gather"),
+    "tp2_cp2_ep2_sp": (2, "ulysses"),
+    "tp2_cp2_ep4_sp": (2, "ulysses"),
     "cp2_pp2_v2": (2, "ulysses"),
 }
 # Of those whose experts lie on different ranks: (parts of the experts, ranks of one)
@@ -75,6 +83,10 @@ EXPERTS = {
     "ep4_tp2": (4, 1),
     "ep2_tp2_etp2": (2, 2),
     "cp2_ep2": (2, 1),
+    "cp2_ep4": (4, 1),
+    "cp2_ep2_pp2": (2, None),
+    "tp2_cp2_ep2_sp": (2, 1),
+    "tp2_cp2_ep4_sp": (4, 1),
     "ep2_pp2_v2": (2, None),
     "ep2_of_3": (2, 1),
 }

@@ -150,6 +150,7 @@ def _continued(
         ("pp2_v2", ("one", "pp2_uneven"), True),
         ("one", ("pp2_v2",), True),
         ("pp2_v2", ("pp3_uneven",), False),
+        pytest.param("pp2_v2_dp2", ("one", "pp2_v2"), True, marks=pytest.mark.slow),
     ],
 )
 def test_training_goes_on_whatever_chunks_there_are(

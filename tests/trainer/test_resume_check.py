@@ -98,6 +98,7 @@ def test_the_command_finds_a_resumed_rto_run_equal(files: Path, tmp_path: Path) 
             {"parallel__roles": {"critic": {"pipeline": 2, "stages": (1, 3)}}},
         ),
         ("dpo", "cp2", 1, "1x2x1,virtual=2", {}),
+        ("dpo", "pp2_v2", 1, None, {}),
     ],
 )
 def test_a_resumed_run_keeps_everything_at_its_own_layout_and_nearly_at_another(
