@@ -38,7 +38,7 @@ _GROUPS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LoneTopology(Topology):
     """A place in a layout whose other ranks agree with this one.
 
