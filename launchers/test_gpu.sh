@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the tests that need one CUDA GPU: a few minutes. They run alone, because nothing may fork once CUDA has started.
+# Runs the tests that need one CUDA GPU: a few minutes, twice where TransformerEngine is installed. They run alone, because nothing may fork once CUDA has started.
 # Usage: bash launchers/test_gpu.sh [pytest arguments]
 # Uses .venv; without one the python3 on the PATH if it has what the tests import, else launchers/setup.sh makes .venv.
 # By hand: python -m pytest -m gpu tests/gpu
@@ -27,3 +27,7 @@ if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
   exit 2
 fi
 "$python" -m pytest -m gpu -q tests/gpu tests/platform/test_device.py tests/weight_sync/test_digest.py "$@"
+if "$python" -c 'from rto_megatron.platform import kernels; import sys; sys.exit(not kernels.is_installed())'; then
+  echo "The same with TransformerEngine's layers, which models in bf16 then have:"
+  RTO_TEST_KERNELS=transformer_engine "$python" -m pytest -m gpu -q tests/gpu "$@"
+fi

@@ -288,6 +288,11 @@ class TokenBatch:
     banned: BannedTargets | None = None  # None: log-probs are of the whole vocabulary
     temperature: float = 1.0  # by which logits are divided before their softmax
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each real sequence."""
+        return [last + 1 - start for start, last in zip(self.cu_seqlens, self.last_positions, strict=False)]
+
 
 @dataclass(frozen=True)
 class SupervisedMicrobatch:

@@ -11,6 +11,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 
+HAS_STANDIN = "RTO_TEST_TRANSFORMER_ENGINE" in os.environ  # launchers/test_te.sh
+collect_ignore = [] if HAS_STANDIN else ["fused"]
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds `--fast`, which `launchers/test.sh --fast` hands on."""
@@ -20,9 +23,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Prepares the processes that run tests; one that only shares them out need not load what they do."""
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        from rto_megatron.config.training import FrozenPrecisionConfig
         from rto_megatron.platform.device import prepare
 
-        prepare()
+        if HAS_STANDIN:
+            import fused.standin
+
+            fused.standin.install()
+            prepare()
+        else:  # launchers/test_gpu.sh runs the same tests with other kernels
+            prepare(FrozenPrecisionConfig(kernels=os.environ.get("RTO_TEST_KERNELS", "torch")))
         # A shell's background jobs ignore it, and so would every launcher that a test interrupts.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         import pool_server
@@ -62,7 +72,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _starts_processes(item: pytest.Item) -> bool:
     """Whether its file can: it has imported what does."""
-    starters = {"run_ranks", "subprocess", "OwnServer", "launched"}
+    starters = {"run_ranks", "subprocess", "launched"}
     return isinstance(item, pytest.Function) and not starters.isdisjoint(vars(item.module))
 
 

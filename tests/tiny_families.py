@@ -1,11 +1,27 @@
 """Tiny random folders of every model family in Hugging Face format: the oracle of the Megatron models."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GraniteConfig,
+    GranitePreTrainedModel,
+)
+from transformers.modeling_layers import GenericForSequenceClassification
+
+
+class GraniteForSequenceClassification(GenericForSequenceClassification, GranitePreTrainedModel):
+    """transformers has none: of its parts."""
+
+
+AutoModelForSequenceClassification.register(GraniteConfig, GraniteForSequenceClassification, exist_ok=True)
 
 # Four layers for two pipeline stages; two key-value groups of two heads; every split dimension is even.
 COMMON: dict[str, object] = {
@@ -70,7 +86,70 @@ VARIANTS: dict[str, dict[str, object]] = {
     "qwen2": {"model_type": "qwen2"},
     "qwen2_tied": {"model_type": "qwen2", "tie_word_embeddings": True, "vocab_size": 97},
     "qwen3": {"model_type": "qwen3", "head_dim": 32},
-    "qwen3_tied": {"model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": True, "vocab_size": 97},
+    "qwen3_tied": {
+        "model_type": "qwen3",
+        "head_dim": 32,
+        "tie_word_embeddings": True,
+        "vocab_size": 97,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 5000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "smollm3": {"model_type": "smollm3", "no_rope_layers": [1, 0, 1, 0]},
+    "olmo2": {"model_type": "olmo2"},
+    "granite": {
+        "model_type": "granite",
+        "embedding_multiplier": 6.0,
+        "residual_multiplier": 0.4,
+        "attention_multiplier": 0.1,
+        "logits_scaling": 3.0,
+    },
+    "gemma2": {
+        "model_type": "gemma2",
+        "head_dim": 24,
+        "query_pre_attn_scalar": 20,
+        "sliding_window": 3,
+        "attn_logit_softcapping": 1.5,
+        "final_logit_softcapping": 2.0,
+        "tie_word_embeddings": True,
+    },
+    "gemma3_text": {
+        "model_type": "gemma3_text",
+        "head_dim": 24,
+        "query_pre_attn_scalar": 20,
+        "sliding_window": 3,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+        "tie_word_embeddings": True,
+        "vocab_size": 97,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0},
+        },
+    },
+    "glm4": {
+        "model_type": "glm4",
+        "head_dim": 32,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5},
+    },
+    "seed_oss": {"model_type": "seed_oss", "head_dim": 32},
+    "phi3": {"model_type": "phi3", "sliding_window": 3},
+    "phi3_longrope": {
+        "model_type": "phi3",
+        "tie_word_embeddings": True,
+        "vocab_size": 97,
+        "original_max_position_embeddings": 64,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 5000.0,
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0, 1.25, 1.5, 2.0, 3.0, 5.0],
+            "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0],
+            "original_max_position_embeddings": 64,
+        },
+    },
     "mixtral": {
         "model_type": "mixtral",
         "head_dim": 32,
@@ -103,6 +182,11 @@ VARIANTS: dict[str, dict[str, object]] = {
 }
 
 
+def configuration_of(name: str, **changes: object) -> dict[str, Any]:
+    """Keys of config.json, which transformers may change in place."""
+    return deepcopy({**COMMON, **VARIANTS[name], **changes})
+
+
 def write_family(
     folder: Path, name: str, is_scalar: bool = False, seed: int = 5, **changes: object
 ) -> torch.nn.Module:
@@ -113,7 +197,7 @@ def write_family(
         changes: further keys of config.json.
     """
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(**{**COMMON, **VARIANTS[name], **changes})
+    config = AutoConfig.for_model(**configuration_of(name, **changes))
     kind = AutoModelForSequenceClassification if is_scalar else AutoModelForCausalLM
     model = kind.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     with torch.no_grad():

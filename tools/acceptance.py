@@ -11,11 +11,11 @@ Usage: acceptance.py prepare ROOT                models and data of a tiny task
 A check prints its figures in a last line, ends with status 1 where it fails, and with 77 where it cannot be made.
 """
 
-import importlib.util
 import shutil
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,8 +25,9 @@ from torch import Tensor
 
 from rto_megatron.config.load import load_recipe
 from rto_megatron.config.schema import ReinforcementStage
-from rto_megatron.config.training import FrozenPrecisionConfig, ParallelConfig
+from rto_megatron.config.training import OptimizerConfig, ParallelConfig, PrecisionConfig, TrainParallelConfig
 from rto_megatron.platform.device import prepare as prepare_device
+from rto_megatron.platform.kernels import is_installed
 
 _SKIPPED = 77
 _RECIPE = Path(__file__).parents[1] / "launchers" / "recipes" / "quickstart" / "rto.yaml"
@@ -34,7 +35,7 @@ _SCALAR_ROLES = ("reward", "critic")
 _ROLES = ("policy", "reference", "dpo", *_SCALAR_ROLES)
 # Another order of the sums: 1e-6 in float32. A missing reduction or a wrong shard changes a step by a tenth and more.
 _LARGEST_DIFFERENCE = 1e-3
-_LARGEST_KERNEL_DIFFERENCE = 0.05  # bfloat16 keeps 8 bits
+_LARGEST_KERNEL_DIFFERENCES = {"logits": 0.05, "gradients": 0.1}  # bfloat16 keeps 8 bits
 
 
 def prepare(root: Path) -> None:
@@ -191,61 +192,61 @@ def _apart(got: float, want: float) -> float:
 
 
 def kernels(root: Path) -> None:
-    """Logits of the policy through TransformerEngine's layers and through this package's, with the same weights."""
+    """Logits, gradients and a checkpoint of the policy, with TransformerEngine's layers and with torch's."""
     if not torch.cuda.is_available():
         _skip("no GPU")
-    if importlib.util.find_spec("transformer_engine") is None:
+    if not is_installed():
         _skip("TransformerEngine is not installed; bash launchers/install_gpu.sh")
-    device = prepare_device()
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-
-    from rto_megatron.data.packing import token_batch
-    from rto_megatron.engine.build_roles import build_frozen
-    from rto_megatron.engine.readings import output_weight
+    bf16 = PrecisionConfig(dtype="bf16", kernels="transformer_engine")
+    device = prepare_device(bf16)
+    from rto_megatron.algorithms.sft import SFT, Config
+    from rto_megatron.data.packing import Layout, supervised_microbatches
+    from rto_megatron.engine.build_roles import build_trained
+    from rto_megatron.engine.checkpoint import begin_save, load_state
+    from rto_megatron.engine.megatron import FrozenModel
     from rto_megatron.engine.source import find_source
-    from rto_megatron.models.build import build_model, forward, transformer_config
-    from rto_megatron.models.modules import RMSNorm
+    from rto_megatron.engine.weights import local_parameters
     from rto_megatron.trainer.stages import ranks
+    from rto_megatron.types import Demonstration
 
-    with ranks(device, ParallelConfig(), seed=1) as topology, torch.no_grad():
-        source = find_source(root / "models" / "policy", False, is_random=False, key="models.policy")
-        ours = build_frozen("policy", source, False, FrozenPrecisionConfig(dtype="bf16"), topology)
-        config = transformer_config(ours.shape, topology, torch.bfloat16, recompute=False)
-        layer = get_gpt_layer_with_transformer_engine_spec()
-        layers = TransformerBlockSubmodules(layer_specs=[layer] * ours.shape.num_layers, layer_norm=RMSNorm)
-        theirs = build_model(ours.shape, config, topology, False, layers)
-        _load_fused(theirs, ours.module.state_dict())
-        batch = token_batch(
-            [(tuple(range(3, 60)), 1), (tuple(range(9, 40)), 1)], True, 1, device.torch_device
-        )
-        got, want = ((forward(one, batch) @ output_weight(one).t()).float() for one in (theirs, ours.module))
-        difference = float((got - want).norm() / want.norm())
-    if not difference <= _LARGEST_KERNEL_DIFFERENCE:
-        print(
-            f"error: logits differ by {difference:.1e} of their norm, at most {_LARGEST_KERNEL_DIFFERENCE} is rounding"
-        )
-        sys.exit(1)
-    print(f"figures: bf16 logits differ by {difference:.1e} of their norm")
-
-
-def _load_fused(model: torch.nn.Module, state: dict[str, Tensor]) -> None:
-    """TransformerEngine holds a layer's norms inside the linear layers that follow them."""
-    fused = {
-        ".input_layernorm.": ".self_attention.linear_qkv.layer_norm_",
-        ".pre_mlp_layernorm.": ".mlp.linear_fc1.layer_norm_",
-    }
-    renamed = {}
-    for name, tensor in state.items():
-        norm = next((norm for norm in fused if norm in name), "")
-        renamed[name.replace(norm, fused[norm]) if norm else name] = tensor
-    left = model.load_state_dict(renamed, strict=False)
-    wrong = [
-        name for name in (*left.missing_keys, *left.unexpected_keys) if not name.endswith("_extra_state")
+    folder, adam = root / "models" / "policy", OptimizerConfig(lr=1e-3)
+    texts = [
+        Demonstration("a", tuple(range(3, 30)), tuple(range(30, 60))),
+        Demonstration("b", (9,), (10, 11, 12)),
     ]
-    if wrong:
-        print(f"error: parameters without a counterpart: {', '.join(wrong)}")
+    with ranks(device, ParallelConfig(), seed=1) as topology:
+        source = find_source(folder, False, is_random=False, key="models.policy")
+        theirs, ours = (
+            build_trained("policy", source, False, bf16, adam, place, 1, TrainParallelConfig())
+            for place in (topology, replace(topology, device=replace(device, kernels="torch")))
+        )
+        micro = supervised_microbatches(texts, 33, Layout(2, True, 1, device.torch_device))
+        frozen = [
+            FrozenModel("policy", one.shape, False, one.scale, one.module, one.topology)
+            for one in (theirs, ours)
+        ]
+        logits = [torch.cat(one.raw_outputs([m.batch for m in micro])) for one in frozen]
+        for one in (theirs, ours):
+            one.gradients(micro, SFT(Config()).loss, [["a", "b"]])
+        named = [local_parameters(one.module) for one in (theirs, ours)]
+        gradients = [torch.cat([part[name].main_grad.flatten() for name in named[1]]) for part in named]
+        ours.apply(lr=1e-3)
+        shutil.rmtree(root / "kernels", ignore_errors=True)
+        begin_save(root / "kernels", 1, {"policy": ours}, {"policy": folder}, {}, keep=1).finish()
+        load_state(root / "kernels" / "checkpoints" / "step_000001" / "policy", theirs)
+        unlike = [name for name, one in named[1].items() if not torch.equal(one, named[0][name])]
+    found = {"logits": _relative(*logits), "gradients": _relative(*gradients)}
+    shown = ", ".join(f"{name} by {value:.1e} of their norm" for name, value in found.items())
+    if unlike or not all(found[name] <= limit for name, limit in _LARGEST_KERNEL_DIFFERENCES.items()):
+        print(
+            f"error: in bf16 TransformerEngine's layers differ: {shown}; loaded otherwise: {unlike or 'nothing'}"
+        )
         sys.exit(1)
+    print(f"figures: bf16 {shown}; torch's checkpoint loaded")
+
+
+def _relative(got: Tensor, want: Tensor) -> float:
+    return float((got.float() - want.float()).norm() / want.float().norm())
 
 
 def _skip(reason: str) -> NoReturn:

@@ -68,6 +68,7 @@ class Column:
     keys: tuple[str, ...] = ()  # further overrides
 
 
+TOKENS, INTERLEAVED = "batch.tokens=96", ("parallel.virtual=2",)
 COLUMNS = {
     "tp2": Column(tensor=2),
     "tp2_sp": Column(tensor=2, sequence=True),
@@ -76,7 +77,13 @@ COLUMNS = {
     "dp2_overlap": Column(replicas=2, keys=("parallel.overlap_grad_reduce=true",)),
     "tp2_pp2": Column(tensor=2, pipeline=2),
     "tp2_dp2": Column(tensor=2, replicas=2),
-    "tokens": Column(replicas=2, keys=("batch.tokens=96",)),
+    "pp2_v2": Column(pipeline=2, keys=INTERLEAVED),
+    "pp2_v2_tokens": Column(pipeline=2, keys=(*INTERLEAVED, TOKENS)),
+    "tp2_pp2_v2_sp": Column(tensor=2, pipeline=2, sequence=True, keys=INTERLEAVED),
+    "cp2_pp2_v2": Column(pipeline=2, keys=(*INTERLEAVED, "parallel.context=2")),
+    "pp2_v2_dp2": Column(pipeline=2, replicas=2, keys=(*INTERLEAVED, "parallel.overlap_grad_reduce=true")),
+    "pp2_uneven": Column(pipeline=2, keys=("parallel.stages=[3,1]",)),
+    "tokens": Column(replicas=2, keys=(TOKENS,)),
     "critic_dp": Column(tensor=2, roles={"critic": {}, "reward": {}}),
     "frozen_tp": Column(roles={"reference": {"tensor": 2}, "dpo": {"pipeline": 2}}),
     "own_critic": Column(tensor=2, roles={"critic": {"ranks": "2-3"}, "reward": {"ranks": "2-3"}}),
@@ -91,7 +98,7 @@ def write_inputs(root: Path) -> None:
     write_synthetic_task(root / "task", seed=1, hidden_size=64)
     for data in (root / "task").glob("*.jsonl"):
         data.write_text("".join(data.read_text().splitlines(keepends=True)[:NUM_ROWS]))
-    blank = root / "task" / "models" / "policy"
+    blank = root / "task" / "models" / "deep"
     for name, (seed, is_scalar) in MODELS.items():
         torch.manual_seed(seed)
         config = AutoConfig.from_pretrained(blank, num_labels=1, initializer_range=0.08)
@@ -128,7 +135,7 @@ def configured(method: str, column: Column, root: Path, run_dir: Path) -> TrainS
     for section, rate in sections.items():
         keys |= {f"{section}.kind": "sgd", f"{section}.lr": rate, f"{section}.max_grad_norm": "null"}
         keys |= {f"{section}.warmup_fraction": 0}
-    if "batch.tokens=96" in column.keys:
+    if TOKENS in column.keys:
         del keys["batch.micro"]
     given = [f"{key}={value}" for key, value in keys.items()]
     recipe = RECIPES / f"{method}.yaml"
@@ -158,6 +165,9 @@ def train_rank(configs: Sequence[TrainStage]) -> None:
             parallel.sequence,
             config.run.seed,
             roles=parallel.roles,
+            context=parallel.context,
+            virtual=parallel.virtual,
+            stages=parallel.stages,
         )
         train_and_export(config, place)
 

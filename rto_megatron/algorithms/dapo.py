@@ -1,6 +1,6 @@
 """DAPO (arXiv 2503.14476): GRPO with a higher upper clip, a mean over tokens, and groups that teach something.
 
-Left out: its soft penalty of long responses; `truncated: mask` is its overlong filtering.
+`truncated: mask` is its overlong filtering; its soft punishment of length is a source's `overlong_buffer_tokens`.
 """
 
 from pydantic import Field

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from rto_megatron.config.plan import BatchPlan, RankLayout, StagePlan
     from rto_megatron.config.rewards import Source
+    from rto_megatron.config.roles import Role
     from rto_megatron.config.schema import Stage
     from rto_megatron.config.training import TrainBatchConfig
     from rto_megatron.planning.gpus import Gpu
@@ -184,6 +185,8 @@ def _layout_table(plan: "StagePlan", pool_gpus: int) -> Table:
         table.add_row("steps", str(training.run.steps or "one epoch of the data"))
         items = "pairs" if facts.reads_pairs else "sequences"
         table.add_row("optimizer step", _optimizer_step(training.batch, layout.data, batches, items))
+        if layout.pipeline > 1 and batches.num_microbatches is not None:
+            table.add_row("its pipeline", _idle_time(layout, batches.num_microbatches))
     if (online := facts.online) is not None:
         samples = online.algorithm.samples_per_prompt
         each = "" if samples == 1 else f" x {samples} responses"
@@ -207,12 +210,33 @@ def _layout_table(plan: "StagePlan", pool_gpus: int) -> Table:
 
 def _cut(layout: "RankLayout") -> str:
     context = f" x context {layout.context}" if layout.context > 1 else ""
-    cut = f"tensor {layout.tensor}{context} x pipeline {layout.pipeline} x data {layout.data}"
+    stages = f" in {layout.virtual} chunks" if layout.virtual > 1 else ""
+    cut = f"tensor {layout.tensor}{context} x pipeline {layout.pipeline}{stages} x data {layout.data}"
     if (layout.expert, layout.expert_tensor) == (1, None):
         return cut
     return (
         f"{cut}; experts in {layout.expert} parts x {layout.expert_ranks // layout.expert} ranks, "
         f"held {layout.expert_replicas} times"
+    )
+
+
+def _idle_time(layout: "RankLayout", num_microbatches: int) -> str:
+    """What stages wait for each other in an optimizer step of equal micro-batches."""
+    num_empty = -num_microbatches % layout.pipeline if layout.virtual > 1 else 0
+    passes = layout.virtual * (num_microbatches + num_empty)
+    empty = f", {num_empty} empty micro-batches filling up their number" if num_empty else ""
+    return f"idle for {(layout.pipeline - 1) / (passes + layout.pipeline - 1):.0%} of the time{empty}"
+
+
+def _layers(role: "Role", found: "FoundShape", layout: "RankLayout") -> str:
+    """How many layers each stage has, where a layout says something of it."""
+    from rto_megatron.models.pipeline_cut import pipeline_cut
+
+    if role.shares is not None or (layout.stages is None and layout.virtual == 1):
+        return ""
+    sizes = (layout.pipeline, layout.virtual, layout.stages)
+    return (
+        f", layers {' + '.join(map(str, pipeline_cut(found.shape, role.has_value_head, *sizes).of_stages))}"
     )
 
 
@@ -248,6 +272,7 @@ def _models_table(plan: "StagePlan", shapes: "Mapping[str, FoundShape]") -> Tabl
             )
             continue
         cost = role_cost(role, found.shape, plan)
+        work += _layers(role, found, plan.layout_of(role.name))
         numbers = (f"{cost.parameters / 1e6:,.1f} M", f"{cost.parameters_per_rank / 1e6:,.1f} M")
         table.add_row(
             role.name, _short(role.path), found.source, work + head, *numbers, gib(cost.bytes_per_rank)

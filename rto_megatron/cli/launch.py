@@ -130,8 +130,11 @@ def _run(
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the pool's servers inherit it
     sampling = facts_of(config).sampling
     _stay_on_loopback(sampling.rollout.servers if sampling else ())
-    if sampling and not sampling.rollout.servers:
-        sizes, devices = plan_pool(sampling, gpus, ranks, choice)
+    own_pool = plan_pool(sampling, gpus, ranks, choice) if sampling and not sampling.rollout.servers else None
+    if gpus == 0:
+        _share_cores((ranks or most_ranks(config.parallel, 0)) + (sum(own_pool[0]) if own_pool else 0))
+    if sampling and own_pool:
+        sizes, devices = own_pool
         pool = stack.enter_context(launched_pool(sampling, sizes, devices))
         arguments = [*arguments, *pool.arguments]
         prepare = pool.prepare
@@ -152,6 +155,14 @@ def _stay_on_loopback(servers: tuple[str, ...]) -> None:
     if all(is_loopback(host_of(server)) for server in servers):
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(variable, "lo")
+
+
+def _share_cores(num_processes: int) -> None:
+    from rto_megatron.platform.threads import sleep_while_waiting
+
+    said = sleep_while_waiting(num_processes, len(os.sched_getaffinity(0)), os.environ)
+    if said is not None:
+        typer.echo(said)
 
 
 def _without_pool(attempt: int) -> bool:

@@ -1,5 +1,6 @@
 """`rto resume-check`: proves on this machine that a run which is stopped goes on as if it had not been."""
 
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -43,7 +44,7 @@ def resume_check(
     resume_at: Annotated[
         str | None,
         typer.Option(
-            metavar="TPxPPxDP[xEP]",
+            metavar="TPxPPxDP[xEP][,context=N][,virtual=N]",
             help="Resume at another layout, as in 1x2x1, and compare up to rounding; EP: parts of the experts.",
         ),
     ] = None,
@@ -67,7 +68,7 @@ def resume_check(
     from rto_megatron.trainer.stages import ranks
 
     config = read_config(recipe, overrides or [])
-    parallel, num_ranks = _layout(config, resume_at, replicas)
+    parallel, num_ranks = resumed_layout(config, resume_at, replicas)
     with tempfile.TemporaryDirectory(prefix="resume-check-") as temporary:
         root = scratch or Path(temporary)
         run_both(config, steps, replicas, parallel, num_ranks, root, _train)
@@ -80,32 +81,47 @@ def resume_check(
 
 def resume_check_rank(config: Annotated[Path, typer.Argument(help="A saved configuration.")]) -> None:
     """One rank of one of the two runs."""
+    from rto_megatron.config.load import load_recipe
     from rto_megatron.lifecycle.stopping import die_with_parent
     from rto_megatron.platform.device import prepare
 
     die_with_parent()
-    prepare()
+    prepare(load_recipe(config, []).precision)
     from rto_megatron.proofs.resumed_runs import read_config, run_observed
 
     run_observed(read_config(config, []))
 
 
-def _layout(config: "TrainStage", resume_at: str | None, replicas: int) -> "tuple[TrainParallelConfig, int]":
-    """The layout of the resumed run, and its ranks."""
+def resumed_layout(
+    config: "TrainStage", resume_at: str | None, replicas: int
+) -> "tuple[TrainParallelConfig, int]":
+    """The layout of the resumed run, and its ranks.
+
+    Args:
+        resume_at: see `resume_check`; None: the run's own.
+
+    Raises:
+        RecipeError: `resume_at` is no layout.
+    """
     from rto_megatron.config.plan import fewest_ranks
 
     own = config.parallel
     if resume_at is None:
         return own, fewest_ranks(own, replicas)
-    sizes = resume_at.split("x")
-    if len(sizes) not in (3, 4) or not all(size.isdigit() and int(size) for size in sizes):
+    found = re.fullmatch(r"(\d+)x(\d+)x(\d+)(?:x(\d+))?((?:,(?:context|virtual)=\d+)*)", resume_at)
+    numbers = [] if found is None else [int(number or 1) for number in found.groups()[:4]]
+    named = {} if found is None else {key: int(n) for key, n in re.findall(r"(\w+)=(\d+)", found[5])}
+    if not numbers or 0 in (*numbers, *named.values()):
         raise RecipeError(
-            f"--resume-at {resume_at}: expected tensor x pipeline x data-parallel size, as in 1x2x1, and for a mixture "
-            "the parts of its experts behind them, as in 1x1x2x2"
+            f"--resume-at {resume_at}: expected tensor x pipeline x data-parallel size, as in 1x2x1, for a mixture the "
+            "parts of its experts behind them, as in 1x1x2x2, and whatever there is of context and virtual, as in "
+            "1x2x1,context=2,virtual=2"
         )
-    tensor, pipeline, data, expert = map(int, (*sizes, "1")[:4])
-    cut = {"tensor": tensor, "pipeline": pipeline, "expert": expert, "expert_tensor": None}
-    return own.model_copy(update={**cut, "roles": {}}), tensor * pipeline * data
+    tensor, pipeline, data, expert = numbers
+    cut = {"context": 1, "virtual": 1, **named, "tensor": tensor, "pipeline": pipeline, "expert": expert}
+    plain: dict[str, object] = {"stages": None, "expert_tensor": None, "roles": {}}
+    changed = own.model_copy(update={**plain, **cut})
+    return changed, changed.replica_ranks * data
 
 
 def run_both(

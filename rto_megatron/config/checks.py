@@ -41,6 +41,16 @@ def find_problems(
         *_pool_servers(facts_of(config).pool),
         *_ahead(facts_of(config).online),
         *_profile(facts_of(config)),
+        *_kernels(config),
+    ]
+
+
+def _kernels(config: Stage) -> list[str]:
+    if config.precision.kernels != "transformer_engine" or config.precision.dtype != "fp32":
+        return []
+    return [
+        "precision.kernels=transformer_engine has no attention for precision.dtype=fp32; set precision.dtype=bf16, or "
+        "precision.kernels=torch"
     ]
 
 
@@ -147,7 +157,7 @@ def _lengths(config: Stage, max_positions: Mapping[str, int]) -> list[str]:
             end = " + 1 for the end-of-sequence behind a cut response" if appended else ""
             problems.append(
                 f"{keys}{end} = {longest + appended} tokens, but models.{role} reads at most {limit} "
-                "(max_position_embeddings)"
+                "(max_position_embeddings, with longrope original_max_position_embeddings)"
             )
     return problems
 

@@ -142,7 +142,36 @@ def _without_effect(grid: GridConfig, key: str) -> list[str]:
             f"{key}.context_scheme={grid.context_scheme} has no effect with {key}.context=1; remove it or set "
             f"{key}.context"
         )
-    return problems
+    return problems + _stages(grid, key)
+
+
+def _stages(grid: GridConfig, key: str) -> list[str]:
+    """What is wrong with the chunks and layers of pipeline stages, whatever the model."""
+    if grid.pipeline == 1:
+        given = {"virtual": None if grid.virtual == 1 else grid.virtual, "stages": grid.stages}
+        return [
+            f"{key}.{name}={_listed(value)} has no effect with {key}.pipeline=1; remove it or set {key}.pipeline"
+            for name, value in given.items()
+            if value is not None
+        ]
+    if not isinstance(grid.stages, tuple):
+        return []
+    if len(grid.stages) != grid.pipeline:
+        return [
+            f"{key}.stages={_listed(grid.stages)} has the layers of {len(grid.stages)} stages, and there are "
+            f"{key}.pipeline={grid.pipeline}; name as many, or auto"
+        ]
+    least = min(grid.stages)
+    if least < grid.virtual:
+        return [
+            f"{key}.virtual={grid.virtual} chunks cannot share the {least} layers of the smallest stage of "
+            f"{key}.stages={_listed(grid.stages)}: each has one at least; set {key}.virtual to {least} at most"
+        ]
+    return []
+
+
+def _listed(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _experts(grid: GridConfig, key: str, world_size: int) -> list[str]:

@@ -161,6 +161,10 @@ def _is_text(kind: object) -> bool:
     if origin is Literal:
         return all(isinstance(choice, str) for choice in get_args(kind))
     if origin in (Union, UnionType):
-        kinds = [one for one in get_args(kind) if one is not NoneType and get_origin(one) is not tuple]
+        kinds = [one for one in get_args(kind) if one is not NoneType and not _is_sources(one)]
         return bool(kinds) and all(map(_is_text, kinds))
     return isinstance(kind, type) and issubclass(kind, str | Path)
+
+
+def _is_sources(kind: object) -> bool:
+    return get_origin(kind) is tuple and get_args(kind)[0] is not int

@@ -7,7 +7,7 @@ from itertools import chain
 from rto_megatron.config.facts import Facts, facts_of
 from rto_megatron.config.roles import Role, needs_dpo, roles_of
 from rto_megatron.config.schema import Stage
-from rto_megatron.config.training import ParallelConfig
+from rto_megatron.config.training import ParallelConfig, StageLayers
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class RankLayout:
     expert: int = 1  # parts of the experts of a mixture
     expert_tensor: int | None = None  # ranks of one; None: as many as tensor
     context: int = 1  # ranks that share the tokens of a row
+    virtual: int = 1  # chunks of the model on each stage
+    stages: StageLayers = None  # layers of each stage
 
     @property
     def replica_ranks(self) -> int:
@@ -55,7 +57,8 @@ def layout_on(parallel: ParallelConfig, world_size: int, role: str = "policy") -
     """The layout of a role, where the job has so many ranks; rounded down to whole replicas."""
     grid, ranks = parallel.grid_of(role), parallel.ranks_of(role, world_size)
     data = len(ranks) // grid.replica_ranks
-    return RankLayout(grid.tensor, grid.pipeline, data, grid.expert, grid.expert_tensor, grid.context)
+    experts, stages = (grid.expert, grid.expert_tensor), (grid.virtual, grid.stages)
+    return RankLayout(grid.tensor, grid.pipeline, data, *experts, grid.context, *stages)
 
 
 def fewest_ranks(parallel: ParallelConfig, times: int = 1) -> int:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from rto_megatron.config.rewards import OutsideSource, OverlongSource, ResponseSource
+from rto_megatron.config.rewards import OutsideSource, OverlongSource, ResponseSource, Source
 from rto_megatron.config.schema import EvaluateStage, ReinforcementStage, Rewarded
 
 
@@ -64,12 +64,20 @@ def _normalized(config: EvaluateStage) -> list[str]:
 
 def _lengths(config: Rewarded) -> list[str]:
     limit = config.sampling.max_response_tokens
+    buffers = [(source.name, *_buffer(source)) for source in config.rewards]
     return [
-        f"rewards.{source.name}.buffer_tokens={source.buffer_tokens} is above sampling.max_response_tokens={limit}, so "
-        "the shortest response would be punished; lower it"
-        for source in config.rewards
-        if isinstance(source, OverlongSource) and source.buffer_tokens > limit
+        f"rewards.{name}.{key}={buffer} is above sampling.max_response_tokens={limit}, so the shortest response would "
+        "be punished; lower it"
+        for name, key, buffer in buffers
+        if buffer > limit
     ]
+
+
+def _buffer(source: Source) -> tuple[str, int]:
+    """The key that punishes length, and over how many tokens; 0 where it does not."""
+    if isinstance(source, OverlongSource):
+        return "buffer_tokens", source.buffer_tokens
+    return "overlong_buffer_tokens", source.overlong_buffer_tokens or 0
 
 
 def _limits(config: Rewarded) -> list[str]:

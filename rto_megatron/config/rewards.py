@@ -1,7 +1,7 @@
 """The section `rewards` of a recipe: what pays a response, one entry a source, combined by weight.
 
-The score of a response is the sum of weight x (what a source gives, normalised, then clipped). A source that pays
-tokens adds to the reward of those tokens, beside the DPO reward and the KL penalty of the method.
+The score of a response is the sum of weight x (what a source gives, punished for length, normalised, then clipped). A
+source that pays tokens adds to the reward of those tokens, beside the DPO reward and the KL penalty of the method.
 """
 
 import re
@@ -43,16 +43,22 @@ class SourceSection(Section):
 
 
 class ResponseSource(SourceSection):
-    """A source of one number a response.
+    """A source that looks at more than the length of a response.
 
     Example:
-        {name: exact, normalize: group}
+        {name: exact, normalize: group, overlong_buffer_tokens: 256}
     """
 
+    overlong_buffer_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="L_cache of DAPO's soft punishment of length, 0 to -1, which joins what it gives, before "
+        "`normalize`; null: none",
+    )
     normalize: Literal["group", "batch"] | None = Field(
         default=None,
         description="(score - mean) / (standard deviation + 1e-4), of the responses to the same prompt or of all "
-        "responses of the step; null: as given",
+        "responses of the step, or of all their tokens where it pays tokens; null: as given",
     )
 
 
@@ -85,10 +91,11 @@ class PayingSource(OutsideSource):
     )
 
     @model_validator(mode="after")
-    def _refuse_normalized_tokens(self) -> Self:
-        if self.normalize is not None and self.pays != "response":
+    def _refuse_normalized_spans(self) -> Self:
+        if self.normalize is not None and self.pays == "spans":
             raise ValueError(
-                f"normalize={self.normalize} is of one number a response, and this source pays {self.pays}; remove it"
+                f"normalize={self.normalize} is of one number for every response or token, and this source pays spans; "
+                "remove it, or pay tokens"
             )
         return self
 

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 LoggerName = Literal["tensorboard", "wandb", "swanlab"]
 ContextScheme = Literal["ulysses", "gather"]
+KernelsChoice = Literal["torch", "transformer_engine", "auto"]
+StageLayers = tuple[int, ...] | Literal["auto"] | None  # layers of each pipeline stage; None: equal numbers
 RoleName = Literal["critic", "reference", "reward", "dpo", "dpo_reference"]
 # Roles, and what trained ones have beside weights.
 Parkable = Literal[
@@ -137,6 +139,16 @@ class GridConfig(Section):
         description="how attention sees what other context ranks hold: it exchanges tokens for heads, or gathers keys",
     )
     pipeline: int = Field(default=1, ge=1)
+    virtual: int = Field(
+        default=1,
+        ge=1,
+        description="chunks of the model on each pipeline stage, which take turns with those of others (interleaved)",
+    )
+    stages: StageLayers = Field(
+        default=None,
+        description="layers of each pipeline stage, as in [3, 5]; auto: so that the fullest stage has the fewest "
+        "parameters, embedding and head counted; null: as many on each",
+    )
     sequence: bool = Field(default=False, description="Megatron sequence parallelism over the tensor ranks")
     expert: int = Field(
         default=1, ge=1, description="in how many parts the experts of a mixture lie on different ranks"
@@ -144,6 +156,15 @@ class GridConfig(Section):
     expert_tensor: int | None = Field(
         default=None, ge=1, description="over how many ranks an expert is cut; null: as other layers"
     )
+
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _numbers_or_auto(cls, found: object) -> object:
+        if found is None or found == "auto":
+            return found
+        if isinstance(found, list | tuple) and found and all(type(num) is int and num > 0 for num in found):
+            return tuple(found)
+        raise ValueError(f"stages={found!r}; expected auto, or the layers of each stage as in [3, 5]")
 
     @property
     def replica_ranks(self) -> int:
@@ -260,10 +281,14 @@ class FrozenPrecisionConfig(Section):
     """How forwards compute; log-softmax is always fp32.
 
     Example:
-        precision: {dtype: bf16}
+        precision: {dtype: bf16, kernels: auto}
     """
 
     dtype: Literal["fp32", "bf16"] = "bf16"
+    kernels: KernelsChoice = Field(
+        default="torch",
+        description="what computes the layers of all roles: torch, TransformerEngine, or it where it is installed",
+    )
 
 
 class PrecisionConfig(FrozenPrecisionConfig):

@@ -10,7 +10,7 @@ from rto_megatron.data.tokenizer_files import carry
 from rto_megatron.models.weight_map import dtype_name
 from rto_megatron.storage import torch_dist_writer
 from rto_megatron.storage.hf_model import HfModel
-from rto_megatron.storage.megatron_args import common_state
+from rto_megatron.storage.megatron_args import beyond_megatron_lm, common_state
 from rto_megatron.storage.megatron_folder import HF_FILES, RELEASE, TRACKER
 from rto_megatron.storage.megatron_writer import MegatronWriter
 from rto_megatron.storage.not_finite import num_not_finite
@@ -26,11 +26,15 @@ def plan_import(model: HfModel, source: Path, target: Path, options: Options) ->
     dtype, notes = options.dtype or model.dtype(), []
     if (unread := model.folder.weights.note()) is not None:
         notes.append(unread)
+    if model.folder.renamed is not None:
+        notes.append(model.folder.renamed)
     found = {dtype_name(stored.dtype) for stored in model.folder.tensors.values()}
     if found != {dtype_name(dtype)}:
         notes.append(f"the source has {', '.join(sorted(found))}, written as {dtype_name(dtype)}")
     if model.head_bias():
         notes.append(f"the head's bias {model.head_bias():g} is kept in `mean` of config.json")
+    if (parts := beyond_megatron_lm(model.shape)) is not None:
+        notes.append(parts)
     notes += vocabulary_notes(source, model.shape.vocab_size, model.has_scalar_head)
     return ConversionPlan(
         "Hugging Face -> Megatron", source, target, model.shape, model.has_scalar_head, model.dtype(), dtype,

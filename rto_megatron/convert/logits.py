@@ -119,16 +119,22 @@ def _reference_outputs(model: HfModel) -> Callable[[list[int]], Tensor]:
 
 
 def _in_transformers(kind: "type[_BaseAutoModelClass]", model: HfModel) -> "PreTrainedModel":
-    """The model in float32; of FP8 blocks with the bfloat16 numbers into which they are multiplied out."""
+    """The model in float32; of FP8 blocks with the bfloat16 numbers into which they are multiplied out.
+
+    Tensors that the folder does not keep as transformers does are handed over under transformers' names.
+    """
     from transformers import AutoConfig
 
     folder = model.folder.path
-    if "quantization_config" not in model.config.values:
+    is_quantized = "quantization_config" in model.config.values
+    if model.is_plain and not is_quantized:
         loading = {"dtype": torch.float32, "use_safetensors": True, "local_files_only": True}
+        loading["attn_implementation"] = "eager"  # torch's kernels leave out a soft cap of scores
         loaded: PreTrainedModel = kind.from_pretrained(folder, **loading).eval()
         return loaded
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    del config.quantization_config
+    if is_quantized:
+        del config.quantization_config
     weights = {
         name: model.read(name, size)
         for parameter in model.parameters

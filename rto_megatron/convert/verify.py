@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rto_megatron.convert.conversion_options import Advance
 from rto_megatron.errors import ConversionError, refuse_if
-from rto_megatron.models.weight_map import QkvRows
+from rto_megatron.models.weight_map import Joined, QkvRows
 from rto_megatron.storage.hf_model import HfModel
 from rto_megatron.storage.megatron_tensors import MegatronTensors
 
@@ -54,8 +54,8 @@ def verify_digests(
                     wrong[name] = _Found(tensor_digest(found), _turned(found))
                 advance(want.nbytes)
             is_right = not wrong.keys() & set(parameter.hf)
-            # Of all layouts this alone moves rows: the others' parameters are their tensors one below the other.
-            if isinstance(parameter.layout, QkvRows) and is_right:
+            # Of all layouts these alone move rows: the others' parameters are their tensors one below the other.
+            if isinstance(parameter.layout, QkvRows | Joined) and is_right:
                 whole = megatron.whole(parameter).to(wanted)
                 if not _same_bits(parameter.layout.shard(theirs, 0, 1), whole):
                     raise ConversionError(

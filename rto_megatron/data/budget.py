@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rto_megatron.data.cut import Layout
 from rto_megatron.data.grouping import Extent, least_lengths, lengths_of
 from rto_megatron.errors import RecipeError
-from rto_megatron.types import Example, Rollout
+from rto_megatron.types import Example, Metrics, Rollout, TokenBatch
 
 
 def over_budget(examples: Sequence[Example], source: str, layout: Layout) -> str | None:
@@ -35,6 +35,14 @@ def beyond_budget(examples: Sequence[Example | Rollout], layout: Layout) -> str 
     if budget is None:
         return None
     return _beyond([layout.size(Extent.of(lengths_of(example))) for example in examples], budget)
+
+
+def budget_fill(batches: Sequence[TokenBatch], layout: Layout) -> Metrics:
+    """How full micro-batches are, as a sum for the logs: their tokens without padding, over those they may have."""
+    if layout.tokens is None:
+        return {}
+    tokens = sum(sum(batch.lengths) for batch in batches)
+    return {"memory/budget_fill_fraction": (float(tokens), float(layout.tokens * len(batches)))}
 
 
 def _beyond(sizes: Sequence[int], budget: int) -> str | None:

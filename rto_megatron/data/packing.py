@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rto_megatron.algorithms.losses import sequence_sums
 from rto_megatron.data.cut import CutSequences, Layout
+from rto_megatron.platform.copies import copied_to
 from rto_megatron.types import (
     WHOLE,
     Ban,
@@ -77,13 +78,13 @@ def token_batch(
         for start, last, (_, prompt_len) in zip(cu_seqlens, last_positions, sequences, strict=False)
     ]
     return TokenBatch(
-        tokens_T.to(device),
-        targets_T.to(device),
+        copied_to(tokens_T, device),
+        copied_to(targets_T, device),
         tuple(cu_seqlens),
         num_rows,
         tuple(last_positions),
         max(flat),
-        torch.cat(asked).to(device),
+        copied_to(torch.cat(asked), device),
     )
 
 
@@ -93,15 +94,13 @@ def _grid_index(
     """Row, column and position of every response token, each int64 [N]."""
     device = batch.tokens_T.device
     assert len(prompt_lens) == len(response_lens) == len(batch.last_positions)
-    count_S = torch.tensor(response_lens, dtype=torch.int64, device=device)
-    start_S = torch.tensor(
-        [o + p - 1 for o, p in zip(batch.cu_seqlens, prompt_lens, strict=False)],
-        dtype=torch.int64,
-        device=device,
-    )
-    row_N = torch.repeat_interleave(torch.arange(len(count_S), device=device), count_S)
-    column_N = torch.arange(len(row_N), device=device) - (count_S.cumsum(0) - count_S)[row_N]
-    return row_N, column_N, start_S[row_N] + column_N
+    # On the host, where the numbers are: on a GPU the length of what they make would have to be waited for.
+    count_S = torch.tensor(response_lens, dtype=torch.int64)
+    start_S = torch.tensor([o + p - 1 for o, p in zip(batch.cu_seqlens, prompt_lens, strict=False)])
+    row_N = torch.repeat_interleave(torch.arange(len(count_S)), count_S)
+    column_N = torch.arange(len(row_N)) - (count_S.cumsum(0) - count_S)[row_N]
+    position_N = start_S[row_N] + column_N
+    return copied_to(row_N, device), copied_to(column_N, device), copied_to(position_N, device)
 
 
 def scatter_to_positions(

@@ -3,7 +3,7 @@
     sft_train.jsonl, sft_test.jsonl                  messages
     preferences_train.jsonl, preferences_test.jsonl  prompt, prompt_id, chosen, rejected
     prompts_train.jsonl, prompts_test.jsonl          context_messages
-    tokenizer/, models/policy/, models/reward/, models/mixture/  Hugging Face folders; the models without weights
+    tokenizer/, models/{policy,reward,deep,mixture}/  Hugging Face folders; the models without weights
     true_reward.json                                 see `true_reward.TrueReward`
 
 Responses come from the Markov source of `synthetic_source`, and preference labels are drawn from the
@@ -176,7 +176,7 @@ def _write_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _write_models(out_dir: Path, tokenizer: PreTrainedTokenizerBase, hidden_size: int) -> None:
-    for role, num_layers in (("policy", 2), ("reward", 1)):
+    for role, num_layers in (("policy", 2), ("reward", 1), ("deep", 4)):
         folder = out_dir / "models" / role
         shutil.copytree(out_dir / "tokenizer", folder, dirs_exist_ok=True)
         LlamaConfig(

@@ -102,10 +102,16 @@ def check_advisories() -> list[Finding]:
 
 
 def check_kernels() -> list[Finding]:
-    """Refuses an apex that megatron-core would import and break on."""
+    """Refuses an apex that is another package; loads TransformerEngine where it is installed beside a GPU."""
+    import torch
+
     from rto_megatron.platform.device import require_usable_apex
+    from rto_megatron.platform.kernels import engine_problem, is_installed
 
     require_usable_apex()
+    if is_installed() and torch.cuda.is_available() and (problem := engine_problem()) is not None:
+        why = "a recipe with precision.kernels=auto or transformer_engine would end with this message"
+        return [Finding("kernels", "warning", problem, why, "bash launchers/install_gpu.sh")]
     extras = [name for name in ("transformer-engine", "apex") if _version(name) is not None]
     return [Finding("kernels", "ok", f"optional kernels: {', '.join(extras) or 'none installed'}")]
 

@@ -17,7 +17,7 @@ def check_models(config: Stage, world_size: int) -> list[Finding]:
     Raises:
         UserError: names every model that is missing.
     """
-    prepare()  # megatron.core, imported below, must find its patches in place
+    prepare(config.precision)  # megatron.core, imported below, must find its patches in place
     from rto_megatron.data.tokenizer import load_tokenizer
     from rto_megatron.engine.source import find_sources
     from rto_megatron.planning.token_ids import spare_token_warnings

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -36,7 +37,11 @@ class AbsentModel:
 
     def token_outputs(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
         """See `FrozenModel.token_outputs`."""
-        return rows_everywhere(None, batches, 1, self.topology)
+        return self.begin_outputs(batches)()
+
+    def begin_outputs(self, batches: Sequence[TokenBatch]) -> Callable[[], list[Tensor]]:
+        """Computes nothing; what it returns hears what that of `FrozenModel.begin_outputs` gives."""
+        return partial(rows_everywhere, None, batches, 1, self.topology)
 
     def outputs[M: Microbatch](self, microbatches: Sequence[M], reading: Reading[M]) -> list[Tensor]:
         """See `TrainedModel.outputs`."""

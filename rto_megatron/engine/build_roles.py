@@ -16,9 +16,15 @@ from rto_megatron.engine.checkpoint import load_weights
 from rto_megatron.engine.megatron import FrozenModel, TrainedModel, training_hooks
 from rto_megatron.engine.optimizer import build_optimizer, meet_builders, wrap_for_training
 from rto_megatron.engine.source import WeightSource
-from rto_megatron.engine.weights import hf_reader, load_hf_tensors, megatron_reader, random_reader
+from rto_megatron.engine.weights import (
+    hf_reader,
+    load_hf_tensors,
+    local_parameters,
+    megatron_reader,
+    random_reader,
+)
 from rto_megatron.errors import ModelFolderError, UserError
-from rto_megatron.models.build import build_model, transformer_config
+from rto_megatron.models.build import build_chunks, transformer_config
 from rto_megatron.models.families.blocks import EMBEDDING
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.storage.not_finite import described
@@ -36,8 +42,10 @@ def build_frozen(
 ) -> FrozenModel:
     """A loaded model without gradients, on a rank of its layout."""
     shape = source.shape()
-    config = transformer_config(shape, topology, _DTYPES[precision.dtype], recompute=False)
-    module = build_model(shape, config, topology, has_scalar_head)
+    config = transformer_config(
+        shape, topology, _DTYPES[precision.dtype], recompute=False, has_scalar_head=has_scalar_head
+    )
+    module = build_chunks(shape, config, topology, has_scalar_head)
     module.requires_grad_(False)
     scale = source.scale() if has_scalar_head else ValueScale()
     model = FrozenModel(name, shape, has_scalar_head, scale, module, topology)
@@ -68,10 +76,10 @@ def build_trained(
     """
     shape = source.shape()
     config = transformer_config(
-        shape, topology, _DTYPES[precision.dtype], precision.recompute, moe_aux_loss_coef
+        shape, topology, _DTYPES[precision.dtype], precision.recompute, moe_aux_loss_coef, has_scalar_head
     )
     training_hooks(config)
-    module = build_model(shape, config, topology, has_scalar_head)
+    module = build_chunks(shape, config, topology, has_scalar_head)
     frozen = FrozenModel(name, shape, has_scalar_head, scale or source.scale(), module, topology)
     _load(frozen, source, seed, is_head_fresh)
     wrapped = wrap_for_training(module, parallel, topology)
@@ -146,7 +154,8 @@ def _load(model: FrozenModel, source: WeightSource, seed: int, is_head_fresh: bo
     fresh_head_seed = seed if is_head_fresh else None
     try:
         if source.kind == "random":
-            read = random_reader(seed, model.shape.init_std)
+            norm = 0.0 if model.shape.has_shifted_norms else 1.0
+            read = random_reader(seed, model.shape.init_std, norm)
         elif source.kind == "megatron":
             read = megatron_reader(source, model.has_scalar_head, fresh_head_seed)
         else:
@@ -191,5 +200,6 @@ def update_average(average: FrozenRole, model: TrainedRole, beta: float) -> None
     """
     if isinstance(average, AbsentModel) or isinstance(model, AbsentModel):
         return
-    for mean, weight in zip(average.module.parameters(), model.module.parameters(), strict=True):
-        mean.lerp_(weight.float(), 1 - beta)
+    means = local_parameters(average.module)
+    for name, weight in local_parameters(model.module).items():  # the two may differ in kernels, so in order
+        means[name].lerp_(weight.float(), 1 - beta)

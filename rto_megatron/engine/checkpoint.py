@@ -11,6 +11,7 @@ from rto_megatron.engine.absent import AbsentModel, RoleModel
 from rto_megatron.engine.expert_state import with_experts_apart
 from rto_megatron.engine.integrity import CheckpointError, require_intact
 from rto_megatron.engine.megatron import FrozenModel, Model, TrainedModel
+from rto_megatron.engine.optimizer import step_at_once
 from rto_megatron.engine.plain_values import plain_state, plain_text
 from rto_megatron.engine.presence import require_present
 from rto_megatron.engine.saving import Saving
@@ -27,11 +28,25 @@ _METADATA = {
     "singleton_local_shards": False,
     "chained_optim_avoid_prefix": True,
 }
+_NORM_STATE = "norm._extra_state"
 
 
 def _model_shards(model: Model) -> ShardedStateDict:
+    """By number of the chunk and by name; a file knows neither, but places in the whole model."""
     metadata = {**_METADATA, "dp_cp_group": model.topology.groups.dp_cp}
-    return model.module.sharded_state_dict(metadata=metadata)
+    chunks = enumerate(model.module.chunks)
+    return {str(number): _shards_of(chunk.sharded_state_dict(metadata=metadata)) for number, chunk in chunks}
+
+
+def _shards_of(shards: ShardedStateDict) -> ShardedStateDict:
+    # Of TransformerEngine's norms, and empty: torch's have none, and a checkpoint is that of either.
+    return {name: shard for name, shard in shards.items() if not name.endswith(_NORM_STATE)}
+
+
+def _fill(model: Model, loaded: ShardedStateDict) -> None:
+    for number, chunk in enumerate(model.module.chunks):
+        unsaved = {name: None for name in chunk.state_dict() if name.endswith(_NORM_STATE)}
+        chunk.load_state_dict({**unsaved, **loaded[str(number)]})
 
 
 def _whole_state(model: Model, is_loading: bool) -> ShardedStateDict:
@@ -100,14 +115,16 @@ def load_weights(path: Path, model: RoleModel, fresh_head_seed: int | None = Non
         return
     shards = _model_shards(model)
     if fresh_head_seed is not None:
-        shards = {key: shard for key, shard in shards.items() if not key.startswith("output_layer.")}
+        shards = {
+            number: {key: shard for key, shard in chunk.items() if not key.startswith("output_layer.")}
+            for number, chunk in shards.items()
+        }
     require_intact(path, model.topology)
     loaded = _load(path, {"model": shards})["model"]
     if fresh_head_seed is not None and model.topology.is_last_stage:
-        loaded["output_layer.weight"] = random_reader(fresh_head_seed, 0.0)(
-            "score.weight", (1, model.shape.hidden_size)
-        )
-    model.module.load_state_dict(loaded)
+        head = random_reader(fresh_head_seed, 0.0)("score.weight", (1, model.shape.hidden_size))
+        loaded[str(len(loaded) - 1)]["output_layer.weight"] = head
+    _fill(model, loaded)
 
 
 def load_state(path: Path, model: RoleModel) -> None:
@@ -126,9 +143,10 @@ def restore(path: Path, model: RoleModel) -> None:
         _load(path, {})
         return
     loaded = _load(path, _whole_state(model, is_loading=True))
-    model.module.load_state_dict(loaded["model"])
+    _fill(model, loaded["model"])
     if isinstance(model, TrainedModel):
         model.optimizer.load_state_dict(with_experts_apart(loaded["optimizer"], model.optimizer))
+        step_at_once(model.optimizer)
 
 
 def _load(folder: Path, shards: ShardedStateDict) -> ShardedStateDict:

@@ -1,7 +1,8 @@
-"""Passes that replicas make together: those whose experts exchange tokens run equally many micro-batches.
+"""Micro-batches of padding alone, for passes that need a certain number of them.
 
-Their exchange waits for every rank, so one that is done with its own goes on with micro-batches of padding alone. These
-give no loss and no gradient, count in no metric, and are not seen by the load-balancing loss.
+Replicas whose experts exchange tokens run equally many: the exchange waits for every rank, so one that is done with its
+own goes on. The stages of an interleaved pipeline take micro-batches in groups of as many as there are stages. Padding
+gives no loss and no gradient, counts in no metric, and is not seen by the load-balancing loss.
 """
 
 from collections.abc import Sequence
@@ -15,9 +16,12 @@ from rto_megatron.types import TokenBatch
 
 def num_filling(num_batches: int, shape: ModelShape, topology: Topology) -> int:
     """How many a replica lacks; every rank of the replicas that exchange tokens must call it."""
-    if shape.experts is None or not topology.is_exchanging:
-        return 0
-    return topology.most(num_batches) - num_batches
+    total = num_batches
+    if shape.experts is not None and topology.is_exchanging:
+        total = topology.most(total)
+    if topology.virtual_size > 1:
+        total = -(-total // topology.pipeline_size) * topology.pipeline_size
+    return total - num_batches
 
 
 def padding_batch(topology: Topology) -> TokenBatch:

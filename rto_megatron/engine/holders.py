@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from rto_megatron.models.chunks import cut_of
 from rto_megatron.models.parameters import stage_of
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.models.weight_map import MappedParameter
@@ -30,12 +31,14 @@ def run_of(topology: Topology) -> int:
     return topology.stage_rank // topology.spread
 
 
-def holders(parameter: MappedParameter, shape: ModelShape, topology: Topology) -> Sequence[int]:
+def holders(
+    parameter: MappedParameter, shape: ModelShape, has_scalar_head: bool, topology: Topology
+) -> Sequence[int]:
     """Places of the ranks that answer for the shards of a parameter, in the order of the shards.
 
     One for a parameter that is not cut.
     """
-    first = stage_of(parameter, shape, topology.pipeline_size) * topology.spread
+    first = stage_of(parameter, cut_of(shape, has_scalar_head, topology)) * topology.spread
     num_shards = topology.tensor_size
     if parameter.expert is not None:
         assert shape.experts is not None

@@ -18,7 +18,7 @@ from torch import Tensor
 from rto_megatron.engine.exchange import SUMS, everywhere, rows_everywhere, summed
 from rto_megatron.engine.filling import filled
 from rto_megatron.engine.finite import refuse_together
-from rto_megatron.engine.optimizer import set_learning_rate, state_tensors
+from rto_megatron.engine.optimizer import one_or_all, set_learning_rate, state_tensors
 from rto_megatron.engine.presence import require_present
 from rto_megatron.engine.readings import (
     Reading,
@@ -30,6 +30,7 @@ from rto_megatron.engine.readings import (
 )
 from rto_megatron.engine.router_health import own_report, router_metrics, watched_routers
 from rto_megatron.models.build import forward
+from rto_megatron.models.chunks import ModelChunks
 from rto_megatron.models.model_flops import forward_flops, head_flops
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.parallel.topology import Topology
@@ -65,7 +66,7 @@ class FrozenModel:
     shape: ModelShape
     has_scalar_head: bool
     scale: ValueScale
-    module: GPTModel
+    module: ModelChunks
     topology: Topology
 
     @property
@@ -84,7 +85,16 @@ class FrozenModel:
         Returns:
             one float32 [T] per batch, in nats or reward units, on every rank of the replica.
         """
-        return _token_outputs(self, batches)
+        return self.begin_outputs(batches)()
+
+    def begin_outputs(self, batches: Sequence[TokenBatch]) -> Callable[[], list[Tensor]]:
+        """Computes what `token_outputs` gives, where only ranks that hold the model meet: models of other ranks may do
+        the same meanwhile.
+
+        Returns:
+            what all ranks call then, and what gives the outputs.
+        """
+        return _begin_outputs(self, batches)
 
     def raw_outputs(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
         """Logits over the whole vocabulary, or values as the head gives them, of every position; no gradients.
@@ -101,7 +111,7 @@ class FrozenModel:
 
     def output_weight(self) -> Tensor:
         """This tensor rank's rows of the output projection [v, hidden size]; only on the last stage."""
-        return output_weight(self.module)
+        return output_weight(self.module.last)
 
     def hidden_states(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
         """The states before the output projection of the positions asked for, in the model's dtype; no gradients.
@@ -130,8 +140,8 @@ class TrainedModel:
     shape: ModelShape
     has_scalar_head: bool
     scale: ValueScale
-    module: GPTModel
-    wrapped: DistributedDataParallel
+    module: ModelChunks
+    wrapped: Sequence[DistributedDataParallel]  # the chunks, with their gradients
     optimizer: MegatronOptimizer
     topology: Topology
 
@@ -143,7 +153,11 @@ class TrainedModel:
 
     def token_outputs(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
         """Computes what `FrozenModel.token_outputs` does, with the weights of this moment."""
-        return _token_outputs(self, batches)
+        return self.begin_outputs(batches)()
+
+    def begin_outputs(self, batches: Sequence[TokenBatch]) -> Callable[[], list[Tensor]]:
+        """See `FrozenModel.begin_outputs`."""
+        return _begin_outputs(self, batches)
 
     def outputs[M: Microbatch](self, microbatches: Sequence[M], reading: Reading[M]) -> list[Tensor]:
         """What a loss would see of each micro-batch, without gradients, on every rank of the replica."""
@@ -188,7 +202,8 @@ class TrainedModel:
         batches = [m.batch for m in microbatches]
         _require_rows(self, batches)
         require_present(self.gradient_buffers(), f"gradients of {self.name}")
-        self.wrapped.zero_grad_buffer()
+        for chunk in self.wrapped:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         passes = filled(batches, self.shape, self.topology)
         # The schedule divides by the number of micro-batches and the reduction by the number of replicas.
@@ -196,8 +211,8 @@ class TrainedModel:
         with watched_routers(self.module, len(batches), len(passes)):
             outputs = _schedule(self, passes)(
                 forward_step_func=partial(_training_step, self, loss, reading or TOKENS, factor),
-                data_iterator=iter(zip_longest(passes, microbatches)),
-                model=self.wrapped,
+                data_iterator=one_or_all([iter(zip_longest(passes, microbatches)) for _ in self.wrapped]),
+                model=one_or_all(self.wrapped),
                 forward_only=False,
             )
         _count(self, batches, _TRAINING_FORWARDS)
@@ -226,8 +241,8 @@ class TrainedModel:
 
     def gradient_buffers(self) -> list[Tensor]:
         """The memory of all gradients, of experts too."""
-        buffers = [*self.wrapped.buffers, *self.wrapped.expert_parallel_buffers]
-        return [buffer.grad_data for buffer in buffers]
+        buffers = [[*chunk.buffers, *chunk.expert_parallel_buffers] for chunk in self.wrapped]
+        return [buffer.grad_data for of_chunk in buffers for buffer in of_chunk]
 
     def _refuse_nonfinite(self, outputs: _Seen, names: Sequence[Sequence[str]]) -> None:
         bad = [
@@ -238,7 +253,7 @@ class TrainedModel:
         ]
         # A NaN loss makes gradients NaN on ranks that did not see it: ask for losses first, they name the sample.
         refuse_together({f"the loss of {self.name} is NaN or infinite": bad} if bad else {}, self.topology)
-        gradients = [p.main_grad for p in self.module.parameters()]
+        gradients = [p.main_grad for chunk in self.wrapped for p in chunk.parameters()]
         is_finite = bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all())
         samples = [name for group in names for name in group]
         found = {} if is_finite else {f"a gradient of {self.name} is NaN or infinite": samples}
@@ -252,10 +267,10 @@ ENTROPIES: Reading[Microbatch] = Reading(2, lambda model, micro, raw: read_entro
 TOKENS: Reading[Microbatch] = Reading(1, lambda model, micro, raw: read_outputs(model, micro.batch, raw))
 
 
-def _token_outputs(model: Model, batches: Sequence[TokenBatch]) -> list[Tensor]:
+def _begin_outputs(model: Model, batches: Sequence[TokenBatch]) -> Callable[[], list[Tensor]]:
     found = _forward_only(model, batches, lambda index, raw: read_outputs(model, batches[index], raw))
-    is_last = model.topology.is_last_stage
-    return model.topology.from_last_stage(found if is_last else None, [b.tokens_T.numel() for b in batches])
+    own = found if model.topology.is_last_stage else None
+    return partial(model.topology.from_last_stage, own, [b.tokens_T.numel() for b in batches])
 
 
 def _forward_only(
@@ -279,8 +294,8 @@ def _forward_only(
     with torch.no_grad():
         outputs: list[Tensor] = _schedule(model, passes)(
             forward_step_func=step,
-            data_iterator=iter(enumerate(passes)),
-            model=model.module,
+            data_iterator=one_or_all([iter(enumerate(passes)) for _ in model.module.chunks]),
+            model=one_or_all(model.module.chunks),
             forward_only=True,
             collect_non_loss_data=True,
         )
@@ -291,9 +306,10 @@ def _forward_only(
 
 def _schedule(model: Model, batches: Sequence[TokenBatch]) -> Callable[..., list[Any]]:
     """Megatron's schedule over the model's own groups, to be called with the rest."""
-    groups = model.topology.groups
+    topology, groups = model.topology, model.topology.groups
+    virtual = topology.virtual_size if topology.virtual_size > 1 else None
     return partial(
-        get_forward_backward_func(pp_size=model.topology.pipeline_size, vp_size=None),
+        get_forward_backward_func(pp_size=topology.pipeline_size, vp_size=virtual),
         num_microbatches=len(batches),
         seq_length=max(b.tokens_T.numel() // b.num_rows for b in batches),
         micro_batch_size=1,
@@ -304,11 +320,7 @@ def _schedule(model: Model, batches: Sequence[TokenBatch]) -> Callable[..., list
 
 def _count(model: Model, batches: Sequence[TokenBatch], num_forwards: int) -> None:
     """Notes what a pass needs by the model's mathematics, without padding."""
-    lengths = [
-        last + 1 - start
-        for batch in batches
-        for start, last in zip(batch.cu_seqlens, batch.last_positions, strict=False)
-    ]
+    lengths = [length for batch in batches for length in batch.lengths]
     flops = forward_flops(model.shape, model.has_scalar_head, lengths)
     if not model.has_scalar_head:  # which is applied where log-probs are asked for
         flops -= head_flops(model.shape, sum(lengths) - sum(len(batch.asked_N) for batch in batches))
@@ -343,7 +355,7 @@ def _training_step[M: Microbatch](
         if microbatch is None:  # of padding alone: the backward of its exchange is what others wait for
             nothing = raw.float().sum() * 0
             if not model.has_scalar_head:  # gradients that go off early wait for that of every weight
-                nothing = nothing + output_weight(model.module)[0, 0].float() * 0
+                nothing = nothing + output_weight(model.module.last)[0, 0].float() * 0
             return nothing, ({}, True)
         output = loss(reading.read(model, microbatch, raw), microbatch)
         return output.loss * factor, (output.metrics, bool(torch.isfinite(output.loss)))

@@ -1,9 +1,10 @@
 """The optimizer of a trained role: Megatron's, with our learning-rate schedule."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import (
     ChainedOptimizer,
     MegatronOptimizer,
@@ -13,36 +14,50 @@ from megatron.core.optimizer import (
 from torch import Tensor
 
 from rto_megatron.config import training
+from rto_megatron.models.chunks import ModelChunks
 from rto_megatron.models.experts import tag_experts
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.platform.torch_adam import prime_adam_state
 
+_FUSED_ON = frozenset({"cuda"})
+
 
 def wrap_for_training(
-    model: GPTModel, parallel: training.TrainParallelConfig, topology: Topology
-) -> DistributedDataParallel:
-    """Adds gradient buffers and the reduction over data-parallel ranks; gradients are kept and reduced in float32."""
+    model: ModelChunks, parallel: training.TrainParallelConfig, topology: Topology
+) -> list[DistributedDataParallel]:
+    """Adds gradient buffers and the reduction over data-parallel ranks to every chunk; both are in float32."""
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.distributed_optimizer,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
     )
     tag_experts(model)
-    wrapped = DistributedDataParallel(model.config, config, model, pg_collection=topology.groups)
+    wrapped = [
+        # The reductions of chunks behind the first are hidden by the backwards of those before them.
+        DistributedDataParallel(
+            model.config, config, chunk, disable_bucketing=number > 0, pg_collection=topology.groups
+        )
+        for number, chunk in enumerate(model.chunks)
+    ]
     if parallel.overlap_grad_reduce:
         # A bucket goes off once it holds its gradients, which are whole in the backward of the last micro-batch alone.
-        model.config.no_sync_func = wrapped.no_sync
+        model.config.no_sync_func = one_or_all([one.no_sync for one in wrapped])
     return wrapped
 
 
+def one_or_all[T](of_chunks: Sequence[T]) -> T | list[T]:
+    """What Megatron's schedules want of the chunks of a rank: a list where the pipeline is interleaved."""
+    return of_chunks[0] if len(of_chunks) == 1 else list(of_chunks)
+
+
 def build_optimizer(
-    model: DistributedDataParallel,
+    model: Sequence[DistributedDataParallel],
     config: training.OptimizerConfig,
     parallel: training.TrainParallelConfig,
     topology: Topology,
 ) -> MegatronOptimizer:
     """Adam or plain SGD over the wrapped model, its state allocated so that a checkpoint can be loaded."""
-    dtype = model.config.params_dtype
+    dtype = model[0].config.params_dtype
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer=config.kind,
@@ -57,15 +72,35 @@ def build_optimizer(
             params_dtype=dtype,
             use_distributed_optimizer=parallel.distributed_optimizer,
         ),
-        [model],
+        list(model),
         pg_collection=topology.groups,
         use_gloo_process_groups=False,
     )
     if config.kind == "adam":
         prime_adam_state(optimizer)
+        step_at_once(optimizer)
     else:
         _keep_no_state(optimizer)
     return optimizer
+
+
+def step_at_once(optimizer: MegatronOptimizer) -> None:
+    """Lets Adam step in one kernel on devices that have a fast one, and in torch's usual way on others.
+
+    Call it after a load too: a checkpoint may have been written on another device, or without the kernel.
+    """
+    for one in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
+        inner = one.optimizer
+        if not isinstance(inner, torch.optim.AdamW):
+            continue
+        for group in inner.param_groups:
+            is_fused = all(parameter.device.type in _FUSED_ON for parameter in group["params"])
+            group["fused"] = is_fused or None
+            for parameter in group[
+                "params"
+            ]:  # the kernel wants its counter beside it, the usual way on the host
+                step = inner.state[parameter]["step"]
+                inner.state[parameter]["step"] = step.to(parameter.device if is_fused else "cpu")
 
 
 def meet_builders() -> None:

@@ -17,7 +17,9 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from rto_megatron.models.head_memory import CHUNK_POSITIONS
+from rto_megatron.models.logit_shaping import LogitShaping
 from rto_megatron.models.output_head import Targets
+from rto_megatron.models.shape import ModelShape
 from rto_megatron.models.token_divergence import token_divergence
 from rto_megatron.models.token_entropy import token_entropies
 from rto_megatron.models.token_logprobs import token_logprobs
@@ -48,11 +50,12 @@ def read_outputs(model: "Model", batch: TokenBatch, raw: Tensor) -> Tensor:
         return (values_T - model.scale.mean) / model.scale.std
     logp_N = token_logprobs(
         asked_states(raw, batch, model.topology),
-        output_weight(model.module),
+        output_weight(model.module.last),
         model.shape.vocab_size,
         model.topology.tensor_group(),
         _asked(batch, model.topology),
         CHUNK_POSITIONS,
+        LogitShaping.of(model.shape),
     )
     return _at_positions(logp_N[None], batch, model.topology)[0]
 
@@ -61,27 +64,33 @@ def read_entropies(model: "Model", batch: TokenBatch, raw: Tensor) -> Tensor:
     """Log-probs of the targets asked for, and entropies there, 0 elsewhere: [2, T]."""
     outputs_2N = token_entropies(
         asked_states(raw, batch, model.topology),
-        output_weight(model.module),
+        output_weight(model.module.last),
         model.shape.vocab_size,
         model.topology.tensor_group(),
         _asked(batch, model.topology),
         CHUNK_POSITIONS,
+        LogitShaping.of(model.shape),
     )
     return _at_positions(outputs_2N, batch, model.topology)
 
 
 def read_divergences(
-    model: "Model", micro: DivergenceMicrobatch, raw: Tensor, reference_weight_vh: Tensor
+    model: "Model",
+    micro: DivergenceMicrobatch,
+    raw: Tensor,
+    reference_weight_vh: Tensor,
+    reference: ModelShape,
 ) -> Tensor:
     """Rows: log-prob of the target, the reference's, KL(reference || policy), [3, T] in nats; 0 where none is asked."""
     batch = micro.batch
     outputs_3N = token_divergence(
-        (asked_states(raw, batch, model.topology), output_weight(model.module)),
+        (asked_states(raw, batch, model.topology), output_weight(model.module.last)),
         (micro.reference_hidden_NH, reference_weight_vh),
         batch.targets_T[_own_positions(batch, model.topology)],
         model.shape.vocab_size,
         model.topology.tensor_group(),
         CHUNK_POSITIONS,
+        (LogitShaping.of(model.shape), LogitShaping.of(reference)),
     )
     return _at_positions(outputs_3N, batch, model.topology)
 
@@ -89,7 +98,8 @@ def read_divergences(
 def whole_logits(model: "Model", raw: Tensor) -> Tensor:
     """Logits of all positions over the whole vocabulary, on every tensor rank, to compare models with: [T, V]."""
     states_Th = _states(raw, model.topology)
-    shards = model.topology.gather_tensor_shards((output_weight(model.module) @ states_Th.t()).float())
+    own_vT = LogitShaping.of(model.shape).shaped((output_weight(model.module.last) @ states_Th.t()).float())
+    shards = model.topology.gather_tensor_shards(own_vT)
     return torch.cat(shards)[: model.shape.vocab_size].T
 
 
@@ -99,12 +109,12 @@ def asked_states(raw: Tensor, batch: TokenBatch, topology: Topology) -> Tensor:
     return states_th.index_select(0, _own_positions(batch, topology) - _first(batch, topology))
 
 
-def output_weight(module: GPTModel) -> Tensor:
-    """This tensor rank's rows of the output projection [v, h]; only on the last stage."""
-    if module.share_embeddings_and_output_weights:
-        tied: Tensor = module.shared_embedding_or_output_weight()
+def output_weight(last: GPTModel) -> Tensor:
+    """This tensor rank's rows of the output projection [v, h]; of the last stage's last chunk."""
+    if last.share_embeddings_and_output_weights:
+        tied: Tensor = last.shared_embedding_or_output_weight()
         return tied
-    weight: Tensor = module.output_layer.weight
+    weight: Tensor = last.output_layer.weight
     return weight
 
 

@@ -4,17 +4,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from torch import Tensor
 
+from rto_megatron.models.chunks import ModelChunks
 from rto_megatron.models.experts import routers
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.parallel.topology import Topology
 
 
 @contextmanager
-def watched_routers(module: GPTModel, num_microbatches: int, num_passes: int) -> Iterator[None]:
+def watched_routers(module: ModelChunks, num_microbatches: int, num_passes: int) -> Iterator[None]:
     """Counts anew what routers do in a model's passes; the load-balancing loss is a mean over the micro-batches alone.
 
     Args:
@@ -32,7 +32,7 @@ def watched_routers(module: GPTModel, num_microbatches: int, num_passes: int) ->
         config.moe_aux_loss_coeff = weight
 
 
-def own_report(module: GPTModel, shape: ModelShape, num_microbatches: int) -> Tensor:
+def own_report(module: ModelChunks, shape: ModelShape, num_microbatches: int) -> Tensor:
     """What `watched_routers` counted on this rank, with the load-balancing loss of its micro-batches before its weight.
 
     Returns:

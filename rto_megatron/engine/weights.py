@@ -5,13 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from rto_megatron.engine.holders import gathered, holders, place_of, run_of, shard_of
 from rto_megatron.engine.source import WeightSource
 from rto_megatron.errors import ModelFolderError
+from rto_megatron.models.chunks import ModelChunks
 from rto_megatron.models.families.blocks import SCALAR_HEAD
+from rto_megatron.models.fused_layers import plain_name
 from rto_megatron.models.hf_config import read_config
 from rto_megatron.models.parameters import parameter_map, stored_parameters
 from rto_megatron.models.shape import ModelShape
@@ -24,31 +25,32 @@ from rto_megatron.storage.not_finite import num_not_finite
 from rto_megatron.storage.torch_dist_reader import TorchDistReader
 
 
-def local_parameters(model: GPTModel) -> dict[str, torch.nn.Parameter]:
+def local_parameters(model: ModelChunks) -> dict[str, torch.nn.Parameter]:
     """Parameters of this rank by the name they have in the whole model.
 
-    Layers are numbered from the first stage, experts from the first part.
+    Layers are numbered from the first stage, experts from the first part; names are those of torch's layers.
     """
-    first_layer = model.decoder.layers[0].layer_number - 1
-    first_expert = 0
-    if model.config.num_moe_experts is not None:
-        parts_of_experts = model.pg_collection.ep
-        first_expert = parts_of_experts.rank() * (model.config.num_moe_experts // parts_of_experts.size())
+    first_expert, num_experts = 0, model.config.num_moe_experts
+    if num_experts is not None:
+        parts_of_experts = model.last.pg_collection.ep
+        first_expert = parts_of_experts.rank() * (num_experts // parts_of_experts.size())
     named = {}
-    for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        if parts[:2] == ["decoder", "layers"]:
-            parts[2] = str(int(parts[2]) + first_layer)
-        if "local_experts" in parts:
-            number = parts.index("local_experts") + 1
-            parts[number] = str(int(parts[number]) + first_expert)
-        named[".".join(parts)] = parameter
+    for chunk in model.chunks:
+        first_layer = chunk.decoder.layers[0].layer_number - 1
+        for name, parameter in chunk.named_parameters():
+            parts = plain_name(name).split(".")
+            if parts[:2] == ["decoder", "layers"]:
+                parts[2] = str(int(parts[2]) + first_layer)
+            if "local_experts" in parts:
+                number = parts.index("local_experts") + 1
+                parts[number] = str(int(parts[number]) + first_expert)
+            named[".".join(parts)] = parameter
     return named
 
 
 @torch.no_grad()
 def load_hf_tensors(
-    model: GPTModel, shape: ModelShape, has_scalar_head: bool, topology: Topology, read: TensorReader
+    model: ModelChunks, shape: ModelShape, has_scalar_head: bool, topology: Topology, read: TensorReader
 ) -> dict[str, int]:
     """Fills every parameter of this rank from Hugging Face tensors.
 
@@ -82,7 +84,7 @@ def load_hf_tensors(
 
 @torch.no_grad()
 def stage_hf_tensors(
-    model: GPTModel, shape: ModelShape, has_scalar_head: bool, topology: Topology
+    model: ModelChunks, shape: ModelShape, has_scalar_head: bool, topology: Topology
 ) -> Iterator[tuple[str, Tensor]]:
     """The Hugging Face tensors that this rank answers for, whole, in map order; all ranks of the job must iterate.
 
@@ -90,7 +92,7 @@ def stage_hf_tensors(
     """
     local, place = local_parameters(model), place_of(topology)
     for mapped in stored_parameters(shape, has_scalar_head):
-        if run_of(topology) or place not in holders(mapped, shape, topology):
+        if run_of(topology) or place not in holders(mapped, shape, has_scalar_head, topology):
             continue
         shards = gathered(mapped, local[mapped.megatron].detach(), topology)
         if shard_of(mapped, topology)[0] == 0:
@@ -99,7 +101,7 @@ def stage_hf_tensors(
 
 @torch.no_grad()
 def stage_pieces(
-    model: GPTModel, shape: ModelShape, has_scalar_head: bool, topology: Topology
+    model: ModelChunks, shape: ModelShape, has_scalar_head: bool, topology: Topology
 ) -> Iterator[tuple[str, Tensor]]:
     """The runs of Hugging Face tensors that a rank in this one's place answers for, in map order; no collective.
 
@@ -107,10 +109,12 @@ def stage_pieces(
     """
     local, place = local_parameters(model), place_of(topology)
     for mapped in stored_parameters(shape, has_scalar_head):
-        if place not in holders(mapped, shape, topology):
+        if place not in holders(mapped, shape, has_scalar_head, topology):
             continue
-        pieces = mapped.layout.pieces(local[mapped.megatron].detach(), *shard_of(mapped, topology))
-        yield from ((name, piece) for name, piece in zip(mapped.hf, pieces, strict=True) if piece.numel())
+        shard = shard_of(mapped, topology)
+        pieces = mapped.layout.pieces(local[mapped.megatron].detach(), *shard)
+        runs = zip(mapped.runs(*shard), pieces, strict=True)
+        yield from ((mapped.hf[run.tensor], piece) for run, piece in runs if run.length)
 
 
 def hf_reader(folder: Path, has_scalar_head: bool, fresh_head_seed: int | None = None) -> TensorReader:
@@ -149,15 +153,18 @@ def with_fresh_head(read: TensorReader, seed: int) -> TensorReader:
     return lambda name, size: draw(name, size) if name == SCALAR_HEAD else read(name, size)
 
 
-def random_reader(seed: int, init_std: float) -> TensorReader:
+def random_reader(seed: int, init_std: float, norm: float = 1.0) -> TensorReader:
     """Draws each tensor from a generator of its own, so that the draw does not depend on the parallel layout.
 
-    Norm weights are 1; a scalar head has standard deviation 1 / (hidden size + 1), as OpenRLHF's reward models start.
+    Args:
+        norm: the weights of norms.
+
+    A scalar head has standard deviation 1 / (hidden size + 1), as OpenRLHF's reward models start.
     """
 
     def read(name: str, size: tuple[int, ...]) -> Tensor:
         if name.endswith("norm.weight"):
-            return torch.ones(size)
+            return torch.full(size, norm)
         std = 1.0 / (size[-1] + 1) if name == SCALAR_HEAD else init_std
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

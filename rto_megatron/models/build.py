@@ -5,27 +5,27 @@ from functools import partial
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 from torch.nn import functional
 
-from rto_megatron.models.context_attention import GatheredKeysAttention, UlyssesAttention
-from rto_megatron.models.experts import with_grouped_experts
-from rto_megatron.models.families import FAMILIES
-from rto_megatron.models.modules import GroupedGPT, PackedCoreAttention, RMSNorm, ScalarHead
+from rto_megatron.models.chunks import ModelChunks, StageLayout, cut_of
+from rto_megatron.models.fused_layers import fused_settings, is_fused
+from rto_megatron.models.layer_specs import block_spec
+from rto_megatron.models.modules import GroupedGPT, ScalarHead
+from rto_megatron.models.packed_rows import packed_row
+from rto_megatron.models.pipeline_cut import PipelineCut
+from rto_megatron.models.rotations import Rotations
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.models.weight_map import padded_vocab
 from rto_megatron.parallel.context import own_part
 from rto_megatron.parallel.topology import Topology
+from rto_megatron.platform.copies import copied_to
 from rto_megatron.types import TokenBatch
 
-# parallel.context_scheme -> Megatron's name for it, and the attention that does it.
-_SCHEMES = {"ulysses": "a2a", "gather": "all_gather"}
-_CONTEXT_ATTENTION = {"a2a": UlyssesAttention, "all_gather": GatheredKeysAttention}
+_SCHEMES = {"ulysses": "a2a", "gather": "all_gather"}  # parallel.context_scheme -> Megatron's name for it
+# Of torch's layers: kernels that are TransformerEngine's or apex's, and compiled ones that nobody has measured.
+_NO_FUSIONS = {"bias_activation_fusion": False, "bias_dropout_fusion": False, "apply_rope_fusion": False}
 _ACTIVATIONS = {
     "silu": functional.silu,
     "gelu": functional.gelu,
@@ -39,10 +39,12 @@ def transformer_config(
     dtype: torch.dtype,
     recompute: bool,
     moe_aux_loss_coef: float = 0.0,
+    has_scalar_head: bool = False,
 ) -> TransformerConfig:
-    """Megatron's configuration of a pre-norm, gated, bias-free decoder; fusions that need CUDA kernels are off.
+    """Megatron's configuration of a gated, bias-free decoder.
 
     Args:
+        has_scalar_head: counts where stages are balanced (`models.pipeline_cut`).
         moe_aux_loss_coef: weight of the load-balancing loss of a mixture of experts (arXiv 2101.03961, eq. 4), mean
             over the micro-batches of a step; Megatron adds its gradient in the backward pass.
     """
@@ -57,16 +59,11 @@ def transformer_config(
         layernorm_epsilon=shape.norm_eps,
         gated_linear_unit=True,
         activation_func=_ACTIVATIONS[shape.activation],
-        window_size=None
-        if shape.window is None
-        else (shape.window - 1, 0),  # tokens before and after the own one
-        window_attn_skip_freq=[int(i in shape.windowed_layers) for i in range(shape.num_layers)]
-        if shape.windowed_layers
-        else None,
+        **_attention(shape),
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        **_cut(topology),
+        **_cut(topology, cut_of(shape, has_scalar_head, topology)),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -82,25 +79,58 @@ def transformer_config(
         **_experts(shape, topology),
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
         persist_layer_norm=False,
-        apply_rope_fusion=False,
         cross_entropy_loss_fusion=False,
+        **(fused_settings(shape, topology) if is_fused(shape, topology, dtype) else _NO_FUSIONS),
         recompute_granularity="full" if recompute else None,
         recompute_method="uniform" if recompute else None,
         recompute_num_layers=1 if recompute else None,
     )
 
 
-def _cut(topology: Topology) -> dict[str, object]:
+def _attention(shape: ModelShape) -> dict[str, object]:
+    """Megatron's settings of what attention sees, by layer, and how positions and scores are scaled."""
+
+    def by_layer(layers: tuple[int, ...]) -> list[int] | None:
+        return [int(i in layers) for i in range(shape.num_layers)] if layers else None
+
+    yarn, scale = shape.rotation.yarn, shape.score_scale
+    if (
+        yarn is not None
+    ):  # queries and keys have the amplitude alike, for where there is one whole heads rotate
+        scale = (scale or shape.head_dim**-0.5) * yarn.amplitude**2
     return {
+        # Tokens before and after the own one.
+        "window_size": None if shape.window is None else (shape.window - 1, 0),
+        "window_attn_skip_freq": by_layer(shape.windowed_layers),
+        "no_rope_freq": by_layer(shape.rotation.unrotated_layers),
+        "rotary_interleaved": shape.rotation.is_interleaved,
+        "softmax_scale": scale,
+    }
+
+
+def _cut(topology: Topology, layers: PipelineCut) -> dict[str, object]:
+    return {
+        **_stages(topology, layers),
         "tensor_model_parallel_size": topology.tensor_size,
         "context_parallel_size": topology.context_size,
         "cp_comm_type": _SCHEMES[topology.context_scheme],
-        "pipeline_model_parallel_size": topology.pipeline_size,
         "sequence_parallel": topology.sequence_parallel,
     }
+
+
+def _stages(topology: Topology, layers: PipelineCut) -> dict[str, object]:
+    if topology.pipeline_size == 1:
+        return {}
+    sizes = {
+        "pipeline_model_parallel_size": topology.pipeline_size,
+        "pipeline_model_parallel_layout": StageLayout(layers, topology.pipeline_rank),
+    }
+    if topology.virtual_size == 1:
+        return sizes
+    # What goes to the next stage and comes from the one before it are matched by order where both are one rank, unless
+    # they are exchanged one by one: with 0.19.2's defaults two stages take each other's numbers.
+    return {**sizes, "overlap_p2p_comm": True, "batch_p2p_comm": False}
 
 
 def _experts(shape: ModelShape, topology: Topology) -> dict[str, object]:
@@ -124,38 +154,12 @@ def _experts(shape: ModelShape, topology: Topology) -> dict[str, object]:
     }
 
 
-def layer_spec(config: TransformerConfig, num_experts: int | None) -> ModuleSpec:
-    """The modules of a layer: Megatron's local ones, with this package's norm, core attention, experts and router.
-
-    Args:
-        num_experts: None: a dense layer.
-    """
-    layer: ModuleSpec = get_gpt_layer_local_spec(
-        num_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
-    )
-    layer.submodules.input_layernorm = RMSNorm
-    layer.submodules.pre_mlp_layernorm = RMSNorm
-    attention = layer.submodules.self_attention.submodules
-    attention.core_attention = (
-        PackedCoreAttention if config.context_parallel_size == 1 else _CONTEXT_ATTENTION[config.cp_comm_type]
-    )
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    # The fused-norm key names of TransformerEngine would hide which parameter a checkpoint entry is.
-    layer.submodules.sharded_state_dict_keys_map = {}
-    return layer if num_experts is None else with_grouped_experts(layer)
-
-
-def _block_spec(shape: ModelShape, config: TransformerConfig, stage: int) -> TransformerBlockSubmodules:
-    make = FAMILIES[shape.family].layer_spec or layer_spec
-    dense = make(config, None)
-    sparse = dense if shape.experts is None else make(config, shape.experts.num)
-    with_experts = () if shape.experts is None else shape.experts.layers
-    layers = config.num_layers // config.pipeline_model_parallel_size
-    own = range(stage * layers, (stage + 1) * layers)
-    return TransformerBlockSubmodules(
-        layer_specs=[sparse if i in with_experts else dense for i in own], layer_norm=RMSNorm
-    )
+def build_chunks(
+    shape: ModelShape, config: TransformerConfig, topology: Topology, has_scalar_head: bool
+) -> ModelChunks:
+    """This rank's parts of the model, parameters uninitialised; load them before use."""
+    numbers = range(topology.virtual_size)
+    return ModelChunks([build_model(shape, config, topology, has_scalar_head, number=n) for n in numbers])
 
 
 def build_model(
@@ -163,36 +167,44 @@ def build_model(
     config: TransformerConfig,
     topology: Topology,
     has_scalar_head: bool,
-    layers: TransformerBlockSubmodules | None = None,
+    number: int = 0,
 ) -> GPTModel:
-    """This rank's part of the model, parameters uninitialised; load them before use.
+    """One of this rank's chunks of the model; see `build_chunks`.
 
     Args:
-        layers: another implementation of them, to compare with; None: this package's.
+        number: of the chunk on its stage.
     """
+    is_first = topology.is_first_stage and number == 0
+    is_last = topology.is_last_stage and number == topology.virtual_size - 1
+    own_layers = cut_of(shape, has_scalar_head, topology).own_layers(topology.pipeline_rank, number)
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(
         logging.ERROR
     )  # GPTModel's notice of 0.19
     model = GroupedGPT(
         config=config,
-        transformer_layer_spec=layers or _block_spec(shape, config, topology.pipeline_rank),
+        transformer_layer_spec=block_spec(shape, config, topology, own_layers),
         vocab_size=padded_vocab(shape.vocab_size, topology.tensor_size),
         max_sequence_length=shape.max_positions,
-        pre_process=topology.is_first_stage,
-        post_process=topology.is_last_stage,
+        pre_process=is_first,
+        post_process=is_last,
+        vp_stage=number if topology.virtual_size > 1 else None,
         parallel_output=True,
         share_embeddings_and_output_weights=shape.is_tied and not has_scalar_head,
         position_embedding_type="rope",
+        rotary_percent=shape.rotation.share,
         rotary_base=shape.rope_theta,
         rope_scaling=shape.rope_scaling_factor is not None,
         rope_scaling_factor=shape.rope_scaling_factor or 8.0,
         pg_collection=topology.groups,
     )
-    if shape.embedding_scale != 1 and topology.is_first_stage:
-        model.embedding.register_forward_hook(
-            lambda module, inputs, embedded: embedded * shape.embedding_scale
-        )
-    if has_scalar_head and topology.is_last_stage:
+    if shape.rotation.has_own_angles:
+        model.rotary_pos_emb = Rotations(shape, config, topology.groups.cp)
+    if shape.embedding_scale != 1 and is_first:
+        scale = torch.tensor(
+            shape.embedding_scale, dtype=config.params_dtype
+        ).item()  # rounded, as Gemma's is
+        model.embedding.register_forward_hook(lambda module, inputs, embedded: embedded * scale)
+    if has_scalar_head and is_last:
         model.output_layer = ScalarHead(config, topology.tensor_group())
     for module in model.modules():
         vars(module).setdefault(
@@ -222,15 +234,7 @@ def forward(model: torch.nn.Module, batch: TokenBatch, topology: Topology) -> Te
     positions = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
     packed = None
     if is_cut or (batch.num_rows == 1 and len(batch.cu_seqlens) > 2):
-        offsets = torch.tensor(batch.cu_seqlens, dtype=torch.int32, device=rows.device)
-        longest = int(offsets.diff().max())
-        packed = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=offsets,
-            cu_seqlens_kv=offsets,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
-        )
+        packed = packed_row(batch.cu_seqlens, rows.device)
     # Of a mixture in training: padding is no load of an expert.
     config = model.config
     assert isinstance(config, TransformerConfig)
@@ -251,7 +255,7 @@ def is_padding(batch: TokenBatch) -> Tensor:
     is_padding_T = torch.ones(batch.tokens_T.shape, dtype=torch.bool)
     for start, last in zip(batch.cu_seqlens, batch.last_positions, strict=False):
         is_padding_T[start : last + 1] = False
-    return is_padding_T.to(batch.tokens_T.device)
+    return copied_to(is_padding_T, batch.tokens_T.device)
 
 
 def _raw_output(hidden_states: Tensor, output_layer: torch.nn.Module, **_: object) -> Tensor:

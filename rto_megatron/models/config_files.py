@@ -1,14 +1,14 @@
 """Shapes from config.json, with its traps, and config.json for weights that are exported."""
 
 from pathlib import Path
-from typing import Any
 
 from rto_megatron.models.families import FAMILIES, REFUSED
+from rto_megatron.models.family import Family
 from rto_megatron.models.hf_config import NAMED_WEIGHTS, HfConfig, read_config
+from rto_megatron.models.rope_config import FoundRope, read_rope, rope_keys
+from rto_megatron.models.rotation_shape import PLAIN_ROTATION
 from rto_megatron.models.shape import ModelShape
 
-# What megatron-core's RotaryEmbedding hard-codes for Llama-3.1 scaling.
-MEGATRON_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _REQUIRED = (
     "num_hidden_layers",
     "hidden_size",
@@ -43,19 +43,25 @@ def shape_of(config: HfConfig) -> ModelShape:
         config.refuse(f"model_type is {found!r}: {REFUSED[model_type]}")
     if model_type not in FAMILIES:
         config.refuse(f"model_type is {found!r}; supported are {sorted(FAMILIES)}")
-    config.refuse_set("attention_bias", "mlp_bias")
     family = FAMILIES[model_type]
-    if config.values.get("hidden_act", "silu") not in family.activations:
+    config = HfConfig(config.path, {**family.defaults, **config.values})
+    config.refuse_set(*family.refused)
+    activation = config.values.get(family.activation_key) or next(iter(family.activations))
+    if activation not in family.activations:
         config.refuse(
-            f"hidden_act is {config.values['hidden_act']!r}; the gate here is {' or '.join(family.activations)}"
+            f"{family.activation_key} is {activation!r}; the gate here is {' or '.join(family.activations)}"
         )
     config.require(*_REQUIRED, *family.required)
-    return family.read(config, _common_shape(config))
+    return family.read(config, _common_shape(config, family, activation))
 
 
-def _common_shape(config: HfConfig) -> ModelShape:
+def _common_shape(config: HfConfig, family: Family, activation: str) -> ModelShape:
     values = config.values
     heads = values["num_attention_heads"]
+    if family.not_run:  # a family that is converted and never run here keeps its scaling in config.json
+        rope = FoundRope(float(config.rope_theta or 10000.0), None, PLAIN_ROTATION, 0)
+    else:
+        rope = read_rope(config, family.ropes)
     return ModelShape(
         family=values["model_type"],
         num_layers=values["num_hidden_layers"],
@@ -65,33 +71,15 @@ def _common_shape(config: HfConfig) -> ModelShape:
         num_kv_heads=values.get("num_key_value_heads") or heads,
         head_dim=values.get("head_dim") or values["hidden_size"] // heads,
         vocab_size=values["vocab_size"],
-        max_positions=values["max_position_embeddings"],
+        max_positions=max(values["max_position_embeddings"], rope.stretched_positions),
         norm_eps=values["rms_norm_eps"],
-        rope_theta=float(config.rope_theta or 10000.0),
-        rope_scaling_factor=_rope_scaling(config),
+        rope_theta=rope.theta,
+        rope_scaling_factor=rope.llama3_factor,
         is_tied=bool(values.get("tie_word_embeddings", False)),
         init_std=float(values.get("initializer_range", 0.02)),
-        activation=FAMILIES[values["model_type"]].activations[values.get("hidden_act", "silu")],
+        activation=family.activations[activation],
+        rotation=rope.rotation,
     )
-
-
-def _rope_scaling(config: HfConfig) -> float | None:
-    rope: dict[str, Any] = config.rope
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if any(isinstance(value, dict) for value in rope.values()):
-        kind = "one for each kind of layer"
-    share = rope.get("partial_rotary_factor", config.values.get("partial_rotary_factor"))
-    if share not in (None, 1):
-        config.refuse(f"partial_rotary_factor={share}; positions rotate whole heads here")
-    # A family that is converted and never run here keeps its scaling in config.json.
-    if kind == "default" or FAMILIES[config.values["model_type"]].not_run:
-        return None
-    found = {key: rope.get(key) for key in MEGATRON_ROPE}
-    if kind != "llama3" or found != MEGATRON_ROPE:
-        config.refuse(
-            f"rope scaling {rope} cannot be expressed in megatron-core, which knows type llama3 with {MEGATRON_ROPE}"
-        )
-    return float(rope["factor"])
 
 
 def config_of(shape: ModelShape, has_scalar_head: bool, dtype: str) -> dict[str, object]:
@@ -101,9 +89,6 @@ def config_of(shape: ModelShape, has_scalar_head: bool, dtype: str) -> dict[str,
         dtype: float32, bfloat16 or float16.
     """
     family = FAMILIES[shape.family]
-    scaling = None
-    if shape.rope_scaling_factor is not None:
-        scaling = {"rope_type": "llama3", "factor": shape.rope_scaling_factor, **MEGATRON_ROPE}
     common = {
         "model_type": shape.family,
         "num_hidden_layers": shape.num_layers,
@@ -115,11 +100,12 @@ def config_of(shape: ModelShape, has_scalar_head: bool, dtype: str) -> dict[str,
         "vocab_size": shape.vocab_size,
         "max_position_embeddings": shape.max_positions,
         "rms_norm_eps": shape.norm_eps,
-        "rope_theta": shape.rope_theta,
-        "rope_scaling": scaling,
+        **rope_keys(shape),
         "tie_word_embeddings": shape.is_tied,
         "initializer_range": shape.init_std,
-        "hidden_act": next(name for name, kind in family.activations.items() if kind == shape.activation),
+        family.activation_key: next(
+            name for name, kind in family.activations.items() if kind == shape.activation
+        ),
     }
     return as_exported({**common, **family.config(shape)}, shape.family, has_scalar_head, dtype)
 

@@ -10,16 +10,17 @@ d numbers a head, c context ranks.
 """
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import all_to_all, gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from rto_megatron.models.modules import PackedCoreAttention
+from rto_megatron.models.packed_rows import PackedRow, attend_at_once, has_kernel, packed_row
 
 
 class _CutRows(PackedCoreAttention):
@@ -32,9 +33,10 @@ class _CutRows(PackedCoreAttention):
         *_: object,
         pg_collection: ProcessGroupCollection,
         softmax_scale: float | None = None,
+        softcap: float | None = None,
         **__: object,
     ) -> None:
-        super().__init__(config, layer_number, softmax_scale=softmax_scale)
+        super().__init__(config, layer_number, softmax_scale=softmax_scale, softcap=softcap)
         self.group = pg_collection.cp
 
 
@@ -53,7 +55,7 @@ class UlyssesAttention(_CutRows):
         attention_mask: Tensor | None,
         attn_mask_type: object = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PackedRow | None = None,
     ) -> Tensor:
         """[t, n, d] -> [t, n * d]; the offsets of `packed_seq_params` are those of the whole row."""
         assert packed_seq_params is not None, "rows are cut as packed ones"
@@ -86,7 +88,7 @@ class GatheredKeysAttention(_CutRows):
         attention_mask: Tensor | None,
         attn_mask_type: object = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PackedRow | None = None,
     ) -> Tensor:
         """See `UlyssesAttention.forward`."""
         assert packed_seq_params is not None, "rows are cut as packed ones"
@@ -95,12 +97,41 @@ class GatheredKeysAttention(_CutRows):
             torch.cat((key, value), -1), tensor_parallel_output_grad=True, group=self.group
         )
         key, value = both.split((key.shape[-1], value.shape[-1]), dim=-1)
-        first = self.group.rank() * len(query)
-        offsets, outs = packed_seq_params.cu_seqlens_q.tolist(), []
-        for start, end in pairwise(offsets):
-            from_, to = max(start, first), min(end, first + len(query))
-            if from_ >= to:
-                continue
+        if self.softcap is None and has_kernel(query, value):
+            return self.attend_at_once(query, key, value, packed_seq_params.offsets)
+        first, outs = self.group.rank() * len(query), []
+        for from_, to, start in self._pieces(len(query), packed_seq_params.offsets):
             piece = (query[from_ - first : to - first], key[start:to], value[start:to])
             outs.append(self.attend(*(x.transpose(0, 1)[None] for x in piece))[0].transpose(0, 1))
         return torch.cat(outs).flatten(1)
+
+    def attend_at_once(self, query: Tensor, key: Tensor, value: Tensor, offsets: Sequence[int]) -> Tensor:
+        """Own queries [t, n, d] to keys and values [T, k, d] of the whole row, in one call of a kernel: [t, n * d]."""
+        pieces = self._pieces(len(query), offsets)
+        first_query, first_key, last = pieces[0][0], pieces[0][2], pieces[-1][1]
+        ends = [to for _, to, _ in pieces]
+        queries = packed_row([0, *(to - first_query for to in ends)], query.device)
+        keys = packed_row([0, *(to - first_key for to in ends)], query.device)
+        key, value = key[first_key:last], value[first_key:last]
+        return attend_at_once(query, key, value, queries, keys, self.window, self.softmax_scale).flatten(1)
+
+    def _pieces(self, num_queries: int, offsets: Sequence[int]) -> list[tuple[int, int, int]]:
+        """Of the sequences that have queries here: the first, the one behind the last, and the sequence's first key."""
+        first = self.group.rank() * num_queries
+        return [
+            (max(start, first), min(end, first + num_queries), start)
+            for start, end in pairwise(offsets)
+            if start < first + num_queries and end > first
+        ]
+
+
+def context_attention(config: TransformerConfig) -> type[PackedCoreAttention]:
+    """The core attention of a layer whose rows are cut as the configuration says, or of one whose rows are whole."""
+    return PackedCoreAttention if config.context_parallel_size == 1 else _SCHEMES[config.cp_comm_type]
+
+
+# Megatron's name of an exchange -> the attention that does it.
+_SCHEMES: dict[str, type[PackedCoreAttention]] = {
+    "a2a": UlyssesAttention,
+    "all_gather": GatheredKeysAttention,
+}

@@ -1,7 +1,7 @@
 """Floating-point operations that a forward pass needs by the model's mathematics, whatever is recomputed or padded.
 
-A multiplication with its addition counts two. Of a causal attention matrix half is counted; a sliding window and
-everything that is no matrix product count nothing. A backward pass takes twice the forward's.
+A multiplication with its addition counts two. Of a causal attention matrix half is counted, in layers with a sliding
+window what lies in it; what is no matrix product counts nothing. A backward pass takes twice the forward's.
 """
 
 from collections.abc import Iterable
@@ -13,14 +13,21 @@ def forward_flops(shape: ModelShape, has_scalar_head: bool, lengths: Iterable[in
     """Operations of one forward: of each sequence of s tokens 2 N s + s^2 x heads x (key + value size) x layers.
 
     N counts the weights that a token is multiplied with (`weights_per_token`). For ordinary attention the second term
-    is 2 s^2 x heads x head size x layers.
+    is 2 s^2 x heads x head size x layers. In a layer with a window of w < s tokens s^2 becomes w (2 s - w).
     """
     found = list(lengths)
     latent = shape.latent
     head = 2 * shape.head_dim if latent is None else latent.nope_dim + latent.rope_dim + latent.value_dim
-    attention = shape.num_layers * shape.num_heads * head
     weights = weights_per_token(shape, has_scalar_head)
-    return float(2 * weights * sum(found) + attention * sum(length * length for length in found))
+    return float(2 * weights * sum(found) + shape.num_heads * head * sum(_seen(shape, n) for n in found))
+
+
+def _seen(shape: ModelShape, length: int) -> int:
+    """Twice the pairs of a token and one that it sees, in all layers."""
+    if shape.window is None:
+        return shape.num_layers * length * length
+    windowed, within = len(shape.windowed_layers) or shape.num_layers, min(length, shape.window)
+    return (shape.num_layers - windowed) * length * length + windowed * within * (2 * length - within)
 
 
 def head_flops(shape: ModelShape, num_positions: int) -> float:

@@ -1,12 +1,12 @@
-"""Modules of a GPTModel that are ours: core attention of packed sequences, the norm of a family, a scalar head."""
+"""Modules of a GPTModel that are ours: core attention of packed sequences, knowledge of its groups, a scalar head."""
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.models.gpt import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
@@ -15,6 +15,10 @@ from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.bias import causal_lower_right
+from torch.utils.checkpoint import checkpoint
+
+from rto_megatron.models.head_memory import PART_QUERIES
+from rto_megatron.models.packed_rows import PackedRow, attend_at_once, has_kernel
 
 
 class PackedCoreAttention(MegatronModule):  # type: ignore[misc]  # megatron-core has no types
@@ -32,9 +36,11 @@ class PackedCoreAttention(MegatronModule):  # type: ignore[misc]  # megatron-cor
         layer_number: int,
         *_: object,
         softmax_scale: float | None = None,
+        softcap: float | None = None,
         **__: object,
     ) -> None:
         super().__init__(config=config)
+        self.softcap = softcap
         has_window = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.window = config.window_size[0] + 1 if has_window else None
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
@@ -47,7 +53,7 @@ class PackedCoreAttention(MegatronModule):  # type: ignore[misc]  # megatron-cor
         attention_mask: Tensor | None,
         attn_mask_type: object = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PackedRow | None = None,
     ) -> Tensor:
         """Packed: query [t, n, d] -> [t, n * d]. Padded: [s, b, n, d] -> [s, b, n * d]."""
         assert attention_mask is None and attention_bias is None
@@ -55,7 +61,10 @@ class PackedCoreAttention(MegatronModule):  # type: ignore[misc]  # megatron-cor
             out = self.attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)))  # [b, n, s, d]
             out = out.permute(2, 0, 1, 3)
             return out.reshape(*out.shape[:2], -1)
-        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        row = packed_seq_params
+        if self.softcap is None and has_kernel(query, value):
+            return attend_at_once(query, key, value, row, row, self.window, self.softmax_scale).flatten(1)
+        lengths = [end - start for start, end in pairwise(row.offsets)]
         pieces = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
         outs = [self.attend(*(x.transpose(0, 1)[None] for x in piece))[0].transpose(0, 1) for piece in pieces]
         out = torch.cat(outs)
@@ -63,12 +72,10 @@ class PackedCoreAttention(MegatronModule):  # type: ignore[misc]  # megatron-cor
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[b, n, s, d] -> the same; keys may begin before the queries, and end with them."""
-        length, before, sees = key.shape[2], key.shape[2] - query.shape[2], None
-        if self.window is not None and length > self.window:
-            seen = query.new_ones(query.shape[2], length, dtype=torch.bool)
-            sees = seen.tril(before).triu(before + 1 - self.window)
-        elif before:
-            sees = causal_lower_right(query.shape[2], length)
+        length, before = key.shape[2], key.shape[2] - query.shape[2]
+        if self.softcap is not None or (self.window is not None and length > self.window):
+            return self._attend_in_parts(query, key, value)
+        sees = causal_lower_right(query.shape[2], length) if before else None
         return functional.scaled_dot_product_attention(
             query,
             key,
@@ -79,28 +86,39 @@ class PackedCoreAttention(MegatronModule):  # type: ignore[misc]  # megatron-cor
             enable_gqa=query.shape[1] != key.shape[1],
         )
 
+    def _attend_in_parts(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """As `attend`, some queries at a time, each part with the keys that one of them sees."""
+        # Heads apart: of torch's kernels those that take a mask without keeping all scores know no groups.
+        groups, outs = query.shape[1] // key.shape[1], []
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        window = self.window or key.shape[2]
+        step = PART_QUERIES if self.softcap is not None else max(PART_QUERIES, window)
+        for first in range(0, query.shape[2], step):
+            own = query[:, :, first : first + step]
+            at = key.shape[2] - query.shape[2] + first  # of the first query, among the keys
+            keys = slice(max(0, at + 1 - window), at + own.shape[2])
+            seen = own.new_ones(own.shape[2], keys.stop - keys.start, dtype=torch.bool)
+            seen = seen.tril(at - keys.start).triu(at - keys.start + 1 - window)
+            outs.append(self._attend_masked(own, key[:, :, keys], value[:, :, keys], seen))
+        return torch.cat(outs, 2)
 
-class RMSNorm(torch.nn.Module):
-    """x / rms(x) * weight over the last dimension.
+    def _attend_masked(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
+        if self.softcap is None:
+            return functional.scaled_dot_product_attention(
+                query, key, value, attn_mask=seen, scale=self.softmax_scale
+            )
+        # No kernel has a cap: the backward pass computes the scores of these queries again.
+        attended: Tensor = checkpoint(
+            self._attend_capped, query, key, value, seen, use_reentrant=False, preserve_rng_state=False
+        )
+        return attended
 
-    The weight is replicated over tensor ranks; with sequence parallelism each rank sees a part of the tokens, so the
-    weight carries Megatron's `sequence_parallel` tag, by which its gradient is summed over tensor ranks.
-
-    Example:
-        RMSNorm(config, hidden_size=64, eps=1e-5)(x)
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # megatron reads it there
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Same shape and dtype as `x`; statistics in float32 as in Hugging Face's LlamaRMSNorm."""
-        x_float = x.float()
-        normed = x_float * torch.rsqrt(x_float.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+    def _attend_capped(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
+        assert self.softcap is not None
+        scores = (query @ key.transpose(2, 3)) * self.softmax_scale
+        scores = torch.tanh(scores / self.softcap) * self.softcap
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1, dtype=torch.float32)
+        return weights.to(query.dtype) @ value
 
 
 class GroupedGPT(GPTModel):  # type: ignore[misc]  # megatron-core has no types

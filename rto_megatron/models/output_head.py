@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from rto_megatron.models.logit_shaping import UNSHAPED, LogitShaping
 from rto_megatron.types import BannedTargets
 
 _COLUMNS = 8192  # of a product that is added up in float32: bounds its copy in the model's dtype
@@ -114,9 +115,14 @@ class Statistic(Protocol):
 
 
 def read_in_chunks(
-    hidden_Nh: Tensor, weight_vh: Tensor, shard: Shard, statistic: Statistic, chunk: int
+    hidden_Nh: Tensor,
+    weight_vh: Tensor,
+    shard: Shard,
+    statistic: Statistic,
+    chunk: int,
+    shaping: LogitShaping = UNSHAPED,
 ) -> Tensor:
-    """What a statistic reads of softmax(hidden @ weight.T), in float32, differentiable in both.
+    """What a statistic reads of softmax(shaping(hidden @ weight.T)), in float32, differentiable in both.
 
     Every rank of the shard's group must call it, with the same states.
 
@@ -124,19 +130,22 @@ def read_in_chunks(
         hidden_Nh: what the output projection reads. Its gradient is this rank's part, to be added up over the ranks.
         weight_vh: this tensor rank's rows of that projection, padding included.
         chunk: positions whose logits exist at a time.
+        shaping: what the family does to logits.
 
     Returns:
         [k, N], equal on all tensor ranks.
     """
     outputs_kN: Tensor = _Reading.apply(  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
-        hidden_Nh, weight_vh, shard, statistic, chunk
+        hidden_Nh, weight_vh, shard, statistic, chunk, shaping
     )
     return outputs_kN
 
 
-def chunk_logits(hidden_Nh: Tensor, weight_vh: Tensor, rows: slice) -> Tensor:
+def chunk_logits(
+    hidden_Nh: Tensor, weight_vh: Tensor, rows: slice, shaping: LogitShaping = UNSHAPED
+) -> Tensor:
     """A chunk's logits, rounded to the model's dtype on the way to float32, as a whole product's would be."""
-    return (hidden_Nh[rows] @ weight_vh.t()).float()
+    return shaping.shaped((hidden_Nh[rows] @ weight_vh.t()).float())
 
 
 class _Context(FunctionCtx):
@@ -145,27 +154,35 @@ class _Context(FunctionCtx):
     shard: Shard
     statistic: Statistic
     chunk: int
+    shaping: LogitShaping
     saved_tensors: tuple[Tensor, ...]
 
 
 class _Reading(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: _Context, hidden_Nh: Tensor, weight_vh: Tensor, shard: Shard, statistic: Statistic, chunk: int
+        ctx: _Context,
+        hidden_Nh: Tensor,
+        weight_vh: Tensor,
+        shard: Shard,
+        statistic: Statistic,
+        chunk: int,
+        shaping: LogitShaping,
     ) -> Tensor:
         own_vh = weight_vh[: shard.num_columns]
         # The chunk's logits are nobody else's: a name for them here would keep them beside the next chunk's.
         parts = [
-            statistic.part(chunk_logits(hidden_Nh, own_vh, rows), rows) for rows in _chunks(hidden_Nh, chunk)
+            statistic.part(chunk_logits(hidden_Nh, own_vh, rows, shaping), rows)
+            for rows in _chunks(hidden_Nh, chunk)
         ]
         outputs_kN, kept_nN = statistic.combined(torch.cat(parts, 1))
         ctx.save_for_backward(hidden_Nh, weight_vh, kept_nN)
-        ctx.shard, ctx.statistic, ctx.chunk = shard, statistic, chunk
+        ctx.shard, ctx.statistic, ctx.chunk, ctx.shaping = shard, statistic, chunk, shaping
         return outputs_kN
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _Context, grad_kN: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: _Context, grad_kN: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         hidden_Nh, weight_vh, kept_nN = ctx.saved_tensors
         num_columns, dtype = ctx.shard.num_columns, hidden_Nh.dtype
         grad_hidden_Nh = torch.zeros_like(hidden_Nh)
@@ -174,13 +191,15 @@ class _Reading(torch.autograd.Function):
         grad_weight_vh = torch.zeros_like(weight_vh, dtype=wide)  # rows of padding keep the 0
         own_vh = weight_vh[:num_columns]
         for rows in _chunks(hidden_Nh, ctx.chunk) if num_columns else ():
-            logits_Cv = chunk_logits(hidden_Nh, own_vh, rows)
-            grad_Cv = ctx.statistic.gradient(logits_Cv, rows, kept_nN[:, rows], grad_kN[:, rows]).to(dtype)
-            del logits_Cv
+            logits_Cv = chunk_logits(hidden_Nh, own_vh, rows, ctx.shaping)
+            slope_Cv = ctx.shaping.slope(logits_Cv)
+            shaped_Cv = ctx.statistic.gradient(logits_Cv, rows, kept_nN[:, rows], grad_kN[:, rows])
+            grad_Cv = ctx.shaping.through(shaped_Cv, slope_Cv).to(dtype)
+            del logits_Cv, slope_Cv, shaped_Cv
             grad_hidden_Nh[rows] = grad_Cv @ own_vh
             _add_product(grad_weight_vh[:num_columns], grad_Cv, hidden_Nh[rows])
             del grad_Cv  # which would lie beside the next chunk's logits
-        return grad_hidden_Nh, grad_weight_vh.to(dtype), None, None, None
+        return grad_hidden_Nh, grad_weight_vh.to(dtype), None, None, None, None
 
 
 def _chunks(hidden_Nh: Tensor, chunk: int) -> Iterator[slice]:

@@ -1,9 +1,10 @@
 """The whole model's parameters, in the order of the forward pass, and where they live."""
 
-import math
 from collections.abc import Iterable
 
+from rto_megatron.config.training import StageLayers
 from rto_megatron.models.families import FAMILIES, blocks
+from rto_megatron.models.pipeline_cut import PipelineCut, pipeline_cut
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.models.weight_map import MappedParameter
 
@@ -28,26 +29,29 @@ def hf_shapes(parameters: Iterable[MappedParameter]) -> dict[str, tuple[int, ...
     return {name: shape for p in parameters for name, shape in p.sizes()}
 
 
-def stage_of(parameter: MappedParameter, shape: ModelShape, pipeline_size: int) -> int:
+def stage_of(parameter: MappedParameter, cut: PipelineCut) -> int:
     """The pipeline stage that owns a parameter."""
     if parameter.layer is not None:
-        return parameter.layer // (shape.num_layers // pipeline_size)
-    return pipeline_size - 1 if parameter.is_output_side else 0
+        return cut.stage_of(parameter.layer)
+    return cut.pipeline - 1 if parameter.is_output_side else 0
 
 
 def num_parameters(shape: ModelShape, has_scalar_head: bool) -> int:
     """Parameters of the model, each counted once."""
-    return sum(_size(p) for p in stored_parameters(shape, has_scalar_head))
+    return sum(p.num_parameters for p in stored_parameters(shape, has_scalar_head))
 
 
-def stage_sizes(shape: ModelShape, has_scalar_head: bool, pipeline_size: int) -> list[tuple[int, int]]:
-    """Parameters of every pipeline stage, without experts and of all experts; a tied copy on the last one counts."""
-    sizes = [[0, 0] for _ in range(pipeline_size)]
+def stage_sizes(
+    shape: ModelShape, has_scalar_head: bool, pipeline: int, virtual: int = 1, stages: StageLayers = None
+) -> list[tuple[int, int]]:
+    """Parameters of every pipeline stage, without experts and of all experts; a tied copy on the last one counts.
+
+    Args:
+        pipeline, virtual, stages: see `pipeline_cut`.
+    """
+    cut = pipeline_cut(shape, has_scalar_head, pipeline, virtual, stages)
+    sizes = [[0, 0] for _ in range(pipeline)]
     for parameter in parameter_map(shape, has_scalar_head):
-        if not parameter.is_copy or pipeline_size > 1:
-            sizes[stage_of(parameter, shape, pipeline_size)][parameter.expert is not None] += _size(parameter)
+        if not parameter.is_copy or pipeline > 1:
+            sizes[stage_of(parameter, cut)][parameter.expert is not None] += parameter.num_parameters
     return [(others, experts) for others, experts in sizes]
-
-
-def _size(parameter: MappedParameter) -> int:
-    return sum(math.prod(size) for size in parameter.hf_shapes)

@@ -1,9 +1,12 @@
 """The sizes of a model: everything that decides parameter shapes and the forward pass."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
+from rto_megatron.models.rotation_shape import PLAIN_ROTATION, Rotation
+
 Activation = Literal["silu", "gelu", "gelu_tanh"]
+NormPlace = Literal["before", "after", "around"]
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,44 @@ class ModelShape:
     window: int | None = None  # tokens that attention sees, the own one included; null: all before
     windowed_layers: tuple[int, ...] = ()  # those with the window; none: every layer, if there is a window
     embedding_scale: float = 1.0  # of the token embeddings, before the first layer
+    rotation: Rotation = PLAIN_ROTATION
+    norms: NormPlace = "before"  # attention and feed-forward network, inside the residual connection
+    has_shifted_norms: bool = False  # they multiply by 1 + weight
+    has_whole_qk_norm: bool = False  # one norm over all heads of q, and one over those of k
+    residual_scale: float = 1.0  # of what attention and feed-forward network add
+    score_scale: float | None = None  # of attention scores; null: 1 / sqrt(head_dim)
+    score_softcap: float | None = None  # largest magnitude of attention scores, by tanh; null: none
+    logit_divisor: float = 1.0  # of a language model's logits
+    logit_softcap: float | None = None  # their largest magnitude; null: none
 
     @property
     def is_uniform(self) -> bool:
         """Whether all layers have the same parameters."""
         return self.experts is None or len(self.experts.layers) in (0, self.num_layers)
+
+    @property
+    def num_norms(self) -> int:
+        """Norms over the hidden size in one layer."""
+        return 4 if self.norms == "around" else 2
+
+    @property
+    def own_parts(self) -> dict[str, object]:
+        """What is not as in Llama's decoder, nor a bias, a norm of heads or a mixture: name -> value."""
+        return {
+            part.name: getattr(self, part.name)
+            for part in fields(self)
+            if part.name in _OWN_PARTS and getattr(self, part.name) != part.default
+        }
+
+
+_OWN_PARTS = frozenset(
+    {"activation", "window", "windowed_layers", "embedding_scale", "rotation", "norms", "has_shifted_norms"}
+    | {
+        "has_whole_qk_norm",
+        "residual_scale",
+        "score_scale",
+        "score_softcap",
+        "logit_divisor",
+        "logit_softcap",
+    }
+)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rto_megatron.models.logit_shaping import UNSHAPED, LogitShaping
 from rto_megatron.models.output_head import Shard, chunk_logits, read_in_chunks
 
 
@@ -23,6 +24,7 @@ def token_divergence(
     vocab_size: int,
     group: dist.ProcessGroup,
     chunk: int,
+    shapings: tuple[LogitShaping, LogitShaping] = (UNSHAPED, UNSHAPED),
 ) -> Tensor:
     """What TDPO reads of every position: log pi(target), log pi_ref(target), KL(pi_ref || pi); float32, nats.
 
@@ -36,26 +38,31 @@ def token_divergence(
         vocab_size: columns from here on are padding and get no probability.
         group: the tensor ranks, `Topology.tensor_group`.
         chunk: positions whose logits exist at a time.
+        shapings: what the families of policy and reference do to logits.
 
     Returns:
         [3, N], equal on all tensor ranks.
     """
     hidden_Nh, weight_vh = states
     shard = Shard.of(weight_vh, vocab_size, group)
-    return read_in_chunks(hidden_Nh, weight_vh, shard, _Divergence(shard, reference, targets_N), chunk)
+    statistic = _Divergence(shard, reference, targets_N, shapings[1])
+    return read_in_chunks(hidden_Nh, weight_vh, shard, statistic, chunk, shapings[0])
 
 
 class _Divergence:
     """See `Statistic`."""
 
-    def __init__(self, shard: Shard, reference: tuple[Tensor, Tensor], targets_N: Tensor) -> None:
+    def __init__(
+        self, shard: Shard, reference: tuple[Tensor, Tensor], targets_N: Tensor, shaping: LogitShaping
+    ) -> None:
         self._shard = shard
         self._hidden_Nh, weight_vh = reference
         self._weight_vh = weight_vh[: shard.num_columns]
         self._targets_N = targets_N
+        self._shaping = shaping  # of the reference
 
     def part(self, logits_Cv: Tensor, rows: slice) -> Tensor:
-        both = (logits_Cv, chunk_logits(self._hidden_Nh, self._weight_vh, rows))
+        both = (logits_Cv, self._reference(rows))
         policy_Cv, reference_Cv = both
         largest = [self._shard.largest(z_Cv) for z_Cv in both]
         chosen = [self._shard.chosen(z_Cv, self._targets_N[rows]) for z_Cv in both]
@@ -80,7 +87,7 @@ class _Divergence:
     def gradient(self, logits_Cv: Tensor, rows: slice, kept_nC: Tensor, grad_kC: Tensor) -> Tensor:
         """d log pi(target) = onehot - pi and d KL = pi - pi_ref."""
         grad_logp_C, _, grad_kl_C = grad_kC
-        reference_Cv = chunk_logits(self._hidden_Nh, self._weight_vh, rows)
+        reference_Cv = self._reference(rows)
         pi_Cv, pi_ref_Cv = (
             z_Cv.sub_(kept_nC[i, :, None]).exp_().div_(kept_nC[2 + i, :, None])
             for i, z_Cv in enumerate((logits_Cv, reference_Cv))
@@ -88,3 +95,6 @@ class _Divergence:
         grad_Cv = pi_Cv.mul_((grad_kl_C - grad_logp_C)[:, None])
         grad_Cv.addcmul_(pi_ref_Cv, grad_kl_C[:, None], value=-1)
         return self._shard.add_to_targets(grad_Cv, self._targets_N[rows], grad_logp_C)
+
+    def _reference(self, rows: slice) -> Tensor:
+        return chunk_logits(self._hidden_Nh, self._weight_vh, rows, self._shaping)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rto_megatron.models.logit_shaping import UNSHAPED, LogitShaping
 from rto_megatron.models.output_head import Shard, Targets, read_in_chunks
 from rto_megatron.models.token_logprobs import drawn_logits
 
@@ -22,6 +23,7 @@ def token_entropies(
     group: dist.ProcessGroup,
     asked: Targets,
     chunk: int,
+    shaping: LogitShaping = UNSHAPED,
 ) -> Tensor:
     """Log-probs of the targets and entropies, both of softmax(logits / temperature), in float32, nats.
 
@@ -32,7 +34,7 @@ def token_entropies(
         [2, N], equal on all tensor ranks.
     """
     shard = Shard.of(weight_vh, vocab_size, group)
-    return read_in_chunks(hidden_Nh, weight_vh, shard, _Entropies(shard, asked), chunk)
+    return read_in_chunks(hidden_Nh, weight_vh, shard, _Entropies(shard, asked), chunk, shaping)
 
 
 class _Entropies:

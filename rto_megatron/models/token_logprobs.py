@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rto_megatron.models.logit_shaping import UNSHAPED, LogitShaping
 from rto_megatron.models.output_head import Shard, Targets, read_in_chunks
 
 
@@ -18,6 +19,7 @@ def token_logprobs(
     group: dist.ProcessGroup,
     asked: Targets,
     chunk: int,
+    shaping: LogitShaping = UNSHAPED,
 ) -> Tensor:
     """log softmax(logits / temperature)[targets] in float32; see `output_head.read_in_chunks`.
 
@@ -28,12 +30,13 @@ def token_logprobs(
         group: the tensor ranks, `Topology.tensor_group`; all of them must call this, with the same targets.
         asked: the targets, and what their log-probs are of.
         chunk: positions whose logits exist at a time.
+        shaping: what the family does to logits.
 
     Returns:
         [N] float32, nats, equal on all tensor ranks.
     """
     shard = Shard.of(weight_vh, vocab_size, group)
-    return read_in_chunks(hidden_Nh, weight_vh, shard, _Logprobs(shard, asked), chunk)[0]
+    return read_in_chunks(hidden_Nh, weight_vh, shard, _Logprobs(shard, asked), chunk, shaping)[0]
 
 
 def drawn_logits(logits_Cv: Tensor, shard: Shard, asked: Targets, rows: slice) -> Tensor:

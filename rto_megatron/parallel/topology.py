@@ -10,20 +10,28 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from rto_megatron.config.training import ContextScheme, GridConfig, RoleGridConfig, RoleName, shared_ranks
-from rto_megatron.errors import SUBJECTS, RecipeError, UserError
+from rto_megatron.config.training import (
+    ContextScheme,
+    GridConfig,
+    RoleGridConfig,
+    RoleName,
+    StageLayers,
+    shared_ranks,
+)
+from rto_megatron.errors import SUBJECTS, UserError
 from rto_megatron.parallel import collectives
 from rto_megatron.parallel.following import Following
 from rto_megatron.parallel.groups import make_groups
 from rto_megatron.parallel.meeting import join_ranks
 from rto_megatron.parallel.seeds import seed_generators
+from rto_megatron.parallel.whole_models import require_whole_models
 from rto_megatron.parallel.work import Work
 from rto_megatron.platform.device import Device
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Topology:
-    """A TP x CP x PP x DP layout, and this rank's place in it.
+    """A TP x CP x PP x DP layout, and this rank's place in it; each is equal to itself alone.
 
     A copy of a model is on tensor x pipeline ranks. A replica is the context x as many that work on one micro-batch, of
     whose rows each context rank has a part; `data_rank` numbers the replicas. The job has the policy's layout; a role
@@ -47,15 +55,17 @@ class Topology:
     context_size: int = 1
     context_scheme: ContextScheme = "ulysses"
     # Of the layout, for Megatron's constructors and schedules; a group that was not made raises when it is asked for.
-    groups: ProcessGroupCollection = field(default_factory=ProcessGroupCollection, compare=False, repr=False)
-    work: Work = field(default_factory=Work, compare=False, repr=False)  # of all models of this rank
-    following: Following = field(default_factory=lambda: Following(0, None, None), compare=False, repr=False)
+    groups: ProcessGroupCollection = field(default_factory=ProcessGroupCollection, repr=False)
+    work: Work = field(default_factory=Work, repr=False)  # of all models of this rank
+    following: Following = field(default_factory=lambda: Following(0, None, None), repr=False)
     # Role -> the layout that it has for itself.
-    roles: "Mapping[str, Topology]" = field(default_factory=dict, compare=False, repr=False)
+    roles: "Mapping[str, Topology]" = field(default_factory=dict, repr=False)
     # Of a role with a layout of its own, the policy's: from where its data comes and where its numbers are wanted.
-    home: "Topology | None" = field(default=None, compare=False, repr=False)
+    home: "Topology | None" = field(default=None, repr=False)
     expert_size: int = 1  # parts of a mixture's experts
     expert_tensor_size: int = 1  # ranks of one
+    virtual_size: int = 1  # chunks of a model on each stage
+    stages: StageLayers = None  # layers of each stage
 
     @classmethod
     def init(
@@ -71,6 +81,8 @@ class Topology:
         expert_tensor: int | None = None,
         context: int = 1,
         context_scheme: ContextScheme = "ulysses",
+        virtual: int = 1,
+        stages: StageLayers = None,
     ) -> "Topology":
         """Joins the process group that the launcher announced in the environment.
 
@@ -78,6 +90,7 @@ class Topology:
             timeout: of a collective; longer than one rank may let the others wait, such as for rollouts.
             roles: role -> its own layout; None: all have the one of the policy.
             expert, expert_tensor: parts of the experts of a mixture, and ranks of one; see `GridConfig`.
+            virtual, stages: chunks of a model on each stage, and layers of each; see `GridConfig`.
 
         Raises:
             AbsentRanks: not all ranks came.
@@ -93,6 +106,8 @@ class Topology:
             sequence=sequence,
             expert=expert,
             expert_tensor=expert_tensor,
+            virtual=virtual,
+            stages=stages,
         )
         others: dict[str, Topology] = {}
         shared = shared_ranks(roles or {}, dist.get_world_size())
@@ -331,24 +346,7 @@ def _placed(
 ) -> Topology:
     """This rank's place in a grid over some ranks; all ranks must call it, for all grids in one order."""
     world = dist.get_world_size()
-    if not ranks or len(ranks) % grid.replica_ranks:
-        whose = (
-            f"{world} ranks were started"
-            if len(ranks) == world
-            else f"{len(ranks)} of {world} ranks hold the model"
-        )
-        raise RecipeError(
-            f"{whose}, but {grid.product(section)}; start a multiple of {grid.replica_ranks} ranks"
-        )
-    if ranks[-1] >= world:
-        raise RecipeError(
-            f"{section}.ranks names rank {ranks[-1]} of {world} ranks, 0 to {world - 1}; start more"
-        )
-    if len(ranks) % grid.whole_ranks:
-        raise RecipeError(
-            f"{len(ranks)} ranks hold the model, and with {section}.expert={grid.expert} parts of {grid.expert_cut} "
-            f"ranks each its experts lie on {grid.whole_ranks}; start a multiple of {grid.whole_ranks} ranks"
-        )
+    require_whole_models(grid, ranks, world, section)
     data_size = len(ranks) // grid.replica_ranks
     experts = (grid.expert, grid.expert_tensor)
     groups = make_groups(ranks, grid.tensor, grid.pipeline, timeout, *experts, grid.context)
@@ -374,6 +372,8 @@ def _placed(
         home=home,
         expert_size=grid.expert,
         expert_tensor_size=grid.expert_cut,
+        virtual_size=grid.virtual,
+        stages=grid.stages,
     )
 
 

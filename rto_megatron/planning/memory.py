@@ -6,8 +6,9 @@ distributed optimizer; 16 in fp32; a frozen model has its weights only. Experts 
 which have fewer replicas. Activations are the largest training forward of one micro-batch: with
 recomputation the layers' inputs and one layer's inside, else 34 bytes x hidden x layers a token of a context
 rank (Korthikanti et al. 2022, without the attention matrix, which is never stored; where keys are gathered,
-those of the whole row too), and for a language model what reads its
-log-probs, a chunk of positions at a time (`models/head_memory.py`).
+those of the whole row too, with four norms a layer 4 bytes more, with a soft cap of scores those of some
+queries), of as many micro-batches as the pipeline's fullest stage keeps at once (`PipelineCut.in_flight`), and for a
+language model what reads its log-probs, a chunk of positions at a time (`models/head_memory.py`).
 """
 
 from collections.abc import Collection, Mapping
@@ -19,8 +20,9 @@ from rto_megatron.config.roles import Role, roles_of
 from rto_megatron.config.schema import Stage, TrainStage
 from rto_megatron.config.step_phases import NEEDED, StepPhase
 from rto_megatron.config.training import FrozenPrecisionConfig
-from rto_megatron.models.head_memory import head_bytes
+from rto_megatron.models.head_memory import capped_bytes, head_bytes
 from rto_megatron.models.parameters import num_parameters, stage_sizes
+from rto_megatron.models.pipeline_cut import pipeline_cut
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.planning.shapes import FoundShape
 
@@ -58,7 +60,9 @@ def _held(role: Role, shape: ModelShape, plan: StagePlan) -> tuple[int, int]:
     layout = plan.layout_of(role.name)
     stages = [
         (-(-others // layout.tensor), -(-experts // layout.expert_ranks))
-        for others, experts in stage_sizes(shape, role.has_value_head, layout.pipeline)
+        for others, experts in stage_sizes(
+            shape, role.has_value_head, layout.pipeline, layout.virtual, layout.stages
+        )
     ]
     return max(stages, key=sum)
 
@@ -172,17 +176,26 @@ def activation_bytes(
             continue
         shape, grid = shapes[role.name].shape, plan.config.parallel.grid_of(role.name)
         tensor, own = grid.tensor, -(-tokens // grid.context)
-        inside_layer = 34 * width * own * shape.hidden_size // tensor
+        inside_layer = (30 + 2 * shape.num_norms) * width * own * shape.hidden_size // tensor
+        heads, groups = shape.num_heads, shape.num_kv_heads
         if grid.context > 1 and grid.context_scheme == "gather":
-            inside_layer += 2 * 2 * width * tokens * shape.num_kv_heads * shape.head_dim // tensor
-        # The first of P pipeline stages has layers / P, and 1F1B keeps P micro-batches in flight there.
+            inside_layer += 2 * 2 * width * tokens * max(groups // tensor, 1) * shape.head_dim
+        if tensor > groups:  # a head's ranks hold q, k and v of all of them
+            inside_layer += width * own * (heads + 2 * groups) * shape.head_dim
+        # Even stages of 1F1B: the first of P has layers / P, and P micro-batches in flight.
+        stages = (grid.pipeline, grid.virtual, grid.stages)
+        held = pipeline_cut(shape, role.has_value_head, *stages).in_flight()
         if training.precision.recompute:
-            layers = 2 * width * own * shape.hidden_size * shape.num_layers + inside_layer
+            layers = 2 * width * own * shape.hidden_size * held + inside_layer
         else:
-            layers = inside_layer * shape.num_layers
+            layers = inside_layer * held
         columns = -(-shape.vocab_size // tensor)
-        head = 0 if role.has_value_head else head_bytes(own, shape.hidden_size, columns, 2 * width)
-        peak = max(peak, layers + head)
+        is_capped = shape.logit_softcap is not None
+        head = 0 if role.has_value_head else head_bytes(own, shape.hidden_size, columns, 2 * width, is_capped)
+        capped = 0
+        if shape.score_softcap is not None:  # of one sequence, while no log-prob is read
+            capped = capped_bytes(length, length, -(-shape.num_heads // tensor), 2 * width)
+        peak = max(peak, layers + max(head, capped))
     return peak
 
 

@@ -1,17 +1,19 @@
 """The device of this rank and the one call that makes megatron.core importable on it."""
 
-import importlib.util
 import logging
 import os
 import warnings
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from rto_megatron.config.training import FrozenPrecisionConfig
 from rto_megatron.errors import MachineError
 from rto_megatron.platform import cpu
+from rto_megatron.platform.kernels import Kernels, choose
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Device:
 
     torch_device: torch.device
     backend: Literal["nccl", "gloo"]
+    kernels: Kernels = "torch"  # of the layers of all roles that are not in float32
 
     @property
     def is_cuda(self) -> bool:
@@ -31,18 +34,22 @@ class Device:
         return self.torch_device.type == "cuda"
 
 
-def prepare() -> Device:
+def prepare(precision: FrozenPrecisionConfig | None = None) -> Device:
     """Choose this rank's device and patch what megatron.core needs, before megatron.core is first imported.
 
     Reads LOCAL_RANK (default 0) on machines with CUDA and OMP_NUM_THREADS (default 1) on machines without.
     May be called again: it answers the same.
 
+    Args:
+        precision: of the recipe, whose `kernels` are chosen; None: those that were chosen before, or torch.
+
     Raises:
-        UserError: LOCAL_RANK names no GPU, or an `apex` is installed that megatron.core cannot use.
+        UserError: LOCAL_RANK names no GPU, the kernels cannot be used here, or an `apex` is installed that is another
+            package.
     """
     require_usable_apex()
     silence_warnings()
-    device = _choose_device()
+    device = _choose_device(choose(precision))
     cpu.install()
     # Their modules import megatron.core, which must find the patches of cpu in place.
     from rto_megatron.platform import packed_rope, safe_metadata, sync_save, torch_adam
@@ -54,10 +61,10 @@ def prepare() -> Device:
     return device
 
 
-def _choose_device() -> Device:
+def _choose_device(kernels: Kernels) -> Device:
     if not torch.cuda.is_available():
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-        return Device(cpu.CPU, "gloo")
+        return Device(cpu.CPU, "gloo", kernels)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     num_gpus = torch.cuda.device_count()
     if local_rank >= num_gpus:
@@ -68,16 +75,16 @@ def _choose_device() -> Device:
     torch.cuda.set_device(local_rank)
     # Megatron overlaps tensor-parallel collectives with compute, which needs one queue in launch order.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    return Device(torch.device("cuda", local_rank), "nccl")
+    return Device(torch.device("cuda", local_rank), "nccl", kernels)
 
 
 def require_usable_apex() -> None:
-    """Refuse an installed `apex` that would be imported by megatron.core and break it.
+    """Refuse an installed `apex` that is not NVIDIA's; megatron.core imports whatever has the name.
 
     Raises:
-        MachineError: `apex` is PyPI's web toolkit, or NVIDIA's apex without TransformerEngine.
+        MachineError: `apex` is PyPI's web toolkit.
     """
-    apex = importlib.util.find_spec("apex")
+    apex = PathFinder.find_spec("apex")
     if apex is None:
         return
     folders = [Path(folder) for folder in apex.submodule_search_locations or ()]
@@ -85,11 +92,6 @@ def require_usable_apex() -> None:
         raise MachineError(
             f"the package `apex` at {apex.origin or folders} is not NVIDIA's but an unrelated one that has "
             "the same name on PyPI; remove it: pip uninstall apex"
-        )
-    if importlib.util.find_spec("transformer_engine") is None:
-        raise MachineError(
-            f"NVIDIA apex is installed at {apex.origin} without TransformerEngine: megatron-core then builds "
-            "apex's norm, which has no RMSNorm; install transformer-engine, or pip uninstall apex"
         )
 
 

@@ -1,7 +1,7 @@
-"""Checkpoints of torch's Adam inside megatron-core 0.19.2's optimizers: numbered patches, on GPUs too.
+"""torch's Adam inside megatron-core 0.19.2's optimizers, and its checkpoints: numbered patches, on GPUs too.
 
-megatron-core runs torch.optim.AdamW where neither apex nor TransformerEngine is installed. That Adam keeps a
-`step` tensor per parameter, which megatron's load paths lose or share. Other optimizers are left alone.
+It is the optimizer whatever computes the layers, so that a checkpoint of one kind of kernels loads with another. That
+Adam keeps a `step` tensor per parameter, which megatron's load paths lose or share. Other optimizers are left alone.
 """
 
 import functools
@@ -117,7 +117,24 @@ def o3_missing_step() -> None:
     replace(Float16OptimizerWithFloat16Params, "load_state_dict", load_float16_with_step)
 
 
+def o4_torch_with_any_kernels() -> None:
+    """The optimizers are torch's also where TransformerEngine is installed.
+
+    Call sites: the imports at the head of optimizer/__init__.py and optimizer/distrib_optimizer.py.
+    """
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    replace(optimizer, "Adam", torch.optim.AdamW)
+    replace(optimizer, "SGD", torch.optim.SGD)
+    replace(distrib_optimizer, "Adam", torch.optim.Adam)
+    optimizer.USING_PYTORCH_OPTIMIZER = True
+    distrib_optimizer.HAVE_APEX_OR_TE = False
+    distrib_optimizer.USING_TE_OPTIMIZER = distrib_optimizer.USING_APEX_OPTIMIZER = False
+
+
 PATCHES: dict[str, Callable[[], None]] = {
+    "O4": o4_torch_with_any_kernels,
     "O1": o1_fully_reshardable_step,
     "O2": o2_own_step,
     "O3": o3_missing_step,

@@ -147,7 +147,7 @@ def run_observed(config: schema.TrainStage) -> None:
     from rto_megatron.platform.device import prepare
     from rto_megatron.trainer.stages import ranks
 
-    with ranks(prepare(), config.parallel, config.run.seed) as topology:
+    with ranks(prepare(config.precision), config.parallel, config.run.seed) as topology:
         from rto_megatron.parallel.seeds import generator_states
 
         pool = train_scripted(config, topology)

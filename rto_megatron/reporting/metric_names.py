@@ -298,6 +298,8 @@ THEMES = (
             Metric("time/model_tflops", "TFLOP/s", "forwards and backwards of all models on a rank, by their "
                    "mathematics and without padding, over `time/step_s`; what the pool computes is not in it", ALL),
             Metric("time/mfu", "fraction", "`time/model_tflops` of `run.peak_tflops`", ALL, "`run.peak_tflops`"),
+            Metric("memory/budget_fill_fraction", "fraction", "tokens of the micro-batches in training, without "
+                   "padding, over the `batch.tokens` that each may have", ALL, "`batch.tokens`"),
             Metric("memory/parked_gib", "GiB", "the most of a rank's models and optimizers that waited in host memory",
                    ALL, "`offload`"),
             Metric("time/offload_s", "s", "of moves between the device and host memory", ALL, "`offload`"),
@@ -305,6 +307,8 @@ THEMES = (
                    "without a GPU, the most that a rank ever held in host memory", ALL),
             Metric("time/slowest_rank_ratio", "ratio", "seconds that the slowest rank computed, over the median rank's",
                    ALL, "two ranks that compute a loss"),
+            Metric("time/busiest_rank_ratio", "ratio", "model FLOPs of the busiest rank in the step, over the mean "
+                   "rank's; replicas share a step alike where it is 1", ALL, "two ranks"),
             Metric("sync/pause_s", "s", "of a push: pausing the servers and meeting them", ONLINE, POOL),
             Metric("sync/prepare_s", "s", "of a push: sending and checking the pieces", ONLINE, POOL),
             Metric("sync/commit_s", "s", "of a push: loading them into vLLM", ONLINE, POOL),

@@ -1,4 +1,4 @@
-"""Finds the rank that lets the others wait, by the seconds that each computes alone between two meetings of all."""
+"""Finds the rank that lets the others wait, by the seconds that each computes alone and by what it has to compute."""
 
 import statistics
 import time
@@ -9,6 +9,7 @@ from torch import Tensor
 from rto_megatron.types import LossOutput
 
 RATIO = "time/slowest_rank_ratio"
+LOAD_RATIO = "time/busiest_rank_ratio"
 _SLOW_RATIO = 2.0
 _SLOW_S = 0.5  # of a step; less is noise
 
@@ -59,6 +60,16 @@ def slowest(seconds: Sequence[float]) -> tuple[int, float] | None:
         return None
     rank = max(range(len(seconds)), key=lambda one: seconds[one])
     return rank, seconds[rank] / statistics.median_low(found)
+
+
+def busiest(flops: Sequence[float]) -> float | None:
+    """What the busiest rank computes over the mean of all; None for one rank, or where nothing was computed.
+
+    Args:
+        flops: by rank.
+    """
+    total = sum(flops)
+    return max(flops) * len(flops) / total if len(flops) > 1 and total > 0 else None
 
 
 def slow_rank(seconds: Sequence[float], step: int) -> str | None:

@@ -86,6 +86,7 @@ class Machine(Protocol):
     Example:
         with machine:
             model.token_outputs(batches)
+        machine.ledger
     """
 
     @property

@@ -1,26 +1,20 @@
-"""What tensors say that are not named as transformers names a causal model's: one sentence instead of a list of all."""
+"""Tensors that are not named as in transformers' causal models: read under those names, or refused in one sentence."""
 
+import re
 from collections.abc import Collection, Mapping
 
 from rto_megatron.models.families.blocks import EMBEDDING
 
 _PREFIX, _TAIL = EMBEDDING.split(".", 1)
+# Modules that hold the whole model as their only part: DDP, DeepSpeed, NeMo; torch.compile; FSDP; a doubled `model.`.
+_WRAPPERS = re.compile(r"(?:(?:module|_orig_mod|_fsdp_wrapped_module|model)\.)*")
+_DECODER = ("embed_tokens.", "layers.", "norm.", "rotary_emb.")
 # first word of the prefix -> who writes it, and what to do
 _WRITERS = {
-    "": (
-        "as the bare decoder is saved",
-        "load the folder with transformers' AutoModelForCausalLM and save_pretrained it (if it warns that lm_head is "
-        "new, the model has no language head)",
-    ),
     "base_model": (
         "as peft saves a model with an adapter in it",
         "load it with peft, merge the adapter (merge_and_unload), and save_pretrained what that returns",
     ),
-    "module": (
-        "as a wrapper for data parallelism, DeepSpeed or NeMo saves",
-        "save_pretrained the model inside (model.module), or export it to Hugging Face with the program that saved it",
-    ),
-    "_orig_mod": ("as torch.compile saves", "save_pretrained the model that was compiled"),
 }
 _OTHERS = ("as a model that holds this one as a part", "save_pretrained that part alone")
 # end of the embedding's name -> who names it so
@@ -29,6 +23,27 @@ _PROGRAMS = {
     "tok_embeddings.weight": "those of the maker's own code",
     "wte.weight": "GPT-2's",
 }
+
+
+def own_names(stored: Collection[str]) -> tuple[dict[str, str], str | None]:
+    """transformers' name of every tensor, and what to say where that is another; see `foreign_names` for the rest.
+
+    A prefix of wrappers is left out if all tensors have it, and a bare decoder's names get the prefix that they lack.
+    """
+    plain = {name: name for name in stored}
+    embedding = next((name for name in sorted(stored) if name == _TAIL or name.endswith(f".{_TAIL}")), None)
+    if EMBEDDING in stored or embedding is None:
+        return plain, None
+    prefix = embedding.removesuffix(_TAIL)
+    wrapper = prefix.removesuffix(_PREFIX + ".")
+    if not _WRAPPERS.fullmatch(prefix) or not all(name.startswith(wrapper) for name in stored):
+        return plain, None
+    inside = {name: name.removeprefix(wrapper) for name in stored}
+    named = {name: f"{_PREFIX}.{own}" if own.startswith(_DECODER) else own for name, own in inside.items()}
+    return (
+        named,
+        f"tensors have the prefix {prefix!r} instead of {_PREFIX + '.'!r}; they are read as if they had that",
+    )
 
 
 def foreign_names(tensors: Collection[str]) -> str | None:
@@ -44,6 +59,13 @@ def foreign_names(tensors: Collection[str]) -> str | None:
         if found := sorted(name for name in tensors if name.endswith(end)):
             return f"names of tensors are {owner} ({found[0]}); export the model to Hugging Face with its program"
     return None
+
+
+BARE = (
+    "the folder holds the decoder without a head, as AutoModel saves it: a policy needs lm_head.weight, a reward model "
+    "or critic score.weight; take the folder of the whole model (AutoModelForCausalLM), or start a reward model or "
+    "critic from this one, whose head is drawn then"
+)
 
 
 def unknown_head(heads: Mapping[str, tuple[int, ...]], hidden_size: int) -> str | None:

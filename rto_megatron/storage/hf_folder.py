@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rto_megatron.data.folders import regular_file
 from rto_megatron.errors import ModelFolderError
+from rto_megatron.storage.foreign_names import own_names
 from rto_megatron.storage.weight_files import find_weights, unreadable
 
 _HEADER_LENGTH, _MAX_HEADER = 8, 100_000_000  # bytes, of the safetensors format
@@ -38,6 +39,8 @@ class StoredTensor:
 class HfFolder:
     """All tensors of a folder by name; reading one maps its file's pages, and copies nothing.
 
+    Names that a wrapper put something in front of are those of the model inside (`renamed` says so).
+
     Example:
         HfFolder(folder).tensor("lm_head.weight")
     """
@@ -58,6 +61,9 @@ class HfFolder:
         self.tensors = {name: stored for file in files for name, stored in self._header(file).items()}
         if listed is not None:
             self._compare(listed)
+        names, self.renamed = own_names(self.tensors)
+        self._stored_names = {own: stored for stored, own in names.items()}
+        self.tensors = {own: self.tensors[stored] for own, stored in self._stored_names.items()}
 
     def _open(self, file: str, listed: dict[str, str]) -> safe_open:
         path = self.path / file
@@ -100,7 +106,7 @@ class HfFolder:
 
     def tensor(self, name: str) -> Tensor:
         """The tensor, over the pages of its file: do not write to it."""
-        tensor: Tensor = self._files[self.tensors[name].file].get_tensor(name)
+        tensor: Tensor = self._files[self.tensors[name].file].get_tensor(self._stored_names[name])
         return tensor
 
     def read(self, name: str, size: tuple[int, ...]) -> Tensor:

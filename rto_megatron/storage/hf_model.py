@@ -1,4 +1,4 @@
-"""A Hugging Face model as a source of tensors: names of heads, tied copies, FP8 blocks, and nothing left over."""
+"""A Hugging Face model as a source of tensors: joined ones, names of heads, tied copies, FP8, and nothing left over."""
 
 import re
 from dataclasses import dataclass
@@ -15,10 +15,13 @@ from rto_megatron.models.families.blocks import EMBEDDING, LM_HEAD, SCALAR_HEAD
 from rto_megatron.models.hf_config import HfConfig, read_config
 from rto_megatron.models.parameters import hf_shapes, stored_parameters
 from rto_megatron.models.weight_map import MappedParameter
-from rto_megatron.storage.foreign_names import foreign_names, unknown_head
+from rto_megatron.storage.foreign_names import BARE, foreign_names, unknown_head
 from rto_megatron.storage.hf_folder import HfFolder
+from rto_megatron.storage.joined_tensors import StoredPart, joined_parts
 
 _TRL_HEAD = "v_head.summary.weight"
+_ONE_ROW_HEADS = ("score.0.weight", "regression_head.weight", LM_HEAD)  # also names of larger heads
+_COMPUTED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,9 @@ class StoredHead:
 
 
 def find_scalar_head(tensors: HfFolder, config: HfConfig) -> StoredHead | None:
-    """The head: transformers' `score`, OpenRLHF's `value_head` or own prefix, TRL's `v_head`, verl's one-row `lm_head`.
+    """The head: transformers' `score`, OpenRLHF's `value_head` or own prefix, TRL's `v_head`, or another's of one row.
+
+    `score.0` and `regression_head` of reward models, and verl's `lm_head`, are heads of a score if they have one row.
 
     Raises:
         ModelFolderError: several names that could be it, or more labels than one.
@@ -43,8 +48,9 @@ def find_scalar_head(tensors: HfFolder, config: HfConfig) -> StoredHead | None:
     one_row = (1, config.values.get("hidden_size"))
     names = dict.fromkeys([SCALAR_HEAD, f"{prefix}.weight", "value_head.weight", _TRL_HEAD])
     found = [name for name in names if name in tensors.tensors]
-    if not found and LM_HEAD in tensors.tensors and tensors.tensors[LM_HEAD].shape == one_row:
-        found = [LM_HEAD]
+    if not found:
+        shapes = {name: tensors.tensors[name].shape for name in _ONE_ROW_HEADS if name in tensors.tensors}
+        found = [name for name, shape in shapes.items() if shape == one_row]
     if not found:
         return None
     if len(found) > 1:
@@ -104,9 +110,20 @@ class HfModel:
         """The family's map."""
         return stored_parameters(self.shape, self.has_scalar_head)
 
-    def stored_name(self, name: str) -> str:
-        """What the folder calls a tensor."""
-        return self._head.weight if name == SCALAR_HEAD and self._head is not None else name
+    @cached_property
+    def _parts(self) -> dict[str, StoredPart]:
+        """Name of every tensor of the map -> where it is stored."""
+        sizes = hf_shapes(self.parameters)
+        parts = {name: StoredPart(name, size) for name, size in sizes.items()}
+        if self._head is not None:
+            parts[SCALAR_HEAD] = StoredPart(self._head.weight, sizes[SCALAR_HEAD])
+        return parts | dict(joined_parts(sizes, self.folder.tensors))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the folder keeps every tensor as transformers saves it, but for a scalar head."""
+        is_own = all(part.name == name for name, part in self._parts.items() if name != SCALAR_HEAD)
+        return is_own and self.folder.renamed is None
 
     def head_bias(self) -> float:
         """The constant that the scalar head adds; 0 where it has none."""
@@ -122,15 +139,15 @@ class HfModel:
         """
         if name in (LM_HEAD, SCALAR_HEAD) and (problem := self._unknown_head()) is not None:
             raise ModelFolderError(f"{self.folder.path}: {problem}")
-        stored = self.stored_name(name)
-        tensor = self.folder.read(stored, size)
+        part = self._parts[name]
+        tensor = part.of(self.folder.read(part.name, part.shape), size)
         if tensor.dtype == torch.float8_e4m3fn:
-            return dequantize(tensor, self.folder.tensor(stored + SCALE_SUFFIX))
+            return dequantize(tensor, self.folder.tensor(part.name + SCALE_SUFFIX))
         return tensor
 
     def dtype(self) -> torch.dtype:
         """The dtype that holds every tensor without loss."""
-        wanted = [self.stored_name(n) for p in self.parameters if not p.is_float32 for n in p.hf]
+        wanted = [self._parts[n].name for p in self.parameters if not p.is_float32 for n in p.hf]
         found = {self.folder.tensors[n].dtype for n in wanted if n in self.folder.tensors}
         found = {torch.bfloat16 if d == torch.float8_e4m3fn else d for d in found}
         return found.pop() if len(found) == 1 else torch.float32
@@ -139,7 +156,9 @@ class HfModel:
         """Everything that is missing, misshaped or left over."""
         stored, problems = self.folder.tensors, []
         for name, size in self._wanted.items():
-            if name not in stored:
+            if (joined := self._joined_problem(name)) is not None:
+                problems.append(joined)
+            elif name not in stored:
                 problems.append(f"{name} {size} is missing")
             elif stored[name].shape != size:
                 problems.append(f"{name} has shape {stored[name].shape}, config.json says {size}")
@@ -153,6 +172,14 @@ class HfModel:
                     f"{name} {stored[name].shape} is left over: config.json describes no such tensor"
                 )
         return problems
+
+    def _joined_problem(self, name: str) -> str | None:
+        is_fp8 = name in self.folder.tensors and self.folder.tensors[name].dtype == torch.float8_e4m3fn
+        if not is_fp8 or name in self._parts:
+            return None
+        return (
+            f"{name} is FP8 and several tensors in one, whose scales are not read; take a release in bfloat16"
+        )
 
     def _scale_problems(self, name: str, size: tuple[int, ...]) -> list[str]:
         scale = self.folder.tensors.get(name + SCALE_SUFFIX)
@@ -171,7 +198,7 @@ class HfModel:
     @cached_property
     def _wanted(self) -> dict[str, tuple[int, ...]]:
         """Stored name -> shape of every tensor of the map."""
-        return {self.stored_name(name): size for name, size in hf_shapes(self.parameters).items()}
+        return {part.name: part.shape for part in self._parts.values()}
 
     def _unused(self) -> set[str]:
         wanted = self._wanted.keys()
@@ -192,6 +219,8 @@ class HfModel:
         if is_known or (self.shape.is_tied and not self.has_scalar_head):
             return None
         heads = {n: stored[n].shape for n in sorted(stored) if not n.startswith("model.")}
+        if not heads and self.folder.renamed is not None:
+            return BARE
         return unknown_head(heads, self.shape.hidden_size)
 
     def _reason_to_leave(self, name: str) -> str | None:
@@ -204,7 +233,8 @@ class HfModel:
             return "a copy of the tied embedding, bit-equal"
         if self._unused_head is not None and name in (self._unused_head.weight, self._unused_head.bias):
             return "a scalar head beside the language head"
-        patterns: dict[re.Pattern[str], str] = FAMILIES[self.shape.family].left_aside(self.shape)
+        patterns: dict[re.Pattern[str], str] = {_COMPUTED: "computed from config.json"}
+        patterns |= FAMILIES[self.shape.family].left_aside(self.shape)
         return next((reason for pattern, reason in patterns.items() if pattern.fullmatch(name)), None)
 
     def _is_tied_copy(self) -> bool:

@@ -13,6 +13,7 @@ import torch
 from rto_megatron.errors import ModelFolderError, refuse_if
 from rto_megatron.models.families import FAMILIES
 from rto_megatron.models.hf_config import HfConfig
+from rto_megatron.models.rotation_shape import LongRope, Rotation, Yarn
 from rto_megatron.models.shape import Experts, ModelShape
 from rto_megatron.models.weight_map import padded_vocab
 from rto_megatron.storage.megatron_common import read_args
@@ -57,6 +58,7 @@ _NEEDED = (
     "padded_vocab_size",
 )
 # Of no consequence for the weights, or not known to Megatron's arguments.
+PARTS = "parts_beyond_megatron_lm"  # of ours: what Megatron-LM has no argument for, or an argument of other models
 _NOT_COMPARED = {"family", "vocab_size", "max_positions", "init_std", "latent"}
 _CHECKPOINT_VERSION = 3.0
 
@@ -86,6 +88,9 @@ def common_state(shape: ModelShape, has_scalar_head: bool, dtype: torch.dtype) -
         "consumed_train_samples": 0,
         "consumed_valid_samples": 0,
     }
+    if shape.own_parts:
+        values[PARTS] = parts_of(shape)
+        values |= _named_parts(shape)
     return {"args": argparse.Namespace(**values), "checkpoint_version": _CHECKPOINT_VERSION, "iteration": 0}
 
 
@@ -121,6 +126,43 @@ def _sizes(shape: ModelShape) -> dict[str, object]:
             v_head_dim=shape.latent.value_dim,
         )
     return values
+
+
+def parts_of(shape: ModelShape) -> dict[str, object]:
+    """What a shape has beyond Llama's decoder, as plain values."""
+    return {name: asdict(shape)[name] for name in shape.own_parts}
+
+
+def _named_parts(shape: ModelShape) -> dict[str, object]:
+    """Those that Megatron-LM has arguments for, under their names."""
+    rotation, unrotated = shape.rotation, shape.rotation.unrotated_layers
+    values: dict[str, object] = {
+        "rotary_percent": rotation.share,
+        "rotary_interleaved": rotation.is_interleaved,
+        "apply_layernorm_1p": shape.has_shifted_norms,
+        "layernorm_zero_centered_gamma": shape.has_shifted_norms,
+        "no_rope_freq": [int(i in unrotated) for i in range(shape.num_layers)] if unrotated else None,
+        "window_size": None if shape.window is None else (shape.window - 1, 0),
+    }
+    if shape.windowed_layers:
+        values["window_attn_skip_freq"] = [int(i in shape.windowed_layers) for i in range(shape.num_layers)]
+    return values
+
+
+def beyond_megatron_lm(shape: ModelShape) -> str | None:
+    """One sentence about the parts for which Megatron-LM has no argument; None: it can be told all of them."""
+    rotation, parts = (
+        shape.rotation,
+        set(shape.own_parts) - {"window", "windowed_layers", "has_shifted_norms"},
+    )
+    if not rotation.has_own_angles:
+        parts -= {"rotation"}
+    if not parts:
+        return None
+    return (
+        f"Megatron-LM has no arguments for {', '.join(sorted(parts))} of {shape.family}, and without them computes "
+        f"another model: the checkpoint, whose arguments keep them as {PARTS}, is for stages here and the way back"
+    )
 
 
 def _mixture(shape: ModelShape) -> dict[str, object]:
@@ -159,19 +201,22 @@ def shape_of_args(args: argparse.Namespace, where: Path) -> ModelShape:
         ModelFolderError: the model is of no family, or an argument is absent; names all of them.
     """
     values = vars(args)
+    own = _own_parts(values)
+    expected = _FIXED | _OFF | (_named_parts(_shape(values, own)) if own else {})
     wrong = [
         f"{k}={values[k]!r} instead of {want!r}"
-        for k, want in (_FIXED | _OFF).items()
-        if values.get(k, want) != want
+        for k, want in expected.items()
+        if _plain(values.get(k, want)) != _plain(want)
     ]
     wrong += [f"no {key}" for key in _NEEDED if values.get(key) is None]
     refuse_if(wrong, f"{where} was trained as no model type of {sorted(FAMILIES)} can be", ModelFolderError)
-    shape = _shape(values)
+    shape = _shape(values, own)
     family = next((name for name, family in FAMILIES.items() if family.holds(shape)), None)
     if family is None:
         raise ModelFolderError(
             f"{where} was trained with parts that no model type of {sorted(FAMILIES)} has together: qkv bias "
             f"{shape.has_qkv_bias}, norms on q and k {shape.has_qk_norm}, {shape.experts or 'no experts'}"
+            f"{''.join(f', {name} {value}' for name, value in shape.own_parts.items())}"
         )
     return replace(shape, family=family)
 
@@ -195,7 +240,28 @@ def require_agreement(config: HfConfig, shape: ModelShape, is_scalar: bool, weig
     refuse_if(differing, f"{config.path} does not describe the model in {weights}", ModelFolderError)
 
 
-def _shape(values: dict[str, Any]) -> ModelShape:
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _own_parts(values: dict[str, Any]) -> dict[str, Any]:
+    """What `parts_of` wrote; of Megatron-LM's own checkpoints the layers that do not rotate, which it can say."""
+    parts = dict(values.get(PARTS) or {})
+    rotation = dict(parts.pop("rotation", {}))
+    yarn, longrope = rotation.pop("yarn", None), rotation.pop("longrope", None)
+    unrotated = values.get("no_rope_freq")
+    if isinstance(unrotated, list | tuple):
+        rotation["unrotated_layers"] = tuple(i for i, is_without in enumerate(unrotated) if is_without)
+    if rotation:
+        parts["rotation"] = Rotation(
+            **rotation,
+            yarn=None if yarn is None else Yarn(**yarn),
+            longrope=None if longrope is None else LongRope(**longrope),
+        )
+    return parts
+
+
+def _shape(values: dict[str, Any], parts: dict[str, Any]) -> ModelShape:
     heads = values["num_attention_heads"]
     kv_heads = values.get("num_query_groups") if values.get("group_query_attention") else heads
     scaling = values.get("rope_scaling_factor", 8.0) if values.get("use_rope_scaling") else None
@@ -217,6 +283,7 @@ def _shape(values: dict[str, Any]) -> ModelShape:
         has_qkv_bias=bool(values.get("add_qkv_bias")),
         has_qk_norm=bool(values.get("qk_layernorm")),
         experts=_experts_of(values),
+        **parts,
     )
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Literal
 
 from rto_megatron.config import schema
 from rto_megatron.config.checks import refuse
@@ -25,6 +24,8 @@ from rto_megatron.trainer.reward_source import OutsideReward, OverlongReward, Re
 from rto_megatron.trainer.reward_sum import RewardSum, Term, alone
 from rto_megatron.trainer.setup import Setup
 from rto_megatron.types import Columns, Prompt
+
+type Outside = FunctionSource | ServiceSource | MathVerifySource | ReasoningGymSource
 
 
 def build_rewards(
@@ -50,7 +51,7 @@ def build_rewards(
     for line in running_code(config.rewards):
         say(line, setup.topology.is_lead)
     reader = SampleReader(setup.tokenizer, columns_of(prompts))
-    terms = [_term(source, _source(source, config, setup, reader, model)) for source in config.rewards]
+    terms = [_term(source, config, setup, reader, model) for source in config.rewards]
     return RewardSum(tuple(terms), group_size, setup.topology)
 
 
@@ -70,30 +71,35 @@ def columns_of(prompts: Sequence[Prompt]) -> Mapping[tuple[str, tuple[int, ...]]
     return found
 
 
-def _term(config: Source, source: RewardSource) -> Term:
-    normalize: Literal["group", "batch"] | None = None
-    if not isinstance(config, OverlongSource):
-        normalize = config.normalize
-    return Term(config.name, source, config.weight, normalize, config.clip)
-
-
-def _source(
+def _term(
     source: Source,
     config: schema.Rewarded,
     setup: Setup,
     reader: SampleReader,
     model: Callable[[], RewardSource],
-) -> RewardSource:
-    if isinstance(source, ModelSource):
-        return model()
+) -> Term:
+    overlong = partial(
+        OverlongReward, config.sampling.max_response_tokens, device=setup.topology.device.torch_device
+    )
     if isinstance(source, OverlongSource):
-        limit = config.sampling.max_response_tokens
-        return OverlongReward(limit, source.buffer_tokens, setup.topology.device.torch_device)
+        return Term(source.name, overlong(source.buffer_tokens), source.weight, clip=source.clip)
+    buffer = source.overlong_buffer_tokens
+    return Term(
+        source.name,
+        model() if isinstance(source, ModelSource) else _outside(source, setup, reader),
+        source.weight,
+        source.normalize,
+        source.clip,
+        None if buffer is None else overlong(buffer),
+    )
+
+
+def _outside(source: Outside, setup: Setup, reader: SampleReader) -> OutsideReward:
     pays_tokens = isinstance(source, FunctionSource | ServiceSource) and source.pays != "response"
     return OutsideReward(partial(_rater, source), reader, setup.topology, pays_tokens)
 
 
-def _rater(source: FunctionSource | ServiceSource | MathVerifySource | ReasoningGymSource) -> Rater:
+def _rater(source: Outside) -> Rater:
     key = f"rewards.{source.name}"
     match source:
         case ServiceSource():

@@ -108,11 +108,9 @@ def kl_to_reference(
     Args:
         drawn: what the pool sampled from; both models are compared as such.
     """
-    shares = RoleShares(rollouts, layout)
-    logp_BR, logp_ref_BR = (
-        rollout_grid(shares.outputs(model, drawn), shares.cut(drawn), rollouts)
-        for model in (policy, reference)
-    )
+    shares = RoleShares(rollouts, layout, [policy.topology, reference.topology])
+    told = [shares.begin(model, drawn) for model in (policy, reference)]
+    logp_BR, logp_ref_BR = (rollout_grid(tell(), shares.cut(drawn), rollouts) for tell in told)
     sums: list[float] = ((logp_BR - logp_ref_BR) * response_mask(rollouts, layout.device)).sum(1).tolist()
     return sums
 

@@ -19,6 +19,7 @@ from rto_megatron.config.facts import facts_of
 from rto_megatron.config.inputs import ExampleDataConfig
 from rto_megatron.config.learning_rate import learning_rate
 from rto_megatron.config.source_names import Sources
+from rto_megatron.data.budget import budget_fill
 from rto_megatron.data.cut import Layout
 from rto_megatron.data.grouping import own_share
 from rto_megatron.data.load_report import Loaded
@@ -212,6 +213,7 @@ def _train[E: Example, M: Microbatch](
         own = torch.tensor(float(task.size(examples)), device=topology.device.torch_device)
         trainee.memory.enter("score")
         microbatches = task.microbatches(examples, int(topology.dp_sum(own)))
+        run.record(budget_fill([micro.batch for micro in microbatches], setup.layout))
         with guard.skipping():
             trainee.memory.enter("update")
             guard.step([ModelUpdate(model, microbatches, task.loss, names, lr, task.reading)])

@@ -16,6 +16,7 @@ from rto_megatron.config.facts import facts_of
 from rto_megatron.config.learning_rate import learning_rate, updates_per_step
 from rto_megatron.config.roles import roles_of
 from rto_megatron.config.training import OptimizerConfig
+from rto_megatron.data.budget import budget_fill
 from rto_megatron.data.tokenizer import tokens_with
 from rto_megatron.engine.absent import FrozenRole, RoleModel, TrainedRole
 from rto_megatron.engine.build_roles import build_average, place_frozen, place_trained, update_average
@@ -197,6 +198,9 @@ def update(
     for number, one in enumerate(steps, start=run.step * per_step):
         texts = pretraining.microbatches() if is_policy_due else ([], [])
         due, rates = due_updates(config, roles, algorithm, one, texts, is_policy_due, (number, total))
+        if is_policy_due:
+            batches = [*(micro.batch for micro in one.microbatches), *(micro.batch for micro in texts[0])]
+            run.record(budget_fill(batches, setup.layout))
         with guard.skipping():
             require_tokens(one, setup.topology)
             guard.step(due)

@@ -3,7 +3,7 @@
 T  positions of one micro-batch | S  its sequences
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
@@ -69,18 +69,21 @@ def opinions(rollouts: Sequence[Rollout], roles: Roles, layout: Layout, drawn: D
         rollouts: closed by the truncation policy; whole micro-batches, of which the last may be smaller.
         drawn: what policy and reference are compared as.
     """
-    shares = RoleShares(rollouts, layout)
-    cut, say = shares.cut(drawn), shares.outputs
-    logp, logp_ref = say(roles.policy, drawn), say(roles.reference, drawn)
+    rewards = roles.reward.models()
+    asked = [roles.policy, roles.reference, roles.dpo_reference, roles.dpo, roles.critic]
+    readers = [model for model in (*asked, *(one.model for one in rewards.values())) if model is not None]
+    shares = RoleShares(rollouts, layout, [model.topology for model in readers])
+    cut = shares.cut(drawn)
+    # Forwards come first, and what they gave is told afterwards: models on different ranks work at the same time.
+    policy, reference = shares.begin(roles.policy, drawn), shares.begin(roles.reference, drawn)
+    dpo = None if roles.dpo is None else _begin_dpo(roles.dpo, roles, shares, drawn)
+    critic = None if roles.critic is None else shares.begin(roles.critic, drawn)
+    judged = {name: one.begin(shares.of(one.model.topology)) for name, one in rewards.items()}
+    logp, logp_ref = policy(), reference()
     zeros = [torch.zeros_like(one) for one in logp]
-    dpo_logratio, values = zeros, zeros
-    if roles.dpo is not None:
-        is_shared = roles.dpo_reference is None and drawn == WHOLE
-        base_logp = logp_ref if is_shared else say(roles.dpo_reference or roles.reference)
-        dpo_logratio = [one - other for one, other in zip(say(roles.dpo), base_logp, strict=True)]
-    if roles.critic is not None:
-        values = say(roles.critic, drawn)
-    scores = {name: model.scores(rollouts) for name, model in roles.reward.models().items()}
+    dpo_logratio = zeros if dpo is None else dpo(logp_ref)
+    values = zeros if critic is None else critic()
+    scores = {name: tell() for name, tell in judged.items()}
     return {
         known_as(tuple(rollouts[row] for row in rows)): Opinion(
             cut.batches[number],
@@ -92,6 +95,24 @@ def opinions(rollouts: Sequence[Rollout], roles: Roles, layout: Layout, drawn: D
         )
         for number, rows in enumerate(cut.groups)
     }
+
+
+def _begin_dpo(
+    dpo: FrozenRole, roles: Roles, shares: RoleShares, drawn: Distribution
+) -> Callable[[list[Tensor]], list[Tensor]]:
+    """The forwards of the DPO reward; what all ranks call then makes the log-ratio.
+
+    It takes the reference's log-probs, and reads them where they are of whole distributions.
+    """
+    is_shared = roles.dpo_reference is None and drawn == WHOLE
+    base = None if is_shared else shares.begin(roles.dpo_reference or roles.reference)
+    told = shares.begin(dpo)
+
+    def logratio(logp_ref: list[Tensor]) -> list[Tensor]:
+        base_logp = logp_ref if base is None else base()
+        return [one - other for one, other in zip(told(), base_logp, strict=True)]
+
+    return logratio
 
 
 def all_opinions(

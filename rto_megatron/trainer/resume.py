@@ -35,6 +35,7 @@ _FREE = (
     "run.profile",
     "parallel",
     "precision.recompute",
+    "precision.kernels",
     "batch.micro",
     "batch.tokens",
     "batch.packed",
@@ -54,6 +55,8 @@ ROLLOUTS_AHEAD = "rollouts_ahead.jsonl"  # <checkpoint>/rollouts_ahead.jsonl, wh
 
 # Where a source is asked, how long and how often.
 _FREE_OF_REWARDS = ("name", "timeout_s", "url", "batch", "concurrency", "retries", "token_file", "token_env")
+# Keys that sources did not have, and what they did then.
+_BEFORE_OF_REWARDS: Mapping[str, Json] = {"overlong_buffer_tokens": None}
 # What runs did whose checkpoints do not say.
 _BEFORE: Mapping[str, Json] = {
     "rewards": [],
@@ -140,6 +143,14 @@ def _of_rewards(sources: Sequence[Source]) -> dict[str, Json]:
     return found
 
 
+def _before_of_rewards(saved: Mapping[str, Json]) -> dict[str, Json]:
+    names = saved.get("rewards")
+    assert isinstance(names, list | None), "fixed_keys made it"
+    return {
+        f"rewards.{name}.{key}": value for name in names or () for key, value in _BEFORE_OF_REWARDS.items()
+    }
+
+
 def _flat(tree: dict[str, Json], prefix: str) -> dict[str, Json]:
     flat: dict[str, Json] = {}
     for name, value in tree.items():
@@ -175,7 +186,7 @@ def require_same(saved: Mapping[str, Json], wanted: dict[str, Json], run_dir: Pa
     Raises:
         RunFolderError: lists every key with both values.
     """
-    known = {**_BEFORE, **saved}
+    known = {**_BEFORE, **_before_of_rewards(saved), **saved}
     changes = [
         f"  {key}: {known[key]!r} in the checkpoint, {value!r} in the configuration"
         for key, value in wanted.items()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Protocol
 
 import torch
@@ -11,11 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from rto_megatron.algorithms.reward_shaping import overlong_punishment
 from rto_megatron.algorithms.termination import TruncationPolicy, close_response
-from rto_megatron.data.cut import Layout
+from rto_megatron.data.cut import CutSequences, Layout
 from rto_megatron.data.packing import sequence_batches
 from rto_megatron.engine.absent import FrozenRole
 from rto_megatron.errors import UserError
-from rto_megatron.parallel.dealing import shared_out
+from rto_megatron.parallel.dealing import Share, shared_out
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.rewards.sample import Given, Rater, Sample
 from rto_megatron.rewards.service import RewardServiceLost
@@ -62,14 +62,27 @@ class ModelReward:
 
     def scores(self, rollouts: Sequence[Rollout]) -> Tensor:
         """See `RewardSource.scores`."""
-        share, sequences = shared_out(list(rollouts), list[Rollout], self.model.topology), []
+        return self.begin(shared_out(list(rollouts), list[Rollout], self.model.topology))()
+
+    def begin(self, share: Share[Rollout]) -> Callable[[], Tensor]:
+        """Makes the model's forward, where this rank holds it.
+
+        Args:
+            share: of the rollouts, for the layout of the model.
+
+        Returns:
+            what all ranks call then, and what gives the scores; see `scores`.
+        """
+        sequences = []
         for rollout in share.items:
             _, appended = close_response(rollout.response_ids, rollout.finish_reason, self.eos, self.policy)
             ids = (*rollout.prompt_ids, *rollout.response_ids, *appended)
             sequences.append((ids, len(rollout.prompt_ids)))
         cut = sequence_batches(sequences, packed_for(self.model.topology, self.layout))
-        values = self.model.token_outputs(cut.batches)
-        ends = [v[list(b.last_positions)] for v, b in zip(values, cut.batches, strict=True)]
+        return partial(self._told, self.model.begin_outputs(cut.batches), cut, share)
+
+    def _told(self, outputs: Callable[[], list[Tensor]], cut: CutSequences, share: Share[Rollout]) -> Tensor:
+        ends = [v[list(b.last_positions)] for v, b in zip(outputs(), cut.batches, strict=True)]
         return share.back(cut.in_order(ends))
 
 

@@ -3,8 +3,9 @@
 T  positions of one micro-batch | L  tokens of the longest sequence
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
@@ -24,42 +25,51 @@ def packed_for(topology: Topology, layout: Layout) -> Layout:
 class RoleShares:
     """Rollouts of this rank's replica of the policy; all ranks must call its methods together.
 
-    The share of a layout is made once, and read by all roles that have the layout.
+    The share of a layout is made once, and read by all roles that have the layout. All ranks meet where shares are made
+    and where a model's numbers are told; in between a rank makes the forwards of its own models alone.
 
     Args:
         layout: of the policy's micro-batches.
+        readers: layouts of the models that will be asked.
 
     Example:
-        logp_ref = RoleShares(rollouts, layout).outputs(roles.reference)
+        shares = RoleShares(rollouts, layout, [roles.reference.topology, roles.critic.topology])
+        told = [shares.begin(model) for model in (roles.reference, roles.critic)]
+        logp_ref, values = (tell() for tell in told)
     """
 
-    def __init__(self, rollouts: Sequence[Rollout], layout: Layout) -> None:
+    def __init__(self, rollouts: Sequence[Rollout], layout: Layout, readers: Iterable[Topology]) -> None:
         self._rollouts, self._layout = list(rollouts), layout
-        self._shares: dict[Topology, Share[Rollout]] = {}
+        self._shares = {
+            topology: shared_out(self._rollouts, list[Rollout], topology)
+            for topology in dict.fromkeys(readers)
+        }
         self._cuts: dict[tuple[Topology | None, Distribution], CutSequences] = {}
 
     def cut(self, drawn: Distribution = WHOLE) -> CutSequences:
         """The policy's micro-batches, see `rollout_batches`."""
         return self._cut(None, self._rollouts, self._layout, drawn)
 
-    def outputs(self, model: RoleModel, drawn: Distribution = WHOLE) -> list[Tensor]:
-        """Log-probs, or values, at the positions of the policy's micro-batches, [T] each; zeros at padding if it is
-        another layout that read them.
+    def of(self, topology: Topology) -> Share[Rollout]:
+        """What a replica of a reader's layout reads."""
+        return self._shares[topology]
+
+    def begin(self, model: RoleModel, drawn: Distribution = WHOLE) -> Callable[[], list[Tensor]]:
+        """Makes a model's forward, where this rank holds it.
 
         Args:
             drawn: what log-probs are of.
+
+        Returns:
+            what all ranks call then. It gives log-probs, or values, at the positions of the policy's micro-batches, [T]
+            each; zeros at padding if it is another layout that read them.
         """
         own, topology = self.cut(drawn), model.topology
         if topology.home is None:
-            return model.token_outputs(own.batches)
-        if topology not in self._shares:
-            self._shares[topology] = shared_out(self._rollouts, list[Rollout], topology)
-        share = self._shares[topology]
+            return model.begin_outputs(own.batches)
+        share = self.of(topology)
         cut = self._cut(topology, share.items, packed_for(topology, self._layout), drawn)
-        width = max(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in share.items)
-        said = zip(model.token_outputs(cut.batches), cut.batches, strict=True)
-        rows_BL = share.back(cut.in_order([_rows(values_T, batch, width) for values_T, batch in said]))
-        return [_positions(rows_BL[rows], batch) for batch, rows in zip(own.batches, own.groups, strict=True)]
+        return partial(_told, model.begin_outputs(cut.batches), cut, share, own)
 
     def _cut(
         self, topology: Topology | None, rollouts: Sequence[Rollout], layout: Layout, drawn: Distribution
@@ -67,6 +77,16 @@ class RoleShares:
         if (topology, drawn) not in self._cuts:
             self._cuts[topology, drawn] = rollout_batches(rollouts, layout, drawn)
         return self._cuts[topology, drawn]
+
+
+def _told(
+    outputs: Callable[[], list[Tensor]], cut: CutSequences, share: Share[Rollout], own: CutSequences
+) -> list[Tensor]:
+    """What a replica of another layout says of its share, at the positions of the policy's micro-batches."""
+    width = max(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in share.items)
+    said = zip(outputs(), cut.batches, strict=True)
+    rows_BL = share.back(cut.in_order([_rows(values_T, batch, width) for values_T, batch in said]))
+    return [_positions(rows_BL[rows], batch) for batch, rows in zip(own.batches, own.groups, strict=True)]
 
 
 def _rows(values_T: Tensor, batch: TokenBatch, width: int) -> Tensor:

@@ -23,7 +23,7 @@ from rto_megatron.parallel.topology import Topology
 from rto_megatron.platform.peak_memory import peak_memory_gib, reset_peak_memory
 from rto_megatron.reporting.loggers import SampleText, settings_of
 from rto_megatron.reporting.metrics import MetricLog, add, reduce_metrics, with_margin
-from rto_megatron.reporting.pace import RATIO, Pace, slow_rank, slowest
+from rto_megatron.reporting.pace import LOAD_RATIO, RATIO, Pace, busiest, slow_rank, slowest
 from rto_megatron.reporting.progress import progress, say
 from rto_megatron.trainer.resume import (
     LoopState,
@@ -178,11 +178,12 @@ class Run:
         paces, flops, gib = zip(*topology.gather_all(own, tuple[float, float, float]), strict=True)
         if (text := slow_rank(paces, self.step + 1)) is not None:
             say(text, topology.is_lead)
-        found = slowest(paces)
+        found, load = slowest(paces), busiest(flops)
         tflops = sum(flops) / topology.world_size / seconds / 1e12
         peak = self._config.peak_tflops
         return {
             **({} if found is None else {RATIO: found[1]}),
+            **({} if load is None else {LOAD_RATIO: load}),
             "time/model_tflops": tflops,
             "memory/peak_gib": max(gib),
             **({} if peak is None else {"time/mfu": tflops / peak}),

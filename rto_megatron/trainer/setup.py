@@ -24,7 +24,8 @@ from rto_megatron.data.load_report import Loaded
 from rto_megatron.data.prepared import PreparedData
 from rto_megatron.data.tokenizer import encoding_fingerprint, load_tokenizer
 from rto_megatron.engine.source import WeightSource, find_sources
-from rto_megatron.models.layout_checks import check_experts, check_layout, idle_expert_keys
+from rto_megatron.errors import MachineError
+from rto_megatron.models.layout_checks import check_experts, check_kernels, check_layout, idle_expert_keys
 from rto_megatron.models.model_flops import forward_flops
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.parallel.topology import Topology
@@ -84,6 +85,7 @@ def prepare_stage(config: schema.Stage, topology: Topology) -> Setup:
     """
     sources = find_sources(config)
     checks.refuse(setup_problems(config, sources, topology.world_size))
+    _settle_kernels(config, topology)
     policy = sources["policy"]
     tokenizer = load_tokenizer(policy.hf_folder)
     eos, odd_ids = read_eos(policy.hf_folder, tokenizer, policy.shape().vocab_size)
@@ -100,6 +102,24 @@ def prepare_stage(config: schema.Stage, topology: Topology) -> Setup:
     cost = None if batch.tokens is None else _cost(config, sources)
     prepared = PreparedData(_cache(config), tokenizer, limits_of(config, moment), eos)
     return Setup(topology, sources, tokenizer, eos, layout, prepared, cost)
+
+
+def _settle_kernels(config: schema.Stage, topology: Topology) -> None:
+    """Says what `auto` came to, which must be the same on all ranks; all must call it.
+
+    Raises:
+        MachineError: on every rank.
+    """
+    if config.precision.kernels != "auto":
+        return
+    has_torch = topology.any(topology.device.kernels == "torch")
+    if has_torch and topology.any(topology.device.kernels != "torch"):
+        raise MachineError(
+            "precision.kernels=auto: TransformerEngine is installed for some ranks and not for others, whose layers "
+            "would round differently; install it on every machine (bash launchers/install_gpu.sh), or set "
+            "precision.kernels=torch"
+        )
+    say(f"precision.kernels=auto: layers are computed with {topology.device.kernels}", topology.is_lead)
 
 
 def _cache(config: schema.Stage) -> Path:
@@ -140,6 +160,7 @@ def setup_problems(config: schema.Stage, sources: Mapping[str, WeightSource], wo
             )
         ),
         *idle_expert_keys(shapes, parallel),
+        *check_kernels(shapes, config.precision.kernels),
         *check_experts(
             {role.name: shapes[role.name] for role in roles_of(config) if role.is_trained},
             parallel,

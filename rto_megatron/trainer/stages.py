@@ -26,7 +26,9 @@ def run_stage(config: schema.Stage) -> None:
         UserError: on every rank, for anything that a user can mend.
     """
     _refuse_lone_task()
-    with ranks(prepare(), config.parallel, config.run.seed, _collective_timeout(config)) as topology:
+    with ranks(
+        prepare(config.precision), config.parallel, config.run.seed, _collective_timeout(config)
+    ) as topology:
         facts = facts_of(config)
         if facts.evaluation is not None:
             from rto_megatron.trainer.evaluate import evaluate
@@ -101,6 +103,8 @@ def ranks(
             parallel.expert_tensor,
             parallel.context,
             parallel.context_scheme,
+            parallel.virtual,
+            parallel.stages,
         )
     except UserError:
         if dist.is_initialized():

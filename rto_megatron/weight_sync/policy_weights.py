@@ -8,7 +8,7 @@ from rto_megatron.engine.absent import AbsentModel, RoleModel
 from rto_megatron.engine.holders import holders, place_of
 from rto_megatron.engine.weights import stage_pieces
 from rto_megatron.models.parameters import stored_parameters
-from rto_megatron.models.weight_map import cut, dtype_name
+from rto_megatron.models.weight_map import dtype_name
 from rto_megatron.weight_sync.manifest import PieceSpec
 
 
@@ -33,16 +33,16 @@ class PolicySource:
     def specs(self) -> tuple[PieceSpec, ...]:
         """The piece of every tensor on each sender; equal on all ranks."""
         shape, topology = self.policy.shape, self.policy.topology
-        dtype = self.policy.dtype
+        dtype, has_head = self.policy.dtype, self.policy.has_scalar_head
         specs = []
-        for parameter in stored_parameters(shape, self.policy.has_scalar_head):
-            dim, senders = parameter.layout.dim or 0, holders(parameter, shape, topology)
+        for parameter in stored_parameters(shape, has_head):
+            dim, senders = parameter.layout.dim or 0, holders(parameter, shape, has_head, topology)
             for rank, sender in enumerate(senders):
-                for name, size in parameter.sizes():
-                    start, length = cut(size[dim], rank, len(senders))
-                    if length:
+                for run in parameter.runs(rank, len(senders)):
+                    if run.length:
+                        name, size = parameter.hf[run.tensor], parameter.hf_shapes[run.tensor]
                         named = dtype_name(parameter.dtype(dtype))
-                        specs.append(PieceSpec(name, named, size, sender, dim, start, length))
+                        specs.append(PieceSpec(name, named, size, sender, dim, run.start, run.length))
         return tuple(specs)
 
     def pieces(self, sender: int) -> Iterator[tuple[str, Tensor]]:

@@ -157,14 +157,18 @@ class NetworkWire:
         options = BroadcastOptions()
         options.rootRank = source
         options.rootTensor = 0
-        assert self._group is not None
+        if self._group is None:
+            raise TransportError("weight transfer: this rank has given up")
         return self._group.broadcast([buffer], options)
 
     def give_up(self) -> None:
         """Ends gloo's broadcasts; NCCL's group goes with the last reference to it."""
-        # Torch cannot abort them, and the group's destructor waits for all in flight: two ranks that have both
-        # given up would wait until the time limit for what neither will send.
-        shut_down(self._listeners)
+        if self._listeners:
+            shut_down(self._listeners)
+            # Torch cannot abort a broadcast, gloo does not notice a connection that ends within a message, and the
+            # group's destructor waits for all in flight: until the time limit, so not on this thread.
+            left, self._group = [self._group], None
+            threading.Thread(target=left.clear, daemon=True).start()
 
 
 MakeWire = Callable[[ControlChannel, Rendezvous, torch.device], Wire]

@@ -17,6 +17,7 @@ from rto_megatron.planning.memory import activation_bytes, role_cost
 from rto_megatron.planning.shapes import KNOWN_SHAPES, find_shape, hugging_face_folder
 
 RECIPES = Path(__file__).parents[2] / "launchers" / "recipes"
+FAMILIES = sorted((RECIPES / "families").glob("*.yaml"))
 PAPER = sorted((RECIPES / "llama3_8b").glob("*.yaml"))
 
 
@@ -34,6 +35,15 @@ def check(*arguments: str) -> str:
         ("llama-3.2-1b", 1_235_814_400),
         ("qwen3-1.7b", 1_720_574_976),
         ("qwen3-30b-a3b", 30_532_122_624),
+        ("smollm3-3b", 3_075_098_624),
+        ("olmo-2-7b", 7_298_617_344),
+        ("granite-3.1-8b", 8_170_848_256),
+        ("gemma-2-9b", 9_241_705_984),
+        ("gemma-3-1b", 999_885_952),
+        ("glm-4-9b", 9_400_279_040),
+        ("seed-oss-36b", 36_151_104_512),
+        ("phi-4", 14_659_507_200),
+        ("phi-4-mini", 3_836_021_760),
     ],
 )
 def test_parameter_counts_are_the_published_ones(name: str, parameters: int) -> None:
@@ -70,6 +80,14 @@ def test_a_recipe_is_sound_for_a_named_gpu_that_has_room() -> None:
     assert said.endswith("sound for 8 GPUs, h100 each.")
     with pytest.raises(RecipeError, match=r"more than the 39\.0 GiB that a 40:312:1555 has"):
         check(recipe, "--gpus", "8", "--gpu", "40:312:1555")
+
+
+@pytest.mark.parametrize("recipe", FAMILIES, ids=lambda path: path.stem)
+def test_recipes_of_other_families_pass_without_their_models(recipe: Path) -> None:
+    gpus = "32" if "36b" in recipe.stem else "8"
+    said = " ".join(check(str(recipe), "--gpus", gpus).split())
+    assert f"sound for {gpus} GPUs" in said
+    assert find_shape(load_recipe(recipe).models.policy, None) is not None
 
 
 def test_layout_arithmetic_and_place_of_each_model_are_shown() -> None:
@@ -114,6 +132,21 @@ def test_context_ranks_share_tokens_and_the_optimizer() -> None:
     assert (whole, whole) == (2 * half, 4 * quarter)
     # Keys and values of the layer that is recomputed, of 32,768 tokens and 8 heads of 128 on 4 tensor ranks.
     assert sizes[2, "gather"] - sizes[2, "ulysses"] == 2 * 2 * 32768 * 8 * 128 // 4
+
+
+def test_interleaved_stages_are_shown_and_count_by_the_fullest() -> None:
+    """Of 80 layers of 855.65 M parameters the middle stages have 21, on 8 ranks; the outer ones 19 and 1,050.67 M."""
+    recipe = str(RECIPES / "llama3_70b" / "rto.yaml")
+    output = check(recipe, "--gpus", "64")
+    assert "32 = tensor 8 x pipeline 4 in 5 chunks x data 1" in output
+    (row,) = (line for line in output.splitlines() if "policy " in line and "trained" in line)
+    assert "layers 19 + 21" in row and "2,246.1 M │        37.7 GiB" in row
+    assert "sound for 64 GPUs" in output
+    keys = [f"parallel.roles.{role}.pipeline=4" for role in ("critic", "reward")]
+    keys += ["batch.tokens=null", "batch.micro=1", "batch.train=6", "batch.rollout=1026"]
+    by_number = check(recipe, *keys, "--gpus", "64")
+    # 6 micro-batches and 2 empty ones go through 5 chunks a stage: of 43 passes' time the last stage waits for 3.
+    assert "idle for 7% of the time, 2 empty micro-batches filling up their number" in by_number
 
 
 def test_ranks_of_their_own_are_shown_and_judged_apart() -> None:
@@ -203,11 +236,11 @@ def test_rto_with_its_own_dpo_reference_holds_one_more_model() -> None:
 
 
 def test_heads_layers_and_lengths_are_checked_against_the_shapes() -> None:
-    overrides = ["parallel.tensor=16", "parallel.pipeline=5", "data.max_prompt_tokens=9000"]
+    overrides = ["parallel.tensor=12", "parallel.pipeline=5", "data.max_prompt_tokens=9000"]
     with pytest.raises(RecipeError) as caught:
-        check(str(RECIPES / "llama3_8b" / "rto.yaml"), *overrides, "--gpus", "160", "--pool-gpus", "80")
+        check(str(RECIPES / "llama3_8b" / "rto.yaml"), *overrides, "--gpus", "120", "--pool-gpus", "60")
     message = str(caught.value)
-    assert "parallel.tensor=16 does not divide num_key_value_heads=8" in message
+    assert "parallel.tensor=12 does not divide num_key_value_heads=8" in message
     assert "parallel.pipeline=5 does not divide num_hidden_layers=32" in message
     assert "10024 tokens, but models.policy reads at most 8192" in message
 

@@ -294,11 +294,11 @@ def test_missing_models_and_foreign_tokenizers_are_all_named(tmp_path: Path, tin
 
 
 def test_layouts_of_roles_that_do_not_fit_are_all_named(tmp_path: Path, tiny_files: Path) -> None:
-    roles = {"critic": {"tensor": 4}, "reward": {"pipeline": 3}}
+    roles = {"critic": {"tensor": 3}, "reward": {"pipeline": 3}}
     config = configure("rto", tiny_files, tmp_path / "run", parallel__roles=roles)
     found = " ".join(finding.found for finding in check_models(config, 12))
     # The tiny models have 4 heads in 2 groups and 4 layers.
-    assert "models.critic: parallel.roles.critic.tensor=4 does not divide num_key_value_heads=2" in found
+    assert "models.critic: parallel.roles.critic.tensor=3 does not divide num_key_value_heads=2" in found
     assert "models.reward: parallel.roles.reward.pipeline=3 does not divide num_hidden_layers=4" in found
 
 

@@ -67,6 +67,7 @@ def test_batch_arithmetic_of_the_released_script() -> None:
         (dpo("data.max_prompt_tokens=2048"), 8, "leaves no room for an answer"),
         (rto("sampling.min_response_tokens=2000"), 4, "is above sampling.max_response_tokens=1024"),
         (rto("rollout.servers=[localhost]"), 4, "an address is written http://host:port"),
+        (rto("precision.kernels=transformer_engine", "precision.dtype=fp32"), 4, "set precision.dtype=bf16"),
     ],
 )
 def test_each_mismatch_is_named_with_a_way_out(config: Stage, world_size: int, part: str) -> None:

@@ -60,7 +60,7 @@ def refused(folder: Path, rewards: str) -> str:
         ),
         (
             "- {kind: function, function: 'a.py:f', pays: spans, normalize: batch}",
-            "this source pays spans; remove it",
+            "this source pays spans; remove it, or pay tokens",
         ),
         ("- {kind: function, function: a.py}", "a function is written file.py:name"),
         ("- {kind: model, name: 'a/b'}", "a name is made of a-z, 0-9, _ and -"),
@@ -88,6 +88,10 @@ def test_mistakes_in_the_list_are_told_with_place_and_remedy(
         (
             ["rewards=[{kind: model},{kind: overlong, buffer_tokens: 1025}]"],
             "the shortest response would be punished",
+        ),
+        (
+            ["rewards=[{kind: model, overlong_buffer_tokens: 1025}]"],
+            "rewards.model.overlong_buffer_tokens=1025 is above sampling.max_response_tokens=1024",
         ),
         (
             ["rewards=[{kind: model},{kind: math_verify, timeout_s: 50}]", "run.collective_timeout_s=40"],

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from convert.commands import convert
+from convert.convert_faults import edit_hf
 from safetensors.torch import load_file, save_file
 from tiny_families import write_family
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from rto_megatron.errors import ModelFolderError
+from rto_megatron.storage.hf_model import HfModel
 
 type Tensors = dict[str, Tensor]
 
@@ -157,17 +159,14 @@ def test_a_tied_head_may_be_stored_twice_but_not_differ(models: Path, tmp_path: 
         convert("hf-to-megatron", _changed(models / "tied", tmp_path / "differs", differing), tmp_path / "m")
 
 
-def test_buffers_and_predictors_are_left_aside_by_name(models: Path, tmp_path: Path) -> None:
-    def with_buffer(tensors: Tensors) -> None:
-        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
-
-    convert(
-        "hf-to-megatron", _changed(models / "language", tmp_path / "old", with_buffer), tmp_path / "old-m"
-    )
-    report = json.loads((tmp_path / "old-m/conversion_report.json").read_text())
-    assert report["coverage"]["left_aside"] == {
-        "model.layers.0.self_attn.rotary_emb.inv_freq": "computed from config.json"
-    }
+@pytest.mark.parametrize("family", ["qwen2", "deepseek_v3"])  # none of them knows of the buffer
+def test_rotary_buffers_of_every_family_are_left_aside_by_name(tmp_path: Path, family: str) -> None:
+    names = ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"]
+    write_family(tmp_path / "hf", family)
+    edit_hf(tmp_path / "hf", lambda tensors: tensors.update({name: torch.ones(8) for name in names}))
+    model = HfModel(tmp_path / "hf", has_scalar_head=False)
+    model.require_complete()
+    assert model.left_aside == dict.fromkeys(names, "computed from config.json")
 
 
 def _block_quantize(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from ranks import run_ranks
 from tiny_families import write_family
 
 from rto_megatron.engine.weights import local_parameters
+from rto_megatron.models.chunks import ModelChunks
 from rto_megatron.models.config_files import read_shape
 from rto_megatron.models.parameters import parameter_map
 from rto_megatron.models.shape import ModelShape
@@ -62,7 +63,7 @@ def _different_latent(folder: Path) -> list[str]:
     )
     import_mcore_gpt_from_hf(oracle, str(folder), dtype=torch.float32)
     biases = {name: buffer for name, buffer in oracle.named_buffers() if name.endswith("expert_bias")}
-    want = {**local_parameters(oracle), **biases}
+    want = {**local_parameters(ModelChunks([oracle])), **biases}
     read = HfFolder(folder).read
     got = {
         mapped.megatron: mapped.layout.shard(

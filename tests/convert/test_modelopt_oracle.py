@@ -21,6 +21,7 @@ from tiny_families import write_family
 
 from rto_megatron.engine.weights import load_hf_tensors, local_parameters
 from rto_megatron.models.build import build_model, transformer_config
+from rto_megatron.models.chunks import ModelChunks
 from rto_megatron.models.config_files import read_shape
 from rto_megatron.models.families import FAMILIES
 from rto_megatron.models.shape import ModelShape
@@ -69,11 +70,11 @@ def _different(layout: str, ours: Path, theirs: Path) -> list[str]:
     """Names of this rank's parameters that differ between our reading of `ours` and ModelOpt's of `theirs`."""
     place, shape = global_topology(layout), read_shape(ours)
     config = transformer_config(shape, place, torch.float32, recompute=False)
-    filled = emptied(build_model(shape, config, place, has_scalar_head=False))
+    filled = ModelChunks([emptied(build_model(shape, config, place, has_scalar_head=False))])
     load_hf_tensors(filled, shape, False, place, HfFolder(ours).read)
     oracle = _stock(shape, place)
     import_mcore_gpt_from_hf(oracle, str(theirs), dtype=torch.float32)
-    got, want = local_parameters(filled), local_parameters(oracle)
+    got, want = local_parameters(filled), local_parameters(ModelChunks([oracle]))
     assert got.keys() == want.keys()
     return [name for name in want if not torch.equal(got[name], want[name])]
 
@@ -82,7 +83,7 @@ def _export(layout: str, folder: Path, out: Path) -> None:
     """ModelOpt's export of a stock model that our map filled; every rank of a pipeline writes its layers."""
     place, shape = global_topology(layout), read_shape(folder)
     model = _stock(shape, place)
-    load_hf_tensors(model, shape, False, place, HfFolder(folder).read)
+    load_hf_tensors(ModelChunks([model]), shape, False, place, HfFolder(folder).read)
     export_mcore_gpt_to_hf(model, str(folder), dtype=torch.float32, export_dir=str(out))
 
 

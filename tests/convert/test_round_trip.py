@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ from rto_megatron.convert.conversion import Proofs, convert_to_megatron, silent
 from rto_megatron.convert.conversion_options import Options
 from rto_megatron.convert.fresh_folder import require_space
 from rto_megatron.convert.logits import prove_logits
+from rto_megatron.engine.source import find_source
+from rto_megatron.engine.weights import megatron_reader
 from rto_megatron.errors import ConversionError, MachineError, ModelFolderError, RecipeError
 from rto_megatron.models.families import FAMILIES
 
@@ -224,6 +227,21 @@ def test_the_report_names_every_tensor_and_version(models: Path) -> None:
     assert report["architecture"] == "Qwen3MoeForCausalLM"
     assert report["versions"].keys() >= {"megatron-core", "torch", "transformers"}
     assert report["coverage"] == {"stored": len(stored), "written": len(stored), "left_aside": {}}
+
+
+def test_what_megatron_lm_has_no_argument_for_is_kept_named_and_compared(
+    models: Path, tmp_path: Path
+) -> None:
+    report = json.loads((models / "granite-megatron/conversion_report.json").read_text())
+    parts = "embedding_scale, logit_divisor, residual_scale, score_scale of granite"
+    assert [note for note in report["notes"] if f"Megatron-LM has no arguments for {parts}" in note]
+    assert not json.loads((models / "smollm3-megatron/conversion_report.json").read_text())["notes"]
+    shutil.copytree(models / "granite-megatron", tmp_path / "granite")
+    config = tmp_path / "granite/hf/config.json"
+    config.write_text(config.read_text().replace('"residual_multiplier": 0.4', '"residual_multiplier": 0.5'))
+    source = find_source(tmp_path / "granite", False, is_random=False, key="test")
+    with pytest.raises(ModelFolderError, match=r"residual_scale=0\.5, trained with 0\.4"):
+        megatron_reader(source, False, None)
 
 
 def _anonymous() -> int:

@@ -133,22 +133,43 @@ def _bare(tensors: Tensors) -> None:
 
 
 NAMES: dict[str, tuple[Callable[[Tensors], None], str]] = {
-    "of the bare decoder": (_bare, r"prefix '' instead of 'model\.'.*AutoModelForCausalLM and save_pretrained"),
+    "of the bare decoder": (_bare, r"the decoder without a head, as AutoModel saves it.*AutoModelForCausalLM"),
     "of peft": (
         _renamed(lambda n: f"base_model.model.{n}"),
         r"prefix 'base_model\.model\.model\.' instead of 'model\.'.*merge the adapter",
     ),
-    "of a wrapper": (
-        _renamed(lambda n: f"module.{n}"),
-        r"prefix 'module\.model\.' instead of 'model\.'.*model\.module",
+    "of a wrapper around a part": (
+        _renamed(lambda n: n if "lm_head" in n else f"module.{n}"),
+        r"prefix 'module\.model\.' instead of 'model\.'.*that part alone",
     ),
-    "of torch.compile": (_renamed(lambda n: f"_orig_mod.{n}"), r"prefix '_orig_mod\.model\.'.*as torch\.compile saves"),
     "of another model's part": (_renamed(lambda n: f"language_model.{n}"), r"save_pretrained that part alone"),
     "of Megatron": (
         _renamed(lambda n: n.replace("model.embed_tokens", "module.embedding.word_embeddings")),
         r"Megatron's, as NeMo keeps them \(module\.embedding\.word_embeddings\.weight\)",
     ),
 }  # fmt: skip
+READ: dict[str, tuple[str, Callable[[Tensors], None]]] = {
+    "module.": ("llama", _renamed(lambda n: f"module.{n}")),
+    "_orig_mod.": ("llama", _renamed(lambda n: f"_orig_mod.{n}")),
+    "module._orig_mod.": ("llama", _renamed(lambda n: f"module._orig_mod.{n}")),
+    "doubled model.": ("llama", _renamed(lambda n: f"model.{n}")),
+    "without model.": ("llama", _renamed(lambda n: n.removeprefix("model."))),
+    "of a tied bare decoder": ("qwen2_tied", _renamed(lambda n: n.removeprefix("model."))),
+}
+
+
+@pytest.mark.parametrize("names", READ)
+def test_a_prefix_that_all_tensors_have_is_left_out(tmp_path: Path, names: str) -> None:
+    family, change = READ[names]
+    write_family(tmp_path / "hf", family, num_hidden_layers=1)
+    want = load_file(tmp_path / "hf" / SINGLE)
+    edit_hf(tmp_path / "hf", change)
+    assert "they are read as if they had that" in " ".join(
+        convert("hf-to-megatron", tmp_path / "hf", tmp_path / "m").split()
+    )
+    convert("megatron-to-hf", tmp_path / "m", tmp_path / "back")
+    got = load_file(tmp_path / "back" / SINGLE)
+    assert got.keys() == want.keys() and all(torch.equal(got[n], t) for n, t in want.items())
 
 
 @pytest.mark.parametrize("names", NAMES)
@@ -177,7 +198,7 @@ HEADS = {
         "Heads of several layers or labels have no place",
     ),
     "many labels": (_head(regression_layer__weight=(19, 64)), "the head is regression_layer.weight (19, 64)"),
-    "one row": (_head(regression_head__weight=(1, 64)), 'set "value_head_prefix": "regression_head" in config.json'),
+    "one row": (_head(reward_out__weight=(1, 64)), 'set "value_head_prefix": "reward_out" in config.json'),
 }  # fmt: skip
 
 
@@ -191,15 +212,20 @@ def test_a_head_that_is_not_known_is_named(models: Path, tmp_path: Path, head: s
         assert message in said and "missing" not in said
 
 
-def test_what_is_said_about_a_head_of_one_row_works(models: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("reward_out", {"value_head_prefix": "reward_out"}),  # as is said above
+        ("score.0", {}),
+        ("regression_head", {}),
+    ],
+)
+def test_a_head_of_one_row_is_read(models: Path, tmp_path: Path, name: str, keys: dict[str, str]) -> None:
     folder = Path(shutil.copytree(models / "reward", tmp_path / "hf"))
     want = load_file(folder / SINGLE)["score.weight"]
-    edit_hf(folder, lambda tensors: tensors.update(regression_head=tensors.pop("score.weight")))
-    edit_hf(
-        folder, lambda tensors: tensors.update({"regression_head.weight": tensors.pop("regression_head")})
-    )
+    edit_hf(folder, lambda tensors: tensors.update({f"{name}.weight": tensors.pop("score.weight")}))
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "value_head_prefix": "regression_head"}))
+    (folder / "config.json").write_text(json.dumps({**config, **keys}))
     convert("hf-to-megatron", folder, tmp_path / "m")
     convert("megatron-to-hf", tmp_path / "m", tmp_path / "back")
     assert torch.equal(load_file(tmp_path / "back" / SINGLE)["score.weight"], want)

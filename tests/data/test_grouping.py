@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from rto_megatron.data.batches import Batches
+from rto_megatron.data.budget import budget_fill
 from rto_megatron.data.cut import Layout
 from rto_megatron.data.grouping import deal, own_share, read_lengths
+from rto_megatron.data.packing import token_batch
 from rto_megatron.types import JudgedResponse, Prompt
 
 CPU = torch.device("cpu")
@@ -94,3 +96,12 @@ def test_without_costs_replicas_take_turns() -> None:
 def test_a_verdict_costs_its_answer_twice_and_the_unrelated_one_once() -> None:
     answer = JudgedResponse("a", (1, 2, 3), (4, 5), True, (6, 7, 8, 9))
     assert read_lengths(answer) == (5, 5, 7)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_fill_of_a_budget_leaves_padding_out(packed: bool) -> None:
+    batches = [
+        token_batch([([5] * length, 1) for length in lengths], packed, 8, CPU) for lengths in ((5, 6), (3,))
+    ]
+    assert budget_fill(batches, _layout(20, packed, 8)) == {"memory/budget_fill_fraction": (14.0, 40.0)}
+    assert budget_fill(batches, Layout(2, packed, 8, CPU)) == {}

@@ -144,7 +144,7 @@ def test_the_reward_is_sparse_and_a_better_policy_exists(task_folder: Path) -> N
 def test_model_folders_are_self_contained(task_folder: Path) -> None:
     fingerprint = tokenizer_fingerprint(task_folder / "tokenizer")
     assert TrueReward.load(task_folder / "true_reward.json").tokenizer_fingerprint == fingerprint
-    for role in ("policy", "reward"):
+    for role in ("policy", "reward", "deep"):
         folder = task_folder / "models" / role
         config = AutoConfig.from_pretrained(folder)
         assert tokenizer_fingerprint(folder) == fingerprint

@@ -2,7 +2,13 @@
 
 from pathlib import Path
 
-from rto_megatron.config.training import ContextScheme, OptimizerConfig, PrecisionConfig, TrainParallelConfig
+from rto_megatron.config.training import (
+    ContextScheme,
+    OptimizerConfig,
+    PrecisionConfig,
+    StageLayers,
+    TrainParallelConfig,
+)
 from rto_megatron.engine.build_roles import build_frozen, build_trained
 from rto_megatron.engine.megatron import FrozenModel, TrainedModel
 from rto_megatron.engine.source import find_source
@@ -13,6 +19,7 @@ from rto_megatron.platform.device import prepare
 LAYOUTS = {
     "one": (1, 1, 1, False),
     "tp2": (2, 2, 1, False),
+    "tp4": (4, 4, 1, False),
     "pp2": (2, 1, 2, False),
     "dp2": (2, 1, 1, False),
     "tp2_sp": (2, 2, 1, True),
@@ -33,10 +40,22 @@ LAYOUTS = {
     "ep4_tp2": (4, 2, 1, True),
     "ep2_tp2_etp2": (4, 2, 1, True),
     "cp2_ep2": (2, 1, 1, False),
+    "cp2_ep4": (4, 1, 1, False),
+    "cp2_ep2_pp2": (4, 1, 2, False),
+    "tp2_cp2_ep2_sp": (4, 2, 1, True),
+    "tp2_cp2_ep4_sp": (4, 2, 1, True),
+    "pp2_v2": (2, 1, 2, False),
+    "tp2_pp2_v2_sp": (4, 2, 2, True),
+    "cp2_pp2_v2": (4, 1, 2, False),
+    "pp2_v2_dp2": (4, 1, 2, False),
+    "ep2_pp2_v2": (4, 1, 2, False),
+    "pp2_uneven": (2, 1, 2, False),
+    "pp3_uneven": (3, 1, 3, False),
     # The policy has the ranks that no role has for itself.
     "tp2_of_4": (4, 2, 1, False),
     "pp2_of_3": (3, 1, 2, False),
     "dp2_of_3": (3, 1, 1, False),
+    "ep2_of_3": (3, 1, 1, False),
 }
 # name -> (context ranks, scheme), of layouts that cut rows
 CONTEXT: dict[str, tuple[int, ContextScheme]] = {
@@ -49,6 +68,11 @@ CONTEXT: dict[str, tuple[int, ContextScheme]] = {
     "cp4": (4, "ulysses"),
     "cp4_gather": (4, "gather"),
     "cp2_ep2": (2, "ulysses"),
+    "cp2_ep4": (2, "ulysses"),
+    "cp2_ep2_pp2": (2, "gather"),
+    "tp2_cp2_ep2_sp": (2, "ulysses"),
+    "tp2_cp2_ep4_sp": (2, "ulysses"),
+    "cp2_pp2_v2": (2, "ulysses"),
 }
 # Of those whose experts lie on different ranks: (parts of the experts, ranks of one)
 EXPERTS = {
@@ -59,6 +83,22 @@ EXPERTS = {
     "ep4_tp2": (4, 1),
     "ep2_tp2_etp2": (2, 2),
     "cp2_ep2": (2, 1),
+    "cp2_ep4": (4, 1),
+    "cp2_ep2_pp2": (2, None),
+    "tp2_cp2_ep2_sp": (2, 1),
+    "tp2_cp2_ep4_sp": (4, 1),
+    "ep2_pp2_v2": (2, None),
+    "ep2_of_3": (2, 1),
+}
+# name -> (chunks of each stage, layers of the stages), of layouts whose stages are interleaved or uneven
+CHUNKS: dict[str, tuple[int, StageLayers]] = {
+    "pp2_v2": (2, None),
+    "tp2_pp2_v2_sp": (2, None),
+    "cp2_pp2_v2": (2, None),
+    "pp2_v2_dp2": (2, None),
+    "ep2_pp2_v2": (2, None),
+    "pp2_uneven": (1, (3, 1)),
+    "pp3_uneven": (1, "auto"),
 }
 
 
@@ -67,6 +107,7 @@ def topology(layout: str) -> Topology:
     _, tensor, pipeline, sequence = LAYOUTS[layout]
     context, scheme = CONTEXT.get(layout, (1, "ulysses"))
     expert, expert_tensor = EXPERTS.get(layout, (1, None))
+    virtual, stages = CHUNKS.get(layout, (1, None))
     return Topology.init(
         prepare(),
         tensor,
@@ -77,6 +118,8 @@ def topology(layout: str) -> Topology:
         expert_tensor=expert_tensor,
         context=context,
         context_scheme=scheme,
+        virtual=virtual,
+        stages=stages,
     )
 
 

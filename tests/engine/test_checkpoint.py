@@ -12,6 +12,7 @@ from engine.layouts import LAYOUTS, topology, trained
 from ranks import run_ranks
 from safetensors.torch import load_file
 from stepping import take_step
+from tiny_families import write_family
 from tiny_models import SEQUENCES, write_llama
 from torch import Tensor
 
@@ -26,7 +27,7 @@ from rto_megatron.engine.recovery import Found, find_valid
 from rto_megatron.engine.source import find_source
 from rto_megatron.engine.weights import stage_hf_tensors
 from rto_megatron.errors import UserError
-from rto_megatron.models.build import build_model, transformer_config
+from rto_megatron.models.build import build_chunks, transformer_config
 from rto_megatron.types import Demonstration
 
 ADAM = OptimizerConfig(lr=1e-3)
@@ -94,6 +95,14 @@ def test_weights_load_at_another_layout(layout: str, name: str, folders: Path, r
     checkpoint = run_dir / "checkpoints/step_000001"
     got = _merged(run_ranks(LAYOUTS[layout][0], _load, layout, folders, name, checkpoint))
     _assert_same(got, load_file(folders / name / "model.safetensors"))
+
+
+def test_norms_over_all_heads_are_cut_by_tensor_ranks_and_load_at_another_layout(tmp_path: Path) -> None:
+    for name, seed in (("policy", 5), ("other", 6)):
+        write_family(tmp_path / name, "olmo2", seed=seed)
+    run_ranks(2, _save, "tp2", tmp_path, ("policy",), tmp_path)
+    got = _merged(run_ranks(1, _load, "one", tmp_path, "policy", tmp_path / "checkpoints/step_000001"))
+    _assert_same(got, load_file(tmp_path / "policy/model.safetensors"))
 
 
 def _fresh(layout: str, path: Path, seed: int) -> dict[str, Tensor]:
@@ -280,7 +289,7 @@ def test_a_checkpoint_of_another_model_is_refused(folders: Path, run_dir: Path) 
         model = trained(topology("one"), folders / "critic", True, ADAM)
         shape = replace(model.shape, num_layers=model.shape.num_layers + 2)
         config = transformer_config(shape, model.topology, torch.float32, recompute=False)
-        deeper = replace(model, shape=shape, module=build_model(shape, config, model.topology, True))
+        deeper = replace(model, shape=shape, module=build_chunks(shape, config, model.topology, True))
         with pytest.raises(CheckpointError) as caught:
             load_weights(run_dir / "checkpoints/step_000001/critic", deeper)
         return str(caught.value)

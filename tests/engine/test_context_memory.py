@@ -32,7 +32,7 @@ def _kept_bytes(layout: str, folder: Path) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = forward(model.module, batch, place)
+        output = forward(model.module.last, batch, place)
     assert output.shape[0] == LENGTH // CONTEXT.get(layout, (1, ""))[0]
     return sum(kept.values())
 

@@ -23,6 +23,12 @@ CASES = [
     Case("rto", "ep2", options="tokens"),
     Case("rto", "ep2", packed=False, options="tokens"),
 ]
+# Experts beside interleaved stages, and beside rows that are cut, on four ranks.
+ON_FOUR = [
+    Case(stage, layout)
+    for layout in ("ep2_pp2_v2", "cp2_ep4", "cp2_ep2_pp2", "tp2_cp2_ep2_sp", "tp2_cp2_ep4_sp")
+    for stage in ("dpo", "rto")
+]
 _TRAINED: set[str] = set()
 
 
@@ -40,14 +46,18 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _train(layout: str, root: Path) -> None:
     if layout not in _TRAINED:
-        cases = [case for case in CASES if case.layout == layout]
+        cases = [case for case in (*CASES, *ON_FOUR) if case.layout == layout]
         if layout == "one":
             cases = list(dict.fromkeys(case.oracle for case in CASES))
         run_ranks(LAYOUTS[layout][0], run_cases, cases, root, timeout_seconds=300)
         _TRAINED.add(layout)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.folder)
+@pytest.mark.parametrize(
+    "case",
+    [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in ON_FOUR)],
+    ids=lambda case: case.folder,
+)
 def test_a_step_moves_mixtures_as_on_one_rank(case: Case, root: Path) -> None:
     for one in (case.oracle, case):
         _train(one.layout, root)

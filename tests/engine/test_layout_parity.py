@@ -107,6 +107,7 @@ ROLES: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     "reward_tp": {"reward": {"tensor": 2}},
     "reference_tp": {"reference": {"tensor": 2, "sequence": True}},
     "frozen": {"reference": {"tensor": 2, "sequence": True}, "dpo": {"pipeline": 2}, "reward": {}},
+    "uneven": {"reference": {"pipeline": 2, "stages": (3, 1)}, "critic": {"pipeline": 2, "stages": "auto"}},
     "critic_cp": {"critic": {"context": 2, "context_scheme": "gather"}},
     # On ranks of their own.
     "own_critic": {"critic": {"ranks": "2-3"}},
@@ -144,6 +145,20 @@ CUT_ROWS = [
     Case("rto", "cp2", roles="critic_dp"),
     Case("ppo", "cp2", roles="critic_cp"),
 ]
+# Interleaved pipelines: every kind of loss alone, other dimensions beside them for two.
+INTERLEAVED = [
+    *(Case(stage, "pp2_v2") for stage in ("sft", "reward_model", "dpo", "simpo", "kto", "rto", "grpo")),
+    Case("tdpo", "pp2_v2", packed=False),
+    Case("rto", "pp2_v2", options="tokens"),
+    Case("rto", "pp2_v2", options="recompute", roles="uneven"),
+    Case("dpo", "pp2_uneven"),
+    Case("rto", "pp2_uneven"),
+]
+INTERLEAVED_ON_FOUR = [
+    Case(stage, layout)
+    for layout in ("tp2_pp2_v2_sp", "cp2_pp2_v2", "pp2_v2_dp2")
+    for stage in ("dpo", "rto")
+]
 # Methods that compare groups run with RTO's token reward: without it their advantages are a part of these.
 GROUPED = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo")
 # The reference's hidden states are gathered under sequence parallelism, and padded rows are longer than their answers.
@@ -164,10 +179,12 @@ CASES = [
     ),
     *TDPO,
     *(Case(stage, layout, options=options) for layout in METHODS_AT for stage, options in WITH_OPTIONS),
+    Case("sft", "tp4"),  # a key-value head on two tensor ranks
     Case("rto", packed=False, options="capped"),
     Case("rto", packed=False, options="entropy"),
     *WITH_ROLES,
     *CUT_ROWS,
+    *INTERLEAVED,
 ]
 ON_ONE_RANK = [
     *map(Case, ALGORITHMS),
@@ -232,7 +249,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _weights(case: Case, root: Path) -> dict[str, Tensor]:
     """Whole tensors after the step, by model and Hugging Face name; trains all cases of the layout at first."""
     if (case.layout, root) not in _TRAINED:
-        of_layout = [one for one in CASES if one.layout == case.layout]
+        of_layout = [one for one in (*CASES, *INTERLEAVED_ON_FOUR) if one.layout == case.layout]
         if case.layout == "one":
             of_layout += ON_ONE_RANK
         run_ranks(LAYOUTS[case.layout][0], run_cases, of_layout, root, timeout_seconds=300)
@@ -259,7 +276,11 @@ def start_of(root: Path) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.folder)
+@pytest.mark.parametrize(
+    "case",
+    [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in INTERLEAVED_ON_FOUR)],
+    ids=lambda case: case.folder,
+)
 def test_a_step_moves_the_weights_as_on_one_rank(case: Case, root: Path) -> None:
     want, got, start = _weights(case.oracle, root), _weights(case, root), start_of(root)
     assert got.keys() == want.keys()

@@ -96,7 +96,7 @@ def _update(case: Case, root: Path) -> dict[str, dict[str, Tensor]]:
         for name in ("policy", "critic")
     )
     if case.disable == "value_head" and place.is_last_stage:
-        critic.module.output_layer.weight.sequence_parallel = False
+        critic.module.last.output_layer.weight.sequence_parallel = False
     reference, dpo, reward = (
         frozen(place, root / name, FOLDERS[name][1], case.dtype) for name in ("reference", "dpo", "reward")
     )

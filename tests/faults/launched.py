@@ -56,6 +56,7 @@ def start(
     ranks: int = 2,
     options: Sequence[str] = (),
     torchrun: Sequence[str] | None = None,
+    num_threads: int = 1,
     **changes: object,
 ) -> Launch:
     """Launches a tiny stage of four steps on `ranks` replicas, saved at every step, with a plan of faults.
@@ -71,7 +72,7 @@ def start(
     recipe.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     environment = {
         **os.environ,
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": str(num_threads),
         "RTO_FAULT": faults,
         "RTO_FAULT_LOG": str(fault_log(run_dir)),
         "COLUMNS": "200",

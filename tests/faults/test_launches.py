@@ -40,17 +40,28 @@ def test_killed_ranks_and_a_stopped_one_cost_an_attempt_each(files: Path, tmp_pa
     assert_equal_runs(whole, run_dir)
 
 
-def endless(files: Path, run_dir: Path, torchrun: Sequence[str] | None = None) -> Launch:
+def endless(
+    files: Path, run_dir: Path, torchrun: Sequence[str] | None = None, num_threads: int = 1
+) -> Launch:
     """A run of more steps than any test waits for, saved when it is told to stop."""
-    return start(files, run_dir, run__steps=10_000, run__save_every=10_000, torchrun=torchrun)
+    return start(
+        files,
+        run_dir,
+        run__steps=10_000,
+        run__save_every=10_000,
+        torchrun=torchrun,
+        num_threads=num_threads,
+    )
 
 
 def test_a_run_that_is_told_to_stop_saves_and_ends(files: Path, tmp_path: Path) -> None:
-    launch = endless(files, tmp_path / "run")
+    num_threads = max(2, len(os.sched_getaffinity(0)))  # more than cores, on two ranks
+    launch = endless(files, tmp_path / "run", num_threads=num_threads)
     wait_until(lambda: bool(read_metrics(launch.run_dir)), launch)
     assert listeners(launch) == {"127.0.0.1"}
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         assert {rank.environ()[variable] for rank in launch.ranks()} == {"lo"}
+    assert {rank.environ()["OMP_WAIT_POLICY"] for rank in launch.ranks()} == {"PASSIVE"}
     assert launch.run_dir.stat().st_mode & 0o777 == 0o700
     send(launch, signal.SIGUSR1)
     said = launch.end()
@@ -59,6 +70,7 @@ def test_a_run_that_is_told_to_stop_saves_and_ends(files: Path, tmp_path: Path) 
     assert (launch.status()["reason"], launch.status()["step"]) == ("PREEMPTED", step)
     assert [path.name for path in (launch.run_dir / "checkpoints").glob("step_*")] == [f"step_{step:06d}"]
     assert "Traceback" not in said
+    assert f"2 processes x {num_threads} threads share" in said
 
 
 @pytest.mark.slow

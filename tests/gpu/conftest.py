@@ -42,7 +42,9 @@ def place() -> Iterator[Topology]:
         for name, value in {**launcher, **rank}.items():
             patch.setenv(name, value)
         device = prepare()
-        _used.append(f"{_device_name(device.torch_device)}, {device.backend}, {_adam()}")
+        _used.append(
+            f"{_device_name(device.torch_device)}, {device.backend}, layers of {device.kernels}, {_adam()}"
+        )
         yield Topology.init(device, tensor=1, pipeline=1, sequence=False, seed=1)
         dist.destroy_process_group()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from tiny_families import COMMON, VARIANTS, write_family
+from tiny_families import COMMON, VARIANTS, configuration_of, write_family
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rto_megatron.config.training import GridConfig
@@ -18,6 +18,7 @@ from rto_megatron.models.layout_checks import check_layout
 from rto_megatron.models.parameters import num_parameters, parameter_map
 
 WINDOWED = ["qwen2", "qwen3", "qwen2_moe", "qwen3_moe"]
+_LONGROPE = {"type": "su", "short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
 TOKENS = torch.tensor([[5, 9, 2, 11, 60, 1, 33, 8]])
 
 
@@ -28,7 +29,7 @@ def _written(folder: Path, config: dict[str, object]) -> Path:
 
 def _config(folder: Path, name: str, *absent: str, **changes: object) -> Path:
     """A config.json as transformers 5 writes it, with changes and without the keys in `absent`."""
-    values = AutoConfig.for_model(**{**COMMON, **VARIANTS[name]}).to_dict()
+    values = AutoConfig.for_model(**configuration_of(name)).to_dict()
     return _written(folder, {**{k: v for k, v in values.items() if k not in absent}, **changes})
 
 
@@ -71,9 +72,13 @@ def test_layers_with_experts_follow_transformers(tmp_path: Path) -> None:
 def test_rope_of_transformers_4_and_5_is_the_same(name: str, tmp_path: Path) -> None:
     new = read_shape(_config(tmp_path, name))
     rope = dict(VARIANTS[name].get("rope_parameters", COMMON["rope_parameters"]))
+    local = {}
+    if "full_attention" in rope:
+        local = {"rope_local_base_freq": rope["sliding_attention"]["rope_theta"]}
+        rope = dict(rope["full_attention"])
     theta = rope.pop("rope_theta")
     scaling = None if rope == {"rope_type": "default"} else rope
-    old = _config(tmp_path, name, "rope_parameters", rope_theta=theta, rope_scaling=scaling)
+    old = _config(tmp_path, name, "rope_parameters", rope_theta=theta, rope_scaling=scaling, **local)
     assert read_shape(old) == new
     assert new.rope_theta == theta
 
@@ -83,7 +88,8 @@ def test_absent_keys_have_transformers_meaning(name: str, tmp_path: Path) -> Non
     absent = ("rope_parameters", "tie_word_embeddings", "norm_topk_prob", "decoder_sparse_step")
     shape = read_shape(_config(tmp_path, name, *absent))
     theirs = AutoConfig.from_pretrained(tmp_path)
-    assert shape.rope_theta == theirs.rope_parameters["rope_theta"]
+    rope = theirs.rope_parameters
+    assert shape.rope_theta == rope.get("full_attention", rope)["rope_theta"]
     assert shape.is_tied == theirs.tie_word_embeddings
     if shape.experts is not None and name != "mixtral":
         assert shape.experts.is_normalized == theirs.norm_topk_prob
@@ -148,8 +154,35 @@ def test_a_window_of_qwen_counts_only_when_it_is_used(name: str, tmp_path: Path)
         ("qwen3", {"head_dim": None}, "has no head_dim"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ("llama", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "factor=0.5"),
-        ("qwen2", {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope scaling .* cannot be"),
-        ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope scaling .*yarn.* cannot be"),
+        ("qwen2", {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "one for each kind of layer"),
+        ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0, "mscale": 1.0}}, r"found \['mscale'\]"),
+        ("qwen2", {"rope_scaling": {"type": "yarn"}}, "found no factor"),
+        ("mistral", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope scaling .*yarn.* cannot be"),
+        ("smollm3", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "this family has no scaling"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers has 2 entries"),
+        ("olmo2", {"attention_bias": True}, r"\['attention_bias'\] is set"),
+        ("granite", {"mlp_bias": True}, r"\['mlp_bias'\] is set"),
+        ("gemma2", {"use_bidirectional_attention": True}, r"\['use_bidirectional_attention'\] is set"),
+        ("gemma2", {"hidden_activation": "silu"}, "hidden_activation is 'silu'"),
+        ("gemma2", {"sliding_window": None}, "sliding_window is null"),
+        ("gemma3_text", {"layer_types": ["full_attention"]}, "layer_types has 1 entries"),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"sliding_attention": {"rope_type": "yarn"}}},
+            "only the others'",
+        ),
+        ("seed_oss", {"attention_out_bias": True}, r"\['attention_out_bias'\] is set"),
+        (
+            "phi3_longrope",
+            {"partial_rotary_factor": 0.5, "rope_scaling": _LONGROPE},
+            "has 6 short and 6 long factors",
+        ),
+        (
+            "phi3_longrope",
+            {"rope_scaling": {**_LONGROPE, "attention_factor": 1.2}},
+            r"\['attention_factor'\] of rope",
+        ),
+        ("phi3", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "this family has longrope"),
         ("qwen2", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ("deepseek_v3", {"scoring_func": "softmax"}, "sigmoid scores"),
         ("deepseek_v3", {"moe_layer_freq": 2}, "every layer after the first dense"),
@@ -163,22 +196,29 @@ def test_what_megatron_cannot_express_is_refused(
     assert str(tmp_path / "config.json") in str(caught.value)
 
 
+def test_longrope_is_read_up_to_the_positions_of_pretraining(tmp_path: Path) -> None:
+    shape = read_shape(_config(tmp_path, "phi3_longrope", max_position_embeddings=128))
+    assert shape.max_positions == 64
+    assert config_of(shape, False, "float32")["max_position_embeddings"] == 128
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path)).model.rotary_emb
+    assert shape.rotation.longrope is not None
+    assert shape.rotation.longrope.amplitude == pytest.approx(theirs.attention_scaling)
+
+
 def test_one_expert_a_token_without_normalisation_is_accepted(tmp_path: Path) -> None:
     experts = read_shape(_config(tmp_path, "qwen2_moe", num_experts_per_tok=1)).experts
     assert experts is not None and experts.per_token == 1
 
 
 @pytest.mark.parametrize(
-    ("model_type", "missing"),
+    ("model_type", "said"),
     [
-        ("gemma", "a GELU gate"),
-        ("gemma2", "softcaps"),
-        ("gemma3_text", "two rotary bases"),
-        ("gemma3", "the vision tower"),
+        ("gemma", "of Gemma, 2 and the text models of 3"),
+        ("gemma3", "a vision tower.*Gemma3ForCausalLM, model_type gemma3_text"),
     ],
 )
-def test_gemma_is_refused_with_what_is_missing(model_type: str, missing: str, tmp_path: Path) -> None:
-    with pytest.raises(ModelFolderError, match=f"model_type is '{model_type}': .*lack.*{missing}"):
+def test_the_other_gemmas_are_refused(model_type: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelFolderError, match=f"model_type is '{model_type}': .*{said}"):
         read_shape(_written(tmp_path, {"model_type": model_type}))
 
 
@@ -242,6 +282,44 @@ PUBLISHED: dict[str, tuple[str, int, tuple[int, ...], dict[str, object]]] = {
         (2048, 48, 6144, 32, 4),
         {"vocab_size": 151936, "head_dim": 128, "num_experts": 128, "moe_intermediate_size": 768},
     ),
+    "SmolLM3-3B": (
+        "smollm3",
+        3_075_098_624,
+        (2048, 36, 11008, 16, 4),
+        {"vocab_size": 128256, "no_rope_layer_interval": 4},
+    ),
+    "OLMo-2-1124-7B": ("olmo2", 7_298_617_344, (4096, 32, 11008, 32, 32), {"vocab_size": 100352}),
+    "granite-3.1-8b-instruct": (
+        "granite",
+        8_170_848_256,
+        (4096, 40, 12800, 32, 8),
+        {"vocab_size": 49155, "tie_word_embeddings": True},
+    ),
+    "gemma-2-9b": (
+        "gemma2",
+        9_241_705_984,
+        (3584, 42, 14336, 16, 8),
+        {"vocab_size": 256000, "head_dim": 256, "query_pre_attn_scalar": 256},
+    ),
+    "gemma-3-1b-it": (
+        "gemma3_text",
+        999_885_952,
+        (1152, 26, 6912, 4, 1),
+        {"vocab_size": 262144, "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 512},
+    ),
+    "GLM-4-9B-0414": (
+        "glm4",
+        9_400_279_040,
+        (4096, 40, 13696, 32, 2),
+        {"vocab_size": 151552, "head_dim": 128},
+    ),
+    "Seed-OSS-36B": (
+        "seed_oss",
+        36_151_104_512,
+        (5120, 64, 27648, 80, 8),
+        {"vocab_size": 155136, "head_dim": 128},
+    ),
+    "phi-4": ("phi3", 14_659_507_200, (5120, 40, 17920, 40, 10), {"vocab_size": 100352}),
     "DeepSeek-V3 without its predictor of more tokens": (
         "deepseek_v3",
         671_026_419_200,

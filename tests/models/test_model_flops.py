@@ -38,3 +38,15 @@ def test_sequences_are_counted_by_themselves_and_a_scalar_head_costs_a_row() -> 
     assert apart == forward_flops(shape, False, [300]) + forward_flops(shape, False, [500])
     assert apart < forward_flops(shape, False, [800])
     assert weights_per_token(shape, False) - weights_per_token(shape, True) == 4096 * (128256 - 1)
+
+
+def test_a_window_counts_the_pairs_in_it() -> None:
+    shape = KNOWN_SHAPES["gemma-3-1b"]
+    pairs = [
+        min(token + 1, 512) for token in range(2000)
+    ]  # the own one and those before, in one of 22 layers
+    whole = [token + 1 for token in range(2000)]
+    # Half of the own pairs is left out by the formula, as everywhere: s^2 / 2 instead of s (s + 1) / 2.
+    counted = 22 * (sum(pairs) - 512 / 2) + 4 * (sum(whole) - 2000 / 2)
+    attention = 2 * 2 * 4 * 256 * counted  # scores and values, each 2 operations for 4 heads of 256
+    assert forward_flops(shape, True, [2000]) == 2 * weights_per_token(shape, True) * 2000 + attention

@@ -10,16 +10,17 @@ from ranks import run_ranks
 from torch import Tensor
 
 from rto_megatron.models.head_memory import CHUNK_POSITIONS, head_bytes
+from rto_megatron.models.logit_shaping import LogitShaping
 from rto_megatron.models.output_head import Targets
 from rto_megatron.models.token_entropy import token_entropies
 from rto_megatron.models.token_logprobs import token_logprobs
 
-CASES = [  # (vocabulary, temperature, whether tokens are banned, positions of a chunk)
-    (97, 1.0, False, 1024),
-    (97, 0.7, True, 4),
-    (96, 1.5, True, 3),
-    (97, 1.0, True, 1),
-    (3, 1.0, False, 4),  # the second shard is padding alone
+CASES = [  # (vocabulary, temperature, whether tokens are banned, positions of a chunk, what is done to logits)
+    (97, 1.0, False, 1024, LogitShaping()),
+    (97, 0.7, True, 4, LogitShaping(divisor=2.0, softcap=6.0)),
+    (96, 1.5, True, 3, LogitShaping()),
+    (97, 1.0, True, 1, LogitShaping(divisor=3.0)),
+    (3, 1.0, False, 4, LogitShaping(softcap=6.0)),  # the second shard is padding alone
 ]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
@@ -27,12 +28,12 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 def _of_rank(layout: str, dtype: torch.dtype) -> list[list[tuple[Tensor, Tensor, Tensor]]]:
     """Of every case, for log-probs and for entropies: outputs, and the gradients of states and projection."""
     place, found = topology(layout), []
-    for vocab_size, temperature, has_ban, chunk in CASES:
+    for vocab_size, temperature, has_ban, chunk, shaping in CASES:
         head, both = make_head(vocab_size, dtype), []
         asked = Targets(head.targets_N, head.banned if has_ban else None, temperature)
         for read in (token_logprobs, token_entropies):
             hidden, weight = head.hidden_Nh.clone().requires_grad_(), own_rows(head.weight_Vh, place)
-            outputs = read(hidden, weight, vocab_size, place.tensor_group(), asked, chunk)
+            outputs = read(hidden, weight, vocab_size, place.tensor_group(), asked, chunk, shaping)
             assert outputs.dtype == torch.float32
             (outputs * head.weights_3N[: outputs.dim()]).sum().backward()
             assert hidden.grad is not None and weight.grad is not None
@@ -46,10 +47,13 @@ def _of_rank(layout: str, dtype: torch.dtype) -> list[list[tuple[Tensor, Tensor,
 @DTYPES
 def test_equal_to_torchs_distribution(layout: str, dtype: torch.dtype) -> None:
     ranks = run_ranks(1 if layout == "one" else 2, _of_rank, layout, dtype)
-    for case, (vocab_size, temperature, has_ban, _) in enumerate(CASES):
+    for case, (vocab_size, temperature, has_ban, _, shaping) in enumerate(CASES):
         head = make_head(vocab_size, dtype)
         for number, num_rows in enumerate((1, 2)):
             hidden, weight, logits_NV = leaves(head.hidden_Nh, head.weight_Vh)
+            logits_NV = logits_NV / shaping.divisor
+            if shaping.softcap is not None:
+                logits_NV = shaping.softcap * torch.tanh(logits_NV / shaping.softcap)
             expected = []
             for at, target in enumerate(head.targets_N.tolist()):  # over what is left of the vocabulary
                 is_out = has_ban and bool(head.banned.is_banned_T[at])

@@ -11,7 +11,8 @@ from tiny_models import llama_config
 from rto_megatron.config.training import GridConfig
 from rto_megatron.errors import ModelFolderError
 from rto_megatron.models.config_files import read_shape
-from rto_megatron.models.layout_checks import check_layout
+from rto_megatron.models.families import FAMILIES
+from rto_megatron.models.layout_checks import check_kernels, check_layout
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -56,7 +57,10 @@ def test_older_keys_and_absent_ones_have_transformers_meaning(tmp_path: Path) ->
     [
         ({"model_type": "gpt_neox"}, r"model_type is 'gpt_neox'; supported are \[.*'llama'"),
         ({"model_type": None}, r"model_type is None"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, r"rope scaling .*yarn.* cannot be"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+            r"rope scaling .*yarn.* cannot be.* this family has llama3",
+        ),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, r"rope scaling .*linear.* cannot be"),
         ({"rope_parameters": {**LLAMA3_ROPE, "low_freq_factor": 2.0}}, r"rope scaling .* cannot be"),
         (
@@ -105,11 +109,31 @@ def test_ulysses_needs_a_head_for_every_context_rank() -> None:
     ]
 
 
+def test_a_family_with_layers_of_its_own_refuses_transformer_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_kernels({"policy": SHAPE}, "transformer_engine") == []
+    monkeypatch.setitem(
+        FAMILIES, "llama", replace(FAMILIES["llama"], layer_spec=lambda shape, config, num_experts: None)
+    )
+    assert check_kernels({"policy": SHAPE}, "auto") == []
+    assert check_kernels({"policy": SHAPE}, "transformer_engine") == [
+        "models.policy: llama models have layers of their own (layer_spec), in whose place TransformerEngine's cannot "
+        "be; set precision.kernels=auto or torch"
+    ]
+
+
+def test_a_norm_over_all_heads_takes_no_head_twice() -> None:
+    shape = replace(SHAPE, family="olmo2", num_heads=8, num_kv_heads=2, has_whole_qk_norm=True)
+    assert check_layout(shape, GridConfig(tensor=4), "models.policy") == [
+        "models.policy: parallel.tensor=4 is above num_key_value_heads=2, over all of which olmo2 has one norm; it can "
+        "be one of [1, 2]"
+    ]
+
+
 def test_every_obstacle_is_a_sentence() -> None:
     shape = replace(SHAPE, num_heads=6, num_kv_heads=2, ffn_hidden_size=22, num_layers=6)
     assert check_layout(shape, GridConfig(tensor=4, pipeline=4), "models.critic") == [
         "models.critic: parallel.tensor=4 does not divide num_attention_heads=6; it can be one of [1, 2]",
-        "models.critic: parallel.tensor=4 does not divide num_key_value_heads=2; it can be one of [1, 2]",
         "models.critic: parallel.tensor=4 does not divide intermediate_size=22; it can be one of [1, 2]",
-        "models.critic: parallel.pipeline=4 does not divide num_hidden_layers=6; it can be one of [1, 2, 3, 6]",
+        "models.critic: parallel.pipeline=4 does not divide num_hidden_layers=6; it can be one of [1, 2, 3, 6], "
+        "or set parallel.stages=auto",
     ]

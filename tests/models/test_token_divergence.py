@@ -11,12 +11,26 @@ from ranks import run_ranks
 from torch import Tensor
 
 from rto_megatron.algorithms.tdpo import TDPO, Config
+from rto_megatron.models.logit_shaping import UNSHAPED, LogitShaping
 from rto_megatron.models.output_head import Targets
 from rto_megatron.models.token_divergence import token_divergence
 from rto_megatron.models.token_logprobs import token_logprobs
 from rto_megatron.types import PairMicrobatch
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+# vocabulary -> what policy and reference do to logits
+SHAPINGS = {96: (LogitShaping(softcap=6.0), LogitShaping(divisor=2.0, softcap=9.0))}
+
+
+def _shapings(vocab_size: int) -> tuple[LogitShaping, LogitShaping]:
+    return SHAPINGS.get(vocab_size, (UNSHAPED, UNSHAPED))
+
+
+def _shaped(logits_NV: Tensor, shaping: LogitShaping) -> Tensor:
+    logits_NV = logits_NV / shaping.divisor
+    cap = shaping.softcap
+    return logits_NV if cap is None else cap * torch.tanh(logits_NV / cap)
 
 
 def _of_rank(layout: str, vocab_size: int, dtype: torch.dtype, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -25,10 +39,13 @@ def _of_rank(layout: str, vocab_size: int, dtype: torch.dtype, chunk: int) -> tu
     hidden, weight = head.hidden_Nh.clone().requires_grad_(), own_rows(head.weight_Vh, place)
     reference = (head.reference_hidden_Nh, own_rows(head.reference_weight_Vh, place).detach())
     group = place.tensor_group()
-    outputs_3N = token_divergence((hidden, weight), reference, head.targets_N, vocab_size, group, chunk)
+    shapings = _shapings(vocab_size)
+    outputs_3N = token_divergence(
+        (hidden, weight), reference, head.targets_N, vocab_size, group, chunk, shapings
+    )
     assert outputs_3N.dtype == torch.float32
     (outputs_3N * head.weights_3N).sum().backward()
-    same_N = token_logprobs(hidden, weight, vocab_size, group, Targets(head.targets_N), chunk)
+    same_N = token_logprobs(hidden, weight, vocab_size, group, Targets(head.targets_N), chunk, shapings[0])
     torch.testing.assert_close(outputs_3N[0], same_N, atol=2e-6, rtol=1e-6)
     assert hidden.grad is not None and weight.grad is not None
     return outputs_3N.detach(), hidden.grad, weight.grad
@@ -44,8 +61,10 @@ def test_equal_to_the_definition(layout: str, vocab_size: int, chunk: int, dtype
     head = make_head(vocab_size, dtype)
     hidden, weight, logits_NV = leaves(head.hidden_Nh, head.weight_Vh)
     *_, reference_NV = leaves(head.reference_hidden_Nh, head.reference_weight_Vh)
+    both = zip((logits_NV, reference_NV.detach()), _shapings(vocab_size), strict=True)
+    policy_NV, fixed_NV = (_shaped(z_NV, shaping) for z_NV, shaping in both)
     rows = []
-    for z, z_ref, target in zip(logits_NV, reference_NV.detach(), head.targets_N.tolist(), strict=True):
+    for z, z_ref, target in zip(policy_NV, fixed_NV, head.targets_N.tolist(), strict=True):
         pi, pi_ref = z.exp() / z.exp().sum(), z_ref.exp() / z_ref.exp().sum()
         kl = sum((pi_ref[j] * (pi_ref[j].log() - pi[j].log()) for j in range(vocab_size)), torch.tensor(0.0))
         rows.append(torch.stack([pi[target].log(), pi_ref[target].log(), kl]))

@@ -11,6 +11,8 @@ from torch import Tensor
 from rto_megatron.models.parameters import parameter_map
 from rto_megatron.models.weight_map import (
     GateUpRows,
+    Joined,
+    MappedParameter,
     QkvRows,
     Replicated,
     ShardLayout,
@@ -31,6 +33,11 @@ NAMED: dict[str, tuple[ShardLayout, list[tuple[int, ...]]]] = {
         QkvRows(HEADS, GROUPS, DIM),
         [(HEADS * DIM, HIDDEN), (GROUPS * DIM, HIDDEN), (GROUPS * DIM, HIDDEN)],
     ),
+    "gate and up in one": (Joined(GateUpRows(), (8, 8)), [(16, 6)]),
+    "qkv in one": (
+        Joined(QkvRows(HEADS, GROUPS, DIM), (HEADS * DIM, GROUPS * DIM, GROUPS * DIM)),
+        [((HEADS + 2 * GROUPS) * DIM, HIDDEN)],
+    ),
 }
 
 
@@ -39,7 +46,7 @@ def _random(shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
 @pytest.mark.parametrize("name", NAMED)
 def test_merging_the_shards_gives_the_tensors_back(name: str, size: int) -> None:
     layout, shapes = NAMED[name]
@@ -51,7 +58,22 @@ def test_merging_the_shards_gives_the_tensors_back(name: str, size: int) -> None
     assert all(torch.equal(got, want) for got, want in zip(merged, tensors, strict=True))
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+@pytest.mark.parametrize("name", NAMED)
+def test_the_runs_of_all_ranks_are_the_tensors(name: str, size: int) -> None:
+    layout, shapes = NAMED[name]
+    tensors, names = _random(shapes), tuple(map(str, range(len(shapes))))
+    parameter, dim = MappedParameter("whole", names, tuple(shapes), layout, None), layout.dim or 0
+    indices: list[list[int]] = [[] for _ in shapes]
+    for rank in range(1 if layout.dim is None else size):
+        pieces = layout.pieces(layout.shard(tensors, rank, size), rank, size)
+        for run, piece in zip(parameter.runs(rank, size), pieces, strict=True):
+            assert torch.equal(piece, tensors[run.tensor].narrow(dim, run.start, run.length))
+            indices[run.tensor] += range(run.start, run.start + run.length)
+    assert [sorted(found) for found in indices] == [list(range(shape[dim])) for shape in shapes]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
 def test_qkv_rows_are_groups_of_query_heads_key_and_value(size: int) -> None:
     q, k, v = _random(NAMED["qkv"][1])
     rows = []

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -23,6 +24,7 @@ from rto_megatron.generation.scripted import ScriptedEngine
 from rto_megatron.lifecycle.stopping import STOP_FILE
 from rto_megatron.reporting.metrics import read_metrics
 from rto_megatron.reporting.rates import rates
+from rto_megatron.reporting.rollout_files import read_rollouts
 from rto_megatron.storage.checkpoints import latest_checkpoint
 from rto_megatron.trainer.ahead import AheadSampler, AskedBatch, kept_ahead
 from rto_megatron.trainer.arrivals import Arrivals, Hear
@@ -33,7 +35,7 @@ from rto_megatron.trainer.parts import Parts, planned_parts
 from rto_megatron.trainer.pool_requests import Asked, PoolAnswer, answered
 from rto_megatron.trainer.resume import fixed_keys, read_ahead, require_same
 from rto_megatron.trainer.sampler import OnPolicySampler
-from rto_megatron.types import Prompt, Rollout, ScoredRollouts
+from rto_megatron.types import Metrics, Prompt, Rollout, ScoredRollouts
 
 AHEAD = {"rollout__ahead": 1, "algorithm__pool_importance_cap": 2.0}
 REASON = "no inference server is left to sample from: http://a ended"
@@ -120,6 +122,50 @@ def test_one_push_samples_two_batches_ahead(files: Path, tmp_path: Path) -> None
     two = {**AHEAD, "rollout__ahead": 2, "run__steps": 5, "run__save_every": None}
     assert run_ranks(1, train, configure("reinforce_pp", files, tmp_path, **two)) == [None]
     assert ages(tmp_path) == [0, 1, 2, 1, 2]
+
+
+class DrawingThrice(AheadSampler):
+    """Takes all that is ahead, and one more batch, in the second step, as who chooses among rollouts may."""
+
+    def draw(self, step: int, hear: Hear | None = None) -> tuple[Rollout, ...]:
+        """See `Sampler.draw`."""
+        return [super(DrawingThrice, self).draw(step, hear) for _ in range(3 if step == 1 else 1)][-1]
+
+    def measured(self) -> Metrics:
+        """See `Sampler.measured`."""
+        found = super().measured()
+        with (self._config.run.dir / "draws").open("a") as file:
+            file.write(f"{found['time/generate_s'][1]:g} ")
+        return found
+
+
+def _draw_thrice(config: ReinforcementStage) -> list[int]:
+    engine, pushed = ScriptedEngine(ENGINE_VOCAB), []
+
+    class NotedPush(HeldPush):
+        def __call__(self, version: int) -> dict[str, float]:
+            pushed.append(version)
+            return super().__call__(version)
+
+    pool = ConnectedPool(engine, NotedPush(engine))
+    train_online(config, join(config), pool, replace(planned_parts(), sampler=DrawingThrice))
+    return pushed
+
+
+def test_one_push_refills_what_was_taken_in_one_step(files: Path, tmp_path: Path) -> None:
+    two = {**AHEAD, "rollout__ahead": 2, "run__save_every": None}
+    (pushed,) = run_ranks(1, _draw_thrice, configure("reinforce_pp", files, tmp_path / "two", **two))
+    assert ages(tmp_path / "two") == [0, 0, 1, 2]
+    assert pushed == [0, 1, 3, 4]
+    assert (tmp_path / "two/draws").read_text().split() == ["1", "3", "1", "1"]
+    # The first batch is the one of a run that draws nothing ahead.
+    plain = configure("reinforce_pp", files, tmp_path / "plain", run__steps=1, run__save_every=None)
+    assert run_ranks(1, train, plain) == [None]
+    first, same = (
+        [row["response_ids"] for row in read_rollouts(tmp_path / name).to_pylist() if row["step"] == 1]
+        for name in ("two", "plain")
+    )
+    assert first == same and len(first) == plain.responses_per_step
 
 
 def _kept_around_a_failure(config: ReinforcementStage) -> list[str]:
@@ -238,6 +284,70 @@ class LonelyPush(HeldPush):
             assert self._held.begun.wait(60)  # the batch that was asked for in the step before
         assert self._held.num_in_flight == 0
         return super().__call__(version)
+
+
+class LateReplica(HeldEngine):
+    """Stays in flight when its sampler waits for it: until the first replica pushes, or for a second."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[Rollout]:
+        """See `RolloutEngine.generate`."""
+        if self._is_first:
+            return super().generate(prompts, sampling, version)
+        (self._folder / "in_flight").touch()
+        drawn = super().generate(prompts, sampling, version)
+        end = time.monotonic() + 1
+        while time.monotonic() < end and not (self._folder / "pushed").exists():
+            time.sleep(0.01)
+        (self._folder / "in_flight").unlink()
+        return drawn
+
+
+class LateSampler(AheadSampler):
+    """See `LateReplica`."""
+
+    def begin(self, step: int, hear: Hear | None = None) -> dict[str, float]:
+        """See `Sampler.begin`."""
+        assert isinstance(self._engine, LateReplica)
+        if step:
+            self._engine.released.set()
+        return super().begin(step, hear)
+
+
+class WatchingPush(HeldPush):
+    """Nothing of another replica is in flight."""
+
+    def __init__(self, engine: ScriptedEngine, folder: Path) -> None:
+        super().__init__(engine)
+        self._folder = folder
+
+    def __call__(self, version: int) -> dict[str, float]:
+        if version:
+            (self._folder / "pushed").touch()
+            assert not (self._folder / "in_flight").exists()
+        return super().__call__(version)
+
+
+def _push_beside_another(config: ReinforcementStage) -> None:
+    place, folder = join(config), config.run.dir.parent
+    if place.rank == 0:
+        engine: ScriptedEngine = ScriptedEngine(ENGINE_VOCAB)
+        pool, sampler = ConnectedPool(engine, WatchingPush(engine, folder)), AheadSampler
+    else:
+        engine = LateReplica(folder)
+        pool, sampler = ConnectedPool(engine, HeldPush(engine)), LateSampler
+    train_online(config, place, pool, replace(planned_parts(), sampler=sampler))
+
+
+def test_a_push_waits_for_the_requests_of_all_replicas(files: Path, tmp_path: Path) -> None:
+    steps = {"run__steps": 2, "run__save_every": None}
+    run_ranks(
+        2, _push_beside_another, configure("reinforce_pp", files, tmp_path / "run", "dp2", **steps, **AHEAD)
+    )
+    assert (tmp_path / "pushed").exists() and ages(tmp_path / "run") == [0, 1]
 
 
 def _evaluate_between(config: ReinforcementStage) -> None:

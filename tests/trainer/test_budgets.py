@@ -120,6 +120,9 @@ def test_an_online_stage_by_tokens_equals_single_responses_in_every_pass(files: 
     alone, *others = _runs("rto", files, tmp_path, ["dp2", "tp2_sp"], **keys)
     for other in others:
         _assert_same(alone, other)
+        assert all(0.3 < entry["memory/budget_fill_fraction"] <= 1 for entry in read_metrics(other))
+    loads = [[entry["time/busiest_rank_ratio"] for entry in read_metrics(other)] for other in others]
+    assert min(loads[0]) > 1 and loads[1] == [1.0, 1.0]  # tensor ranks compute alike, replicas about so
 
 
 def test_a_resumed_run_by_tokens_is_bit_equal_and_may_go_on_by_number(files: Path, tmp_path: Path) -> None:

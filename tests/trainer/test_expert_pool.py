@@ -43,7 +43,7 @@ def _train(config: ReinforcementStage) -> None:
     train_online(config, join(config))
 
 
-@pytest.mark.parametrize("layout", ["ep2", "ep2_pp2"])
+@pytest.mark.parametrize("layout", ["ep2", "ep2_pp2", "ep2_pp2_v2"])
 def test_the_pool_samples_with_the_experts_of_every_step(
     layout: str, mixture_files: Path, server: PoolServer, tmp_path: Path
 ) -> None:

@@ -106,7 +106,8 @@ def test_every_listed_metric_is_written_by_a_stage(
     experts = _plain("ppo", files, tmp_path / "experts", **keys, models__critic=models["models__critic"])
     reward = _plain("reward_model", files, tmp_path / "reward", **keys)
     # Two ranks with a loss each have a slower one.
-    two = _plain("rto", files, tmp_path / "two", "dp2", offload=("reference",))
+    batch = {"train": 4, "rollout": 8, "tokens": 60}
+    two = _plain("rto", files, tmp_path / "two", "dp2", offload=("reference",), batch=batch)
     assert run_ranks(2, train, two) == [None] * 2
     for config in (experts, reward):
         assert run_ranks(1, train, config) == [None]

@@ -10,7 +10,7 @@ from trainer.tiny_runs import configure, join
 
 from rto_megatron.config.schema import Stage
 from rto_megatron.reporting.metrics import read_metrics
-from rto_megatron.reporting.pace import RATIO, Pace, slow_rank, slowest
+from rto_megatron.reporting.pace import RATIO, Pace, busiest, slow_rank, slowest
 from rto_megatron.trainer.offline import train_offline
 from rto_megatron.types import LossOutput
 
@@ -20,6 +20,12 @@ def test_the_slowest_is_compared_with_the_median_of_those_that_have_a_time() -> 
     assert slowest([0.0, 3.0, 0.0, 1.0]) == (1, 3.0)  # stages without a loss
     assert slowest([5.0, 0.0]) is None
     assert slowest([5.0]) is None
+
+
+def test_the_busiest_is_compared_with_the_mean() -> None:
+    assert busiest([3e12, 1e12, 2e12]) == 1.5
+    assert busiest([3e12]) is None
+    assert busiest([0.0, 0.0]) is None
 
 
 def test_a_warning_needs_a_ratio_and_seconds_that_matter() -> None:

@@ -44,7 +44,7 @@ def test_rto_runs_on_functions_alone_and_its_critic_starts_from_the_policy(
 ) -> None:
     rewards = [
         function("length", weight=0.5),
-        function("seen"),
+        function("seen", overlong_buffer_tokens=8),
         function("first_token", pays="tokens", weight=2.0),
         {"kind": "overlong", "buffer_tokens": 8, "weight": 3.0},
     ]
@@ -56,16 +56,17 @@ def test_rto_runs_on_functions_alone_and_its_critic_starts_from_the_policy(
         assert entry["reward/length/mean"] == pytest.approx(length)
         assert entry["reward/length/paid"] == pytest.approx(0.5 * length)
         assert entry["reward/seen/mean"] == 1.0
+        assert entry["reward/seen/paid"] == pytest.approx(1 - length / 8)
         assert entry["reward/first_token/paid"] == pytest.approx(2.0)
         # A buffer as long as the limit: - |y| / 8.
         assert entry["reward/overlong/mean"] == pytest.approx(-length / 8)
-        assert entry["objective/scores"] == pytest.approx(0.5 * length + 1 - 3 * length / 8)
+        assert entry["objective/scores"] == pytest.approx(0.5 * length + 1 - 4 * length / 8)
         assert entry["value/mean"] != 0
     for row in read_rollouts(tmp_path / "run").to_pylist():
         length = row["num_tokens"]
         assert (row["source/length"], row["paid/length"]) == pytest.approx((length, 0.5 * length))
         assert row["source/overlong"] == pytest.approx(-length / 8)
-        assert row["score"] == pytest.approx(0.5 * length + 1 - 3 * length / 8)
+        assert row["score"] == pytest.approx(0.5 * length + 1 - 4 * length / 8)
         assert row["token/reward_source"] == [2.0] + [0.0] * (length - 1)
     shown = view_of(tmp_path / "run", (), ())
     assert "reward_source" in shown.quantities and {"source/seen", "paid/first_token"} <= set(shown.columns)
@@ -119,9 +120,10 @@ def test_what_decides_the_numbers_of_a_source_is_fixed_on_a_resume(files: Path, 
     ]
     saved = keys(*base)
     changes = [
-        (0, {"clip": 1.0}), (0, {"normalize": "group"}), (0, {"weight": 2.0}), (1, {"pays": "tokens"}),
-        (1, {"protocol": "vllm"}), (2, {"answer": "gold"}), (3, {"answer_tag": "answer"}), (4, {"buffer_tokens": 3}),
-        (5, {"sha256": "b" * 64}), (5, {"function": f"{FUNCTIONS}:column"}), (5, {"pays": "spans"}),
+        (0, {"clip": 1.0}), (0, {"normalize": "group"}), (0, {"weight": 2.0}), (0, {"overlong_buffer_tokens": 2}),
+        (1, {"pays": "tokens"}), (1, {"protocol": "vllm"}), (2, {"answer": "gold"}), (3, {"answer_tag": "answer"}),
+        (4, {"buffer_tokens": 3}), (5, {"sha256": "b" * 64}), (5, {"function": f"{FUNCTIONS}:column"}),
+        (5, {"pays": "spans"}),
     ]  # fmt: skip
     for place, change in changes:
         with pytest.raises(UserError, match=f"rewards.*{next(iter(change))}"):
@@ -141,6 +143,13 @@ def test_what_decides_the_numbers_of_a_source_is_fixed_on_a_resume(files: Path, 
         keys(base[0], {**base[1], **asked_elsewhere}, *base[2:5], {**base[5], "function": "/b.py:length"}),
         tmp_path,
     )
+    # Sources of an older checkpoint did not have the key, and punished nothing.
+    before = {key: value for key, value in saved.items() if not key.endswith("overlong_buffer_tokens")}
+    require_same(before, saved, tmp_path)
+    with pytest.raises(
+        UserError, match=r"rewards\.math_verify\.overlong_buffer_tokens: None in the checkpoint, 3"
+    ):
+        require_same(before, keys(*base[:2], {**base[2], "overlong_buffer_tokens": 3}, *base[3:]), tmp_path)
     # A checkpoint from before there was a list is one of the model alone.
     old = {key: value for key, value in keys().items() if not key.startswith("rewards")}
     require_same(old, keys(), tmp_path)

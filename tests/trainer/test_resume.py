@@ -117,7 +117,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+# What one rank and two tensor ranks do is part of the others.
+SLOW = {"one", "tp2"}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if case in SLOW else ()) for case in CASES]
+)
 def test_resumed_rto_equals_uninterrupted_rto(case: str, files: Path, tmp_path: Path) -> None:
     layout, changes = CASES[case]
     num_ranks = LAYOUTS[layout][0]
@@ -201,9 +207,15 @@ def undisturbed(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-@pytest.mark.parametrize("step", [2, 4])
+SITES = ("ckpt_shard:{}:1", "ckpt_manifest:{}:0", "ckpt_rename:{}:0", "ckpt_pointer:{}:0")
+
+
 @pytest.mark.parametrize(
-    "site", ["ckpt_shard:{}:1", "ckpt_manifest:{}:0", "ckpt_rename:{}:0", "ckpt_pointer:{}:0"]
+    ("site", "step"),
+    [
+        *((site, 4) for site in SITES),
+        *(pytest.param(site, 2, marks=() if "rename" in site else pytest.mark.slow) for site in SITES),
+    ],
 )
 def test_a_run_killed_in_a_save_resumes_bit_for_bit(
     site: str, step: int, undisturbed: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -252,7 +264,8 @@ def test_a_resume_under_another_configuration_is_refused(files: Path, tmp_path: 
 
 def test_a_resume_may_be_longer_and_arranged_differently(files: Path, tmp_path: Path) -> None:
     assert run_ranks(1, train, configure("sft", files, tmp_path, run__steps=2)) == [None]
-    free = {"run__save_every": 1, "batch__micro": 1, "batch__packed": False, "precision__recompute": True}
+    free = {"run__save_every": 1, "batch__micro": 1, "batch__packed": False, "precision__recompute": True,
+            "precision__kernels": "auto"}  # fmt: skip
     assert run_ranks(2, train, configure("sft", files, tmp_path, "tp2", run__steps=3, **free)) == [None] * 2
     assert [entry["step"] for entry in read_metrics(tmp_path)] == [1, 2, 3]
 

@@ -11,7 +11,7 @@ from ranks import run_ranks
 from trainer.tiny_runs import configure
 
 from rto_megatron.algorithms.kl_controller import KLController
-from rto_megatron.cli.resume_check import run_both, told
+from rto_megatron.cli.resume_check import resumed_layout, run_both, told
 from rto_megatron.config import load
 from rto_megatron.config.schema import TrainStage
 from rto_megatron.data.batches import Batches
@@ -79,35 +79,40 @@ def test_the_command_finds_a_resumed_rto_run_equal(files: Path, tmp_path: Path) 
     ("stage", "layout", "replicas", "resume_at", "keys"),
     [
         ("dpo", "tp2", 1, None, {}),
-        ("dpo", "tp2", 1, (1, 1, 2), {}),
+        ("dpo", "tp2", 1, "1x1x2", {}),
         # What two replicas had ahead is taken by one.
-        ("rto", "one", 2, (1, 2, 1), {"rollout__ahead": 1, "algorithm__pool_importance_cap": 2.0}),
-        ("rto", "tp2", 1, (1, 2, 1), {"parallel__roles": {"critic": {}}}),
+        ("rto", "one", 2, "1x2x1", {"rollout__ahead": 1, "algorithm__pool_importance_cap": 2.0}),
+        ("rto", "tp2", 1, "1x2x1", {"parallel__roles": {"critic": {}}}),
         (
             "rto",
             "dp2_of_3",
             2,
-            (1, 2, 1),
+            "1x2x1",
             {"parallel__roles": {"critic": {"ranks": "2"}}, "parallel__distributed_optimizer": True},
         ),
+        (
+            "rto",
+            "pp2_v2",
+            1,
+            "1x1x1,context=2",
+            {"parallel__roles": {"critic": {"pipeline": 2, "stages": (1, 3)}}},
+        ),
+        ("dpo", "cp2", 1, "1x2x1,virtual=2", {}),
+        ("dpo", "pp2_v2", 1, None, {}),
     ],
 )
 def test_a_resumed_run_keeps_everything_at_its_own_layout_and_nearly_at_another(
     stage: str,
     layout: str,
     replicas: int,
-    resume_at: tuple[int, int, int] | None,
+    resume_at: str | None,
     keys: dict[str, object],
     files: Path,
     tmp_path: Path,
 ) -> None:
     config = configure(stage, files, tmp_path / "run", layout, **keys)
     assert isinstance(config, TrainStage)
-    parallel, num_ranks = config.parallel, config.parallel.tensor * replicas
-    if resume_at is not None:
-        tensor, pipeline, data = resume_at
-        parallel = parallel.model_copy(update={"tensor": tensor, "pipeline": pipeline, "roles": {}})
-        num_ranks = tensor * pipeline * data
+    parallel, num_ranks = resumed_layout(config, resume_at, replicas)
     run_both(config, 1, replicas, parallel, num_ranks, tmp_path, _train)
     judge, tolerance = (compare, 0.0) if resume_at is None else (compare_layouts, 0.02)
     (items,) = run_ranks(1, _compared, judge, tmp_path)
@@ -220,6 +225,16 @@ def test_a_stage_that_trains_nothing_is_refused(tmp_path: Path) -> None:
     recipe = Path("launchers/recipes/quickstart/evaluate.yaml")
     with pytest.raises(RecipeError, match="stage evaluate trains nothing"):
         read_config(recipe, ["evaluate.name=x", "models.policy=x"])
+
+
+@pytest.mark.parametrize("at", ["1x2", "1x2x0", "1x2x1,stages=2", "1x2x1,context=0", "1x2x1 virtual=2"])
+def test_what_is_no_layout_to_resume_at_is_refused(at: str, files: Path, tmp_path: Path) -> None:
+    config = configure("sft", files, tmp_path / "run")
+    assert isinstance(config, TrainStage)
+    with pytest.raises(
+        RecipeError, match=f"--resume-at {at}: expected tensor x pipeline x data-parallel size"
+    ):
+        resumed_layout(config, at, 1)
 
 
 def test_runs_of_an_earlier_check_are_not_mixed_in(files: Path, tmp_path: Path) -> None:

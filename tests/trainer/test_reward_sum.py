@@ -34,12 +34,19 @@ def _outside(name: str, files: Path, place: Topology, pays: Pays = "response") -
     return OutsideReward(lambda: FunctionRater(called), reader, place, pays != "response")
 
 
+def _overlong(place: Topology) -> OverlongReward:
+    return OverlongReward(LONGEST, LONGEST - 1, place.device.torch_device)
+
+
 def _terms(files: Path, place: Topology) -> tuple[Term, ...]:
     return (
         Term("length", _outside("length", files, place), 0.5, "batch"),
         Term("column", _outside("column", files, place), -0.25, "group", clip=0.5),
-        Term("long", OverlongReward(LONGEST, LONGEST - 1, place.device.torch_device), 3.0),
-        Term("first", _outside("first_token", files, place, "tokens"), 2.0),
+        Term("long", _overlong(place), 3.0),
+        Term("short", _outside("length", files, place), 0.3, "group", clip=0.6, overlong=_overlong(place)),
+        Term("first", _outside("first_token", files, place, "tokens"), 2.0, overlong=_overlong(place)),
+        Term("grouped", _outside("remainders", files, place, "tokens"), 0.7, "group"),
+        Term("batched", _outside("remainders", files, place, "tokens"), 0.2, "batch", clip=0.8),
         Term("halves", _outside("halves", files, place, "spans"), 1.0, clip=1.5),
     )
 
@@ -60,7 +67,9 @@ def test_what_is_held_out_is_not_normalised(files: Path) -> None:
     """Three responses are no pairs, and no batch of a step."""
     (found_B,) = run_ranks(1, _rated_alone, files)
     column = torch.tensor([0.0, -0.5, -0.5])  # 0, -2 and -4, clipped
-    wanted_B = 0.5 * LENGTHS[:3] - 0.25 * column + 3.0 * (1 - LENGTHS[:3]) / (LONGEST - 1)
+    punished = (1 - LENGTHS[:3]) / (LONGEST - 1)
+    wanted_B = 0.5 * LENGTHS[:3] - 0.25 * column + 3.0 * punished
+    wanted_B += 0.3 * (LENGTHS[:3] + punished).clamp(max=0.6)
     torch.testing.assert_close(found_B, wanted_B)
 
 
@@ -71,15 +80,30 @@ def _scores_by_hand() -> Tensor:
         pair = torch.tensor([-2.0 * (row - row % 2), -2.0 * (row - row % 2 + 1)])
         group = ((pair[row % 2] - pair.mean()) / (pair.std() + 1e-4)).clamp(-0.5, 0.5)
         long = (1 - length) / (LONGEST - 1)
-        scores.append(0.5 * batch - 0.25 * group + 3.0 * long)
+        # Punished, then normalised, then clipped.
+        two = [LENGTHS[row - row % 2 + i] + (1 - LENGTHS[row - row % 2 + i]) / (LONGEST - 1) for i in (0, 1)]
+        short = (two[row % 2] - torch.stack(two).mean()) / (torch.stack(two).std() + 1e-4)
+        scores.append(0.5 * batch - 0.25 * group + 3.0 * long + 0.3 * short.clamp(-0.6, 0.6))
     return torch.stack(scores)
+
+
+def _normalized(value: float, among: list[int]) -> float:
+    """A token's remainder, normalised among those of some responses."""
+    others = torch.tensor([float(token % 5) for row in among for token in ROLLOUTS[row].response_ids])
+    return float((value - others.mean()) / (others.std() + 1e-4))
 
 
 def _tokens_by_hand() -> Tensor:
     grid = torch.zeros(len(ROLLOUTS), LONGEST)
     for row, rollout in enumerate(ROLLOUTS):
+        pair, everyone = [row - row % 2, row - row % 2 + 1], list(range(len(ROLLOUTS)))
+        for place, token in enumerate(rollout.response_ids):
+            grid[row, place] += 0.7 * _normalized(token % 5, pair)
+            grid[row, place] += 0.2 * max(-0.8, min(0.8, _normalized(token % 5, everyone)))
+    for row, rollout in enumerate(ROLLOUTS):
         count = len(rollout.response_ids)
         grid[row, 0] += 2.0
+        grid[row, count - 1] += 2.0 * (1 - count) / (LONGEST - 1)
         if count // 2:
             grid[row, count // 2 - 1] += 1.0
         grid[row, count - 1] += 1.5  # 2, clipped
@@ -96,11 +120,11 @@ def test_sources_are_added_by_weight_and_alike_on_every_layout(files: Path) -> N
             torch.testing.assert_close(rewards.score_B, scores_B[rows], rtol=1e-6, atol=1e-6)
             assert rewards.source_BR is not None
             width = rewards.source_BR.shape[1]
-            torch.testing.assert_close(rewards.source_BR, tokens_BR[rows, :width], rtol=0, atol=0)
+            torch.testing.assert_close(rewards.source_BR, tokens_BR[rows, :width], rtol=1e-5, atol=1e-6)
             assert not tokens_BR[rows, width:].any()
             assert rewards.given["length"].tolist() == LENGTHS[rows].tolist()
             assert rewards.given["halves"].tolist() == [3.0 if n > 1 else 2.0 for n in LENGTHS[rows]]
-            paid = [rewards.paid[name] for name in ("length", "column", "long")]
+            paid = [rewards.paid[name] for name in ("length", "column", "long", "short")]
             torch.testing.assert_close(sum(paid), rewards.score_B)
 
 

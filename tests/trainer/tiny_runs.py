@@ -9,7 +9,7 @@ from typing import Any
 
 # MetricLog imports it in the rank that logs; imported here, forked ranks have it already.
 import torch.utils.tensorboard  # noqa: F401
-from engine.layouts import CONTEXT, EXPERTS, LAYOUTS
+from engine.layouts import CHUNKS, CONTEXT, EXPERTS, LAYOUTS
 from tiny_models import write_llama
 
 from rto_megatron.algorithms import ALGORITHMS
@@ -75,6 +75,7 @@ def configure(stage: str, root: Path, run_dir: Path, layout: str = "one", **chan
     _, tensor, pipeline, sequence = LAYOUTS[layout]
     context, scheme = CONTEXT.get(layout, (1, "ulysses"))
     expert, expert_tensor = EXPERTS.get(layout, (1, None))
+    virtual, stages = CHUNKS.get(layout, (1, None))
     adam = {"lr": 1e-3, "warmup_fraction": 0.5}
     tree: dict[str, Any] = {
         "stage": stage,
@@ -84,6 +85,8 @@ def configure(stage: str, root: Path, run_dir: Path, layout: str = "one", **chan
             "context": context,
             "context_scheme": scheme,
             "pipeline": pipeline,
+            "virtual": virtual,
+            "stages": stages,
             "sequence": sequence,
             "expert": expert,
             "expert_tensor": expert_tensor,
@@ -175,6 +178,8 @@ def join(config: Stage) -> Topology:
         expert_tensor=parallel.expert_tensor,
         context=parallel.context,
         context_scheme=parallel.context_scheme,
+        virtual=parallel.virtual,
+        stages=parallel.stages,
     )
 
 

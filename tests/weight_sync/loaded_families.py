@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,7 +30,10 @@ from vllm.model_executor.model_loader import get_model
 from vllm.model_executor.models import ModelRegistry
 
 from rto_megatron.generation.vllm.worker.plugin import InitInfo, RtoWeightTransferEngine
-from rto_megatron.weight_sync.manifest import DTYPES, Manifest
+from rto_megatron.models.config_files import read_shape
+from rto_megatron.models.parameters import stored_parameters
+from rto_megatron.models.shape import ModelShape
+from rto_megatron.weight_sync.manifest import DTYPES, Manifest, PieceSpec
 from rto_megatron.weight_sync.sender import Sender
 from rto_megatron.weight_sync.transport import LOOPBACK, Communicator, Rendezvous, listen
 
@@ -66,9 +70,23 @@ def load(config: VllmConfig) -> nn.Module:
         return get_model(vllm_config=config)
 
 
-def push(weights: dict[str, Tensor], model: nn.Module, config: VllmConfig) -> None:
-    """One sender, one worker."""
-    manifest = Manifest(16 << 10, tuple(whole_piece(name, value) for name, value in weights.items()))
+def pieces(weights: dict[str, Tensor], shape: ModelShape) -> Iterator[tuple[PieceSpec, Tensor]]:
+    """What each of four tensor ranks holds, which are more than the key-value heads of most variants."""
+    for parameter in stored_parameters(shape, False):
+        dim, num_ranks = parameter.layout.dim or 0, 1 if parameter.layout.dim is None else 4
+        for rank in range(num_ranks):
+            for run in parameter.runs(rank, num_ranks):
+                whole = whole_piece(parameter.hf[run.tensor], weights[parameter.hf[run.tensor]])
+                spec = replace(whole, dim=dim, start=run.start, length=run.length)
+                if run.length:
+                    yield spec, weights[spec.name].narrow(dim, run.start, run.length)
+
+
+def push(weights: dict[str, Tensor], shape: ModelShape, model: nn.Module, config: VllmConfig) -> None:
+    """One sender, which sends the pieces of all ranks, and one worker."""
+    specs, numbers = zip(*pieces(weights, shape), strict=True)
+    assert {spec.name for spec in specs} == weights.keys()
+    manifest = Manifest(16 << 10, specs)
     listener = listen(LOOPBACK)
     meeting = Rendezvous(LOOPBACK, listener.getsockname()[1], 1, 2, "families", 60, "cpu")
 
@@ -76,7 +94,7 @@ def push(weights: dict[str, Tensor], model: nn.Module, config: VllmConfig) -> No
         communicator = Communicator(meeting, 0, CPU, listener)
         communicator.join()
         sender = Sender(manifest, communicator)
-        sender.send(1, iter(weights.items()))
+        sender.send(1, ((spec.name, piece) for spec, piece in zip(specs, numbers, strict=True)))
         sender.confirm()
 
     with ThreadPoolExecutor(1) as threads, set_current_vllm_config(config):
@@ -128,7 +146,7 @@ def outcome(folder: Path, variant: str) -> dict[str, object]:
         name: value if name.endswith("e_score_correction_bias") else value.to(DTYPES[dtype])
         for name, value in weights.items()
     }
-    push(of_dtype, model, config)
+    push(of_dtype, read_shape(folder / variant / "6"), model, config)
     return {
         "compared": sum(1 for _ in numbers(oracle)),
         "differed": len(before),

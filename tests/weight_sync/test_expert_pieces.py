@@ -34,7 +34,10 @@ def _sent(layout: str, model: Path) -> tuple[int, int, tuple[PieceSpec, ...], li
     return run_of(policy.topology), source.sender, source.specs(), pieces, weights_fingerprint(policy)
 
 
-@pytest.mark.parametrize(("layout", "num_senders"), [("ep2_dp4", 2), ("ep2_tp2_etp2", 4), ("ep2_pp2", 4)])
+@pytest.mark.parametrize(
+    ("layout", "num_senders"),
+    [("ep2_dp4", 2), ("ep2_tp2_etp2", 4), ("ep2_pp2", 4), ("ep2_pp2_v2", 4), ("pp3_uneven", 3)],
+)
 def test_pieces_of_all_senders_make_up_the_model(layout: str, num_senders: int, model: Path) -> None:
     want = load_file(model / "model.safetensors")
     ranks = run_ranks(LAYOUTS[layout][0], _sent, layout, model)

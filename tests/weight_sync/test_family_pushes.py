@@ -10,7 +10,8 @@ import pytest
 
 pytestmark = pytest.mark.pool
 
-# Biases, tied embeddings with a vocabulary that vLLM pads, norms of heads, a sliding window, experts of every kind.
+# Biases, tied embeddings with a vocabulary that vLLM pads, norms of heads, a sliding window, experts of every kind,
+# four norms, multipliers; and those that vLLM runs through transformers' classes.
 VARIANTS = [
     "llama3_tied",
     "qwen2_tied",
@@ -20,6 +21,14 @@ VARIANTS = [
     "qwen2_moe",
     "qwen3_moe_mixed",
     "deepseek_v3",
+    "granite",
+    "gemma2",
+    "gemma3_text",
+    "glm4",
+    "smollm3",
+    "olmo2",
+    "seed_oss",
+    "phi3",
 ]
 
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from own_servers import OwnServer
 from pool_server import PoolServer, tiny_llama
 from ranks import RankError, run_ranks
 from torch import Tensor
@@ -73,16 +72,27 @@ def assert_refuses(server: PoolServer, version: int) -> None:
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_killed_trainer_leaves_servers_that_wait_for_the_next(
-    pool_server: PoolServer, sharded_server: OwnServer, moment: str
+def test_a_killed_trainer_leaves_a_server_that_waits_for_the_next(
+    pool_server: PoolServer, moment: str
 ) -> None:
-    pool = [pool_server, sharded_server.pool]
-    version = 2000 + 10 * MOMENTS.index(moment)
+    kill_and_push_again([pool_server], moment, 2000 + 10 * MOMENTS.index(moment))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_trainer_leaves_servers_that_wait_for_the_next(
+    pool_server: PoolServer, sharded_server: PoolServer, moment: str
+) -> None:
+    kill_and_push_again([pool_server, sharded_server], moment, 2050 + 10 * MOMENTS.index(moment))
+
+
+def kill_and_push_again(pool: list[PoolServer], moment: str, version: int) -> None:
+    """Kills a trainer in its second push; the next trainer finds servers that hold the first and take a third."""
     source = ModelSource(tiny_llama(31), num_stages=2)
     ranks = TrainerRanks(pool, [source, source], timeout_s=TIMEOUT_S)
     assert ranks.push(version).lost == {}
     ranks.close()
-    seen = len(sharded_server.log_file.read_text())
+    seen = len(pool[-1].log_file.read_text())
     with pytest.raises(RankError, match="died, wait status 9"):
         run_ranks(1, push_and_die, pool, moment, version + 1)
     died = time.monotonic()
@@ -94,7 +104,7 @@ def test_a_killed_trainer_leaves_servers_that_wait_for_the_next(
         print(f"{moment}: {server.address} answers {time.monotonic() - died:.2f} s after the trainer's death")
         for one in (version, version + 1):
             assert_refuses(server, one)
-    said = sharded_server.log_file.read_text()[seen:]
+    said = pool[-1].log_file.read_text()[seen:]
     if moment != "between prepare and commit":  # then no request is under way that could fail
         assert "weight transfer" in said, said
     source.model = tiny_llama(32)
@@ -107,10 +117,10 @@ def test_a_killed_trainer_leaves_servers_that_wait_for_the_next(
         assert served_distance(server, source.model) < TOLERANCE
 
 
-def strike_during_push(well: PoolServer, struck: OwnServer, version: int, strike: Callable[[], None]) -> str:
+def strike_during_push(well: PoolServer, struck: PoolServer, version: int, strike: Callable[[], None]) -> str:
     """Pushes to two servers of which one is struck midway; returns why it was lost."""
     source = Striking(tiny_llama(41), num_stages=2)
-    ranks = TrainerRanks([well, struck.pool], [source, source], timeout_s=FAR_OFF_S)
+    ranks = TrainerRanks([well, struck], [source, source], timeout_s=FAR_OFF_S)
     assert ranks.push(version).lost == {}
     source.model = tiny_llama(42)
     moments: list[float] = []
@@ -123,19 +133,19 @@ def strike_during_push(well: PoolServer, struck: OwnServer, version: int, strike
     report = ranks.push(version + 1)
     print(f"over {time.monotonic() - moments[0]:.2f} s after the strike: {report.lost}, {report.times}")
     assert report.serving == (well.address,)
-    assert list(report.lost) == [struck.pool.address]
+    assert list(report.lost) == [struck.address]
     assert served_distance(well, source.model) < TOLERANCE
     assert ranks.push(version + 2).serving == (well.address,)
     ranks.close()
-    return report.lost[struck.pool.address]
+    return report.lost[struck.address]
 
 
 @pytest.mark.slow
 def test_a_push_goes_on_without_a_server_whose_engine_is_killed(
-    pool_server: PoolServer, sharded_server: OwnServer
+    pool_server: PoolServer, sharded_server: PoolServer
 ) -> None:
     reason = strike_during_push(pool_server, sharded_server, 2100, sharded_server.engine().kill)
-    address = sharded_server.pool.address
+    address = sharded_server.address
     assert reason.startswith(f"inference server {address} answered 503 to /update_weights: ")
     assert "the engine of this server has ended" in reason
     sharded_server.process.wait(60)  # raises, where a supervisor would wait for ever
@@ -143,8 +153,8 @@ def test_a_push_goes_on_without_a_server_whose_engine_is_killed(
 
 @pytest.mark.slow
 def test_a_push_goes_on_without_a_server_that_is_killed(
-    pool_server: PoolServer, single_server: OwnServer
+    pool_server: PoolServer, single_server: PoolServer
 ) -> None:
     group = single_server.process.pid
     reason = strike_during_push(pool_server, single_server, 2200, lambda: os.killpg(group, signal.SIGKILL))
-    assert reason.startswith(f"cannot reach inference server {single_server.pool.address} ")
+    assert reason.startswith(f"cannot reach inference server {single_server.address} ")

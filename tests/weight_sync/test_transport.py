@@ -154,6 +154,27 @@ def test_a_rank_that_gives_up_ends_its_broadcasts_in_flight() -> None:
     assert run_ranks(2, work, timeout_s=60) == [True, True]
 
 
+def test_nobody_waits_for_what_was_on_its_way_when_its_ranks_gave_up() -> None:
+    # Longer than a test may take. A group that is left with half a message in it waits for this limit.
+    timeout_s = 600
+    num_bytes = 256 << 20
+    has_begun = threading.Event()
+
+    def work(communicator: Communicator) -> None:
+        buffer = torch.full((num_bytes,), 1 - communicator.rank, dtype=torch.uint8)
+        communicator.start_broadcast(buffer, 0)
+        if communicator.rank == 1:
+            while not buffer[0]:
+                time.sleep(1e-4)
+            has_begun.set()
+        assert has_begun.wait(50)
+        communicator.give_up("a trainer rank failed")
+        with pytest.raises(TransportError, match="given up"):
+            communicator.start_broadcast(buffer, 0)
+
+    assert run_ranks(2, work, timeout_s) == [None, None]
+
+
 def test_a_rank_that_loses_a_peer_tells_the_others() -> None:
     def work(communicator: Communicator) -> None:
         if communicator.rank == 0:

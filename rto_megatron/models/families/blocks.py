@@ -1,10 +1,11 @@
 """The parts that decoder families share, as maps from Hugging Face names to Megatron parameters."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.models.weight_map import (
     GateUpRows,
+    Joined,
     MappedParameter,
     QkvRows,
     Replicated,
@@ -16,6 +17,23 @@ from rto_megatron.models.weight_map import (
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
 SCALAR_HEAD = "score.weight"
+
+
+@dataclass(frozen=True)
+class NormNames:
+    """What the norms of a layer are called in Hugging Face's names; null: there is none.
+
+    Example:
+        NormNames(after_attention="post_attention_layernorm", before_mlp="pre_feedforward_layernorm")
+    """
+
+    before_attention: str | None = "input_layernorm"
+    after_attention: str | None = None
+    before_mlp: str | None = "post_attention_layernorm"
+    after_mlp: str | None = None
+
+
+USUAL_NORMS = NormNames()
 
 
 def norm(
@@ -32,41 +50,57 @@ def matrix(
     return MappedParameter(megatron, (hf,), (shape,), layout, layer)
 
 
-def attention(shape: ModelShape, index: int) -> tuple[MappedParameter, ...]:
-    """Grouped-query attention with the norm before it; bias and head norms where the shape has them."""
+def layer_norm(shape: ModelShape, index: int, ours: str, name: str | None) -> tuple[MappedParameter, ...]:
+    """A norm over the hidden size, or none where it has no name."""
+    if name is None:
+        return ()
+    hf, mg = f"model.layers.{index}.{name}.weight", f"decoder.layers.{index}.{ours}.weight"
+    return (norm(mg, hf, shape.hidden_size, index),)
+
+
+def attention(shape: ModelShape, index: int, names: NormNames = USUAL_NORMS) -> tuple[MappedParameter, ...]:
+    """Grouped-query attention with the norms around it; bias and norms of heads where the shape has them."""
     hf, mg = f"model.layers.{index}", f"decoder.layers.{index}"
     hidden = shape.hidden_size
     q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     layout = QkvRows(shape.num_heads, shape.num_kv_heads, shape.head_dim)
-    names = tuple(f"{hf}.self_attn.{name}_proj" for name in "qkv")
+    linears = tuple(f"{hf}.self_attn.{name}_proj" for name in "qkv")
     qkv = f"{mg}.self_attention.linear_qkv"
-    weights, biases = tuple(f"{n}.weight" for n in names), tuple(f"{n}.bias" for n in names)
+    weights, biases = tuple(f"{n}.weight" for n in linears), tuple(f"{n}.bias" for n in linears)
     parameters = [
-        norm(f"{mg}.input_layernorm.weight", f"{hf}.input_layernorm.weight", hidden, index),
+        *layer_norm(shape, index, "input_layernorm", names.before_attention),
         MappedParameter(f"{qkv}.weight", weights, ((q, hidden), (kv, hidden), (kv, hidden)), layout, index),
     ]
     if shape.has_qkv_bias:
         parameters.append(MappedParameter(f"{qkv}.bias", biases, ((q,), (kv,), (kv,)), layout, index))
-    if shape.has_qk_norm:
-        parameters += [
-            norm(
-                f"{mg}.self_attention.{x}_layernorm.weight",
-                f"{hf}.self_attn.{x}_norm.weight",
-                shape.head_dim,
-                index,
-            )
-            for x in "qk"
-        ]
+    parameters += _qk_norms(shape, index)
     out = f"{hf}.self_attn.o_proj.weight"
     parameters.append(matrix(f"{mg}.self_attention.linear_proj.weight", out, (hidden, q), Split(1), index))
+    parameters += layer_norm(shape, index, "post_self_attn_layernorm", names.after_attention)
     return tuple(parameters)
+
+
+def _qk_norms(shape: ModelShape, index: int) -> list[MappedParameter]:
+    """Of each head, or of all heads at once: those of a tensor rank then have their part of the weight."""
+    hf, mg = f"model.layers.{index}.self_attn", f"decoder.layers.{index}.self_attention"
+    if shape.has_qk_norm:
+        return [
+            norm(f"{mg}.{x}_layernorm.weight", f"{hf}.{x}_norm.weight", shape.head_dim, index) for x in "qk"
+        ]
+    if not shape.has_whole_qk_norm:
+        return []
+    return [
+        MappedParameter(
+            f"{mg}.{x}_norm.weight", (f"{hf}.{x}_norm.weight",), ((num * shape.head_dim,),), Split(0), index
+        )
+        for x, num in (("q", shape.num_heads), ("k", shape.num_kv_heads))
+    ]
 
 
 def feed_forward_norm(shape: ModelShape, index: int) -> MappedParameter:
     """The norm between attention and feed-forward."""
-    hf, mg = f"model.layers.{index}", f"decoder.layers.{index}"
-    name = f"{hf}.post_attention_layernorm.weight"
-    return norm(f"{mg}.pre_mlp_layernorm.weight", name, shape.hidden_size, index)
+    (parameter,) = layer_norm(shape, index, "pre_mlp_layernorm", USUAL_NORMS.before_mlp)
+    return parameter
 
 
 def gated(
@@ -91,11 +125,14 @@ def projections(hf: str) -> tuple[str, str, str]:
     return f"{hf}.gate_proj", f"{hf}.up_proj", f"{hf}.down_proj"
 
 
-def dense(shape: ModelShape, index: int) -> tuple[MappedParameter, ...]:
-    """The feed-forward part of a dense layer with its norm."""
+def dense(shape: ModelShape, index: int, names: NormNames = USUAL_NORMS) -> tuple[MappedParameter, ...]:
+    """The feed-forward part of a dense layer with its norms."""
     hf, mg = f"model.layers.{index}.mlp", f"decoder.layers.{index}.mlp"
-    network = gated(mg, projections(hf), shape.hidden_size, shape.ffn_hidden_size, index)
-    return (feed_forward_norm(shape, index), *network)
+    return (
+        *layer_norm(shape, index, "pre_mlp_layernorm", names.before_mlp),
+        *gated(mg, projections(hf), shape.hidden_size, shape.ffn_hidden_size, index),
+        *layer_norm(shape, index, "post_mlp_layernorm", names.after_mlp),
+    )
 
 
 def mixture(
@@ -134,6 +171,16 @@ def shared_expert(shape: ModelShape, index: int, hf: str) -> tuple[MappedParamet
         return network
     gate = matrix(f"{mg}.gate_weight", f"{hf}_gate.weight", (1, shape.hidden_size), Replicated(), index)
     return (*network, gate)
+
+
+def joined(parameter: MappedParameter) -> MappedParameter:
+    """The parameter of q, k and v, or of gate and up, where a family keeps these in one tensor; others as they are."""
+    if len(parameter.hf) == 1:
+        return parameter
+    name = parameter.hf[0].replace(".q_proj.", ".qkv_proj.").replace(".gate_proj.", ".gate_up_proj.")
+    lengths = tuple(size[0] for size in parameter.hf_shapes)
+    size = (sum(lengths), *parameter.hf_shapes[0][1:])
+    return replace(parameter, hf=(name,), hf_shapes=(size,), layout=Joined(parameter.layout, lengths))
 
 
 def embedding(shape: ModelShape) -> MappedParameter:

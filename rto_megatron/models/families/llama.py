@@ -1,7 +1,5 @@
 """Llama 2, 3, 3.1 and 3.2: LlamaForCausalLM and LlamaForSequenceClassification."""
 
-import re
-
 from rto_megatron.models.families import blocks
 from rto_megatron.models.family import Family
 from rto_megatron.models.shape import ModelShape
@@ -14,12 +12,8 @@ def layer(shape: ModelShape, index: int) -> tuple[MappedParameter, ...]:
 
 
 def is_dense(shape: ModelShape) -> bool:
-    """Attention as everyone has it, and no layer with experts."""
-    return shape.experts is None and shape.latent is None
-
-
-def _left_aside(shape: ModelShape) -> dict[re.Pattern[str], str]:
-    return {re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"): "computed from config.json"}
+    """Attention and norms as Llama has them, but for a bias or norms of heads, and no layer with experts."""
+    return shape.experts is None and shape.latent is None and not shape.own_parts
 
 
 FAMILY = Family(
@@ -27,5 +21,4 @@ FAMILY = Family(
     layer=layer,
     holds=lambda shape: is_dense(shape) and not (shape.has_qkv_bias or shape.has_qk_norm),
     config=lambda shape: {"attention_bias": False, "mlp_bias": False},
-    left_aside=_left_aside,
 )

@@ -29,9 +29,7 @@ def _read(config: HfConfig, shape: ModelShape) -> ModelShape:
         layers=tuple(range(shape.num_layers)),
         is_normalized=True,
     )
-    # Absent means another base in this family than in the others.
-    rope_theta = float(config.rope_theta or 1e6)
-    return replace(shape, rope_theta=rope_theta, experts=experts)
+    return replace(shape, experts=experts)
 
 
 def refuse_single_normalized(config: HfConfig, per_token: int) -> None:
@@ -64,6 +62,7 @@ FAMILY = Family(
     layer=_layer,
     holds=_holds,
     required=("num_local_experts", "num_experts_per_tok"),
+    defaults={"rope_theta": 1e6},
     read=_read,
     config=_config,
 )

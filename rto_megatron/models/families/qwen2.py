@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: Llama's layers with a bias on q, k and v."""
+"""Qwen2 and Qwen2.5: Llama's layers with a bias on q, k and v; long contexts by yarn."""
 
 from dataclasses import replace
 
@@ -20,6 +20,11 @@ def refuse_window(config: HfConfig) -> None:
         config.refuse_short_window(values.get("sliding_window", 4096))
 
 
+def is_dense(shape: ModelShape) -> bool:
+    """`llama.is_dense`, but for contexts that yarn stretches."""
+    return llama.is_dense(replace(shape, rotation=replace(shape.rotation, yarn=None)))
+
+
 def _read(config: HfConfig, shape: ModelShape) -> ModelShape:
     refuse_window(config)
     return replace(shape, has_qkv_bias=True)
@@ -28,7 +33,8 @@ def _read(config: HfConfig, shape: ModelShape) -> ModelShape:
 FAMILY = Family(
     architectures={False: "Qwen2ForCausalLM", True: "Qwen2ForSequenceClassification"},
     layer=llama.layer,
-    holds=lambda shape: llama.is_dense(shape) and shape.has_qkv_bias and not shape.has_qk_norm,
+    holds=lambda shape: is_dense(shape) and shape.has_qkv_bias and not shape.has_qk_norm,
+    ropes=frozenset({"llama3", "yarn"}),
     read=_read,
     config=lambda shape: {"use_sliding_window": False},
 )

@@ -16,8 +16,9 @@ def _read(config: HfConfig, shape: ModelShape) -> ModelShape:
 FAMILY = Family(
     architectures={False: "Qwen3ForCausalLM", True: "Qwen3ForSequenceClassification"},
     layer=llama.layer,
-    holds=lambda shape: llama.is_dense(shape) and shape.has_qk_norm and not shape.has_qkv_bias,
+    holds=lambda shape: qwen2.is_dense(shape) and shape.has_qk_norm and not shape.has_qkv_bias,
     required=("head_dim",),
+    ropes=frozenset({"llama3", "yarn"}),
     read=_read,
     config=lambda shape: {"use_sliding_window": False, "attention_bias": False},
 )

@@ -1,6 +1,6 @@
 """A worker extension for tests: plants one of `plants.PLANTS` in every load while a file asks for it.
 
-Named to a server by `ServerOptions.worker_extension`; the file is written by `own_servers.OwnServer.planted`.
+Named to a server by `ServerOptions.worker_extension`; the file is written by `pool_server.PoolServer.planted`.
 """
 
 import json
