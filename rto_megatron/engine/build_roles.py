@@ -19,13 +19,13 @@ from rto_megatron.engine.source import WeightSource
 from rto_megatron.engine.weights import (
     hf_reader,
     load_hf_tensors,
-    local_parameters,
     megatron_reader,
     random_reader,
 )
 from rto_megatron.errors import ModelFolderError, UserError
 from rto_megatron.models.build import build_chunks, transformer_config
 from rto_megatron.models.families.blocks import EMBEDDING
+from rto_megatron.models.fused_layers import plain_name
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.storage.not_finite import described
 from rto_megatron.types import ValueScale
@@ -200,6 +200,6 @@ def update_average(average: FrozenRole, model: TrainedRole, beta: float) -> None
     """
     if isinstance(average, AbsentModel) or isinstance(model, AbsentModel):
         return
-    means = local_parameters(average.module)
-    for name, weight in local_parameters(model.module).items():  # the two may differ in kernels, so in order
-        means[name].lerp_(weight.float(), 1 - beta)
+    means = {plain_name(name): mean for name, mean in average.module.named_parameters()}
+    for name, weight in model.module.named_parameters():  # the two may differ in kernels, so in order
+        means[plain_name(name)].lerp_(weight.float(), 1 - beta)

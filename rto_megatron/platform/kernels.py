@@ -38,6 +38,8 @@ def choose(precision: FrozenPrecisionConfig | None) -> Kernels:
     made = _made()
     if made is not None:
         assert precision is None or precision.kernels in (made, "auto"), f"{made} was chosen before"
+        if made == "torch":  # also where megatron.core was imported without being asked for
+            _hide()
         return made
     if precision is not None and _wants_engine(precision):
         problem = engine_problem()

@@ -3,7 +3,7 @@
 A fake tensor has no data, so to read a number off one is an error, as it would be a stop of a GPU's queue.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,18 +42,22 @@ class Kernels(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _pretend_a_gpu(set_: Callable[[object, str, object], None]) -> None:
+def _pretend_a_gpu() -> None:
     """Undoes what `platform.cpu` does to tensors of GPUs; there is no driver to pin memory with."""
-    set_(torch.Tensor, "pin_memory", lambda self: self)
+    torch.Tensor.pin_memory = lambda self: self
     for factory in ("zeros", "ones", "empty", "tensor", "empty_like"):
-        set_(torch, factory, getattr(torch, factory).__wrapped__)
+        setattr(torch, factory, getattr(torch, factory).__wrapped__)
 
 
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernels]:
-    _pretend_a_gpu(monkeypatch.setattr)
-    with FakeTensorMode(), Kernels() as kernels:
-        yield kernels
+def _on_fake_gpu(check: Callable[..., None], *inputs: object) -> None:
+    """In a process of its own: once a tensor claimed to be on a GPU, autograd has threads, and no fork survives them."""
+
+    def rank() -> None:
+        _pretend_a_gpu()
+        with FakeTensorMode(), Kernels() as kernels:
+            check(kernels, *inputs)
+
+    run_ranks(1, rank)
 
 
 def _config(**changes: object) -> TransformerConfig:
@@ -66,8 +70,7 @@ def _inputs(num_queries: int, dtype: torch.dtype = torch.bfloat16) -> list[torch
     return [torch.empty(num_queries, heads, 16, dtype=dtype, device=GPU) for heads in (8, 2, 2)]
 
 
-@pytest.mark.parametrize(("changes", "window"), [({}, [-1, 0]), ({"window_size": (6, 0)}, [6, 0])])
-def test_a_packed_row_is_one_call(gpu: Kernels, changes: dict[str, object], window: list[int]) -> None:
+def _one_call(gpu: Kernels, changes: dict[str, object], window: list[int]) -> None:
     attention = PackedCoreAttention(_config(**changes), 1)
     out = attention(*_inputs(100), None, packed_seq_params=packed_row((0, 60, 100), GPU))
     assert (out.shape, out.device, out.dtype) == ((100, 128), GPU, torch.bfloat16)
@@ -76,7 +79,12 @@ def test_a_packed_row_is_one_call(gpu: Kernels, changes: dict[str, object], wind
     assert is_causal == (window == [-1, 0])
 
 
-def test_gathered_keys_are_one_call_that_waits_for_nothing(gpu: Kernels) -> None:
+@pytest.mark.parametrize(("changes", "window"), [({}, [-1, 0]), ({"window_size": (6, 0)}, [6, 0])])
+def test_a_packed_row_is_one_call(changes: dict[str, object], window: list[int]) -> None:
+    _on_fake_gpu(_one_call, changes, window)
+
+
+def _gathered(gpu: Kernels) -> None:
     query, key, value = _inputs(100)
     attention = GatheredKeysAttention(_config(), 1, pg_collection=SecondOfTwo())
     out = attention.attend_at_once(query[:50], key, value, (0, 60, 100))
@@ -88,6 +96,10 @@ def test_gathered_keys_are_one_call_that_waits_for_nothing(gpu: Kernels) -> None
     )  # of the first sequence 10 queries are here, and all its keys
 
 
+def test_gathered_keys_are_one_call_that_waits_for_nothing() -> None:
+    _on_fake_gpu(_gathered)
+
+
 class SecondOfTwo:
     """The groups of a rank that has the second half of a row."""
 
@@ -97,17 +109,21 @@ class SecondOfTwo:
         return 1
 
 
-def test_in_float32_there_is_no_such_kernel(gpu: Kernels) -> None:
+def _no_kernel(gpu: Kernels) -> None:
     query, _, value = _inputs(100, torch.float32)
     assert not has_kernel(query, value)
     wide = torch.empty(4, 1, 264, dtype=torch.bfloat16, device=GPU)
     assert not has_kernel(wide, wide)
 
 
+def test_in_float32_there_is_no_such_kernel() -> None:
+    _on_fake_gpu(_no_kernel)
+
+
 def _forward(folder: Path, dtype: torch.dtype) -> tuple[int, torch.Size]:
     place = replace(topology("one"), device=Device(GPU, "nccl"))
     shape = read_shape(folder)
-    _pretend_a_gpu(setattr)
+    _pretend_a_gpu()
     torch.nn.Module.to = lambda self, device: self  # which swaps tensors, and fake ones cannot be swapped
     torch.cuda.current_device = lambda: GPU
     with FakeTensorMode(), torch.no_grad(), GPU, Kernels() as kernels:
