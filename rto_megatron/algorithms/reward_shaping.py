@@ -29,13 +29,35 @@ def normalized_in_batch(score_B: Tensor, all_sum: AllSum) -> Tensor:
 
     Source: TRL, trainer/grpo_trainer.py (`scale_rewards: batch`) for the estimate of the deviation.
     """
-    own_B = score_B.double()
-    total, count = all_sum(torch.stack([own_B.sum(), own_B.new_tensor(len(own_B))]))
+    return tokens_normalized_in_batch(score_B, torch.ones_like(score_B), all_sum)
+
+
+def tokens_normalized_in_batch(value_BR: Tensor, mask_BR: Tensor, all_sum: AllSum) -> Tensor:
+    """(value - mean) / (standard deviation, unbiased, + 1e-4) over the tokens of all replicas, 0 behind responses.
+
+    Args:
+        mask_BR: 1 on tokens.
+        all_sum: sum over the data-parallel ranks; every rank must call this.
+    """
+    own, mask = value_BR.double(), mask_BR.double()
+    total, count = all_sum(torch.stack([(own * mask).sum(), mask.sum()]))
     mean = total / count
-    squares = all_sum((own_B - mean).square().sum())
+    squares = all_sum(((own - mean).square() * mask).sum())
     std = (squares / (count - 1).clamp(min=1)).sqrt()
-    normalized_B: Tensor = (own_B - mean) / (std + _STD_FLOOR)
-    return normalized_B.to(score_B.dtype)
+    normalized: Tensor = (own - mean) / (std + _STD_FLOOR) * mask
+    return normalized.to(value_BR.dtype)
+
+
+def tokens_normalized_in_group(value_BR: Tensor, mask_BR: Tensor, group_size: int) -> Tensor:
+    """(value - mean) / (standard deviation, unbiased, + 1e-4) over all tokens of a group, 0 behind responses: [B, R].
+
+    Args:
+        mask_BR: 1 on tokens.
+
+    Source: GRPO with process supervision, arXiv 2402.03300, section 4.1.3, where every token is a step.
+    """
+    groups = zip(value_BR.split(group_size), mask_BR.split(group_size), strict=True)
+    return torch.cat([tokens_normalized_in_batch(value, mask, lambda own: own) for value, mask in groups])
 
 
 def overlong_punishment(num_tokens_B: Tensor, max_tokens: int, buffer_tokens: int) -> Tensor:

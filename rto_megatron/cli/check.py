@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rto_megatron.cli.options import Assume, Overrides, Recipe
+from rto_megatron.cli.options import Assume, GpuKind, Overrides, Recipe
 from rto_megatron.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rto_megatron.config.roles import Role
     from rto_megatron.config.schema import Stage
     from rto_megatron.config.training import TrainBatchConfig
+    from rto_megatron.planning.gpus import Gpu
     from rto_megatron.planning.local_data import LookedAt
     from rto_megatron.planning.shapes import FoundShape
 
@@ -54,6 +55,7 @@ def check(
     ] = None,
     gpu_gib: GpuGib = None,
     pool_tensor: PoolTensor = 1,
+    gpu: GpuKind = None,
     assume: Assume = None,
 ) -> None:
     """Check a recipe; show its configuration, layout, batch arithmetic, memory and data. Needs no GPU and no model.
@@ -63,11 +65,13 @@ def check(
     from rto_megatron.config.checks import refuse
     from rto_megatron.config.load import dump, load_recipe
     from rto_megatron.config.reward_code import rewards_of
+    from rto_megatron.planning.gpus import find_gpu
     from rto_megatron.planning.judgement import judged
     from rto_megatron.planning.local_data import look_at
     from rto_megatron.planning.token_ids import token_warnings
 
     config = load_recipe(recipe, overrides or [])
+    named = None if gpu is None else find_gpu(gpu)
     world_size, pool_size = split_gpus(config, gpus, pool_gpus)
     origin = f"of {gpus} GPUs the pool has {pool_size}" if 0 < world_size < gpus else ""
     plan, shapes = judged(config, world_size, assume or [], origin)
@@ -79,6 +83,9 @@ def check(
     console.print(dump(config), markup=False, highlight=False)
     console.print(_layout_table(plan, pool_size))
     console.print(_models_table(plan, shapes))
+    if named is not None:
+        _require_room(plan, shapes, named)
+        gpu_gib = named.gib if plan.facts.is_colocated else gpu_gib
     if gpu_gib is not None:
         _print_phases(console, plan, shapes, gpu_gib, pool_tensor)
     if sources := rewards_of(config):
@@ -86,10 +93,38 @@ def check(
     console.print(_data_table(looked))
     for warning in spare:
         console.print(f"warning: {warning}", markup=False, highlight=False)
-    unjudged = (
-        "" if gpu_gib is not None else "; memory was not judged: compare the sum above with what there is"
+    console.print(f"{recipe}: {_verdict(_machine(world_size, gpus), gpu, gpu_gib)}.", highlight=False)
+
+
+def _verdict(machine: str, gpu: str | None, gpu_gib: float | None) -> str:
+    """Sound is what was found to have room too."""
+    if gpu is not None:
+        return f"sound for {machine}, {gpu} each"
+    if gpu_gib is not None:
+        return f"sound for {machine} of {gpu_gib:g} GiB"
+    return (
+        f"nothing speaks against its layout, batches and data on {machine}; it is sound where memory is: name a GPU "
+        "(--gpu h100), or compare the sum above with what there is"
     )
-    console.print(f"{recipe}: sound for {_machine(world_size, gpus)}{unjudged}.", highlight=False)
+
+
+def _require_room(plan: "StagePlan", shapes: "Mapping[str, FoundShape]", gpu: "Gpu") -> None:
+    """Raises RecipeError where a rank of the trainer has no room on a GPU, or nobody knows."""
+    from rto_megatron.planning.memory import fullest_bytes, gib
+
+    unknown = [role.name for role in plan.roles if role.name not in shapes]
+    if unknown:
+        raise RecipeError(
+            f"--gpu {gpu.name}: the shapes of {', '.join(unknown)} are not known; name them, as in --assume "
+            f"{unknown[0]}=llama-3-8b"
+        )
+    needed = fullest_bytes(plan, shapes)
+    if needed > gpu.usable_bytes:
+        raise RecipeError(
+            f"the fullest rank takes {gib(needed)}, {gib(needed - gpu.usable_bytes)} more than the "
+            f"{gib(gpu.usable_bytes)} that a {gpu.name} has beside what its process takes; rto plan RECIPE --gpus N "
+            f"--gpu {gpu.name} finds layouts that fit"
+        )
 
 
 def _missing_here(config: "Stage") -> list[str]:

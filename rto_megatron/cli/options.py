@@ -32,3 +32,9 @@ Assume = Annotated[
         help="Shape of a model that is not here, as in policy=llama-3-8b; else its name is believed.",
     ),
 ]
+GpuKind = Annotated[
+    str | None,
+    typer.Option(
+        help="The GPU whose memory is judged, as in h100, or by GiB:TFLOP/s:GB/s, as in 96:148:4000."
+    ),
+]

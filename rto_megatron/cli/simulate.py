@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from rto_megatron.cli.options import Assume, Overrides, Recipe
+from rto_megatron.cli.options import Assume, GpuKind, Overrides, Recipe
 from rto_megatron.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -32,12 +32,7 @@ def simulate(
             min=0, help="How many of them the inference pool gets; default: half if the stage samples."
         ),
     ] = None,
-    gpu: Annotated[
-        str | None,
-        typer.Option(
-            help="The GPU whose memory is judged, as in h100, or by GiB:TFLOP/s:GB/s, as in 96:148:4000."
-        ),
-    ] = None,
+    gpu: GpuKind = None,
     assume: Assume = None,
 ) -> None:
     """Take one step of a recipe at its real size, without numbers: memory of each phase, operations, collectives.

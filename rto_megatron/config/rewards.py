@@ -43,7 +43,7 @@ class SourceSection(Section):
 
 
 class ResponseSource(SourceSection):
-    """A source that looks at what a response says.
+    """A source that looks at more than the length of a response.
 
     Example:
         {name: exact, normalize: group, overlong_buffer_tokens: 256}
@@ -58,7 +58,7 @@ class ResponseSource(SourceSection):
     normalize: Literal["group", "batch"] | None = Field(
         default=None,
         description="(score - mean) / (standard deviation + 1e-4), of the responses to the same prompt or of all "
-        "responses of the step; null: as given",
+        "responses of the step, or of all their tokens where it pays tokens; null: as given",
     )
 
 
@@ -91,10 +91,11 @@ class PayingSource(OutsideSource):
     )
 
     @model_validator(mode="after")
-    def _refuse_normalized_tokens(self) -> Self:
-        if self.normalize is not None and self.pays != "response":
+    def _refuse_normalized_spans(self) -> Self:
+        if self.normalize is not None and self.pays == "spans":
             raise ValueError(
-                f"normalize={self.normalize} is of one number a response, and this source pays {self.pays}; remove it"
+                f"normalize={self.normalize} is of one number for every response or token, and this source pays spans; "
+                "remove it, or pay tokens"
             )
         return self
 

@@ -13,10 +13,9 @@ def capped_bytes(num_queries: int, num_keys: int, num_heads: int, number_bytes: 
         number_bytes: of a number of the model, e.
 
     Returns:
-        bytes: of some queries' scores before and behind the cap, their weights in float32 and in the model's dtype, and
-        as much again of gradients.
+        bytes: of some queries' scores behind the cap, e a number, and in float32 their copy, weights and gradient.
     """
-    return min(num_queries, PART_QUERIES) * num_keys * num_heads * 2 * (3 * number_bytes + 4)
+    return min(num_queries, PART_QUERIES) * num_keys * num_heads * (number_bytes + 12)
 
 
 def head_bytes(

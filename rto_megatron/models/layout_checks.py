@@ -119,8 +119,8 @@ def check_kernels(shapes: Mapping[str, ModelShape], kernels: KernelsChoice) -> l
 def own_layer_parts(shape: ModelShape) -> list[str]:
     """What of a model needs modules of this package or of the family, so that no other layers can stand for them."""
     parts = [name for name in shape.own_parts if name in _PARTS_OF_LAYERS]
-    if shape.rotation.windowed_theta is not None:
-        parts.append("windowed_theta")
+    rotation = {"windowed_theta": shape.rotation.windowed_theta, "longrope": shape.rotation.longrope}
+    parts += [name for name, value in rotation.items() if value is not None]
     return parts if FAMILIES[shape.family].layer_spec is None else [*parts, "layer_spec"]
 
 

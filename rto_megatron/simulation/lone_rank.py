@@ -38,7 +38,7 @@ _GROUPS = {
 }
 
 
-@dataclass(frozen=True, eq=False)  # compared as a `Topology` is
+@dataclass(frozen=True, eq=False)
 class LoneTopology(Topology):
     """A place in a layout whose other ranks agree with this one.
 

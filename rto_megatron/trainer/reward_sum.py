@@ -7,7 +7,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rto_megatron.algorithms.reward_shaping import normalized_in_batch, normalized_in_group
+from rto_megatron.algorithms.reward_shaping import (
+    normalized_in_batch,
+    normalized_in_group,
+    tokens_normalized_in_batch,
+    tokens_normalized_in_group,
+)
+from rto_megatron.data.packing import response_mask
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.trainer.reward_source import ModelReward, OverlongReward, RewardSource
 from rto_megatron.types import Rewards, Rollout
@@ -89,13 +95,23 @@ class RewardSum:
         if term.overlong is not None:
             punished_B = term.overlong.scores(rollouts)
             shaped = raw + (punished_B if raw.ndim == 1 else _on_last_tokens(punished_B, rollouts, raw))
-        if term.normalize == "group":
-            shaped = normalized_in_group(shaped, self.group_size)
-        elif term.normalize == "batch":
-            shaped = normalized_in_batch(shaped, self.topology.dp_sum)
+        if term.normalize is not None:
+            shaped = self._normalized(shaped, term.normalize, rollouts)
         if term.clip is not None:
             shaped = shaped.clamp(-term.clip, term.clip)
         return term.weight * shaped
+
+    def _normalized(
+        self, raw: Tensor, over: Literal["group", "batch"], rollouts: Sequence[Rollout]
+    ) -> Tensor:
+        if raw.ndim == 1:
+            if over == "group":
+                return normalized_in_group(raw, self.group_size)
+            return normalized_in_batch(raw, self.topology.dp_sum)
+        mask_BR = response_mask(rollouts, raw.device)
+        if over == "group":
+            return tokens_normalized_in_group(raw, mask_BR, self.group_size)
+        return tokens_normalized_in_batch(raw, mask_BR, self.topology.dp_sum)
 
 
 def alone(source: RewardSource, topology: Topology) -> RewardSum:

@@ -69,7 +69,17 @@ def test_recipes_of_a_mixture_pass_on_32_gpus(stage: str) -> None:
 def test_paper_recipes_pass_on_8_gpus(recipe: Path) -> None:
     pool = ["--pool-gpus", "2"] if recipe.stem == "rto_own_ranks" else []
     said = " ".join(check(str(recipe), "--gpus", "8", *pool).split())
-    assert said.endswith("sound for 8 GPUs; memory was not judged: compare the sum above with what there is.")
+    assert (
+        "nothing speaks against its layout, batches and data on 8 GPUs; it is sound where memory is" in said
+    )
+
+
+def test_a_recipe_is_sound_for_a_named_gpu_that_has_room() -> None:
+    recipe = str(RECIPES / "llama3_8b" / "rto.yaml")
+    said = " ".join(check(recipe, "--gpus", "8", "--gpu", "h100").split())
+    assert said.endswith("sound for 8 GPUs, h100 each.")
+    with pytest.raises(RecipeError, match=r"more than the 39\.0 GiB that a 40:312:1555 has"):
+        check(recipe, "--gpus", "8", "--gpu", "40:312:1555")
 
 
 @pytest.mark.parametrize("recipe", FAMILIES, ids=lambda path: path.stem)

@@ -37,7 +37,7 @@ def test_a_token_that_nothing_writes_is_a_warning(tiny_files: Path, policy: Path
     config = configure("sft", tiny_files, tmp_path / "run", models__policy=policy)
     words = f"models.policy: the embedding (vocab_size=96) has no row for '{EXTRA}' (id 96)"
     output = _check(config, tmp_path / "sft.yaml")
-    assert f"warning: {words}" in output and "sound for" in output
+    assert f"warning: {words}" in output and "nothing speaks against" in output
     (warning,) = [finding for finding in check_models(config, 1) if finding.level == "warning"]
     assert words in warning.found and warning.why and warning.fix
 
@@ -69,4 +69,4 @@ def test_a_model_smaller_than_the_policy_is_a_problem_where_the_policy_samples(
         assert words in str(caught.value)
         assert any(words in finding.found for finding in check_models(config, 1))
     offline = configure("dpo", tiny_files, tmp_path / "run", models__policy=larger)
-    assert "sound for" in _check(offline, tmp_path / "dpo.yaml")
+    assert "nothing speaks against" in _check(offline, tmp_path / "dpo.yaml")

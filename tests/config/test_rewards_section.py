@@ -60,7 +60,7 @@ def refused(folder: Path, rewards: str) -> str:
         ),
         (
             "- {kind: function, function: 'a.py:f', pays: spans, normalize: batch}",
-            "this source pays spans; remove it",
+            "this source pays spans; remove it, or pay tokens",
         ),
         ("- {kind: function, function: a.py}", "a function is written file.py:name"),
         ("- {kind: model, name: 'a/b'}", "a name is made of a-z, 0-9, _ and -"),

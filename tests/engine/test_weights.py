@@ -10,10 +10,13 @@ import torch
 from engine.layouts import LAYOUTS, frozen, topology
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
+from tiny_families import write_family
 from tiny_models import write_llama
 
+from rto_megatron.config.training import FrozenPrecisionConfig
 from rto_megatron.data.packing import token_batch
 from rto_megatron.engine import export
+from rto_megatron.engine.build_roles import build_frozen
 from rto_megatron.engine.source import find_source
 from rto_megatron.errors import ModelFolderError, UserError
 
@@ -35,6 +38,13 @@ def _values(folder: Path, out: Path) -> torch.Tensor:
     export.export_hf(model, folder, out)
     (values_T,) = model.token_outputs([token_batch([([5, 9, 2, 11], 1)], True, 1, torch.device("cpu"))])
     return values_T
+
+
+def _random_norms(folder: Path) -> list[float]:
+    source = find_source(folder, has_scalar_head=False, is_random=True, key="test")
+    model = build_frozen("reference", source, False, FrozenPrecisionConfig(dtype="fp32"), topology("one"))
+    named = model.module.named_parameters()
+    return [float(value.abs().max()) for name, value in named if "layernorm" in name]
 
 
 @pytest.mark.parametrize("prefix", [None, "value_head", "reward_head"])
@@ -158,6 +168,12 @@ def _names(folder: Path, change: Callable[[str], str]) -> None:
     save_file(
         {change(n): t for n, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"}
     )
+
+
+def test_random_norms_that_multiply_by_one_and_their_weight_start_at_zero(tmp_path: Path) -> None:
+    write_family(tmp_path, "gemma2")
+    (found,) = run_ranks(1, _random_norms, tmp_path)
+    assert len(found) == 4 * 4 + 1 and not any(found)
 
 
 def test_foreign_names_are_one_sentence_in_the_trainer_too(tmp_path: Path) -> None:

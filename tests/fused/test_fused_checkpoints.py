@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine.layouts import LAYOUTS
-from fused.pairs import apart, numbers, trained_pair
+from fused.pairs import numbers, trained_pair
 from ranks import run_ranks
 from stepping import take_step
 from tiny_families import write_family
@@ -15,6 +15,7 @@ from rto_megatron.algorithms.sft import SFT, Config
 from rto_megatron.data.packing import Layout, supervised_microbatches
 from rto_megatron.engine.checkpoint import begin_save, load_state
 from rto_megatron.engine.megatron import TrainedModel
+from rto_megatron.engine.weights import local_parameters
 from rto_megatron.types import Demonstration
 
 DATA = [Demonstration(str(i), tuple(ids[:p]), tuple(ids[p:])) for i, (ids, p) in enumerate(SEQUENCES)]
@@ -32,8 +33,22 @@ def _weights(model: TrainedModel) -> dict[str, torch.Tensor]:
     return numbers(model, lambda parameter: parameter)
 
 
+def _optimizer_state(model: TrainedModel) -> dict[str, list[torch.Tensor]]:
+    """Of each parameter its float32 master, Adam's moments and its counter."""
+    inner = [one.optimizer.state for one in model.optimizer.chained_optimizers]
+    found = {}
+    for name, parameter in local_parameters(model.module).items():
+        (state,) = [one[parameter.main_param] for one in inner if parameter.main_param in one]
+        found[name] = [parameter.main_param, state["exp_avg"], state["exp_avg_sq"], state["step"]]
+    return found
+
+
+def _norm(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    return float(torch.stack([(one[name] - other[name]).norm() for name in one]).norm())
+
+
 def _exchanged(layout: str, folder: Path, root: Path, is_sharded: bool) -> list[tuple[list[str], float]]:
-    """In both directions: weights that did not arrive, and how far the next step leads apart."""
+    """In both directions: weights that did not arrive, and how far the next step leads apart, of its length."""
     found = []
     for direction in (1, -1):
         writer, reader = trained_pair(layout, folder, is_sharded=is_sharded)[::direction]
@@ -44,12 +59,15 @@ def _exchanged(layout: str, folder: Path, root: Path, is_sharded: bool) -> list[
         load_state(run_dir / "checkpoints/step_000001/policy", reader)
         got, want = _weights(reader), _weights(writer)
         unlike = [name for name in want if not torch.equal(got[name], want[name])]
+        if not is_sharded:  # else each has its own way to share the state out
+            ours, theirs = _optimizer_state(reader), _optimizer_state(writer)
+            assert all(float(one[-1]) == 1 for one in ours.values())
+            unlike += [name for name in theirs if not all(map(torch.equal, ours[name], theirs[name]))]
         _step(writer)
         _step(reader)
-        moved = {name: (now - want[name]).norm() for name, now in _weights(writer).items()}
-        assert min(moved.values()) > 0
-        after, pairs = _weights(reader), _weights(writer)
-        found.append((unlike, max(apart(after[name], pairs[name]) for name in want)))
+        moved, after = _weights(writer), _weights(reader)
+        apart, move = (_norm(one, other) for one, other in ((after, moved), (moved, want)))
+        found.append((unlike, apart / move))
     return found
 
 
@@ -59,6 +77,7 @@ def _exchanged(layout: str, folder: Path, root: Path, is_sharded: bool) -> list[
         ("llama", "one", False),
         ("qwen3", "tp2_sp", True),
         ("llama3_tied", "pp2", False),
+        ("qwen2_moe", "tp2_sp", False),
         ("qwen2_moe", "dp2", True),
         ("mixtral", "ep2", True),
     ],
@@ -70,4 +89,5 @@ def test_a_checkpoint_goes_on_with_the_other_layers(
     for both in run_ranks(LAYOUTS[layout][0], _exchanged, layout, tmp_path / "model", tmp_path, is_sharded):
         for unlike, difference in both:
             assert unlike == []
-            assert difference < 2**-6  # two roundings of a weight's bf16
+            # A gradient that is all rounding moves a weight by the whole rate, in either direction.
+            assert difference < 0.25

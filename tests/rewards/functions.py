@@ -34,6 +34,10 @@ def first_token(sample: Sample) -> list[float]:
     return [1.0, *([0.0] * (len(sample.response_ids) - 1))]
 
 
+def remainders(sample: Sample) -> list[float]:
+    return [float(token % 5) for token in sample.response_ids]
+
+
 def halves(sample: Sample) -> list[list[float]]:
     """1 for the first half of a response, 2 for the second, on their last tokens."""
     count = len(sample.response_ids)

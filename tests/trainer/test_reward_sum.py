@@ -45,6 +45,8 @@ def _terms(files: Path, place: Topology) -> tuple[Term, ...]:
         Term("long", _overlong(place), 3.0),
         Term("short", _outside("length", files, place), 0.3, "group", clip=0.6, overlong=_overlong(place)),
         Term("first", _outside("first_token", files, place, "tokens"), 2.0, overlong=_overlong(place)),
+        Term("grouped", _outside("remainders", files, place, "tokens"), 0.7, "group"),
+        Term("batched", _outside("remainders", files, place, "tokens"), 0.2, "batch", clip=0.8),
         Term("halves", _outside("halves", files, place, "spans"), 1.0, clip=1.5),
     )
 
@@ -85,8 +87,19 @@ def _scores_by_hand() -> Tensor:
     return torch.stack(scores)
 
 
+def _normalized(value: float, among: list[int]) -> float:
+    """A token's remainder, normalised among those of some responses."""
+    others = torch.tensor([float(token % 5) for row in among for token in ROLLOUTS[row].response_ids])
+    return float((value - others.mean()) / (others.std() + 1e-4))
+
+
 def _tokens_by_hand() -> Tensor:
     grid = torch.zeros(len(ROLLOUTS), LONGEST)
+    for row, rollout in enumerate(ROLLOUTS):
+        pair, everyone = [row - row % 2, row - row % 2 + 1], list(range(len(ROLLOUTS)))
+        for place, token in enumerate(rollout.response_ids):
+            grid[row, place] += 0.7 * _normalized(token % 5, pair)
+            grid[row, place] += 0.2 * max(-0.8, min(0.8, _normalized(token % 5, everyone)))
     for row, rollout in enumerate(ROLLOUTS):
         count = len(rollout.response_ids)
         grid[row, 0] += 2.0
@@ -107,7 +120,7 @@ def test_sources_are_added_by_weight_and_alike_on_every_layout(files: Path) -> N
             torch.testing.assert_close(rewards.score_B, scores_B[rows], rtol=1e-6, atol=1e-6)
             assert rewards.source_BR is not None
             width = rewards.source_BR.shape[1]
-            torch.testing.assert_close(rewards.source_BR, tokens_BR[rows, :width], rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(rewards.source_BR, tokens_BR[rows, :width], rtol=1e-5, atol=1e-6)
             assert not tokens_BR[rows, width:].any()
             assert rewards.given["length"].tolist() == LENGTHS[rows].tolist()
             assert rewards.given["halves"].tolist() == [3.0 if n > 1 else 2.0 for n in LENGTHS[rows]]

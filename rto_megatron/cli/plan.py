@@ -1,0 +1,158 @@
+"""`rto plan`: the layouts of a recipe that are worth starting on some GPUs, with what they take and how long."""
+
+import os
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from rto_megatron.cli.options import Assume, Overrides, Recipe
+from rto_megatron.errors import RecipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rto_megatron.config.plan import StagePlan
+    from rto_megatron.planning.candidates import Candidate
+    from rto_megatron.planning.gpus import Gpu
+
+_SHOWN = 3
+_MOST_SIMULATED = 8
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file to `app`."""
+    app.command()(plan)
+
+
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of the job.")] = 8,
+    gpu: Annotated[
+        str, typer.Option(help="Their kind, as in h100, or GiB:TFLOP/s:GB/s, as in 96:148:4000.")
+    ] = "h100",
+    prompt_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Mean tokens of a prompt; default: the longest, of a pair half.")
+    ] = None,
+    response_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Mean tokens of a response; default: the longest.")
+    ] = None,
+    simulated: Annotated[
+        bool,
+        typer.Option(help="Take memory from a simulated step of each layout, not from the formulas alone."),
+    ] = True,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a machine.")] = 8,
+    assume: Assume = None,
+) -> None:
+    """Find the fastest layouts of a recipe that fit: memory by simulation, seconds by phase, commands to start them.
+
+    Layouts are pruned by the closed formulas of `rto check`, ranked by seconds from fixed constants
+    (docs/planning.md), and then simulated at their real size until three of them fit. Needs no GPU and no model.
+    """
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is fake lies nowhere, and torch must not look for a GPU
+    from rto_megatron.config.load import load_recipe
+    from rto_megatron.planning.candidates import candidates, fitting
+    from rto_megatron.planning.gpus import find_gpu
+    from rto_megatron.planning.ways_out import refuse_nothing_fits
+    from rto_megatron.planning.whole_step import Lengths, longest_lengths
+
+    kind, given = find_gpu(gpu), list(overrides or [])
+
+    def found_on(number: int, card: "Gpu", more: "Sequence[str]") -> "list[Candidate]":
+        return candidates(
+            lambda own: load_recipe(recipe, [*given, *more, *own]), number, card, assume or [], lengths
+        )
+
+    lengths = None
+    if prompt_tokens is not None or response_tokens is not None:
+        longest = longest_lengths(_any_plan(recipe, given))
+        lengths = Lengths(prompt_tokens or longest.prompt, response_tokens or longest.response)
+    found = found_on(gpus, kind, ())
+    chosen = fitting(found, kind)
+    if not chosen:
+        refuse_nothing_fits(found, found_on, gpus, kind)
+    best = _simulated(chosen, kind) if simulated else [(one, one.num_bytes) for one in chosen[:_SHOWN]]
+    console = Console() if Console().is_terminal else Console(width=140)
+    for number, (one, num_bytes) in enumerate(best, 1):
+        _print(console, number, one, num_bytes, kind, simulated)
+        console.print(
+            _command(recipe, given, one, gpus, gpus_per_node), markup=False, highlight=False, soft_wrap=True
+        )
+
+
+def _any_plan(recipe: Path, overrides: list[str]) -> "StagePlan":
+    from rto_megatron.config.load import load_recipe
+    from rto_megatron.config.plan import fewest_ranks, plan_stage
+
+    config = load_recipe(recipe, overrides)
+    return plan_stage(config, fewest_ranks(config.parallel))
+
+
+def _simulated(chosen: "Sequence[Candidate]", gpu: "Gpu") -> "list[tuple[Candidate, int]]":
+    """The first that fit when they are simulated, with the bytes of their fullest rank."""
+    from rto_megatron.platform.device import prepare
+
+    prepare()
+    from rto_megatron.simulation.whole_job import simulate_job
+
+    best = []
+    for one in chosen[:_MOST_SIMULATED]:
+        num_bytes = max(rank.peak for rank in simulate_job(one.plan, one.shapes))
+        if num_bytes <= gpu.usable_bytes:
+            best.append((one, num_bytes))
+        if len(best) == _SHOWN:
+            break
+    if not best:
+        raise RecipeError(
+            f"{len(chosen)} layouts fit a {gpu.name} by the formulas, and none of the fastest {_MOST_SIMULATED} when "
+            "it is simulated; lower batch.tokens or batch.micro, or add GPUs"
+        )
+    return best
+
+
+def _print(
+    console: Console, number: int, one: "Candidate", num_bytes: int, gpu: "Gpu", is_simulated: bool
+) -> None:
+    from rto_megatron.planning.memory import gib
+
+    how = "simulated" if is_simulated else "by the formulas"
+    title = (
+        f"{number}. {one.time.seconds:,.1f} s a step, {gib(num_bytes)} of {gib(gpu.usable_bytes)} on the fullest "
+        f"GPU ({how}), MFU of the trainer over the whole step {one.time.utilisation:.0%}"
+    )
+    table = Table("phase", title=title)
+    for name in ("seconds", "limit", "limit / seconds"):
+        table.add_column(name, justify="right")
+    for phase in one.time.phases:
+        table.add_row(
+            phase.name,
+            f"{phase.seconds:,.1f}",
+            f"{phase.limit_s:,.1f}",
+            f"{phase.limit_s / phase.seconds:.0%}",
+        )
+    table.add_section()
+    table.add_row(
+        "step, with what it takes beside",
+        f"{one.time.seconds:,.1f}",
+        f"{one.time.limit_s:,.1f}",
+        f"{one.time.limit_s / one.time.seconds:.0%}",
+    )
+    console.print(table)
+    forwards = f"{one.time.update_forwards:.2f}"
+    console.print(f"the update takes {forwards} forwards of what it trains", highlight=False)
+
+
+def _command(recipe: Path, given: "Sequence[str]", one: "Candidate", gpus: int, per_node: int) -> str:
+    """What starts a layout: on one machine, or as a batch job where machines are whole."""
+    keys = [*given, *one.overrides]
+    own_pool = 0 < one.pool_gpus < gpus
+    if gpus <= per_node:
+        pool = ["--pool-gpus", str(one.pool_gpus)] if own_pool else []
+        return shlex.join(["rto", "launch", str(recipe), *keys, "--gpus", str(gpus), *pool])
+    nodes, pool_nodes = -(-gpus // per_node), -(-one.pool_gpus // per_node) if own_pool else 0
+    command = ["rto", "slurm", str(recipe), "--nodes", str(nodes), "--gpus-per-node", str(per_node)]
+    return shlex.join([*command, *(["--pool-nodes", str(pool_nodes)] if own_pool else []), *keys])

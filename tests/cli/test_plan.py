@@ -1,0 +1,61 @@
+"""`rto plan` finds layouts that fit, says how long they take, and what to do where none does."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_models import llama_config
+from typer.testing import CliRunner
+
+from rto_megatron.cli.main import app
+from rto_megatron.errors import RecipeError
+
+RECIPES = Path(__file__).parents[2] / "launchers/recipes"
+
+
+def plan(*arguments: str) -> str:
+    return " ".join(CliRunner().invoke(app, ["plan", *arguments], catch_exceptions=False).output.split())
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> list[str]:
+    (tmp_path / "config.json").write_text(json.dumps(llama_config().to_dict()))
+    return [
+        str(RECIPES / "quickstart/sft.yaml"),
+        f"models.policy={tmp_path}",
+        "data.max_length=64",
+        "--gpus",
+        "1",
+    ]
+
+
+def test_layouts_that_fit_are_simulated_and_come_with_their_commands(tiny: list[str]) -> None:
+    said = plan(*tiny, "--gpu", "h100")
+    # On one GPU there are two: with recomputation and without, which is faster.
+    assert "on the fullest GPU (simulated)" in said and said.index("1. ") < said.index("2. ")
+    assert "the update takes 3.00 forwards" in said and "the update takes 4.00 forwards" in said
+    assert said.index("precision.recompute=false --gpus 1") < said.index("precision.recompute=true --gpus 1")
+
+
+def test_seconds_follow_from_the_operations_of_a_step() -> None:
+    """RTO of the paper on 8 H100: 1,024 responses to prompts of 1,024 tokens, as long.
+
+    Forwards of 8B are three (policy, reference, DPO model), and two are of 1B (critic, reward model).
+    """
+    said = plan(str(RECIPES / "llama3_8b/rto.yaml"), "--gpus", "8", "--gpu", "h100", "--no-simulated")
+    tokens = 1024 * 2048
+    # N s + attention: 2 x 7.505e9 x s + 2 x 32 x 4096 x s^2, and of the 1B model without its head, both per sequence.
+    of_8b = 2 * 7.505e9 * tokens + 2 * 32 * 4096 * 2048 * tokens
+    of_1b = 2 * 0.973e9 * tokens + 2 * 16 * 2048 * 2048 * tokens
+    seconds = (3 * of_8b + 2 * of_1b) / (4 * 989e12 * 0.40)
+    assert f"score │ {seconds:.1f}" in said
+    assert "--pool-gpus 4" in said and "rto launch" in said
+
+
+def test_a_budget_in_which_nothing_fits_is_refused_with_ways_out() -> None:
+    with pytest.raises(RecipeError) as refused:
+        plan(str(RECIPES / "llama3_8b/dpo.yaml"), "--gpus", "1", "--gpu", "a100")
+    said = str(refused.value)
+    assert "no layout fits 1 a100 of 79.0 GiB" in said and "too much" in said
+    # Policy and reference of 8.03 B parameters take 18 and 2 bytes each, 149.6 GiB: two GPUs have 158, an H200 139.4.
+    assert said.endswith("Ways out: take 4 GPUs; take 1 b200")
