@@ -113,6 +113,8 @@ def joined(config: Stage, rank: int, world_size: int) -> Iterator[LoneTopology]:
                 expert_tensor=parallel.expert_tensor,
                 context=parallel.context,
                 context_scheme=parallel.context_scheme,
+                virtual=parallel.virtual,
+                stages=parallel.stages,
             )
         )
     finally:

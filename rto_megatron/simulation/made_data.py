@@ -87,7 +87,7 @@ class MadeStep:
 
 
 def made_step(plan: StagePlan, layout: Layout, most_microbatches: int) -> MadeStep:
-    """As few full micro-batches as show the peak: one more than a pipeline has stages, at most those of the recipe.
+    """As few full micro-batches as show the peak, at most those of the recipe.
 
     Args:
         layout: of the policy's micro-batches.
@@ -102,8 +102,11 @@ def made_step(plan: StagePlan, layout: Layout, most_microbatches: int) -> MadeSt
     per_microbatch = _fitting(Extent.of(lengths), layout)
     per_reading = _fitting(Extent.of(lengths[:1]), layout)
     group = 1 if facts.online is None else facts.online.algorithm.samples_per_prompt
-    # Every replica of every role gets full micro-batches alone, and prompts their whole group of responses.
-    shares = math.lcm(*(_share(plan.layout.data, plan.layout_of(role.name).data) for role in plan.roles))
+    # Every replica of every role gets full micro-batches alone, those of interleaved stages as many as need no filling,
+    # and prompts their whole group of responses.
+    layouts = [plan.layout_of(role.name) for role in plan.roles]
+    shares = math.lcm(*(_share(plan.layout.data, one.data) for one in layouts))
+    shares *= math.lcm(*(one.pipeline for one in layouts if one.virtual > 1))
     readings = per_reading // math.gcd(per_reading, len(lengths))
     unit = math.lcm(per_microbatch * shares, readings * shares, group)
     wanted = min(most_microbatches, max(1, plan.batches.train_per_rank // per_microbatch))

@@ -45,11 +45,12 @@ def kinds_of_ranks(config: Stage, roles: Sequence[str], world_size: int) -> list
 def _stage_of(config: Stage, role: str, rank: int, world_size: int) -> int | None:
     """Pipeline stage of a role on a rank, middle ones as one; None where the rank holds nothing of it."""
     parallel = config.parallel
-    ranks, pipeline = parallel.ranks_of(role, world_size), parallel.grid_of(role).pipeline
+    ranks, grid = parallel.ranks_of(role, world_size), parallel.grid_of(role)
+    pipeline = grid.pipeline
     if rank not in ranks:
         return None
     stage = ranks.index(rank) // (len(ranks) // pipeline)
-    return stage if stage in (0, pipeline - 1) else _MIDDLE
+    return stage if stage in (0, pipeline - 1) or grid.stages is not None else _MIDDLE
 
 
 def simulate_job(
@@ -60,15 +61,16 @@ def simulate_job(
     Args:
         shapes: role -> shape, of every model that the stage loads.
         most_microbatches: of an optimizer step, at most so many are simulated; None: one more than the longest pipeline
-            has stages, from where on memory does not grow.
+            has stages, interleaved ones twice as many as stages, from where on memory does not grow.
 
     Raises:
         SimulationFailed: the real job would fail too.
     """
     names = [role.name for role in plan.roles]
-    longest = max(plan.config.parallel.grid_of(name).pipeline for name in names)
+    grids = [plan.config.parallel.grid_of(name) for name in names]
+    enough = max(grid.pipeline + 1 if grid.virtual == 1 else 2 * grid.pipeline for grid in grids)
     ranks = kinds_of_ranks(plan.config, names, plan.world_size)
-    one = partial(_simulated, plan, shapes, most_microbatches or longest + 1)
+    one = partial(_simulated, plan, shapes, most_microbatches or enough)
     found = [answer for some in batched(ranks, len(os.sched_getaffinity(0))) for answer in _apart(one, some)]
     failures = [failure for failure in found if isinstance(failure, str)]
     if failures:

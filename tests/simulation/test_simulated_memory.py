@@ -35,6 +35,7 @@ SLOW = pytest.mark.slow
 LAYOUTS = {
     "tp2": (2, {"tensor": 2, "sequence": True}, SHAPE),
     "pp2": (2, {"pipeline": 2}, SHAPE),
+    "pp2_v2": (2, {"pipeline": 2, "virtual": 2}, SHAPE),
     "cp2": (2, {"context": 2}, SHAPE),
     "ep2": (2, {"expert": 2, "expert_tensor": 1}, MIXTURE),
     "dp2": (2, {"distributed_optimizer": True}, SHAPE),
@@ -51,7 +52,7 @@ OVERRIDES = (
 
 
 @pytest.mark.parametrize(
-    "layout", ["tp2", *(pytest.param(one, marks=SLOW) for one in ("pp2", "cp2", "ep2", "dp2"))]
+    "layout", ["tp2", *(pytest.param(one, marks=SLOW) for one in ("pp2", "pp2_v2", "cp2", "ep2", "dp2"))]
 )
 def test_simulated_memory_is_that_of_real_tensors(layout: str) -> None:
     num_ranks, keys, policy = LAYOUTS[layout]
@@ -59,7 +60,7 @@ def test_simulated_memory_is_that_of_real_tensors(layout: str) -> None:
     plan = plan_stage(load_recipe(RECIPES / "rto.yaml", [*OVERRIDES, *changes]), num_ranks)
     shapes: dict[str, ModelShape] = {role.name: SHAPE for role in plan.roles}
     shapes |= {name: policy for name in ("policy", "reference", "dpo") if name in shapes}
-    if layout == "pp2":  # stages compute on what others send
+    if layout.startswith("pp2"):  # stages compute on what others send
         real = run_ranks(num_ranks, measured_rank, plan, shapes, 3, timeout_seconds=400.0)
     else:
         real = run_ranks(1, measured_alone, plan, shapes, 3, timeout_seconds=400.0)

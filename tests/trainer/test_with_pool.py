@@ -31,7 +31,6 @@ def _train(config: ReinforcementStage) -> None:
         ("pp2", {}),
         ("dp2", {}),
         ("cp2", {"reward": {}}),
-        pytest.param("pp2_v2", {"reference": {"pipeline": 2, "stages": (1, 3)}}, marks=pytest.mark.slow),
         ("tp2_pp2_sp", {"critic": {"tensor": 2}, "reward": {}}),
     ],
 )
