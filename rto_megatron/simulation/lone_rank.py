@@ -38,7 +38,7 @@ _GROUPS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LoneTopology(Topology):
     """A place in a layout whose other ranks agree with this one.
 
@@ -113,6 +113,8 @@ def joined(config: Stage, rank: int, world_size: int) -> Iterator[LoneTopology]:
                 expert_tensor=parallel.expert_tensor,
                 context=parallel.context,
                 context_scheme=parallel.context_scheme,
+                virtual=parallel.virtual,
+                stages=parallel.stages,
             )
         )
     finally:
