@@ -25,7 +25,7 @@ def _holds(shape: ModelShape) -> bool:
 
 
 FAMILY = Family(
-    # transformers has no class for a scalar head; vLLM makes one of its own.
+    # transformers has no class for a scalar head; vLLM makes one by its name.
     architectures={False: "GraniteForCausalLM", True: "GraniteForSequenceClassification"},
     layer=llama.layer,
     holds=_holds,

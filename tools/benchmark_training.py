@@ -1,0 +1,337 @@
+#!/usr/bin/env python
+"""A DPO step of this program beside one of TRL's DPOTrainer: one folder, one file of pairs, the same cores, in turn.
+
+Usage: .venv/bin/python tools/benchmark_training.py [--pairs FILE] [--rounds 3] [--steps 6] [--batch 16]
+           [--max-length 512] [--hidden 256] [--layers 4] [--vocab 8000] [--ours 2x1x4] [--trl 1x2x2] [--any-load]
+
+FILE has rows as HuggingFaceH4/ultrafeedback_binarized; without it the synthetic task's pairs are taken. The first
+rows that fit whole, as many as a step has pairs, are the data: every step of either peer reads the same tokens. The
+model is a Llama of the stated size with random weights, in float32, and the reference is where it starts. Both peers
+compute the reference's log-probs in every step, as both do by default.
+
+Each peer is first tried with several ways to use the cores, and then runs its fastest one in alternating rounds. A
+round is a process of its own; its figure is the median of its steps but the first. The table has the median of rounds,
+the least and the greatest, and the ratio of each round. What other processes use of the cores is measured, and more
+than a tenth of them ends the program: seconds of a shared machine compare nothing. --any-load goes on all the same.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+_ROOT = Path(__file__).parents[1]
+_RECIPE = _ROOT / "launchers" / "recipes" / "quickstart" / "dpo.yaml"
+_LEARNING_RATE, _BETA = 1e-5, 0.1
+_MOST_OF_OTHERS = 0.1  # of the cores
+
+
+@dataclass(frozen=True)
+class Work:
+    """What both peers do."""
+
+    root: Path
+    pairs: Path
+    steps: int
+    batch: int
+    max_length: int
+    cores: int
+
+    @property
+    def model(self) -> Path:
+        """Weights and tokenizer."""
+        return self.root / "model"
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a peer uses the cores; `micro` pairs a forward."""
+
+    processes: int
+    threads: int
+    micro: int
+
+    def __str__(self) -> str:
+        return f"{self.processes} x {self.threads} threads, {self.micro} pairs a forward"
+
+
+def ways(cores: int, batch: int) -> list[Way]:
+    """Cores as threads or as processes, with forwards of few pairs and of as many as there are."""
+    cuts = [(p, t) for p, t in dict.fromkeys([(1, cores), (cores, 1)]) if batch % p == 0]
+    return [Way(p, t, m) for p, t in cuts for m in dict.fromkeys((2, 4, batch // p)) if batch // p % m == 0]
+
+
+def stated_way(text: str) -> Way:
+    """What `2x1x4` says."""
+    processes, threads, micro = map(int, text.split("x"))
+    return Way(processes, threads, micro)
+
+
+def ours(work: Work, way: Way, folder: Path) -> list[float]:
+    """Seconds of the steps of a run of this program."""
+    keys = {
+        "run.dir": folder,
+        "run.steps": work.steps,
+        "parallel.tensor": 1,
+        "models.policy": work.model,
+        "models.reference": work.model,
+        "data.train": work.pairs,
+        "data.eval": "null",
+        "data.eval_samples": "null",
+        "data.max_prompt_tokens": work.max_length // 2,
+        "data.max_length": work.max_length,
+        "batch.train": work.batch,
+        "batch.micro": way.micro,
+        "optimizer.lr": _LEARNING_RATE,
+        "algorithm.beta": _BETA,
+    }
+    program = ["-m", "rto_megatron.cli.main", "train", str(_RECIPE), *(f"{k}={v}" for k, v in keys.items())]
+    _run_ranks(program, way, folder.with_suffix(".log"))
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["time/step_s"] for line in lines]
+
+
+def trl(work: Work, way: Way, folder: Path) -> list[float]:
+    """Seconds of the steps of TRL's trainer."""
+    folder.mkdir()
+    arguments = [
+        work.model,
+        work.pairs,
+        folder,
+        work.steps,
+        work.batch // way.processes,
+        way.micro,
+        work.max_length,
+    ]
+    _run_ranks([__file__, "trl", *map(str, arguments)], way, folder.with_suffix(".log"))
+    found: list[float] = json.loads((folder / "seconds.json").read_text())
+    return found
+
+
+def _run_ranks(program: list[str], way: Way, log: Path) -> None:
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(way.processes)]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(way.threads),
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+    }
+    with log.open("w") as shown:
+        command = [sys.executable, *ranks, *program]
+        status = subprocess.run(command, env=environment, stdout=shown, stderr=shown, check=False).returncode
+    if status:
+        sys.exit(f"error: a peer ended with status {status}; its last words:\n{log.read_text()[-2000:]}")
+
+
+PEERS: dict[str, Callable[[Work, Way, Path], list[float]]] = {"ours": ours, "TRL": trl}
+
+
+def measured(peer: str, work: Work, way: Way, name: str, is_any_load: bool) -> float:
+    """The median second of a step but the first; ends the program where others used the cores meanwhile."""
+    before, started, own_before = _busy_s(), time.monotonic(), _children_s()
+    seconds = PEERS[peer](work, way, work.root / name)
+    wall, own = time.monotonic() - started, _children_s() - own_before
+    others = max(0.0, _busy_s() - before - own) / (wall * (os.cpu_count() or 1))
+    if others > _MOST_OF_OTHERS and not is_any_load:
+        sys.exit(
+            f"error: other processes used {others:.0%} of the cores while {peer} was measured, at most "
+            f"{_MOST_OF_OTHERS:.0%} leaves seconds that mean something; end them, or give --any-load"
+        )
+    assert len(seconds) == work.steps, seconds
+    return statistics.median(seconds[1:])
+
+
+def _busy_s() -> float:
+    times = psutil.cpu_times()
+    return float(times.user + times.system + times.nice)
+
+
+def _children_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def compare(work: Work, stated: Mapping[str, Way | None], num_rounds: int, is_any_load: bool) -> Table:
+    """Tries every way of each peer for which none is stated, then runs the fastest of each in turn."""
+    best = {}
+    for peer in PEERS:
+        tried, own = {}, stated[peer]
+        if own is not None:
+            best[peer] = own
+            continue
+        for number, way in enumerate(ways(work.cores, work.batch)):
+            tried[way] = measured(peer, work, way, f"try-{peer}-{number}", is_any_load)
+            print(f"{peer}, {way}: {tried[way]:.2f} s", flush=True)
+        best[peer] = min(tried, key=tried.__getitem__)
+    rounds: dict[str, list[float]] = {peer: [] for peer in PEERS}
+    for number in range(num_rounds):
+        for peer, way in best.items():
+            rounds[peer].append(measured(peer, work, way, f"round-{peer}-{number}", is_any_load))
+    ratios = [theirs / own for own, theirs in zip(rounds["ours"], rounds["TRL"], strict=True)]
+    table = Table(
+        "peer", "cores used as", "step, s", "least", "greatest", title=f"DPO, {work.batch} pairs a step"
+    )
+    for peer, seconds in rounds.items():
+        figures = (statistics.median(seconds), min(seconds), max(seconds))
+        table.add_row(peer, str(best[peer]), *(f"{one:.2f}" for one in figures))
+    table.caption = f"TRL's seconds over ours, by round: {', '.join(f'{ratio:.2f}' for ratio in ratios)}"
+    return table
+
+
+def trl_rank(
+    model: Path, pairs: Path, out: Path, steps: int, batch: int, micro: int, max_length: int
+) -> None:
+    """One rank of TRL's trainer; `batch` pairs of it a step."""
+    from datasets import load_dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    seconds: list[float] = []
+
+    class Clock(TrainerCallback):
+        """Times steps with everything that is in them: batches, the reference, gradients, the optimizer."""
+
+        last = 0.0
+
+        def on_train_begin(self, *_: object, **__: object) -> None:
+            self.last = time.monotonic()
+
+        def on_step_end(self, *_: object, **__: object) -> None:
+            seconds.append(time.monotonic() - self.last)
+            self.last = time.monotonic()
+
+    rows = load_dataset("json", data_files=str(pairs), split="train", cache_dir=str(out / "cache"))
+    config = DPOConfig(
+        output_dir=str(out),
+        max_steps=steps,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=batch // micro,
+        max_length=max_length,
+        learning_rate=_LEARNING_RATE,
+        beta=_BETA,
+        bf16=False,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = DPOTrainer(
+        AutoModelForCausalLM.from_pretrained(model),
+        ref_model=AutoModelForCausalLM.from_pretrained(model),
+        args=config,
+        train_dataset=rows.select_columns(["chosen", "rejected"]),
+        processing_class=AutoTokenizer.from_pretrained(model),
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    if trainer.is_world_process_zero():
+        (out / "seconds.json").write_text(json.dumps(seconds))
+
+
+def write_work(root: Path, given: argparse.Namespace) -> Work:
+    """Pairs as plain JSON lines, and a model with a tokenizer of their words."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from rto_megatron.data.synthetic import Sizes, write_synthetic_task
+    from rto_megatron.data.tokenizer import train_tokenizer
+
+    pairs, source = root / "pairs.jsonl", given.pairs
+    if source is None:
+        write_synthetic_task(root / "task", 0, Sizes(8, 8, 256, 8, 8, 8))
+        source = root / "task" / "preferences_train.jsonl"
+    text = gzip.decompress(source.read_bytes()).decode() if source.suffix == ".gz" else source.read_text()
+    said = [turn["content"] for line in text.splitlines() for turn in json.loads(line)["chosen"]]
+    train_tokenizer(said, root / "model", given.vocab, byte_fallback=True)
+    _write_fitting(pairs, text.splitlines(), root / "model", given)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=given.vocab,
+            hidden_size=given.hidden,
+            intermediate_size=given.hidden * 11 // 4 // 2 * 2,
+            num_hidden_layers=given.layers,
+            num_attention_heads=given.hidden // 32,
+            num_key_value_heads=given.hidden // 64,
+            max_position_embeddings=2 * given.max_length,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+    ).save_pretrained(root / "model")
+    return Work(root, pairs, given.steps, given.batch, given.max_length, given.cores)
+
+
+def _write_fitting(pairs: Path, rows: list[str], tokenizer_folder: Path, given: argparse.Namespace) -> None:
+    """The first rows of which neither peer cuts anything, one step's."""
+    from rto_megatron.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(tokenizer_folder)
+    fitting, num_tokens = [], 0
+    for row in rows:
+        said = json.loads(row)
+        turns = (said["chosen"], said["rejected"], said["chosen"][:-1])
+        lengths = [
+            len(tokenizer.apply_chat_template(turn, tokenize=True, return_dict=False)) for turn in turns
+        ]
+        if max(lengths) < given.max_length and lengths[2] < given.max_length // 2 - 8:
+            fitting.append(row)
+            num_tokens += lengths[0] + lengths[1]
+        if len(fitting) == given.batch:
+            break
+    else:
+        sys.exit(
+            f"error: {len(fitting)} pairs fit into --max-length {given.max_length}, --batch wants {given.batch}"
+        )
+    pairs.write_text("\n".join(fitting) + "\n")
+    print(f"{given.batch} pairs of {num_tokens} tokens a step")
+
+
+def main() -> None:
+    """Prints the table."""
+    if sys.argv[1:2] == ["trl"]:
+        model, pairs, out, *numbers = sys.argv[2:]
+        trl_rank(Path(model), Path(pairs), Path(out), *map(int, numbers))
+        return
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--pairs", type=Path, help="rows with `chosen` and `rejected` conversations, .gz or not"
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=6, help="of a round; the first is not counted")
+    parser.add_argument("--batch", type=int, default=16, help="pairs of a step")
+    parser.add_argument("--max-length", type=int, default=512, help="tokens of prompt and answer")
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--vocab", type=int, default=8000)
+    parser.add_argument("--cores", type=int, default=os.cpu_count() or 1)
+    for peer in PEERS:
+        parser.add_argument(
+            f"--{peer.lower()}",
+            type=stated_way,
+            metavar="2x1x4",
+            help="its processes, threads, pairs a forward",
+        )
+    parser.add_argument("--any-load", action="store_true", help="measure on a machine that others use too")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        stated = {peer: getattr(given, peer.lower()) for peer in PEERS}
+        Console().print(compare(write_work(Path(folder), given), stated, given.rounds, given.any_load))
+
+
+if __name__ == "__main__":
+    main()
