@@ -245,10 +245,10 @@ def _as_it_is[M](loss: Callable[..., M]) -> Callable[..., M]:
 
 
 def _step_like_a_gpu(model: TrainedModel) -> None:
-    """On GPUs torch's Adam takes all parameters at once, with numbers of them all in between."""
+    """On GPUs torch's Adam is one kernel, with no numbers in between (`engine/optimizer.py` step_at_once)."""
     for group in model.optimizer.param_groups:
-        if not group.get("fused"):
-            group["foreach"] = True
+        if "fused" in group:
+            group["fused"] = True
 
 
 def _gradients_of(model: Model) -> set[str]:

@@ -50,7 +50,8 @@ def _stage_of(config: Stage, role: str, rank: int, world_size: int) -> int | Non
     if rank not in ranks:
         return None
     stage = ranks.index(rank) // (len(ranks) // pipeline)
-    return stage if stage in (0, pipeline - 1) or grid.stages is not None else _MIDDLE
+    is_own_kind = stage in (0, pipeline - 1) or parallel.grid_of(role).stages is not None
+    return stage if is_own_kind else _MIDDLE
 
 
 def simulate_job(
@@ -68,9 +69,10 @@ def simulate_job(
     """
     names = [role.name for role in plan.roles]
     grids = [plan.config.parallel.grid_of(name) for name in names]
-    enough = max(grid.pipeline + 1 if grid.virtual == 1 else 2 * grid.pipeline for grid in grids)
+    # An interleaved pipeline takes micro-batches by as many as it has stages.
+    most = max(2 * grid.pipeline if grid.virtual > 1 else grid.pipeline + 1 for grid in grids)
     ranks = kinds_of_ranks(plan.config, names, plan.world_size)
-    one = partial(_simulated, plan, shapes, most_microbatches or enough)
+    one = partial(_simulated, plan, shapes, most_microbatches or most)
     found = [answer for some in batched(ranks, len(os.sched_getaffinity(0))) for answer in _apart(one, some)]
     failures = [failure for failure in found if isinstance(failure, str)]
     if failures:
