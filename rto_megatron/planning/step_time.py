@@ -31,7 +31,7 @@ class Efficiency:
     products: float = (
         0.40  # of dense bf16 products: Megatron's model FLOPs utilisation of dense bf16 training, 38-47 %
     )
-    launch_s: float = 1e-3  # of a decode step beside the GPU's work
+    launch_s: float = 1e-3  # of a decode step beside the GPU's work; fitted on the sampling of P8
     overhead: float = 1.33  # of a whole step; NeMo-RL 0.5, GRPO of Llama-3.1-8B and of Qwen3-32B
     push_gb_per_s: float = (
         45.0  # over InfiniBand, 400 Gbit/s (llm-d-rl's benchmark: 47.8); NVLink 60 (checkpoint-engine)

@@ -293,6 +293,9 @@ THEMES = (
             Metric("time/score_tokens_per_s", "tokens/s", "tokens of prompts and responses over "
                    "`time/score_s` and `time/score_early_s`", ONLINE),
             Metric("time/update_tokens_per_s", "tokens/s", "the same, times the passes, over `time/update_s`", ONLINE),
+            Metric("time/score_tokens_per_s_per_rank", "tokens/s", "`time/score_tokens_per_s` over all ranks", ONLINE),
+            Metric("time/update_tokens_per_s_per_rank", "tokens/s", "`time/update_tokens_per_s` over all ranks",
+                   ONLINE),
             Metric("time/rollouts_s", "s", "that the loop was held up to keep rollouts; a thread writes them", ONLINE,
                    "`run.keep_rollouts`"),
             Metric("time/model_tflops", "TFLOP/s", "forwards and backwards of all models on a rank, by their "

@@ -117,7 +117,9 @@ def train_online(
                 rows = dealt.rows(experience, config.algorithm.truncated, setup)
                 lrs = update(config, run, roles, algorithm, rows, pretraining, setup, guard)
         run.record({**evaluation.measured(run, roles), **pool.measured(), **roles.memory.measured()})
-        means = run.log({**lrs, **times, **gap, "objective/kl_coef": kl.coef}, rates_of(config))
+        means = run.log(
+            {**lrs, **times, **gap, "objective/kl_coef": kl.coef}, rates_of(config, setup.topology)
+        )
         if experience is not None:
             kl = kl.update(means["policy/kl_per_token"], config.responses_per_step)
         run.finish(LoopState(sampler.state(), pretraining.state(), kl.state()), sampler.ahead())
@@ -129,9 +131,16 @@ def train_online(
     sampler.close()
 
 
-def rates_of(config: schema.ReinforcementStage) -> Callable[[Mapping[str, float]], dict[str, float]]:
+def rates_of(
+    config: schema.ReinforcementStage, topology: Topology
+) -> Callable[[Mapping[str, float]], dict[str, float]]:
     """What makes the rates of a step of its metrics."""
-    return partial(rates, num_responses=config.responses_per_step, epochs=config.algorithm.epochs)
+    return partial(
+        rates,
+        num_responses=config.responses_per_step,
+        epochs=config.algorithm.epochs,
+        num_ranks=topology.world_size,
+    )
 
 
 def taken_up(state: LoopState | None, pretraining: Pretraining, kl: KLController) -> KLController:
