@@ -50,7 +50,7 @@ def _pretend_a_gpu() -> None:
 
 
 def _on_fake_gpu(check: Callable[..., None], *inputs: object) -> None:
-    """In a process of its own: once a tensor claimed to be on a GPU, autograd has threads, and no fork survives them."""
+    """In a process of its own: once a tensor claimed to be on a GPU, autograd has threads that no fork survives."""
 
     def rank() -> None:
         _pretend_a_gpu()
