@@ -64,7 +64,12 @@ def plan(
 
     def found_on(number: int, card: "Gpu", more: "Sequence[str]") -> "list[Candidate]":
         return candidates(
-            lambda own: load_recipe(recipe, [*given, *more, *own]), number, card, assume or [], lengths
+            lambda own: load_recipe(recipe, [*given, *more, *own]),
+            number,
+            card,
+            assume or [],
+            lengths,
+            gpus_per_node,
         )
 
     lengths = None
@@ -150,9 +155,11 @@ def _command(recipe: Path, given: "Sequence[str]", one: "Candidate", gpus: int, 
     """What starts a layout: on one machine, or as a batch job where machines are whole."""
     keys = [*given, *one.overrides]
     own_pool = 0 < one.pool_gpus < gpus
+    servers = ["--pool-tensor", str(one.pool_tensor)] if one.pool_tensor > 1 else []
     if gpus <= per_node:
         pool = ["--pool-gpus", str(one.pool_gpus)] if own_pool else []
-        return shlex.join(["rto", "launch", str(recipe), *keys, "--gpus", str(gpus), *pool])
-    nodes, pool_nodes = -(-gpus // per_node), -(-one.pool_gpus // per_node) if own_pool else 0
-    command = ["rto", "slurm", str(recipe), "--nodes", str(nodes), "--gpus-per-node", str(per_node)]
-    return shlex.join([*command, *(["--pool-nodes", str(pool_nodes)] if own_pool else []), *keys])
+        command = ["rto", "launch", str(recipe), *keys, "--ranks", str(one.plan.world_size)]
+        return shlex.join([*command, *pool, *servers])
+    pool = ["--pool-nodes", str(one.pool_gpus // per_node)] if own_pool else []
+    command = ["rto", "slurm", str(recipe), "--nodes", str(-(-gpus // per_node))]
+    return shlex.join([*command, "--gpus-per-node", str(per_node), *pool, *servers, *keys])

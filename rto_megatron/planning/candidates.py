@@ -24,30 +24,40 @@ _POOL_SHARES = (0.25, 0.5, 0.75)
 class Candidate:
     """A recipe with a layout.
 
+    Args:
+        pool_tensor: GPUs of each server of a pool of its own; 1 where there is none.
+
     Example:
-        Candidate(("parallel.tensor=4",), plan, shapes, pool_gpus=4, num_bytes=2**36, time=time)
+        Candidate(("parallel.tensor=4",), plan, shapes, pool_gpus=4, pool_tensor=1, num_bytes=2**36, time=time)
     """
 
     overrides: tuple[str, ...]
     plan: StagePlan
     shapes: dict[str, ModelShape]
     pool_gpus: int
+    pool_tensor: int
     num_bytes: int  # of the fullest rank, by the closed formulas
     time: StepTime
 
 
 def candidates(
-    load: Callable[[Sequence[str]], Stage], gpus: int, gpu: Gpu, assume: list[str], lengths: Lengths | None
+    load: Callable[[Sequence[str]], Stage],
+    gpus: int,
+    gpu: Gpu,
+    assume: list[str],
+    lengths: Lengths | None,
+    gpus_per_node: int = 8,
 ) -> list[Candidate]:
     """All sound layouts; whether they fit is another question.
 
     Args:
         load: the recipe with some overrides.
         lengths: None: the longest that the recipe admits.
+        gpus_per_node: of a machine; of several a pool has whole ones.
     """
     found: list[Candidate] = []
     base = load(())
-    for pool_gpus in _pools(base, gpus):
+    for pool_gpus in _pools(base, gpus, gpus_per_node):
         for overrides in _layouts(base):
             try:
                 config = load(overrides)
@@ -56,12 +66,14 @@ def candidates(
             except UserError:
                 continue
             shapes = {name: one.shape for name, one in known.items()}
-            if any(role.name not in shapes for role in plan.roles) or not _has_pool(
-                plan, shapes, gpu, pool_gpus
-            ):
+            if any(role.name not in shapes for role in plan.roles):
+                continue
+            tensor = _pool_tensor(plan, shapes, gpu, pool_gpus)
+            if tensor is None:
                 continue
             time = time_step(plan, shapes, gpu, pool_gpus, lengths or longest_lengths(plan))
-            found.append(Candidate(overrides, plan, shapes, pool_gpus, fullest_bytes(plan, known), time))
+            num_bytes = fullest_bytes(plan, known)
+            found.append(Candidate(overrides, plan, shapes, pool_gpus, tensor, num_bytes, time))
     return found
 
 
@@ -73,25 +85,28 @@ def fitting(found: Sequence[Candidate], gpu: Gpu) -> list[Candidate]:
     )
 
 
-def _pools(config: Stage, gpus: int) -> Sequence[int]:
+def _pools(config: Stage, gpus: int, gpus_per_node: int) -> Sequence[int]:
     facts = facts_of(config)
     if facts.pool is None:
         return (0,)
     if facts.is_colocated:
         return (gpus,)
-    return sorted({max(1, int(gpus * share)) for share in _POOL_SHARES if gpus > 1})
+    whole = 1 if gpus <= gpus_per_node else gpus_per_node
+    sizes = {max(1, int(gpus * share / whole)) * whole for share in _POOL_SHARES}
+    return sorted(size for size in sizes if size < gpus)
 
 
 def _is_colocated(config: Stage) -> bool:
     return facts_of(config).is_colocated
 
 
-def _has_pool(plan: StagePlan, shapes: dict[str, ModelShape], gpu: Gpu, pool_gpus: int) -> bool:
+def _pool_tensor(plan: StagePlan, shapes: dict[str, ModelShape], gpu: Gpu, pool_gpus: int) -> int | None:
+    """GPUs of a server; None where the pool does not hold the policy."""
     online = plan.facts.online
     if online is None:
-        return True
+        return 1
     width, fraction = weight_bytes(online.precision), online.rollout.gpu_memory_fraction or 0.9
-    return pool_tensor(shapes["policy"], width, gpu, fraction, pool_gpus) is not None
+    return pool_tensor(shapes["policy"], width, gpu, fraction, pool_gpus)
 
 
 def _layouts(config: Stage) -> Iterator[tuple[str, ...]]:

@@ -1,6 +1,7 @@
 """`rto plan` finds layouts that fit, says how long they take, and what to do where none does."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,8 @@ def test_layouts_that_fit_are_simulated_and_come_with_their_commands(tiny: list[
     # On one GPU there are two: with recomputation and without, which is faster.
     assert "on the fullest GPU (simulated)" in said and said.index("1. ") < said.index("2. ")
     assert "the update takes 3.00 forwards" in said and "the update takes 4.00 forwards" in said
-    assert said.index("precision.recompute=false --gpus 1") < said.index("precision.recompute=true --gpus 1")
+    first, second = ("precision.recompute=false --ranks 1", "precision.recompute=true --ranks 1")
+    assert said.index(first) < said.index(second)
 
 
 def test_seconds_follow_from_the_operations_of_a_step() -> None:
@@ -49,7 +51,19 @@ def test_seconds_follow_from_the_operations_of_a_step() -> None:
     of_1b = 2 * 0.973e9 * tokens + 2 * 16 * 2048 * 2048 * tokens
     seconds = (3 * of_8b + 2 * of_1b) / (4 * 989e12 * 0.40)
     assert f"score │ {seconds:.1f}" in said
-    assert "--pool-gpus 4" in said and "rto launch" in said
+    assert "--ranks 4 --pool-gpus 4" in said and "rto launch" in said
+
+
+@pytest.mark.parametrize(("gpus", "command"), [("8", "launch"), ("32", "slurm")])
+def test_the_commands_that_it_gives_are_known(gpus: str, command: str) -> None:
+    arguments = ["--gpus", gpus, "--gpu", "h100", "--no-simulated"]
+    planned = CliRunner().invoke(app, ["plan", str(RECIPES / "llama3_8b/rto.yaml"), *arguments])
+    commands = [line for line in planned.output.splitlines() if line.startswith(f"rto {command} ")]
+    assert len(commands) == 3
+    for one in commands:
+        # Options are read before the help is printed, and nothing is started.
+        ended = CliRunner().invoke(app, [*shlex.split(one)[1:], "--help"])
+        assert ended.exit_code == 0, ended.output
 
 
 def test_a_budget_in_which_nothing_fits_is_refused_with_ways_out() -> None:
