@@ -204,7 +204,9 @@ TRAINED: dict[str, tuple[tuple[str, ...], str, bool]] = {
 }
 
 
-@pytest.mark.parametrize("layout", ["tp2", pytest.param("pp2", marks=pytest.mark.slow), "tp2_pp2", "ep2"])
+@pytest.mark.parametrize(
+    "layout", ["tp2", *(pytest.param(one, marks=pytest.mark.slow) for one in ("pp2", "tp2_pp2")), "ep2"]
+)
 def test_what_megatron_lm_trained_reads_back(layout: str, tmp_path: Path) -> None:
     """Weights, Adam's state, 800 arguments with enums among them, and random states, by save_checkpoint."""
     names, flags, is_named_as_te = TRAINED[layout]

@@ -117,16 +117,16 @@ ROLES: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     "own_reference": {"reference": {"ranks": "2"}},
 }
 WITH_ROLES = [
-    *(Case(stage, "tp2", roles="critic_dp") for stage in ("rto", "ppo")),
-    *(Case(stage, "pp2", roles="reward_tp") for stage in ("rto", "ppo")),
-    *(Case(stage, "dp2", roles="critic_tp") for stage in ("rto", "ppo")),
-    *(Case(stage, "tp2_pp2", roles="critic_dp") for stage in ("rto", "ppo")),
+    Case("rto", "tp2", roles="critic_dp"),
+    Case("rto", "pp2", roles="reward_tp"),
+    Case("ppo", "dp2", roles="critic_tp"),
+    Case("rto", "tp2_pp2", roles="critic_dp"),
     Case("rto", "dp2", packed=False, roles="frozen"),
     Case("rto", "tp2", options="tokens", roles="critic_dp"),
     Case("rto", "dp2", options="tokens", roles="critic_tp"),
     Case("rto", "dp2", packed=False, options="tokens", roles="frozen"),
     Case("kto", "dp2", roles="reference_tp"),
-    *(Case(stage, "tp2_of_4", roles="own_critic") for stage in ("rto", "ppo")),
+    Case("rto", "tp2_of_4", roles="own_critic"),
     Case("rto", "tp2_of_4", options="tokens", roles="own_critic_and_reward"),
     Case("rto", "tp2_of_4", packed=False, roles="own_frozen"),
     Case("ppo", "pp2_of_3", roles="own_last"),
@@ -170,13 +170,12 @@ TDPO = [
 WITH_OPTIONS = [("rto", "capped"), ("rto", "entropy")]
 # tools/layout_matrix.py has every method here too; four ranks cost the most.
 AT_TP_PP = ("dpo", "tdpo", "rto")
+# One of each kind of loss; those that are left out differ in what they pay, which no layout sees.
+KINDS = ("sft", "reward_model", "dpo", "tdpo", "kto", "ppo", "rto", "reinforce_pp", "grpo", "gspo")
+GROUPS_OF_REPLICAS = (*KINDS, *GROUPED)
+AT = {"tp2": tuple(ALGORITHMS), "pp2": KINDS, "dp2": GROUPS_OF_REPLICAS, "tp2_pp2": AT_TP_PP}
 CASES = [
-    *(
-        Case(stage, layout)
-        for layout in METHODS_AT
-        for stage in ALGORITHMS
-        if layout != "tp2_pp2" or stage in AT_TP_PP
-    ),
+    *(Case(stage, layout) for layout in METHODS_AT for stage in ALGORITHMS if stage in AT[layout]),
     *TDPO,
     *(Case(stage, layout, options=options) for layout in METHODS_AT for stage, options in WITH_OPTIONS),
     Case("sft", "tp4"),  # a key-value head on two tensor ranks

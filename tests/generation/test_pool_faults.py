@@ -98,6 +98,7 @@ def test_a_folder_without_model_is_refused(tmp_path: Path) -> None:
         start_server(ServerOptions(tmp_path, tmp_path / "token", tmp_path / "log"))
 
 
+@pytest.mark.slow
 @pytest.mark.pool
 def test_a_server_that_dies_shows_the_first_error_of_its_log(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["NoSuchModel"]}')

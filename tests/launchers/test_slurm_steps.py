@@ -209,6 +209,7 @@ def test_a_pool_writes_its_addresses_into_a_folder_of_any_name(bench: Bench, tmp
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_attempts_follow_each_other_until_one_crashes_as_the_last_did(bench: Bench) -> None:
     bench.plan_ending(1, None)
     for attempt in (2, 3):

@@ -43,7 +43,7 @@ def _runs(root: Path, stage: str, layout: str, **models: Path) -> Path:
     return config.run.dir
 
 
-@pytest.mark.parametrize("layout", [pytest.param("one", marks=pytest.mark.slow), "tp2_pp2"])
+@pytest.mark.parametrize("layout", ["one", pytest.param("tp2_pp2", marks=pytest.mark.slow)])
 def test_rto_from_converted_models_is_bit_equal(root: Path, layout: str) -> None:
     roles = ("policy", "reward", "critic", "dpo")
     plain = _runs(root, "rto", layout)
@@ -57,7 +57,7 @@ def test_a_reward_model_trained_from_a_converted_language_model_draws_its_own_he
     assert _equal(plain / "hf", converted / "hf")
 
 
-@pytest.mark.parametrize("layout", ["one", "tp2_pp2"])
+@pytest.mark.parametrize("layout", ["one", pytest.param("tp2_pp2", marks=pytest.mark.slow)])
 def test_a_run_is_converted_to_what_it_exported(root: Path, tmp_path: Path, layout: str) -> None:
     run = _runs(root, "rto", layout)
     convert("megatron-to-hf", run, tmp_path / "policy")

@@ -104,7 +104,7 @@ BOOTSTRAP = {"truncated": "bootstrap"}
 @pytest.mark.parametrize(
     ("layout", "stage", "keys"),
     [
-        ("tp2_sp", "reinforce_pp", {}),
+        pytest.param("tp2_sp", "reinforce_pp", {}, marks=pytest.mark.slow),
         ("pp2", "rto", {"algorithm": BOOTSTRAP}),
         ("dp2", "rto", {"rollout__ahead": 1, "algorithm": {**BOOTSTRAP, "pool_importance_cap": 2.0}}),
     ],

@@ -82,7 +82,7 @@ def test_the_command_finds_a_resumed_rto_run_equal(files: Path, tmp_path: Path) 
         ("dpo", "tp2", 1, "1x1x2", {}),
         # What two replicas had ahead is taken by one.
         ("rto", "one", 2, "1x2x1", {"rollout__ahead": 1, "algorithm__pool_importance_cap": 2.0}),
-        ("rto", "tp2", 1, "1x2x1", {"parallel__roles": {"critic": {}}}),
+        pytest.param("rto", "tp2", 1, "1x2x1", {"parallel__roles": {"critic": {}}}, marks=pytest.mark.slow),
         (
             "rto",
             "dp2_of_3",
