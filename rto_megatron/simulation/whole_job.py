@@ -50,7 +50,7 @@ def _stage_of(config: Stage, role: str, rank: int, world_size: int) -> int | Non
     if rank not in ranks:
         return None
     stage = ranks.index(rank) // (len(ranks) // pipeline)
-    is_own_kind = stage in (0, pipeline - 1) or parallel.grid_of(role).stages is not None
+    is_own_kind = stage in (0, pipeline - 1) or grid.stages is not None
     return stage if is_own_kind else _MIDDLE
 
 
