@@ -2,6 +2,7 @@
 
 import os
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,7 @@ from rto_megatron.errors import RecipeError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from rto_megatron.config.schema import Stage
     from rto_megatron.planning.candidates import Candidate
     from rto_megatron.planning.gpus import Gpu
     from rto_megatron.planning.whole_step import Lengths
@@ -54,7 +56,6 @@ def plan(
     (docs/planning.md), and then simulated at their real size until three of them fit. Needs no GPU and no model.
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is fake lies nowhere, and torch must not look for a GPU
-    from rto_megatron.config.load import load_recipe
     from rto_megatron.planning.candidates import Search, fitting
     from rto_megatron.planning.gpus import find_gpu
     from rto_megatron.planning.reasons import best, reasons
@@ -64,15 +65,8 @@ def plan(
 
     def found_on(number: int, card: "Gpu", more: "Sequence[str]") -> "list[Candidate]":
         held = {key.partition("=")[0] for key in (*given, *more)}
-        return Search(
-            lambda own: load_recipe(recipe, [*given, *more, *own]),
-            number,
-            card,
-            assume or [],
-            held,
-            lengths,
-            gpus_per_node,
-        ).candidates()
+        load = partial(_loaded, recipe, [*given, *more])
+        return Search(load, number, card, assume or [], held, lengths, gpus_per_node).candidates()
 
     lengths = _lengths(recipe, given, prompt_tokens, response_tokens)
     found = found_on(gpus, kind, ())
@@ -82,16 +76,19 @@ def plan(
     shown = best(chosen, _MOST_SIMULATED if simulated else _SHOWN)
     sized = _simulated(shown, kind) if simulated else [(one, one.num_bytes) for one in shown]
     console = Console() if Console().is_terminal else Console(width=140)
-    console.print(
-        f"{len(found)} sound layouts were tried, {len(chosen)} fit by the formulas", highlight=False
-    )
+    tried = f"{len(found)} sound layouts were tried, {len(chosen)} fit by the formulas"
+    console.print(tried, highlight=False)
     for number, (one, num_bytes) in enumerate(sized, 1):
         _print(console, number, one, num_bytes, kind, simulated)
-        for reason in reasons(one, found, kind):
-            console.print(f"- {reason}", markup=False, highlight=False, soft_wrap=True)
-        console.print(
-            _command(recipe, given, one, gpus, gpus_per_node), markup=False, highlight=False, soft_wrap=True
-        )
+        lines = [f"- {reason}" for reason in reasons(one, found, kind)]
+        for line in (*lines, _command(recipe, given, one, gpus, gpus_per_node)):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _loaded(recipe: Path, given: list[str], own: "Sequence[str]") -> "Stage":
+    from rto_megatron.config.load import load_recipe
+
+    return load_recipe(recipe, [*given, *own])
 
 
 def _lengths(
