@@ -65,13 +65,15 @@ def check(
     from rto_megatron.config.checks import refuse
     from rto_megatron.config.load import dump, load_recipe
     from rto_megatron.config.reward_code import rewards_of
-    from rto_megatron.planning.gpus import find_gpu
+    from rto_megatron.planning.gpus import find_gpu, require_fp8_of
     from rto_megatron.planning.judgement import judged
     from rto_megatron.planning.local_data import look_at
     from rto_megatron.planning.token_ids import token_warnings
 
     config = load_recipe(recipe, overrides or [])
     named = None if gpu is None else find_gpu(gpu)
+    if named is not None:
+        require_fp8_of(named, config.precision)
     world_size, pool_size = split_gpus(config, gpus, pool_gpus)
     origin = f"of {gpus} GPUs the pool has {pool_size}" if 0 < world_size < gpus else ""
     plan, shapes = judged(config, world_size, assume or [], origin)

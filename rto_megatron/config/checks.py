@@ -46,6 +46,11 @@ def find_problems(
 
 
 def _kernels(config: Stage) -> list[str]:
+    if config.precision.fp8 and config.precision.kernels != "transformer_engine":
+        return [
+            f"precision.fp8=true with precision.kernels={config.precision.kernels}: products in 8 bits are "
+            "TransformerEngine's; set precision.kernels=transformer_engine, or precision.fp8=false"
+        ]
     if config.precision.kernels != "transformer_engine" or config.precision.dtype != "fp32":
         return []
     return [

@@ -19,6 +19,9 @@ Parkable = Literal[
 ]
 
 
+FP8_MULTIPLE = 16  # rows and columns of a product in 8 bits, on each rank
+
+
 class Section(BaseModel):
     """A frozen part of the configuration that refuses keys it does not know.
 
@@ -288,6 +291,11 @@ class FrozenPrecisionConfig(Section):
     kernels: KernelsChoice = Field(
         default="torch",
         description="what computes the layers of all roles: torch, TransformerEngine, or it where it is installed",
+    )
+    fp8: bool = Field(
+        default=False,
+        description="products of TransformerEngine's layers in 8 bits, each tensor scaled by what is in it; weights, "
+        "optimizers, head and attention stay as they are",
     )
 
 

@@ -1,7 +1,7 @@
 """A step of a recipe in seconds, phase by phase, and the limit of the machine beside each."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rto_megatron.config.plan import StagePlan
 from rto_megatron.config.roles import Role
@@ -130,6 +130,8 @@ def _phases(
     facts, found = plan.facts, dict[str, float]()
     training = facts.training
     assert training is not None, "checked: what does not train has no step"
+    if training.precision.fp8:
+        by = replace(by, layers=2.0)
     sequences = training.batch.train * (2 if facts.reads_pairs else 1)
     if (online := facts.online) is not None:
         sequences = online.responses_per_step
