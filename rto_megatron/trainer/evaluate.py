@@ -42,8 +42,7 @@ def evaluate(config: schema.EvaluateStage, topology: Topology, pool: ConnectedPo
     setup = prepare_stage(config, topology)
     table = known_reward("evaluate.true_reward", config.evaluate.true_reward, setup)
     policy = place_frozen("policy", setup.sources["policy"], False, config.precision, topology)
-    of_reference = topology.of("reference")
-    reference = place_frozen("reference", setup.sources["reference"], False, config.precision, of_reference)
+    reference = place_reference(config, setup)
     prompts = load_unseen(config, setup)
     rewards = build_sources(config, setup, prompts)
     sampler = (pool or connect_pool(config.rollout, policy)).stopping_at(config.sampling.stop, setup.decode)
@@ -58,7 +57,9 @@ def evaluate(config: schema.EvaluateStage, topology: Topology, pool: ConnectedPo
     ban = compared_ban(setup.eos, config.sampling.min_response_tokens)
     drawn = Distribution(config.sampling.temperature, ban)
     values = {
-        "kl": kl_to_reference(rollouts, policy, reference, setup.layout, drawn),
+        "kl": [0.0] * len(rollouts)
+        if reference is None
+        else kl_to_reference(rollouts, policy, reference, setup.layout, drawn),
         "tokens": [float(len(r.response_ids)) for r in rollouts],
     }
     if rewards is not None:
@@ -76,6 +77,7 @@ def evaluate(config: schema.EvaluateStage, topology: Topology, pool: ConnectedPo
         response_tokens=estimates["tokens"],
         num_prompts=len(prompts),
         num_responses=len(prompts) * count,
+        steps=setup.sources["policy"].step,
         rewards={source.name: estimates[f"reward/{source.name}"] for source in config.rewards},
     )
     if topology.is_lead:
@@ -85,6 +87,14 @@ def evaluate(config: schema.EvaluateStage, topology: Topology, pool: ConnectedPo
             True,
         )
     topology.barrier()
+
+
+def place_reference(config: schema.EvaluateStage, setup: Setup) -> RoleModel | None:
+    """The reference; None where it is the policy itself, whose log-ratio to itself is 0 without a forward."""
+    if "reference" not in setup.sources:
+        return None
+    place = setup.topology.of("reference")
+    return place_frozen("reference", setup.sources["reference"], False, config.precision, place)
 
 
 def build_sources(config: schema.EvaluateStage, setup: Setup, prompts: Sequence[Prompt]) -> RewardSum | None:
