@@ -36,8 +36,9 @@ part_of_data() { # NAME: the file of the user's folder with this name
   exit 2
 }
 
-# One rank with two threads; nothing here needs a GPU, and nothing asks a model hub.
-export CUDA_VISIBLE_DEVICES='' RTO_VARIANT=cpu OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# One rank with two threads, and a pool with two that waits while the rank computes. Nothing here asks a model hub.
+export CUDA_VISIBLE_DEVICES='' RTO_VARIANT=cpu OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE VLLM_CPU_KVCACHE_SPACE=1
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 readonly recipes=launchers/recipes/real_language logs=$root/logs
 go_on="bash launchers/real_language.sh --budget $budget --root $(printf %q "$root") --model $(printf %q "$model")${data:+ --data $(printf %q "$data")}"
 shared=("vars.root=$root" "vars.model=$model")

@@ -1,6 +1,6 @@
 """What an experiment is: arms that start from the same models, and everything that could be chosen after the fact."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,6 +9,7 @@ from rto_megatron.algorithms.reinforcement import PolicyOptimization
 from rto_megatron.errors import RunFolderError
 from rto_megatron.reporting.evaluation import Evaluation
 
+Rows = Sequence[Sequence[str]]  # of a table, the first its head
 # Changes a method into one that no recipe can name, knowing the folder of the seed.
 Control = Callable[[PolicyOptimization, Path], PolicyOptimization]
 
@@ -59,6 +60,7 @@ class Experiment:
     recipes: Path
     start: str  # the system that all arms start from, by its name in the folder of evaluations
     source: str | None = None  # of `rewards` that is the true one; None: the table of the synthetic task
+    beside: Callable[["Experiment", Path], Rows] | None = None  # makes one more table of the finished runs
 
     @property
     def metric(self) -> str:

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rto_megatron.experiments.design import Experiment
+from rto_megatron.experiments.design import Experiment, Rows
 from rto_megatron.experiments.plots import draw
 from rto_megatron.experiments.summary import (
     ArmResult,
@@ -26,8 +26,8 @@ _HEADER = (
     "final KL",
     "response tokens",
     "reward model",
+    "distinct bigrams",
 )
-Rows = Sequence[Sequence[str]]
 
 
 def write_report(experiment: Experiment, root: Path) -> str:
@@ -37,7 +37,13 @@ def write_report(experiment: Experiment, root: Path) -> str:
         UserError: a run is not finished.
     """
     results = summarise(experiment, root)
-    tables = (_rows(results, experiment), _seed_rows(results, experiment), _tuning_rows(experiment, root))
+    tables: tuple[Rows, ...] = (
+        _rows(results, experiment),
+        _seed_rows(results, experiment),
+        _tuning_rows(experiment, root),
+    )
+    if experiment.beside is not None:
+        tables = (*tables, experiment.beside(experiment, root))
     table = _markdown(tables[0])
     (root / "table.md").write_text("\n\n".join(_markdown(rows) for rows in tables) + "\n")
     (root / "table.json").write_text(
@@ -91,6 +97,7 @@ def _rows(results: Sequence[ArmResult], experiment: Experiment) -> Rows:
                 _mean(arm, lambda one: one.evaluation.kl.mean),
                 _mean(arm, lambda one: one.evaluation.response_tokens.mean),
                 _mean(arm, lambda one: None if one.evaluation.score is None else one.evaluation.score.mean),
+                _mean(arm, lambda one: one.distinct, "-"),
             )
         )
     return rows
@@ -124,11 +131,11 @@ def _seed_rows(results: Sequence[ArmResult], experiment: Experiment) -> Rows:
     return rows
 
 
-def _mean(arm: ArmResult, value: Callable[[SeedResult], float | None]) -> str:
+def _mean(arm: ArmResult, value: Callable[[SeedResult], float | None], none: str = "never") -> str:
     """Mean and standard error over the seeds that have a value, and how many do if not all."""
     values = [number for one in arm.seeds if (number := value(one)) is not None]
     if not values:
-        return "never"
+        return none
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
     count = "" if len(values) == len(arm.seeds) else f" ({len(values)} of {len(arm.seeds)})"
     return f"{statistics.fmean(values):.2f} ± {error:.2f}{count}"

@@ -1,6 +1,9 @@
 """The numbers of the experiment's table, per arm and per seed."""
 
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from rto_megatron.experiments.curves import (
@@ -22,13 +25,16 @@ class SeedResult:
     """One arm on one seed; an offline point has no curve.
 
     Example:
-        SeedResult(evaluation, curve=None, episodes=None, at_matched_kl=None)
+        SeedResult(evaluation, curve=None, episodes=None, at_matched_kl=None, distinct=0.6)
     """
 
     evaluation: Evaluation  # of the final policy, on held-out prompts
     curve: Curve | None
     episodes: float | None  # to the threshold; None: never reached, or no curve
     at_matched_kl: float | None  # true return; None: the run never went so far, or no curve
+    distinct: (
+        float | None
+    )  # of the pairs of words that follow each other in its evaluated responses; None: not kept
 
 
 @dataclass(frozen=True)
@@ -90,8 +96,11 @@ def summarise(experiment: Experiment, root: Path) -> list[ArmResult]:
     """
     results, design = [], experiment.design
     for system in (experiment.start, "dpo"):
-        evaluations = [_evaluation(root, seed, system) for seed in design.seeds]
-        results.append(ArmResult(system, None, tuple(SeedResult(e, None, None, None) for e in evaluations)))
+        offline = (
+            SeedResult(_evaluation(root, seed, system), None, None, None, _distinct(root, seed, system))
+            for seed in design.seeds
+        )
+        results.append(ArmResult(system, None, tuple(offline)))
     best = {name: best_factor(experiment, root, name) for name in ("ppo", "rto")}
     levels = thresholds(experiment, root)
     for arm in experiment.arms:
@@ -103,11 +112,27 @@ def summarise(experiment: Experiment, root: Path) -> list[ArmResult]:
                 curve,
                 episodes_to(curve, levels[seed], design.window),
                 return_at_kl(curve, design.matched_kl, design.window),
+                _distinct(root, seed, run_name(arm.name, factor)),
             )
             for seed, curve in zip(design.seeds, curves, strict=True)
         )
         results.append(ArmResult(arm.name, factor, tuple(seeds)))
     return results
+
+
+def distinct_bigrams(texts: Iterable[str]) -> float | None:
+    """Different pairs of following words over all of them, which falls where responses repeat each other."""
+    pairs = [pair for text in texts for pair in pairwise(text.lower().split())]
+    return len(set(pairs)) / len(pairs) if pairs else None
+
+
+def _distinct(root: Path, seed: int, system: str) -> float | None:
+    kept = seed_folder(root, seed) / "evaluations" / system / "evaluation.jsonl"
+    if not kept.is_file():
+        return None
+    return distinct_bigrams(
+        json.loads(line)["response"] for line in kept.read_text(encoding="utf-8").splitlines()
+    )
 
 
 def _evaluation(root: Path, seed: int, system: str) -> Evaluation:

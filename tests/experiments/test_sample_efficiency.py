@@ -34,6 +34,7 @@ from rto_megatron.experiments.sample_efficiency.arms import (
     shuffle_dpo_rewards,
     shuffled,
 )
+from rto_megatron.experiments.summary import distinct_bigrams
 from rto_megatron.reporting.evaluation import Estimate, Evaluation, save_evaluation
 from rto_megatron.types import ScoredRollouts
 
@@ -179,6 +180,11 @@ def test_report_has_hand_computed_numbers(tmp_path: Path) -> None:
     assert page.count("<svg") == 4 and "src=" not in page and "20.50 ± 0.50" in page
     entries = {entry["arm"]: entry for entry in json.loads((tmp_path / "table.json").read_text())}
     assert entries["rto"]["episodes_to_threshold"] == [768.0, 768.0]
+
+
+def test_repeated_responses_have_fewer_distinct_bigrams() -> None:
+    assert distinct_bigrams(["a b c", "A b d"]) == 3 / 4
+    assert distinct_bigrams(["a", ""]) is None
 
 
 def test_an_unfinished_run_is_named(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from rto_megatron.config.overrides import as_override
 from rto_megatron.data.labelled_pairs import write_pairs
 from rto_megatron.experiments.design import Arm, Design, Experiment
 from rto_megatron.experiments.lanes import Lane
+from rto_megatron.experiments.language.attribution import attribution_rows
 from rto_megatron.experiments.language.prompts import write_prompts
 from rto_megatron.experiments.sample_efficiency.arms import shuffle_dpo_rewards
 
@@ -34,7 +35,7 @@ ARMS = (
 DESIGN = Design(seeds=(0, 1, 2, 3, 4), tuning_seeds=(0,), factors=(1.0, 3.0), matched_kl=2.0)
 EXPERIMENT = Experiment(
     "Rules kept by a language model", DESIGN, ARMS, Path("launchers/recipes/real_language"),
-    start="start", source="rules",
+    start="start", source="rules", beside=attribution_rows,
 )  # fmt: skip
 
 
