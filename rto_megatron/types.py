@@ -12,6 +12,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from rto_megatron.shared_row import SharedRow
+
 FinishReason = Literal["stop", "length"]
 type Columns = Mapping[str, object]  # of a row of the data, as JSON has them
 Metrics = Mapping[
@@ -287,6 +289,7 @@ class TokenBatch:
     )
     banned: BannedTargets | None = None  # None: log-probs are of the whole vocabulary
     temperature: float = 1.0  # by which logits are divided before their softmax
+    shared: SharedRow | None = None  # how a model computes it; None: as it is
 
     @property
     def lengths(self) -> list[int]:

@@ -163,6 +163,7 @@ def split_gpus(config: "Stage", gpus: int, pool_gpus: int | None) -> tuple[int, 
 
 def _layout_table(plan: "StagePlan", pool_gpus: int) -> Table:
     from rto_megatron.config.learning_rate import known_rates
+    from rto_megatron.config.prompts_once import has_shared_prompts, why_prompts_repeat
 
     facts, layout, batches = plan.facts, plan.layout, plan.batches
     table = Table("", "", title="layout and batch arithmetic", show_header=False)
@@ -199,6 +200,10 @@ def _layout_table(plan: "StagePlan", pool_gpus: int) -> Table:
             table.add_row(
                 "rollouts", f"up to {online.rollout.ahead} steps older than the weights that they train"
             )
+    if has_shared_prompts(plan.config):
+        why = why_prompts_repeat(plan.config, plan.config.precision.kernels)
+        told = "computed once for all its responses in a micro-batch"
+        table.add_row("a prompt", told if why is None else f"computed again for each response: {why}")
     for name, rates in known_rates(training).items() if training is not None else ():
         table.add_row(
             f"{name}.lr",

@@ -322,6 +322,10 @@ class BatchConfig(Section):
     packed: bool = Field(
         default=True, description="pack a micro-batch without padding; false: right-padded rows"
     )
+    share_prompts: bool = Field(
+        default=True,
+        description="compute a prompt once for all its responses in a packed micro-batch, where that can be done",
+    )
 
     @model_validator(mode="before")
     @classmethod

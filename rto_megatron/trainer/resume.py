@@ -39,6 +39,7 @@ _FREE = (
     "batch.micro",
     "batch.tokens",
     "batch.packed",
+    "batch.share_prompts",
     "data.eval",
     "data.eval_samples",
     "data.layout",

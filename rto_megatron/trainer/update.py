@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from rto_megatron.algorithms import reinforcement
 from rto_megatron.algorithms.losses import Weighting, weighting_of
@@ -12,7 +13,7 @@ from rto_megatron.data.packing import minibatches
 from rto_megatron.engine.finite import EmptyUpdateError, refuse_together
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.trainer.role_shares import experience_of_all, packed_for
-from rto_megatron.types import Experience, Minibatch, Rollout, TrainingRows
+from rto_megatron.types import Experience, Minibatch, Prompt, Rollout, TrainingRows
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def optimizer_minibatches(
     topology: Topology,
     layout: Layout,
     seed: int,
-    cost: Callable[[Rollout], float] | None = None,
+    cost: Callable[[Rollout | Prompt], float] | None = None,
     critic: Topology | None = None,
 ) -> Iterator[OptimizerStep]:
     """The micro-batches of each optimizer step; equally many steps on every replica.
@@ -68,15 +69,20 @@ def optimizer_minibatches(
             random.Random(f"{seed}/{epoch}").shuffle(order)
         for start in range(0, len(order), size):
             taken = order[start : start + size]
-            rows = taken if cost is None else _own_share(experience, taken, topology, cost)
+            rows = (
+                taken
+                if cost is None
+                else _own_share(experience, taken, topology, cost, layout.shares_prompts)
+            )
             mask_BR = experience.mask_BR[rows]
             total = float(topology.dp_sum(weighting.count(mask_BR)))
             own = of_critic = _microbatches(experience, rows, weighting, total, layout)
             if reader.home is not None:
                 starts = range(0, len(everyone.rollouts), len(experience.rollouts))
                 step = [first + row for first in starts for row in taken]
-                share = _own_share(everyone, step, reader, cost)
-                of_critic = _microbatches(everyone, share, weighting, total, packed_for(reader, layout))
+                theirs = packed_for(reader, layout)
+                share = _own_share(everyone, step, reader, cost, theirs.shares_prompts)
+                of_critic = _microbatches(everyone, share, weighting, total, theirs)
             yield OptimizerStep(*own, *of_critic, is_empty=total == 0)
 
 
@@ -84,13 +90,45 @@ def _own_share(
     experience: Experience | TrainingRows,
     rows: Sequence[int],
     reader: Topology,
-    cost: Callable[[Rollout], float] | None,
+    cost: Callable[[Rollout | Prompt], float] | None,
+    shares_prompts: bool,
 ) -> list[int]:
-    """Of some rows of everyone, those of this replica of a layout: by cost, or in turn."""
+    """Of some rows of everyone, those of this replica of a layout: by cost, or in turn.
+
+    Where a prompt is computed once for rows of one replica, rows of a prompt go to one if that makes the busiest
+    replica less busy than rows that go anywhere.
+    """
     if cost is None:
         return list(rows[reader.data_rank :: reader.data_size])
-    costs = [cost(experience.rollouts[row]) for row in rows]
-    return [rows[number] for number in deal(costs, reader.data_size)[reader.data_rank]]
+    if not shares_prompts:
+        costs = [cost(experience.rollouts[row]) for row in rows]
+        return [rows[number] for number in deal(costs, reader.data_size)[reader.data_rank]]
+    groups, ones = _by_prompt(experience, rows), [[row] for row in rows]
+
+    def share_cost(share: Sequence[int]) -> float:
+        """Of some rows, each prompt once."""
+        total = 0.0
+        for group in _by_prompt(experience, share):
+            first = experience.rollouts[group[0]]
+            again = cost(Prompt(first.prompt_id, first.prompt_ids)) * (len(group) - 1)
+            total += sum(cost(experience.rollouts[row]) for row in group) - again
+        return total
+
+    def dealt(units: Sequence[Sequence[int]]) -> list[list[int]]:
+        shares = deal([share_cost(unit) for unit in units], reader.data_size)
+        return [[row for number in share for row in units[number]] for share in shares]
+
+    # A replica without a row would have no micro-batch.
+    ways = [dealt(units) for units in (ones, groups) if len(units) >= reader.data_size or units is ones]
+    return min(ways, key=lambda shares: max(map(share_cost, shares)))[reader.data_rank]
+
+
+def _by_prompt(experience: Experience | TrainingRows, rows: Sequence[int]) -> list[list[int]]:
+    """Rows of one prompt together, prompts in the order of their first ones."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for row in rows:
+        groups.setdefault(experience.rollouts[row].prompt_ids, []).append(row)
+    return list(groups.values())
 
 
 def _microbatches(
@@ -101,6 +139,8 @@ def _microbatches(
     layout: Layout,
 ) -> tuple[list[Minibatch], list[list[str]]]:
     """Micro-batches of some rows, and the ids of the samples of each."""
+    if layout.shares_prompts:
+        rows = list(chain.from_iterable(_by_prompt(experience, rows)))
     weights_BR = experience.mask_BR.new_zeros(experience.mask_BR.shape)
     weights_BR[rows] = weighting.weights(experience.mask_BR[rows], total)
     return minibatches(experience, weights_BR, rows, layout), _names(experience, rows, layout)
