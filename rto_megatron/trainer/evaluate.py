@@ -8,13 +8,13 @@ from rto_megatron.config import schema
 from rto_megatron.data.cut import Layout
 from rto_megatron.data.packing import response_mask, rollout_grid
 from rto_megatron.engine.absent import RoleModel
-from rto_megatron.engine.build_roles import place_frozen
 from rto_megatron.lifecycle.starting import begin_steps
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.reporting.evaluation import Estimate, Evaluation, estimate, save_evaluation
 from rto_megatron.reporting.progress import say
 from rto_megatron.trainer.build_rewards import build_rewards
 from rto_megatron.trainer.connected_pool import ConnectedPool, connect_pool
+from rto_megatron.trainer.frozen_roles import FrozenRoles
 from rto_megatron.trainer.known_reward import known_reward
 from rto_megatron.trainer.reward_source import ModelReward, RewardSource
 from rto_megatron.trainer.reward_sum import RewardSum
@@ -41,10 +41,10 @@ def evaluate(config: schema.EvaluateStage, topology: Topology, pool: ConnectedPo
     """
     setup = prepare_stage(config, topology)
     table = known_reward("evaluate.true_reward", config.evaluate.true_reward, setup)
-    policy = place_frozen("policy", setup.sources["policy"], False, config.precision, topology)
-    reference = place_reference(config, setup)
+    frozen = FrozenRoles(setup, config.precision)
+    policy, reference = frozen.place("policy"), frozen.place("reference")
     prompts = load_unseen(config, setup)
-    rewards = build_sources(config, setup, prompts)
+    rewards = build_sources(config, setup, prompts, frozen)
     sampler = (pool or connect_pool(config.rollout, policy)).stopping_at(config.sampling.stop, setup.decode)
     sampler.push(0)
     begin_steps()
@@ -57,8 +57,9 @@ def evaluate(config: schema.EvaluateStage, topology: Topology, pool: ConnectedPo
     ban = compared_ban(setup.eos, config.sampling.min_response_tokens)
     drawn = Distribution(config.sampling.temperature, ban)
     values = {
+        # A model's log-ratio to itself is 0 without a forward.
         "kl": [0.0] * len(rollouts)
-        if reference is None
+        if reference is policy
         else kl_to_reference(rollouts, policy, reference, setup.layout, drawn),
         "tokens": [float(len(r.response_ids)) for r in rollouts],
     }
@@ -89,23 +90,15 @@ def evaluate(config: schema.EvaluateStage, topology: Topology, pool: ConnectedPo
     topology.barrier()
 
 
-def place_reference(config: schema.EvaluateStage, setup: Setup) -> RoleModel | None:
-    """The reference; None where it is the policy itself, whose log-ratio to itself is 0 without a forward."""
-    if "reference" not in setup.sources:
-        return None
-    place = setup.topology.of("reference")
-    return place_frozen("reference", setup.sources["reference"], False, config.precision, place)
-
-
-def build_sources(config: schema.EvaluateStage, setup: Setup, prompts: Sequence[Prompt]) -> RewardSum | None:
+def build_sources(
+    config: schema.EvaluateStage, setup: Setup, prompts: Sequence[Prompt], frozen: FrozenRoles
+) -> RewardSum | None:
     """What rates the responses, started; None where the recipe names nothing that does. All ranks must call it."""
     if not config.rewards and config.models.reward is None:
         return None
 
     def reward_model() -> RewardSource:
-        place = setup.topology.of("reward")
-        model = place_frozen("reward", setup.sources["reward"], True, config.precision, place)
-        return ModelReward(model, setup.layout, setup.eos, _AS_SAMPLED)
+        return ModelReward(frozen.place("reward", True), setup.layout, setup.eos, _AS_SAMPLED)
 
     return build_rewards(config, setup, prompts, config.evaluate.num_samples, reward_model)
 
