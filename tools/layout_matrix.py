@@ -85,6 +85,7 @@ COLUMNS = {
     "tp2_pp2_v2_sp": Column(tensor=2, pipeline=2, sequence=True, keys=INTERLEAVED),
     "cp2_pp2_v2": Column(pipeline=2, keys=(*INTERLEAVED, "parallel.context=2")),
     "pp2_v2_dp2": Column(pipeline=2, replicas=2, keys=(*INTERLEAVED, "parallel.overlap_grad_reduce=true")),
+    "cp2_gather": Column(keys=("parallel.context=2", "parallel.context_scheme=gather")),
     "pp2_uneven": Column(pipeline=2, keys=("parallel.stages=[3,1]",)),
     "tokens": Column(replicas=2, keys=(TOKENS,)),
     "critic_dp": Column(tensor=2, roles={"critic": {}, "reward": {}}),
@@ -160,18 +161,7 @@ def train_rank(configs: Sequence[TrainStage]) -> None:
     """All methods of a layout, as one of its ranks."""
     device = prepare()
     for config in configs:
-        parallel = config.parallel
-        place = Topology.init(
-            device,
-            parallel.tensor,
-            parallel.pipeline,
-            parallel.sequence,
-            config.run.seed,
-            roles=parallel.roles,
-            context=parallel.context,
-            virtual=parallel.virtual,
-            stages=parallel.stages,
-        )
+        place = Topology.init(device, config.parallel, config.run.seed)
         train_and_export(config, place)
 
 

@@ -145,6 +145,8 @@ def _phases(
     read = [
         role for role in plan.roles if role.shares is None and (online is not None or not role.is_trained)
     ]
+    if online is not None and online.rollout.old_logprobs == "pool":
+        read = [role for role in read if role.name != "policy"]
     if read:
         places = [(_model(role, shapes), plan.layout_of(role.name).num_ranks) for role in read]
         found["score"] = sum(forward_s([model], rows, gpu, num_ranks, by) for model, num_ranks in places)
