@@ -42,7 +42,8 @@ def evaluate(config: schema.EvaluateStage, topology: Topology, pool: ConnectedPo
     setup = prepare_stage(config, topology)
     table = known_reward("evaluate.true_reward", config.evaluate.true_reward, setup)
     frozen = FrozenRoles(setup, config.precision)
-    policy, reference = frozen.place("policy"), frozen.place("reference")
+    policy = frozen.place("policy")
+    reference = place_reference(setup, frozen, policy)
     prompts = load_unseen(config, setup)
     rewards = build_sources(config, setup, prompts, frozen)
     sampler = (pool or connect_pool(config.rollout, policy)).stopping_at(config.sampling.stop, setup.decode)
@@ -57,7 +58,9 @@ def evaluate(config: schema.EvaluateStage, topology: Topology, pool: ConnectedPo
     ban = compared_ban(setup.eos, config.sampling.min_response_tokens)
     drawn = Distribution(config.sampling.temperature, ban)
     values = {
-        "kl": kl_to_reference(rollouts, policy, reference, setup.layout, drawn),
+        "kl": [0.0] * len(rollouts)
+        if reference is None
+        else kl_to_reference(rollouts, policy, reference, setup.layout, drawn),
         "tokens": [float(len(r.response_ids)) for r in rollouts],
     }
     if rewards is not None:
@@ -75,6 +78,7 @@ def evaluate(config: schema.EvaluateStage, topology: Topology, pool: ConnectedPo
         response_tokens=estimates["tokens"],
         num_prompts=len(prompts),
         num_responses=len(prompts) * count,
+        steps=setup.sources["policy"].step,
         rewards={source.name: estimates[f"reward/{source.name}"] for source in config.rewards},
     )
     if topology.is_lead:
@@ -84,6 +88,12 @@ def evaluate(config: schema.EvaluateStage, topology: Topology, pool: ConnectedPo
             True,
         )
     topology.barrier()
+
+
+def place_reference(setup: Setup, frozen: FrozenRoles, policy: RoleModel) -> RoleModel | None:
+    """The reference; None where it is the policy itself, whose log-ratio to itself is 0 without a forward."""
+    reference = frozen.place("reference") if "reference" in setup.sources else policy
+    return None if reference is policy else reference
 
 
 def build_sources(

@@ -10,8 +10,10 @@ from safetensors.torch import load_file, save_file
 from trainer.test_options import exported
 from trainer.tiny_runs import configure, join, train
 
-from rto_megatron.config.schema import ReinforcementStage
+from rto_megatron.config.schema import EvaluateStage, ReinforcementStage
 from rto_megatron.reporting.metrics import read_metrics
+from rto_megatron.trainer.evaluate import place_reference
+from rto_megatron.trainer.frozen_roles import FrozenRoles
 from rto_megatron.trainer.online import build_roles
 from rto_megatron.trainer.setup import prepare_stage
 
@@ -48,6 +50,34 @@ def test_weights_that_are_equal_are_held_once_and_others_are_not(files: Path, tm
         for number, (named, own) in enumerate(cases)
     ]  # fmt: skip
     assert run_ranks(2, _are_one, *configs) == [[True, False, False]] * 2
+
+
+def _asks_reference(*configs: EvaluateStage) -> list[bool]:
+    """Whether an evaluated policy is compared with another model."""
+    found = []
+    for config in configs:
+        setup = prepare_stage(config, join(config))
+        frozen = FrozenRoles(setup, config.precision)
+        found.append(place_reference(setup, frozen, frozen.place("policy")) is not None)
+    return found
+
+
+def test_a_policy_that_is_the_reference_is_not_asked_twice(files: Path, tmp_path: Path) -> None:
+    policy = files / "models/reference"
+    configs = [
+        EvaluateStage.model_validate(
+            {
+                "stage": "evaluate",
+                "run": {"dir": tmp_path / f"run{change:g}"},
+                "models": {"policy": policy, "reference": _copy(files, tmp_path / f"{change:g}", change)},
+                "data": {"eval": str(files / "prompts.jsonl"), "max_prompt_tokens": 100},
+                "sampling": {"max_response_tokens": 8},
+                "evaluate": {"name": "SFT"},
+            }
+        )
+        for change in (0.0, 0.5)
+    ]
+    assert run_ranks(1, _asks_reference, *configs) == [[False, True]]
 
 
 def _flops(run_dir: Path) -> float:
