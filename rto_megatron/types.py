@@ -12,11 +12,11 @@ from typing import Literal
 
 from torch import Tensor
 
+from rto_megatron.shared_row import SharedRow
+
 FinishReason = Literal["stop", "length"]
 type Columns = Mapping[str, object]  # of a row of the data, as JSON has them
-Metrics = Mapping[
-    str, tuple[float, float]
-]  # name -> (sum, count): reduced by adding both, divided once at the end
+Metrics = Mapping[str, tuple[float, float]]  # name -> (sum, count): added over ranks, divided once at the end
 
 
 @dataclass(frozen=True)
@@ -294,6 +294,7 @@ class TokenBatch:
     )
     banned: BannedTargets | None = None  # None: log-probs are of the whole vocabulary
     temperature: float = 1.0  # by which logits are divided before their softmax
+    shared: SharedRow | None = None  # how a model computes it; None: as it is
 
     @property
     def lengths(self) -> list[int]:

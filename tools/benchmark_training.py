@@ -3,6 +3,7 @@
 
 Usage: .venv/bin/python tools/benchmark_training.py [--pairs FILE] [--rounds 3] [--steps 6] [--batch 16]
            [--max-length 512] [--hidden 256] [--layers 4] [--vocab 8000] [--ours 2x1x4] [--trl 1x2x2] [--any-load]
+           [--set batch.share_prompts=false]
 
 FILE has rows as HuggingFaceH4/ultrafeedback_binarized; without it the synthetic task's pairs are taken. The first
 rows that fit whole, as many as a step has pairs, are the data: every step of either peer reads the same tokens. The
@@ -45,6 +46,7 @@ class Work:
     batch: int
     max_length: int
     cores: int
+    keys: tuple[str, ...] = ()  # further ones of this program's recipe
 
     @property
     def model(self) -> Path:
@@ -72,7 +74,7 @@ def ours(work: Work, way: Way, name: str) -> list[Parts]:
         "algorithm.beta": _BETA,
     }
     program = ["-m", "rto_megatron.cli.main", "train", str(_RECIPE), *(f"{k}={v}" for k, v in keys.items())]
-    run_ranks(program, way, folder.with_suffix(".log"))
+    run_ranks([*program, *work.keys], way, folder.with_suffix(".log"))
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [{"step": json.loads(line)["time/step_s"]} for line in lines]
 
@@ -177,7 +179,7 @@ def write_work(root: Path, given: argparse.Namespace) -> Work:
             pad_token_id=0,
         )
     ).save_pretrained(root / "model")
-    return Work(root, pairs, given.steps, given.batch, given.max_length, given.cores)
+    return Work(root, pairs, given.steps, given.batch, given.max_length, given.cores, tuple(given.set))
 
 
 def _write_fitting(pairs: Path, rows: list[str], tokenizer_folder: Path, given: argparse.Namespace) -> None:
@@ -232,6 +234,9 @@ def main() -> None:
             metavar="2x1x4",
             help="its processes, threads, pairs a forward",
         )
+    parser.add_argument(
+        "--set", nargs="*", default=[], help="further keys of ours, as batch.share_prompts=false"
+    )
     parser.add_argument("--any-load", action="store_true", help="measure on a machine that others use too")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -65,9 +65,7 @@ def roles_of(config: Stage) -> tuple[Role, ...]:
         is_fresh = models.critic is None and models.reward is None
         roles.append(Role("critic", path, is_trained=True, has_value_head=True, is_head_fresh=is_fresh))
     if "reference" in allowed:
-        # A policy that is not trained stays what it was loaded as: the same folder is the same model.
-        is_policy = not is_trained and reference == models.policy and "reference" not in config.parallel.roles
-        roles.append(Role("reference", reference, shares="policy" if is_policy else None))
+        roles.append(Role("reference", reference))
     if models.reward is not None:
         roles.append(Role("reward", models.reward, has_value_head=True))
     if needs_dpo(config):

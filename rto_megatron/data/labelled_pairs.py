@@ -41,7 +41,7 @@ class PairCounts:
 
     written: int
     ties: int  # of equal reward, about which a label would say nothing
-    cut: int  # one of the two was cut: the data would make its last word an end
+    cut: int  # the chosen one was cut: the data would teach to end where it was
     empty: int  # one of the two has no text
     turned: int  # written pairs whose chosen response is the worse one
 
@@ -49,7 +49,7 @@ class PairCounts:
         share = self.turned / self.written if self.written else 0.0
         return (
             f"{self.written} pairs, {share:.1%} with the worse response chosen; left out: {self.ties} of equal "
-            f"reward, {self.cut} with a cut response, {self.empty} with an empty one"
+            f"reward, {self.cut} whose chosen response was cut, {self.empty} with an empty one"
         )
 
 
@@ -80,13 +80,15 @@ def write_pairs(responses: str, prompts: str, out: Path, by: str, noise: float, 
     ties = cut = empty = turned = 0
     for prompt_id, answers in rated.items():
         for first, second in _twos(answers):
-            is_cut, is_empty = first.is_cut or second.is_cut, not (first.text.strip() and second.text.strip())
-            if is_cut or is_empty or first.reward == second.reward:
-                cut += is_cut
-                empty += is_empty and not is_cut
-                ties += not is_cut and not is_empty
+            is_empty = not (first.text.strip() and second.text.strip())
+            if is_empty or first.reward == second.reward:
+                empty += is_empty
+                ties += not is_empty
                 continue
             chosen, rejected = _labelled(first, second, noise, draw)
+            if chosen.is_cut:
+                cut += 1
+                continue
             turned += chosen.reward < rejected.reward
             lines.append(_line(asked[prompt_id], prompt_id, chosen, rejected))
     counts = PairCounts(len(lines), ties, cut, empty, turned)

@@ -13,8 +13,8 @@ from torch import Tensor
 from rto_megatron.config.training import (
     ContextScheme,
     GridConfig,
+    ParallelConfig,
     RoleGridConfig,
-    RoleName,
     StageLayers,
     shared_ranks,
 )
@@ -39,7 +39,7 @@ class Topology:
     it: they have its data rank, make its calls, and hear what it knows.
 
     Example:
-        Topology.init(prepare(), tensor=2, pipeline=2, sequence=True, seed=42)
+        Topology.init(prepare(), ParallelConfig(tensor=2, pipeline=2, sequence=True), seed=42)
     """
 
     device: Device
@@ -71,26 +71,15 @@ class Topology:
     def init(
         cls,
         device: Device,
-        tensor: int,
-        pipeline: int,
-        sequence: bool,
+        parallel: ParallelConfig,
         seed: int,
         timeout: timedelta = timedelta(minutes=30),
-        roles: Mapping[RoleName, RoleGridConfig] | None = None,
-        expert: int = 1,
-        expert_tensor: int | None = None,
-        context: int = 1,
-        context_scheme: ContextScheme = "ulysses",
-        virtual: int = 1,
-        stages: StageLayers = None,
     ) -> "Topology":
         """Joins the process group that the launcher announced in the environment.
 
         Args:
+            parallel: the layout of the policy, and those that roles have for themselves.
             timeout: of a collective; longer than one rank may let the others wait, such as for rollouts.
-            roles: role -> its own layout; None: all have the one of the policy.
-            expert, expert_tensor: parts of the experts of a mixture, and ranks of one; see `GridConfig`.
-            virtual, stages: chunks of a model on each stage, and layers of each; see `GridConfig`.
 
         Raises:
             AbsentRanks: not all ranks came.
@@ -98,23 +87,13 @@ class Topology:
         """
         if not dist.is_initialized():
             join_ranks(device.backend, timeout)
-        grid = RoleGridConfig(
-            tensor=tensor,
-            context=context,
-            context_scheme=context_scheme,
-            pipeline=pipeline,
-            sequence=sequence,
-            expert=expert,
-            expert_tensor=expert_tensor,
-            virtual=virtual,
-            stages=stages,
-        )
         others: dict[str, Topology] = {}
-        shared = shared_ranks(roles or {}, dist.get_world_size())
+        shared = shared_ranks(parallel.roles, dist.get_world_size())
+        grid = RoleGridConfig(**{name: value for name, value in parallel if name in GridConfig.model_fields})
         policy = _placed(device, grid, shared, "parallel", timeout, Work(), others, None)
         seed_generators(seed, policy.tensor_rank)
         made = {grid: policy}
-        for role, own in (roles or {}).items():
+        for role, own in parallel.roles.items():
             if own not in made:
                 section, place = f"parallel.roles.{role}", own.own_ranks or shared
                 made[own] = _placed(device, own, place, section, timeout, policy.work, {}, policy)

@@ -42,8 +42,7 @@ def evaluate(config: schema.EvaluateStage, topology: Topology, pool: ConnectedPo
     setup = prepare_stage(config, topology)
     table = known_reward("evaluate.true_reward", config.evaluate.true_reward, setup)
     frozen = FrozenRoles(setup, config.precision)
-    policy = frozen.place("policy")
-    reference = place_reference(setup, frozen, policy)
+    policy, reference = frozen.place("policy"), frozen.place("reference")
     prompts = load_unseen(config, setup)
     rewards = build_sources(config, setup, prompts, frozen)
     sampler = (pool or connect_pool(config.rollout, policy)).stopping_at(config.sampling.stop, setup.decode)
@@ -58,8 +57,9 @@ def evaluate(config: schema.EvaluateStage, topology: Topology, pool: ConnectedPo
     ban = compared_ban(setup.eos, config.sampling.min_response_tokens)
     drawn = Distribution(config.sampling.temperature, ban)
     values = {
+        # A model's log-ratio to itself is 0 without a forward.
         "kl": [0.0] * len(rollouts)
-        if reference is None
+        if reference is policy
         else kl_to_reference(rollouts, policy, reference, setup.layout, drawn),
         "tokens": [float(len(r.response_ids)) for r in rollouts],
     }
@@ -88,12 +88,6 @@ def evaluate(config: schema.EvaluateStage, topology: Topology, pool: ConnectedPo
             True,
         )
     topology.barrier()
-
-
-def place_reference(setup: Setup, frozen: FrozenRoles, policy: RoleModel) -> RoleModel | None:
-    """The reference; None where it is the policy itself, whose log-ratio to itself is 0 without a forward."""
-    reference = frozen.place("reference") if "reference" in setup.sources else policy
-    return None if reference is policy else reference
 
 
 def build_sources(

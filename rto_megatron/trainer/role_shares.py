@@ -18,8 +18,9 @@ from rto_megatron.types import WHOLE, Distribution, Experience, Rollout, TokenBa
 
 
 def packed_for(topology: Topology, layout: Layout) -> Layout:
-    """How a role's micro-batches are packed: rows are padded by its own layout."""
-    return replace(layout, multiple_of=topology.row_multiple)
+    """How a role packs micro-batches: rows are padded by its own layout, and prompts stand once where none is cut."""
+    shares_prompts = layout.shares_prompts and topology.context_size == 1
+    return replace(layout, multiple_of=topology.row_multiple, shares_prompts=shares_prompts)
 
 
 class RoleShares:

@@ -57,7 +57,7 @@ def test_what_no_label_can_be_given_to_is_left_out_and_counted(tmp_path: Path) -
         (answer("p0", "a", 1.0), answer("p0", "b", 1.0)),
         (answer("p1", "a", 1.0, "length"), answer("p1", "b", 0.0)),
         (answer("p2", " ", 1.0), answer("p2", "b", 0.0)),
-        (answer("p3", "a", 1.0), answer("p3", "b", 0.0)),
+        (answer("p3", "a", 1.0), answer("p3", "b", 0.0, "length")),
     ]
     rated = write_lines(tmp_path / "evaluation.jsonl", [one for two in twos for one in two])
     counts = write_pairs(rated, prompts(tmp_path, 4), tmp_path / "pairs.jsonl", "reward/rules", 0.0, seed=0)
