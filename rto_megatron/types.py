@@ -16,8 +16,7 @@ from rto_megatron.shared_row import SharedRow
 
 FinishReason = Literal["stop", "length"]
 type Columns = Mapping[str, object]  # of a row of the data, as JSON has them
-# name -> (sum, count): reduced by adding both, divided once at the end
-Metrics = Mapping[str, tuple[float, float]]
+Metrics = Mapping[str, tuple[float, float]]  # name -> (sum, count): added over ranks, divided once at the end
 
 
 @dataclass(frozen=True)
@@ -284,13 +283,15 @@ class TokenBatch:
 
     tokens_T: Tensor  # int64
     targets_T: Tensor  # int64
-    # S + 1 offsets, the last one is T; a trailing padding segment may be the last.
-    cu_seqlens: tuple[int, ...]
+    cu_seqlens: tuple[
+        int, ...
+    ]  # S + 1 offsets, the last one is T; a trailing padding segment may be the last
     num_rows: int
     last_positions: tuple[int, ...]  # index into T of each real sequence's last token, S entries
     largest_id: int  # of all tokens
-    # int64, ascending: where the target is a response token; a language model is read there alone.
-    asked_N: Tensor
+    asked_N: (
+        Tensor  # int64, ascending: where the target is a response token; a language model is read there alone
+    )
     banned: BannedTargets | None = None  # None: log-probs are of the whole vocabulary
     temperature: float = 1.0  # by which logits are divided before their softmax
     shared: SharedRow | None = None  # how a model computes it; None: as it is
@@ -336,8 +337,9 @@ class DivergenceMicrobatch(PairMicrobatch):
         microbatch.reference_hidden_NH.shape
     """
 
-    # The reference's final states where `batch` asks; empty but on the last stage.
-    reference_hidden_NH: Tensor
+    reference_hidden_NH: (
+        Tensor  # the reference's final states where `batch` asks; empty but on the last stage
+    )
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 LoggerName = Literal["tensorboard", "wandb", "swanlab"]
 ContextScheme = Literal["ulysses", "gather"]
 KernelsChoice = Literal["torch", "transformer_engine", "auto"]
+Fp32Part = Literal["head", "residual"]
 StageLayers = tuple[int, ...] | Literal["auto"] | None  # layers of each pipeline stage; None: equal numbers
 RoleName = Literal["critic", "reference", "reward", "dpo", "dpo_reference"]
 # Roles, and what trained ones have beside weights.
@@ -288,6 +289,11 @@ class FrozenPrecisionConfig(Section):
     kernels: KernelsChoice = Field(
         default="torch",
         description="what computes the layers of all roles: torch, TransformerEngine, or it where it is installed",
+    )
+    fp32_parts: tuple[Fp32Part, ...] = Field(
+        default=(),
+        description="what a bf16 model computes in fp32, in trainer and pool: head, its logits; residual, what layers "
+        "add to",
     )
 
 

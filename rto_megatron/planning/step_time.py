@@ -4,6 +4,7 @@ Constants were fixed before anything was predicted with them; each names its sou
 against, fitted ones and others, stand in tests/planning/published.py and docs/planning.md.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,10 +38,13 @@ class Efficiency:
         45.0  # over InfiniBand, 400 Gbit/s (llm-d-rl's benchmark: 47.8); NVLink 60 (checkpoint-engine)
     )
     push_control_s: float = 0.5  # pause and wake servers (llm-d-rl's benchmark: 0.52-0.6)
+    offload_gb_per_s: float = 25.0  # pinned, over PCIe 4 x16 (32 by its specification; PCIe 5 has twice that)
 
 
 EXPECTED = Efficiency()
-LIMIT = Efficiency(decode=1.0, products=1.0, launch_s=0.0, overhead=1.0, push_control_s=0.0)
+LIMIT = Efficiency(
+    decode=1.0, products=1.0, launch_s=0.0, overhead=1.0, push_control_s=0.0, offload_gb_per_s=math.inf
+)
 
 
 @dataclass(frozen=True)
