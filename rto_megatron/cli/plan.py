@@ -57,12 +57,12 @@ def plan(
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is fake lies nowhere, and torch must not look for a GPU
     from rto_megatron.planning.candidates import Search, fitting
-    from rto_megatron.planning.gpus import find_gpu, require_fp8_of
+    from rto_megatron.planning.gpus import gpu_for
     from rto_megatron.planning.reasons import best, reasons
     from rto_megatron.planning.ways_out import refuse_nothing_fits
 
-    kind, given = find_gpu(gpu), list(overrides or [])
-    require_fp8_of(kind, _loaded(recipe, given, ()).precision)
+    given = list(overrides or [])
+    kind = gpu_for(gpu, _loaded(recipe, given, ()).precision)
 
     def found_on(number: int, card: "Gpu", more: "Sequence[str]") -> "list[Candidate]":
         held = {key.partition("=")[0] for key in (*given, *more)}

@@ -46,7 +46,7 @@ class Reading[M]:
 def read_outputs(model: "Model", batch: TokenBatch, raw: Tensor) -> Tensor:
     """Log-probs of the targets asked for, 0 elsewhere; or a scalar head's values of all positions, scaled: [T]."""
     if model.has_scalar_head:
-        values_T = whole_rows(raw.flatten()[None].float(), model.topology)[0]
+        values_T = in_the_batch(whole_rows(raw.flatten()[None].float(), model.topology)[0], batch)
         return (values_T - model.scale.mean) / model.scale.std
     logp_N = token_logprobs(
         asked_states(raw, batch, model.topology),
@@ -55,7 +55,7 @@ def read_outputs(model: "Model", batch: TokenBatch, raw: Tensor) -> Tensor:
         model.topology.tensor_group(),
         _asked(batch, model.topology),
         CHUNK_POSITIONS,
-        LogitShaping.of(model.shape),
+        _shaping(model),
     )
     return _at_positions(logp_N[None], batch, model.topology)[0]
 
@@ -69,7 +69,7 @@ def read_entropies(model: "Model", batch: TokenBatch, raw: Tensor) -> Tensor:
         model.topology.tensor_group(),
         _asked(batch, model.topology),
         CHUNK_POSITIONS,
-        LogitShaping.of(model.shape),
+        _shaping(model),
     )
     return _at_positions(outputs_2N, batch, model.topology)
 
@@ -90,7 +90,7 @@ def read_divergences(
         model.shape.vocab_size,
         model.topology.tensor_group(),
         CHUNK_POSITIONS,
-        (LogitShaping.of(model.shape), LogitShaping.of(reference)),
+        (_shaping(model), LogitShaping.of(reference, model.has_fp32_head)),
     )
     return _at_positions(outputs_3N, batch, model.topology)
 
@@ -98,15 +98,27 @@ def read_divergences(
 def whole_logits(model: "Model", raw: Tensor) -> Tensor:
     """Logits of all positions over the whole vocabulary, on every tensor rank, to compare models with: [T, V]."""
     states_Th = _states(raw, model.topology)
-    own_vT = LogitShaping.of(model.shape).shaped((output_weight(model.module.last) @ states_Th.t()).float())
-    shards = model.topology.gather_tensor_shards(own_vT)
+    own_Tv = _shaping(model).logits(states_Th, output_weight(model.module.last))
+    shards = model.topology.gather_tensor_shards(own_Tv.T.contiguous())
     return torch.cat(shards)[: model.shape.vocab_size].T
+
+
+def _shaping(model: "Model") -> LogitShaping:
+    return LogitShaping.of(model.shape, model.has_fp32_head)
 
 
 def asked_states(raw: Tensor, batch: TokenBatch, topology: Topology) -> Tensor:
     """The final states of this context rank's positions that are asked for, equal on all tensor ranks: [N, h]."""
     states_th = _states(raw, topology)
-    return states_th.index_select(0, _own_positions(batch, topology) - _first(batch, topology))
+    own_N = _own_positions(batch, topology)
+    if batch.shared is not None:
+        return states_th.index_select(0, batch.shared.read_T[own_N])
+    return states_th.index_select(0, own_N - _first(batch, topology))
+
+
+def in_the_batch(values: Tensor, batch: TokenBatch) -> Tensor:
+    """What was computed once where sequences share it, [K, ...], at every position of the micro-batch, [T, ...]."""
+    return values if batch.shared is None else values.index_select(0, batch.shared.read_T)
 
 
 def output_weight(last: GPTModel) -> Tensor:

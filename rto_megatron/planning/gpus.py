@@ -65,17 +65,19 @@ def find_gpu(text: str) -> Gpu:
     return Gpu(text, gib, tflops, gb_per_s)
 
 
-def require_fp8_of(gpu: Gpu, precision: FrozenPrecisionConfig) -> None:
-    """Refuses a recipe whose products are in 8 bits for a GPU without them.
+def gpu_for(text: str, precision: FrozenPrecisionConfig) -> Gpu:
+    """The GPU that is meant (`find_gpu`), which has what a recipe computes in.
 
     Raises:
-        RecipeError: says which GPUs have them.
+        RecipeError: no such GPU, or the recipe multiplies in 8 bits and the GPU does not.
     """
+    gpu = find_gpu(text)
     if precision.fp8 and not gpu.has_fp8:
         others = ", ".join(one.name for one in KNOWN_GPUS.values() if one.has_fp8)
         raise RecipeError(
             f"precision.fp8=true: a {gpu.name} has no products in 8 bits; set precision.fp8=false, or take {others}"
         )
+    return gpu
 
 
 def _numbers(text: str) -> list[float]:

@@ -147,6 +147,8 @@ def _phases(
     read = [
         role for role in plan.roles if role.shares is None and (online is not None or not role.is_trained)
     ]
+    if online is not None and online.rollout.old_logprobs == "pool":
+        read = [role for role in read if role.name != "policy"]
     if read:
         found["score"] = max(
             sum(

@@ -139,11 +139,12 @@ def trained(
     dtype: str = "fp32",
     is_distributed_optimizer: bool = False,
     is_overlapped: bool = False,
+    recompute: bool = False,
 ) -> TrainedModel:
     """A trained model from a folder."""
     source = find_source(folder, is_scalar, is_random=False, key="test")
     name = "critic" if is_scalar else "policy"
-    precision = PrecisionConfig(dtype=dtype)
+    precision = PrecisionConfig(dtype=dtype, recompute=recompute)
     parallel = TrainParallelConfig(
         distributed_optimizer=is_distributed_optimizer, overlap_grad_reduce=is_overlapped
     )
