@@ -7,7 +7,6 @@
 #   --root DIR      the run folder; an existing one is continued
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-started=$SECONDS
 budget=full root=runs/quickstart-$(date +%m%d-%H%M%S)
 while [ $# -gt 0 ]; do
   case $1 in
@@ -17,8 +16,8 @@ while [ $# -gt 0 ]; do
   esac
 done
 case $budget in
-  full) small='' times=("75 s" "95 s" "95 s" "110 s" "150 s" "70 s") ;;
-  small) small=yes times=("1 min" "1 min" "1 min" "1 min" "1 min" "2 min") ;;
+  full) small='' times=(10 75 95 95 110 150 70) ;;
+  small) small=yes times=(10 20 20 20 30 30 50) ;;
   *) echo "error: --budget $budget: it is full or small" >&2 && exit 2 ;;
 esac
 
@@ -43,102 +42,47 @@ again='' # what a command below needs, for a CPU run on a machine with GPUs
 [ "$RTO_VARIANT" = gpu ] || [ ${#gpus[@]} -eq 0 ] || again='RTO_VARIANT=cpu CUDA_VISIBLE_DEVICES= '
 
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-readonly recipes=launchers/recipes/quickstart rto=.venv/bin/rto logs=$root/logs pool=$root/pool
-stage_pid='' pool_pid='' pool_keys=() stage=0
-readonly num_stages=7
-
-stop() { # PID: SIGTERM, and SIGKILL if it has not ended after 20 s
-  [ -n "$1" ] || return 0
-  kill -TERM "$1" 2>/dev/null || return 0
-  for _ in $(seq 100); do
-    kill -0 "$1" 2>/dev/null || return 0
-    sleep 0.2
-  done
-  kill -KILL "$1" 2>/dev/null || true
-}
-trap 'stop "$stage_pid"; stop "$pool_pid"' EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
-
-announce() { # TITLE TIME
-  stage=$((stage + 1))
-  echo "[$stage/$num_stages] $1: about $2"
-}
-
-show_end_of() { # LOG: its last error message, else its last lines
-  local line
-  line=$(grep -n '^error' "$1" | tail -1 | cut -d: -f1) || true
-  if [ -n "$line" ]; then tail -n "+$line" "$1" | head -40; else tail -n 30 "$1"; fi >&2
-}
-
-give_up() { # LOG
-  show_end_of "$1"
-  echo "error: this stage failed; its log is $1. To go on from here:" >&2
-  echo "  ${again}bash launchers/quickstart.sh --budget $budget --root $(printf %q "$root")" >&2
-  exit 1
-}
-
-run() { # LOG COMMAND...: progress on a terminal, everything else in the log
-  local log=$logs/$1.log begin=$SECONDS
-  shift
-  # In the background, so that a signal to this script is acted upon at once.
-  if [ -t 1 ]; then "$@" 2>>"$log" & else "$@" >>"$log" 2>&1 & fi
-  stage_pid=$!
-  wait "$stage_pid" || give_up "$log"
-  stage_pid=''
-  echo "      done in $((SECONDS - begin)) s"
-}
-
-start_pool() {
-  CUDA_VISIBLE_DEVICES=$pool_gpu "$rto" pool "$root/task/models/policy" --dtype fp32 \
-    --token-file "$pool/token" --address-file "$pool/address" --log-file "$pool/server.log" >"$logs/pool.log" 2>&1 &
-  pool_pid=$!
-}
-
-wait_for_pool() {
-  until [ -s "$pool/address" ]; do
-    kill -0 "$pool_pid" 2>/dev/null || give_up "$logs/pool.log"
-    sleep 1
-  done
-  pool_keys=("rollout.servers=[$(cat "$pool/address")]" "rollout.token_file=$pool/token")
-}
+readonly recipes=launchers/recipes/quickstart logs=$root/logs
+go_on="${again}bash launchers/quickstart.sh --budget $budget --root $(printf %q "$root")"
+. launchers/staged.sh
+stages "${times[@]}"
 
 train() { # NAME OVERRIDES...
   run "$1" "$rto" launch --ranks 2 "$recipes/$1.yaml" "vars.root=$root" "${@:2}"
 }
 
 bash launchers/setup.sh
-mkdir -p "$logs" "$pool"
-rm -f "$pool/address"
+mkdir -p "$logs"
 echo "Run folder: $root"
 
-announce "synthetic task with a known reward, tokenizer, tiny model" "10 s"
+announce "synthetic task with a known reward, tokenizer, tiny model"
 if [ -f "$root/task/.complete" ]; then
   echo "      already there"
 else
   run synthesize "$rto" synthesize "$root/task" --seed 42
   touch "$root/task/.complete"
 fi
-start_pool # loads while the next stages train
-announce "SFT, Megatron-core on two ranks" "${times[0]}"
+# Loads while the next stages train.
+CUDA_VISIBLE_DEVICES=$pool_gpu start_pool "$root/pool" "$root/task/models/policy" --dtype fp32
+announce "SFT, Megatron-core on two ranks"
 train sft ${small:+run.steps=6}
-announce "reward model" "${times[1]}"
+announce "reward model"
 train reward_model ${small:+run.steps=4}
-announce "DPO" "${times[2]}"
+announce "DPO"
 train dpo ${small:+run.steps=4}
 wait_for_pool
-announce "PPO: the pool samples, and gets the weights after every step" "${times[3]}"
+announce "PPO: the pool samples, and gets the weights after every step"
 train ppo "${pool_keys[@]}" ${small:+run.steps=2}
-announce "RTO: the same, with the DPO model's token rewards" "${times[4]}"
+announce "RTO: the same, with the DPO model's token rewards"
 train rto "${pool_keys[@]}" ${small:+run.steps=2}
-announce "evaluation of SFT, DPO, PPO and RTO on held-out prompts" "${times[5]}"
+announce "evaluation of SFT, DPO, PPO and RTO on held-out prompts"
 for system in sft dpo ppo rto; do
   run "evaluate_$system" "$rto" launch --ranks 2 "$recipes/evaluate.yaml" "vars.root=$root" \
     "vars.system=$system" "evaluate.name=${system^^}" "${pool_keys[@]}"
 done
 
 "$rto" report "$root"
-echo "Everything took $((SECONDS - started)) s. Run folder: $root (metrics.jsonl and TensorBoard of every stage)."
+echo "Everything took $((SECONDS - began)) s. Run folder: $root (metrics.jsonl and TensorBoard of every stage)."
 echo "Next: tensorboard --logdir $(printf %q "$root"), or another RTO from the same models:"
 echo "  ${again}NPROC=2 bash launchers/local.sh $recipes/rto.yaml vars.root=$(printf %q "$root") run.dir=$(printf %q "$root")/rto_no_clip" \
   "algorithm.dpo_clip=null"

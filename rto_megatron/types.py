@@ -12,11 +12,11 @@ from typing import Literal
 
 from torch import Tensor
 
+from rto_megatron.shared_row import SharedRow
+
 FinishReason = Literal["stop", "length"]
 type Columns = Mapping[str, object]  # of a row of the data, as JSON has them
-Metrics = Mapping[
-    str, tuple[float, float]
-]  # name -> (sum, count): reduced by adding both, divided once at the end
+Metrics = Mapping[str, tuple[float, float]]  # name -> (sum, count): added over ranks, divided once at the end
 
 
 @dataclass(frozen=True)
@@ -135,13 +135,23 @@ class JudgedResponse:
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
     is_desirable: bool
-    unrelated_ids: tuple[
-        int, ...
-    ]  # an answer to another prompt: what the method's KL baseline is estimated on
+    unrelated_ids: tuple[int, ...]  # an answer to another prompt, for the estimate of the KL baseline
 
 
 # What a data set holds, as loaders give it.
 type Example = Prompt | Demonstration | PreferencePair | JudgedResponse
+
+
+@dataclass(frozen=True)
+class TrainerSample:
+    """What the trainer's policy says of some responses, where the pool speaks for it in all others.
+
+    Example:
+        TrainerSample(logp_BR, is_asked_B=tensor([True, False]))
+    """
+
+    logp_BR: Tensor  # zeros in rows that were not asked
+    is_asked_B: Tensor  # bool
 
 
 @dataclass(frozen=True)
@@ -156,7 +166,7 @@ class ScoredRollouts:
     mask_BR: Tensor  # 1 on response tokens that are actions, end-of-sequence included; 0 on padding
     sampled_BR: Tensor  # 1 on actions that the pool sampled from what `logp_old_BR` is of; 0 on others, as written ones
     logp_pool_BR: Tensor  # policy, by the pool when it sampled; means nothing where `sampled_BR` is 0
-    logp_old_BR: Tensor  # policy, at rollout time
+    logp_old_BR: Tensor  # policy, at rollout time; by the pool where `by_trainer` is there
     logp_ref_BR: Tensor  # reference
     dpo_logratio_BR: Tensor  # log pi_dpo - log pi_dpo_reference; zeros where the algorithm has no DPO reward
     values_BR: Tensor  # critic, of the state before each action; zeros without a critic
@@ -164,10 +174,9 @@ class ScoredRollouts:
     score_B: Tensor  # sum of all sources that pay responses; alone, a reward model normalised by its checkpoint's mean
     drawn: Distribution = WHOLE  # what the log-probs of policy and reference are of
     source_BR: Tensor | None = None  # sum of all sources that pay tokens; None where there is none
-    scores_by_source: Mapping[str, Tensor] = field(
-        default_factory=dict
-    )  # [B] as given, over a response's tokens
+    scores_by_source: Mapping[str, Tensor] = field(default_factory=dict)  # [B] as given, tokens' added
     paid_by_source: Mapping[str, Tensor] = field(default_factory=dict)  # [B] what of it enters the reward
+    by_trainer: TrainerSample | None = None  # None: `logp_old_BR` is the trainer's
 
 
 @dataclass(frozen=True)
@@ -225,9 +234,7 @@ class Experience:
     advantages_BR: Tensor  # as the policy's loss takes them: whitened, or relative to a group
     returns_BR: Tensor
     rewards: TokenRewards
-    drawn: Distribution = (
-        WHOLE  # what log-probs that are compared with `logp_old_BR` and `logp_ref_BR` are of
-    )
+    drawn: Distribution = WHOLE  # what log-probs compared with `logp_old_BR` and `logp_ref_BR` are of
 
 
 @dataclass(frozen=True)
@@ -287,6 +294,7 @@ class TokenBatch:
     )
     banned: BannedTargets | None = None  # None: log-probs are of the whole vocabulary
     temperature: float = 1.0  # by which logits are divided before their softmax
+    shared: SharedRow | None = None  # how a model computes it; None: as it is
 
     @property
     def lengths(self) -> list[int]:
@@ -347,9 +355,7 @@ class JudgedMicrobatch:
     weight_S: Tensor  # 1 / (all answers of the global batch)
     is_desirable_S: Tensor  # bool
     logp_ref_S: Tensor  # summed reference log-probs of the response
-    baseline: (
-        Tensor  # scalar, nats: the KL estimate of the global batch, at least 0; no gradient flows into it
-    )
+    baseline: Tensor  # scalar, nats: the global batch's KL estimate, at least 0; no gradient flows into it
 
 
 @dataclass(frozen=True)

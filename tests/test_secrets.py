@@ -15,7 +15,7 @@ from rto_megatron.config.checks import find_problems
 from rto_megatron.config.load import dump, load_recipe
 from rto_megatron.config.run_folder import make_run_folder, open_folder_warning
 from rto_megatron.errors import ModelFolderError, RecipeError, UserError
-from rto_megatron.experiments.sample_efficiency.page import _html_table
+from rto_megatron.experiments.page import _html_table
 from rto_megatron.generation.vllm.start.server import ServerOptions, start_server
 from rto_megatron.reporting.evaluation import Estimate, Evaluation, final_table
 from rto_megatron.reporting.progress import say

@@ -139,7 +139,7 @@ def step(root: Path, layouts: list[str]) -> None:
         config = load_recipe(_RECIPE, [*_overrides(root), *keys, "rollout.logprob_gap_alarm=null"])
         assert isinstance(config, ReinforcementStage)
         # One process group for all: a second one would meet what the first left in the store.
-        topology = Topology.init(device, tensor, pipeline, sequence, config.run.seed)
+        topology = Topology.init(device, config.parallel, config.run.seed)
         pool = ScriptedPool(vocab_size=64) if topology.is_replica_lead else None
         train_online(config, topology, ConnectedPool(pool, ScriptedPush(pool)))
     is_lead = dist.get_rank() == 0

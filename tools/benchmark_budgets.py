@@ -6,17 +6,20 @@ Usage: .venv/bin/python tools/benchmark_budgets.py DATA/preferences_train.jsonl.
 The pairs are read with a tokenizer that is trained on them. The first table needs no model: FLOPs of the busiest of the
 replicas over those of the mean one, for a policy and a reference of Llama-3-8B's shape, over all global batches of a
 pass; a step takes as long as the busiest. The second trains a small model, really, on this machine's first device:
-tokens a second of forward and backward, padding not counted, the best of several rounds in turn. On a CPU it is a
-single thread's own time, so that other programs on the machine do not count.
+tokens a second of forward and backward, padding not counted, the best of several rounds in turn; and before it the
+passes of a DPO step with prompts computed once and with each response. On a CPU it is a single thread's own time, so
+that other programs on the machine do not count.
 """
 
 import argparse
 import gzip
 import json
+import math
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -26,14 +29,16 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from rto_megatron.algorithms.dpo import DPO
+from rto_megatron.algorithms.dpo import Config as DpoConfig
 from rto_megatron.algorithms.sft import SFT, Config
-from rto_megatron.config.training import OptimizerConfig, ParallelConfig, PrecisionConfig
+from rto_megatron.config.training import OptimizerConfig, ParallelConfig, PrecisionConfig, TrainParallelConfig
 from rto_megatron.data.batches import Batches
 from rto_megatron.data.cut import Layout
 from rto_megatron.data.grouping import lengths_of, read_lengths
 from rto_megatron.data.limits import Limits
 from rto_megatron.data.loader import load_pairs
-from rto_megatron.data.packing import supervised_microbatches
+from rto_megatron.data.packing import pair_microbatches, supervised_microbatches
 from rto_megatron.data.tokenizer import load_tokenizer, train_tokenizer
 from rto_megatron.engine.build_roles import build_trained
 from rto_megatron.engine.megatron import TrainedModel
@@ -97,7 +102,7 @@ def small_model(root: Path, topology: Topology) -> TrainedModel:
     source = find_source(root, has_scalar_head=False, is_random=False, key="policy")
     precision = PrecisionConfig(dtype="bf16" if topology.device.torch_device.type == "cuda" else "fp32")
     return build_trained(
-        "policy", source, False, precision, OptimizerConfig(lr=1e-4), topology, 0, is_distributed_optimizer=False
+        "policy", source, False, precision, OptimizerConfig(lr=1e-4), topology, 0, TrainParallelConfig()
     )  # fmt: skip
 
 
@@ -144,8 +149,49 @@ def speed_table(demonstrations: Sequence[Demonstration], model: TrainedModel, nu
     return table
 
 
+def pairs_of_one_prompt(num_prompt: int, num_response: int) -> list[PreferencePair]:
+    """Four pairs of made tokens that answer one prompt, as the responses of a group do."""
+    prompt = tuple(range(3, 3 + num_prompt))
+    answers = [tuple(range(900 + 7 * n, 900 + 7 * n + num_response)) for n in range(8)]
+    return [PreferencePair(str(n), prompt, *answers[2 * n : 2 * n + 2], margin=0.0) for n in range(4)]
+
+
+def prompts_table(pairs: Sequence[PreferencePair], model: TrainedModel, num_rounds: int) -> Table:
+    """The third table."""
+    topology, loss = model.topology, DPO(DpoConfig(beta=0.1)).loss
+    plain = Layout(4, True, topology.row_multiple, topology.device.torch_device)
+    sets = {
+        f"{len(pairs)} real pairs": list(pairs),
+        "8 responses of 128 to a prompt of 256": pairs_of_one_prompt(256, 128),
+        "8 responses of 128 to a prompt of 1024": pairs_of_one_prompt(1024, 128),
+    }
+    table = Table("sequences", "a prompt", "positions", "GFLOP", "s", "of the first")
+    for name, some in sets.items():
+        best = [math.inf, math.inf]
+        sizes = [(0, 0.0), (0, 0.0)]
+        for _ in range(num_rounds):
+            for is_shared in (False, True):
+                start = seconds(topology)
+                layout = replace(plain, shares_prompts=is_shared)
+                microbatches = pair_microbatches(some, torch.zeros(len(some), 2), len(some), layout)
+                model.gradients(microbatches, loss, [])
+                best[is_shared] = min(best[is_shared], seconds(topology) - start)
+                rows = [
+                    m.batch.tokens_T if m.batch.shared is None else m.batch.shared.tokens_K
+                    for m in microbatches
+                ]
+                sizes[is_shared] = sum(map(len, rows)), topology.work.take() / 1e9
+        for is_shared, how in enumerate(("with each response", "once")):
+            num_positions, flops = sizes[is_shared]
+            ratio = best[is_shared] / best[0]
+            table.add_row(
+                name, how, f"{num_positions:,}", f"{flops:,.1f}", f"{best[is_shared]:.2f}", f"{ratio:.2f}"
+            )
+    return table
+
+
 def main() -> None:
-    """Prints both tables."""
+    """Prints the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -168,7 +214,10 @@ def main() -> None:
         )
         console.print(balance_table(pairs, given.replicas))
         chosen = [Demonstration(p.id, p.prompt_ids, p.chosen_ids) for p in pairs[: given.examples]]
-        console.print(speed_table(chosen, small_model(root / "model", topology), given.rounds))
+        model = small_model(root / "model", topology)
+        topology.work.take()
+        console.print(prompts_table(pairs[: given.examples], model, given.rounds))
+        console.print(speed_table(chosen, model, given.rounds))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from rich.table import Table
 from weight_sync_measures import DigestClock, PeakMemory, RawBroadcast
 
 from rto_megatron.config.rollouts import RolloutConfig
-from rto_megatron.config.training import FrozenPrecisionConfig
+from rto_megatron.config.training import FrozenPrecisionConfig, ParallelConfig
 from rto_megatron.errors import UserError
 from rto_megatron.generation.vllm.client.server_client import ServerClient
 from rto_megatron.generation.vllm.gate import read_token
@@ -103,7 +103,7 @@ class Rank:
         from rto_megatron.weight_sync.policy_weights import PolicySource
 
         tensor, pipeline = _LAYOUTS[os.environ["BENCHMARK_LAYOUT"]]
-        self.topology = Topology.init(device, tensor, pipeline, False, seed=0)
+        self.topology = Topology.init(device, ParallelConfig(tensor=tensor, pipeline=pipeline), seed=0)
         source = find_source(folder / "model", False, is_random=True, key="model")
         policy = build_frozen("policy", source, False, FrozenPrecisionConfig(dtype="bf16"), self.topology)
         config = RolloutConfig(

@@ -4,7 +4,8 @@
 Usage: .venv/bin/python tools/layout_matrix.py [--methods rto dpo] [--layouts tp2 own_critic] [--scratch FOLDER]
 
 Each method is its quickstart recipe with random models, plain gradient steps and responses from a script, which are the
-same at every layout. A layout is one world of forked ranks, which trains all methods; a role of its own layout that a
+same at every layout; on the one rank every response is computed with a prompt of its own, elsewhere a prompt once where
+that can be done. A layout is one world of forked ranks, which trains all methods; a role of its own layout that a
 method has not is left out, and a layout that is refused for a method is said. A cell is how far the worst tensor of
 policy and critic is from where one rank takes it, over what the step changed in it; what moved too little to compare is
 marked. The last table names those tensors. Ends with 1 if any is further away than --tolerance.
@@ -69,7 +70,9 @@ class Column:
 
 
 TOKENS, INTERLEAVED = "batch.tokens=96", ("parallel.virtual=2",)
+ALONE = Column(keys=("batch.share_prompts=false",))  # what the others are held against
 COLUMNS = {
+    "one": Column(),
     "tp2": Column(tensor=2),
     "tp2_sp": Column(tensor=2, sequence=True),
     "pp2": Column(pipeline=2),
@@ -82,6 +85,7 @@ COLUMNS = {
     "tp2_pp2_v2_sp": Column(tensor=2, pipeline=2, sequence=True, keys=INTERLEAVED),
     "cp2_pp2_v2": Column(pipeline=2, keys=(*INTERLEAVED, "parallel.context=2")),
     "pp2_v2_dp2": Column(pipeline=2, replicas=2, keys=(*INTERLEAVED, "parallel.overlap_grad_reduce=true")),
+    "cp2_gather": Column(keys=("parallel.context=2", "parallel.context_scheme=gather")),
     "pp2_uneven": Column(pipeline=2, keys=("parallel.stages=[3,1]",)),
     "tokens": Column(replicas=2, keys=(TOKENS,)),
     "critic_dp": Column(tensor=2, roles={"critic": {}, "reward": {}}),
@@ -157,18 +161,7 @@ def train_rank(configs: Sequence[TrainStage]) -> None:
     """All methods of a layout, as one of its ranks."""
     device = prepare()
     for config in configs:
-        parallel = config.parallel
-        place = Topology.init(
-            device,
-            parallel.tensor,
-            parallel.pipeline,
-            parallel.sequence,
-            config.run.seed,
-            roles=parallel.roles,
-            context=parallel.context,
-            virtual=parallel.virtual,
-            stages=parallel.stages,
-        )
+        place = Topology.init(device, config.parallel, config.run.seed)
         train_and_export(config, place)
 
 
@@ -226,9 +219,9 @@ def matrix(
 ) -> dict[tuple[str, str], Cell]:
     """Method and layout -> what came of it; a world that failed has no cells."""
     say.print(f"one rank: {len(methods)} methods")
-    alone = {method: configured(method, Column(), root, root / "one" / method) for method in methods}
-    if not run_world(1, list(alone.values()), root / "one.log"):
-        sys.exit(f"the runs on one rank failed: {root / 'one.log'}")
+    alone = {method: configured(method, ALONE, root, root / "alone" / method) for method in methods}
+    if not run_world(1, list(alone.values()), root / "alone.log"):
+        sys.exit(f"the runs on one rank failed: {root / 'alone.log'}")
     cells: dict[tuple[str, str], Cell] = {}
     for layout in layouts:
         column, start = COLUMNS[layout], time.monotonic()

@@ -1,40 +1,36 @@
 #!/usr/bin/env python
-"""Simulates one step of recipes at their real size, a line of a table each: memory of the fullest GPU by phase.
+"""Simulates one step of recipes at their real size, a line of a table each: memory of the fullest GPU, seconds a step.
 
-Usage: .venv/bin/python tools/simulate_recipes.py [RECIPE[:GPUS[:POOL_GPUS]] ...]
+Usage: .venv/bin/python tools/simulate_recipes.py [--rows FILE] [RECIPE[:GPUS[:POOL_GPUS]] ...]
 
-Without arguments: the recipes of the GPU folders whose models and layouts differ, on the GPUs that they name. A recipe
-takes one or two minutes of a core.
+Without recipes: all of the GPU folders, on the GPUs that the first lines of each name. A recipe takes a quarter to two
+minutes of a core. What is in FILE already, of a recipe as it is, is not simulated again: stopped, it goes on there.
 """
 
+import argparse
+import hashlib
+import json
 import os
-import sys
-from dataclasses import dataclass
+import re
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from rto_megatron.cli.check import split_gpus
 from rto_megatron.config.load import load_recipe
+from rto_megatron.planning.gpus import KNOWN_GPUS
 from rto_megatron.planning.judgement import judged
 from rto_megatron.planning.memory import fullest_bytes, gib
+from rto_megatron.planning.whole_step import longest_lengths, time_step
 from rto_megatron.platform.device import prepare
 
 RECIPES = Path(__file__).parents[1] / "launchers/recipes"
+FOLDERS = ("families", "llama3_8b", "llama3_1_8b", "llama3_70b", "qwen3_30b_a3b")
 PHASES = ("score", "update", "optimizer step", "push")
-DISTINCT = (
-    "llama3_8b/sft.yaml:8",
-    "llama3_8b/reward_model.yaml:8",
-    "llama3_8b/dpo.yaml:8",
-    "llama3_8b/grpo.yaml:8",
-    "llama3_8b/rto.yaml:8",
-    "llama3_8b/rto_roles.yaml:8",
-    "llama3_8b/rto_own_ranks.yaml:8:2",
-    "llama3_8b/rto_colocated.yaml:8",
-    "llama3_1_8b/rto_32k.yaml:16",
-    "qwen3_30b_a3b/dpo.yaml:32",
-    "qwen3_30b_a3b/rto.yaml:32",
-)
+GPU = KNOWN_GPUS["h100"]
+ASSUMED = {"llama3_1_8b/rto_32k.yaml": ["dpo=llama-3.1-8b"]}
 
 
 @dataclass(frozen=True)
@@ -51,39 +47,114 @@ class Wanted:
 
     @classmethod
     def of(cls, text: str) -> "Wanted":
-        """As they are written on the command line."""
+        """As they are written on the command line; GPUs that are not said are those that the recipe's comment names."""
         recipe, *numbers = text.split(":")
-        gpus, pool_gpus = (*map(int, numbers), *(None,) * 2)[:2]
-        return cls(recipe, gpus or 8, pool_gpus)
+        comment = "".join(line for line in (RECIPES / recipe).open() if line.startswith("#"))
+        gpus = re.search(r"(\d+) GPUs", comment)
+        pool = re.search(r"--pool-gpus (\d+)", comment)
+        given = [int(number) for number in numbers]
+        return cls(
+            recipe,
+            given[0] if given else int(gpus[1]) if gpus else 8,
+            given[1] if len(given) > 1 else int(pool[1]) if pool else None,
+        )
+
+    @property
+    def key(self) -> str:
+        """Of a row: another text of the recipe is another row."""
+        text = (RECIPES / self.recipe).read_bytes()
+        return f"{self.recipe}:{self.gpus}:{self.pool_gpus}:{hashlib.sha256(text).hexdigest()[:12]}"
 
 
-def line(wanted: Wanted) -> str:
-    """The recipe's line of the table."""
+@dataclass(frozen=True)
+class Row:
+    """What was found of a recipe.
+
+    Example:
+        Row("llama3_8b/sft.yaml", 8, 1, {"update": 2**35}, 2**35, 9.8, 12.0, "2026-01-31")
+    """
+
+    recipe: str
+    gpus: int
+    kinds: int  # of ranks, each of which was simulated
+    peaks: dict[str, int]  # phase -> bytes of the rank that takes most in it
+    formula: int  # bytes of the fullest rank by the closed formulas
+    step_s: float  # expected on H100, every sequence as long as the recipe admits
+    cpu_s: float
+    date: str
+
+    def line(self) -> str:
+        """Of the table."""
+        peaks = [gib(self.peaks[phase]) if phase in self.peaks else "" for phase in PHASES]
+        seconds = f"{self.step_s:,.0f} s" if self.step_s >= 10 else f"{self.step_s:.1f} s"
+        cells = [
+            f"`{self.recipe}`",
+            str(self.gpus),
+            *peaks,
+            gib(self.formula),
+            seconds,
+            f"{self.cpu_s:.0f} s",
+        ]
+        return f"| {' | '.join(cells)} |"
+
+
+def simulate(wanted: Wanted) -> Row:
+    """The recipe's row."""
     from rto_megatron.simulation.whole_job import simulate_job
 
     config = load_recipe(RECIPES / wanted.recipe)
-    world_size, _ = split_gpus(config, wanted.gpus, wanted.pool_gpus)
-    assume = [] if "llama3_1" not in wanted.recipe else ["dpo=llama-3.1-8b"]
-    plan, shapes = judged(config, world_size, assume, "")
-    ranks = simulate_job(plan, {name: found.shape for name, found in shapes.items()})
-    fullest = max(ranks, key=lambda one: one.peak)
-    peaks = {phase.name: gib(phase.peak) for phase in fullest.phases}
-    cells = [peaks.get(phase, "") for phase in PHASES]
-    formula, seconds = gib(fullest_bytes(plan, shapes)), sum(rank.seconds for rank in ranks)
-    kinds = f"{len(ranks)} of {world_size}"
-    return " | ".join(
-        [f"| `{wanted.recipe}`", str(wanted.gpus), kinds, *cells, formula, f"{seconds:.0f} s |"]
-    )
+    world_size, pool_gpus = split_gpus(config, wanted.gpus, wanted.pool_gpus)
+    plan, known = judged(config, world_size, ASSUMED.get(wanted.recipe, []), "")
+    shapes = {name: found.shape for name, found in known.items()}
+    time = time_step(plan, shapes, GPU, pool_gpus, longest_lengths(plan))
+    ranks = simulate_job(plan, shapes)
+    peaks: dict[str, int] = {}
+    for phase in (phase for rank in ranks for phase in rank.phases):
+        peaks[phase.name] = max(phase.peak, peaks.get(phase.name, 0))
+    cpu_s = sum(rank.seconds for rank in ranks)
+    today = datetime.now(UTC).date().isoformat()
+    formula = fullest_bytes(plan, known)
+    return Row(wanted.recipe, wanted.gpus, len(ranks), peaks, formula, time.seconds, cpu_s, today)
+
+
+def known_rows(file: Path | None) -> dict[str, Row]:
+    """Key -> row, of those that are finished; what a kill cut short is not."""
+    found = {}
+    for line in file.read_text().splitlines() if file is not None and file.exists() else ():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        found[entry["key"]] = Row(**entry["row"])
+    return found
 
 
 def main() -> None:
     """Prints the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "recipes", nargs="*", help="under launchers/recipes, with GPUs and those of the pool behind colons"
+    )
+    parser.add_argument("--rows", type=Path, help="a file of finished rows: read first, then added to")
+    given = parser.parse_args()
     prepare()
-    names = ["recipe", "GPUs", "kinds of ranks", *PHASES, "`rto check`", "simulated in"]
-    print(" | ".join(["| " + names[0], *names[1:]]) + " |")
+    every = [
+        str(path.relative_to(RECIPES)) for one in FOLDERS for path in sorted((RECIPES / one).glob("*.yaml"))
+    ]
+    names = ["recipe", "GPUs", *PHASES, "`rto check`", f"a step on {GPU.name.upper()}", "simulated in"]
+    print(f"| {' | '.join(names)} |")
     print("|" + "---|" * len(names))
-    for text in sys.argv[1:] or DISTINCT:
-        print(line(Wanted.of(text)), flush=True)
+    finished = known_rows(given.rows)
+    for wanted in [Wanted.of(text) for text in given.recipes or every]:
+        row = finished.get(wanted.key)
+        if row is None:
+            row = simulate(wanted)
+            if given.rows is not None:
+                with given.rows.open("a") as file:
+                    file.write("\n" + json.dumps({"key": wanted.key, "row": asdict(row)}) + "\n")
+        print(row.line(), flush=True)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,16 @@ from rto_megatron.types import ScoredRollouts
 ImportanceMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 
+def compared_tokens(scored: ScoredRollouts) -> Tensor:
+    """1 on tokens that the pool sampled and the trainer's policy was asked of, shape [B, R]."""
+    asked = scored.by_trainer
+    return scored.sampled_BR if asked is None else keep(scored.sampled_BR, asked.is_asked_B.unsqueeze(1))
+
+
 def pool_log_ratio(scored: ScoredRollouts) -> Tensor:
-    """log pi_old - log pi_pool of each token, nats, shape [B, R]; 0 where the pool sampled nothing."""
-    return keep(scored.logp_old_BR - scored.logp_pool_BR, scored.sampled_BR)
+    """log pi_trainer - log pi_pool of each token, nats, shape [B, R]; 0 where they are not compared."""
+    trainer_BR = scored.logp_old_BR if scored.by_trainer is None else scored.by_trainer.logp_BR
+    return keep(trainer_BR - scored.logp_pool_BR, compared_tokens(scored))
 
 
 def pool_ratio(scored: ScoredRollouts, mode: ImportanceMode) -> Tensor:

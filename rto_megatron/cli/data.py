@@ -1,4 +1,4 @@
-"""`rto data`, `rto synthesize`, `rto tokenizer` and `rto reasoning-gym`: what a run needs before its first stage."""
+"""`rto data`, `rto rules`, `rto synthesize`, `rto tokenizer`, `rto reasoning-gym`: what runs need before they start."""
 
 import json
 from collections.abc import Iterator
@@ -18,14 +18,59 @@ def register(app: typer.Typer) -> None:
     app.command()(synthesize)
     app.command()(tokenizer)
     app.command(name="reasoning-gym")(reasoning_gym)
-    of_data = typer.Typer(name="data", help="Look at what a stage reads.", no_args_is_help=True)
-    of_data.callback()(_nothing_by_itself)
+    app.command()(rules)
+    of_data = typer.Typer(name="data", help="Look at what a stage reads, and make it.", no_args_is_help=True)
     of_data.command()(preview)
+    of_data.command()(pairs)
     app.add_typer(of_data)
 
 
-def _nothing_by_itself() -> None:
-    """Keeps `preview` a sub-command while it is the only one."""
+def pairs(
+    responses: Annotated[
+        str,
+        typer.Argument(
+            help="evaluation.jsonl of a stage that rated several responses to each prompt.",
+            show_default=False,
+        ),
+    ],
+    prompts: Annotated[
+        str, typer.Option(help="The prompts that were answered: data.eval of that stage.", show_default=False)
+    ],
+    file: Annotated[Path, typer.Option("--out", help="File to write, .jsonl.", show_default=False)],
+    by: Annotated[str, typer.Option(help="Column with the reward, as in reward/rules.")] = "score",
+    noise: Annotated[
+        float,
+        typer.Option(
+            min=0, help="The better response is chosen with probability sigmoid(its lead / noise); 0: always."
+        ),
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the labels.")] = 0,
+) -> None:
+    """Make preference pairs of rated responses: data.train of a reward model, DPO and the other methods on pairs.
+
+    Responses to a prompt are paired in their order, each once. Pairs of equal reward, with an empty response or with
+    a chosen one that was cut are left out and counted.
+    """
+    from rto_megatron.data.labelled_pairs import write_pairs
+
+    counts = write_pairs(responses, prompts, file, by, noise, seed)
+    typer.echo(f"{file}: {counts}")
+
+
+def rules(
+    folder: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
+    train: Annotated[int, typer.Option(min=1, help="Prompts to train on.")] = 1200,
+    test: Annotated[int, typer.Option(min=1, help="Held-out prompts.")] = 200,
+    seed: Annotated[int, typer.Option(help="Everything follows from it.")] = 1,
+) -> None:
+    """Write prompts of the rule-following task, whose true reward is a program.
+
+    The program is rto_megatron.experiments.language.rules:kept, a `function` of rewards; :credit pays it by token.
+    """
+    from rto_megatron.experiments.language.prompts import write_prompts
+
+    for path in write_prompts(folder, train, test, seed):
+        typer.echo(str(path))
 
 
 def preview(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from rto_megatron.algorithms import ALGORITHMS
 from rto_megatron.algorithms.kl_controller import smallest_horizon
-from rto_megatron.algorithms.method import OfflineMethod
+from rto_megatron.algorithms.method import OfflineMethod, OnlineMethod
 from rto_megatron.config.facts import Facts, facts_of
 from rto_megatron.config.layout_problems import layout_problems, role_problems
 from rto_megatron.config.reward_checks import reward_problems
@@ -47,6 +47,11 @@ def find_problems(
 
 def _kernels(config: Stage) -> list[str]:
     precision, problems = config.precision, []
+    if precision.fp8 and precision.kernels != "transformer_engine":
+        problems.append(
+            f"precision.fp8=true with precision.kernels={precision.kernels}: products in 8 bits are "
+            "TransformerEngine's; set precision.kernels=transformer_engine, or precision.fp8=false"
+        )
     if precision.kernels == "transformer_engine" and precision.dtype == "fp32":
         problems.append(
             "precision.kernels=transformer_engine has no attention for precision.dtype=fp32; set precision.dtype=bf16, "
@@ -185,9 +190,16 @@ def _kl_horizon(facts: Facts) -> list[str]:
 def _ahead(config: ReinforcementStage | None) -> list[str]:
     if config is None or config.rollout.ahead == 0:
         return []
-    ahead, steps = config.rollout.ahead, config.run.steps
+    ahead, steps, method = config.rollout.ahead, config.run.steps, ALGORITHMS[config.stage]
     problems = []
-    if config.algorithm.pool_importance_cap is None:
+    if config.rollout.old_logprobs == "pool":
+        if isinstance(method, OnlineMethod) and not method.has_ratio:
+            problems.append(
+                f"rollout.ahead={ahead} trains on rollouts of older weights, and with rollout.old_logprobs=pool only a "
+                f"ratio to the pool's policy corrects for them, which stage {config.stage} has not; take "
+                "rollout.old_logprobs=trainer with algorithm.pool_importance_cap"
+            )
+    elif config.algorithm.pool_importance_cap is None:
         problems.append(
             f"rollout.ahead={ahead} trains on rollouts of older weights and needs their correction; set "
             "algorithm.pool_importance_cap=2, as verl and slime (or 3 with pool_importance_mode=sequence_mask, as TRL)"

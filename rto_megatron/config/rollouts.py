@@ -1,12 +1,14 @@
 """Sections of a recipe about what the policy samples: how, from which pool, and how it is measured."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator
 
 from rto_megatron.config.addresses import without_localhost
 from rto_megatron.config.training import Section
+
+OldLogprobs = Literal["trainer", "pool"]
 
 
 class SamplingConfig(Section):
@@ -113,6 +115,13 @@ class TrainRolloutConfig(RolloutConfig):
         ge=0,
         description="steps by which rollouts may be older than the weights they train: the pool samples so many "
         "batches while the trainer trains (verl's one-step-off: 1); 0: trainer and pool wait for each other",
+    )
+
+    old_logprobs: OldLogprobs = Field(
+        default="trainer",
+        description="whose log-probs of the responses are pi_old, in ratios and the KL penalty: the `trainer`'s, by a "
+        "forward of the policy over all of them, or those that the `pool` sampled with (the trainer's are then asked "
+        "of one response in 16, to measure the gap)",
     )
 
     logprob_gap_alarm: float | None = Field(

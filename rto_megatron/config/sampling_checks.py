@@ -3,12 +3,13 @@
 from rto_megatron.algorithms import ALGORITHMS
 from rto_megatron.algorithms.method import OnlineMethod
 from rto_megatron.algorithms.reinforcement import GroupConfig
+from rto_megatron.config.rollouts import SamplingConfig
 from rto_megatron.config.schema import ReinforcementStage
 
 
 def sampling_problems(config: ReinforcementStage) -> list[str]:
     """One sentence for each."""
-    return [*_likeliest(config), *_rounds(config), *_held_out(config)]
+    return [*_likeliest(config), *_old_logprobs(config), *_rounds(config), *_held_out(config)]
 
 
 def _held_out(config: ReinforcementStage) -> list[str]:
@@ -26,12 +27,16 @@ def _held_out(config: ReinforcementStage) -> list[str]:
     return [f"{key} has no effect without data.eval; remove it or name held-out prompts" for key in keys]
 
 
-def _likeliest(config: ReinforcementStage) -> list[str]:
-    how, method = config.sampling, ALGORITHMS[config.stage]
-    assert isinstance(method, OnlineMethod)
-    keys = [
+def _cut_off(how: SamplingConfig) -> list[str]:
+    """The keys by which only the likeliest tokens are sampled, with their values."""
+    return [
         f"sampling.{key}={value:g}" for key, value in (("top_p", how.top_p), ("top_k", how.top_k)) if value
     ]
+
+
+def _likeliest(config: ReinforcementStage) -> list[str]:
+    keys, method = _cut_off(config.sampling), ALGORITHMS[config.stage]
+    assert isinstance(method, OnlineMethod)
     if not keys:
         return []
     named, problems = " and ".join(keys), []
@@ -46,6 +51,35 @@ def _likeliest(config: ReinforcementStage) -> list[str]:
             f"{named}: the pool's log-probs are then of the likeliest tokens alone, and "
             f"algorithm.pool_importance_cap={config.algorithm.pool_importance_cap:g} would take that for a gap; remove "
             "one of them"
+        )
+    return problems
+
+
+def _old_logprobs(config: ReinforcementStage) -> list[str]:
+    """The pool's log-probs are of what it sampled from, and only of tokens that it sampled."""
+    if config.rollout.old_logprobs == "trainer":
+        return []
+    how, algorithm, named = config.sampling, config.algorithm, "rollout.old_logprobs=pool"
+    problems = []
+    if keys := _cut_off(how):
+        problems.append(
+            f"{named}: with {' and '.join(keys)} the pool's log-probs are of the likeliest tokens alone; take "
+            "rollout.old_logprobs=trainer, or sample from all tokens"
+        )
+    if how.min_response_tokens == 1:
+        problems.append(
+            f"{named}: with sampling.min_response_tokens=1 the pool's log-prob of a first token leaves end-of-sequence "
+            "out, and the trainer's does not; set it to 0, or to 2 or more"
+        )
+    if algorithm.truncated == "compat":
+        problems.append(
+            f"{named}: algorithm.truncated=compat trains on end-of-sequence where the pool sampled another token, and "
+            "has no log-prob of it; take penalise, mask or rollout.old_logprobs=trainer"
+        )
+    if algorithm.pool_importance_cap is not None:
+        problems.append(
+            f"{named}: pi_old is the pool's own policy, so that algorithm.pool_importance_cap="
+            f"{algorithm.pool_importance_cap:g} would correct nothing; remove one of them"
         )
     return problems
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rto_megatron.config.training import FrozenPrecisionConfig
+from rto_megatron.config.training import FrozenPrecisionConfig, ParallelConfig
 from rto_megatron.convert.conversion_report import LogitsProof
 from rto_megatron.data.tokenizer import has_tokenizer, load_plain_tokenizer
 from rto_megatron.errors import ConversionError
@@ -171,7 +171,9 @@ def write_outputs(
 
     source = open_megatron(megatron, hf_files, scalar)
     has_experts = source.shape.experts is not None
-    topology = Topology.init(device, tensor, pipeline, sequence=has_experts, seed=0)
+    topology = Topology.init(
+        device, ParallelConfig(tensor=tensor, pipeline=pipeline, sequence=has_experts), seed=0
+    )
     weights = WeightSource("megatron", source.reader.folder, hf_files)
     precision = FrozenPrecisionConfig(dtype="fp32")
     model = build_frozen("converted", weights, scalar, precision, topology)

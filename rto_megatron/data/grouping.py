@@ -4,7 +4,7 @@ An item is what must stay together: a sequence, or the two answers of a pair. Al
 that every rank comes to the same answer by itself.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import batched
 
@@ -73,6 +73,32 @@ def first_fit(items: Sequence[Lengths], room: int, size: Callable[[Extent], int]
             groups.append([item])
             held.append(extents[item])
     return [sorted(group) for group in groups]
+
+
+def bundled(
+    items: Sequence[Lengths], prompts: Sequence[Hashable], room: int, size: Callable[[Extent], int]
+) -> list[list[int]]:
+    """Items with one prompt, as many at a time as have room in a micro-batch.
+
+    Args:
+        size: see `first_fit`.
+
+    Returns:
+        the numbers of each bundle's items, ascending.
+    """
+    bundles: list[list[int]] = []
+    held: list[Extent] = []
+    last: dict[Hashable, int] = {}  # of each prompt
+    for number, lengths in enumerate(items):
+        own, place = Extent.of(lengths), last.get(prompts[number])
+        if place is not None and size(held[place] + own) <= room:
+            bundles[place].append(number)
+            held[place] += own
+            continue
+        last[prompts[number]] = len(bundles)
+        bundles.append([number])
+        held.append(own)
+    return bundles
 
 
 def deal(costs: Sequence[float], num_shares: int) -> list[list[int]]:

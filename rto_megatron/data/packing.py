@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rto_megatron.algorithms.losses import sequence_sums
 from rto_megatron.data.cut import CutSequences, Layout
+from rto_megatron.data.sharing import shared_row
 from rto_megatron.platform.copies import copied_to
 from rto_megatron.types import (
     WHOLE,
@@ -43,7 +44,11 @@ PADDING_ID = 0
 
 
 def token_batch(
-    sequences: Sequence[tuple[Sequence[int], int]], packed: bool, multiple_of: int, device: torch.device
+    sequences: Sequence[tuple[Sequence[int], int]],
+    packed: bool,
+    multiple_of: int,
+    device: torch.device,
+    shares_prompts: bool = False,
 ) -> TokenBatch:
     """Lay out sequences as one micro-batch.
 
@@ -52,6 +57,7 @@ def token_batch(
         ids. packed: one row without padding between sequences, else one right-padded row per sequence.
         multiple_of: row lengths are rounded up to it; when packed, by one trailing padding segment.
         device: where the tensors go.
+        shares_prompts: models compute equal prompts of a packed row once.
     """
     if not sequences:
         raise ValueError("a micro-batch needs at least one sequence")
@@ -85,6 +91,13 @@ def token_batch(
         tuple(last_positions),
         max(flat),
         copied_to(torch.cat(asked), device),
+        shared=shared_row(sequences, len(flat), multiple_of, PADDING_ID, device) if shares_prompts else None,
+    )
+
+
+def _laid_out(sequences: Sequence[tuple[Sequence[int], int]], layout: Layout) -> TokenBatch:
+    return token_batch(
+        sequences, layout.packed, layout.multiple_of, layout.device, layout.packed and layout.shares_prompts
     )
 
 
@@ -158,7 +171,7 @@ def supervised_microbatches(
     for numbers in layout.groups_of(demonstrations):
         group = [demonstrations[number] for number in numbers]
         sequences = [(demo.prompt_ids + demo.response_ids, len(demo.prompt_ids)) for demo in group]
-        batch = token_batch(sequences, layout.packed, layout.multiple_of, layout.device)
+        batch = _laid_out(sequences, layout)
         mask_T = _response_mask(sequences, batch)
         for start, demo in zip(batch.cu_seqlens, group, strict=False):
             predicts_first = start + len(demo.prompt_ids) - 1
@@ -188,7 +201,7 @@ def pair_microbatches(
         answers = [*(pair.chosen_ids for pair in group), *(pair.rejected_ids for pair in group)]
         prompts = [pair.prompt_ids for pair in (*group, *group)]
         sequences = [(p + a, len(p)) for p, a in zip(prompts, answers, strict=True)]
-        batch = token_batch(sequences, layout.packed, layout.multiple_of, layout.device)
+        batch = _laid_out(sequences, layout)
         margin_P = torch.tensor([pair.margin for pair in group], dtype=torch.float32, device=layout.device)
         microbatches.append(
             PairMicrobatch(
@@ -219,7 +232,7 @@ def judged_microbatches(
     for numbers in layout.groups_of(answers):
         group = [answers[number] for number in numbers]
         sequences = [(a.prompt_ids + a.response_ids, len(a.prompt_ids)) for a in group]
-        batch = token_batch(sequences, layout.packed, layout.multiple_of, layout.device)
+        batch = _laid_out(sequences, layout)
         logp_ref_S = logp_ref_G[numbers].to(layout.device)
         microbatches.append(
             JudgedMicrobatch(
@@ -253,13 +266,9 @@ def response_sums(
 
 def sequence_batches(sequences: Sequence[tuple[Sequence[int], int]], layout: Layout) -> CutSequences:
     """Token batches of (token ids, prompt length)."""
-    groups = layout.groups([(len(ids),) for ids, _ in sequences])
-    batches = [
-        token_batch(
-            [sequences[number] for number in numbers], layout.packed, layout.multiple_of, layout.device
-        )
-        for numbers in groups
-    ]
+    prompts = [tuple(ids[:prompt_len]) for ids, prompt_len in sequences]
+    groups = layout.groups([(len(ids),) for ids, _ in sequences], prompts)
+    batches = [_laid_out([sequences[number] for number in numbers], layout) for numbers in groups]
     return CutSequences(batches, groups)
 
 
@@ -336,8 +345,7 @@ def minibatches(
         group = [rows[number] for number in numbers]
         rollouts = [experience.rollouts[row] for row in group]
         sequences = [(r.prompt_ids + r.response_ids, len(r.prompt_ids)) for r in rollouts]
-        plain = token_batch(sequences, layout.packed, layout.multiple_of, layout.device)
-        batch = _drawn_batch(plain, rollouts, experience.drawn)
+        batch = _drawn_batch(_laid_out(sequences, layout), rollouts, experience.drawn)
         prompt_lens = [len(rollout.prompt_ids) for rollout in rollouts]
         response_lens = [len(rollout.response_ids) for rollout in rollouts]
         fields_BR = (

@@ -23,6 +23,7 @@ from rto_megatron.engine.presence import require_present
 from rto_megatron.engine.readings import (
     Reading,
     asked_states,
+    in_the_batch,
     output_weight,
     read_entropies,
     read_outputs,
@@ -105,7 +106,8 @@ class FrozenModel:
         """
 
         def read(index: int, raw: Tensor) -> Tensor:
-            return raw.flatten(0, 1).float() if self.has_scalar_head else whole_logits(self, raw)
+            found = raw.flatten(0, 1).float() if self.has_scalar_head else whole_logits(self, raw)
+            return in_the_batch(found, batches[index])
 
         found = _forward_only(self, batches, read)
         return found if self.topology.is_last_stage else [torch.empty(0) for _ in batches]
@@ -321,11 +323,14 @@ def _schedule(model: Model, batches: Sequence[TokenBatch]) -> Callable[..., list
 
 
 def _count(model: Model, batches: Sequence[TokenBatch], num_forwards: int) -> None:
-    """Notes what a pass needs by the model's mathematics, without padding."""
+    """Notes what a pass needs by the model's mathematics, without padding, a prompt that sequences share once."""
     lengths = [length for batch in batches for length in batch.lengths]
+    repeated = [length for batch in batches if batch.shared is not None for length in batch.shared.repeated]
     flops = forward_flops(model.shape, model.has_scalar_head, lengths)
+    flops -= forward_flops(model.shape, model.has_scalar_head, repeated)
     if not model.has_scalar_head:  # which is applied where log-probs are asked for
-        flops -= head_flops(model.shape, sum(lengths) - sum(len(batch.asked_N) for batch in batches))
+        num_unasked = sum(lengths) - sum(repeated) - sum(len(batch.asked_N) for batch in batches)
+        flops -= head_flops(model.shape, num_unasked)
     model.topology.work.add(num_forwards * flops / model.topology.replica_ranks)
 
 

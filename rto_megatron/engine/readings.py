@@ -46,7 +46,7 @@ class Reading[M]:
 def read_outputs(model: "Model", batch: TokenBatch, raw: Tensor) -> Tensor:
     """Log-probs of the targets asked for, 0 elsewhere; or a scalar head's values of all positions, scaled: [T]."""
     if model.has_scalar_head:
-        values_T = whole_rows(raw.flatten()[None].float(), model.topology)[0]
+        values_T = in_the_batch(whole_rows(raw.flatten()[None].float(), model.topology)[0], batch)
         return (values_T - model.scale.mean) / model.scale.std
     logp_N = token_logprobs(
         asked_states(raw, batch, model.topology),
@@ -110,7 +110,15 @@ def _shaping(model: "Model") -> LogitShaping:
 def asked_states(raw: Tensor, batch: TokenBatch, topology: Topology) -> Tensor:
     """The final states of this context rank's positions that are asked for, equal on all tensor ranks: [N, h]."""
     states_th = _states(raw, topology)
-    return states_th.index_select(0, _own_positions(batch, topology) - _first(batch, topology))
+    own_N = _own_positions(batch, topology)
+    if batch.shared is not None:
+        return states_th.index_select(0, batch.shared.read_T[own_N])
+    return states_th.index_select(0, own_N - _first(batch, topology))
+
+
+def in_the_batch(values: Tensor, batch: TokenBatch) -> Tensor:
+    """What was computed once where sequences share it, [K, ...], at every position of the micro-batch, [T, ...]."""
+    return values if batch.shared is None else values.index_select(0, batch.shared.read_T)
 
 
 def output_weight(last: GPTModel) -> Tensor:

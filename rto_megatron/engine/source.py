@@ -17,6 +17,7 @@ from rto_megatron.storage.checkpoints import (
     checkpoint_of,
     find_role,
     pointer_problem,
+    step_of,
 )
 from rto_megatron.storage.megatron_folder import HF_FILES, find_megatron, require_tokenizer_of_conversion
 from rto_megatron.storage.weight_files import adapter_problem
@@ -34,6 +35,11 @@ class WeightSource:
     kind: Literal["hugging_face", "checkpoint", "megatron", "random"]
     path: Path  # the Hugging Face folder, <checkpoint>/<role>, or the folder with Megatron-LM's .metadata
     hf_folder: Path  # config.json and the tokenizer
+
+    @property
+    def step(self) -> int | None:
+        """Finished steps of the stage whose checkpoint it is; None: it is none of a stage."""
+        return step_of(self.path.parent) if self.kind == "checkpoint" else None
 
     def shape(self) -> ModelShape:
         """Sizes, from config.json."""

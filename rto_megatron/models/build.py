@@ -13,7 +13,7 @@ from rto_megatron.models.chunks import ModelChunks, StageLayout, cut_of
 from rto_megatron.models.fused_layers import fused_settings, is_fused
 from rto_megatron.models.layer_specs import block_spec
 from rto_megatron.models.modules import GroupedGPT, ScalarHead
-from rto_megatron.models.packed_rows import packed_row
+from rto_megatron.models.packed_rows import packed_row, row_of
 from rto_megatron.models.pipeline_cut import PipelineCut
 from rto_megatron.models.rotations import Rotations
 from rto_megatron.models.shape import ModelShape
@@ -229,19 +229,26 @@ def forward(model: torch.nn.Module, batch: TokenBatch, topology: Topology) -> Te
     is_cut = topology.context_size > 1
 
     def as_rows(numbers_T: Tensor) -> Tensor:
+        if batch.shared is not None:
+            return numbers_T[None]
         if is_cut:
             return numbers_T[None, own_part(len(numbers_T), topology)]
         return numbers_T.view(batch.num_rows, -1)
 
-    rows = as_rows(batch.tokens_T)
-    positions = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
+    shared = batch.shared
+    assert shared is None or not is_cut, "of rows that are cut every sequence has a prompt of its own"
+    rows = as_rows(batch.tokens_T if shared is None else shared.tokens_K)
     packed = None
-    if is_cut or (batch.num_rows == 1 and len(batch.cu_seqlens) > 2):
+    if shared is not None:
+        packed = row_of(shared)
+    elif is_cut or (batch.num_rows == 1 and len(batch.cu_seqlens) > 2):
         packed = packed_row(batch.cu_seqlens, rows.device)
+    positions = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
     # Of a mixture in training: padding is no load of an expert.
     config = model.config
     assert isinstance(config, TransformerConfig)
-    padding = as_rows(is_padding(batch)) if model.training and config.num_moe_experts is not None else None
+    is_told = model.training and config.num_moe_experts is not None
+    padding = as_rows(is_padding(batch)) if is_told else None
     outputs: Tensor = model(
         rows,
         positions,
@@ -254,7 +261,11 @@ def forward(model: torch.nn.Module, batch: TokenBatch, topology: Topology) -> Te
 
 
 def is_padding(batch: TokenBatch) -> Tensor:
-    """True where no sequence is, bool [T]."""
+    """True where no sequence is, bool [T], or [K] of what is computed of it."""
+    if batch.shared is not None:
+        is_padding_K = torch.ones(batch.shared.tokens_K.shape, dtype=torch.bool)
+        is_padding_K[: batch.shared.added[len(batch.last_positions)]] = False
+        return copied_to(is_padding_K, batch.tokens_T.device)
     is_padding_T = torch.ones(batch.tokens_T.shape, dtype=torch.bool)
     for start, last in zip(batch.cu_seqlens, batch.last_positions, strict=False):
         is_padding_T[start : last + 1] = False

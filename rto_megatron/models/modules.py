@@ -1,7 +1,6 @@
 """Modules of a GPTModel that are ours: core attention of packed sequences, knowledge of its groups, a scalar head."""
 
 import math
-from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -62,11 +61,16 @@ class PackedCoreAttention(MegatronModule):  # type: ignore[misc]  # megatron-cor
             out = self.attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)))  # [b, n, s, d]
             out = out.permute(2, 0, 1, 3)
             return out.reshape(*out.shape[:2], -1)
-        row = packed_seq_params
+        queries = keys = packed_seq_params
+        if (sharing := packed_seq_params.sharing) is not None:
+            queries, keys = sharing.queries, sharing.keys
+            key, value = sharing.seen(key), sharing.seen(value)
         if self.softcap is None and has_kernel(query, value):
-            return attend_at_once(query, key, value, row, row, self.window, self.softmax_scale).flatten(1)
-        lengths = [end - start for start, end in pairwise(row.offsets)]
-        pieces = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
+            return attend_at_once(query, key, value, queries, keys, self.window, self.softmax_scale).flatten(
+                1
+            )
+        split = ((query, queries), (key, keys), (value, keys))
+        pieces = zip(*(x.split(row.lengths) for x, row in split), strict=True)
         outs = [self.attend(*(x.transpose(0, 1)[None] for x in piece))[0].transpose(0, 1) for piece in pieces]
         out = torch.cat(outs)
         return out.reshape(out.shape[0], -1)
@@ -126,15 +130,26 @@ class PackedCoreAttention(MegatronModule):  # type: ignore[misc]  # megatron-cor
 
 class GroupedGPT(GPTModel):  # type: ignore[misc]  # megatron-core has no types
     """Megatron's model, which knows its groups also where 0.19.2 asks the global state: a tied output weight, padding
-    under sequence parallelism.
+    under sequence parallelism; and the places of tokens in a row whose sequences share prompts.
 
     Example:
         GroupedGPT(config, layers, vocab_size, max_sequence_length, pg_collection=topology.groups)
     """
 
-    def _preprocess(self, *, padding_mask: Tensor | None = None, **inputs: object) -> tuple[object, ...]:
+    def _preprocess(
+        self,
+        *,
+        padding_mask: Tensor | None = None,
+        packed_seq_params: PackedRow | None = None,
+        **inputs: object,
+    ) -> tuple[object, ...]:
         """Megatron's, with the tensor rank's part of the padding [b, s] on every pipeline stage."""
-        *made, _ = super()._preprocess(padding_mask=None, **inputs)
+        embedded, angles, *made, _ = super()._preprocess(
+            padding_mask=None, packed_seq_params=packed_seq_params, **inputs
+        )
+        if packed_seq_params is not None and (sharing := packed_seq_params.sharing) is not None:
+            angles = angles[sharing.places]
+        made = [embedded, angles, *made]
         if padding_mask is not None and self.config.sequence_parallel:
             padding_mask = padding_mask.chunk(self.tp_group.size(), 1)[self.tp_group.rank()]
         return (*made, padding_mask)

@@ -13,6 +13,27 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from rto_megatron.platform.copies import copied_to
+from rto_megatron.shared_row import SharedRow
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How sequences lie in a row in which prompts stand once; see `SharedRow`.
+
+    Example:
+        key, value = sharing.seen(key), sharing.seen(value)
+    """
+
+    places: Tensor  # int64 [t], of each token in its sequence
+    queries: "PackedRow"
+    keys: "PackedRow"
+    runs: tuple[int, ...]
+    order: tuple[int, ...]
+
+    def seen(self, row: Tensor) -> Tensor:
+        """Keys or values [t, k, d] as the sequences see them, each its prompt's and its own, [s, k, d]."""
+        runs = row.split(self.runs)
+        return torch.cat([runs[number] for number in self.order])
 
 
 @dataclass
@@ -20,10 +41,16 @@ class PackedRow(PackedSeqParams):  # type: ignore[misc]  # megatron-core has no 
     """What Megatron's layers are told of a packed row, and its offsets as numbers: to read them off a GPU stops it.
 
     Example:
-        [end - start for start, end in pairwise(row.offsets)]
+        key.split(row.lengths)
     """
 
     offsets: tuple[int, ...] = ()
+    sharing: Sharing | None = None  # None: every sequence has its prompt
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence."""
+        return [end - start for start, end in pairwise(self.offsets)]
 
 
 def packed_row(offsets: Sequence[int], device: torch.device) -> PackedRow:
@@ -38,6 +65,19 @@ def packed_row(offsets: Sequence[int], device: torch.device) -> PackedRow:
         max_seqlen_kv=longest,
         offsets=tuple(offsets),
     )
+
+
+def row_of(shared: SharedRow) -> PackedRow:
+    """The row in which prompts stand once.
+
+    Its offsets are those of one sequence: what turns heads is given the angles of each token's place instead.
+    """
+    device = shared.tokens_K.device
+    queries, keys = packed_row(shared.added, device), packed_row(shared.seen, device)
+    row = packed_row((0, shared.added[-1]), device)
+    row.max_seqlen_q = row.max_seqlen_kv = keys.max_seqlen_q
+    row.sharing = Sharing(shared.places_K, queries, keys, shared.runs, shared.order)
+    return row
 
 
 def has_kernel(query: Tensor, value: Tensor) -> bool:

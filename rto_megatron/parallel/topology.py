@@ -11,10 +11,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from rto_megatron.config.training import (
+    FP8_MULTIPLE,
     ContextScheme,
     GridConfig,
+    ParallelConfig,
     RoleGridConfig,
-    RoleName,
     StageLayers,
     shared_ranks,
 )
@@ -39,7 +40,7 @@ class Topology:
     it: they have its data rank, make its calls, and hear what it knows.
 
     Example:
-        Topology.init(prepare(), tensor=2, pipeline=2, sequence=True, seed=42)
+        Topology.init(prepare(), ParallelConfig(tensor=2, pipeline=2, sequence=True), seed=42)
     """
 
     device: Device
@@ -71,26 +72,15 @@ class Topology:
     def init(
         cls,
         device: Device,
-        tensor: int,
-        pipeline: int,
-        sequence: bool,
+        parallel: ParallelConfig,
         seed: int,
         timeout: timedelta = timedelta(minutes=30),
-        roles: Mapping[RoleName, RoleGridConfig] | None = None,
-        expert: int = 1,
-        expert_tensor: int | None = None,
-        context: int = 1,
-        context_scheme: ContextScheme = "ulysses",
-        virtual: int = 1,
-        stages: StageLayers = None,
     ) -> "Topology":
         """Joins the process group that the launcher announced in the environment.
 
         Args:
+            parallel: the layout of the policy, and those that roles have for themselves.
             timeout: of a collective; longer than one rank may let the others wait, such as for rollouts.
-            roles: role -> its own layout; None: all have the one of the policy.
-            expert, expert_tensor: parts of the experts of a mixture, and ranks of one; see `GridConfig`.
-            virtual, stages: chunks of a model on each stage, and layers of each; see `GridConfig`.
 
         Raises:
             AbsentRanks: not all ranks came.
@@ -98,23 +88,13 @@ class Topology:
         """
         if not dist.is_initialized():
             join_ranks(device.backend, timeout)
-        grid = RoleGridConfig(
-            tensor=tensor,
-            context=context,
-            context_scheme=context_scheme,
-            pipeline=pipeline,
-            sequence=sequence,
-            expert=expert,
-            expert_tensor=expert_tensor,
-            virtual=virtual,
-            stages=stages,
-        )
         others: dict[str, Topology] = {}
-        shared = shared_ranks(roles or {}, dist.get_world_size())
+        shared = shared_ranks(parallel.roles, dist.get_world_size())
+        grid = RoleGridConfig(**{name: value for name, value in parallel if name in GridConfig.model_fields})
         policy = _placed(device, grid, shared, "parallel", timeout, Work(), others, None)
         seed_generators(seed, policy.tensor_rank)
         made = {grid: policy}
-        for role, own in (roles or {}).items():
+        for role, own in parallel.roles.items():
             if own not in made:
                 section, place = f"parallel.roles.{role}", own.own_ranks or shared
                 made[own] = _placed(device, own, place, section, timeout, policy.work, {}, policy)
@@ -168,8 +148,10 @@ class Topology:
 
     @property
     def row_multiple(self) -> int:
-        """Token rows are padded to a multiple of this: context and sequence parallelism cut them in equal parts."""
-        return (self.tensor_size if self.sequence_parallel else 1) * self.context_size
+        """Token rows are padded to a multiple of this: context and sequence parallelism cut them in equal parts, each
+        of which is the rows of a product."""
+        rows = FP8_MULTIPLE if self.device.has_fp8 else 1
+        return rows * (self.tensor_size if self.sequence_parallel else 1) * self.context_size
 
     @property
     def spread(self) -> int:

@@ -54,6 +54,7 @@ class Evaluation:
     response_tokens: Estimate
     num_prompts: int
     num_responses: int
+    steps: int | None = None  # that the policy was trained for; None: by no stage, or by one that did not say
     rewards: Mapping[str, Estimate] = field(default_factory=dict)  # what each source of `rewards` gave
 
 
@@ -100,7 +101,7 @@ def final_table(evaluations: Sequence[Evaluation], title: str) -> Table:
     sources = sorted({name for row in evaluations for name in row.rewards})
     score = "sum of rewards" if sources else "reward model"
     for name in (
-        "true return", score, *sources, "KL to reference", "response tokens", "prompts", "responses",
+        "true return", score, *sources, "KL to reference", "response tokens", "prompts", "responses", "steps",
     ):  # fmt: skip
         table.add_column(Text(plain(name)), justify="right")
     for row in evaluations:
@@ -113,6 +114,7 @@ def final_table(evaluations: Sequence[Evaluation], title: str) -> Table:
             f"{row.response_tokens.mean:.1f}",
             str(row.num_prompts),
             str(row.num_responses),
+            "-" if row.steps is None else str(row.steps),
         )
     return table
 
@@ -148,6 +150,7 @@ def _read(file: Path) -> Evaluation:
             response_tokens=Estimate(**entry["response_tokens"]),
             num_prompts=entry["num_prompts"],
             num_responses=entry["num_responses"],
+            steps=entry.get("steps"),
             rewards={name: Estimate(**one) for name, one in entry.get("rewards", {}).items()},
         )
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:

@@ -256,7 +256,7 @@ THEMES = (
     ),
     Theme(
         "Agreement with the pool",
-        "Over the tokens that the pool sampled.",
+        "Over the tokens that the pool sampled; with `rollout.old_logprobs: pool` over those of one response in 16.",
         (
             Metric("pool/logprob_gap_mean", "nats", "|log-prob of the pool - log-prob of the trainer|, mean; with "
                    "`rollout.ahead` what the policy learnt since then is in it", ONLINE),

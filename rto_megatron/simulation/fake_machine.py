@@ -5,18 +5,21 @@ since they decide shapes; so are numbers that Python writes down. Weights, and a
 torch's fake tensors. What a program asks of those it is told: flags are true, whole numbers 0, others 1.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
+from rto_megatron.platform.cpu import CPU
 from rto_megatron.simulation.ledger import Ledger
 from rto_megatron.simulation.rank_tally import RankTally
+from rto_megatron.simulation.remembered import Remembered
 
 aten = torch.ops.aten
+_WHERE = torch.ops.prim.device.default  # asked for most often of all, and of no operation
 _INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
 
 
@@ -33,6 +36,7 @@ class FakeMachine(TorchDispatchMode):
         self.ledger = ledger
         self.tally = tally
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._remembered = Remembered(self._fake, CPU)
 
     def __torch_dispatch__(
         self,
@@ -41,21 +45,40 @@ class FakeMachine(TorchDispatchMode):
         args: Sequence[object] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
+        if func is _WHERE:
+            (tensor,) = args
+            assert isinstance(tensor, Tensor)
+            return tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
         kwargs = kwargs or {}
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = list(_tensors_of(args)) + list(_tensors_of(kwargs.values()))
         fakes = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
         if tensors and not fakes:
             return func(*args, **kwargs)
         if func is aten._local_scalar_dense.default:
             self.tally.read()
             return _told(fakes[0])
-        out = self._on_the_device(func, args, kwargs)
+        out = self._made(func, args, kwargs, fakes)
         if not tensors and _is_of_the_host(out):
             return func(*args, **kwargs)
         self.tally.count(func, args, kwargs, out)
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, FakeTensor):
-                self.ledger.note(leaf)
+        for made in _tensors_of((out,)):
+            if isinstance(made, FakeTensor):
+                self.ledger.note(made)
+        return out
+
+    def _made(
+        self,
+        func: torch._ops.OpOverload,
+        args: Sequence[object],
+        kwargs: Mapping[str, object],
+        fakes: Sequence[FakeTensor],
+    ) -> object:
+        """What an operation makes: as before of tensors like these, or as torch says."""
+        asked = self._remembered.question(func, args, kwargs)
+        out = self._remembered.answer(asked, fakes)
+        if out is NotImplemented:
+            out = self._on_the_device(func, args, kwargs)
+            self._remembered.remember(asked, fakes, out)
         return out
 
     def _on_the_device(
@@ -77,6 +100,14 @@ class FakeMachine(TorchDispatchMode):
             return func(*tree_map(_emptied, args), **kwargs)
         with self._fake:
             return func(*args, **kwargs)
+
+
+def _tensors_of(values: Iterable[object]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors_of(value)
 
 
 def _emptied(leaf: object) -> object:

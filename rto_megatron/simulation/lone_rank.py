@@ -95,28 +95,12 @@ def _alone(topology: Topology, **changes: object) -> LoneTopology:
 @contextmanager
 def joined(config: Stage, rank: int, world_size: int) -> Iterator[LoneTopology]:
     """A rank's place in a job that has no other."""
-    parallel = config.parallel
     device = prepare()
     _stay_in_place()
     _ask_for_numbers()
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
-        yield lone(
-            Topology.init(
-                device,
-                parallel.tensor,
-                parallel.pipeline,
-                parallel.sequence,
-                config.run.seed,
-                roles=parallel.roles,
-                expert=parallel.expert,
-                expert_tensor=parallel.expert_tensor,
-                context=parallel.context,
-                context_scheme=parallel.context_scheme,
-                virtual=parallel.virtual,
-                stages=parallel.stages,
-            )
-        )
+        yield lone(Topology.init(device, config.parallel, config.run.seed))
     finally:
         dist.destroy_process_group()
 

@@ -105,8 +105,10 @@ def made_step(plan: StagePlan, layout: Layout, most_microbatches: int) -> MadeSt
     # Every replica of every role gets full micro-batches alone, those of interleaved stages as many as need no filling,
     # and prompts their whole group of responses.
     layouts = [plan.layout_of(role.name) for role in plan.roles]
-    shares = math.lcm(*(_share(plan.layout.data, one.data) for one in layouts))
-    shares *= math.lcm(*(one.pipeline for one in layouts if one.virtual > 1))
+    turns = [one.pipeline if one.virtual > 1 else 1 for one in layouts]
+    shares = math.lcm(
+        *(_share(plan.layout.data, one.data) * turn for one, turn in zip(layouts, turns, strict=True))
+    )
     readings = per_reading // math.gcd(per_reading, len(lengths))
     unit = math.lcm(per_microbatch * shares, readings * shares, group)
     wanted = min(most_microbatches, max(1, plan.batches.train_per_rank // per_microbatch))

@@ -60,7 +60,7 @@ class SimulatedRank:
     phases: tuple[SimulatedPhase, ...]
     num_sequences: int  # that the simulated passes read
     num_microbatches: int  # in which an optimizer step was simulated
-    seconds: float  # that the simulation took
+    seconds: float  # of a core that the simulation took
 
     @property
     def peak(self) -> int:

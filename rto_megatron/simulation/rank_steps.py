@@ -137,7 +137,7 @@ class SimulatedStep:
         self._training = training
         self._models: dict[str, Model] = {}
         self._phases: list[SimulatedPhase] = []
-        self._start = time.monotonic()
+        self._start = time.process_time()
         self.where = "before its first phase"  # the phase that is simulated, for errors
 
     def hold(self, found: Mapping[str, RoleModel | None]) -> None:
@@ -209,7 +209,7 @@ class SimulatedStep:
             (*self._phases, *self._push()),
             self.made.num_items * (2 if self.made.is_pair else 1),
             self.made.num_microbatches,
-            time.monotonic() - self._start,
+            time.process_time() - self._start,
         )
 
     def _push(self) -> tuple[SimulatedPhase, ...]:

@@ -56,7 +56,7 @@ def _online(step: SimulatedStep, config: schema.ReinforcementStage) -> None:
     with step.phase("score"):
         scored = score(
             rollouts, roles, setup.layout, setup.eos, config.algorithm.truncated, how.min_response_tokens,
-            how.temperature, how.is_whole,
+            how.temperature, how.is_whole, None, config.rollout.old_logprobs,
         )  # fmt: skip
         experience = algorithm.credit(scored, algorithm.kl_controller.coef, setup.topology.dp_sum)
         del scored

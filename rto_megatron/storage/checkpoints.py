@@ -36,7 +36,7 @@ def find_role(path: Path, roles: Sequence[str]) -> Path | None:
 def finished_checkpoints(run_dir: Path) -> list[Path]:
     """Oldest first; unfinished ones are never under a final name."""
     folders = (run_dir / CHECKPOINTS).glob("step_*")
-    return sorted((f for f in folders if is_step_name(f.name)), key=_step_of)
+    return sorted((f for f in folders if is_step_name(f.name)), key=step_of)
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
@@ -52,7 +52,7 @@ def pointer_problem(run_dir: Path) -> str | None:
         return None
     if newest is None:
         return f"{pointer} holds {name!r}, and no checkpoint is beside it; one stood there before"
-    if is_step_name(name) and _step_of(newest) < _step_of(Path(name)):
+    if is_step_name(name) and step_of(newest) < step_of(Path(name)):
         return f"{pointer} names {name}, which is missing; the newest there is {newest.name}"
     return None
 
@@ -70,5 +70,6 @@ def is_step_name(name: str) -> bool:
     return re.fullmatch(r"step_\d{6,}", name) is not None
 
 
-def _step_of(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """Finished steps of the run when the checkpoint was written, by its name."""
     return int(checkpoint.name.removeprefix("step_"))

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from rto_megatron.algorithms.pool_importance import pool_log_ratio
+from rto_megatron.algorithms.pool_importance import compared_tokens, pool_log_ratio
 from rto_megatron.config.schema import ReinforcementStage
 from rto_megatron.engine.finite import refuse_together
 from rto_megatron.parallel.topology import Topology
@@ -46,7 +46,7 @@ def broken_scores(scored: ScoredRollouts, score_limit: float | None) -> Found:
     Args:
         score_limit: bound of the absolute value of a normalised score; None: any finite one.
     """
-    found = {}
+    found, sample = {}, scored.by_trainer
     whose = "sum of the rewards" if scored.scores_by_source else "score of the reward model"
     for what, values in (
         *(
@@ -56,6 +56,7 @@ def broken_scores(scored: ScoredRollouts, score_limit: float | None) -> Found:
         (whose, scored.score_B[:, None]),
         ("log-prob of the pool", scored.logp_pool_BR),
         ("log-prob of the policy", scored.logp_old_BR),
+        *([] if sample is None else [("log-prob of the policy by the trainer", sample.logp_BR)]),
         ("log-prob of the reference", scored.logp_ref_BR),
         ("log-ratio of the DPO model", scored.dpo_logratio_BR),
         ("value of the critic", scored.values_BR),
@@ -107,7 +108,8 @@ class Scorer:
         if not broken_rollouts(sampled, setup.eos, bool(how.stop)):  # `score` refuses those, with all others
             closed = close_rollouts(sampled, setup.eos, config.algorithm.truncated)
             drawn = drawn_from(setup.eos, how.min_response_tokens, how.temperature)
-            self._early |= opinions(closed, self._roles, setup.layout, drawn)
+            asks_policy = config.rollout.old_logprobs == "trainer"
+            self._early |= opinions(closed, self._roles, setup.layout, drawn, asks_policy)
         self._seconds += time.monotonic() - start
 
     def measured(self) -> Metrics:
@@ -140,7 +142,7 @@ class Scorer:
         how, truncated = config.sampling, config.algorithm.truncated
         return score(
             sampled, self._roles, setup.layout, setup.eos, truncated, how.min_response_tokens,
-            how.temperature, how.is_whole, self._early,
+            how.temperature, how.is_whole, self._early, config.rollout.old_logprobs,
         )  # fmt: skip
 
 
@@ -163,10 +165,10 @@ def watched_gap(
 def pool_gap(scored: ScoredRollouts, topology: Topology) -> dict[str, float]:
     """Mean and largest difference between the pool's log-probs and ours over all replicas; all ranks must call this.
 
-    In nats, over the tokens that the pool sampled; 0 where there are none.
+    In nats, over the tokens that the pool sampled and the trainer's policy was asked of; 0 where there are none.
     """
     gap_BR = pool_log_ratio(scored).abs().double()
-    own = torch.stack([gap_BR.sum(), scored.sampled_BR.sum().double()])
+    own = torch.stack([gap_BR.sum(), compared_tokens(scored).sum().double()])
     total, count = topology.dp_sum(own).tolist()
     everywhere = topology.gather(float(gap_BR.max()), float)
     return {"pool/logprob_gap_mean": total / max(count, 1), "pool/logprob_gap_max": max(everywhere)}

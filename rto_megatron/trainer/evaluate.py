@@ -8,13 +8,13 @@ from rto_megatron.config import schema
 from rto_megatron.data.cut import Layout
 from rto_megatron.data.packing import response_mask, rollout_grid
 from rto_megatron.engine.absent import RoleModel
-from rto_megatron.engine.build_roles import place_frozen
 from rto_megatron.lifecycle.starting import begin_steps
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.reporting.evaluation import Estimate, Evaluation, estimate, save_evaluation
 from rto_megatron.reporting.progress import say
 from rto_megatron.trainer.build_rewards import build_rewards
 from rto_megatron.trainer.connected_pool import ConnectedPool, connect_pool
+from rto_megatron.trainer.frozen_roles import FrozenRoles
 from rto_megatron.trainer.known_reward import known_reward
 from rto_megatron.trainer.reward_source import ModelReward, RewardSource
 from rto_megatron.trainer.reward_sum import RewardSum
@@ -41,11 +41,10 @@ def evaluate(config: schema.EvaluateStage, topology: Topology, pool: ConnectedPo
     """
     setup = prepare_stage(config, topology)
     table = known_reward("evaluate.true_reward", config.evaluate.true_reward, setup)
-    policy = place_frozen("policy", setup.sources["policy"], False, config.precision, topology)
-    of_reference = topology.of("reference")
-    reference = place_frozen("reference", setup.sources["reference"], False, config.precision, of_reference)
+    frozen = FrozenRoles(setup, config.precision)
+    policy, reference = frozen.place("policy"), frozen.place("reference")
     prompts = load_unseen(config, setup)
-    rewards = build_sources(config, setup, prompts)
+    rewards = build_sources(config, setup, prompts, frozen)
     sampler = (pool or connect_pool(config.rollout, policy)).stopping_at(config.sampling.stop, setup.decode)
     sampler.push(0)
     begin_steps()
@@ -58,7 +57,10 @@ def evaluate(config: schema.EvaluateStage, topology: Topology, pool: ConnectedPo
     ban = compared_ban(setup.eos, config.sampling.min_response_tokens)
     drawn = Distribution(config.sampling.temperature, ban)
     values = {
-        "kl": kl_to_reference(rollouts, policy, reference, setup.layout, drawn),
+        # A model's log-ratio to itself is 0 without a forward.
+        "kl": [0.0] * len(rollouts)
+        if reference is policy
+        else kl_to_reference(rollouts, policy, reference, setup.layout, drawn),
         "tokens": [float(len(r.response_ids)) for r in rollouts],
     }
     if rewards is not None:
@@ -76,6 +78,7 @@ def evaluate(config: schema.EvaluateStage, topology: Topology, pool: ConnectedPo
         response_tokens=estimates["tokens"],
         num_prompts=len(prompts),
         num_responses=len(prompts) * count,
+        steps=setup.sources["policy"].step,
         rewards={source.name: estimates[f"reward/{source.name}"] for source in config.rewards},
     )
     if topology.is_lead:
@@ -87,15 +90,15 @@ def evaluate(config: schema.EvaluateStage, topology: Topology, pool: ConnectedPo
     topology.barrier()
 
 
-def build_sources(config: schema.EvaluateStage, setup: Setup, prompts: Sequence[Prompt]) -> RewardSum | None:
+def build_sources(
+    config: schema.EvaluateStage, setup: Setup, prompts: Sequence[Prompt], frozen: FrozenRoles
+) -> RewardSum | None:
     """What rates the responses, started; None where the recipe names nothing that does. All ranks must call it."""
     if not config.rewards and config.models.reward is None:
         return None
 
     def reward_model() -> RewardSource:
-        place = setup.topology.of("reward")
-        model = place_frozen("reward", setup.sources["reward"], True, config.precision, place)
-        return ModelReward(model, setup.layout, setup.eos, _AS_SAMPLED)
+        return ModelReward(frozen.place("reward", True), setup.layout, setup.eos, _AS_SAMPLED)
 
     return build_rewards(config, setup, prompts, config.evaluate.num_samples, reward_model)
 

@@ -337,8 +337,7 @@ def _pairs(
 ) -> list[PairMicrobatch]:
     logp_ref_G2 = torch.zeros(len(pairs), 2, device=layout.device)
     if reference is not None:
-        answers = [(p.prompt_ids, ids) for p in pairs for ids in (p.chosen_ids, p.rejected_ids)]
-        logp_ref_G2 = response_logprobs(reference, answers, layout).view(-1, 2)
+        logp_ref_G2 = _pair_logprobs(reference, pairs, layout)
     return pair_microbatches(pairs, logp_ref_G2, num_pairs, layout)
 
 
@@ -362,6 +361,18 @@ def _judged(
     return judged_microbatches(answers, logp_ref_G, baseline, num_answers, layout)
 
 
+def _pair_logprobs(model: RoleModel, pairs: Sequence[PreferencePair], layout: Layout) -> Tensor:
+    """As `response_logprobs`, of the chosen and of the rejected answer: [number of pairs, 2]."""
+    if not layout.shares_prompts:
+        answers = [(p.prompt_ids, ids) for p in pairs for ids in (p.chosen_ids, p.rejected_ids)]
+        return response_logprobs(model, answers, layout).view(-1, 2)
+    share = shared_out(list(pairs), list[PreferencePair], model.topology)
+    if not share.items and not model.topology.is_exchanging:
+        return torch.zeros(0, 2, device=layout.device)
+    answers = [(p.prompt_ids, ids) for p in share.items for ids in (p.chosen_ids, p.rejected_ids)]
+    return share.back(_summed(model, answers, layout.for_pairs).view(-1, 2))
+
+
 def response_logprobs(
     model: RoleModel, answers: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], layout: Layout
 ) -> Tensor:
@@ -372,6 +383,12 @@ def response_logprobs(
     share = shared_out(list(answers), list[tuple[tuple[int, ...], tuple[int, ...]]], model.topology)
     if not share.items and not model.topology.is_exchanging:
         return torch.zeros(0, device=layout.device)
-    sequences = [(prompt_ids + response_ids, len(prompt_ids)) for prompt_ids, response_ids in share.items]
+    return share.back(_summed(model, share.items, layout))
+
+
+def _summed(
+    model: RoleModel, answers: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], layout: Layout
+) -> Tensor:
+    sequences = [(prompt_ids + response_ids, len(prompt_ids)) for prompt_ids, response_ids in answers]
     cut = sequence_batches(sequences, packed_for(model.topology, layout))
-    return share.back(response_sums(model.token_outputs(cut.batches), cut, sequences))
+    return response_sums(model.token_outputs(cut.batches), cut, sequences)

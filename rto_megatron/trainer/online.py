@@ -18,8 +18,8 @@ from rto_megatron.config.roles import roles_of
 from rto_megatron.config.training import OptimizerConfig
 from rto_megatron.data.budget import budget_fill
 from rto_megatron.data.tokenizer import tokens_with
-from rto_megatron.engine.absent import FrozenRole, RoleModel, TrainedRole
-from rto_megatron.engine.build_roles import build_average, place_frozen, place_trained, update_average
+from rto_megatron.engine.absent import RoleModel, TrainedRole
+from rto_megatron.engine.build_roles import build_average, place_trained, update_average
 from rto_megatron.engine.megatron import ENTROPIES
 from rto_megatron.engine.offload import host_memory
 from rto_megatron.errors import RecipeError
@@ -32,6 +32,7 @@ from rto_megatron.trainer.checked_scores import watched_gap
 from rto_megatron.trainer.connected_pool import ConnectedPool, connect_pool
 from rto_megatron.trainer.dealt_rollouts import deal_rollouts
 from rto_megatron.trainer.dynamic_sampler import full_batches
+from rto_megatron.trainer.frozen_roles import FrozenRoles
 from rto_megatron.trainer.guard import Guard, ModelUpdate, Update
 from rto_megatron.trainer.held_out import HeldOut, load_held_out
 from rto_megatron.trainer.known_reward import known_reward, true_return
@@ -272,15 +273,10 @@ def build_roles(
             scale=ValueScale() if name in fresh else None, moe_aux_loss_coef=config.models.moe_aux_loss_coef,
         )  # fmt: skip
 
-    built: dict[str, RoleModel] = {}
-
-    def frozen(name: str, is_scalar: bool = False) -> FrozenRole:
-        model = place_frozen(name, sources[name], is_scalar, precision, topology.of(name))
-        built[name] = model
-        return model
+    frozen = FrozenRoles(setup, precision)
 
     def reward_model() -> RewardSource:
-        return ModelReward(frozen("reward", True), setup.layout, setup.eos, config.algorithm.truncated)
+        return ModelReward(frozen.place("reward", True), setup.layout, setup.eos, config.algorithm.truncated)
 
     policy, critic = trained("policy", False, config.optimizer), facts_of(config).critic_optimizer
     has_average = config.algorithm.ema_beta is not None
@@ -289,15 +285,15 @@ def build_roles(
         policy=policy,
         average=build_average(policy, sources["policy"]) if has_average else None,
         critic=None if critic is None else trained("critic", True, critic),
-        reference=frozen("reference"),
+        reference=frozen.place("reference"),
         reward=alone(reward, topology)
         if reward
         else build_rewards(config, setup, prompts, group_size, reward_model),
-        dpo=frozen("dpo") if "dpo" in sources else None,
-        dpo_reference=frozen("dpo_reference") if "dpo_reference" in sources else None,
+        dpo=frozen.place("dpo") if "dpo" in sources else None,
+        dpo_reference=frozen.place("dpo_reference") if "dpo_reference" in sources else None,
     )
     others = {"policy": roles.policy, "critic": roles.critic, "policy_ema": roles.average}
-    built |= {name: model for name, model in others.items() if model is not None}
+    built = frozen.placed() | {name: model for name, model in others.items() if model is not None}
     memory = host_memory(config.offload, built, lambda text: say(text, topology.is_lead))
     return replace(roles, memory=memory)
 

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from rto_megatron.data.cut import CutSequences, Layout
+from rto_megatron.data.packing import rollout_grid
 from rto_megatron.engine.absent import FrozenRole, TrainedRole
 from rto_megatron.engine.offload import HostMemory
 from rto_megatron.trainer.reward_sum import RewardSum
 from rto_megatron.trainer.role_shares import RoleShares
-from rto_megatron.types import WHOLE, Distribution, Rollout, TokenBatch
+from rto_megatron.types import Distribution, Rollout, TokenBatch, TrainerSample
+
+_ONE_IN = 16  # responses: what the gap to the pool is measured on costs a sixteenth of what is saved
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Opinion:
     """
 
     batch: TokenBatch
-    logp_T: Tensor  # of the policy, float32, nats
+    logp_T: Tensor  # of the policy, float32, nats; zeros where it was not asked
     logp_ref_T: Tensor
     dpo_logratio_T: Tensor
     values_T: Tensor
@@ -61,27 +64,37 @@ def known_as(group: Group) -> Group:
     return tuple(replace(rollout, sampled_logprobs=()) for rollout in group)
 
 
-def opinions(rollouts: Sequence[Rollout], roles: Roles, layout: Layout, drawn: Distribution) -> Opinions:
+def opinions(
+    rollouts: Sequence[Rollout],
+    roles: Roles,
+    layout: Layout,
+    drawn: Distribution,
+    is_policy_asked: bool = True,
+) -> Opinions:
     """Asks all models; all ranks of the replica must call it with the same rollouts, and where a model has a layout of
     its own all ranks.
 
     Args:
         rollouts: closed by the truncation policy; whole micro-batches, of which the last may be smaller.
         drawn: what policy and reference are compared as.
+        is_policy_asked: False where the pool speaks for it.
     """
     rewards = roles.reward.models()
-    asked = [roles.policy, roles.reference, roles.dpo_reference, roles.dpo, roles.critic]
+    asked_policy = roles.policy if is_policy_asked else None
+    asked = [asked_policy, roles.reference, roles.dpo_reference, roles.dpo, roles.critic]
     readers = [model for model in (*asked, *(one.model for one in rewards.values())) if model is not None]
     shares = RoleShares(rollouts, layout, [model.topology for model in readers])
     cut = shares.cut(drawn)
     # Forwards come first, and what they gave is told afterwards: models on different ranks work at the same time.
-    policy, reference = shares.begin(roles.policy, drawn), shares.begin(roles.reference, drawn)
-    dpo = None if roles.dpo is None else _begin_dpo(roles.dpo, roles, shares, drawn)
+    policy = None if asked_policy is None else shares.begin(asked_policy, drawn)
+    reference = shares.begin(roles.reference, drawn)
+    dpo = None if roles.dpo is None else _begin_dpo(roles.dpo, roles, shares)
     critic = None if roles.critic is None else shares.begin(roles.critic, drawn)
     judged = {name: one.begin(shares.of(one.model.topology)) for name, one in rewards.items()}
-    logp, logp_ref = policy(), reference()
-    zeros = [torch.zeros_like(one) for one in logp]
-    dpo_logratio = zeros if dpo is None else dpo(logp_ref)
+    logp_ref = reference()
+    zeros = [torch.zeros_like(one) for one in logp_ref]
+    logp = zeros if policy is None else policy()
+    dpo_logratio = zeros if dpo is None else dpo()
     values = zeros if critic is None else critic()
     scores = {name: tell() for name, tell in judged.items()}
     return {
@@ -97,26 +110,38 @@ def opinions(rollouts: Sequence[Rollout], roles: Roles, layout: Layout, drawn: D
     }
 
 
-def _begin_dpo(
-    dpo: FrozenRole, roles: Roles, shares: RoleShares, drawn: Distribution
-) -> Callable[[list[Tensor]], list[Tensor]]:
-    """The forwards of the DPO reward; what all ranks call then makes the log-ratio.
+def _begin_dpo(dpo: FrozenRole, roles: Roles, shares: RoleShares) -> Callable[[], list[Tensor]]:
+    """The forwards of the DPO reward, of whole distributions; what all ranks call then makes the log-ratio.
 
-    It takes the reference's log-probs, and reads them where they are of whole distributions.
+    The base model's is the reference's where that was asked for whole distributions as well.
     """
-    is_shared = roles.dpo_reference is None and drawn == WHOLE
-    base = None if is_shared else shares.begin(roles.dpo_reference or roles.reference)
-    told = shares.begin(dpo)
+    base, told = shares.begin(roles.dpo_reference or roles.reference), shares.begin(dpo)
+    return lambda: [one - other for one, other in zip(told(), base(), strict=True)]
 
-    def logratio(logp_ref: list[Tensor]) -> list[Tensor]:
-        base_logp = logp_ref if base is None else base()
-        return [one - other for one, other in zip(told(), base_logp, strict=True)]
 
-    return logratio
+def policy_sample(
+    rollouts: Sequence[Rollout], roles: Roles, layout: Layout, drawn: Distribution
+) -> TrainerSample:
+    """The policy's log-probs of one response in `_ONE_IN`, the first among them; all ranks must call it."""
+    rows = list(range(0, len(rollouts), _ONE_IN))
+    some = [rollouts[row] for row in rows]
+    shares = RoleShares(some, layout, [roles.policy.topology])
+    some_BR = rollout_grid(shares.begin(roles.policy, drawn)(), shares.cut(drawn), some)
+    width = max(len(rollout.response_ids) for rollout in rollouts)
+    logp_BR = some_BR.new_zeros(len(rollouts), width)
+    logp_BR[rows, : some_BR.shape[1]] = some_BR
+    is_asked_B = torch.zeros(len(rollouts), dtype=torch.bool, device=logp_BR.device)
+    is_asked_B[rows] = True
+    return TrainerSample(logp_BR, is_asked_B)
 
 
 def all_opinions(
-    rollouts: Sequence[Rollout], roles: Roles, layout: Layout, drawn: Distribution, early: Opinions
+    rollouts: Sequence[Rollout],
+    roles: Roles,
+    layout: Layout,
+    drawn: Distribution,
+    early: Opinions,
+    is_policy_asked: bool = True,
 ) -> tuple[CutSequences, list[Opinion]]:
     """How a batch is cut into micro-batches, and the opinion of each; only those that `early` lacks are asked for.
 
@@ -129,6 +154,6 @@ def all_opinions(
         chain.from_iterable(rows for rows, name in zip(groups, names, strict=True) if name not in early)
     )
     late = [rollouts[row] for row in rows_late]
-    known = {**early, **(opinions(late, roles, layout, drawn) if late else {})}
+    known = {**early, **(opinions(late, roles, layout, drawn, is_policy_asked) if late else {})}
     said = [known[name] for name in names]
     return CutSequences([one.batch for one in said], groups), said

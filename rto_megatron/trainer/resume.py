@@ -36,10 +36,12 @@ _FREE = (
     "parallel",
     "precision.recompute",
     "precision.kernels",
+    "precision.fp8",
     "precision.fp32_parts",
     "batch.micro",
     "batch.tokens",
     "batch.packed",
+    "batch.share_prompts",
     "data.eval",
     "data.eval_samples",
     "data.layout",
@@ -50,8 +52,8 @@ _FREE = (
     "rollout",
     "evaluate",
 )
-# What the samples depend on, of sections that are free otherwise.
-_FIXED = ("rollout.ahead",)
+# What the samples and the losses depend on, of sections that are free otherwise.
+_FIXED = ("rollout.ahead", "rollout.old_logprobs")
 ROLLOUTS_AHEAD = "rollouts_ahead.jsonl"  # <checkpoint>/rollouts_ahead.jsonl, where any were drawn
 
 # Where a source is asked, how long and how often.
@@ -62,6 +64,7 @@ _BEFORE_OF_REWARDS: Mapping[str, Json] = {"overlong_buffer_tokens": None}
 _BEFORE: Mapping[str, Json] = {
     "rewards": [],
     "rollout.ahead": 0,
+    "rollout.old_logprobs": "trainer",
     "algorithm.pool_importance_mode": "token_truncate",
     "data.loss_on": "last",
     "data.empty_thoughts": "learn",

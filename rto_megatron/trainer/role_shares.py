@@ -5,7 +5,7 @@ T  positions of one micro-batch | L  tokens of the longest sequence
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 from torch import Tensor
 
@@ -18,8 +18,9 @@ from rto_megatron.types import WHOLE, Distribution, Experience, Rollout, TokenBa
 
 
 def packed_for(topology: Topology, layout: Layout) -> Layout:
-    """How a role's micro-batches are packed: rows are padded by its own layout."""
-    return replace(layout, multiple_of=topology.row_multiple)
+    """How a role packs micro-batches: rows are padded by its own layout, and prompts stand once where none is cut."""
+    shares_prompts = layout.shares_prompts and topology.context_size == 1
+    return replace(layout, multiple_of=topology.row_multiple, shares_prompts=shares_prompts)
 
 
 class RoleShares:
@@ -45,6 +46,7 @@ class RoleShares:
             for topology in dict.fromkeys(readers)
         }
         self._cuts: dict[tuple[Topology | None, Distribution], CutSequences] = {}
+        self._begun: dict[tuple[int, Distribution], Callable[[], list[Tensor]]] = {}
 
     def cut(self, drawn: Distribution = WHOLE) -> CutSequences:
         """The policy's micro-batches, see `rollout_batches`."""
@@ -55,7 +57,7 @@ class RoleShares:
         return self._shares[topology]
 
     def begin(self, model: RoleModel, drawn: Distribution = WHOLE) -> Callable[[], list[Tensor]]:
-        """Makes a model's forward, where this rank holds it.
+        """Makes a model's forward, where this rank holds it; one that was made is not made again.
 
         Args:
             drawn: what log-probs are of.
@@ -64,6 +66,11 @@ class RoleShares:
             what all ranks call then. It gives log-probs, or values, at the positions of the policy's micro-batches, [T]
             each; zeros at padding if it is another layout that read them.
         """
+        if (id(model), drawn) not in self._begun:
+            self._begun[id(model), drawn] = cache(self._begin(model, drawn))
+        return self._begun[id(model), drawn]
+
+    def _begin(self, model: RoleModel, drawn: Distribution) -> Callable[[], list[Tensor]]:
         own, topology = self.cut(drawn), model.topology
         if topology.home is None:
             return model.begin_outputs(own.batches)

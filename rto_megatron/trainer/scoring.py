@@ -8,9 +8,10 @@ from torch import Tensor
 
 from rto_megatron.algorithms.losses import keep
 from rto_megatron.algorithms.termination import TruncationPolicy, close_response, compared_ban
+from rto_megatron.config.rollouts import OldLogprobs
 from rto_megatron.data.cut import Layout
 from rto_megatron.data.packing import response_mask, rollout_grid
-from rto_megatron.trainer.opinions import Opinions, Roles, all_opinions
+from rto_megatron.trainer.opinions import Opinions, Roles, all_opinions, policy_sample
 from rto_megatron.types import Distribution, EndOfSequence, Rollout, ScoredRollouts
 
 
@@ -39,6 +40,7 @@ def score(
     temperature: float = 1.0,
     is_whole: bool = True,
     early: Opinions | None = None,
+    old: OldLogprobs = "trainer",
 ) -> ScoredRollouts:
     """Closes what the pool sampled; every model's opinion of it, without gradients; all ranks must call this.
 
@@ -52,15 +54,17 @@ def score(
         is_whole: False where the pool sampled from the likeliest tokens alone; its log-probs are then of those, and not
             compared.
         early: what the models said already, the same on all ranks of the replica.
+        old: whose log-probs are the policy's at rollout time; the pool's must be of the same distribution.
     """
     rollouts = close_rollouts(sampled, eos, policy)
     drawn = drawn_from(eos, min_tokens, temperature)
-    cut, said = all_opinions(rollouts, roles, layout, drawn, early or {})
+    cut, said = all_opinions(rollouts, roles, layout, drawn, early or {}, is_policy_asked=old == "trainer")
 
     def grid(outputs: Sequence[Tensor]) -> Tensor:
         return rollout_grid(outputs, cut, rollouts)
 
-    logp_old_BR = grid([one.logp_T for one in said])
+    logp_ref_BR = grid([one.logp_ref_T for one in said])
+    logp_pool_BR = _padded([rollout.sampled_logprobs for rollout in sampled], logp_ref_BR)
     behind_B = cut.in_order([one.values_T[list(one.batch.last_positions)] for one in said])
     is_cut = [policy == "bootstrap" and rollout.finish_reason == "length" for rollout in rollouts]
     pairs = zip(sampled, rollouts, strict=True)
@@ -69,10 +73,10 @@ def score(
     return ScoredRollouts(
         rollouts=rollouts,
         mask_BR=response_mask(rollouts, layout.device),
-        sampled_BR=_padded([_kept(*pair, min_tokens) for pair in pairs], logp_old_BR) * is_whole,
-        logp_pool_BR=_padded([rollout.sampled_logprobs for rollout in sampled], logp_old_BR),
-        logp_old_BR=logp_old_BR,
-        logp_ref_BR=grid([one.logp_ref_T for one in said]),
+        sampled_BR=_padded([_kept(*pair, min_tokens) for pair in pairs], logp_ref_BR) * is_whole,
+        logp_pool_BR=logp_pool_BR,
+        logp_old_BR=grid([one.logp_T for one in said]) if old == "trainer" else logp_pool_BR,
+        logp_ref_BR=logp_ref_BR,
         dpo_logratio_BR=grid([one.dpo_logratio_T for one in said]),
         values_BR=grid([one.values_T for one in said]),
         bootstrap_B=keep(behind_B, torch.tensor(is_cut, device=behind_B.device)),
@@ -81,6 +85,7 @@ def score(
         source_BR=rewards.source_BR,
         scores_by_source=rewards.given,
         paid_by_source=rewards.paid,
+        by_trainer=None if old == "trainer" else policy_sample(rollouts, roles, layout, drawn),
     )
 
 

@@ -13,6 +13,7 @@ from rto_megatron.algorithms import ALGORITHMS
 from rto_megatron.algorithms.method import OfflineMethod
 from rto_megatron.config import checks, schema
 from rto_megatron.config.facts import facts_of
+from rto_megatron.config.prompts_once import has_shared_prompts, why_prompts_repeat
 from rto_megatron.config.roles import roles_of
 from rto_megatron.config.run_folder import make_run_folder, open_folder_warning
 from rto_megatron.data.budget import over_budget
@@ -25,7 +26,13 @@ from rto_megatron.data.prepared import PreparedData
 from rto_megatron.data.tokenizer import encoding_fingerprint, load_tokenizer
 from rto_megatron.engine.source import WeightSource, find_sources
 from rto_megatron.errors import MachineError
-from rto_megatron.models.layout_checks import check_experts, check_kernels, check_layout, idle_expert_keys
+from rto_megatron.models.layout_checks import (
+    check_experts,
+    check_fp8,
+    check_kernels,
+    check_layout,
+    idle_expert_keys,
+)
 from rto_megatron.models.model_flops import forward_flops
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.parallel.topology import Topology
@@ -37,7 +44,7 @@ from rto_megatron.storage.megatron_folder import REPORT
 from rto_megatron.storage.weight_files import find_weights
 from rto_megatron.trainer.model_files import note_eos
 from rto_megatron.trainer.run_moment import run_moment
-from rto_megatron.types import EndOfSequence, Example, Rollout
+from rto_megatron.types import EndOfSequence, Example, PreferencePair, Rollout
 
 # In the config.json of a model that was trained against a reference.
 REFERENCE_FINGERPRINT = "reference_fingerprint"
@@ -98,10 +105,18 @@ def prepare_stage(config: schema.Stage, topology: Topology) -> Setup:
         make_run_folder(config.run.dir)
     moment = run_moment(config, tokenizer, topology)
     batch, device = config.batch, topology.device.torch_device
-    layout = Layout(batch.micro, batch.packed, topology.row_multiple, device, batch.tokens)
-    cost = None if batch.tokens is None else _cost(config, sources)
+    why = why_prompts_repeat(config, topology.device.kernels)
+    say(_prompts_told(why), topology.is_lead and has_shared_prompts(config))
+    layout = Layout(batch.micro, batch.packed, topology.row_multiple, device, batch.tokens, why is None)
+    cost = None if batch.tokens is None else _cost(config, sources, layout.shares_prompts)
     prepared = PreparedData(_cache(config), tokenizer, limits_of(config, moment), eos)
     return Setup(topology, sources, tokenizer, eos, layout, prepared, cost)
+
+
+def _prompts_told(why: str | None) -> str:
+    if why is None:
+        return "a prompt is computed once for all its responses in a micro-batch"
+    return f"a prompt is computed again for each of its responses: {why}"
 
 
 def _settle_kernels(config: schema.Stage, topology: Topology) -> None:
@@ -129,14 +144,22 @@ def _cache(config: schema.Stage) -> Path:
     return config.data.cache or (beside if is_own else config.run.dir / _CACHE)
 
 
-def _cost(config: schema.Stage, sources: Mapping[str, WeightSource]) -> Callable[[Example | Rollout], float]:
+def _cost(
+    config: schema.Stage, sources: Mapping[str, WeightSource], shares_prompts: bool
+) -> Callable[[Example | Rollout], float]:
     models = [
         (sources[role.name].shape(), role.has_value_head) for role in roles_of(config) if role.shares is None
     ]
 
     def cost(example: Example | Rollout) -> float:
         lengths = read_lengths(example)
-        return sum(forward_flops(shape, is_scalar, lengths) for shape, is_scalar in models)
+        repeated: tuple[int, ...] = ()
+        if shares_prompts and isinstance(example, PreferencePair):
+            repeated = (len(example.prompt_ids),)
+        return sum(
+            forward_flops(shape, is_scalar, lengths) - forward_flops(shape, is_scalar, repeated)
+            for shape, is_scalar in models
+        )
 
     return cost
 
@@ -161,6 +184,7 @@ def setup_problems(config: schema.Stage, sources: Mapping[str, WeightSource], wo
         ),
         *idle_expert_keys(shapes, parallel),
         *check_kernels(shapes, config.precision.kernels),
+        *check_fp8(shapes, config.precision, parallel),
         *check_experts(
             {role.name: shapes[role.name] for role in roles_of(config) if role.is_trained},
             parallel,

@@ -91,21 +91,7 @@ def ranks(
     for key, value in alone.items():
         os.environ.setdefault(key, value)
     try:
-        yield Topology.init(
-            device,
-            parallel.tensor,
-            parallel.pipeline,
-            parallel.sequence,
-            seed,
-            timeout,
-            parallel.roles,
-            parallel.expert,
-            parallel.expert_tensor,
-            parallel.context,
-            parallel.context_scheme,
-            parallel.virtual,
-            parallel.stages,
-        )
+        yield Topology.init(device, parallel, seed, timeout)
     except UserError:
         if dist.is_initialized():
             dist.destroy_process_group()

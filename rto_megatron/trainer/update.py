@@ -1,8 +1,9 @@
 """The minibatches of one rollout step's update, in order."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from rto_megatron.algorithms import reinforcement
 from rto_megatron.algorithms.losses import Weighting, weighting_of
@@ -11,8 +12,9 @@ from rto_megatron.data.grouping import deal
 from rto_megatron.data.packing import minibatches
 from rto_megatron.engine.finite import EmptyUpdateError, refuse_together
 from rto_megatron.parallel.topology import Topology
+from rto_megatron.trainer.prompt_groups import RolloutCost, by_prompt, shares_of_rows
 from rto_megatron.trainer.role_shares import experience_of_all, packed_for
-from rto_megatron.types import Experience, Minibatch, Rollout, TrainingRows
+from rto_megatron.types import Experience, Minibatch, TrainingRows
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ def optimizer_minibatches(
     topology: Topology,
     layout: Layout,
     seed: int,
-    cost: Callable[[Rollout], float] | None = None,
+    cost: RolloutCost | None = None,
     critic: Topology | None = None,
 ) -> Iterator[OptimizerStep]:
     """The micro-batches of each optimizer step; equally many steps on every replica.
@@ -68,15 +70,20 @@ def optimizer_minibatches(
             random.Random(f"{seed}/{epoch}").shuffle(order)
         for start in range(0, len(order), size):
             taken = order[start : start + size]
-            rows = taken if cost is None else _own_share(experience, taken, topology, cost)
+            rows = (
+                taken
+                if cost is None
+                else _own_share(experience, taken, topology, cost, layout.shares_prompts)
+            )
             mask_BR = experience.mask_BR[rows]
             total = float(topology.dp_sum(weighting.count(mask_BR)))
             own = of_critic = _microbatches(experience, rows, weighting, total, layout)
             if reader.home is not None:
                 starts = range(0, len(everyone.rollouts), len(experience.rollouts))
                 step = [first + row for first in starts for row in taken]
-                share = _own_share(everyone, step, reader, cost)
-                of_critic = _microbatches(everyone, share, weighting, total, packed_for(reader, layout))
+                theirs = packed_for(reader, layout)
+                share = _own_share(everyone, step, reader, cost, theirs.shares_prompts)
+                of_critic = _microbatches(everyone, share, weighting, total, theirs)
             yield OptimizerStep(*own, *of_critic, is_empty=total == 0)
 
 
@@ -84,11 +91,14 @@ def _own_share(
     experience: Experience | TrainingRows,
     rows: Sequence[int],
     reader: Topology,
-    cost: Callable[[Rollout], float] | None,
+    cost: RolloutCost | None,
+    shares_prompts: bool,
 ) -> list[int]:
     """Of some rows of everyone, those of this replica of a layout: by cost, or in turn."""
     if cost is None:
         return list(rows[reader.data_rank :: reader.data_size])
+    if shares_prompts:
+        return shares_of_rows(experience.rollouts, rows, reader.data_size, cost)[reader.data_rank]
     costs = [cost(experience.rollouts[row]) for row in rows]
     return [rows[number] for number in deal(costs, reader.data_size)[reader.data_rank]]
 
@@ -101,6 +111,8 @@ def _microbatches(
     layout: Layout,
 ) -> tuple[list[Minibatch], list[list[str]]]:
     """Micro-batches of some rows, and the ids of the samples of each."""
+    if layout.shares_prompts:
+        rows = list(chain.from_iterable(by_prompt(experience.rollouts, rows)))
     weights_BR = experience.mask_BR.new_zeros(experience.mask_BR.shape)
     weights_BR[rows] = weighting.weights(experience.mask_BR[rows], total)
     return minibatches(experience, weights_BR, rows, layout), _names(experience, rows, layout)

@@ -185,6 +185,13 @@ def test_the_rates_of_both_optimizers_are_shown_and_no_warm_up_is_the_whole_run(
     assert "first 0.001, highest 0.001, last 0.001; 1 optimizer steps, 0 of warm-up" in " ".join(sft.split())
 
 
+def test_a_stage_on_pairs_says_whether_prompts_are_computed_once() -> None:
+    recipe = str(RECIPES / "quickstart" / "dpo.yaml")
+    once, again = check(recipe), check(recipe, "batch.share_prompts=false")
+    assert "a prompt" in once and "computed once for all its responses in a micro-batch" in once
+    assert "computed again for each response: batch.share_prompts=false" in again
+
+
 def test_memory_of_a_trained_model_is_18_bytes_a_parameter_and_of_a_frozen_one_2() -> None:
     one, four = (plan_stage(load_recipe(RECIPES / "llama3_8b" / "rto.yaml"), ranks) for ranks in (4, 16))
     assert (one.layout_of("policy").data, four.layout_of("policy").data) == (1, 4)

@@ -1,6 +1,7 @@
 """Micro-batches within a budget, and shares of equal cost."""
 
 import random
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -46,6 +47,14 @@ def test_a_micro_batch_is_within_the_budget_and_holds_each_item_once(packed: boo
 def test_first_fit_by_hand() -> None:
     # 7 | 6 | 5 into the first with room for it: none; 4 beside 6; 3 beside 7; 2 beside 5; 2 beside it again.
     assert _layout(10).groups([(2,), (3,), (4,), (5,), (6,), (7,), (2,)]) == [[1, 5], [2, 4], [0, 3, 6]]
+
+
+def test_items_of_a_prompt_stay_together_as_far_as_they_have_room() -> None:
+    items, prompts = [(2,), (3,), (4,), (4,), (6,), (3,)], "ababba"
+    assert _layout(10).groups(items, prompts) == _layout(10).groups(items)
+    # Bundles: a has 2 + 4 + 3, b has 3 + 4 and, as that leaves no room for 6, another one.
+    together = replace(_layout(10), shares_prompts=True).groups(items, prompts)
+    assert together == [[0, 2, 5], [1, 3], [4]]
 
 
 def test_an_item_that_is_longer_than_the_budget_is_alone() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from rto_megatron.config.training import (
     ContextScheme,
     OptimizerConfig,
+    ParallelConfig,
     PrecisionConfig,
     StageLayers,
     TrainParallelConfig,
@@ -108,12 +109,10 @@ def topology(layout: str) -> Topology:
     context, scheme = CONTEXT.get(layout, (1, "ulysses"))
     expert, expert_tensor = EXPERTS.get(layout, (1, None))
     virtual, stages = CHUNKS.get(layout, (1, None))
-    return Topology.init(
-        prepare(),
-        tensor,
-        pipeline,
-        sequence,
-        seed=1,
+    parallel = ParallelConfig(
+        tensor=tensor,
+        pipeline=pipeline,
+        sequence=sequence,
         expert=expert,
         expert_tensor=expert_tensor,
         context=context,
@@ -121,6 +120,7 @@ def topology(layout: str) -> Topology:
         virtual=virtual,
         stages=stages,
     )
+    return Topology.init(prepare(), parallel, seed=1)
 
 
 def frozen(place: Topology, folder: Path, is_scalar: bool, dtype: str = "fp32") -> FrozenModel:
@@ -139,11 +139,12 @@ def trained(
     dtype: str = "fp32",
     is_distributed_optimizer: bool = False,
     is_overlapped: bool = False,
+    recompute: bool = False,
 ) -> TrainedModel:
     """A trained model from a folder."""
     source = find_source(folder, is_scalar, is_random=False, key="test")
     name = "critic" if is_scalar else "policy"
-    precision = PrecisionConfig(dtype=dtype)
+    precision = PrecisionConfig(dtype=dtype, recompute=recompute)
     parallel = TrainParallelConfig(
         distributed_optimizer=is_distributed_optimizer, overlap_grad_reduce=is_overlapped
     )

@@ -29,8 +29,9 @@ DPO, TDPO = dpo.DPO(dpo.Config(beta=0.5)), tdpo.TDPO(tdpo.Config(beta=0.5))
 KINDS = ("dpo", "tdpo", "entropy")
 
 
-def _layout(multiple_of: int = 1) -> Layout:
-    return Layout(2, packed=False, multiple_of=multiple_of, device=torch.device("cpu"))
+def _layout(multiple_of: int = 1, is_shared: bool = False) -> Layout:
+    """Padded rows, or packed ones in which prompts stand once."""
+    return Layout(2, is_shared, multiple_of, torch.device("cpu"), shares_prompts=is_shared)
 
 
 def _drawn(layout: Layout) -> list[SupervisedMicrobatch]:
@@ -51,7 +52,7 @@ def _entropy_loss(outputs_2T: Tensor, micro: SupervisedMicrobatch) -> LossOutput
     return LossOutput((micro.weight_T * (0.3 * outputs_2T[1] - ratio_T)).sum())
 
 
-def _of_rank(layout_name: str, root: Path) -> dict[str, dict[str, Tensor]]:
+def _of_rank(layout_name: str, root: Path, is_shared: bool) -> dict[str, dict[str, Tensor]]:
     """Gradients of each kind of loss, whole."""
     place, found = topology(layout_name), {}
     optimizer = OptimizerConfig(kind="sgd", lr=0.5, max_grad_norm=None)
@@ -59,7 +60,7 @@ def _of_rank(layout_name: str, root: Path) -> dict[str, dict[str, Tensor]]:
         trained(place, root / "policy", False, optimizer),
         frozen(place, root / "reference", False),
     )
-    layout = _layout(place.row_multiple)
+    layout = _layout(place.row_multiple, is_shared)
     for kind in KINDS:
         if kind == "dpo":
             steps = pair_microbatches(PAIRS, torch.zeros(len(PAIRS), 2), len(PAIRS), layout)
@@ -111,7 +112,8 @@ def test_gradients_are_those_of_all_logits(is_tied: bool, tmp_path: Path) -> Non
     reference = write_llama(tmp_path / "reference", 8, VOCAB_SIZE, is_tied)
     want = {kind: _plain(kind, policy, reference) for kind in KINDS}
     for layout in ("one",) if is_tied else ("one", "tp2", "tp2_sp"):
-        found = run_ranks(LAYOUTS[layout][0], _of_rank, layout, tmp_path)[0]
+        is_shared = layout == "tp2_sp" or (layout == "one" and not is_tied)
+        found = run_ranks(LAYOUTS[layout][0], _of_rank, layout, tmp_path, is_shared)[0]
         for kind in KINDS:
             assert found[kind].keys() == want[kind].keys()
             apart = {

@@ -12,17 +12,11 @@ from typer.testing import CliRunner
 
 from rto_megatron.algorithms import ALGORITHMS, ppo, rto
 from rto_megatron.cli.main import app
+from rto_megatron.config import checks
 from rto_megatron.config.load import load_recipe, save
 from rto_megatron.data.true_reward import TrueReward
 from rto_megatron.errors import RecipeError, RunFolderError
-from rto_megatron.experiments.sample_efficiency import DESIGN, Design
-from rto_megatron.experiments.sample_efficiency.arms import (
-    ARMS,
-    pay_true_rewards,
-    shuffle_dpo_rewards,
-    shuffled,
-)
-from rto_megatron.experiments.sample_efficiency.curves import (
+from rto_megatron.experiments.curves import (
     Curve,
     best_factor,
     episodes_to,
@@ -30,11 +24,22 @@ from rto_megatron.experiments.sample_efficiency.curves import (
     run_name,
     seed_folder,
 )
-from rto_megatron.experiments.sample_efficiency.page import write_report
+from rto_megatron.experiments.design import Design
+from rto_megatron.experiments.language.language_arms import EXPERIMENT as LANGUAGE
+from rto_megatron.experiments.page import write_report
+from rto_megatron.experiments.sample_efficiency import EXPERIMENT
+from rto_megatron.experiments.sample_efficiency.arms import (
+    ARMS,
+    pay_true_rewards,
+    shuffle_dpo_rewards,
+    shuffled,
+)
+from rto_megatron.experiments.summary import distinct_bigrams
 from rto_megatron.reporting.evaluation import Estimate, Evaluation, save_evaluation
 from rto_megatron.types import ScoredRollouts
 
-RECIPES = Path(__file__).parents[2] / "launchers/recipes/sample_efficiency"
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "launchers/recipes/sample_efficiency"
 TABLE = TrueReward(
     class_of_token={1: 0},
     entries={(0, 3, 4): 2.0, (0, 4, 4): -0.5},
@@ -47,17 +52,19 @@ TABLE = TrueReward(
     tokenizer_fingerprint="",
 )
 DESIGN_2 = Design(seeds=(0, 1), tuning_seeds=(0,), factors=(1 / 3, 1.0), window=2, matched_kl=3.0)
+EXPERIMENT_2 = replace(EXPERIMENT, design=DESIGN_2)
 
 
 def test_every_arm_is_a_registered_method_with_valid_keys() -> None:
-    for arm in ARMS:
-        dpo = ["models.dpo=x"] if ALGORITHMS[arm.stage].has_dpo else []
-        config = load_recipe(
-            RECIPES / "reinforcement.yaml", [f"vars.method={arm.stage}", *dpo, *arm.overrides]
-        )
-        assert config.stage == arm.stage
-    assert {arm.tuned_as for arm in ARMS} <= {arm.name for arm in ARMS}
-    assert len(DESIGN.seeds) >= 5
+    for experiment in (EXPERIMENT, LANGUAGE):
+        for arm in experiment.arms:
+            dpo = ["models.dpo=x"] if ALGORITHMS[arm.stage].has_dpo else []
+            recipe = ROOT / experiment.recipes / f"{arm.recipe}.yaml"
+            config = load_recipe(recipe, [f"stage={arm.stage}", *dpo, *arm.overrides])
+            assert config.stage == arm.stage
+            checks.refuse(checks.model_problems(config))
+        assert {arm.tuned_as for arm in experiment.arms} <= {arm.name for arm in experiment.arms}
+        assert len(experiment.design.seeds) >= 5
 
 
 def _many_rollouts() -> ScoredRollouts:
@@ -80,15 +87,17 @@ def test_shuffling_keeps_the_sum_and_the_padding_and_moves_the_rewards() -> None
 def test_shuffled_rto_pays_what_rto_pays_in_all() -> None:
     scored, config = _many_rollouts(), rto.Config()
     plain = ALGORITHMS["rto"].build(config, frozenset)
-    ours = shuffle_dpo_rewards(plain, TABLE).credit(scored, 0.01, no_reduction).rewards
+    ours = shuffle_dpo_rewards(plain, Path()).credit(scored, 0.01, no_reduction).rewards
     theirs = plain.credit(scored, 0.01, no_reduction).rewards
     torch.testing.assert_close(ours.total_BR().sum(1), theirs.total_BR().sum(1))
     assert not torch.equal(ours.dpo_BR, theirs.dpo_BR)
 
 
-def test_the_oracle_pays_the_true_reward_of_every_token_and_no_score() -> None:
+def test_the_oracle_pays_the_true_reward_of_every_token_and_no_score(tmp_path: Path) -> None:
     scored = golden_scored()
-    algorithm = pay_true_rewards(ALGORITHMS["ppo"].build(ppo.Config(), frozenset), TABLE)
+    (tmp_path / "task").mkdir()
+    TABLE.save(tmp_path / "task/true_reward.json")
+    algorithm = pay_true_rewards(ALGORITHMS["ppo"].build(ppo.Config(), frozenset), tmp_path)
     rewards = algorithm.credit(scored, 0.0, no_reduction).rewards
     # Prompts end with 3 and responses are 4s: the first token earns 2, the others lose 0.5; each costs 0.25.
     expected = [[1.75, -0.75, -0.75, -0.75, -0.75, 0.0], [1.75, -0.75, -0.75, 0.0, 0.0, 0.0]]
@@ -151,9 +160,9 @@ def _write_experiment(root: Path) -> None:
 
 def test_report_has_hand_computed_numbers(tmp_path: Path) -> None:
     _write_experiment(tmp_path)
-    assert best_factor(tmp_path, "ppo", DESIGN_2) == 1.0
-    assert best_factor(tmp_path, "rto", DESIGN_2) == 1 / 3
-    table = write_report(tmp_path, DESIGN_2)
+    assert best_factor(EXPERIMENT_2, tmp_path, "ppo") == 1.0
+    assert best_factor(EXPERIMENT_2, tmp_path, "rto") == 1 / 3
+    table = write_report(EXPERIMENT_2, tmp_path)
     rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in table.splitlines() if "|" in line}
     # PPO ends at 9.5 over its last two steps, so the threshold is 8.55: it is passed by the mean of steps 9 and 10
     # (8.5 is below) at step 11 of 128 episodes each; RTO passes it by steps 4 and 5 at step 6.
@@ -173,11 +182,16 @@ def test_report_has_hand_computed_numbers(tmp_path: Path) -> None:
     assert entries["rto"]["episodes_to_threshold"] == [768.0, 768.0]
 
 
+def test_repeated_responses_have_fewer_distinct_bigrams() -> None:
+    assert distinct_bigrams(["a b c", "A b d"]) == 3 / 4
+    assert distinct_bigrams(["a", ""]) is None
+
+
 def test_an_unfinished_run_is_named(tmp_path: Path) -> None:
     _write_experiment(tmp_path)
     (seed_folder(tmp_path, 1) / "semi_rto_x0.33" / "hf").rmdir()
     with pytest.raises(RunFolderError, match=r"semi_rto_x0\.33 is not finished"):
-        write_report(tmp_path, DESIGN_2)
+        write_report(EXPERIMENT_2, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,15 @@ def test_workers_talk_on_the_address_that_the_server_listens_on() -> None:
     assert _environment(OPTIONS)["VLLM_HOST_IP"] == "10.0.0.7"
 
 
+def test_threads_of_a_server_on_a_cpu_sleep_while_they_wait_unless_the_user_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert _environment(OPTIONS)["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert _environment(OPTIONS)["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
 @pytest.mark.parametrize(
     ("nodes", "rank", "leader"), [(1, 1, None), (1, 0, "n1:1"), (2, 0, None), (2, 2, "n1:1")]
 )

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from gpu.roles import ROLES, HfModel, Prepared, prepare_update, write_model
 from ranks import free_port
 
+from rto_megatron.config.training import ParallelConfig
 from rto_megatron.data.packing import Layout
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.platform.device import prepare
@@ -45,7 +46,7 @@ def place() -> Iterator[Topology]:
         _used.append(
             f"{_device_name(device.torch_device)}, {device.backend}, layers of {device.kernels}, {_adam()}"
         )
-        yield Topology.init(device, tensor=1, pipeline=1, sequence=False, seed=1)
+        yield Topology.init(device, ParallelConfig(), seed=1)
         dist.destroy_process_group()
 
 

@@ -2,44 +2,18 @@
 
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-
-# Stands for the `rto` command: notes what it was asked, serves until SIGTERM as a pool, fails or hangs where told.
-PRETENDING_RTO = """#!/bin/bash
-echo "$@" >>"$HOME/asked"
-echo "$1 ${CUDA_VISIBLE_DEVICES-unset} $RTO_VARIANT" >>"$HOME/devices"
-[ "$1" = synthesize ] && mkdir -p "$2"
-case "$*" in
-  pool*)
-    echo $$ >"$HOME/pool.pid"
-    while [ "$1" != --address-file ]; do shift; done
-    echo http://127.0.0.1:4242 >"$2"
-    trap 'exit 0' TERM
-    while :; do sleep 0.1; done ;;
-  *"$FAILS"*) echo noise; echo "error: models.policy is missing" >&2; exit 2 ;;
-  *"$HANGS"*) echo $$ >"$HOME/stage.pid"; exec sleep 60 ;;
-esac
-"""
+from launchers.pretending import is_running, pretending_checkout
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    folder = tmp_path / "checkout"
-    shutil.copytree(ROOT / "launchers", folder / "launchers")
-    (folder / "launchers" / "setup.sh").write_text("exit 0\n")
-    command = folder / ".venv" / "bin" / "rto"
-    command.parent.mkdir(parents=True)
-    command.write_text(PRETENDING_RTO)
-    command.chmod(0o755)
-    return folder
+    return pretending_checkout(tmp_path / "checkout")
 
 
 def quickstart(
@@ -69,10 +43,6 @@ def quickstart(
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def is_running(pid_file: Path) -> bool:
-    return Path(f"/proc/{pid_file.read_text().strip()}/cmdline").exists()
 
 
 def test_stages_run_in_order_with_the_pool_and_its_end(checkout: Path) -> None:

@@ -12,11 +12,13 @@ from ranks import run_ranks
 from torch import Tensor
 from torch.nn.attention import varlen
 
+from rto_megatron.data.packing import token_batch
 from rto_megatron.models.context_attention import GatheredKeysAttention
 from rto_megatron.models.modules import PackedCoreAttention
-from rto_megatron.models.packed_rows import attend_at_once, packed_row
+from rto_megatron.models.packed_rows import attend_at_once, packed_row, row_of
 
 OFFSETS = (0, 1, 9, 23, 24)
+CPU = torch.device("cpu")
 
 
 def by_definition(
@@ -70,6 +72,35 @@ def test_one_call_is_the_loop_with_a_window_and_without() -> None:
             1
         )
         torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
+
+
+def test_sequences_that_share_a_prompt_attend_as_with_prompts_of_their_own() -> None:
+    sequences = [([1] * 9, 9), ([*range(12)], 7), ([5, 3], 1), ([*range(7), 2], 7), ([*range(7), 4, 4], 7)]
+    batch = token_batch(sequences, True, 5, CPU, shares_prompts=True)
+    assert batch.shared is not None and len(batch.shared.tokens_K) == 30 < len(batch.tokens_T) == 40
+    torch.manual_seed(3)
+    once = [torch.randn(30, heads, 16) for heads in (4, 2, 2)]
+    own = [x[batch.shared.read_T] for x in once]
+    row, shared = packed_row(batch.cu_seqlens, CPU), row_of(batch.shared)
+    for changes, softcap in (({}, None), ({"window_size": (2, 0)}, None), ({"window_size": (9, 0)}, 5.0)):
+        attention = PackedCoreAttention(_config(**changes), 1, softcap=softcap)
+        want = attention(*own, None, packed_seq_params=row)
+        got = attention(*once, None, packed_seq_params=shared)[batch.shared.read_T]
+        real = slice(0, batch.last_positions[-1] + 1)
+        torch.testing.assert_close(got[real], want[real], atol=1e-6, rtol=1e-6)
+        if softcap is None:
+            sharing = shared.sharing
+            assert sharing is not None
+            at_once = attend_at_once(
+                once[0],
+                sharing.seen(once[1]),
+                sharing.seen(once[2]),
+                sharing.queries,
+                sharing.keys,
+                attention.window,
+                attention.softmax_scale,
+            ).flatten(1)
+            torch.testing.assert_close(at_once[batch.shared.read_T][real], want[real], atol=1e-6, rtol=1e-6)
 
 
 def _gathered() -> None:

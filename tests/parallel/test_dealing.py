@@ -4,7 +4,7 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from rto_megatron.config.training import RoleGridConfig
+from rto_megatron.config.training import ParallelConfig, RoleGridConfig
 from rto_megatron.parallel.dealing import of_all_replicas, shared_out
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.platform.device import prepare
@@ -30,7 +30,7 @@ def _grid(texts: list[str]) -> torch.Tensor:
 
 
 def _dealt(role: RoleGridConfig) -> dict[str, tuple[list[str], list[list[float]], list[float]]]:
-    policy = Topology.init(prepare(), tensor=2, pipeline=1, sequence=False, seed=1, roles={"reward": role})
+    policy = Topology.init(prepare(), ParallelConfig(tensor=2, roles={"reward": role}), seed=1)
     found = {}
     for name, held in HELD.items():
         share = shared_out(held[policy.data_rank], list[str], policy.of("reward"))
@@ -66,7 +66,7 @@ def test_rows_come_back_to_the_replica_that_holds_their_item(role: RoleGridConfi
 
 
 def _everywhere() -> list[list[float]]:
-    policy = Topology.init(prepare(), tensor=1, pipeline=1, sequence=False, seed=1)
+    policy = Topology.init(prepare(), ParallelConfig(), seed=1)
     own = torch.full((2, 1 + policy.data_rank), float(policy.data_rank + 1))
     rows: list[list[float]] = of_all_replicas(own, policy).tolist()
     return rows

@@ -6,7 +6,7 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from rto_megatron.config.training import RoleGridConfig
+from rto_megatron.config.training import ParallelConfig, RoleGridConfig
 from rto_megatron.errors import RecipeError
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.platform.device import prepare
@@ -47,9 +47,7 @@ def _known(place: Topology) -> Known:
 
 
 def _of_both(critic: RoleGridConfig, world_tensor: int) -> tuple[Known, Known]:
-    policy = Topology.init(
-        prepare(), tensor=world_tensor, pipeline=1, sequence=False, seed=1, roles={"critic": critic}
-    )
+    policy = Topology.init(prepare(), ParallelConfig(tensor=world_tensor, roles={"critic": critic}), seed=1)
     return _known(policy), _known(policy.of("critic"))
 
 

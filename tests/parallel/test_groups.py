@@ -10,6 +10,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from ranks import run_ranks
 
+from rto_megatron.config.training import ParallelConfig
 from rto_megatron.parallel.groups import make_groups
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.platform.device import prepare
@@ -74,7 +75,7 @@ def test_groups_have_the_ranks_that_megatron_gives_them() -> None:
 
 
 def _forgotten() -> str:
-    Topology.init(prepare(), tensor=2, pipeline=1, sequence=False, seed=1)
+    Topology.init(prepare(), ParallelConfig(tensor=2), seed=1)
     assert not parallel_state.model_parallel_is_initialized()
     with pytest.raises(AssertionError) as raised:
         vocab_parallel_cross_entropy(torch.zeros(2, 1, 4), torch.zeros(2, 1, dtype=torch.int64))

@@ -3,6 +3,7 @@
 import pytest
 from ranks import run_ranks
 
+from rto_megatron.config.training import ParallelConfig
 from rto_megatron.engine.integrity import SAVING_ERRORS, CheckpointError, DiskFull
 from rto_megatron.errors import DataError, TokenizerError, UserError
 from rto_megatron.parallel.topology import Topology
@@ -14,7 +15,7 @@ class _OddError(CheckpointError):
 
 
 def _raised(errors: tuple[UserError | None, UserError | None], kinds: tuple[type[UserError], ...]) -> str:
-    topology = Topology.init(prepare(), tensor=1, pipeline=1, sequence=False, seed=1)
+    topology = Topology.init(prepare(), ParallelConfig(), seed=1)
     try:
         topology.raise_together(errors[topology.rank], *kinds)
     except UserError as raised:

@@ -71,10 +71,7 @@ class ProfiledMachine:
 
 def measured_rank(plan: StagePlan, shapes: Mapping[str, ModelShape], most_microbatches: int) -> SimulatedRank:
     """One real rank of a job over gloo; all of them must call it."""
-    parallel = plan.config.parallel
-    topology = Topology.init(
-        prepare(), parallel.tensor, parallel.pipeline, parallel.sequence, seed=1, virtual=parallel.virtual
-    )
+    topology = Topology.init(prepare(), plan.config.parallel, seed=1)
     return _measured(plan, shapes, topology, most_microbatches)
 
 

@@ -1,4 +1,4 @@
-"""Stages whose micro-batches go by tokens compute what one sequence at a time on one rank does."""
+"""Stages whose micro-batches go by tokens, and read a prompt once, compute what one sequence at a time does."""
 
 import re
 import shutil
@@ -47,9 +47,12 @@ def _train_online(config: ReinforcementStage) -> None:
 
 
 def _runs(stage: str, files: Path, root: Path, layouts: Sequence[str], **keys: object) -> list[Path]:
-    """The same run by single sequences on one rank, then by tokens in each layout."""
+    """The same run by single sequences on one rank, each with its prompt, then by tokens in each layout."""
     found = []
-    for layout, how in [("one", {"micro": 1}), *((name, {"tokens": 40}) for name in layouts)]:
+    for layout, how in [
+        ("one", {"micro": 1, "share_prompts": False}),
+        *((name, {"tokens": 40}) for name in layouts),
+    ]:
         run_dir = root / f"{layout}_{len(found)}"
         batch = {"train": 6, "rollout": 6} if stage == "rto" else {"train": 5}
         config = configure(stage, files, run_dir, layout, batch={**batch, **how}, **keys)

@@ -105,7 +105,7 @@ BOOTSTRAP = {"truncated": "bootstrap"}
     ("layout", "stage", "keys"),
     [
         pytest.param("tp2_sp", "reinforce_pp", {}, marks=pytest.mark.slow),
-        ("pp2", "rto", {"algorithm": BOOTSTRAP}),
+        ("pp2", "rto", {"algorithm": BOOTSTRAP, "rollout__old_logprobs": "pool"}),
         ("dp2", "rto", {"rollout__ahead": 1, "algorithm": {**BOOTSTRAP, "pool_importance_cap": 2.0}}),
     ],
 )

@@ -9,7 +9,7 @@ from ranks import run_ranks
 from trainer.tiny_runs import configure, join, train
 
 from rto_megatron.config.schema import EvaluateStage
-from rto_megatron.config.training import RoleGridConfig, RoleName
+from rto_megatron.config.training import ParallelConfig, RoleGridConfig, RoleName
 from rto_megatron.data.cut import Layout
 from rto_megatron.data.tokenizer import tokenizer_fingerprint
 from rto_megatron.data.true_reward import TrueReward
@@ -66,7 +66,7 @@ def test_a_true_reward_of_another_tokenizer_is_refused_before_sampling(files: Pa
 
 
 def _kl(files: Path, num_replicas: int, roles: dict[RoleName, RoleGridConfig]) -> list[float]:
-    place = Topology.init(prepare(), tensor=1, pipeline=1, sequence=False, seed=1, roles=roles)
+    place = Topology.init(prepare(), ParallelConfig(roles=roles), seed=1)
     policy = frozen(place, files / "models/policy", is_scalar=False)
     reference = frozen(place.of("reference"), files / "models/reference", is_scalar=False)
     own = rollouts()[place.data_rank :: num_replicas]

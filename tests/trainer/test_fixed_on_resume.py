@@ -46,6 +46,7 @@ OTHER: dict[str, object] = {
     "sampling.top_k": 5,
     "sampling.stop": ["red"],
     "rollout.ahead": 1,
+    "rollout.old_logprobs": "pool",
     "batch.rollout": 4,
     "batch.train": 2,
     "optimizer.lr": 2e-3,

@@ -166,21 +166,7 @@ class FailingEngine(ScriptedEngine):
 
 def join(config: Stage) -> Topology:
     """This rank's place in the configuration's layout."""
-    parallel = config.parallel
-    return Topology.init(
-        prepare(),
-        parallel.tensor,
-        parallel.pipeline,
-        parallel.sequence,
-        seed=config.run.seed,
-        roles=parallel.roles,
-        expert=parallel.expert,
-        expert_tensor=parallel.expert_tensor,
-        context=parallel.context,
-        context_scheme=parallel.context_scheme,
-        virtual=parallel.virtual,
-        stages=parallel.stages,
-    )
+    return Topology.init(prepare(), config.parallel, config.run.seed)
 
 
 def train(

@@ -1,9 +1,8 @@
 """The arms: what each changes in the configuration, and the two controls that are no methods of the paper."""
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,24 +11,8 @@ from rto_megatron.algorithms.reinforcement import PolicyOptimization
 from rto_megatron.algorithms.rto import Config, with_dpo_reward
 from rto_megatron.algorithms.token_rewards import ppo_rewards
 from rto_megatron.data.true_reward import TrueReward
+from rto_megatron.experiments.design import Arm
 from rto_megatron.types import ScoredRollouts, TokenRewards
-
-Control = Callable[[PolicyOptimization, TrueReward], PolicyOptimization]
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to train from the same models on the same prompts.
-
-    Example:
-        Arm(name="rto", stage="rto", tuned_as="rto", overrides=("algorithm.beta_dpo=0.05",))
-    """
-
-    name: str
-    stage: str
-    tuned_as: Literal["ppo", "rto"]  # whose learning rate it takes
-    overrides: tuple[str, ...] = ()
-    control: Control | None = None
 
 
 def shuffled(dpo_BR: Tensor, scored: ScoredRollouts) -> Tensor:
@@ -42,14 +25,15 @@ def shuffled(dpo_BR: Tensor, scored: ScoredRollouts) -> Tensor:
     return moved_BR
 
 
-def shuffle_dpo_rewards(algorithm: PolicyOptimization, table: TrueReward) -> PolicyOptimization:
+def shuffle_dpo_rewards(algorithm: PolicyOptimization, folder: Path) -> PolicyOptimization:
     """RTO whose DPO rewards are shuffled within each response."""
     assert isinstance(algorithm.config, Config)
     return with_dpo_reward(algorithm.config, shuffled)
 
 
-def pay_true_rewards(algorithm: PolicyOptimization, table: TrueReward) -> PolicyOptimization:
+def pay_true_rewards(algorithm: PolicyOptimization, folder: Path) -> PolicyOptimization:
     """PPO on the true reward of every token, in units of the source's standard deviation, without a reward model."""
+    table = TrueReward.load(folder / "task" / "true_reward.json")
 
     def token_reward(scored: ScoredRollouts, score_B: Tensor, kl_coef: float) -> TokenRewards:
         true_BR = torch.zeros_like(scored.logp_ref_BR)

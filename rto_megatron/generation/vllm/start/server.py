@@ -326,6 +326,8 @@ def _environment(options: ServerOptions) -> dict[str, str]:
             "1"  # inductor would compile at the first request, even with eager mode
         )
         environment.setdefault("OMP_NUM_THREADS", "1")
+        # A server on a CPU shares it with ranks; threads that spin would keep the cores that those compute on.
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         environment["VLLM_CPU_OMP_THREADS_BIND"] = _cpu_binding()
     return environment
 

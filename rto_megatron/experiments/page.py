@@ -6,13 +6,12 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rto_megatron.experiments.sample_efficiency import Design
-from rto_megatron.experiments.sample_efficiency.plots import draw
-from rto_megatron.experiments.sample_efficiency.summary import (
+from rto_megatron.experiments.design import Experiment, Rows
+from rto_megatron.experiments.plots import draw
+from rto_megatron.experiments.summary import (
     ArmResult,
     SeedResult,
     summarise,
-    true_return,
     tuning,
 )
 
@@ -27,46 +26,56 @@ _HEADER = (
     "final KL",
     "response tokens",
     "reward model",
+    "distinct bigrams",
 )
-Rows = Sequence[Sequence[str]]
 
 
-def write_report(root: Path, design: Design) -> str:
+def write_report(experiment: Experiment, root: Path) -> str:
     """Writes table.md, table.json, four PNG files and report.html into `root`; returns the main table.
 
     Raises:
         UserError: a run is not finished.
     """
-    results = summarise(root, design)
-    tables = (_rows(results), _seed_rows(results, design), _tuning_rows(root, design))
+    results = summarise(experiment, root)
+    tables: tuple[Rows, ...] = (
+        _rows(results, experiment),
+        _seed_rows(results, experiment),
+        _tuning_rows(experiment, root),
+    )
+    if experiment.beside is not None:
+        tables = (*tables, experiment.beside(experiment, root))
     table = _markdown(tables[0])
     (root / "table.md").write_text("\n\n".join(_markdown(rows) for rows in tables) + "\n")
-    (root / "table.json").write_text(json.dumps([_entry(arm) for arm in results], indent=1) + "\n")
-    drawings = draw(results, design, root)
+    (root / "table.json").write_text(
+        json.dumps([_entry(arm, experiment) for arm in results], indent=1) + "\n"
+    )
+    drawings = draw(results, experiment, root)
     pages = [*(_html_table(rows) for rows in tables), *drawings]
-    (root / "report.html").write_text(_PAGE.format(body="\n".join(pages)), encoding="utf-8")
+    (root / "report.html").write_text(
+        _PAGE.format(title=html.escape(experiment.title), body="\n".join(pages)), encoding="utf-8"
+    )
     return f"{table}\n\n{root}: table.md, table.json, report.html and PNG files"
 
 
 _PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Sample efficiency</title><style>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
 body {{ font: 15px sans-serif; margin: 2em auto; max-width: 70em }}
 table {{ border-collapse: collapse; margin-bottom: 2em }}
 td, th {{ border: 1px solid #bbb; padding: .3em .6em; text-align: right }}
 td:first-child, th:first-child {{ text-align: left }}
 svg {{ max-width: 100%; height: auto }}
-</style></head><body><h1>Episodes to learn a known reward</h1>
+</style></head><body><h1>{title}</h1>
 {body}
 </body></html>
 """
 
 
-def _rows(results: Sequence[ArmResult]) -> Rows:
+def _rows(results: Sequence[ArmResult], experiment: Experiment) -> Rows:
     ppo = next(arm for arm in results if arm.name == "ppo")
     rows: list[Sequence[str]] = [_HEADER]
     for arm in results:
         better = sum(
-            true_return(one.evaluation) > true_return(other.evaluation)
+            experiment.earned(one.evaluation) > experiment.earned(other.evaluation)
             for one, other in zip(arm.seeds, ppo.seeds, strict=True)
         )
         ratios = [
@@ -80,7 +89,7 @@ def _rows(results: Sequence[ArmResult]) -> Rows:
             (
                 arm.name,
                 "-" if arm.factor is None else f"x {arm.factor:.2g}",
-                _mean(arm, lambda one: true_return(one.evaluation)),
+                _mean(arm, lambda one: experiment.earned(one.evaluation)),
                 "-" if arm is ppo else f"{better} of {num}",
                 "-" if arm.factor is None else _median(reached, num, "{:.0f}"),
                 "-" if arm.factor is None else _median(ratios, num, "{:.2f}"),
@@ -88,17 +97,18 @@ def _rows(results: Sequence[ArmResult]) -> Rows:
                 _mean(arm, lambda one: one.evaluation.kl.mean),
                 _mean(arm, lambda one: one.evaluation.response_tokens.mean),
                 _mean(arm, lambda one: None if one.evaluation.score is None else one.evaluation.score.mean),
+                _mean(arm, lambda one: one.distinct, "-"),
             )
         )
     return rows
 
 
-def _tuning_rows(root: Path, design: Design) -> Rows:
-    seeds = [f"seed {seed}" for seed in design.tuning_seeds]
+def _tuning_rows(experiment: Experiment, root: Path) -> Rows:
+    seeds = [f"seed {seed}" for seed in experiment.design.tuning_seeds]
     rows: list[Sequence[str]] = [
         ("last quarter's true return, episodes to the threshold", "learning rate", *seeds)
     ]
-    for one in tuning(root, design):
+    for one in tuning(experiment, root):
         cells = (
             f"{earned:.2f}, {'never' if episodes is None else f'{episodes:.0f}'}"
             for earned, episodes in zip(one.returns, one.episodes, strict=True)
@@ -107,23 +117,25 @@ def _tuning_rows(root: Path, design: Design) -> Rows:
     return rows
 
 
-def _seed_rows(results: Sequence[ArmResult], design: Design) -> Rows:
-    rows: list[Sequence[str]] = [("true return, episodes to the threshold", *map(str, design.seeds))]
+def _seed_rows(results: Sequence[ArmResult], experiment: Experiment) -> Rows:
+    rows: list[Sequence[str]] = [
+        ("true return, episodes to the threshold", *map(str, experiment.design.seeds))
+    ]
     for arm in results:
         cells = []
         for one in arm.seeds:
             episodes = "never" if one.episodes is None else f"{one.episodes:.0f}"
             shown = "" if one.curve is None else f", {episodes}"
-            cells.append(f"{true_return(one.evaluation):.2f}{shown}")
+            cells.append(f"{experiment.earned(one.evaluation):.2f}{shown}")
         rows.append((arm.name, *cells))
     return rows
 
 
-def _mean(arm: ArmResult, value: Callable[[SeedResult], float | None]) -> str:
+def _mean(arm: ArmResult, value: Callable[[SeedResult], float | None], none: str = "never") -> str:
     """Mean and standard error over the seeds that have a value, and how many do if not all."""
     values = [number for one in arm.seeds if (number := value(one)) is not None]
     if not values:
-        return "never"
+        return none
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
     count = "" if len(values) == len(arm.seeds) else f" ({len(values)} of {len(arm.seeds)})"
     return f"{statistics.fmean(values):.2f} ± {error:.2f}{count}"
@@ -136,11 +148,11 @@ def _median(values: Sequence[float], num_seeds: int, form: str) -> str:
     return form.format(statistics.median(values)) + count
 
 
-def _entry(arm: ArmResult) -> dict[str, object]:
+def _entry(arm: ArmResult, experiment: Experiment) -> dict[str, object]:
     return {
         "arm": arm.name,
         "learning_rate_factor": arm.factor,
-        "true_return": [true_return(one.evaluation) for one in arm.seeds],
+        "true_return": [experiment.earned(one.evaluation) for one in arm.seeds],
         "episodes_to_threshold": [one.episodes for one in arm.seeds],
         "true_return_at_matched_kl": [one.at_matched_kl for one in arm.seeds],
         "kl": [one.evaluation.kl.mean for one in arm.seeds],

@@ -1,7 +1,7 @@
 """Runs the experiment's stages in one process, one after another; what is finished is not run again."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,13 +10,10 @@ from rto_megatron.algorithms.method import OnlineMethod
 from rto_megatron.config import schema
 from rto_megatron.config.load import load_stage
 from rto_megatron.config.overrides import as_override
-from rto_megatron.data.synthetic import SIZES_LONG, write_synthetic_task
-from rto_megatron.data.synthetic_source import LONG
 from rto_megatron.data.tokenizer import load_tokenizer
-from rto_megatron.data.true_reward import TrueReward
-from rto_megatron.experiments.sample_efficiency import Design
-from rto_megatron.experiments.sample_efficiency.arms import ARMS, Arm
-from rto_megatron.experiments.sample_efficiency.curves import best_factor, run_name, seed_folder
+from rto_megatron.engine.source import find_sources
+from rto_megatron.experiments.curves import best_factor, run_name, seed_folder
+from rto_megatron.experiments.design import Arm, Experiment
 from rto_megatron.lifecycle.run_lock import held
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.reporting.evaluation import FILE_NAME
@@ -26,8 +23,8 @@ from rto_megatron.trainer.offline import train_offline
 from rto_megatron.trainer.online import build_algorithm, train_online
 from rto_megatron.trainer.parts import planned_parts
 
-HIDDEN_SIZE = 64
-_OFFLINE = ("sft", "reward_model", "dpo")
+# Writes the data and models of a seed, from which all arms start; what is there is kept.
+MakeModels = Callable[["Lane", Path, int], None]
 
 
 @dataclass(frozen=True)
@@ -35,46 +32,52 @@ class Lane:
     """One process with one inference server of its own.
 
     Example:
-        lane.tune(design, design.tuning_seeds)
+        lane.tune(design.tuning_seeds)
     """
 
+    experiment: Experiment
+    make_models: MakeModels
     root: Path
-    recipes: Path
     topology: Topology
     server: str
     token_file: Path
-    overrides: tuple[str, ...]  # of every training stage
+    variables: tuple[str, ...] = ()  # overrides of every stage
+    overrides: tuple[str, ...] = ()  # of every training stage
 
-    def tune(self, design: Design, seeds: Iterable[int]) -> None:
+    def tune(self, seeds: Iterable[int]) -> None:
         """PPO and RTO at every learning rate, on those of `seeds` that the design tunes on."""
         for seed in seeds:
-            self._models(seed)
-            if seed in design.tuning_seeds:
-                for arm in (arm for arm in ARMS if arm.name in ("ppo", "rto")):
-                    for factor in design.factors:
+            self.make_models(self, seed_folder(self.root, seed), seed)
+            if seed in self.experiment.design.tuning_seeds:
+                for arm in (arm for arm in self.experiment.arms if arm.name in ("ppo", "rto")):
+                    for factor in self.experiment.design.factors:
                         self._run(arm, factor, seed)
 
-    def compare(self, design: Design, seeds: Iterable[int]) -> None:
+    def compare(self, seeds: Iterable[int]) -> None:
         """All arms on `seeds`, each at the learning rate that its family did best with."""
-        best = {name: best_factor(self.root, name, design) for name in ("ppo", "rto")}
-        say(f"factors of the learning rate, chosen on seeds {design.tuning_seeds}: {best}", True)
+        best = {name: best_factor(self.experiment, self.root, name) for name in ("ppo", "rto")}
+        tuned = self.experiment.design.tuning_seeds
+        say(f"factors of the learning rate, chosen on seeds {tuned}: {best}", True)
         for seed in seeds:
-            self._models(seed)
-            for arm in ARMS:
+            self.make_models(self, seed_folder(self.root, seed), seed)
+            for arm in self.experiment.arms:
                 self._run(arm, best[arm.tuned_as], seed)
 
-    def _models(self, seed: int) -> None:
-        folder = seed_folder(self.root, seed)
-        if not (folder / "task" / ".complete").exists():
-            write_synthetic_task(folder / "task", 1000 + seed, SIZES_LONG, LONG, HIDDEN_SIZE)
-            (folder / "task" / ".complete").touch()
-        for stage in _OFFLINE:
-            if not (folder / stage / "hf").exists():
-                config = self._load(schema.OfflineStage, stage, folder, f"run.seed={seed}", *self.overrides)
-                with held(config.run.dir):
-                    train_offline(config, self.topology)
-        for system in ("sft", "dpo"):
-            self._evaluate(system, folder)
+    def learn(self, stage: str, folder: Path, seed: int) -> None:
+        """An offline stage of a seed, unless it is finished."""
+        if not (folder / stage / "hf").exists():
+            config = self._load(schema.OfflineStage, stage, folder, f"run.seed={seed}", *self.overrides)
+            with held(config.run.dir):
+                train_offline(config, self.topology)
+
+    def evaluate(self, system: str, folder: Path, *overrides: str, recipe: str = "evaluate") -> None:
+        """A policy of a seed on held-out prompts, unless that was done."""
+        config = self._load(
+            schema.EvaluateStage, recipe, folder, f"vars.system={system}", *self._pool(), *overrides
+        )
+        if not (config.run.dir / FILE_NAME).exists():
+            with held(config.run.dir):
+                evaluate(config, self.topology)
 
     def _run(self, arm: Arm, factor: float, seed: int) -> None:
         folder, name = seed_folder(self.root, seed), run_name(arm.name, factor)
@@ -85,9 +88,9 @@ class Lane:
         has_dpo = isinstance(method, OnlineMethod) and method.has_dpo
         config = self._load(
             schema.ReinforcementStage,
-            "reinforcement",
+            arm.recipe,
             folder,
-            f"vars.method={arm.stage}",
+            f"stage={arm.stage}",
             f"run.seed={seed}",
             as_override("run.dir", folder / name),
             *([as_override("models.dpo", folder / "dpo")] if has_dpo else []),
@@ -99,22 +102,13 @@ class Lane:
         config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"lr": lr})})
         algorithm = None
         if arm.control is not None:
-            task = folder / "task"
-            built = build_algorithm(config, load_tokenizer(task / "tokenizer"))
-            algorithm = arm.control(built, TrueReward.load(task / "true_reward.json"))
+            tokenizer = load_tokenizer(find_sources(config)["policy"].hf_folder)
+            algorithm = arm.control(build_algorithm(config, tokenizer), folder)
         if not (folder / name / "hf").exists():
             with held(config.run.dir):
                 parts = replace(planned_parts(), algorithm=algorithm)
                 train_online(config, self.topology, parts=parts)
-        self._evaluate(name, folder)
-
-    def _evaluate(self, system: str, folder: Path) -> None:
-        if not (folder / "evaluations" / system / FILE_NAME).exists():
-            config = self._load(
-                schema.EvaluateStage, "evaluate", folder, f"vars.system={system}", *self._pool()
-            )
-            with held(config.run.dir):
-                evaluate(config, self.topology)
+        self.evaluate(name, folder)
 
     def _pool(self) -> tuple[str, ...]:
         return f"rollout.servers={json.dumps([self.server])}", as_override(
@@ -123,11 +117,14 @@ class Lane:
 
     def _load[S: schema.Stage](self, kind: type[S], recipe: str, folder: Path, *overrides: str) -> S:
         return load_stage(
-            self.recipes / f"{recipe}.yaml", kind, [as_override("vars.root", folder), *overrides]
+            self.experiment.recipes / f"{recipe}.yaml",
+            kind,
+            [as_override("vars.root", folder), *self.variables, *overrides],
         )
 
 
-def smaller(design: Design, seeds: int) -> Design:
-    """The design on the first `seeds` seeds."""
-    chosen = design.seeds[:seeds]
-    return replace(design, seeds=chosen, tuning_seeds=tuple(s for s in design.tuning_seeds if s in chosen))
+def smaller(experiment: Experiment, seeds: int) -> Experiment:
+    """The experiment on the first `seeds` seeds."""
+    chosen = experiment.design.seeds[:seeds]
+    tuned = tuple(seed for seed in experiment.design.tuning_seeds if seed in chosen)
+    return replace(experiment, design=replace(experiment.design, seeds=chosen, tuning_seeds=tuned))

@@ -1,12 +1,12 @@
 """The numbers of the experiment's table, per arm and per seed."""
 
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
-from rto_megatron.errors import RunFolderError
-from rto_megatron.experiments.sample_efficiency import Design
-from rto_megatron.experiments.sample_efficiency.arms import ARMS
-from rto_megatron.experiments.sample_efficiency.curves import (
+from rto_megatron.experiments.curves import (
     Curve,
     best_factor,
     episodes_to,
@@ -16,6 +16,7 @@ from rto_megatron.experiments.sample_efficiency.curves import (
     run_name,
     seed_folder,
 )
+from rto_megatron.experiments.design import Experiment
 from rto_megatron.reporting.evaluation import Evaluation, read_evaluation
 
 
@@ -24,13 +25,16 @@ class SeedResult:
     """One arm on one seed; an offline point has no curve.
 
     Example:
-        SeedResult(evaluation, curve=None, episodes=None, at_matched_kl=None)
+        SeedResult(evaluation, curve=None, episodes=None, at_matched_kl=None, distinct=0.6)
     """
 
     evaluation: Evaluation  # of the final policy, on held-out prompts
     curve: Curve | None
     episodes: float | None  # to the threshold; None: never reached, or no curve
     at_matched_kl: float | None  # true return; None: the run never went so far, or no curve
+    distinct: (
+        float | None
+    )  # of the pairs of words that follow each other in its evaluated responses; None: not kept
 
 
 @dataclass(frozen=True)
@@ -60,51 +64,55 @@ class TuningResult:
     episodes: tuple[float | None, ...]  # to the threshold
 
 
-def thresholds(root: Path, design: Design) -> dict[int, float]:
+def thresholds(experiment: Experiment, root: Path) -> dict[int, float]:
     """Seed -> the true return that counts as PPO's level."""
-    best = best_factor(root, "ppo", design)
+    best, design = best_factor(experiment, root, "ppo"), experiment.design
     levels = {}
     for seed in design.seeds:
-        before = true_return(_evaluation(root, seed, "sft"))
-        after = float(read_curve(root, seed, "ppo", best).returns[-design.window :].mean())
+        before = experiment.earned(_evaluation(root, seed, experiment.start))
+        after = float(read_curve(experiment, root, seed, "ppo", best).returns[-design.window :].mean())
         levels[seed] = before + design.threshold * (after - before)
     return levels
 
 
-def tuning(root: Path, design: Design) -> list[TuningResult]:
+def tuning(experiment: Experiment, root: Path) -> list[TuningResult]:
     """Every learning rate that was tried."""
-    levels = thresholds(root, design)
+    levels, design = thresholds(experiment, root), experiment.design
     results = []
     for name in ("ppo", "rto"):
         for factor in design.factors:
-            curves = {seed: read_curve(root, seed, name, factor) for seed in design.tuning_seeds}
+            curves = {seed: read_curve(experiment, root, seed, name, factor) for seed in design.tuning_seeds}
             returns = tuple(last_quarter(curve) for curve in curves.values())
             episodes = tuple(episodes_to(c, levels[seed], design.window) for seed, c in curves.items())
             results.append(TuningResult(name, factor, returns, episodes))
     return results
 
 
-def summarise(root: Path, design: Design) -> list[ArmResult]:
-    """SFT and DPO, then every arm, each at the learning rate of its family.
+def summarise(experiment: Experiment, root: Path) -> list[ArmResult]:
+    """The start and DPO, then every arm, each at the learning rate of its family.
 
     Raises:
         UserError: a run or an evaluation is not finished.
     """
-    results = []
-    for system in ("sft", "dpo"):
-        evaluations = [_evaluation(root, seed, system) for seed in design.seeds]
-        results.append(ArmResult(system, None, tuple(SeedResult(e, None, None, None) for e in evaluations)))
-    best = {name: best_factor(root, name, design) for name in ("ppo", "rto")}
-    levels = thresholds(root, design)
-    for arm in ARMS:
+    results, design = [], experiment.design
+    for system in (experiment.start, "dpo"):
+        offline = (
+            SeedResult(_evaluation(root, seed, system), None, None, None, _distinct(root, seed, system))
+            for seed in design.seeds
+        )
+        results.append(ArmResult(system, None, tuple(offline)))
+    best = {name: best_factor(experiment, root, name) for name in ("ppo", "rto")}
+    levels = thresholds(experiment, root)
+    for arm in experiment.arms:
         factor = best[arm.tuned_as]
-        curves = [read_curve(root, seed, arm.name, factor) for seed in design.seeds]
+        curves = [read_curve(experiment, root, seed, arm.name, factor) for seed in design.seeds]
         seeds = (
             SeedResult(
                 _evaluation(root, seed, run_name(arm.name, factor)),
                 curve,
                 episodes_to(curve, levels[seed], design.window),
                 return_at_kl(curve, design.matched_kl, design.window),
+                _distinct(root, seed, run_name(arm.name, factor)),
             )
             for seed, curve in zip(design.seeds, curves, strict=True)
         )
@@ -112,17 +120,19 @@ def summarise(root: Path, design: Design) -> list[ArmResult]:
     return results
 
 
-def true_return(evaluation: Evaluation) -> float:
-    """The mean true return, which every evaluation of the synthetic task has.
+def distinct_bigrams(texts: Iterable[str]) -> float | None:
+    """Different pairs of following words over all of them, which falls where responses repeat each other."""
+    pairs = [pair for text in texts for pair in pairwise(text.lower().split())]
+    return len(set(pairs)) / len(pairs) if pairs else None
 
-    Raises:
-        RunFolderError: it was taken without the task's table.
-    """
-    if evaluation.true_return is None:
-        raise RunFolderError(
-            f"the evaluation {evaluation.name!r} has no true return; set evaluate.true_reward and evaluate it again"
-        )
-    return evaluation.true_return.mean
+
+def _distinct(root: Path, seed: int, system: str) -> float | None:
+    kept = seed_folder(root, seed) / "evaluations" / system / "evaluation.jsonl"
+    if not kept.is_file():
+        return None
+    return distinct_bigrams(
+        json.loads(line)["response"] for line in kept.read_text(encoding="utf-8").splitlines()
+    )
 
 
 def _evaluation(root: Path, seed: int, system: str) -> Evaluation:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from rto_megatron.config import schema
 from rto_megatron.config.load import load_stage
 from rto_megatron.errors import RunFolderError
-from rto_megatron.experiments.sample_efficiency import Design
+from rto_megatron.experiments.design import Experiment
 from rto_megatron.reporting.metrics import read_metrics
 
 Series = NDArray[np.floating]
@@ -48,7 +48,7 @@ def run_name(arm: str, factor: float) -> str:
     return f"{arm}_x{factor:.2g}"
 
 
-def read_curve(root: Path, seed: int, arm: str, factor: float) -> Curve:
+def read_curve(experiment: Experiment, root: Path, seed: int, arm: str, factor: float) -> Curve:
     """The metrics of a finished run.
 
     Raises:
@@ -61,7 +61,7 @@ def read_curve(root: Path, seed: int, arm: str, factor: float) -> Curve:
             f"{folder} is not finished; run the experiment again, it goes on where it stopped"
         )
     config = load_stage(folder / "config.yaml", schema.ReinforcementStage)
-    names = ("task/true_return", "objective/kl", "rollout/response_tokens")
+    names = (experiment.metric, "objective/kl", "rollout/response_tokens")
     returns, kl, tokens = (np.array([row[name] for row in rows]) for name in names)
     return Curve(config.responses_per_step * np.arange(1.0, len(rows) + 1), returns, kl, tokens)
 
@@ -71,13 +71,13 @@ def last_quarter(curve: Curve) -> float:
     return float(curve.returns[-(-len(curve.returns) * 3 // 4) :].mean())
 
 
-def best_factor(root: Path, arm: str, design: Design) -> float:
+def best_factor(experiment: Experiment, root: Path, arm: str) -> float:
     """The learning-rate factor whose last quarter of steps earns most, mean over the tuning seeds."""
+    design = experiment.design
 
     def earned(factor: float) -> float:
-        return float(
-            np.mean([last_quarter(read_curve(root, seed, arm, factor)) for seed in design.tuning_seeds])
-        )
+        curves = (read_curve(experiment, root, seed, arm, factor) for seed in design.tuning_seeds)
+        return float(np.mean([last_quarter(curve) for curve in curves]))
 
     return max(design.factors, key=earned)
 

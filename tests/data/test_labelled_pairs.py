@@ -1,0 +1,101 @@
+"""Preference pairs of rated responses: who is paired with whom, what is left out, and how often a label is turned."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from data.written_rows import write_lines
+from typer.testing import CliRunner
+
+from rto_megatron.cli.main import app
+from rto_megatron.data.labelled_pairs import write_pairs
+from rto_megatron.data.layouts import PAIRS
+from rto_megatron.data.sources import read_rows
+from rto_megatron.errors import DataError
+
+
+def answer(prompt_id: str, text: str, reward: float, finish_reason: str = "stop") -> dict[str, object]:
+    return {"prompt_id": prompt_id, "response": text, "finish_reason": finish_reason, "reward/rules": reward}
+
+
+def prompts(folder: Path, count: int) -> str:
+    rows = [{"prompt_id": f"p{number}", "prompt": f"question {number}"} for number in range(count)]
+    return write_lines(folder / "prompts.jsonl", rows)
+
+
+def test_pairs_are_read_as_any_others_and_the_better_one_is_chosen(tmp_path: Path) -> None:
+    rows = [
+        answer("p1", "good", 1.0), answer("p0", "bad", 0.1), answer("p1", "poor", 0.5), answer("p0", "fine", 0.4),
+        answer("p0", "third", 0.0),
+    ]  # fmt: skip
+    rated, out = write_lines(tmp_path / "evaluation.jsonl", rows), tmp_path / "new/pairs.jsonl"
+    command = [
+        "data",
+        "pairs",
+        rated,
+        "--prompts",
+        prompts(tmp_path, 2),
+        "--out",
+        str(out),
+        "--by",
+        "reward/rules",
+    ]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0 and "2 pairs, 0.0% with the worse" in result.output, result.output
+    said = [PAIRS.read(row).value for row in read_rows(str(out))]
+    assert [[turn.content for turn in chosen] for chosen, _ in said] == [
+        ["question 1", "good"],
+        ["question 0", "fine"],
+    ]
+    assert [rejected[-1].content for _, rejected in said] == ["poor", "bad"]
+    assert json.loads(out.read_text().splitlines()[0])["rejected_reward"] == 0.5
+
+
+def test_what_no_label_can_be_given_to_is_left_out_and_counted(tmp_path: Path) -> None:
+    twos = [
+        (answer("p0", "a", 1.0), answer("p0", "b", 1.0)),
+        (answer("p1", "a", 1.0, "length"), answer("p1", "b", 0.0)),
+        (answer("p2", " ", 1.0), answer("p2", "b", 0.0)),
+        (answer("p3", "a", 1.0), answer("p3", "b", 0.0, "length")),
+    ]
+    rated = write_lines(tmp_path / "evaluation.jsonl", [one for two in twos for one in two])
+    counts = write_pairs(rated, prompts(tmp_path, 4), tmp_path / "pairs.jsonl", "reward/rules", 0.0, seed=0)
+    assert (counts.written, counts.ties, counts.cut, counts.empty) == (1, 1, 1, 1)
+
+
+def test_labels_are_turned_as_often_as_bradley_and_terry_say(tmp_path: Path) -> None:
+    count, lead, noise = 4000, 0.3, 0.2
+    rows = [
+        one for n in range(count) for one in (answer(f"p{n}", "a", 0.5), answer(f"p{n}", "b", 0.5 + lead))
+    ]
+    rated, asked = write_lines(tmp_path / "evaluation.jsonl", rows), prompts(tmp_path, count)
+    first = write_pairs(rated, asked, tmp_path / "1.jsonl", "reward/rules", noise, 1)
+    write_pairs(rated, asked, tmp_path / "2.jsonl", "reward/rules", noise, 2)
+    expected = 1 / (1 + math.exp(lead / noise))
+    error = math.sqrt(expected * (1 - expected) / count)
+    assert abs(first.turned / count - expected) < 4 * error
+    assert (tmp_path / "1.jsonl").read_bytes() != (tmp_path / "2.jsonl").read_bytes()
+    write_pairs(rated, asked, tmp_path / "again.jsonl", "reward/rules", noise, 1)
+    assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "again.jsonl").read_bytes()
+
+
+def test_a_certain_label_does_not_overflow(tmp_path: Path) -> None:
+    rated = write_lines(tmp_path / "evaluation.jsonl", [answer("p0", "a", 1e6), answer("p0", "b", -1e6)])
+    assert write_pairs(rated, prompts(tmp_path, 1), tmp_path / "p.jsonl", "reward/rules", 1e-3, 0).turned == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([answer("p9", "a", 1.0), answer("p9", "b", 0.0)], "has no prompt 'p9'"),
+        ([{"prompt_id": "p0", "response": "a", "reward/rule": 1.0}], "did you mean reward/rule"),
+        ([{"response": "a", "reward/rules": 1.0}], "has the columns prompt_id and response"),
+        ([answer("p0", "a", 1.0)], "no pair is left"),
+    ],
+)
+def test_what_cannot_be_paired_is_said(rows: list[dict[str, object]], message: str, tmp_path: Path) -> None:
+    rated, out = write_lines(tmp_path / "evaluation.jsonl", rows), tmp_path / "pairs.jsonl"
+    with pytest.raises(DataError, match=message):
+        write_pairs(rated, prompts(tmp_path, 2), out, "reward/rules", 0.0, seed=0)
+    assert not out.exists()
