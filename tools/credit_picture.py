@@ -1,6 +1,6 @@
 """Draws responses of a run as their tokens, coloured by what each earned: a picture of what `rto view` shows.
 
-    .venv/bin/python tools/credit_picture.py runs/real_language/rto --step 1 --out docs/credit.png
+.venv/bin/python tools/credit_picture.py runs/real_language/rto --step 1 --out docs/credit.png
 """
 
 import argparse
@@ -41,7 +41,9 @@ def drawn(axes: Axes, row: dict[str, object], values: Sequence[float], scale: No
         left += width
     score, reward = (row[name] for name in ("score", "reward"))
     note = f"score {score:+.2f}, all token rewards {reward:+.2f}"
-    sources = {name.removeprefix("source/"): value for name, value in row.items() if name.startswith("source/")}
+    sources = {
+        name.removeprefix("source/"): value for name, value in row.items() if name.startswith("source/")
+    }
     note += "".join(f", {name} {value:.2f}" for name, value in sources.items())
     top -= 2.0 * _height(text)
     axes.text(0.0, top, note, fontsize=8, color="0.35", va="top")
@@ -65,13 +67,21 @@ def _box(text: mpl.text.Text) -> mpl.transforms.Bbox:
 
 def main() -> None:
     """Draws."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="run folder that keeps rollouts")
     parser.add_argument("--step", type=int, help="default: the last that is kept")
-    parser.add_argument("--prompt", action="append", default=[], help="id of a prompt; may be given several times")
+    parser.add_argument(
+        "--prompt", action="append", default=[], help="id of a prompt; may be given several times"
+    )
     parser.add_argument("--limit", type=int, default=4, help="responses (default 4)")
-    parser.add_argument("--by", default="dpo_logratio", help="token column without token/ (default dpo_logratio)")
-    parser.add_argument("--sort", default="reward", help="column by which the highest are taken (default reward)")
+    parser.add_argument(
+        "--by", default="dpo_logratio", help="token column without token/ (default dpo_logratio)"
+    )
+    parser.add_argument(
+        "--sort", default="reward", help="column by which the highest are taken (default reward)"
+    )
     parser.add_argument("--out", type=Path, default=Path("credit.png"))
     given = parser.parse_args()
     steps = () if given.step is None else (given.step,)
