@@ -47,6 +47,11 @@ def find_problems(
 
 def _kernels(config: Stage) -> list[str]:
     precision, problems = config.precision, []
+    if precision.fp8 and precision.kernels != "transformer_engine":
+        problems.append(
+            f"precision.fp8=true with precision.kernels={precision.kernels}: products in 8 bits are "
+            "TransformerEngine's; set precision.kernels=transformer_engine, or precision.fp8=false"
+        )
     if precision.kernels == "transformer_engine" and precision.dtype == "fp32":
         problems.append(
             "precision.kernels=transformer_engine has no attention for precision.dtype=fp32; set precision.dtype=bf16, "
