@@ -112,6 +112,28 @@ def test_each_of_two_whole_steps_is_predicted_with_the_factor_of_the_other() -> 
     assert bare_32b * EXPECTED.overhead == pytest.approx(376, rel=0.10)
 
 
+def ppo_70b(nodes: int) -> float:
+    """P10: PPO of Llama-3-70B, 1,024 rollouts of some 340 tokens, sampled eight at a time by replicas of eight H100.
+
+    Batches are static: each goes on until its longest response ends, whose length is not published; 1,024 is assumed.
+    """
+    gpus = 8 * nodes
+    pool = PoolServers(LLAMA_70B, H100, num=nodes, tensor=8)
+    batches = 1024 / 8 / nodes
+    sampling = batches * 1024 * pool.decode_s(8, 340 + 512, EXPECTED)
+    models, lengths = [(LLAMA_70B, False)], [340 + 340] * 1024
+    passes = 2 * forward_s(models, lengths, H100, gpus, EXPECTED)
+    return (
+        sampling + passes + training_s(models, lengths, H100, gpus, EXPECTED, is_recomputed=False)
+    ) * EXPECTED.overhead
+
+
+@pytest.mark.parametrize(("nodes", "published"), [(8, 366.7), (16, 190.4)])
+def test_static_batches_take_as_long_as_was_published_on_few_nodes(nodes: int, published: float) -> None:
+    """NeMo-Aligner, rlhf.rst: nodes of the actor, beside half as many of the critic, which works at the same time."""
+    assert ppo_70b(nodes) == pytest.approx(published, rel=0.35)
+
+
 def test_an_update_takes_three_times_a_forward() -> None:
     """P14, verl one_step_off.md: 344 s over 119 s, 2.89."""
     models, lengths = [(LLAMA_8B, False)], [4096] * 64
