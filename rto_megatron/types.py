@@ -16,9 +16,7 @@ from rto_megatron.shared_row import SharedRow
 
 FinishReason = Literal["stop", "length"]
 type Columns = Mapping[str, object]  # of a row of the data, as JSON has them
-Metrics = Mapping[
-    str, tuple[float, float]
-]  # name -> (sum, count): reduced by adding both, divided once at the end
+Metrics = Mapping[str, tuple[float, float]]  # name -> (sum, count): added over ranks, divided once at the end
 
 
 @dataclass(frozen=True)

@@ -199,6 +199,20 @@ def test_no_duration_is_taken_from_the_wall_clock() -> None:
     assert found == []
 
 
+def test_ranks_do_not_import_transformers_generation() -> None:
+    # It takes every process seconds to import, with scikit-learn and pandas; what has it is imported where it is used.
+    found = [
+        f"{name(path)}: {alias.name}"
+        for path in FILES
+        if room_of(path) not in ("convert", "diagnosis", "benchmarks", "cli")
+        for node in TREES[path].body
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "transformers"
+        for alias in node.names
+        if alias.name.startswith("Auto") or alias.name.endswith("Model") or "ForCausalLM" in alias.name
+    ]
+    assert found == []
+
+
 def test_pickle_has_one_user() -> None:
     users = {name(path) for path in FILES if PICKLES & {module.split(".")[0] for module in imports(path)}}
     users |= {name(path) for path in FILES if "torch.load(" in path.read_text()}

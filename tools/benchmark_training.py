@@ -20,24 +20,20 @@ import argparse
 import gzip
 import json
 import os
-import resource
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import psutil
 from rich.console import Console
-from rich.table import Table
+from side_by_side import Parts, Peer, Way, all_ways, compare, run_ranks, stated_way
 
 _ROOT = Path(__file__).parents[1]
 _RECIPE = _ROOT / "launchers" / "recipes" / "quickstart" / "dpo.yaml"
 _LEARNING_RATE, _BETA = 1e-5, 0.1
-_MOST_OF_OTHERS = 0.1  # of the cores
+_WIDTH = 140  # columns
 
 
 @dataclass(frozen=True)
@@ -58,32 +54,9 @@ class Work:
         return self.root / "model"
 
 
-@dataclass(frozen=True)
-class Way:
-    """How a peer uses the cores; `micro` pairs a forward."""
-
-    processes: int
-    threads: int
-    micro: int
-
-    def __str__(self) -> str:
-        return f"{self.processes} x {self.threads} threads, {self.micro} pairs a forward"
-
-
-def ways(cores: int, batch: int) -> list[Way]:
-    """Cores as threads or as processes, with forwards of few pairs and of as many as there are."""
-    cuts = [(p, t) for p, t in dict.fromkeys([(1, cores), (cores, 1)]) if batch % p == 0]
-    return [Way(p, t, m) for p, t in cuts for m in dict.fromkeys((2, 4, batch // p)) if batch // p % m == 0]
-
-
-def stated_way(text: str) -> Way:
-    """What `2x1x4` says."""
-    processes, threads, micro = map(int, text.split("x"))
-    return Way(processes, threads, micro)
-
-
-def ours(work: Work, way: Way, folder: Path) -> list[float]:
-    """Seconds of the steps of a run of this program."""
+def ours(work: Work, way: Way, name: str) -> list[Parts]:
+    """Steps of a run of this program."""
+    folder = work.root / name
     keys = {
         "run.dir": folder,
         "run.steps": work.steps,
@@ -101,14 +74,14 @@ def ours(work: Work, way: Way, folder: Path) -> list[float]:
         "algorithm.beta": _BETA,
     }
     program = ["-m", "rto_megatron.cli.main", "train", str(_RECIPE), *(f"{k}={v}" for k, v in keys.items())]
-    program += work.keys
-    _run_ranks(program, way, folder.with_suffix(".log"))
+    run_ranks([*program, *work.keys], way, folder.with_suffix(".log"))
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["time/step_s"] for line in lines]
+    return [{"step": json.loads(line)["time/step_s"]} for line in lines]
 
 
-def trl(work: Work, way: Way, folder: Path) -> list[float]:
-    """Seconds of the steps of TRL's trainer."""
+def trl(work: Work, way: Way, name: str) -> list[Parts]:
+    """Steps of TRL's trainer."""
+    folder = work.root / name
     folder.mkdir()
     arguments = [
         work.model,
@@ -119,79 +92,11 @@ def trl(work: Work, way: Way, folder: Path) -> list[float]:
         way.micro,
         work.max_length,
     ]
-    _run_ranks([__file__, "trl", *map(str, arguments)], way, folder.with_suffix(".log"))
-    found: list[float] = json.loads((folder / "seconds.json").read_text())
-    return found
+    run_ranks([__file__, "trl", *map(str, arguments)], way, folder.with_suffix(".log"))
+    return [{"step": seconds} for seconds in json.loads((folder / "seconds.json").read_text())]
 
 
-def _run_ranks(program: list[str], way: Way, log: Path) -> None:
-    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(way.processes)]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(way.threads),
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1",
-    }
-    with log.open("w") as shown:
-        command = [sys.executable, *ranks, *program]
-        status = subprocess.run(command, env=environment, stdout=shown, stderr=shown, check=False).returncode
-    if status:
-        sys.exit(f"error: a peer ended with status {status}; its last words:\n{log.read_text()[-2000:]}")
-
-
-PEERS: dict[str, Callable[[Work, Way, Path], list[float]]] = {"ours": ours, "TRL": trl}
-
-
-def measured(peer: str, work: Work, way: Way, name: str, is_any_load: bool) -> float:
-    """The median second of a step but the first; ends the program where others used the cores meanwhile."""
-    before, started, own_before = _busy_s(), time.monotonic(), _children_s()
-    seconds = PEERS[peer](work, way, work.root / name)
-    wall, own = time.monotonic() - started, _children_s() - own_before
-    others = max(0.0, _busy_s() - before - own) / (wall * (os.cpu_count() or 1))
-    if others > _MOST_OF_OTHERS and not is_any_load:
-        sys.exit(
-            f"error: other processes used {others:.0%} of the cores while {peer} was measured, at most "
-            f"{_MOST_OF_OTHERS:.0%} leaves seconds that mean something; end them, or give --any-load"
-        )
-    assert len(seconds) == work.steps, seconds
-    return statistics.median(seconds[1:])
-
-
-def _busy_s() -> float:
-    times = psutil.cpu_times()
-    return float(times.user + times.system + times.nice)
-
-
-def _children_s() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
-def compare(work: Work, stated: Mapping[str, Way | None], num_rounds: int, is_any_load: bool) -> Table:
-    """Tries every way of each peer for which none is stated, then runs the fastest of each in turn."""
-    best = {}
-    for peer in PEERS:
-        tried, own = {}, stated[peer]
-        if own is not None:
-            best[peer] = own
-            continue
-        for number, way in enumerate(ways(work.cores, work.batch)):
-            tried[way] = measured(peer, work, way, f"try-{peer}-{number}", is_any_load)
-            print(f"{peer}, {way}: {tried[way]:.2f} s", flush=True)
-        best[peer] = min(tried, key=tried.__getitem__)
-    rounds: dict[str, list[float]] = {peer: [] for peer in PEERS}
-    for number in range(num_rounds):
-        for peer, way in best.items():
-            rounds[peer].append(measured(peer, work, way, f"round-{peer}-{number}", is_any_load))
-    ratios = [theirs / own for own, theirs in zip(rounds["ours"], rounds["TRL"], strict=True)]
-    table = Table(
-        "peer", "cores used as", "step, s", "least", "greatest", title=f"DPO, {work.batch} pairs a step"
-    )
-    for peer, seconds in rounds.items():
-        figures = (statistics.median(seconds), min(seconds), max(seconds))
-        table.add_row(peer, str(best[peer]), *(f"{one:.2f}" for one in figures))
-    table.caption = f"TRL's seconds over ours, by round: {', '.join(f'{ratio:.2f}' for ratio in ratios)}"
-    return table
+PEERS = {"ours": ours, "TRL": trl}
 
 
 def trl_rank(
@@ -335,8 +240,14 @@ def main() -> None:
     parser.add_argument("--any-load", action="store_true", help="measure on a machine that others use too")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        stated = {peer: getattr(given, peer.lower()) for peer in PEERS}
-        Console().print(compare(write_work(Path(folder), given), stated, given.rounds, given.any_load))
+        work = write_work(Path(folder), given)
+        peers = []
+        for name, run in PEERS.items():
+            stated: Way | None = getattr(given, name.lower())
+            ways = all_ways(work.cores, work.batch) if stated is None else (stated,)
+            peers.append(Peer(name, partial(run, work), ways))
+        title = f"DPO, {work.batch} pairs a step"
+        Console(width=_WIDTH).print(compare(peers, given.rounds, given.any_load, title))
 
 
 if __name__ == "__main__":

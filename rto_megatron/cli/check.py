@@ -14,11 +14,11 @@ from rto_megatron.errors import RecipeError
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
+    from rto_megatron.config.batch_sizes import TrainBatchConfig
     from rto_megatron.config.plan import BatchPlan, RankLayout, StagePlan
     from rto_megatron.config.rewards import Source
     from rto_megatron.config.roles import Role
     from rto_megatron.config.schema import Stage
-    from rto_megatron.config.training import TrainBatchConfig
     from rto_megatron.planning.gpus import Gpu
     from rto_megatron.planning.local_data import LookedAt
     from rto_megatron.planning.shapes import FoundShape
@@ -63,19 +63,20 @@ def check(
     Data files that are on this machine are read up to their 1000th row.
     """
     from rto_megatron.config.checks import refuse
+    from rto_megatron.config.kl_gap import drowned_coefficients
     from rto_megatron.config.load import dump, load_recipe
     from rto_megatron.config.reward_code import rewards_of
-    from rto_megatron.planning.gpus import find_gpu
+    from rto_megatron.planning.gpus import gpu_for
     from rto_megatron.planning.judgement import judged
     from rto_megatron.planning.local_data import look_at
     from rto_megatron.planning.token_ids import token_warnings
 
     config = load_recipe(recipe, overrides or [])
-    named = None if gpu is None else find_gpu(gpu)
+    named = None if gpu is None else gpu_for(gpu, config.precision)
     world_size, pool_size = split_gpus(config, gpus, pool_gpus)
     origin = f"of {gpus} GPUs the pool has {pool_size}" if 0 < world_size < gpus else ""
     plan, shapes = judged(config, world_size, assume or [], origin)
-    spare = [*token_warnings(config, shapes), *_missing_here(config)]
+    spare = [*token_warnings(config, shapes), *_missing_here(config), *drowned_coefficients(config)]
     looked = look_at(config)
     refuse(f"{one.key}: {one.found}" for one in looked if one.is_problem)
     console = Console() if Console().is_terminal else Console(width=140)

@@ -55,8 +55,8 @@ def pairs(
 ) -> None:
     """Make preference pairs of rated responses: data.train of a reward model, DPO and the other methods on pairs.
 
-    The responses to a prompt are paired in their order, each once. Pairs of equal reward, with an empty response or
-    with a chosen one that was cut are left out and counted.
+    Responses to a prompt are paired in their order, each once. Pairs of equal reward, with an empty response or with
+    a chosen one that was cut are left out and counted.
     """
     from rto_megatron.data.labelled_pairs import write_pairs
 

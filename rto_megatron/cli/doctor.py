@@ -89,7 +89,7 @@ def _of_recipe(recipe: Path, overrides: Sequence[str]) -> "list[Finding]":
     from rto_megatron.config.reward_code import rewards_of
     from rto_megatron.diagnosis import connections, disk
     from rto_megatron.diagnosis.finding import Finding, findings_of
-    from rto_megatron.diagnosis.recipe import check_data, check_models
+    from rto_megatron.diagnosis.recipe import check_data, check_models, check_precision
     from rto_megatron.diagnosis.reward_sources import check_rewards
 
     try:
@@ -106,6 +106,7 @@ def _of_recipe(recipe: Path, overrides: Sequence[str]) -> "list[Finding]":
     num_ranks = started if started > 1 else fewest_ranks(config.parallel)
     findings += findings_of("models", partial(check_models, config, num_ranks))
     findings += findings_of("data", partial(check_data, config))
+    findings += findings_of("precision", partial(check_precision, config))
     findings += findings_of("rewards", partial(check_rewards, rewards_of(config)))
     findings += findings_of("run folder", partial(disk.check_writable, config.run.dir))
     findings += findings_of("disk", partial(disk.check_space, config))

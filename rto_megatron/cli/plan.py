@@ -2,6 +2,7 @@
 
 import os
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,9 +16,10 @@ from rto_megatron.errors import RecipeError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rto_megatron.config.plan import StagePlan
+    from rto_megatron.config.schema import Stage
     from rto_megatron.planning.candidates import Candidate
     from rto_megatron.planning.gpus import Gpu
+    from rto_megatron.planning.whole_step import Lengths
 
 _SHOWN = 3
 _MOST_SIMULATED = 8
@@ -54,47 +56,55 @@ def plan(
     (docs/planning.md), and then simulated at their real size until three of them fit. Needs no GPU and no model.
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is fake lies nowhere, and torch must not look for a GPU
-    from rto_megatron.config.load import load_recipe
-    from rto_megatron.planning.candidates import candidates, fitting
-    from rto_megatron.planning.gpus import find_gpu
+    from rto_megatron.planning.candidates import Search, fitting
+    from rto_megatron.planning.gpus import gpu_for
+    from rto_megatron.planning.reasons import best, reasons
     from rto_megatron.planning.ways_out import refuse_nothing_fits
-    from rto_megatron.planning.whole_step import Lengths, longest_lengths
 
-    kind, given = find_gpu(gpu), list(overrides or [])
+    given = list(overrides or [])
+    kind = gpu_for(gpu, _loaded(recipe, given, ()).precision)
 
     def found_on(number: int, card: "Gpu", more: "Sequence[str]") -> "list[Candidate]":
-        return candidates(
-            lambda own: load_recipe(recipe, [*given, *more, *own]),
-            number,
-            card,
-            assume or [],
-            lengths,
-            gpus_per_node,
-        )
+        held = {key.partition("=")[0] for key in (*given, *more)}
+        load = partial(_loaded, recipe, [*given, *more])
+        return Search(load, number, card, assume or [], held, lengths, gpus_per_node).candidates()
 
-    lengths = None
-    if prompt_tokens is not None or response_tokens is not None:
-        longest = longest_lengths(_any_plan(recipe, given))
-        lengths = Lengths(prompt_tokens or longest.prompt, response_tokens or longest.response)
+    lengths = _lengths(recipe, given, prompt_tokens, response_tokens)
     found = found_on(gpus, kind, ())
     chosen = fitting(found, kind)
     if not chosen:
         refuse_nothing_fits(found, found_on, gpus, kind)
-    best = _simulated(chosen, kind) if simulated else [(one, one.num_bytes) for one in chosen[:_SHOWN]]
+    shown = best(chosen, _MOST_SIMULATED if simulated else _SHOWN)
+    sized = _simulated(shown, kind) if simulated else [(one, one.num_bytes) for one in shown]
     console = Console() if Console().is_terminal else Console(width=140)
-    for number, (one, num_bytes) in enumerate(best, 1):
+    tried = f"{len(found)} sound layouts were tried, {len(chosen)} fit by the formulas"
+    console.print(tried, highlight=False)
+    for number, (one, num_bytes) in enumerate(sized, 1):
         _print(console, number, one, num_bytes, kind, simulated)
-        console.print(
-            _command(recipe, given, one, gpus, gpus_per_node), markup=False, highlight=False, soft_wrap=True
-        )
+        lines = [f"- {reason}" for reason in reasons(one, found, kind)]
+        for line in (*lines, _command(recipe, given, one, gpus, gpus_per_node)):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _any_plan(recipe: Path, overrides: list[str]) -> "StagePlan":
+def _loaded(recipe: Path, given: list[str], own: "Sequence[str]") -> "Stage":
+    from rto_megatron.config.load import load_recipe
+
+    return load_recipe(recipe, [*given, *own])
+
+
+def _lengths(
+    recipe: Path, overrides: list[str], prompt_tokens: int | None, response_tokens: int | None
+) -> "Lengths | None":
+    """What the user says; what is left out is the longest that the recipe admits."""
     from rto_megatron.config.load import load_recipe
     from rto_megatron.config.plan import fewest_ranks, plan_stage
+    from rto_megatron.planning.whole_step import Lengths, longest_lengths
 
+    if prompt_tokens is None and response_tokens is None:
+        return None
     config = load_recipe(recipe, overrides)
-    return plan_stage(config, fewest_ranks(config.parallel))
+    longest = longest_lengths(plan_stage(config, fewest_ranks(config.parallel)))
+    return Lengths(prompt_tokens or longest.prompt, response_tokens or longest.response)
 
 
 def _simulated(chosen: "Sequence[Candidate]", gpu: "Gpu") -> "list[tuple[Candidate, int]]":
@@ -102,11 +112,14 @@ def _simulated(chosen: "Sequence[Candidate]", gpu: "Gpu") -> "list[tuple[Candida
     from rto_megatron.platform.device import prepare
 
     prepare()
+    from rto_megatron.planning.candidates import shared_bytes
     from rto_megatron.simulation.whole_job import simulate_job
 
     best = []
-    for one in chosen[:_MOST_SIMULATED]:
+    for one in chosen:
         num_bytes = max(rank.peak for rank in simulate_job(one.plan, one.shapes))
+        if one.plan.facts.is_colocated:
+            num_bytes = shared_bytes(one.plan, one.known, gpu, one.pool_tensor, num_bytes)
         if num_bytes <= gpu.usable_bytes:
             best.append((one, num_bytes))
         if len(best) == _SHOWN:

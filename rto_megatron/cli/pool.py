@@ -9,6 +9,7 @@ import typer
 from rto_megatron.errors import RecipeError
 
 if TYPE_CHECKING:
+    from rto_megatron.config.training import Fp32Part
     from rto_megatron.generation.vllm.start.server import NodeGroup, ServerOptions
 
 _Port = Annotated[
@@ -30,6 +31,18 @@ _CanSleep = Annotated[
 ]
 
 
+_AddressFile = Annotated[
+    Path | None,
+    typer.Option(help="Receives the addresses, one a line, once all are ready; removed at the end."),
+]
+_Fp32Head = Annotated[
+    bool, typer.Option("--fp32-head", help="The trainer's precision.fp32_parts names head.")
+]
+_Fp32Residual = Annotated[
+    bool, typer.Option("--fp32-residual", help="The trainer's precision.fp32_parts names residual.")
+]
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands of this file to `app`."""
     app.command()(pool)
@@ -40,16 +53,15 @@ def pool(
     token_file: Annotated[
         Path, typer.Option(help="File with the pool's bearer token; made, readable by you only, when absent.")
     ],
-    address_file: Annotated[
-        Path | None,
-        typer.Option(help="Receives the addresses, one a line, once all are ready; removed at the end."),
-    ] = None,
+    address_file: _AddressFile = None,
     log_file: Annotated[
         Path, typer.Option(help="Receives what vLLM prints; numbered where there are several servers.")
     ] = Path("pool.log"),
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: _Port = None,
     dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="The trainer's precision.dtype.")] = "bf16",
+    fp32_head: _Fp32Head = False,
+    fp32_residual: _Fp32Residual = False,
     load_weights: Annotated[
         bool,
         typer.Option(help="Read the folder's weights; otherwise the first push of a trainer brings them."),
@@ -86,6 +98,7 @@ def pool(
         host=_address(interface) or without_localhost(host),
         port=port,
         dtype=dtype,
+        fp32_parts=_parts(fp32_head, fp32_residual),
         load_weights=load_weights,
         max_model_len=max_model_len,
         gpu_memory_fraction=gpu_memory_fraction,
@@ -95,6 +108,11 @@ def pool(
     if node_rank > 0:
         serve_part(_several(one, servers, tensor_parallel)[0])
     serve_pool(_several(one, servers, tensor_parallel), address_file)
+
+
+def _parts(has_head: bool, has_residual: bool) -> "list[Fp32Part]":
+    parts: list[tuple[Fp32Part, bool]] = [("head", has_head), ("residual", has_residual)]
+    return [part for part, is_fp32 in parts if is_fp32]
 
 
 def _address(interface: str | None) -> str | None:

@@ -43,12 +43,12 @@ def simulate(
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is fake lies nowhere, and torch must not look for a GPU
     from rto_megatron.cli.check import split_gpus
     from rto_megatron.config.load import load_recipe
-    from rto_megatron.planning.gpus import find_gpu
+    from rto_megatron.planning.gpus import gpu_for
     from rto_megatron.planning.judgement import judged
     from rto_megatron.platform.device import prepare
 
     config = load_recipe(recipe, overrides or [])
-    judge = None if gpu is None else find_gpu(gpu)
+    judge = None if gpu is None else gpu_for(gpu, config.precision)
     world_size, pool_size = split_gpus(config, gpus, pool_gpus)
     plan, shapes = judged(config, world_size, assume or [], f"of {gpus} GPUs the pool has {pool_size}")
     unknown = [role.name for role in plan.roles if role.name not in shapes]

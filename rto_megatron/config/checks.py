@@ -46,12 +46,24 @@ def find_problems(
 
 
 def _kernels(config: Stage) -> list[str]:
-    if config.precision.kernels != "transformer_engine" or config.precision.dtype != "fp32":
-        return []
-    return [
-        "precision.kernels=transformer_engine has no attention for precision.dtype=fp32; set precision.dtype=bf16, or "
-        "precision.kernels=torch"
-    ]
+    precision, problems = config.precision, []
+    if precision.fp8 and precision.kernels != "transformer_engine":
+        problems.append(
+            f"precision.fp8=true with precision.kernels={precision.kernels}: products in 8 bits are "
+            "TransformerEngine's; set precision.kernels=transformer_engine, or precision.fp8=false"
+        )
+    if precision.kernels == "transformer_engine" and precision.dtype == "fp32":
+        problems.append(
+            "precision.kernels=transformer_engine has no attention for precision.dtype=fp32; set precision.dtype=bf16, "
+            "or precision.kernels=torch"
+        )
+    if precision.kernels != "torch" and precision.dtype == "bf16" and "residual" in precision.fp32_parts:
+        problems.append(
+            f"precision.fp32_parts names residual, and precision.kernels={precision.kernels} may be layers of "
+            "TransformerEngine, which read the residual in the dtype of their weights; set precision.kernels=torch, or "
+            "leave residual out"
+        )
+    return problems
 
 
 def _profile(facts: Facts) -> list[str]:

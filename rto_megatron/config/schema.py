@@ -12,6 +12,12 @@ from pydantic import BaseModel, Field, create_model
 
 from rto_megatron.algorithms import ALGORITHMS, reinforcement
 from rto_megatron.algorithms.method import Method, OnlineMethod
+from rto_megatron.config.batch_sizes import (
+    BatchConfig,
+    PreferenceBatchConfig,
+    RolloutBatchConfig,
+    TrainBatchConfig,
+)
 from rto_megatron.config.inputs import (
     DataConfig,
     DemonstrationDataConfig,
@@ -29,19 +35,15 @@ from rto_megatron.config.rollouts import (
     TrainRolloutConfig,
 )
 from rto_megatron.config.training import (
-    BatchConfig,
     EvaluatedRunConfig,
     FrozenPrecisionConfig,
     OptimizerConfig,
     ParallelConfig,
     Parkable,
     PrecisionConfig,
-    PreferenceBatchConfig,
-    RolloutBatchConfig,
     RolloutRunConfig,
     RunConfig,
     Section,
-    TrainBatchConfig,
     TrainParallelConfig,
     TrainRunConfig,
 )

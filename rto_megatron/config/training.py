@@ -4,19 +4,23 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 LoggerName = Literal["tensorboard", "wandb", "swanlab"]
 ContextScheme = Literal["ulysses", "gather"]
 KernelsChoice = Literal["torch", "transformer_engine", "auto"]
+Fp32Part = Literal["head", "residual"]
 StageLayers = tuple[int, ...] | Literal["auto"] | None  # layers of each pipeline stage; None: equal numbers
 RoleName = Literal["critic", "reference", "reward", "dpo", "dpo_reference"]
 # Roles, and what trained ones have beside weights.
 Parkable = Literal[
     "policy", "critic", "policy_ema", "reference", "reward", "dpo", "dpo_reference", "gradients", "optimizer"
 ]
+
+
+FP8_MULTIPLE = 16  # rows and columns of a product in 8 bits, on each rank
 
 
 class Section(BaseModel):
@@ -289,6 +293,16 @@ class FrozenPrecisionConfig(Section):
         default="torch",
         description="what computes the layers of all roles: torch, TransformerEngine, or it where it is installed",
     )
+    fp8: bool = Field(
+        default=False,
+        description="products of TransformerEngine's layers in 8 bits, each tensor scaled by what is in it; weights, "
+        "optimizers, head and attention stay as they are",
+    )
+    fp32_parts: tuple[Fp32Part, ...] = Field(
+        default=(),
+        description="what a bf16 model computes in fp32, in trainer and pool: head, its logits; residual, what layers "
+        "add to",
+    )
 
 
 class PrecisionConfig(FrozenPrecisionConfig):
@@ -301,77 +315,6 @@ class PrecisionConfig(FrozenPrecisionConfig):
     recompute: bool = Field(
         default=False, description="recompute activations of every layer in the backward pass"
     )
-
-
-class BatchConfig(Section):
-    """Batch arithmetic; all counts but `tokens` are sequences (pairs for reward model and DPO).
-
-    A forward takes so many sequences, or as many as have so many tokens: one of `micro` and `tokens` is set. Where a
-    recipe says neither, `micro` is 1.
-
-    Example:
-        batch: {tokens: 16384, packed: true}
-    """
-
-    micro: int | None = Field(default=None, ge=1, description="sequences or pairs per forward on one rank")
-    tokens: int | None = Field(
-        default=None,
-        ge=1,
-        description="tokens per forward on one rank, padding of rows included; excludes batch.micro",
-    )
-    packed: bool = Field(
-        default=True, description="pack a micro-batch without padding; false: right-padded rows"
-    )
-    share_prompts: bool = Field(
-        default=True,
-        description="compute a prompt once for all its responses in a packed micro-batch, where that can be done",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_by_one(cls, found: object) -> object:
-        if not isinstance(found, dict) or found.get("tokens") is not None or found.get("micro") is not None:
-            return found
-        return {**found, "micro": 1}
-
-    @model_validator(mode="after")
-    def _one_of_two(self) -> Self:
-        if self.micro is not None and self.tokens is not None:
-            raise ValueError(
-                f"batch.micro={self.micro} and batch.tokens={self.tokens} exclude each other: a forward takes so many "
-                "sequences, or as many as have so many tokens; remove one"
-            )
-        return self
-
-
-class TrainBatchConfig(BatchConfig):
-    """The batches of a stage with an optimizer.
-
-    Example:
-        batch: {train: 64, micro: 4}
-    """
-
-    train: int = Field(default=128, ge=1, description="global batch of one optimizer step")
-
-
-class PreferenceBatchConfig(TrainBatchConfig):
-    """The paper's preference methods have a batch of their own.
-
-    Example:
-        batch: {train: 32, micro: 2}
-    """
-
-    train: int = Field(default=256, ge=1, description="global batch of one optimizer step: pairs, or answers")
-
-
-class RolloutBatchConfig(TrainBatchConfig):
-    """The batches of a stage that samples.
-
-    Example:
-        batch: {rollout: 128, train: 32, micro: 4}
-    """
-
-    rollout: int = Field(default=1024, ge=1, description="prompts per rollout step, all ranks")
 
 
 class OptimizerConfig(Section):

@@ -13,6 +13,7 @@ from rto_megatron.config import schema
 from rto_megatron.config.facts import facts_of
 from rto_megatron.config.inputs import EvaluateDataConfig, ExampleDataConfig, PromptDataConfig
 from rto_megatron.config.source_names import SUFFIXES, Sources, hub_set, is_pattern, parts_of
+from rto_megatron.config.training import FP8_MULTIPLE
 from rto_megatron.data.bad_rows import BadRows
 from rto_megatron.data.budget import over_budget
 from rto_megatron.data.cut import Layout
@@ -126,8 +127,9 @@ def first_examples(
 
 
 def _layout(config: schema.Stage) -> Layout:
-    batch = config.batch
-    return Layout(batch.micro, batch.packed, config.parallel.row_multiple, torch.device("cpu"), batch.tokens)
+    batch, rows = config.batch, FP8_MULTIPLE if config.precision.fp8 else 1
+    multiple = rows * config.parallel.row_multiple
+    return Layout(batch.micro, batch.packed, multiple, torch.device("cpu"), batch.tokens)
 
 
 def _layout_alone(data: DataSource, limits: Limits) -> str:

@@ -1,5 +1,6 @@
 """Finds the prompts that sequences of a micro-batch share, and lays out the row in which each stands once."""
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate, chain
 
@@ -28,54 +29,60 @@ def shared_row(
         multiple_of: the length of the row is rounded up to it, by one trailing padding sequence.
         device: where the tensors go.
     """
-    firsts = _first_with_the_prompt(sequences)
-    repeated = [p for number, (_, p) in enumerate(sequences) if firsts[number] != number]
-    if sum(repeated) < _LEAST_SPARED * sum(len(ids) for ids, _ in sequences):
+    # A sequence that is a prompt alone would add nothing to the row.
+    prompts = [tuple(ids[:length]) if len(ids) > length else None for ids, length in sequences]
+    counts = Counter(prompt for prompt in prompts if prompt is not None)
+    num_spared = sum(len(prompt) * (count - 1) for prompt, count in counts.items())
+    lengths = [len(ids) for ids, _ in sequences]
+    if num_spared < _LEAST_SPARED * sum(lengths):
         return None
-    is_shared = {first for number, first in enumerate(firsts) if first != number}
-    runs: list[int] = []
-    order: list[int] = []
-    prompt_runs: dict[int, int] = {}  # of the sequence that has it first -> its run
-    starts: list[int] = []  # of each sequence's prompt in the row
-    added, tokens, places, read = [0], list[int](), list[int](), list[int]()
-    for number, (ids, prompt_len) in enumerate(sequences):
-        first, row_len = firsts[number], len(tokens)
-        own = prompt_len if first != number else 0  # the first token that it adds
-        starts.append(starts[first] if own else row_len)
-        if number in is_shared:
-            prompt_runs[number] = len(runs)
-            order.append(len(runs))
-            runs.append(prompt_len)
-        elif own:
-            order.append(prompt_runs[first])
-        response_from = prompt_len if own or number in is_shared else 0
-        order.append(len(runs))
-        runs.append(len(ids) - response_from)
-        tokens += ids[own:]
-        places += range(own, len(ids))
-        read += chain(range(starts[number], starts[number] + own), range(row_len, len(tokens)))
-        added.append(len(tokens))
-    seen = [0, *accumulate(len(ids) for ids, _ in sequences)]
-    if num_padding := -len(tokens) % multiple_of:
-        order.append(len(runs))
-        runs.append(num_padding)
-        tokens += [padding_id] * num_padding
-        places += range(num_padding)
-        added.append(len(tokens))
-        seen.append(seen[-1] + num_padding)
+    row, known, repeated = _Row(), dict[tuple[int, ...], int](), list[int]()
+    order, read, added = list[int](), list[int](), [0]
+    for (ids, _), prompt in zip(sequences, prompts, strict=True):
+        if prompt is None or counts[prompt] == 1:
+            runs = [row.add(ids, 0)]
+        else:
+            if prompt in known:
+                repeated.append(len(prompt))
+            else:
+                known[prompt] = row.add(prompt, 0)
+            runs = [known[prompt], row.add(ids[len(prompt) :], len(prompt))]
+        order += runs
+        read += chain.from_iterable(map(row.positions, runs))
+        added.append(len(row.tokens))
+    if num_padding := -len(row.tokens) % multiple_of:
+        order.append(row.add([padding_id] * num_padding, 0))
+        added.append(len(row.tokens))
+        lengths.append(num_padding)
     read += [0] * (num_positions - len(read))
     tokens_K, places_K, read_T = (
-        copied_to(torch.tensor(numbers, dtype=torch.int64), device) for numbers in (tokens, places, read)
+        copied_to(torch.tensor(numbers, dtype=torch.int64), device)
+        for numbers in (row.tokens, row.places, read)
     )
+    seen = (0, *accumulate(lengths))
     return SharedRow(
-        tokens_K, places_K, read_T, tuple(added), tuple(runs), tuple(order), tuple(seen), tuple(repeated)
+        tokens_K, places_K, read_T, tuple(added), tuple(row.runs), tuple(order), seen, tuple(repeated)
     )
 
 
-def _first_with_the_prompt(sequences: Sequence[tuple[Sequence[int], int]]) -> list[int]:
-    """Of each sequence the number of the first one with its prompt; its own where it has nothing behind the prompt."""
-    known: dict[tuple[int, ...], int] = {}
-    return [
-        known.setdefault(tuple(ids[:prompt_len]), number) if len(ids) > prompt_len else number
-        for number, (ids, prompt_len) in enumerate(sequences)
-    ]
+class _Row:
+    """The tokens of a row, run by run."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.places: list[int] = []
+        self.runs: list[int] = []  # their lengths
+        self._starts: list[int] = []
+
+    def add(self, ids: Sequence[int], place: int) -> int:
+        """The number of a new run, whose first token has this place in its sequence."""
+        self._starts.append(len(self.tokens))
+        self.runs.append(len(ids))
+        self.tokens += ids
+        self.places += range(place, place + len(ids))
+        return len(self.runs) - 1
+
+    def positions(self, number: int) -> range:
+        """Where a run lies."""
+        start = self._starts[number]
+        return range(start, start + self.runs[number])

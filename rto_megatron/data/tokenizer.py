@@ -24,7 +24,7 @@ from sentencepiece.sentencepiece_model_pb2 import (  # type: ignore[attr-defined
     TrainerSpec,
 )
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, SentencePieceBackend
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, SentencePieceBackend
 
 from rto_megatron.data.soundness import require_vocabulary
 from rto_megatron.errors import TokenizerError
@@ -191,6 +191,9 @@ def load_plain_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             # from the pieces alone, and a normaliser of the file is lost without a word.
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         else:
+            # Its module brings generation, and with it scikit-learn and pandas where they are installed: seconds.
+            from transformers import AutoTokenizer
+
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise TokenizerError(

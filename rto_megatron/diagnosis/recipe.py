@@ -1,5 +1,6 @@
-"""The recipe's models and data: all models are here, fit each other and read the same tokens; files can be read."""
+"""The recipe's models, data and precision: models fit each other and read the same tokens; files can be read."""
 
+from rto_megatron.config.kl_gap import drowned_coefficients
 from rto_megatron.config.schema import Stage
 from rto_megatron.diagnosis.finding import Finding
 from rto_megatron.planning.local_data import look_at
@@ -44,3 +45,9 @@ def check_data(config: Stage) -> list[Finding]:
         else Finding("data", "ok", f"{looked.key}: {looked.found}")
         for looked in look_at(config)
     ]
+
+
+def check_precision(config: Stage) -> list[Finding]:
+    """Whether KL coefficients stand out from what the recipe's dtype rounds away."""
+    why, fix = "KL estimates of such a run are noise, and can be negative", "do as it says"
+    return [Finding("precision", "warning", text, why, fix) for text in drowned_coefficients(config)]

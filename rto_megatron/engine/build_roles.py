@@ -43,12 +43,14 @@ def build_frozen(
     """A loaded model without gradients, on a rank of its layout."""
     shape = source.shape()
     config = transformer_config(
-        shape, topology, _DTYPES[precision.dtype], recompute=False, has_scalar_head=has_scalar_head
-    )
+        shape, topology, _DTYPES[precision.dtype], recompute=False, has_scalar_head=has_scalar_head,
+        has_fp32_residual="residual" in precision.fp32_parts,
+    )  # fmt: skip
     module = build_chunks(shape, config, topology, has_scalar_head)
     module.requires_grad_(False)
     scale = source.scale() if has_scalar_head else ValueScale()
-    model = FrozenModel(name, shape, has_scalar_head, scale, module, topology)
+    has_fp32_head = "head" in precision.fp32_parts
+    model = FrozenModel(name, shape, has_scalar_head, scale, module, topology, has_fp32_head)
     _load(model, source, seed=0, is_head_fresh=False)
     return model
 
@@ -76,15 +78,19 @@ def build_trained(
     """
     shape = source.shape()
     config = transformer_config(
-        shape, topology, _DTYPES[precision.dtype], precision.recompute, moe_aux_loss_coef, has_scalar_head
-    )
+        shape, topology, _DTYPES[precision.dtype], precision.recompute, moe_aux_loss_coef, has_scalar_head,
+        "residual" in precision.fp32_parts,
+    )  # fmt: skip
     training_hooks(config)
     module = build_chunks(shape, config, topology, has_scalar_head)
     frozen = FrozenModel(name, shape, has_scalar_head, scale or source.scale(), module, topology)
     _load(frozen, source, seed, is_head_fresh)
     wrapped = wrap_for_training(module, parallel, topology)
     built = build_optimizer(wrapped, optimizer, parallel, topology)
-    return TrainedModel(name, shape, has_scalar_head, frozen.scale, module, wrapped, built, topology)
+    has_fp32_head = "head" in precision.fp32_parts
+    return TrainedModel(
+        name, shape, has_scalar_head, frozen.scale, module, wrapped, built, topology, has_fp32_head
+    )
 
 
 def place_frozen(

@@ -69,6 +69,7 @@ class FrozenModel:
     scale: ValueScale
     module: ModelChunks
     topology: Topology
+    has_fp32_head: bool = False  # its logits are not rounded to `dtype`
 
     @property
     def dtype(self) -> torch.dtype:
@@ -146,6 +147,7 @@ class TrainedModel:
     wrapped: Sequence[DistributedDataParallel]  # the chunks, with their gradients
     optimizer: MegatronOptimizer
     topology: Topology
+    has_fp32_head: bool = False  # see `FrozenModel`
 
     @property
     def dtype(self) -> torch.dtype:

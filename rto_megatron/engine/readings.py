@@ -55,7 +55,7 @@ def read_outputs(model: "Model", batch: TokenBatch, raw: Tensor) -> Tensor:
         model.topology.tensor_group(),
         _asked(batch, model.topology),
         CHUNK_POSITIONS,
-        LogitShaping.of(model.shape),
+        _shaping(model),
     )
     return _at_positions(logp_N[None], batch, model.topology)[0]
 
@@ -69,7 +69,7 @@ def read_entropies(model: "Model", batch: TokenBatch, raw: Tensor) -> Tensor:
         model.topology.tensor_group(),
         _asked(batch, model.topology),
         CHUNK_POSITIONS,
-        LogitShaping.of(model.shape),
+        _shaping(model),
     )
     return _at_positions(outputs_2N, batch, model.topology)
 
@@ -90,7 +90,7 @@ def read_divergences(
         model.shape.vocab_size,
         model.topology.tensor_group(),
         CHUNK_POSITIONS,
-        (LogitShaping.of(model.shape), LogitShaping.of(reference)),
+        (_shaping(model), LogitShaping.of(reference, model.has_fp32_head)),
     )
     return _at_positions(outputs_3N, batch, model.topology)
 
@@ -98,9 +98,13 @@ def read_divergences(
 def whole_logits(model: "Model", raw: Tensor) -> Tensor:
     """Logits of all positions over the whole vocabulary, on every tensor rank, to compare models with: [T, V]."""
     states_Th = _states(raw, model.topology)
-    own_vT = LogitShaping.of(model.shape).shaped((output_weight(model.module.last) @ states_Th.t()).float())
-    shards = model.topology.gather_tensor_shards(own_vT)
+    own_Tv = _shaping(model).logits(states_Th, output_weight(model.module.last))
+    shards = model.topology.gather_tensor_shards(own_Tv.T.contiguous())
     return torch.cat(shards)[: model.shape.vocab_size].T
+
+
+def _shaping(model: "Model") -> LogitShaping:
+    return LogitShaping.of(model.shape, model.has_fp32_head)
 
 
 def asked_states(raw: Tensor, batch: TokenBatch, topology: Topology) -> Tensor:

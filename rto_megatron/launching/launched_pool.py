@@ -94,6 +94,7 @@ def launched_pool(
             token_file=token_file,
             log_file=config.run.dir / "pool" / f"server-{index}.log",
             dtype=config.precision.dtype,
+            fp32_parts=config.precision.fp32_parts,
             max_model_len=max_model_len(config),
             tensor_parallel=size,
             gpu_memory_fraction=config.rollout.gpu_memory_fraction,

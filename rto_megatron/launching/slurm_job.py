@@ -255,6 +255,7 @@ def _pool_options(config: Stage, servers: int, pool_tensor: int) -> tuple[str, .
     assert sampling is not None
     options = [str(hugging_face_folder(config.models.policy).absolute())]
     options += ["--dtype", config.precision.dtype, "--max-model-len", str(max_model_len(sampling))]
+    options += [f"--fp32-{part}" for part in config.precision.fp32_parts]
     options += ["--servers", str(servers), "--tensor-parallel", str(pool_tensor)]
     if (fraction := sampling.rollout.gpu_memory_fraction) is not None:
         options += ["--gpu-memory-fraction", str(fraction)]

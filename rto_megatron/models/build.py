@@ -40,6 +40,7 @@ def transformer_config(
     recompute: bool,
     moe_aux_loss_coef: float = 0.0,
     has_scalar_head: bool = False,
+    has_fp32_residual: bool = False,
 ) -> TransformerConfig:
     """Megatron's configuration of a gated, bias-free decoder.
 
@@ -47,6 +48,7 @@ def transformer_config(
         has_scalar_head: counts where stages are balanced (`models.pipeline_cut`).
         moe_aux_loss_coef: weight of the load-balancing loss of a mixture of experts (arXiv 2101.03961, eq. 4), mean
             over the micro-batches of a step; Megatron adds its gradient in the backward pass.
+        has_fp32_residual: what layers add to is float32 whatever `dtype` is, and so is what goes between stages.
     """
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -65,7 +67,8 @@ def transformer_config(
         attention_dropout=0.0,
         **_cut(topology, cut_of(shape, has_scalar_head, topology)),
         params_dtype=dtype,
-        pipeline_dtype=dtype,
+        pipeline_dtype=torch.float32 if has_fp32_residual else dtype,
+        fp32_residual_connection=has_fp32_residual,
         bf16=dtype == torch.bfloat16,
         perform_initialization=False,  # every parameter is loaded through the weight map
         use_cpu_initialization=not topology.device.is_cuda,

@@ -42,7 +42,10 @@ def is_fused(shape: ModelShape, topology: Topology, dtype: torch.dtype) -> bool:
 def fused_settings(shape: ModelShape, topology: Topology) -> dict[str, object]:
     """What these layers need of Megatron's configuration, and the fusions that lie between them."""
     is_cuda, has_experts = topology.device.is_cuda, shape.experts is not None
+    # Each tensor is scaled by what is in it: no history that a checkpoint would have to keep. Gradients have e5m2.
+    eight_bits = {"fp8": "hybrid", "fp8_recipe": "tensorwise"} if topology.device.has_fp8 else {}
     return {
+        **eight_bits,
         "moe_grouped_gemm": has_experts,
         "moe_permute_fusion": has_experts and is_cuda,
         # Megatron's fused GELU is its tanh approximation, whatever the model has.

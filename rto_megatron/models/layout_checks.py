@@ -2,7 +2,13 @@
 
 from collections.abc import Iterable, Mapping
 
-from rto_megatron.config.training import GridConfig, KernelsChoice, ParallelConfig
+from rto_megatron.config.training import (
+    FP8_MULTIPLE,
+    FrozenPrecisionConfig,
+    GridConfig,
+    KernelsChoice,
+    ParallelConfig,
+)
 from rto_megatron.models.families import FAMILIES
 from rto_megatron.models.shape import ModelShape
 
@@ -114,6 +120,42 @@ def check_kernels(shapes: Mapping[str, ModelShape], kernels: KernelsChoice) -> l
         for role, shape in shapes.items()
         if (parts := own_layer_parts(shape))
     ]
+
+
+def check_fp8(
+    shapes: Mapping[str, ModelShape], precision: FrozenPrecisionConfig, parallel: ParallelConfig
+) -> list[str]:
+    """Why layers of models cannot be products in 8 bits, one sentence each.
+
+    Args:
+        shapes: role -> shape.
+    """
+    if not precision.fp8:
+        return []
+    problems = [
+        f"models.{role}: the experts of a mixture get rows of any length, and products in 8 bits need multiples of "
+        f"{FP8_MULTIPLE}; set precision.fp8=false"
+        for role, shape in shapes.items()
+        if shape.experts is not None
+    ]
+    for role, shape in shapes.items():
+        tensor = parallel.grid_of(role).tensor
+        sizes = {
+            "hidden_size": (shape.hidden_size, 1),
+            "intermediate_size": (shape.ffn_hidden_size, tensor),
+            "num_attention_heads x head_dim": (shape.num_heads * shape.head_dim, tensor),
+            "num_key_value_heads x head_dim": (
+                shape.num_kv_heads * shape.head_dim,
+                min(tensor, shape.num_kv_heads),
+            ),
+        }
+        problems += [
+            f"models.{role}: {name}={size} over {parts} tensor ranks are no multiple of {FP8_MULTIPLE}, which products "
+            f"in 8 bits need; lower {parallel.key_of(role)}.tensor, or set precision.fp8=false"
+            for name, (size, parts) in sizes.items()
+            if size % (parts * FP8_MULTIPLE)
+        ]
+    return problems
 
 
 def own_layer_parts(shape: ModelShape) -> list[str]:

@@ -1,7 +1,8 @@
-"""What a family does to logits behind the output projection: a divisor, and a soft cap by tanh."""
+"""How logits come out of the output projection, and what a family does to them: a divisor, and a soft cap by tanh."""
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from rto_megatron.models.shape import ModelShape
@@ -17,11 +18,23 @@ class LogitShaping:
 
     divisor: float = 1.0
     softcap: float | None = None
+    is_fp32: bool = False  # the product is not rounded to the dtype of its factors
 
     @classmethod
-    def of(cls, shape: ModelShape) -> "LogitShaping":
+    def of(cls, shape: ModelShape, is_fp32: bool = False) -> "LogitShaping":
         """That of a family's language models."""
-        return cls(shape.logit_divisor, shape.logit_softcap)
+        return cls(shape.logit_divisor, shape.logit_softcap, is_fp32)
+
+    def logits(self, states_Ch: Tensor, weight_vh: Tensor) -> Tensor:
+        """The model's logits [C, v] in float32, in memory of their own.
+
+        Rounded to the model's dtype on the way, as a plain product is, unless they are to be float32.
+        """
+        if not self.is_fp32 or states_Ch.dtype == torch.float32:
+            return self.shaped((states_Ch @ weight_vh.t()).float())
+        if states_Ch.is_cuda:  # whose kernels add up in float32 and can leave it so
+            return self.shaped(torch.mm(states_Ch, weight_vh.t(), out_dtype=torch.float32))
+        return self.shaped(states_Ch.float() @ weight_vh.float().t())
 
     def shaped(self, logits_Cv: Tensor) -> Tensor:
         """In place: float32 logits of the projection -> those of the model."""

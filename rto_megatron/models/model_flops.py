@@ -37,13 +37,17 @@ def head_flops(shape: ModelShape, num_positions: int) -> float:
 
 def weights_per_token(shape: ModelShape, has_scalar_head: bool) -> int:
     """Weights in matrix products of one token: the head counts, the search in the embedding does not."""
-    head = shape.hidden_size * (1 if has_scalar_head else shape.vocab_size)
+    return layer_weights(shape) + shape.hidden_size * (1 if has_scalar_head else shape.vocab_size)
+
+
+def layer_weights(shape: ModelShape) -> int:
+    """Weights in matrix products of one token, of all layers."""
     feed_forward = shape.num_layers * 3 * shape.hidden_size * shape.ffn_hidden_size
     if (experts := shape.experts) is not None:
         dense_layers = shape.num_layers - len(experts.layers)
         feed_forward = dense_layers * 3 * shape.hidden_size * shape.ffn_hidden_size
         feed_forward += len(experts.layers) * _expert_layer(shape.hidden_size, experts)
-    return shape.num_layers * _attention(shape) + feed_forward + head
+    return shape.num_layers * _attention(shape) + feed_forward
 
 
 def _attention(shape: ModelShape) -> int:

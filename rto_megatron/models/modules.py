@@ -16,6 +16,7 @@ from torch.nn import functional
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
+from rto_megatron.models.cpu_attention import attend_short, derives_faster
 from rto_megatron.models.head_memory import PART_QUERIES
 from rto_megatron.models.packed_rows import PackedRow, attend_at_once, has_kernel
 
@@ -79,6 +80,8 @@ class PackedCoreAttention(MegatronModule):  # type: ignore[misc]  # megatron-cor
         length, before = key.shape[2], key.shape[2] - query.shape[2]
         if self.softcap is not None or (self.window is not None and length > self.window):
             return self._attend_in_parts(query, key, value)
+        if not before and derives_faster(query, value):
+            return attend_short(query, key, value, self.softmax_scale)
         sees = causal_lower_right(query.shape[2], length) if before else None
         return functional.scaled_dot_product_attention(
             query,

@@ -34,10 +34,13 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # megatron reads it there
 
     def forward(self, x: Tensor) -> Tensor:
-        """Same shape and dtype as `x`; statistics in float32 as in Hugging Face's LlamaRMSNorm."""
+        """Same shape as `x`, dtype of the weight; statistics in float32 as in Hugging Face's LlamaRMSNorm.
+
+        Of a float32 `x` the product is rounded once, of another one both factors are rounded before.
+        """
         x_float = x.float()
         normed = x_float * torch.rsqrt(x_float.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        return (self.weight * normed.to(x.dtype)).to(self.weight.dtype)
 
 
 class ShiftedRMSNorm(RMSNorm):
@@ -48,10 +51,10 @@ class ShiftedRMSNorm(RMSNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Same shape and dtype as `x`."""
+        """Same shape as `x`, dtype of the weight."""
         x_float = x.float()
         normed = x_float * torch.rsqrt(x_float.square().mean(-1, keepdim=True) + self.eps)
-        return (normed * (1 + self.weight.float())).to(x.dtype)
+        return (normed * (1 + self.weight.float())).to(self.weight.dtype)
 
 
 class AllHeadsRMSNorm(torch.nn.Module):

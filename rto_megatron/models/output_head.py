@@ -141,13 +141,6 @@ def read_in_chunks(
     return outputs_kN
 
 
-def chunk_logits(
-    hidden_Nh: Tensor, weight_vh: Tensor, rows: slice, shaping: LogitShaping = UNSHAPED
-) -> Tensor:
-    """A chunk's logits, rounded to the model's dtype on the way to float32, as a whole product's would be."""
-    return shaping.shaped((hidden_Nh[rows] @ weight_vh.t()).float())
-
-
 class _Context(FunctionCtx):
     """What `forward` leaves for `backward`."""
 
@@ -172,7 +165,7 @@ class _Reading(torch.autograd.Function):
         own_vh = weight_vh[: shard.num_columns]
         # The chunk's logits are nobody else's: a name for them here would keep them beside the next chunk's.
         parts = [
-            statistic.part(chunk_logits(hidden_Nh, own_vh, rows, shaping), rows)
+            statistic.part(shaping.logits(hidden_Nh[rows], own_vh), rows)
             for rows in _chunks(hidden_Nh, chunk)
         ]
         outputs_kN, kept_nN = statistic.combined(torch.cat(parts, 1))
@@ -191,7 +184,7 @@ class _Reading(torch.autograd.Function):
         grad_weight_vh = torch.zeros_like(weight_vh, dtype=wide)  # rows of padding keep the 0
         own_vh = weight_vh[:num_columns]
         for rows in _chunks(hidden_Nh, ctx.chunk) if num_columns else ():
-            logits_Cv = chunk_logits(hidden_Nh, own_vh, rows, ctx.shaping)
+            logits_Cv = ctx.shaping.logits(hidden_Nh[rows], own_vh)
             slope_Cv = ctx.shaping.slope(logits_Cv)
             shaped_Cv = ctx.statistic.gradient(logits_Cv, rows, kept_nN[:, rows], grad_kN[:, rows])
             grad_Cv = ctx.shaping.through(shaped_Cv, slope_Cv).to(dtype)

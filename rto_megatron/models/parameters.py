@@ -1,6 +1,7 @@
 """The whole model's parameters, in the order of the forward pass, and where they live."""
 
 from collections.abc import Iterable
+from functools import cache
 
 from rto_megatron.config.training import StageLayers
 from rto_megatron.models.families import FAMILIES, blocks
@@ -36,6 +37,7 @@ def stage_of(parameter: MappedParameter, cut: PipelineCut) -> int:
     return cut.pipeline - 1 if parameter.is_output_side else 0
 
 
+@cache
 def num_parameters(shape: ModelShape, has_scalar_head: bool) -> int:
     """Parameters of the model, each counted once."""
     return sum(p.num_parameters for p in stored_parameters(shape, has_scalar_head))

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rto_megatron.models.logit_shaping import UNSHAPED, LogitShaping
-from rto_megatron.models.output_head import Shard, chunk_logits, read_in_chunks
+from rto_megatron.models.output_head import Shard, read_in_chunks
 
 
 def token_divergence(
@@ -97,4 +97,4 @@ class _Divergence:
         return self._shard.add_to_targets(grad_Cv, self._targets_N[rows], grad_logp_C)
 
     def _reference(self, rows: slice) -> Tensor:
-        return chunk_logits(self._hidden_Nh, self._weight_vh, rows, self._shaping)
+        return self._shaping.logits(self._hidden_Nh[rows], self._weight_vh)

@@ -11,6 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from rto_megatron.config.training import (
+    FP8_MULTIPLE,
     ContextScheme,
     GridConfig,
     ParallelConfig,
@@ -147,8 +148,10 @@ class Topology:
 
     @property
     def row_multiple(self) -> int:
-        """Token rows are padded to a multiple of this: context and sequence parallelism cut them in equal parts."""
-        return (self.tensor_size if self.sequence_parallel else 1) * self.context_size
+        """Token rows are padded to a multiple of this: context and sequence parallelism cut them in equal parts, each
+        of which is the rows of a product."""
+        rows = FP8_MULTIPLE if self.device.has_fp8 else 1
+        return rows * (self.tensor_size if self.sequence_parallel else 1) * self.context_size
 
     @property
     def spread(self) -> int:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from rto_megatron.config.training import FrozenPrecisionConfig
 from rto_megatron.errors import RecipeError
 
 _GIB = 1024**3
@@ -20,6 +21,9 @@ class Gpu:
     gib: float  # memory that the driver shows
     tflops: float  # dense bf16 products
     gb_per_s: float  # to and from its memory
+    has_fp8: bool = (
+        True  # products in 8 bits, twice as fast; of a GPU that is described it is taken for granted
+    )
 
     @property
     def usable_bytes(self) -> int:
@@ -32,8 +36,8 @@ class Gpu:
 KNOWN_GPUS = {
     one.name: one
     for one in (
-        Gpu("a100", 80.0, 312, 2039),
-        Gpu("a800", 80.0, 312, 2039),
+        Gpu("a100", 80.0, 312, 2039, has_fp8=False),
+        Gpu("a800", 80.0, 312, 2039, has_fp8=False),
         Gpu("h100", 79.6, 989, 3350),
         Gpu("h800", 79.6, 989, 3350),
         Gpu("h20", 95.6, 148, 4000),
@@ -57,7 +61,23 @@ def find_gpu(text: str) -> Gpu:
             f"--gpu {text}: no GPU that is known here, which are {', '.join(KNOWN_GPUS)}; describe it by memory in "
             "GiB, dense bf16 TFLOP/s and memory bandwidth in GB/s, as in --gpu 96:148:4000"
         )
-    return Gpu(text, *numbers)
+    gib, tflops, gb_per_s = numbers
+    return Gpu(text, gib, tflops, gb_per_s)
+
+
+def gpu_for(text: str, precision: FrozenPrecisionConfig) -> Gpu:
+    """The GPU that is meant (`find_gpu`), which has what a recipe computes in.
+
+    Raises:
+        RecipeError: no such GPU, or the recipe multiplies in 8 bits and the GPU does not.
+    """
+    gpu = find_gpu(text)
+    if precision.fp8 and not gpu.has_fp8:
+        others = ", ".join(one.name for one in KNOWN_GPUS.values() if one.has_fp8)
+        raise RecipeError(
+            f"precision.fp8=true: a {gpu.name} has no products in 8 bits; set precision.fp8=false, or take {others}"
+        )
+    return gpu
 
 
 def _numbers(text: str) -> list[float]:

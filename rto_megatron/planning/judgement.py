@@ -7,7 +7,13 @@ from rto_megatron.config.plan import StagePlan, plan_stage
 from rto_megatron.config.roles import Role
 from rto_megatron.config.schema import Stage
 from rto_megatron.errors import RecipeError
-from rto_megatron.models.layout_checks import check_experts, check_kernels, check_layout, idle_expert_keys
+from rto_megatron.models.layout_checks import (
+    check_experts,
+    check_fp8,
+    check_kernels,
+    check_layout,
+    idle_expert_keys,
+)
 from rto_megatron.planning.shapes import FoundShape, find_shape
 
 
@@ -31,12 +37,14 @@ def judged(
     parallel = config.parallel
     for name, found in shapes.items():
         problems += check_layout(found.shape, parallel.grid_of(name), f"models.{name}", parallel.key_of(name))
-    problems += check_kernels({name: found.shape for name, found in shapes.items()}, config.precision.kernels)
+    known = {name: found.shape for name, found in shapes.items()}
+    problems += check_kernels(known, config.precision.kernels)
+    problems += check_fp8(known, config.precision, parallel)
     trained = {r.name: shapes[r.name].shape for r in roles if r.is_trained and r.name in shapes}
     if all(role.name in shapes for role in roles if role.is_trained):
         problems += check_experts(trained, parallel, config.models.moe_aux_loss_coef)
     if all(role.name in shapes for role in roles if role.shares is None):
-        problems += idle_expert_keys({name: found.shape for name, found in shapes.items()}, parallel)
+        problems += idle_expert_keys(known, parallel)
     refuse(problems)
     return plan, shapes
 

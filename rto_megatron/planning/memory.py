@@ -114,6 +114,21 @@ def resident_bytes(
     return int(size)
 
 
+def moved_bytes(plan: StagePlan, shapes: Mapping[str, ModelShape]) -> int:
+    """What `offload` moves in a step on the fullest rank: frozen weights come once, what is trained goes and comes."""
+    training = plan.facts.training
+    named, size = set() if training is None else set(training.offload), 0.0
+    for role in plan.roles:
+        if role.shares is None:
+            times = 2 if role.is_trained else 1
+            for parts in _resident(role, shapes[role.name], plan):
+                moved = {
+                    name: width for name, width in parts.items() if name in named and name != "gradients"
+                }
+                size += times * sum(moved.values())
+    return int(size)
+
+
 def fullest_bytes(plan: StagePlan, shapes: Mapping[str, FoundShape]) -> int:
     """Models and activations on the fullest rank, whatever roles it holds; see `model_bytes`."""
     sets = plan.rank_sets.values()

@@ -4,10 +4,11 @@ Constants were fixed before anything was predicted with them; each names its sou
 against, fitted ones and others, stand in tests/planning/published.py and docs/planning.md.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rto_megatron.models.model_flops import forward_flops, weights_per_token
+from rto_megatron.models.model_flops import forward_flops, layer_weights, weights_per_token
 from rto_megatron.models.parameters import num_parameters
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.planning.colocated_memory import cache_bytes_per_token
@@ -31,16 +32,22 @@ class Efficiency:
     products: float = (
         0.40  # of dense bf16 products: Megatron's model FLOPs utilisation of dense bf16 training, 38-47 %
     )
+    layers: float = (
+        1.0  # times that products of layers are faster than bf16's: 2 in 8 bits, by every data sheet
+    )
     launch_s: float = 1e-3  # of a decode step beside the GPU's work; fitted on the sampling of P8
     overhead: float = 1.33  # of a whole step; NeMo-RL 0.5, GRPO of Llama-3.1-8B and of Qwen3-32B
     push_gb_per_s: float = (
         45.0  # over InfiniBand, 400 Gbit/s (llm-d-rl's benchmark: 47.8); NVLink 60 (checkpoint-engine)
     )
     push_control_s: float = 0.5  # pause and wake servers (llm-d-rl's benchmark: 0.52-0.6)
+    offload_gb_per_s: float = 25.0  # pinned, over PCIe 4 x16 (32 by its specification; PCIe 5 has twice that)
 
 
 EXPECTED = Efficiency()
-LIMIT = Efficiency(decode=1.0, products=1.0, launch_s=0.0, overhead=1.0, push_control_s=0.0)
+LIMIT = Efficiency(
+    decode=1.0, products=1.0, launch_s=0.0, overhead=1.0, push_control_s=0.0, offload_gb_per_s=math.inf
+)
 
 
 @dataclass(frozen=True)
@@ -119,7 +126,10 @@ def forward_s(
         models: shape, and whether it has a scalar head.
         lengths: tokens of each sequence of the step.
     """
-    flops = sum(forward_flops(shape, is_scalar, lengths) for shape, is_scalar in models)
+    flops, tokens = 0.0, sum(lengths)
+    for shape, is_scalar in models:
+        of_layers = 2.0 * layer_weights(shape) * tokens
+        flops += forward_flops(shape, is_scalar, lengths) - of_layers * (1 - 1 / by.layers)
     return flops / (gpus * gpu.tflops * 1e12 * by.products)
 
 

@@ -55,9 +55,6 @@ def _ways(least: Candidate, find: Find, gpus: int, gpu: Gpu) -> Iterator[str]:
 def _changes(least: Candidate) -> Iterator[str]:
     training = least.plan.facts.training
     assert training is not None
-    frozen = [role.name for role in least.plan.roles if not role.is_trained and role.shares is None]
-    if frozen and not training.offload:
-        yield f"offload=[{', '.join([*frozen, 'gradients', 'optimizer'])}]"
     longest, _ = least.plan.facts.longest_sequence
     if training.batch.tokens is not None and training.batch.tokens > longest:
         yield f"batch.tokens={longest}"

@@ -1,14 +1,14 @@
 """A step of a recipe in seconds, phase by phase, and the limit of the machine beside each."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rto_megatron.config.plan import StagePlan
 from rto_megatron.config.roles import Role
 from rto_megatron.models.parameters import num_parameters
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.planning.gpus import Gpu
-from rto_megatron.planning.memory import weight_bytes
+from rto_megatron.planning.memory import moved_bytes, weight_bytes
 from rto_megatron.planning.step_time import (
     EXPECTED,
     LIMIT,
@@ -130,6 +130,8 @@ def _phases(
     facts, found = plan.facts, dict[str, float]()
     training = facts.training
     assert training is not None, "checked: what does not train has no step"
+    if training.precision.fp8:
+        by = replace(by, layers=2.0)
     sequences = training.batch.train * (2 if facts.reads_pairs else 1)
     if (online := facts.online) is not None:
         sequences = online.responses_per_step
@@ -148,12 +150,20 @@ def _phases(
     if online is not None and online.rollout.old_logprobs == "pool":
         read = [role for role in read if role.name != "policy"]
     if read:
-        places = [(_model(role, shapes), plan.layout_of(role.name).num_ranks) for role in read]
-        found["score"] = sum(forward_s([model], rows, gpu, num_ranks, by) for model, num_ranks in places)
+        found["score"] = max(
+            sum(
+                forward_s([_model(role, shapes)], rows, gpu, plan.layout_of(role.name).num_ranks, by)
+                for role in read
+                if role.name in names
+            )
+            for names in plan.rank_sets.values()
+        )
     epochs = 1 if online is None else online.algorithm.epochs
     found["update"] = epochs * max(
         _updates(plan, names, shapes, rows, gpu, by) for names in plan.rank_sets.values()
     )
+    if training.offload:
+        found["offload"] = moved_bytes(plan, shapes) / (by.offload_gb_per_s * 1e9)
     return found
 
 
@@ -173,10 +183,20 @@ def _updates(
             layout = plan.layout_of(role.name)
             micro = training.batch.micro or max(1, (training.batch.tokens or 0) // rows[0])
             num_microbatches = max(1, training.batch.train // layout.data // micro)
-            bubble = (layout.pipeline - 1) / num_microbatches
+            bubble = pipeline_idle(layout.pipeline, layout.virtual, num_microbatches)
             recompute = training.precision.recompute
             seconds += training_s([_model(role, shapes)], rows, gpu, layout.num_ranks, by, recompute, bubble)
     return seconds
+
+
+def pipeline_idle(stages: int, chunks: int, num_microbatches: int) -> float:
+    """What stages wait in an optimizer step, over what they work; micro-batches that fill up a round are waited for."""
+    if chunks == 1:
+        return (stages - 1) / num_microbatches
+    rounds = (
+        -(-num_microbatches // stages) * stages
+    )  # an interleaved schedule takes them by as many as it has stages
+    return (rounds + (stages - 1) / chunks) / num_microbatches - 1
 
 
 def _model(role: Role, shapes: Mapping[str, ModelShape]) -> tuple[ModelShape, bool]:

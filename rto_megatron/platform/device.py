@@ -3,7 +3,7 @@
 import logging
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Literal
@@ -13,7 +13,7 @@ import torch
 from rto_megatron.config.training import FrozenPrecisionConfig
 from rto_megatron.errors import MachineError
 from rto_megatron.platform import cpu
-from rto_megatron.platform.kernels import Kernels, choose
+from rto_megatron.platform.kernels import Kernels, choose, require_fp8
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Device:
     torch_device: torch.device
     backend: Literal["nccl", "gloo"]
     kernels: Kernels = "torch"  # of the layers of all roles that are not in float32
+    has_fp8: bool = False  # in which those layers' products are in 8 bits
 
     @property
     def is_cuda(self) -> bool:
@@ -50,6 +51,9 @@ def prepare(precision: FrozenPrecisionConfig | None = None) -> Device:
     require_usable_apex()
     silence_warnings()
     device = _choose_device(choose(precision))
+    if precision is not None and precision.fp8:
+        require_fp8(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+        device = replace(device, has_fp8=True)
     cpu.install()
     # Their modules import megatron.core, which must find the patches of cpu in place.
     from rto_megatron.platform import packed_rope, safe_metadata, sync_save, torch_adam

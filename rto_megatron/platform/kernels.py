@@ -23,6 +23,7 @@ _LOOKED_FOR = (_ENGINE, "apex")  # by megatron-core
 _RELEASE = (
     "2.20."  # of requirements/gpu-extras.txt: the names and shapes of its layers were compared with torch's
 )
+_FP8_SINCE = (8, 9)
 _INSTALL = "bash launchers/install_gpu.sh builds it; or set precision.kernels=torch"
 
 
@@ -67,6 +68,23 @@ def engine_problem() -> str | None:
             f"missing, or was built against another torch than {torch.__version__}; {_INSTALL}"
         )
     return None
+
+
+def require_fp8(name: str, capability: tuple[int, int]) -> None:
+    """Refuses products in 8 bits on a GPU that has none.
+
+    Args:
+        name: of the GPU.
+        capability: of CUDA's, as (8, 0).
+
+    Raises:
+        MachineError: it is older than Ada and Hopper.
+    """
+    if capability < _FP8_SINCE:
+        raise MachineError(
+            f"precision.fp8=true: {name} (compute capability {capability[0]}.{capability[1]}) has no products in 8 "
+            f"bits, which there are from {_FP8_SINCE[0]}.{_FP8_SINCE[1]} on (Ada, Hopper); set precision.fp8=false"
+        )
 
 
 def is_installed() -> bool:

@@ -3,7 +3,7 @@
 The length of a response is known when it has been sampled. Then every replica learns of all rollouts and takes groups
 that cost about as much as those of each other replica; responses to one prompt stay together, since credit compares
 them. When credit is assigned every replica learns of all rows, and each optimizer step is shared out by itself, by
-single responses. Where micro-batches go by number a replica keeps what it sampled.
+single responses or by those of a prompt together. Where micro-batches go by number a replica keeps what it sampled.
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from rto_megatron.data.budget import beyond_budget
 from rto_megatron.data.grouping import deal
 from rto_megatron.reporting.progress import say
 from rto_megatron.trainer.pool_requests import in_order_of_prompts
+from rto_megatron.trainer.prompt_groups import cost_together
 from rto_megatron.trainer.scoring import close_rollouts
 from rto_megatron.trainer.setup import Setup
 from rto_megatron.types import Experience, Rollout, TrainingRows
@@ -77,7 +78,11 @@ def deal_rollouts(sampled: Sequence[Rollout], group_size: int, setup: Setup, ste
     everyone = in_order_of_prompts(sampled, group_size, topology)
     warning = beyond_budget(everyone, setup.layout)
     say(f"warning: step {step}: of the rollouts {warning}", topology.is_lead and warning is not None)
-    groups = [sum(map(cost, group)) for group in batched(everyone, group_size)]
+    by_group = batched(everyone, group_size)
+    if setup.layout.shares_prompts:
+        groups = [cost_together(group, cost) for group in by_group]
+    else:
+        groups = [sum(map(cost, group)) for group in by_group]
     own = deal(groups, topology.data_size)[topology.data_rank]
     places = chain.from_iterable(range(group * group_size, (group + 1) * group_size) for group in own)
     return DealtRollouts(everyone, tuple(places))

@@ -36,6 +36,8 @@ _FREE = (
     "parallel",
     "precision.recompute",
     "precision.kernels",
+    "precision.fp8",
+    "precision.fp32_parts",
     "batch.micro",
     "batch.tokens",
     "batch.packed",

@@ -26,7 +26,13 @@ from rto_megatron.data.prepared import PreparedData
 from rto_megatron.data.tokenizer import encoding_fingerprint, load_tokenizer
 from rto_megatron.engine.source import WeightSource, find_sources
 from rto_megatron.errors import MachineError
-from rto_megatron.models.layout_checks import check_experts, check_kernels, check_layout, idle_expert_keys
+from rto_megatron.models.layout_checks import (
+    check_experts,
+    check_fp8,
+    check_kernels,
+    check_layout,
+    idle_expert_keys,
+)
 from rto_megatron.models.model_flops import forward_flops
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.parallel.topology import Topology
@@ -178,6 +184,7 @@ def setup_problems(config: schema.Stage, sources: Mapping[str, WeightSource], wo
         ),
         *idle_expert_keys(shapes, parallel),
         *check_kernels(shapes, config.precision.kernels),
+        *check_fp8(shapes, config.precision, parallel),
         *check_experts(
             {role.name: shapes[role.name] for role in roles_of(config) if role.is_trained},
             parallel,

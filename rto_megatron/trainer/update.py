@@ -1,7 +1,7 @@
 """The minibatches of one rollout step's update, in order."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -12,8 +12,9 @@ from rto_megatron.data.grouping import deal
 from rto_megatron.data.packing import minibatches
 from rto_megatron.engine.finite import EmptyUpdateError, refuse_together
 from rto_megatron.parallel.topology import Topology
+from rto_megatron.trainer.prompt_groups import RolloutCost, by_prompt, shares_of_rows
 from rto_megatron.trainer.role_shares import experience_of_all, packed_for
-from rto_megatron.types import Experience, Minibatch, Prompt, Rollout, TrainingRows
+from rto_megatron.types import Experience, Minibatch, TrainingRows
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def optimizer_minibatches(
     topology: Topology,
     layout: Layout,
     seed: int,
-    cost: Callable[[Rollout | Prompt], float] | None = None,
+    cost: RolloutCost | None = None,
     critic: Topology | None = None,
 ) -> Iterator[OptimizerStep]:
     """The micro-batches of each optimizer step; equally many steps on every replica.
@@ -90,45 +91,16 @@ def _own_share(
     experience: Experience | TrainingRows,
     rows: Sequence[int],
     reader: Topology,
-    cost: Callable[[Rollout | Prompt], float] | None,
+    cost: RolloutCost | None,
     shares_prompts: bool,
 ) -> list[int]:
-    """Of some rows of everyone, those of this replica of a layout: by cost, or in turn.
-
-    Where a prompt is computed once for rows of one replica, rows of a prompt go to one if that makes the busiest
-    replica less busy than rows that go anywhere.
-    """
+    """Of some rows of everyone, those of this replica of a layout: by cost, or in turn."""
     if cost is None:
         return list(rows[reader.data_rank :: reader.data_size])
-    if not shares_prompts:
-        costs = [cost(experience.rollouts[row]) for row in rows]
-        return [rows[number] for number in deal(costs, reader.data_size)[reader.data_rank]]
-    groups, ones = _by_prompt(experience, rows), [[row] for row in rows]
-
-    def share_cost(share: Sequence[int]) -> float:
-        """Of some rows, each prompt once."""
-        total = 0.0
-        for group in _by_prompt(experience, share):
-            first = experience.rollouts[group[0]]
-            again = cost(Prompt(first.prompt_id, first.prompt_ids)) * (len(group) - 1)
-            total += sum(cost(experience.rollouts[row]) for row in group) - again
-        return total
-
-    def dealt(units: Sequence[Sequence[int]]) -> list[list[int]]:
-        shares = deal([share_cost(unit) for unit in units], reader.data_size)
-        return [[row for number in share for row in units[number]] for share in shares]
-
-    # A replica without a row would have no micro-batch.
-    ways = [dealt(units) for units in (ones, groups) if len(units) >= reader.data_size or units is ones]
-    return min(ways, key=lambda shares: max(map(share_cost, shares)))[reader.data_rank]
-
-
-def _by_prompt(experience: Experience | TrainingRows, rows: Sequence[int]) -> list[list[int]]:
-    """Rows of one prompt together, prompts in the order of their first ones."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for row in rows:
-        groups.setdefault(experience.rollouts[row].prompt_ids, []).append(row)
-    return list(groups.values())
+    if shares_prompts:
+        return shares_of_rows(experience.rollouts, rows, reader.data_size, cost)[reader.data_rank]
+    costs = [cost(experience.rollouts[row]) for row in rows]
+    return [rows[number] for number in deal(costs, reader.data_size)[reader.data_rank]]
 
 
 def _microbatches(
@@ -140,7 +112,7 @@ def _microbatches(
 ) -> tuple[list[Minibatch], list[list[str]]]:
     """Micro-batches of some rows, and the ids of the samples of each."""
     if layout.shares_prompts:
-        rows = list(chain.from_iterable(_by_prompt(experience, rows)))
+        rows = list(chain.from_iterable(by_prompt(experience.rollouts, rows)))
     weights_BR = experience.mask_BR.new_zeros(experience.mask_BR.shape)
     weights_BR[rows] = weighting.weights(experience.mask_BR[rows], total)
     return minibatches(experience, weights_BR, rows, layout), _names(experience, rows, layout)

@@ -1,6 +1,7 @@
 """`rto plan` finds layouts that fit, says how long they take, and what to do where none does."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def test_seconds_follow_from_the_operations_of_a_step() -> None:
     Forwards of 8B are three (policy, reference, DPO model), and two are of 1B (critic, reward model).
     """
     arguments = ["--gpus", "8", "--gpu", "h100", "--no-simulated"]
-    planned = CliRunner().invoke(app, ["plan", str(RECIPES / "llama3_8b/rto.yaml"), *arguments]).output
+    kept = ["rollout.ahead=0", "rollout.colocated=false", "parallel.pipeline=1"]
+    planned = CliRunner().invoke(app, ["plan", str(RECIPES / "llama3_8b/rto.yaml"), *kept, *arguments]).output
     said = " ".join(planned.split())
     tokens = 1024 * 2048
     # N s + attention: 2 x 7.505e9 x s + 2 x 32 x 4096 x s^2, and of the 1B model without its head, both per sequence.
@@ -55,6 +57,27 @@ def test_seconds_follow_from_the_operations_of_a_step() -> None:
     assert f"score │ {seconds:.1f}" in said
     assert "--ranks 4 --pool-gpus 4" in said
     assert_known(planned, "launch")
+
+
+def test_ways_to_sample_are_tried_and_what_is_given_is_kept() -> None:
+    arguments = ["--gpus", "8", "--gpu", "h100", "--no-simulated"]
+    kept = ["parallel.tensor=4", "parallel.pipeline=1", "precision.recompute=true"]
+    planned = CliRunner().invoke(app, ["plan", str(RECIPES / "llama3_8b/rto.yaml"), *kept, *arguments]).output
+    assert_known(planned, "launch")
+    commands = [line for line in planned.splitlines() if line.startswith("rto launch ")]
+    together, ahead, apart = commands  # of the same work the more GPUs, and the more at a time, the faster
+    assert "rollout.colocated=true" in together and "--ranks 8" in together
+    assert "rollout.ahead=1 algorithm.pool_importance_cap=2" in ahead and "rollout.ahead" not in apart
+    assert all(one.count("parallel.tensor=") == one.count("precision.recompute=") == 1 for one in commands)
+    # With rollouts ahead a step takes as long as sampling, or as all the rest, and 1.33 times that.
+    of_ahead = planned.split("2. ")[1].split("3. ")[0]
+    seconds = {name: float(found) for name, found in re.findall(r"│ (\w+) +│ +([\d.]+) │", of_ahead)}
+    rest = seconds["push"] + seconds["score"] + seconds["update"]
+    assert float(of_ahead.split(" s a step")[0]) == pytest.approx(
+        1.33 * max(seconds["sample"], rest), abs=0.3
+    )
+    assert "layouts of roles: with parallel.roles.critic.tensor=1 parallel.roles.reward.tensor=1" in planned
+    assert "rollouts ahead: without rollout.ahead=1" in planned and "offload: with offload=[" in planned
 
 
 def assert_known(planned: str, command: str) -> None:
@@ -78,5 +101,6 @@ def test_a_budget_in_which_nothing_fits_is_refused_with_ways_out() -> None:
         plan(str(RECIPES / "llama3_8b/dpo.yaml"), "--gpus", "1", "--gpu", "a100")
     said = str(refused.value)
     assert "no layout fits 1 a100 of 79.0 GiB" in said and "too much" in said
-    # Policy and reference of 8.03 B parameters take 18 and 2 bytes each, 149.6 GiB: two GPUs have 158, an H200 139.4.
-    assert said.endswith("Ways out: take 4 GPUs; take 1 b200")
+    # The policy of 8.03 B parameters takes 18 bytes each, 134.6 GiB, and activations 7.4 while the reference waits in
+    # host memory: two GPUs have 158, an H200 139.4.
+    assert said.endswith("Ways out: take 2 GPUs; take 1 b200")

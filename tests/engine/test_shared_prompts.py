@@ -10,6 +10,7 @@ from engine.fixed_rollouts import rollouts
 from engine.layouts import LAYOUTS, frozen, topology, trained
 from engine.whole_tensors import whole
 from ranks import run_ranks
+from tiny_families import write_family
 from tiny_models import write_llama
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from rto_megatron.data.packing import Layout, minibatches, pair_microbatches, re
 from rto_megatron.engine.divergence import divergence_from, divergence_microbatches
 from rto_megatron.engine.megatron import Loss, Microbatch, TrainedModel
 from rto_megatron.engine.readings import Reading
+from rto_megatron.models.build import is_padding
 from rto_megatron.models.model_flops import forward_flops, head_flops
 from rto_megatron.types import Ban, Distribution, PreferencePair, Rollout, TokenBatch, TrainingRows
 
@@ -108,7 +110,25 @@ def _of_rank(layout_name: str, root: Path) -> dict[str, float]:
         if not model.has_scalar_head:
             spared -= head_flops(model.shape, sum(REPEATED))
         assert work[0] - work[1] == pytest.approx(spared)
+    if layout_name == "one":
+        apart["mixture"] = _mixture(replace(plain, multiple_of=4), root)
     return apart
+
+
+def _mixture(plain: Layout, root: Path) -> float:
+    """As `_of_rank`, of a policy with experts, in rows that are filled up."""
+    policy, found = trained(topology("one"), root / "mixture", False, SGD), []
+    for layout in (plain, replace(plain, shares_prompts=True)):
+        (micro,) = pair_microbatches(PAIRS, torch.zeros(len(PAIRS), 2), len(PAIRS), layout)
+        loads = policy.gradients([micro], DPO.loss, [["x"]])
+        found.append(whole(policy, lambda p: p.main_grad))
+        shared = micro.batch.shared
+        row, sequences = (micro.batch.tokens_T, sum(micro.batch.lengths))
+        if shared is not None:
+            row, sequences = shared.tokens_K, sequences - sum(shared.repeated)
+        assert len(row) > sequences == int((~is_padding(micro.batch)).sum())
+        assert "router/policy_load_max" in loads
+    return max(float((found[1][name] - one).norm() / one.norm()) for name, one in found[0].items())
 
 
 def _read(model: TrainedModel, layout: Layout) -> Tensor:
@@ -127,6 +147,7 @@ def _real(batch: TokenBatch) -> slice:
 def test_numbers_and_gradients_are_those_of_prompts_of_their_own(layout: str, tmp_path: Path) -> None:
     for seed, name in enumerate(("policy", "reference", "critic"), start=7):
         write_llama(tmp_path / name, seed, is_scalar=name == "critic")
+    write_family(tmp_path / "mixture", "qwen3_moe", False)
     for apart in run_ranks(LAYOUTS[layout][0], _of_rank, layout, tmp_path):
         print(layout, {kind: f"{worst:.1e}" for kind, worst in apart.items()})
         assert max(apart.values()) < 1e-6

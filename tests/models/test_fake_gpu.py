@@ -26,6 +26,7 @@ from rto_megatron.platform.device import Device
 
 GPU = torch.device("cuda", 0)
 SEQUENCES = [(tuple(range(3, 40)), 1), (tuple(range(9, 30)), 1)]
+OF_ONE_PROMPT = [(tuple(range(3, 40)), 20), ((*range(3, 23), 7, 8), 20)]
 
 
 class Kernels(TorchDispatchMode):
@@ -120,7 +121,9 @@ def test_in_float32_there_is_no_such_kernel() -> None:
     _on_fake_gpu(_no_kernel)
 
 
-def _forward(folder: Path, dtype: torch.dtype) -> tuple[int, torch.Size]:
+def _forward(
+    folder: Path, dtype: torch.dtype, sequences: list[tuple[tuple[int, ...], int]]
+) -> tuple[int, torch.Size]:
     place = replace(topology("one"), device=Device(GPU, "nccl"))
     shape = read_shape(folder)
     _pretend_a_gpu()
@@ -128,12 +131,18 @@ def _forward(folder: Path, dtype: torch.dtype) -> tuple[int, torch.Size]:
     torch.cuda.current_device = lambda: GPU
     with FakeTensorMode(), torch.no_grad(), GPU, Kernels() as kernels:
         model = build_model(shape, transformer_config(shape, place, dtype, recompute=False), place, False)
-        states = forward(model, token_batch(SEQUENCES, True, 1, GPU), place)
+        states = forward(model, token_batch(sequences, True, 1, GPU, shares_prompts=True), place)
     assert states.device == GPU and states.dtype == dtype
     return len(kernels.told), states.shape
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_a_forward_waits_for_nothing_and_attends_once_a_layer(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "sequences", "num_positions"),
+    [("llama", SEQUENCES, 58), ("qwen3", SEQUENCES, 58), ("llama", OF_ONE_PROMPT, 39)],
+)
+def test_a_forward_waits_for_nothing_and_attends_once_a_layer(
+    name: str, sequences: list[tuple[tuple[int, ...], int]], num_positions: int, tmp_path: Path
+) -> None:
     write_family(tmp_path, name)
-    assert run_ranks(1, _forward, tmp_path, torch.bfloat16) == [(4, torch.Size([58, 1, 64]))]
+    found = run_ranks(1, _forward, tmp_path, torch.bfloat16, sequences)
+    assert found == [(4, torch.Size([num_positions, 1, 64]))]

@@ -39,6 +39,18 @@ def test_operations_of_training_are_those_that_were_published(
     assert tokens_per_s * per_token / 1e12 == pytest.approx(tflops, rel=0.005)
 
 
+@pytest.mark.parametrize(
+    ("shape", "published"),
+    [(LLAMA_8B, 14_451), (LLAMA_70B, 1_602), (LLAMA_405B, 292)],
+    ids=["P1", "P2", "P3"],
+)
+def test_training_in_8_bits_is_as_fast_as_was_published(shape: ModelShape, published: float) -> None:
+    """The same page, tokens a second of a GPU: bf16's share of its products, layers in 8 bits twice as fast."""
+    by = replace(EXPECTED, layers=2.0)
+    seconds = training_s([(shape, False)], [8192], H100, 1, by, is_recomputed=False)
+    assert 8192 / seconds == pytest.approx(published, rel=0.15)
+
+
 # (id, servers, prompt, response, published tokens a second of a server); 8-bit weights and caches but for P5's.
 DECODES = [
     ("P5", PoolServers(LLAMA_8B, H100, 1, most_sequences=256), 256, 256, 11_400),
@@ -98,6 +110,28 @@ def test_each_of_two_whole_steps_is_predicted_with_the_factor_of_the_other() -> 
     # And the constant, which was fitted on both.
     assert bare_8b * EXPECTED.overhead == pytest.approx(92.8, rel=0.10)
     assert bare_32b * EXPECTED.overhead == pytest.approx(376, rel=0.10)
+
+
+def ppo_70b(nodes: int) -> float:
+    """P10: PPO of Llama-3-70B, 1,024 rollouts of some 340 tokens, sampled eight at a time by replicas of eight H100.
+
+    Batches are static: each goes on until its longest response ends, whose length is not published; 1,024 is assumed.
+    """
+    gpus = 8 * nodes
+    pool = PoolServers(LLAMA_70B, H100, num=nodes, tensor=8)
+    batches = 1024 / 8 / nodes
+    sampling = batches * 1024 * pool.decode_s(8, 340 + 512, EXPECTED)
+    models, lengths = [(LLAMA_70B, False)], [340 + 340] * 1024
+    passes = 2 * forward_s(models, lengths, H100, gpus, EXPECTED)
+    return (
+        sampling + passes + training_s(models, lengths, H100, gpus, EXPECTED, is_recomputed=False)
+    ) * EXPECTED.overhead
+
+
+@pytest.mark.parametrize(("nodes", "published"), [(8, 366.7), (16, 190.4)])
+def test_static_batches_take_as_long_as_was_published_on_few_nodes(nodes: int, published: float) -> None:
+    """NeMo-Aligner, rlhf.rst: nodes of the actor, beside half as many of the critic, which works at the same time."""
+    assert ppo_70b(nodes) == pytest.approx(published, rel=0.35)
 
 
 def test_an_update_takes_three_times_a_forward() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rto_megatron.errors import MachineError
 from rto_megatron.platform import kernels
 
 REPOSITORY = Path(__file__).parents[2]
@@ -89,3 +90,11 @@ def test_a_recipe_that_asks_for_it_is_told_what_is_missing() -> None:
     told, auto = _fresh(program).splitlines()
     assert told.startswith("precision.kernels=transformer_engine, and TransformerEngine is not installed; ")
     assert auto == "torch"
+
+
+def test_a_gpu_without_products_in_8_bits_is_refused_by_its_name() -> None:
+    kernels.require_fp8("NVIDIA H100", (9, 0))
+    with pytest.raises(
+        MachineError, match=r"NVIDIA A100 \(compute capability 8\.0\) has no products in 8 bits"
+    ):
+        kernels.require_fp8("NVIDIA A100", (8, 0))

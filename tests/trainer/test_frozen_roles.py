@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from trainer.test_options import exported
 from trainer.tiny_runs import configure, join, train
 
-from rto_megatron.config.schema import ReinforcementStage
+from rto_megatron.config.schema import EvaluateStage, ReinforcementStage
 from rto_megatron.reporting.metrics import read_metrics
+from rto_megatron.trainer.frozen_roles import FrozenRoles
 from rto_megatron.trainer.online import build_roles
 from rto_megatron.trainer.setup import prepare_stage
 
@@ -48,6 +49,34 @@ def test_weights_that_are_equal_are_held_once_and_others_are_not(files: Path, tm
         for number, (named, own) in enumerate(cases)
     ]  # fmt: skip
     assert run_ranks(2, _are_one, *configs) == [[True, False, False]] * 2
+
+
+def _is_reference(*configs: EvaluateStage) -> list[bool]:
+    """Whether an evaluated policy is its reference, whose KL is then 0 without a forward."""
+    found = []
+    for config in configs:
+        setup = prepare_stage(config, join(config))
+        frozen = FrozenRoles(setup, config.precision)
+        found.append(frozen.place("policy") is frozen.place("reference"))
+    return found
+
+
+def test_an_evaluated_policy_may_be_its_reference(files: Path, tmp_path: Path) -> None:
+    policy = files / "models/reference"
+    configs = [
+        EvaluateStage.model_validate(
+            {
+                "stage": "evaluate",
+                "run": {"dir": tmp_path / f"run{change:g}"},
+                "models": {"policy": policy, "reference": _copy(files, tmp_path / f"{change:g}", change)},
+                "data": {"eval": str(files / "prompts.jsonl"), "max_prompt_tokens": 100},
+                "sampling": {"max_response_tokens": 8},
+                "evaluate": {"name": "SFT"},
+            }
+        )
+        for change in (0.0, 0.5)
+    ]
+    assert run_ranks(1, _is_reference, *configs) == [[True, False]]
 
 
 def _flops(run_dir: Path) -> float:

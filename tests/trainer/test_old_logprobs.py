@@ -69,7 +69,7 @@ def run(
     """What two passes over a rollout step of RTO export, and its metrics."""
     config = configure(
         "rto", files, run_dir, layout, run__steps=1, run__save_every=None, optimizer=SGD, critic_optimizer=SGD,
-        sampling=SAMPLING, batch=BATCH, algorithm__epochs=2, algorithm__beta_kl=0.5, **keys,
+        sampling=SAMPLING, algorithm__epochs=2, algorithm__beta_kl=0.5, **{"batch": BATCH, **keys},
     )  # fmt: skip
     run_ranks(LAYOUTS[layout][0], _train, config, shift)
     (entry,) = read_metrics(run_dir)
@@ -96,9 +96,13 @@ def test_an_honest_pool_teaches_what_the_trainers_own_log_probs_do(files: Path, 
 
 
 def test_the_gap_to_a_wrong_pool_is_measured_and_rings(files: Path, tmp_path: Path) -> None:
-    # The critic lies on a rank of its own, which hears what two replicas of the policy say of one response each.
-    roles = {"parallel__roles": {"critic": {"ranks": "2"}}}
-    _, entry = run(files, tmp_path / "pool", "dp2_of_3", shift=0.25, **POOL, **roles)
+    # The critic lies on a rank of its own, which hears what two replicas of the policy say, each of one response of
+    # those that it scores.
+    keys = {
+        "parallel__roles": {"critic": {"ranks": "2"}},
+        "batch": {"rollout": 20, "train": 20, "tokens": 64},
+    }
+    _, entry = run(files, tmp_path / "pool", "dp2_of_3", shift=0.25, **POOL, **keys)
     assert entry["pool/logprob_gap_mean"] == pytest.approx(0.25, abs=1e-5)
     assert entry["pool/logprob_gap_alarm"] == 1
 

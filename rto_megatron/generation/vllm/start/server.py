@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 
 import rto_megatron
+from rto_megatron.config.training import Fp32Part
 from rto_megatron.errors import MachineError, ModelFolderError, PoolError, UserError, refuse_if
 from rto_megatron.generation.vllm.client.server_client import ServerClient
 from rto_megatron.generation.vllm.gate import TOKEN_FILE_VARIABLE, read_token
@@ -25,6 +26,7 @@ from rto_megatron.models.model_folder import code_problems, misnamed, pattern_pr
 
 Progress = Callable[[str], None]
 
+_WORKER = "rto_megatron.generation.vllm.worker"
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 _PR_SET_PDEATHSIG = 1
 _UNBOUND = "nobind"
@@ -61,6 +63,7 @@ class ServerOptions:
         host: address to listen on; loopback unless the trainer runs on another machine.
         port: None picks a free one.
         dtype: must be the dtype the trainer sends, pushes in another one are refused.
+        fp32_parts: of a bf16 model, as `precision.fp32_parts` of the trainer.
         load_weights: read the folder's weights; otherwise they are random until the first push.
         max_model_len: tokens of prompt and response together; None takes the model's limit.
         tensor_parallel: devices per server.
@@ -68,7 +71,8 @@ class ServerOptions:
         can_sleep: gives its memory back when told to (`phases.py`). Without a GPU it only obeys.
         visible_gpus: CUDA_VISIBLE_DEVICES of the server; None leaves this process's own.
         group: None where the whole server is on this machine.
-        worker_extension: class that vLLM mixes into its workers; another one must derive from this one.
+        worker_extension: class that vLLM mixes into its workers, derived from `RtoWorkerExtension`; None: what
+            `fp32_parts` need.
 
     Example:
         ServerOptions(Path("models/sft"), Path("pool/token"), Path("pool/server-0.log"))
@@ -80,6 +84,7 @@ class ServerOptions:
     host: str = "127.0.0.1"
     port: int | None = None
     dtype: Literal["fp32", "bf16"] = "bf16"
+    fp32_parts: Sequence[Fp32Part] = ()
     load_weights: bool = False
     max_model_len: int | None = None
     tensor_parallel: int = 1
@@ -87,7 +92,7 @@ class ServerOptions:
     can_sleep: bool = False
     visible_gpus: str | None = None
     group: NodeGroup | None = None
-    worker_extension: str = "rto_megatron.generation.vllm.worker.plugin.RtoWorkerExtension"
+    worker_extension: str | None = None
 
 
 @dataclass(frozen=True)
@@ -243,7 +248,9 @@ def _command(options: ServerOptions, port: int) -> list[str]:
     command += ["--dtype", _DTYPES[options.dtype], "--tensor-parallel-size", str(options.tensor_parallel)]
     command += ["--middleware", "rto_megatron.generation.vllm.gate.BearerGate"]
     command += ["--weight-transfer-config", '{"backend": "rto"}']
-    command += ["--worker-extension-cls", options.worker_extension]
+    command += ["--worker-extension-cls", options.worker_extension or _extension(options)]
+    if "head" in options.fp32_parts:
+        command += ["--hf-overrides", '{"head_dtype": "float32"}']
     # Of what is sampled from: without end-of-sequence where min_tokens bans it, as the trainer takes its own.
     command += ["--logprobs-mode", "processed_logprobs"]
     command += [
@@ -270,6 +277,11 @@ def _command(options: ServerOptions, port: int) -> list[str]:
         # CPU time as the model takes. Under its short name, "uni", vLLM overrides the choice.
         command += ["--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"]
     return command
+
+
+def _extension(options: ServerOptions) -> str:
+    wide = "residual" in options.fp32_parts and options.dtype != "fp32"
+    return f"{_WORKER}.{'fp32_residual.Fp32ResidualExtension' if wide else 'plugin.RtoWorkerExtension'}"
 
 
 def _cpu_binding() -> str:

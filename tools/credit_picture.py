@@ -1,0 +1,105 @@
+"""Draws responses of a run as their tokens, coloured by what each earned: a picture of what `rto view` shows.
+
+.venv/bin/python tools/credit_picture.py runs/real_language/rto --step 1 --out docs/credit.png
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")  # no display
+
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Normalize
+
+from rto_megatron.reporting.rollout_query import RolloutQuery, find_rollouts
+
+_LINE_WIDTH = 0.98  # of the axes
+_MAX_PROMPT = 150  # characters, from its end
+
+
+def drawn(axes: Axes, row: dict[str, object], values: Sequence[float], scale: Normalize, top: float) -> float:
+    """Writes one response from `top` downwards, in the coordinates of the axes; returns where it ends."""
+    colours = mpl.colormaps["RdBu"]
+    prompt = str(row["prompt"]).replace("\n", " ").strip()
+    text = axes.text(0.0, top, "... " + prompt[-_MAX_PROMPT:], fontsize=8, color="0.35", va="top")
+    left, top = 0.0, top - 2.2 * _height(text)
+    pieces = row["pieces"]
+    assert isinstance(pieces, list)
+    for piece, value in zip(pieces, values, strict=True):
+        shown = str(piece).replace("\n", "\\n").replace("$", r"\$")
+        background = {"facecolor": colours(scale(value)), "edgecolor": "none", "pad": 1.5}
+        text = axes.text(left, top, shown, fontsize=11, family="monospace", va="top", bbox=background)
+        width = _extent(text)
+        if left + width > _LINE_WIDTH:
+            left, top = 0.0, top - 2.0 * _height(text)
+            text.set_position((left, top))
+        left += width
+    score, reward = (row[name] for name in ("score", "reward"))
+    note = f"score {score:+.2f}, all token rewards {reward:+.2f}"
+    sources = {
+        name.removeprefix("source/"): value for name, value in row.items() if name.startswith("source/")
+    }
+    note += "".join(f", {name} {value:.2f}" for name, value in sources.items())
+    top -= 2.0 * _height(text)
+    axes.text(0.0, top, note, fontsize=8, color="0.35", va="top")
+    return top - 3.2 * _height(text)
+
+
+def _extent(text: mpl.text.Text) -> float:
+    return float(_box(text).width)
+
+
+def _height(text: mpl.text.Text) -> float:
+    return float(_box(text).height)
+
+
+def _box(text: mpl.text.Text) -> mpl.transforms.Bbox:
+    assert text.axes is not None and text.figure is not None
+    canvas = text.figure.canvas
+    assert isinstance(canvas, FigureCanvasAgg)
+    return text.get_window_extent(canvas.get_renderer()).transformed(text.axes.transAxes.inverted())
+
+
+def main() -> None:
+    """Draws."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="run folder that keeps rollouts")
+    parser.add_argument("--step", type=int, help="default: the last that is kept")
+    parser.add_argument(
+        "--prompt", action="append", default=[], help="id of a prompt; may be given several times"
+    )
+    parser.add_argument("--limit", type=int, default=4, help="responses (default 4)")
+    parser.add_argument(
+        "--by", default="dpo_logratio", help="token column without token/ (default dpo_logratio)"
+    )
+    parser.add_argument(
+        "--sort", default="reward", help="column by which the highest are taken (default reward)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("credit.png"))
+    given = parser.parse_args()
+    steps = () if given.step is None else (given.step,)
+    query = RolloutQuery(steps, tuple(given.prompt), sort=given.sort, is_descending=True)
+    rows = find_rollouts(given.run, query).to_pylist()[: given.limit]
+    columns = [row[f"token/{given.by}"] for row in rows]
+    widest = max(abs(value) for column in columns for value in column)
+    figure, axes = pyplot.subplots(figsize=(11, 1.15 * len(rows) + 0.9), layout="constrained")
+    axes.axis("off")
+    figure.draw_without_rendering()
+    scale, top = Normalize(-widest, widest), 1.0
+    for row, column in zip(rows, columns, strict=True):
+        top = drawn(axes, row, column, scale, top)
+    shades = mpl.cm.ScalarMappable(scale, "RdBu")
+    figure.colorbar(shades, ax=axes, label=f"{given.by} of a token", fraction=0.03, pad=0.01)
+    figure.savefig(given.out, dpi=130)
+    print(given.out)
+
+
+if __name__ == "__main__":
+    main()
