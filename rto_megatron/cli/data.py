@@ -3,12 +3,18 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from rto_megatron.cli.options import Overrides, Recipe
 from rto_megatron.errors import DataError, MachineError, RecipeError, UserError, refuse_if
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rto_megatron.config.schema import Stage
+    from rto_megatron.types import EndOfSequence
 
 _VOCABULARY_MULTIPLE = 64  # tensor parallelism cuts the vocabulary in equal parts
 
@@ -21,6 +27,7 @@ def register(app: typer.Typer) -> None:
     app.command()(rules)
     of_data = typer.Typer(name="data", help="Look at what a stage reads, and make it.", no_args_is_help=True)
     of_data.command()(preview)
+    of_data.command()(rate)
     of_data.command()(pairs)
     app.add_typer(of_data)
 
@@ -89,16 +96,10 @@ def preview(
 
     from rto_megatron.config.load import load_recipe
     from rto_megatron.data.look import data_sources, first_examples
-    from rto_megatron.planning.local_data import policy_tokenizer
     from rto_megatron.reporting.data_preview import print_preview
 
     config = load_recipe(recipe, overrides or [])
-    tokenizer, eos = policy_tokenizer(config)
-    if tokenizer is None:
-        raise RecipeError(
-            f"models.policy={config.models.policy}: there is no tokenizer on this machine, and no token can be shown "
-            "without one; download the model, run the stage that writes it, or name another (models.policy=FOLDER)"
-        )
+    tokenizer, eos = _tokenizer(config)
     console = Console() if Console().is_terminal else Console(width=140)
     problems = []
     for data in data_sources(config):
@@ -112,6 +113,54 @@ def preview(
         else:
             print_preview(console, data.key, loaded, tokenizer, examples)
     refuse_if(problems, f"{recipe}: {len(problems)} of its sources cannot be read", DataError)
+
+
+def rate(
+    recipe: Recipe,
+    answers: Annotated[
+        str,
+        typer.Option(
+            help="Rows with prompts and answers, in a layout of demonstrations or pairs.", show_default=False
+        ),
+    ],
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=1, help="Answers that are rated, from the first.")] = 1000,
+    examples: Annotated[
+        int, typer.Option(min=1, help="Of the lowest and of the highest that are shown.")
+    ] = 3,
+) -> None:
+    """Try the rewards of a recipe on answers that you have, before anything is trained or sampled.
+
+    Runs its functions, services and verifiers as a stage would. Needs the policy's tokenizer, no weights and no pool.
+    """
+    from rto_megatron.config import schema
+    from rto_megatron.config.load import load_recipe
+    from rto_megatron.config.reward_code import running_code
+    from rto_megatron.data.rated_answers import rate_answers
+    from rto_megatron.reporting.rated_table import extremes_table, spread_table
+    from rto_megatron.reporting.samples import show
+
+    config = load_recipe(recipe, overrides or [])
+    if not isinstance(config, schema.ReinforcementStage | schema.EvaluateStage):
+        raise RecipeError(f"stage {config.stage} pays no rewards; name the recipe of a stage that samples")
+    tokenizer, eos = _tokenizer(config)
+    for line in running_code(config.rewards):
+        typer.echo(line)
+    rated = [(one.sample, one.given) for one in rate_answers(config, tokenizer, eos, answers, rows)]
+    show(spread_table(rated))
+    show(extremes_table(rated, examples))
+
+
+def _tokenizer(config: "Stage") -> "tuple[PreTrainedTokenizerBase, EndOfSequence]":
+    from rto_megatron.planning.local_data import policy_tokenizer
+
+    tokenizer, eos = policy_tokenizer(config)
+    if tokenizer is None or eos is None:
+        raise RecipeError(
+            f"models.policy={config.models.policy}: there is no tokenizer on this machine, and no token can be shown "
+            "without one; download the model, run the stage that writes it, or name another (models.policy=FOLDER)"
+        )
+    return tokenizer, eos
 
 
 def synthesize(

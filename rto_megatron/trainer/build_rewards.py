@@ -6,26 +6,15 @@ from functools import partial
 from rto_megatron.config import schema
 from rto_megatron.config.checks import refuse
 from rto_megatron.config.reward_code import missing_packages, running_code
-from rto_megatron.config.rewards import (
-    FunctionSource,
-    MathVerifySource,
-    ModelSource,
-    OverlongSource,
-    ReasoningGymSource,
-    ServiceSource,
-    Source,
-)
+from rto_megatron.config.rewards import FunctionSource, ModelSource, OverlongSource, ServiceSource, Source
+from rto_megatron.data.sample_reader import SampleReader
 from rto_megatron.errors import DataError
 from rto_megatron.reporting.progress import say
-from rto_megatron.rewards.function_reward import Called, FunctionRater
-from rto_megatron.rewards.sample import Rater
-from rto_megatron.rewards.service import ServiceRater, read_token
-from rto_megatron.trainer.reward_source import OutsideReward, OverlongReward, RewardSource, SampleReader
+from rto_megatron.rewards.raters import Outside, rater_of
+from rto_megatron.trainer.reward_source import OutsideReward, OverlongReward, RewardSource
 from rto_megatron.trainer.reward_sum import RewardSum, Term, alone
 from rto_megatron.trainer.setup import Setup
 from rto_megatron.types import Columns, Prompt
-
-type Outside = FunctionSource | ServiceSource | MathVerifySource | ReasoningGymSource
 
 
 def build_rewards(
@@ -96,20 +85,4 @@ def _term(
 
 def _outside(source: Outside, setup: Setup, reader: SampleReader) -> OutsideReward:
     pays_tokens = isinstance(source, FunctionSource | ServiceSource) and source.pays != "response"
-    return OutsideReward(partial(_rater, source), reader, setup.topology, pays_tokens)
-
-
-def _rater(source: Outside) -> Rater:
-    key = f"rewards.{source.name}"
-    match source:
-        case ServiceSource():
-            read_token(source)  # one that is missing is told before the first step
-            return ServiceRater(source)
-        case FunctionSource():
-            return FunctionRater(Called(key, source.function, source.pays, source.timeout_s))
-        case MathVerifySource():
-            verifier, options = "verify_math", source.model_dump(include={"answer"})
-        case ReasoningGymSource():
-            verifier, options = "verify_gym", source.model_dump(include={"answer_tag"})
-    target = f"rto_megatron.rewards.{verifier}:score"
-    return FunctionRater(Called(key, target, "response", source.timeout_s, options))
+    return OutsideReward(partial(rater_of, source), reader, setup.topology, pays_tokens)

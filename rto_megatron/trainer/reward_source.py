@@ -1,26 +1,26 @@
 """What gives responses their rewards: a reward model on the ranks, the length of a response, or something outside."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from rto_megatron.algorithms.reward_shaping import overlong_punishment
 from rto_megatron.algorithms.termination import TruncationPolicy, close_response
 from rto_megatron.data.cut import CutSequences, Layout
 from rto_megatron.data.packing import sequence_batches
+from rto_megatron.data.sample_reader import SampleReader
 from rto_megatron.engine.absent import FrozenRole
 from rto_megatron.errors import UserError
 from rto_megatron.parallel.dealing import Share, shared_out
 from rto_megatron.parallel.topology import Topology
-from rto_megatron.rewards.sample import Given, Rater, Sample
+from rto_megatron.rewards.sample import Given, Rater
 from rto_megatron.rewards.service import RewardServiceLost
 from rto_megatron.trainer.role_shares import packed_for
-from rto_megatron.types import Columns, EndOfSequence, Rollout
+from rto_megatron.types import EndOfSequence, Rollout
 
 
 class RewardSource(Protocol):
@@ -156,35 +156,3 @@ class OutsideReward:
             [[*row, *([0.0] * (width - len(row)))] for row in rows], device=self._topology.device.torch_device
         )
         return grid if self._pays_tokens else grid[:, 0]
-
-
-class SampleReader:
-    """Makes samples of rollouts: texts by the policy's tokenizer, columns by the prompts' ids and tokens.
-
-    Args:
-        columns: id and tokens of a prompt -> what its row says.
-
-    Example:
-        SampleReader(tokenizer, {("p7", (1, 5)): {"answer": "4"}}).sample(rollout).columns["answer"]
-    """
-
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, columns: Mapping[tuple[str, tuple[int, ...]], Columns]
-    ) -> None:
-        self._tokenizer = tokenizer
-        self._columns = columns
-        self._text_of = cache(lambda token: str(tokenizer.decode([token])))
-
-    def sample(self, rollout: Rollout) -> Sample:
-        """The rollout as sources outside see it."""
-        columns = self._columns.get((rollout.prompt_id, rollout.prompt_ids), {})
-        return Sample(
-            prompt_id=rollout.prompt_id,
-            prompt=str(self._tokenizer.decode(list(rollout.prompt_ids))),
-            response=str(self._tokenizer.decode(list(rollout.response_ids), skip_special_tokens=True)),
-            prompt_ids=rollout.prompt_ids,
-            response_ids=rollout.response_ids,
-            tokens=tuple(map(self._text_of, rollout.response_ids)),
-            finish_reason=rollout.finish_reason,
-            columns=columns,  # type: ignore[arg-type]  # JSON, as the loader keeps it
-        )

@@ -89,6 +89,16 @@ def test_chat_template_by_hand(tokenizer: PreTrainedTokenizerBase) -> None:
     assert prompt == "<s><|user|> Hi<|assistant|>"
 
 
+def test_a_sampled_answer_that_becomes_a_text_keeps_its_ids(tokenizer: PreTrainedTokenizerBase) -> None:
+    asked, said = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "the dog"}
+    prompt = tokenizer.apply_chat_template([asked], add_generation_prompt=True, return_dict=False)
+    whole = tokenizer.apply_chat_template([asked, said], return_dict=False)
+    decoded = tokenizer.decode(whole[len(prompt) :], skip_special_tokens=True)
+    assert decoded == " the dog"  # the marker of the role has no space behind it
+    again = [asked, {"role": "assistant", "content": decoded}]
+    assert tokenizer.apply_chat_template(again, return_dict=False) == whole
+
+
 def test_a_model_folder_loads_the_same_tokenizer(tokenizer_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(tokenizer_folder, tmp_path / "model")
     LlamaConfig(vocab_size=400).save_pretrained(tmp_path / "model")

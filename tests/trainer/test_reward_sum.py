@@ -9,12 +9,13 @@ from engine.layouts import LAYOUTS, topology
 from ranks import run_ranks
 from torch import Tensor
 
+from rto_megatron.data.sample_reader import SampleReader
 from rto_megatron.data.tokenizer import load_tokenizer
 from rto_megatron.errors import UserError
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.rewards.function_reward import Called, FunctionRater
 from rto_megatron.rewards.given import Pays
-from rto_megatron.trainer.reward_source import OutsideReward, OverlongReward, RewardSource, SampleReader
+from rto_megatron.trainer.reward_source import OutsideReward, OverlongReward, RewardSource
 from rto_megatron.trainer.reward_sum import RewardSum, Term
 from rto_megatron.types import Rewards
 
