@@ -57,7 +57,8 @@ def keep_rows(
         {
             "prompt_id": rollout.prompt_id.removeprefix(UNSEEN),
             "prompt": setup.decode(rollout.prompt_ids),
-            "response": setup.decode(rollout.response_ids),
+            # As a text that others may train on: what ended it is written again by whoever reads it.
+            "response": str(setup.tokenizer.decode(list(rollout.response_ids), skip_special_tokens=True)),
             "finish_reason": rollout.finish_reason,
             **{name: values[place] for name, values in numbers.items()},
         }
