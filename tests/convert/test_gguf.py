@@ -125,6 +125,6 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ModelFolderError, match=said):
             rto("convert", "gguf-to-hf", tmp_path / name, tmp_path / "out")
     write_gguf(tmp_path / "other.gguf", write_llama(tmp_path / "source", vocab_size=320), architecture="gpt2")
-    with pytest.raises(ModelFolderError, match="type gpt2; known families are deepseek_v3, llama"):
+    with pytest.raises(ModelFolderError, match=r"type gpt2; known families are deepseek_v3, .*llama"):
         rto("convert", "gguf-to-hf", tmp_path / "other.gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()

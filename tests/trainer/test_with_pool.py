@@ -28,7 +28,7 @@ def _train(config: ReinforcementStage) -> None:
     ("layout", "roles"),
     [
         ("tp2_of_4", {"critic": {"ranks": "2-3"}, "reward": {"ranks": "2-3", "tensor": 2}}),
-        ("pp2", {}),
+        pytest.param("pp2", {}, marks=pytest.mark.slow),  # stages are among the last layout too
         ("dp2", {}),
         ("cp2", {"reward": {}}),
         ("tp2_pp2_sp", {"critic": {"tensor": 2}, "reward": {}}),
