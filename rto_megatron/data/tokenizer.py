@@ -38,7 +38,7 @@ ROLE_MARKERS = ("<|system|>", "<|user|>", ASSISTANT_MARKER)
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
-    "{{ '<|' + message['role'] + '|> ' + message['content'].strip() }}"
+    "{{ '<|' + message['role'] + '|>' + ('' if message['content'].startswith(' ') else ' ') + message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
