@@ -4,6 +4,7 @@
 """
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,14 +20,16 @@ from matplotlib.colors import Normalize
 from rto_megatron.reporting.rollout_query import RolloutQuery, find_rollouts
 
 _LINE_WIDTH = 0.98  # of the axes
+_MARKS = re.compile(r"<\|[^|]*\|>")  # of a chat template
 _MAX_PROMPT = 150  # characters, from its end
 
 
 def drawn(axes: Axes, row: dict[str, object], values: Sequence[float], scale: Normalize, top: float) -> float:
     """Writes one response from `top` downwards, in the coordinates of the axes; returns where it ends."""
     colours = mpl.colormaps["RdBu"]
-    prompt = str(row["prompt"]).replace("\n", " ").strip()
-    text = axes.text(0.0, top, "... " + prompt[-_MAX_PROMPT:], fontsize=8, color="0.35", va="top")
+    prompt = " ".join(_MARKS.sub(" ", str(row["prompt"])).split()).replace("$", r"\$")
+    shown = prompt if len(prompt) <= _MAX_PROMPT else "... " + prompt[-_MAX_PROMPT:]
+    text = axes.text(0.0, top, shown, fontsize=8, color="0.35", va="top")
     left, top = 0.0, top - 2.2 * _height(text)
     pieces = row["pieces"]
     assert isinstance(pieces, list)
@@ -89,15 +92,16 @@ def main() -> None:
     rows = find_rollouts(given.run, query).to_pylist()[: given.limit]
     columns = [row[f"token/{given.by}"] for row in rows]
     widest = max(abs(value) for column in columns for value in column)
-    figure, axes = pyplot.subplots(figsize=(11, 1.15 * len(rows) + 0.9), layout="constrained")
+    scale = Normalize(-widest, widest)
+    figure = pyplot.figure(figsize=(11, 1.0 * len(rows) + 0.2), dpi=130)
+    # Before the texts: what they measure is in units of the axes, which a bar would shrink.
+    axes, beside = figure.add_axes((0.01, 0.02, 0.88, 0.96)), figure.add_axes((0.91, 0.06, 0.015, 0.88))
     axes.axis("off")
-    figure.draw_without_rendering()
-    scale, top = Normalize(-widest, widest), 1.0
+    figure.colorbar(mpl.cm.ScalarMappable(scale, "RdBu"), cax=beside, label=f"{given.by} of a token")
+    top = 1.0
     for row, column in zip(rows, columns, strict=True):
         top = drawn(axes, row, column, scale, top)
-    shades = mpl.cm.ScalarMappable(scale, "RdBu")
-    figure.colorbar(shades, ax=axes, label=f"{given.by} of a token", fraction=0.03, pad=0.01)
-    figure.savefig(given.out, dpi=130)
+    figure.savefig(given.out, bbox_inches="tight")
     print(given.out)
 
 
