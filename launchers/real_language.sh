@@ -127,6 +127,6 @@ Everything took $((SECONDS - began)) s. This is one seed and few steps: the erro
 Look at what each token earned: $root/view.html (one file, in any browser)
 Next:
   $rto rollouts $root/rto --sort reward --limit 5
-  bash launchers/local.sh $recipes/rto.yaml vars.root=$root vars.model=$model run.dir=$root/rto_more run.steps=60
+  NPROC=1 bash launchers/local.sh $recipes/rto.yaml vars.root=$root vars.model=$model run.dir=$root/rto_more run.seed=1
   bash launchers/experiments/language.sh          # seeds, arms and a control: docs/language.md
 NEXT
