@@ -55,7 +55,11 @@ def with_rule(word: str) -> dict[str, Json]:
 
 
 def asked(rule: Mapping[str, Json]) -> str:
-    """The rule in words, for the prompt."""
+    """The rule in words, for the prompt.
+
+    Raises:
+        DataError: there is no such rule.
+    """
     match rule:
         case {"kind": "words", "least": least, "most": most}:
             return f"use {least} to {most} words"
@@ -63,7 +67,7 @@ def asked(rule: Mapping[str, Json]) -> str:
             return _FORBIDDEN[what][0]
         case {"kind": "with", "word": word}:
             return f'use the word "{word}"'
-    raise DataError(f"rule {rule!r}: expected kind words, without ({', '.join(FORBIDDEN)}) or with")
+    raise _unknown(rule)
 
 
 def judge(text: str, rule: Mapping[str, Json]) -> Verdict:
@@ -82,7 +86,11 @@ def judge(text: str, rule: Mapping[str, Json]) -> Verdict:
         case {"kind": "with", "word": str(word)}:
             found = re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE)
             return Verdict(0.0, 0.0) if found is None else Verdict(1.0, 0.0, ((found.end(), 1.0),))
-    raise DataError(f"rule {rule!r}: expected kind words, without ({', '.join(FORBIDDEN)}) or with")
+    raise _unknown(rule)
+
+
+def _unknown(rule: Mapping[str, Json]) -> DataError:
+    return DataError(f"rule {rule!r}: expected kind words, without ({', '.join(FORBIDDEN)}) or with")
 
 
 def _forbidding(faults: Sequence[int]) -> Verdict:
