@@ -11,6 +11,7 @@ from rto_megatron.config.facts import facts_of
 from rto_megatron.config.reward_checks import longest_wait_s
 from rto_megatron.config.training import ParallelConfig
 from rto_megatron.errors import MachineError, UserError
+from rto_megatron.lifecycle.start_up import begin_part, begin_rank
 from rto_megatron.platform.device import Device, prepare
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def run_stage(config: schema.Stage) -> None:
         UserError: on every rank, for anything that a user can mend.
     """
     _refuse_lone_task()
+    begin_rank()
     with ranks(
         prepare(config.precision), config.parallel, config.run.seed, _collective_timeout(config)
     ) as topology:
@@ -90,8 +92,11 @@ def ranks(
     alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for key, value in alone.items():
         os.environ.setdefault(key, value)
+    begin_part("groups")
     try:
-        yield Topology.init(device, parallel, seed, timeout)
+        topology = Topology.init(device, parallel, seed, timeout)
+        begin_part("imports")
+        yield topology
     except UserError:
         if dist.is_initialized():
             dist.destroy_process_group()
