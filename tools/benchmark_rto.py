@@ -32,8 +32,18 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from side_by_side import Parts, Peer, Way, all_ways, compare, run_ranks, stated_way
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from side_by_side import (
+    Parts,
+    Peer,
+    Way,
+    add_model_sizes,
+    all_ways,
+    compare,
+    run_ranks,
+    stated_llama,
+    stated_way,
+)
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 _ROOT = Path(__file__).parents[1]
 _RECIPE = _ROOT / "launchers" / "recipes" / "quickstart" / "rto.yaml"
@@ -161,19 +171,7 @@ def write_work(root: Path, given: argparse.Namespace) -> Work:
 
 def _write_model(folder: Path, is_scalar: bool, seed: int, given: argparse.Namespace) -> None:
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=given.vocab,
-        hidden_size=given.hidden,
-        intermediate_size=given.hidden * 11 // 4 // 2 * 2,
-        num_hidden_layers=given.layers,
-        num_attention_heads=given.hidden // 32,
-        num_key_value_heads=given.hidden // 64,
-        max_position_embeddings=2 * (given.max_prompt + given.tokens),
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        num_labels=1,
-    )
+    config = stated_llama(given, 2 * (given.max_prompt + given.tokens))
     (LlamaForSequenceClassification if is_scalar else LlamaForCausalLM)(config).save_pretrained(folder)
 
 
@@ -193,9 +191,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="prompts of a step")
     parser.add_argument("--tokens", type=int, default=64, help="most tokens of a response")
     parser.add_argument("--max-prompt", type=int, default=64, help="tokens of a prompt")
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--vocab", type=int, default=8000)
+    add_model_sizes(parser)
     parser.add_argument(
         "--ours",
         type=stated_way,
