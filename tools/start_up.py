@@ -35,10 +35,11 @@ from rich.console import Console
 from rich.table import Table
 
 _ROOT = Path(__file__).parents[1]
-_PREPARED = "from rto_megatron.platform.device import prepare; prepare()"
+_RESTING = "from rto_megatron.platform.collector import resting\nwith resting(): "
+_PREPARED = f"{_RESTING}from rto_megatron.platform.device import prepare; prepare()"
 _ONLINE = f"{_PREPARED}; import rto_megatron.trainer.online"
 _PARTS = {
-    "launcher: `rto launch`": "import rto_megatron.launching.attempts, rto_megatron.launching.launched_pool",
+    "launcher: `rto launch`": f"{_RESTING}import rto_megatron.launching.attempts, rto_megatron.launching.launched_pool",
     "rank: the interpreter and torch": "import torch",
     "rank: until the device is prepared": _PREPARED,
     "rank: until a stage without a pool runs": f"{_PREPARED}; import rto_megatron.trainer.offline",

@@ -62,12 +62,15 @@ def launch(
     SIGTERM, SIGUSR1 or a file named STOP in the run folder: the step is finished and saved, then the run ends (status
     85). Ctrl-C ends it at once (130). run_status.json in the run folder says why a run ended.
     """
-    from rto_megatron.config.load import load_recipe
-    from rto_megatron.config.reward_code import rewards_of, running_code
-    from rto_megatron.launching.launched_pool import PoolChoice
-    from rto_megatron.launching.torchrun import refuse_several_machines
-    from rto_megatron.lifecycle.run_lock import LAUNCH_VARIABLE, held
-    from rto_megatron.lifecycle.status import ExitReason
+    from rto_megatron.platform.collector import resting
+
+    with resting():
+        from rto_megatron.config.load import load_recipe
+        from rto_megatron.config.reward_code import rewards_of, running_code
+        from rto_megatron.launching.launched_pool import PoolChoice
+        from rto_megatron.launching.torchrun import refuse_several_machines
+        from rto_megatron.lifecycle.run_lock import LAUNCH_VARIABLE, held
+        from rto_megatron.lifecycle.status import ExitReason
 
     config = load_recipe(recipe, overrides or [])
     if unused := refuse_several_machines(str(recipe)):
