@@ -295,6 +295,19 @@ def _parts_of(size: float, rounds: Sequence[Round]) -> list[str]:
     return [f"{one:.2f}" for one in per_gb]
 
 
+def _table_of_parts(columns: dict[str, list[str]]) -> Table:
+    names = [f"sender: {part}" for part in _SENDER_PARTS] + [f"worker: {part}" for part in _WORKER_PARTS]
+    table = Table(title="seconds per GB of weights, by part")
+    table.add_column("MB, layout, servers")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for name, *cells in zip(
+        [*names, "push", *(f"limit: {name}" for name in _LIMITS)], *columns.values(), strict=True
+    ):
+        table.add_row(name, *cells)
+    return table
+
+
 def _benchmark(given: argparse.Namespace) -> None:
     say = Console(stderr=True)
     table = Table(title=f"medians of {given.rounds} rounds, buckets of {given.bucket_mb} MiB")
@@ -303,10 +316,7 @@ def _benchmark(given: argparse.Namespace) -> None:
         "CPU s", "trainer +MB", "worker +MB",
     ):  # fmt: skip
         table.add_column(name, justify="right")
-    parts = Table(title="seconds per GB of weights, by part")
-    names = [f"sender: {part}" for part in _SENDER_PARTS] + [f"worker: {part}" for part in _WORKER_PARTS]
-    for name in ("MB", "layout", "servers", *names, "push", *(f"limit: {name}" for name in _LIMITS)):
-        parts.add_column(name, justify="right")
+    parts: dict[str, list[str]] = {}
     for megabytes in given.megabytes:
         shape = _shape(megabytes)
         size = num_parameters(shape, False) * 2 / 1e6
@@ -322,8 +332,8 @@ def _benchmark(given: argparse.Namespace) -> None:
                     row = _row(size, layout, count, rounds)
                     say.print(" ".join(row))
                     table.add_row(*row)
-                    parts.add_row(*row[:3], *_parts_of(size, rounds))
-    Console(width=140).print(table, parts)
+                    parts[" ".join(row[:3])] = _parts_of(size, rounds)
+    Console(width=140).print(table, _table_of_parts(parts))
 
 
 def main() -> None:
