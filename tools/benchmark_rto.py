@@ -3,7 +3,7 @@
 
 Usage: .venv/bin/python tools/benchmark_rto.py [--prompts FILE] [--rounds 2] [--steps 4] [--batch 32] [--tokens 64]
            [--max-prompt 64] [--hidden 256] [--layers 4] [--vocab 8000] [--ours 2x1x8] [--paper 1x2x8]
-           [--pool-threads 2] [--try-ways] [--any-load]
+           [--pool-threads 1] [--try-ways] [--any-load]
 
 FILE has rows with `context_messages`; without it the synthetic task's prompts are taken: the first that are short
 enough, as many as a step has. Policy, reference and DPO model are Llamas of the stated size, reward model and critic
@@ -32,8 +32,18 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from side_by_side import Parts, Peer, Way, all_ways, compare, run_ranks, stated_way
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from side_by_side import (
+    Parts,
+    Peer,
+    Way,
+    add_model_sizes,
+    all_ways,
+    compare,
+    run_ranks,
+    stated_llama,
+    stated_way,
+)
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 _ROOT = Path(__file__).parents[1]
 _RECIPE = _ROOT / "launchers" / "recipes" / "quickstart" / "rto.yaml"
@@ -161,19 +171,7 @@ def write_work(root: Path, given: argparse.Namespace) -> Work:
 
 def _write_model(folder: Path, is_scalar: bool, seed: int, given: argparse.Namespace) -> None:
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=given.vocab,
-        hidden_size=given.hidden,
-        intermediate_size=given.hidden * 11 // 4 // 2 * 2,
-        num_hidden_layers=given.layers,
-        num_attention_heads=given.hidden // 32,
-        num_key_value_heads=given.hidden // 64,
-        max_position_embeddings=2 * (given.max_prompt + given.tokens),
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        num_labels=1,
-    )
+    config = stated_llama(given, 2 * (given.max_prompt + given.tokens))
     (LlamaForSequenceClassification if is_scalar else LlamaForCausalLM)(config).save_pretrained(folder)
 
 
@@ -193,9 +191,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="prompts of a step")
     parser.add_argument("--tokens", type=int, default=64, help="most tokens of a response")
     parser.add_argument("--max-prompt", type=int, default=64, help="tokens of a prompt")
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--vocab", type=int, default=8000)
+    add_model_sizes(parser)
     parser.add_argument(
         "--ours",
         type=stated_way,
@@ -206,7 +202,7 @@ def main() -> None:
     parser.add_argument(
         "--paper", type=stated_way, default=Way(1, cores, 8), metavar="1x2x8", help="of the paper's way"
     )
-    parser.add_argument("--pool-threads", type=int, default=cores)
+    parser.add_argument("--pool-threads", type=int, default=1, help="as `rto launch` gives it")
     parser.add_argument("--try-ways", action="store_true", help="try several ways of each peer first")
     parser.add_argument("--any-load", action="store_true", help="measure on a machine that others use too")
     given = parser.parse_args()

@@ -28,7 +28,17 @@ from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from side_by_side import Parts, Peer, Way, all_ways, compare, run_ranks, stated_way
+from side_by_side import (
+    Parts,
+    Peer,
+    Way,
+    add_model_sizes,
+    all_ways,
+    compare,
+    run_ranks,
+    stated_llama,
+    stated_way,
+)
 
 _ROOT = Path(__file__).parents[1]
 _RECIPE = _ROOT / "launchers" / "recipes" / "quickstart" / "dpo.yaml"
@@ -152,7 +162,7 @@ def trl_rank(
 
 def write_work(root: Path, given: argparse.Namespace) -> Work:
     """Pairs as plain JSON lines, and a model with a tokenizer of their words."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     from rto_megatron.data.synthetic import Sizes, write_synthetic_task
     from rto_megatron.data.tokenizer import train_tokenizer
@@ -165,20 +175,7 @@ def write_work(root: Path, given: argparse.Namespace) -> Work:
     said = [turn["content"] for line in text.splitlines() for turn in json.loads(line)["chosen"]]
     train_tokenizer(said, root / "model", given.vocab, byte_fallback=True)
     _write_fitting(pairs, text.splitlines(), root / "model", given)
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=given.vocab,
-            hidden_size=given.hidden,
-            intermediate_size=given.hidden * 11 // 4 // 2 * 2,
-            num_hidden_layers=given.layers,
-            num_attention_heads=given.hidden // 32,
-            num_key_value_heads=given.hidden // 64,
-            max_position_embeddings=2 * given.max_length,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        )
-    ).save_pretrained(root / "model")
+    LlamaForCausalLM(stated_llama(given, 2 * given.max_length)).save_pretrained(root / "model")
     return Work(root, pairs, given.steps, given.batch, given.max_length, given.cores, tuple(given.set))
 
 
@@ -223,9 +220,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="of a round; the first is not counted")
     parser.add_argument("--batch", type=int, default=16, help="pairs of a step")
     parser.add_argument("--max-length", type=int, default=512, help="tokens of prompt and answer")
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--vocab", type=int, default=8000)
+    add_model_sizes(parser)
     parser.add_argument("--cores", type=int, default=os.cpu_count() or 1)
     for peer in PEERS:
         parser.add_argument(

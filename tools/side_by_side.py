@@ -1,5 +1,6 @@
 """Peers in turn on one machine: how each uses the cores, and whether somebody else used them meanwhile."""
 
+import argparse
 import os
 import resource
 import statistics
@@ -13,6 +14,7 @@ from types import MappingProxyType
 
 import psutil
 from rich.table import Table
+from transformers import LlamaConfig
 
 _MOST_OF_OTHERS = 0.1  # of the cores
 
@@ -38,6 +40,30 @@ class Peer:
     name: str
     run: Callable[[Way, str], list[Parts]]
     ways: tuple[Way, ...]  # one: it is taken; several: they are tried first
+
+
+def add_model_sizes(parser: argparse.ArgumentParser) -> None:
+    """The arguments that `stated_llama` reads."""
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--vocab", type=int, default=8000)
+
+
+def stated_llama(given: argparse.Namespace, max_positions: int) -> LlamaConfig:
+    """A Llama of the stated sizes, as a language model or with a scalar head."""
+    return LlamaConfig(
+        vocab_size=given.vocab,
+        hidden_size=given.hidden,
+        intermediate_size=given.hidden * 11 // 4 // 2 * 2,
+        num_hidden_layers=given.layers,
+        num_attention_heads=given.hidden // 32,
+        num_key_value_heads=given.hidden // 64,
+        max_position_embeddings=max_positions,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        num_labels=1,
+    )
 
 
 def all_ways(cores: int, batch: int) -> tuple[Way, ...]:

@@ -164,6 +164,7 @@ def split_gpus(config: "Stage", gpus: int, pool_gpus: int | None) -> tuple[int, 
 
 def _layout_table(plan: "StagePlan", pool_gpus: int) -> Table:
     from rto_megatron.config.learning_rate import known_rates
+    from rto_megatron.config.number_rows import number_rows
     from rto_megatron.config.prompts_once import has_shared_prompts, why_prompts_repeat
 
     facts, layout, batches = plan.facts, plan.layout, plan.batches
@@ -205,6 +206,8 @@ def _layout_table(plan: "StagePlan", pool_gpus: int) -> Table:
         why = why_prompts_repeat(plan.config, plan.config.precision.kernels)
         told = "computed once for all its responses in a micro-batch"
         table.add_row("a prompt", told if why is None else f"computed again for each response: {why}")
+    for key, told in number_rows(plan.config).items():
+        table.add_row(key, told)
     for name, rates in known_rates(training).items() if training is not None else ():
         table.add_row(
             f"{name}.lr",

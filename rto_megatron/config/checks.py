@@ -58,10 +58,13 @@ def _kernels(config: Stage) -> list[str]:
             "or precision.kernels=torch"
         )
     if precision.kernels != "torch" and precision.dtype == "bf16" and "residual" in precision.fp32_parts:
+        torch = (
+            "precision.kernels=torch and precision.fp8=false" if precision.fp8 else "precision.kernels=torch"
+        )
         problems.append(
             f"precision.fp32_parts names residual, and precision.kernels={precision.kernels} may be layers of "
-            "TransformerEngine, which read the residual in the dtype of their weights; set precision.kernels=torch, or "
-            "leave residual out"
+            f"TransformerEngine, which read the residual in the dtype of their weights; set {torch}, or leave residual "
+            "out"
         )
     return problems
 

@@ -28,7 +28,7 @@ _TOLERATED = 0.25  # of what a coefficient is weighed against
 
 
 def expected_gap(precision: FrozenPrecisionConfig) -> float:
-    """Mean |difference| of the log-probs of pool and trainer, nats a token; 0 in fp32."""
+    """Mean |difference| of the log-probs of pool and trainer, nats a token; 0 in fp32, in 8 bits that of bf16."""
     return 0.0 if precision.dtype == "fp32" else _GAPS[frozenset(precision.fp32_parts)]
 
 
@@ -60,9 +60,16 @@ def drowned_coefficients(config: Stage) -> list[str]:
             f"algorithm.kl_target={keys.kl_target:g} nats a token is steered to by estimates that are "
             f"{gap**2:.2g} nats too low"
         )
-    wide = {"head", "residual"} <= set(config.precision.fp32_parts)
-    mend = "set precision.dtype=fp32" if wide else "set precision.fp32_parts=[head,residual] (0.022 nats)"
-    about = (
-        f"in bf16 the log-probs of pool and trainer differ by about {gap:g} nats a token (docs/precision.md)"
-    )
-    return [f"{about}: {one}; {mend}, or choose another coefficient" for one in found]
+    mend, computed = _mend(config.precision), "8 bits" if config.precision.fp8 else "bf16"
+    least = "at least" if config.precision.fp8 else "about"
+    apart = f"in {computed} the log-probs of pool and trainer differ by {least} {gap:g} nats a token"
+    return [f"{apart} (docs/precision.md): {one}; {mend}, or choose another coefficient" for one in found]
+
+
+def _mend(precision: FrozenPrecisionConfig) -> str:
+    """What makes the gap smaller; only torch's layers can have an fp32 residual."""
+    parts = ("head", "residual") if precision.kernels == "torch" else ("head",)
+    if set(parts) <= set(precision.fp32_parts):
+        torch = "" if precision.kernels == "torch" else " with precision.kernels=torch"
+        return f"set precision.dtype=fp32{torch}"
+    return f"set precision.fp32_parts=[{','.join(parts)}] ({_GAPS[frozenset(parts)]:g} nats)"

@@ -10,7 +10,7 @@ from torch import Tensor
 from rto_megatron.engine.exchange import SUMS, everywhere, rows_everywhere
 from rto_megatron.engine.finite import refuse_together
 from rto_megatron.engine.megatron import FrozenModel, Loss, Microbatch, Model, TrainedModel
-from rto_megatron.engine.readings import Reading
+from rto_megatron.engine.readings import OUTPUTS, Reading
 from rto_megatron.engine.router_health import no_report, router_metrics
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.parallel.topology import Topology
@@ -39,9 +39,11 @@ class AbsentModel:
         """See `FrozenModel.token_outputs`."""
         return self.begin_outputs(batches)()
 
-    def begin_outputs(self, batches: Sequence[TokenBatch]) -> Callable[[], list[Tensor]]:
+    def begin_outputs(
+        self, batches: Sequence[TokenBatch], reading: Reading[TokenBatch] = OUTPUTS
+    ) -> Callable[[], list[Tensor]]:
         """Computes nothing; what it returns hears what that of `FrozenModel.begin_outputs` gives."""
-        return partial(rows_everywhere, None, batches, 1, self.topology)
+        return partial(rows_everywhere, None, batches, reading.num_rows, self.topology)
 
     def outputs[M: Microbatch](self, microbatches: Sequence[M], reading: Reading[M]) -> list[Tensor]:
         """See `TrainedModel.outputs`."""

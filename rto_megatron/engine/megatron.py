@@ -21,6 +21,7 @@ from rto_megatron.engine.finite import refuse_together
 from rto_megatron.engine.optimizer import one_or_all, set_learning_rate, state_tensors
 from rto_megatron.engine.presence import require_present
 from rto_megatron.engine.readings import (
+    OUTPUTS,
     Reading,
     asked_states,
     in_the_batch,
@@ -89,14 +90,19 @@ class FrozenModel:
         """
         return self.begin_outputs(batches)()
 
-    def begin_outputs(self, batches: Sequence[TokenBatch]) -> Callable[[], list[Tensor]]:
+    def begin_outputs(
+        self, batches: Sequence[TokenBatch], reading: Reading[TokenBatch] = OUTPUTS
+    ) -> Callable[[], list[Tensor]]:
         """Computes what `token_outputs` gives, where only ranks that hold the model meet: models of other ranks may do
         the same meanwhile.
 
+        Args:
+            reading: what is told of each batch.
+
         Returns:
-            what all ranks call then, and what gives the outputs.
+            what all ranks call then, and what gives the outputs, [T] or [rows of the reading, T] of each batch.
         """
-        return _begin_outputs(self, batches)
+        return _begin_outputs(self, batches, reading)
 
     def raw_outputs(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
         """Logits over the whole vocabulary, or values as the head gives them, of every position; no gradients.
@@ -159,9 +165,11 @@ class TrainedModel:
         """Computes what `FrozenModel.token_outputs` does, with the weights of this moment."""
         return self.begin_outputs(batches)()
 
-    def begin_outputs(self, batches: Sequence[TokenBatch]) -> Callable[[], list[Tensor]]:
+    def begin_outputs(
+        self, batches: Sequence[TokenBatch], reading: Reading[TokenBatch] = OUTPUTS
+    ) -> Callable[[], list[Tensor]]:
         """See `FrozenModel.begin_outputs`."""
-        return _begin_outputs(self, batches)
+        return _begin_outputs(self, batches, reading)
 
     def outputs[M: Microbatch](self, microbatches: Sequence[M], reading: Reading[M]) -> list[Tensor]:
         """What a loss would see of each micro-batch, without gradients, on every rank of the replica."""
@@ -271,10 +279,14 @@ ENTROPIES: Reading[Microbatch] = Reading(2, lambda model, micro, raw: read_entro
 TOKENS: Reading[Microbatch] = Reading(1, lambda model, micro, raw: read_outputs(model, micro.batch, raw))
 
 
-def _begin_outputs(model: Model, batches: Sequence[TokenBatch]) -> Callable[[], list[Tensor]]:
-    found = _forward_only(model, batches, lambda index, raw: read_outputs(model, batches[index], raw))
+def _begin_outputs(
+    model: Model, batches: Sequence[TokenBatch], reading: Reading[TokenBatch]
+) -> Callable[[], list[Tensor]]:
+    found = _forward_only(
+        model, batches, lambda index, raw: reading.read(model, batches[index], raw).flatten()
+    )
     own = found if model.topology.is_last_stage else None
-    return partial(model.topology.from_last_stage, own, [b.tokens_T.numel() for b in batches])
+    return partial(rows_everywhere, own, batches, reading.num_rows, model.topology)
 
 
 def _forward_only(

@@ -4,7 +4,7 @@ A language model puts out the states that its output projection reads. Of these 
 for are taken, and the projection is applied to a chunk of them at a time (`models/output_head.py`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -48,16 +48,31 @@ def read_outputs(model: "Model", batch: TokenBatch, raw: Tensor) -> Tensor:
     if model.has_scalar_head:
         values_T = in_the_batch(whole_rows(raw.flatten()[None].float(), model.topology)[0], batch)
         return (values_T - model.scale.mean) / model.scale.std
-    logp_N = token_logprobs(
-        asked_states(raw, batch, model.topology),
-        output_weight(model.module.last),
-        model.shape.vocab_size,
-        model.topology.tensor_group(),
-        _asked(batch, model.topology),
-        CHUNK_POSITIONS,
-        _shaping(model),
-    )
-    return _at_positions(logp_N[None], batch, model.topology)[0]
+    return _logprobs(model, batch, raw, [_asked(batch, model.topology)])[0]
+
+
+def read_drawn_and_whole(model: "Model", batch: TokenBatch, raw: Tensor) -> Tensor:
+    """Rows [2, T]: log-probs of the targets as `read_outputs` gives them, and of whole distributions at temperature 1."""
+    drawn = _asked(batch, model.topology)
+    return _logprobs(model, batch, raw, [drawn, Targets(drawn.targets_N)])
+
+
+def _logprobs(model: "Model", batch: TokenBatch, raw: Tensor, asked: Sequence[Targets]) -> Tensor:
+    """A row for each distribution [k, T], of the same states."""
+    states_Nh = asked_states(raw, batch, model.topology)
+    rows = [
+        token_logprobs(
+            states_Nh,
+            output_weight(model.module.last),
+            model.shape.vocab_size,
+            model.topology.tensor_group(),
+            one,
+            CHUNK_POSITIONS,
+            _shaping(model),
+        )
+        for one in asked
+    ]
+    return _at_positions(torch.stack(rows), batch, model.topology)
 
 
 def read_entropies(model: "Model", batch: TokenBatch, raw: Tensor) -> Tensor:
@@ -167,3 +182,7 @@ def _at_positions(values_kN: Tensor, batch: TokenBatch, topology: Topology) -> T
     zeros_kt = values_kN.new_zeros(len(values_kN), len(batch.tokens_T) // topology.context_size)
     own_N = _own_positions(batch, topology) - _first(batch, topology)
     return whole_rows(zeros_kt.index_copy(1, own_N, values_kN), topology)
+
+
+OUTPUTS: Reading[TokenBatch] = Reading(1, read_outputs)
+DRAWN_AND_WHOLE: Reading[TokenBatch] = Reading(2, read_drawn_and_whole)

@@ -33,8 +33,7 @@ class FrozenRoles:
         for other, twin in twins.items():
             if are_same(model, twin):
                 say(
-                    f"{name} has the weights of {other}: one model serves as both, with one memory and, where both "
-                    "are asked the same, one forward",
+                    f"{name} has the weights of {other}: one model serves as both, with one memory and one forward",
                     topology.is_lead,
                 )
                 model = twin

@@ -87,6 +87,8 @@ def opinions(
     cut = shares.cut(drawn)
     # Forwards come first, and what they gave is told afterwards: models on different ranks work at the same time.
     policy = None if asked_policy is None else shares.begin(asked_policy, drawn)
+    if roles.dpo is not None and any(one is roles.reference for one in (roles.dpo, _base(roles))):
+        shares.begin_both(roles.reference, drawn)
     reference = shares.begin(roles.reference, drawn)
     dpo = None if roles.dpo is None else _begin_dpo(roles.dpo, roles, shares)
     critic = None if roles.critic is None else shares.begin(roles.critic, drawn)
@@ -110,12 +112,14 @@ def opinions(
     }
 
 
-def _begin_dpo(dpo: FrozenRole, roles: Roles, shares: RoleShares) -> Callable[[], list[Tensor]]:
-    """The forwards of the DPO reward, of whole distributions; what all ranks call then makes the log-ratio.
+def _base(roles: Roles) -> FrozenRole:
+    """What the DPO model was trained from."""
+    return roles.dpo_reference or roles.reference
 
-    The base model's is the reference's where that was asked for whole distributions as well.
-    """
-    base, told = shares.begin(roles.dpo_reference or roles.reference), shares.begin(dpo)
+
+def _begin_dpo(dpo: FrozenRole, roles: Roles, shares: RoleShares) -> Callable[[], list[Tensor]]:
+    """The forwards of the DPO reward, of whole distributions; what all ranks call then makes the log-ratio."""
+    base, told = shares.begin(_base(roles)), shares.begin(dpo)
     return lambda: [one - other for one, other in zip(told(), base(), strict=True)]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from rto_megatron.data.cut import CutSequences, Layout
 from rto_megatron.data.packing import rollout_batches
 from rto_megatron.engine.absent import RoleModel
+from rto_megatron.engine.readings import DRAWN_AND_WHOLE, OUTPUTS, Reading
 from rto_megatron.parallel.dealing import Share, of_all_replicas, shared_out
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.types import WHOLE, Distribution, Experience, Rollout, TokenBatch, TrainingRows
@@ -67,16 +68,27 @@ class RoleShares:
             each; zeros at padding if it is another layout that read them.
         """
         if (id(model), drawn) not in self._begun:
-            self._begun[id(model), drawn] = cache(self._begin(model, drawn))
+            (self._begun[id(model), drawn],) = self._begin(model, drawn, OUTPUTS)
         return self._begun[id(model), drawn]
 
-    def _begin(self, model: RoleModel, drawn: Distribution) -> Callable[[], list[Tensor]]:
+    def begin_both(self, model: RoleModel, drawn: Distribution) -> None:
+        """Makes one forward of a language model for both, `drawn` and the whole distribution: `begin` finds it made."""
+        if drawn == WHOLE:
+            return
+        of_drawn, of_whole = self._begin(model, drawn, DRAWN_AND_WHOLE)
+        self._begun[id(model), drawn], self._begun[id(model), WHOLE] = of_drawn, of_whole
+
+    def _begin(
+        self, model: RoleModel, drawn: Distribution, reading: Reading[TokenBatch]
+    ) -> list[Callable[[], list[Tensor]]]:
+        """See `begin`, for each row of a reading."""
         own, topology = self.cut(drawn), model.topology
-        if topology.home is None:
-            return model.begin_outputs(own.batches)
+        is_home = topology.home is None
         share = self.of(topology)
-        cut = self._cut(topology, share.items, packed_for(topology, self._layout), drawn)
-        return partial(_told, model.begin_outputs(cut.batches), cut, share, own)
+        cut = own if is_home else self._cut(topology, share.items, packed_for(topology, self._layout), drawn)
+        outputs = cache(model.begin_outputs(cut.batches, reading))
+        rows = [partial(_row, outputs, reading.num_rows, number) for number in range(reading.num_rows)]
+        return [cache(row if is_home else partial(_told, row, cut, share, own)) for row in rows]
 
     def _cut(
         self, topology: Topology | None, rollouts: Sequence[Rollout], layout: Layout, drawn: Distribution
@@ -84,6 +96,10 @@ class RoleShares:
         if (topology, drawn) not in self._cuts:
             self._cuts[topology, drawn] = rollout_batches(rollouts, layout, drawn)
         return self._cuts[topology, drawn]
+
+
+def _row(outputs: Callable[[], list[Tensor]], num_rows: int, number: int) -> list[Tensor]:
+    return [one.view(num_rows, -1)[number] for one in outputs()]
 
 
 def _told(

@@ -173,6 +173,23 @@ def test_what_is_ahead_is_shown() -> None:
     assert "up to 2 steps older than the weights that they train" in output
 
 
+def test_how_numbers_come_about_is_shown_where_it_is_not_the_default() -> None:
+    keys = ("precision.fp32_parts", "precision.fp8", "rollout.old_logprobs")
+    plain, ahead, pool, dpo = (
+        " ".join(check(str(RECIPES / "llama3_8b" / f"{name}.yaml"), "--gpus", "8", *given).split())
+        for name, given in (
+            ("dapo", ()),
+            ("rto_ahead", ()),
+            ("dapo", ("rollout.old_logprobs=pool", "sampling.min_response_tokens=0")),
+            ("dpo", ("precision.fp32_parts=[head,residual]",)),
+        )
+    )
+    assert not [key for key in keys if f"{key} │" in plain]
+    assert "precision.fp32_parts │ head: in fp32, of all roles and of the pool" in ahead
+    assert "rollout.old_logprobs │ the pool's, some 0.046 nats a token from the trainer's" in pool
+    assert "precision.fp32_parts │ head and residual: in fp32, of all roles │" in dpo
+
+
 def test_the_rates_of_both_optimizers_are_shown_and_no_warm_up_is_the_whole_run() -> None:
     """10 rollout steps of 8 updates; transformers' schedule at 0, at ceil(0.03 x 80) = 3 and at 79."""
     output = check(

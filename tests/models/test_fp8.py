@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from rto_megatron.cli.main import app
 from rto_megatron.config.checks import find_problems
+from rto_megatron.config.kl_gap import drowned_coefficients
 from rto_megatron.config.load import load_recipe
 from rto_megatron.config.training import FrozenPrecisionConfig, ParallelConfig
 from rto_megatron.errors import RecipeError
@@ -42,6 +43,30 @@ def test_megatron_is_told_and_rows_are_padded_on_every_rank() -> None:
     on, in_float32, off, _ = told
     assert on == ("hybrid", "tensorwise", False, 32)
     assert in_float32[0] is None and off[0] is None and off[3] == 2
+
+
+def test_with_them_logits_may_be_fp32_and_the_residual_may_not() -> None:
+    recipe = DPO.with_name("rto_fp8.yaml")
+    config = load_recipe(recipe)
+    assert config.precision.fp8 and config.precision.fp32_parts == ("head",)
+    assert find_problems(config, 4, {}) == []
+    said = " ".join(
+        CliRunner().invoke(app, ["check", str(recipe), "--gpus", "8", "--gpu", "h100"]).output.split()
+    )
+    assert (
+        "precision.fp8 │ layers of all roles multiply in 8 bits; head, attention and pool stay in bf16"
+        in said
+    )
+    assert "precision.fp32_parts │ head: in fp32, of all roles and of the pool" in said
+    (problem,) = find_problems(load_recipe(recipe, ["precision.fp32_parts=[head,residual]"]), 4, {})
+    assert problem.endswith("set precision.kernels=torch and precision.fp8=false, or leave residual out")
+    # What is warned of does not advise what is refused.
+    wide = load_recipe(recipe, ["precision.fp32_parts=[]", "algorithm.beta_kl=0.25"])
+    warned = drowned_coefficients(wide)
+    assert warned and all(
+        "in 8 bits the log-probs of pool and trainer differ by at least 0.046" in one for one in warned
+    )
+    assert all("set precision.fp32_parts=[head] (0.035 nats)" in one for one in warned)
 
 
 def test_they_are_refused_without_the_kernels_and_for_gpus_without_them() -> None:

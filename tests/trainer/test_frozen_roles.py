@@ -92,7 +92,8 @@ def test_a_shared_model_is_asked_once_and_changes_nothing(
         {"plain": None, "twin": _copy(files, tmp_path / "a"), "other": files / "models/policy"},
     )
     for name, folder in folders.items():
-        keys = {"models__dpo_reference": folder}
+        # Policy and reference are compared at another temperature than the DPO reward is of.
+        keys = {"models__dpo_reference": folder, "sampling__temperature": 0.7}
         assert run_ranks(1, train, configure("rto", files, tmp_path / name, **ONE_STEP, **keys)) == [None]
         said[name] = capfd.readouterr().out
     assert "dpo_reference has the weights of reference" in said["twin"]

@@ -16,6 +16,7 @@ from trainer.tiny_runs import ENGINE_VOCAB, HeldPush, configure, join
 
 from rto_megatron.config.schema import ReinforcementStage
 from rto_megatron.engine.megatron import FrozenModel, TrainedModel
+from rto_megatron.engine.readings import OUTPUTS, Reading
 from rto_megatron.reporting.metrics import read_metrics
 from rto_megatron.trainer.checked_scores import Scorer
 from rto_megatron.trainer.connected_pool import ConnectedPool
@@ -64,10 +65,12 @@ class _Meeting:
 
     folder: Path
 
-    def begin_outputs(self, batches: Sequence[TokenBatch]) -> Callable[[], list[Tensor]]:
+    def begin_outputs(
+        self, batches: Sequence[TokenBatch], reading: Reading[TokenBatch] = OUTPUTS
+    ) -> Callable[[], list[Tensor]]:
         """See `FrozenModel.begin_outputs`."""
         _meet(self.folder, "begun", self.name, [one for one in _SCORING if one != self.name])
-        return super().begin_outputs(batches)
+        return super().begin_outputs(batches, reading)
 
 
 class MeetingTrained(_Meeting, TrainedModel):
