@@ -2,12 +2,14 @@
 """Generation over HTTP beside vLLM in-process: the same prompts, seeds and model, in one run.
 
 Usage: .venv/bin/python tools/benchmark_generation.py [--prompts 64] [--prompt-tokens 64] [--tokens 64] [--rounds 9]
+           [--model FOLDER] [--dtype fp32]
 
 A round is one `LLM.generate` in a process that holds vLLM and does nothing else, and one `VllmPool.generate` against
 one server of ours: all prompts at once, a seed per prompt, log-probs of the sampled tokens; in turns which of the two
 goes first. Whichever is not measured is stopped (SIGSTOP). Every round has new prompts, so that no prefix is cached.
 Both sides sample with the same seeds: the share of equal responses is printed, and so are the CPU seconds of each
-process: on a machine with as many busy processes as cores, time is CPU time. Takes about two minutes and 3 GB.
+process: on a machine with as many busy processes as cores, time is CPU time. Takes about two minutes and 3 GB with the
+tiny model that it makes; --model takes a Hugging Face folder instead, twice in memory.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import torch
@@ -46,6 +49,7 @@ from rto_megatron.generation.vllm.start.server import (
 )
 from rto_megatron.types import Prompt
 
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # in vLLM
 _VERSION = 0
 _VOCABULARY = 480
 _STOPS_NEVER = (2,)  # min_tokens forbids it, so that every response is as long as the others
@@ -53,6 +57,7 @@ _GPU_MEMORY_FRACTION = 0.3  # two engines share the device
 _WARM_UP_ROUNDS = 2
 
 Responses = list[tuple[int, ...]]
+Dtype = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ class Work:
     num_prompts: int
     prompt_tokens: int
     tokens: int
+    dtype: Dtype
 
     def prompts(self, round_index: int) -> list[Prompt]:
         draw = random.Random(round_index)
@@ -106,7 +112,7 @@ def _serve_in_process(model: Path, work: Work) -> None:
 
     on_cpu = not torch.cuda.is_available()
     llm = LLM(
-        str(model), dtype="float32", skip_tokenizer_init=True, max_model_len=work.max_model_len,
+        str(model), dtype=_DTYPES[work.dtype], skip_tokenizer_init=True, max_model_len=work.max_model_len,
         gpu_memory_utilization=_GPU_MEMORY_FRACTION, enforce_eager=on_cpu, enable_chunked_prefill=not on_cpu,
     )  # fmt: skip
     print("ready", flush=True)
@@ -156,6 +162,8 @@ class InProcess:
             sizes[1],
             "--tokens",
             sizes[2],
+            "--dtype",
+            work.dtype,
         ]
         self._log_file = log_file
         with log_file.open("wb") as log:
@@ -231,12 +239,13 @@ def _cpu_seconds(process: psutil.Process) -> float:
 
 
 @contextmanager
-def _both(folder: Path, work: Work, say: Console) -> Iterator[tuple[InProcess, OverHttp]]:
-    model = folder / "model"
-    _write_model(model, work.max_model_len)
+def _both(folder: Path, model: Path | None, work: Work, say: Console) -> Iterator[tuple[InProcess, OverHttp]]:
+    if model is None:
+        model = folder / "model"
+        _write_model(model, work.max_model_len)
     say.print("starting vLLM in-process and one server ...")
     options = ServerOptions(
-        model, folder / "token", folder / "server.log", dtype="fp32", load_weights=True,
+        model, folder / "token", folder / "server.log", dtype=work.dtype, load_weights=True,
         max_model_len=work.max_model_len, gpu_memory_fraction=_GPU_MEMORY_FRACTION,
     )  # fmt: skip
     inside = InProcess(model, work, folder / "in_process.log")
@@ -268,10 +277,10 @@ def _measure(side: InProcess | OverHttp, round_index: int) -> Measured:
     return measured
 
 
-def _benchmark(folder: Path, work: Work, rounds: int) -> None:
+def _benchmark(folder: Path, model: Path | None, work: Work, rounds: int) -> None:
     say = Console(stderr=True)
     measured: dict[str, list[Measured]] = {"in-process": [], "HTTP": []}
-    with _both(folder, work, say) as (inside, over_http):
+    with _both(folder, model, work, say) as (inside, over_http):
         sides: list[tuple[str, InProcess | OverHttp]] = [("in-process", inside), ("HTTP", over_http)]
         for _, side in sides:
             side.signal(signal.SIGSTOP)
@@ -319,18 +328,20 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=64, help="tokens of each prompt")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of each response")
     parser.add_argument("--rounds", type=int, default=9, help="measurements of each side, after a warm-up")
+    parser.add_argument("--model", type=Path, help="a Hugging Face folder; otherwise a tiny model is made")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--folder", type=Path, help="keep model and logs here, otherwise they are removed")
     parser.add_argument("--child", type=Path, metavar="MODEL", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if min(given.prompts, given.prompt_tokens, given.tokens, given.rounds) < 1:
         parser.error("every number must be at least 1")
-    work = Work(given.prompts, given.prompt_tokens, given.tokens)
+    work = Work(given.prompts, given.prompt_tokens, given.tokens, given.dtype)
     if given.child:
         _serve_in_process(given.child, work)
         return
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            _benchmark(given.folder or Path(scratch), work, given.rounds)
+            _benchmark(given.folder or Path(scratch), given.model, work, given.rounds)
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

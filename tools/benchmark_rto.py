@@ -3,7 +3,7 @@
 
 Usage: .venv/bin/python tools/benchmark_rto.py [--prompts FILE] [--rounds 2] [--steps 4] [--batch 32] [--tokens 64]
            [--max-prompt 64] [--hidden 256] [--layers 4] [--vocab 8000] [--ours 2x1x8] [--paper 1x2x8]
-           [--pool-threads 2] [--try-ways] [--any-load]
+           [--pool-threads 1] [--try-ways] [--any-load]
 
 FILE has rows with `context_messages`; without it the synthetic task's prompts are taken: the first that are short
 enough, as many as a step has. Policy, reference and DPO model are Llamas of the stated size, reward model and critic
@@ -202,7 +202,7 @@ def main() -> None:
     parser.add_argument(
         "--paper", type=stated_way, default=Way(1, cores, 8), metavar="1x2x8", help="of the paper's way"
     )
-    parser.add_argument("--pool-threads", type=int, default=cores)
+    parser.add_argument("--pool-threads", type=int, default=1, help="as `rto launch` gives it")
     parser.add_argument("--try-ways", action="store_true", help="try several ways of each peer first")
     parser.add_argument("--any-load", action="store_true", help="measure on a machine that others use too")
     given = parser.parse_args()

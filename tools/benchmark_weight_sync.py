@@ -10,8 +10,14 @@ which goes first. The first push, which opens the communicator and rehearses the
 
 send: from the first request for the weights to their proof in host memory. push: pause to resume, all proofs and the
 commit included, without the canary, whose seconds are apart. Digests: seconds of the slowest sender plus the slowest
-worker, as a share of the push. Memory: peak of resident memory during a push above the moment before it, of the rank
-and of the worker with the most. All ranks, servers and the benchmark share this machine's cores. About ten minutes.
+worker, as a share of the push. CPU: of all ranks and workers. Memory: peak of resident memory during a push above the
+moment before it, of the rank and of the worker with the most.
+
+A second table has the seconds per GB of weights by part, each of the slowest sender or worker, beside this machine's
+limits: digest (of the weights, or of what arrived), pack (the copy into a bucket), transport (waiting for a bucket),
+stage (keeping what arrived), load (vLLM's own, and waiting for the others), read back (digests of what was loaded).
+Sender and worker work at the same time until the load. All ranks, servers and the benchmark share this machine's
+cores. About ten minutes.
 """
 
 import argparse
@@ -23,16 +29,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from weight_sync_measures import DigestClock, PeakMemory, RawBroadcast
+from weight_sync_measures import Meter, OwnShare, PartClock, RawBroadcast, limits
 
 from rto_megatron.config.rollouts import RolloutConfig
 from rto_megatron.config.training import FrozenPrecisionConfig, ParallelConfig
@@ -52,31 +58,45 @@ from rto_megatron.platform.device import Device, prepare
 from rto_megatron.weight_sync import sender
 from rto_megatron.weight_sync.manifest import Manifest
 from rto_megatron.weight_sync.shared import open_communicator
-from rto_megatron.weight_sync.transport import LOOPBACK, Rendezvous, listen
+from rto_megatron.weight_sync.transport import LOOPBACK, Communicator, Rendezvous, listen
 
 _LAYOUTS = {"tp1": (1, 1), "tp2": (2, 1), "pp2": (1, 2)}
 _VOCABULARY = 8192
 _NUM_SERVERS = 2
 _TIMEOUT_S = 300.0
+_SENDER_PARTS = ("digest", "pack", "transport")
+_WORKER_PARTS = ("transport", "digest", "stage", "load", "read back")
+_LIMITS = ("copy into fresh pages", "copy into touched pages", "read", "digest")
 
 
 @dataclass(frozen=True)
 class Round:
-    """Seconds of one raw broadcast and of one push, and what the push took; memory in bytes."""
+    """Seconds of one raw broadcast and of one push, and what the push took; memory in bytes.
+
+    `sender` and `worker` are seconds by part, of the slowest of each; `limits` are seconds per GB.
+    """
 
     raw_s: float
     pause_s: float
     send_s: float
     commit_s: float
     canary_s: float
-    digest_s: float
+    cpu_s: float
     trainer_bytes: int
     worker_bytes: int
+    sender: dict[str, float]
+    worker: dict[str, float]
+    limits: dict[str, float] = field(default_factory=dict)
 
     @property
     def push_s(self) -> float:
         """Pause to resume without the canary."""
         return self.pause_s + self.send_s + self.commit_s
+
+    @property
+    def digest_s(self) -> float:
+        """Of the slowest sender and the slowest worker."""
+        return self.sender["digest"] + self.worker["digest"] + self.worker["read back"]
 
 
 def _shape(megabytes: float) -> ModelShape:
@@ -114,7 +134,10 @@ class Rank:
         self._push = connect_pool(config, policy).push
         self._manifest = Manifest(bucket_mb << 20, PolicySource(policy).specs())
         self._raw = self._open_raw()
-        self._clock = DigestClock(sender)
+        self._clock = PartClock()
+        self._clock.time(Communicator, "finish", "transport")
+        self._clock.time(sender, "digest", "digest")
+        self._clock.time(sender, "_pack", "pack")
         self._version = 0
 
     def _open_raw(self) -> RawBroadcast:
@@ -168,20 +191,24 @@ class Rank:
         self._version += 1
         with self._all_workers("probe_start"):
             pass
-        self._clock.take()
         self.topology.barrier()
-        memory = PeakMemory()
+        meter = Meter(self._clock)
         said = self._push(self._version)
-        own = [self._clock.take(), memory.above()]
+        own = meter.read().to_json()
         with self._all_workers("probe_stop") as answers:
             pass
-        ranks = self.topology.gather_all(own, list[float])
-        workers = [tuple(map(float, one.split())) for one in answers] or [(0.0, 0.0)]
+        ranks = [OwnShare.from_json(one) for one in self.topology.gather_all(own, str)]
+        workers = [OwnShare.from_json(one) for one in answers]
         return Round(
             0.0, said["sync/pause_s"], said["sync/prepare_s"], said["sync/commit_s"], said["sync/canary_s"],
-            max(one[0] for one in ranks) + max(one[0] for one in workers),
-            int(max(one[1] for one in ranks)), int(max(one[1] for one in workers)),
+            sum(one.cpu_s for one in (*ranks, *workers)),
+            max(one.peak_bytes for one in ranks), max((one.peak_bytes for one in workers), default=0),
+            _slowest(ranks, _SENDER_PARTS), _slowest(workers, _WORKER_PARTS),
         )  # fmt: skip
+
+
+def _slowest(shares: Sequence[OwnShare], parts: Sequence[str]) -> dict[str, float]:
+    return {part: max((one.parts.get(part, 0.0) for one in shares), default=0.0) for part in parts}
 
 
 def _be_a_rank(folder: Path, servers: Sequence[str], bucket_mb: int, rounds: int) -> None:
@@ -196,7 +223,7 @@ def _be_a_rank(folder: Path, servers: Sequence[str], bucket_mb: int, rounds: int
             push = rank.push()
             raw_s = raw_s or rank.raw()
             if rank.topology.is_lead:
-                line = {"servers": count, **asdict(push), "raw_s": raw_s}
+                line = {"servers": count, **asdict(push), "raw_s": raw_s, "limits": limits()}
                 print(json.dumps(line), flush=True)
 
 
@@ -250,9 +277,35 @@ def _row(size: float, layout: str, num_servers: int, rounds: Sequence[Round]) ->
         f"{median(one.raw_s / one.send_s for one in rounds):.2f}",
         f"{median(one.push_s / one.raw_s for one in rounds):.2f}",
         f"{median(one.digest_s / one.push_s for one in rounds):.1%}",
-        f"{median(one.canary_s for one in rounds):.3f}",
+        f"{median(one.canary_s for one in rounds):.3f}", f"{median(one.cpu_s for one in rounds):.2f}",
         f"{max(one.trainer_bytes for one in rounds) / 1e6:.0f}", f"{max(one.worker_bytes for one in rounds) / 1e6:.0f}",
     ]  # fmt: skip
+
+
+def _parts_of(size: float, rounds: Sequence[Round]) -> list[str]:
+    def median(of: Callable[[Round], float]) -> float:
+        return statistics.median(map(of, rounds))
+
+    gigabytes = size / 1e3
+    seconds = [median(lambda one, part=part: one.sender[part]) for part in _SENDER_PARTS]
+    seconds += [median(lambda one, part=part: one.worker[part]) for part in _WORKER_PARTS]
+    seconds.append(median(lambda one: one.push_s))
+    per_gb = [one / gigabytes for one in seconds]
+    per_gb += [median(lambda one, name=name: one.limits[name]) for name in _LIMITS]
+    return [f"{one:.2f}" for one in per_gb]
+
+
+def _table_of_parts(columns: dict[str, list[str]]) -> Table:
+    names = [f"sender: {part}" for part in _SENDER_PARTS] + [f"worker: {part}" for part in _WORKER_PARTS]
+    table = Table(title="seconds per GB of weights, by part")
+    table.add_column("MB, layout, servers")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for name, *cells in zip(
+        [*names, "push", *(f"limit: {name}" for name in _LIMITS)], *columns.values(), strict=True
+    ):
+        table.add_row(name, *cells)
+    return table
 
 
 def _benchmark(given: argparse.Namespace) -> None:
@@ -260,9 +313,10 @@ def _benchmark(given: argparse.Namespace) -> None:
     table = Table(title=f"medians of {given.rounds} rounds, buckets of {given.bucket_mb} MiB")
     for name in (
         "MB", "layout", "servers", "raw s", "send s", "push s", "raw/send", "push/raw", "digests", "canary s",
-        "trainer +MB", "worker +MB",
+        "CPU s", "trainer +MB", "worker +MB",
     ):  # fmt: skip
         table.add_column(name, justify="right")
+    parts: dict[str, list[str]] = {}
     for megabytes in given.megabytes:
         shape = _shape(megabytes)
         size = num_parameters(shape, False) * 2 / 1e6
@@ -278,7 +332,8 @@ def _benchmark(given: argparse.Namespace) -> None:
                     row = _row(size, layout, count, rounds)
                     say.print(" ".join(row))
                     table.add_row(*row)
-    Console(width=140).print(table)
+                    parts[" ".join(row[:3])] = _parts_of(size, rounds)
+    Console(width=140).print(table, _table_of_parts(parts))
 
 
 def main() -> None:

@@ -39,16 +39,17 @@ def main() -> None:
     options = parser.parse_args()
     with ranks(prepare(), ParallelConfig(), 0) as topology:
         for dtype in ("fp32", "bf16"):
-            phases = _phases(options, dtype, topology)
-            for phase in phases.values():
+            own = phases(options, dtype, topology)
+            for phase in own.values():
                 phase()
-            for name, phase in phases.items():
+            for name, phase in own.items():
                 _show(f"{name} in {dtype}", phase, options.rows)
 
 
-def _phases(
+def phases(
     options: argparse.Namespace, dtype: Literal["fp32", "bf16"], topology: Topology
 ) -> dict[str, Callable[[], object]]:
+    """Scores, gradients and an optimizer step over random sequences of `options`."""
     from rto_megatron.data.packing import token_batch
     from rto_megatron.engine.build_roles import build_trained
     from rto_megatron.engine.source import find_source
@@ -57,7 +58,7 @@ def _phases(
     optimizer, parallel = OptimizerConfig(lr=1e-6), TrainParallelConfig()
     precision = PrecisionConfig(dtype=dtype)
     model = build_trained("policy", source, False, precision, optimizer, topology, 0, parallel)
-    rows = torch.randint(model.shape.vocab_size, (options.sequences, options.tokens)).tolist()
+    rows = random_rows(model.shape.vocab_size, options).tolist()
     pairs: Sequence[tuple[list[int], int]] = [(row, options.tokens // 3) for row in rows]
     device, micro = topology.device.torch_device, options.micro
     batches = [
@@ -71,6 +72,12 @@ def _phases(
         "gradients": lambda: model.gradients(micros, SFT(Config()).loss, names),
         "optimizer": lambda: model.apply(1e-6),
     }
+
+
+def random_rows(vocab_size: int, options: argparse.Namespace) -> torch.Tensor:
+    """Token ids, the same at every call: int64 [sequences, tokens]."""
+    shape = (options.sequences, options.tokens)
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0))
 
 
 def _show(title: str, phase: Callable[[], object], num_rows: int) -> None:

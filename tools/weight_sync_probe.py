@@ -1,15 +1,20 @@
 """What `benchmark_weight_sync.py` asks of vLLM's workers; its servers name it as their worker extension."""
 
 import torch
-from weight_sync_measures import DigestClock, PeakMemory, RawBroadcast
+from weight_sync_measures import Meter, PartClock, RawBroadcast
 
 from rto_megatron.generation.vllm.worker import landing, receiver
-from rto_megatron.generation.vllm.worker.plugin import RtoWorkerExtension
+from rto_megatron.generation.vllm.worker.plugin import RtoWeightTransferEngine, RtoWorkerExtension
 from rto_megatron.weight_sync.manifest import Manifest
 from rto_megatron.weight_sync.shared import open_communicator
-from rto_megatron.weight_sync.transport import Rendezvous
+from rto_megatron.weight_sync.transport import Communicator, Rendezvous
 
-_CLOCK = DigestClock(landing, receiver)
+_CLOCK = PartClock()
+_CLOCK.time(Communicator, "finish", "transport")
+_CLOCK.time(receiver, "digest", "digest")
+_CLOCK.time(receiver.Receiver, "receive", "stage")
+_CLOCK.time(RtoWeightTransferEngine, "finish_weight_update", "load")
+_CLOCK.time(landing, "digest", "read back")
 
 
 class ProbeExtension(RtoWorkerExtension):
@@ -18,7 +23,7 @@ class ProbeExtension(RtoWorkerExtension):
     rank: int  # vLLM's worker has these two
     device: torch.device
     _raw: RawBroadcast
-    _memory: PeakMemory
+    _meter: Meter
 
     def probe_join(self, meeting: str, first_rank: str, manifest: str) -> None:
         """Enters the communicator of the raw broadcasts."""
@@ -34,9 +39,8 @@ class ProbeExtension(RtoWorkerExtension):
 
     def probe_start(self) -> None:
         """A push begins."""
-        self._memory = PeakMemory()
-        _CLOCK.take()
+        self._meter = Meter(_CLOCK)
 
     def probe_stop(self) -> str:
-        """Seconds on digests and bytes of peak memory of the push."""
-        return f"{_CLOCK.take()} {self._memory.above()}"
+        """What the push took of this worker, as JSON."""
+        return self._meter.read().to_json()

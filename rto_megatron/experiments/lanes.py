@@ -70,11 +70,13 @@ class Lane:
             with held(config.run.dir):
                 train_offline(config, self.topology)
 
-    def evaluate(self, system: str, folder: Path, *overrides: str, recipe: str = "evaluate") -> None:
+    def evaluate(self, system: str, folder: Path, *overrides: str) -> None:
         """A policy of a seed on held-out prompts, unless that was done."""
-        config = self._load(
-            schema.EvaluateStage, recipe, folder, f"vars.system={system}", *self._pool(), *overrides
-        )
+        self.sample("evaluate", folder, f"vars.system={system}", *overrides)
+
+    def sample(self, recipe: str, folder: Path, *overrides: str) -> None:
+        """What a recipe of stage `evaluate` samples and rates, unless that was done."""
+        config = self._load(schema.EvaluateStage, recipe, folder, *self._pool(), *overrides)
         if not (config.run.dir / FILE_NAME).exists():
             with held(config.run.dir):
                 evaluate(config, self.topology)

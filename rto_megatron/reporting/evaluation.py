@@ -120,11 +120,15 @@ def final_table(evaluations: Sequence[Evaluation], title: str) -> Table:
 
 
 def verdict(evaluations: Sequence[Evaluation]) -> str:
-    """What the true returns say of RTO against the others; the differences are in standard errors."""
+    """What true returns, or without them each source of `rewards`, say of RTO against the others.
+
+    Differences are in standard errors of the difference of two independent means; where both policies answered the
+    same prompts that is more than the difference scatters.
+    """
     returns = {row.name.lower(): row.true_return for row in evaluations if row.true_return is not None}
     ours, start = returns.get("rto"), returns.get("sft")
     if ours is None or start is None:
-        return "No verdict: it needs true returns of both SFT and RTO."
+        return _verdict_by_sources({row.name.lower(): row for row in evaluations})
     distance = _distance(ours, start)
     claim = "beats SFT by more than" if distance > 3 else "does not beat SFT by"
     lines = [f"RTO {claim} three standard errors of the difference ({distance:+.1f})."]
@@ -132,6 +136,23 @@ def verdict(evaluations: Sequence[Evaluation]) -> str:
     if rival is not None:
         lines.append(f"RTO against PPO: {_distance(ours, rival):+.1f} standard errors.")
     return " ".join(lines)
+
+
+def _verdict_by_sources(rows: Mapping[str, Evaluation]) -> str:
+    ours = rows.get("rto")
+    said = []
+    for source, own in () if ours is None else ours.rewards.items():
+        others = {
+            name: row.rewards[source] for name, row in rows.items() if name != "rto" and source in row.rewards
+        }
+        if others:
+            compared = ", ".join(
+                f"{_distance(own, other):+.1f} against {name}" for name, other in others.items()
+            )
+            said.append(f"RTO by {source}, in standard errors of the difference: {compared}.")
+    return "\n".join(said) or (
+        "No verdict: it needs a policy called RTO and another one, evaluated with true returns or the same `rewards`."
+    )
 
 
 def _distance(first: Estimate, second: Estimate) -> float:

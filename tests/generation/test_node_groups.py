@@ -45,13 +45,16 @@ def test_workers_talk_on_the_address_that_the_server_listens_on() -> None:
     assert _environment(OPTIONS)["VLLM_HOST_IP"] == "10.0.0.7"
 
 
-def test_threads_of_a_server_on_a_cpu_sleep_while_they_wait_unless_the_user_says(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("name", "ours", "theirs"), [("OMP_WAIT_POLICY", "PASSIVE", "ACTIVE"), ("THP_MEM_ALLOC_ENABLE", "1", "0")]
+)
+def test_threads_of_a_server_on_a_cpu_sleep_and_its_pages_are_huge_unless_the_user_says(
+    monkeypatch: pytest.MonkeyPatch, name: str, ours: str, theirs: str
 ) -> None:
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    assert _environment(OPTIONS)["OMP_WAIT_POLICY"] == "PASSIVE"
-    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    assert _environment(OPTIONS)["OMP_WAIT_POLICY"] == "ACTIVE"
+    monkeypatch.delenv(name, raising=False)
+    assert _environment(OPTIONS)[name] == ours
+    monkeypatch.setenv(name, theirs)
+    assert _environment(OPTIONS)[name] == theirs
 
 
 @pytest.mark.parametrize(

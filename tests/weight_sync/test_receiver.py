@@ -11,7 +11,7 @@ from rto_megatron.generation.vllm.worker.landing import Landing
 from rto_megatron.generation.vllm.worker.receiver import Receiver, Staged
 from rto_megatron.generation.vllm.worker.regions import Place, Region, whole
 from rto_megatron.models.weight_map import Split, VocabRows, cut
-from rto_megatron.weight_sync.manifest import Bucket, Manifest, PieceSpec, slot_view
+from rto_megatron.weight_sync.manifest import Bucket, Manifest, PieceSpec, digest, slot_view
 from rto_megatron.weight_sync.sender import Sender, agree_on_manifest
 from rto_megatron.weight_sync.transport import (
     LOOPBACK,
@@ -298,3 +298,69 @@ def test_what_happens_to_a_parameter_after_its_load_is_noticed() -> None:
         reload(model, "down")
 
     assert land(afterwards=repack) is None
+
+
+def land_a_large_one(sent: Callable[[Tensor], Tensor]) -> str | None:
+    """What `Landing` says of a parameter that is changed in place as soon as it was loaded, as kernels have it."""
+    loaded = torch.randn(2048, 1024, generator=torch.Generator().manual_seed(1))
+    model = torch.nn.Module()
+    model.register_parameter("large", torch.nn.Parameter(torch.zeros_like(loaded), requires_grad=False))
+    parameter, box = model.get_parameter("large"), whole(tuple(loaded.shape))
+    places = {"large": ((box, Place.of(parameter, "large", parameter)),)}
+    landing = Landing(model, {"large": {box: digest(sent(loaded))}}, places)
+    with landing.watch():
+        parameter.copy_(landing.announce("large", loaded))
+        parameter.neg_()
+    return landing.faults()
+
+
+def test_what_is_read_back_beside_the_load_is_not_changed_before() -> None:
+    assert land_a_large_one(lambda loaded: loaded) is None
+    wrong = "loaded with other numbers than were sent: large"
+    assert land_a_large_one(lambda loaded: loaded.flip(0)) == wrong
+
+
+def between(
+    plan: Manifest, needs: dict[str, tuple[Region, ...]], of_ranks: list[dict[str, Tensor]]
+) -> Staged:
+    """One push of what each sender has; returns what a worker staged."""
+    listener = listen(LOOPBACK)
+    world_size = len(of_ranks) + 1
+    meeting = Rendezvous(LOOPBACK, listener.getsockname()[1], len(of_ranks), world_size, "one", 10, "cpu")
+
+    def joined(rank: int) -> Communicator:
+        end = Communicator(meeting, rank, torch.device("cpu"), listener if rank == 0 else None)
+        end.join()
+        return end
+
+    def send(rank: int) -> None:
+        end = joined(rank)
+        Sender(plan, end).send(1, iter(of_ranks[rank].items()))
+        end.exchange("done")
+
+    with ThreadPoolExecutor(len(of_ranks)) as threads:
+        sending = [threads.submit(send, rank) for rank in range(len(of_ranks))]
+        end = joined(len(of_ranks))
+        agree_on_manifest(plan, 1, end, None)
+        staged = Receiver(plan, needs, end).receive(1)
+        end.exchange("done")
+        for one in sending:
+            one.result()
+    return staged
+
+
+def test_a_bucket_is_kept_only_where_most_of_it_is_needed_as_it_is() -> None:
+    """A norm beside halves of a matrix, which come from two senders and are put together, keeps no bucket."""
+    norm = PieceSpec("norm", "float32", (8,), 0, 0, 0, 8)
+    halves = [PieceSpec("wide", "float32", (8, 512), rank, 1, 256 * rank, 256) for rank in range(2)]
+    needs = {"norm": (whole((8,)),), "wide": (whole((8, 512)),)}
+    of_ranks = [{"norm": torch.arange(8.0), "wide": torch.ones(8, 256)}, {"wide": torch.zeros(8, 256)}]
+    plan = Manifest(1 << 20, (norm, *halves))
+    staged = between(plan, needs, of_ranks)
+    assert torch.equal(staged.boxes["norm"][whole((8,))], torch.arange(8.0))
+    memories = {
+        box.untyped_storage().data_ptr(): box.untyped_storage().nbytes()
+        for boxes in staged.boxes.values()
+        for box in boxes.values()
+    }
+    assert sum(memories.values()) == staged.num_bytes

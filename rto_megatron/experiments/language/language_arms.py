@@ -46,9 +46,9 @@ def make_models(lane: Lane, folder: Path, seed: int) -> None:
         write_prompts(folder / "task", *NUM_PROMPTS, seed)
     for part, prompts, count in (("train", train, 600), ("test", test, 60)):
         answers, pairs = folder / f"sampled_{part}", folder / f"pairs_{part}.jsonl"
-        lane.evaluate(
-            "start", folder, as_override("run.dir", answers), as_override("vars.prompts", prompts),
-            f"data.eval_samples={count}", f"run.seed={seed}", recipe="sample",
+        lane.sample(
+            "sample", folder, as_override("run.dir", answers), as_override("vars.prompts", prompts),
+            f"data.eval_samples={count}", f"run.seed={seed}",
         )  # fmt: skip
         if not pairs.exists():
             write_pairs(

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,16 @@ def test_verdict_counts_standard_errors_of_the_difference() -> None:
         [row("SFT", 0, 0.3), row("PPO", 2.1, 0.3), row("RTO", 1.6, 0.4)]
     )
     assert "No verdict" in verdict([row("SFT", 0.0)])
+
+
+def test_without_true_returns_each_source_that_both_were_given_is_compared() -> None:
+    def rated(name: str, **means: float) -> Evaluation:
+        rewards = {source: Estimate(mean, 0.3) for source, mean in means.items()}
+        return replace(row(name, 0.0), true_return=None, rewards=rewards)
+
+    # 0.3 * sqrt(2) = 0.424, so 0.6 is 1.4 of them and -0.3 is -0.7.
+    said = verdict(
+        [rated("start", rules=0.4), rated("ppo", rules=1.3, model=2.0), rated("RTO", rules=1.0, style=1.0)]
+    )
+    assert said == "RTO by rules, in standard errors of the difference: +1.4 against start, -0.7 against ppo."
+    assert "No verdict" in verdict([rated("start", rules=0.4), rated("ppo", rules=1.0)])

@@ -328,6 +328,8 @@ def _environment(options: ServerOptions) -> dict[str, str]:
         environment.setdefault("OMP_NUM_THREADS", "1")
         # A server on a CPU shares it with ranks; threads that spin would keep the cores that those compute on.
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        # A push fills as much fresh memory as the model has, and pages of 4 KiB cost more than the bytes in them.
+        environment.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         environment["VLLM_CPU_OMP_THREADS_BIND"] = _cpu_binding()
     return environment
 

@@ -1,42 +1,62 @@
 """Watches vLLM's loaders write: what was copied into the parameters must be what arrived, all of it, under its name."""
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rto_megatron.generation.vllm.worker.regions import Place, Region, WrittenParameters, region_of_view
 from rto_megatron.weight_sync.manifest import digest
 
 _SHOWN = 5
+_UNREAD_BYTES = 64 << 20  # what waits to be read back is memory that the loader cannot use again
+_SMALL_BYTES = 256 << 10  # read at once: waking another thread takes longer
 
 
 class Copies(TorchDispatchMode):
     """Records every `copy_` as (target, source), after it happened.
 
+    Args:
+        on_copy: told of each; None keeps them in `seen`.
+        before_change: told of what is about to write: whether it is a `copy_`, and the tensors that it is given.
+
     Example:
         with Copies(print): model.load_weights(tensors)
     """
 
-    def __init__(self, on_copy: Callable[[Tensor, Tensor], None] | None = None) -> None:
+    def __init__(
+        self,
+        on_copy: Callable[[Tensor, Tensor], None] | None = None,
+        before_change: Callable[[bool, Sequence[Tensor]], None] = lambda is_copy, tensors: None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch left it so
         self.seen: list[tuple[Tensor, Tensor]] = []
         self._on_copy = on_copy or (lambda target, source: self.seen.append((target, source)))
+        self._before_change = before_change
 
     def __torch_dispatch__(
         self,
-        func: Callable[..., object],
+        func: OpOverload,
         types: Sequence[type],
         args: Sequence[Any] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> object:
-        returned = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.copy_.default:
+        is_copy = func is torch.ops.aten.copy_.default
+        if func._schema.is_mutable:
+            given = tree_leaves((args, kwargs))
+            self._before_change(is_copy, [one for one in given if isinstance(one, Tensor)])
+        returned: object = func(*args, **(kwargs or {}))
+        if is_copy:
             self._on_copy(args[0], args[1])
         return returned
 
@@ -90,16 +110,24 @@ class Landing:
         self._kept: dict[str, int] = {}  # parameter -> address that it was moved to as the loader filled it
         self._repacked: set[str] = set()
         self._landings = _Comparisons()
+        self._unread = _Unread(self._landings)
 
-    def watch(self) -> Copies:
+    @contextmanager
+    def watch(self) -> Iterator[None]:
         """A context in which loaders are watched."""
-        return Copies(self._compare)
+        with self._unread.beside(), Copies(self._compare, self._before_change):
+            yield
 
     def announce(self, name: str, tensor: Tensor) -> Tensor:
         """Tells that `tensor`, contiguous, is about to be given to the loader, and returns it."""
         entry = _Loaded.of(name, tensor)
         self._loaded.insert(bisect_right(self._loaded, entry.start, key=lambda one: one.start), entry)
         return tensor
+
+    def _before_change(self, is_copy: bool, tensors: Sequence[Tensor]) -> None:
+        # One part of a parameter after the other is loaded; anything else may change what was.
+        if not is_copy or self._owner(tensors[1]) is None:
+            self._unread.read(tensors)
 
     def _compare(self, target: Tensor, source: Tensor) -> None:
         if target.is_meta:
@@ -114,7 +142,7 @@ class Landing:
         if box is None or box not in of_name or place is None:
             return  # missing in the end
         self._landed.add((loaded.name, box, place))
-        self._landings.add(loaded.name, target, of_name[box])
+        self._unread.add(loaded.name, target, of_name[box])
 
     def _note_other(self, target: Tensor, source: Tensor) -> None:
         moved, hit = self._parameters.known(source), self._parameters.known(target)
@@ -161,19 +189,58 @@ class _Comparisons:
     """Digests that should be equal, read back together: one synchronisation with a device."""
 
     def __init__(self) -> None:
-        self._names: list[str] = []
-        self._differences: list[Tensor] = []
+        self._differences: list[tuple[str, Tensor]] = []
 
     def add(self, name: str, found: Tensor, expected: Tensor) -> None:
-        self._names.append(name)
-        self._differences.append((digest(found) != expected.to(found.device)).view(1))
+        self._differences.append((name, (digest(found) != expected.to(found.device)).view(1)))
 
     def differing(self) -> set[str]:
         """Names that differ."""
         if not self._differences:
             return set()
-        is_wrong = torch.cat(self._differences).tolist()
-        return {name for name, bad in zip(self._names, is_wrong, strict=True) if bad}
+        is_wrong = torch.cat([difference for _, difference in self._differences]).tolist()
+        return {name for (name, _), bad in zip(self._differences, is_wrong, strict=True) if bad}
+
+
+class _Unread:
+    """What was loaded into host memory and is yet to be read back, by a thread beside the one that loads.
+
+    A load keeps one core busy while the trainer waits for it. On a device the stream does the same.
+    """
+
+    def __init__(self, comparisons: _Comparisons) -> None:
+        self._comparisons = comparisons
+        self._thread: ThreadPoolExecutor | None = None
+        self._running: deque[tuple[Tensor, Future[None]]] = deque()
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Reads meanwhile, and has read all afterwards."""
+        with ThreadPoolExecutor(1, thread_name_prefix="read-back") as self._thread:
+            yield
+            self._read_down_to(0)
+
+    def add(self, name: str, found: Tensor, expected: Tensor) -> None:
+        if found.device.type != "cpu" or found.nbytes < _SMALL_BYTES:
+            self._comparisons.add(name, found, expected)
+            return
+        assert self._thread is not None
+        self._running.append((found, self._thread.submit(self._compare, name, found.detach(), expected)))
+        self._read_down_to(_UNREAD_BYTES)
+
+    def _compare(self, name: str, found: Tensor, expected: Tensor) -> None:
+        with torch.inference_mode():  # each thread has its own, and vLLM's has it on
+            self._comparisons.add(name, found, expected)
+
+    def read(self, tensors: Sequence[Tensor]) -> None:
+        """Waits until nothing is unread that lies in the memory of one of these."""
+        memories = {tensor.untyped_storage().data_ptr() for tensor in tensors if not tensor.is_meta}
+        if any(found.untyped_storage().data_ptr() in memories for found, _ in self._running):
+            self._read_down_to(0)
+
+    def _read_down_to(self, num_bytes: int) -> None:
+        while sum(found.nbytes for found, _ in self._running) > num_bytes:
+            self._running.popleft()[1].result()
 
 
 def _some(names: list[str]) -> str:

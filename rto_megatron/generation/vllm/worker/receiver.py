@@ -82,7 +82,7 @@ class Receiver:
         self._manifest = manifest
         self._needs = {name: tuple(dict.fromkeys(boxes)) for name, boxes in needs.items()}
         self._communicator = communicator
-        self._device_buffers: dict[int, Tensor] = {}
+        self._buffers: dict[int, Tensor] = {}
 
     def receive(self, version: int) -> Staged:
         """Takes part in one push; called by all workers while the senders `send`.
@@ -93,7 +93,7 @@ class Receiver:
         """
         staging = _Staging(self._needs, self._communicator.device)
         for bucket, buffer in broadcast_each(self._communicator, self._manifest.buckets(), self._buffer):
-            staging.take(bucket, buffer)
+            staging.take(bucket, buffer, self._stays(bucket))
         damaged = staging.damaged
         self._communicator.agree(
             f"arrived with other numbers than were sent: {', '.join(damaged[:_SHOWN])}" if damaged else None
@@ -101,14 +101,28 @@ class Receiver:
         return Staged(declared_token(version, staging.digests), staging.boxes, staging.expected_digests())
 
     def _buffer(self, number: int, bucket: Bucket) -> Tensor:
-        """A fresh buffer on a CPU, where pieces stay in it until the commit; one of two on a device."""
+        """A fresh buffer for a bucket that stays, else one of two."""
         device = self._communicator.device
-        if device.type == "cpu":
+        if self._stays(bucket):
             return bucket_buffer(bucket, device)
-        buffer = self._device_buffers.get(number % 2)
+        buffer = self._buffers.get(number % 2)
         if buffer is None or buffer.numel() < bucket.buffer_bytes:
-            buffer = self._device_buffers[number % 2] = bucket_buffer(bucket, device)
+            buffer = self._buffers[number % 2] = bucket_buffer(bucket, device)
         return buffer[: bucket.buffer_bytes]
+
+    def _stays(self, bucket: Bucket) -> bool:
+        """Whether a bucket is kept until the commit, as most of it is in host memory just as it is needed.
+
+        Of another one the pieces are copied: pages that were never touched cost more than the copy.
+        """
+        if self._communicator.device.type != "cpu":
+            return False
+        needed = sum(
+            slot.spec.num_bytes
+            for slot in bucket.slots
+            if piece_region(slot.spec) in self._needs.get(slot.spec.name, ())
+        )
+        return 2 * needed > bucket.num_bytes
 
 
 class _Staging:
@@ -122,7 +136,7 @@ class _Staging:
         self.digests: list[Tensor] = []
         self.damaged: list[str] = []
 
-    def take(self, bucket: Bucket, buffer: Tensor) -> None:
+    def take(self, bucket: Bucket, buffer: Tensor, stays: bool) -> None:
         pieces = [slot_view(buffer, slot) for slot in bucket.slots]
         arrived = torch.stack([digest(piece) for piece in pieces])
         self.digests.append(arrived.cpu())
@@ -130,9 +144,9 @@ class _Staging:
         self.damaged += [str(slot.spec) for slot, bad in zip(bucket.slots, is_damaged, strict=True) if bad]
         for slot, piece, of_piece in zip(bucket.slots, pieces, arrived, strict=True):
             for box in self._needs.get(slot.spec.name, ()):
-                self._keep(slot.spec, piece, of_piece, box)
+                self._keep(slot.spec, piece, of_piece, box, stays)
 
-    def _keep(self, spec: PieceSpec, piece: Tensor, of_piece: Tensor, box: Region) -> None:
+    def _keep(self, spec: PieceSpec, piece: Tensor, of_piece: Tensor, box: Region, stays: bool) -> None:
         run = piece_region(spec)
         common = run.meet(box)
         if common is None:
@@ -141,7 +155,7 @@ class _Staging:
         if common == box:
             view = box.of(piece, run.starts)
             self._known[spec.name, box] = of_piece if box == run else digest(view)
-            if box == run and piece.device.type == "cpu":
+            if box == run and stays:
                 of_name[box] = piece
                 return
         if box not in of_name:

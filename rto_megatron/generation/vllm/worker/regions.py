@@ -1,8 +1,9 @@
 """Where a tensor lies inside a worker's parameters: regions of a tensor, and what a loader does to one."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from operator import add
 
 from torch import Tensor, nn
@@ -139,31 +140,40 @@ class WrittenParameters:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._slots = {name: (module, own) for name, module, own, _ in owned_parameters(model)}
-        self._known: dict[int, Written] = {}
+        self._slots = [(name, module, own) for name, module, own, _ in owned_parameters(model)]
+        self._known: dict[int, tuple[int, Written]] = {}  # address -> index of the slot, parameter
+        self._last = 0  # index of the slot that was found last
 
     def known(self, tensor: Tensor) -> Written | None:
         """The parameter that `tensor` is a part of, if a loader wrote it."""
-        address = tensor.untyped_storage().data_ptr()
-        written = self._known.get(address)
-        if written is not None and written.storage.expired():
+        found = self._find(tensor.untyped_storage().data_ptr())
+        return None if found is None else found[1]
+
+    def _find(self, address: int) -> tuple[int, Written] | None:
+        found = self._known.get(address)
+        if found is not None and found[1].storage.expired():
             del self._known[address]
             return None
-        return written
+        return found
 
     def place(self, target: Tensor) -> Place | None:
         """The part that a loader writes, None where it is no parameter's."""
         address = target.untyped_storage().data_ptr()
-        known = self.known(target)
-        for name in self._slots if known is None else (known.name,):
-            module, own = self._slots[name]
+        known = self._find(address)
+        for index in self._from_the_last() if known is None else (known[0],):
+            name, module, own = self._slots[index]
             parameter = module._parameters.get(own)
             if parameter is not None and parameter.untyped_storage().data_ptr() == address:
                 if known is None:
                     storage = StorageWeakRef(parameter.untyped_storage())
-                    self._known[address] = Written(name, tuple(parameter.shape), parameter.stride(), storage)
+                    written = Written(name, tuple(parameter.shape), parameter.stride(), storage)
+                    self._known[address], self._last = (index, written), index
                 return Place.of(target, name, parameter)
         return None
+
+    def _from_the_last(self) -> Iterable[int]:
+        # Loaders go through a model in its order, and a search from its start would be quadratic in its layers.
+        return chain(range(self._last, len(self._slots)), range(self._last))
 
 
 def owned_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:

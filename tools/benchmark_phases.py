@@ -1,0 +1,93 @@
+#!/usr/bin/env python
+"""Scores, gradients and optimizer steps of this program beside plain transformers and torch, on the same sequences.
+
+Usage: .venv/bin/python tools/benchmark_phases.py MODEL [--dtype bf16] [--sequences 16] [--tokens 100] [--micro 8]
+           [--rounds 3]
+
+MODEL is a Hugging Face folder. Random sequences of one length, of which two thirds are responses, so that plain torch
+pads nothing; one process with OMP_NUM_THREADS threads. Plain torch is the model as transformers builds it, with
+log_softmax over its logits, autograd and fused AdamW, all in the stated dtype; here trained weights, gradients and
+moments are float32 in bf16 too. In turns; medians of CPU seconds, and the ratio of every round. A round goes before.
+`tools/benchmark_generation.py --model MODEL` is the same for sampling.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from profile_update import phases, random_rows
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM
+
+from rto_megatron.config.training import ParallelConfig
+from rto_megatron.platform.device import prepare
+from rto_megatron.trainer.stages import ranks
+
+type Phases = Mapping[str, Callable[[], object]]
+
+
+def plain_phases(options: argparse.Namespace) -> Phases:
+    """What a short program of transformers and torch does."""
+    dtype = torch.float32 if options.dtype == "fp32" else torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    micros = random_rows(model.config.vocab_size, options).split(options.micro)
+    first = options.tokens // 3
+    num_asked = options.sequences * (options.tokens - first)
+
+    def log_probs(ids_BT: torch.Tensor) -> torch.Tensor:
+        logits = model(input_ids=ids_BT, use_cache=False).logits[:, first - 1 : -1].float()
+        return logits.log_softmax(-1).gather(-1, ids_BT[:, first:, None])
+
+    def scores() -> None:
+        with torch.no_grad():
+            for ids_BT in micros:
+                log_probs(ids_BT)
+
+    def gradients() -> None:
+        optimizer.zero_grad()
+        for ids_BT in micros:
+            (-log_probs(ids_BT).sum() / num_asked).backward()
+
+    return {"scores": scores, "gradients": gradients, "optimizer": optimizer.step}
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
+    parser.add_argument("--sequences", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=100)
+    parser.add_argument("--micro", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    with ranks(prepare(), ParallelConfig(), 0) as topology:
+        sides = {
+            "this program": phases(options, options.dtype, topology),
+            "plain torch": plain_phases(options),
+        }
+        seconds: dict[tuple[str, str], list[float]] = {}
+        for _ in range(options.rounds + 1):
+            for side, own in sides.items():
+                for name, phase in own.items():
+                    start = time.process_time()
+                    phase()
+                    seconds.setdefault((name, side), []).append(time.process_time() - start)
+    size = f"{options.sequences} sequences of {options.tokens} tokens, {options.dtype}"
+    table = Table("phase", *sides, "plain torch over this program, by round", title=f"{size}, CPU seconds")
+    for name in sides["plain torch"]:
+        ours, plain = (seconds[name, side][1:] for side in sides)
+        ratios = ", ".join(f"{other / own:.2f}" for own, other in zip(ours, plain, strict=True))
+        table.add_row(name, f"{statistics.median(ours):.2f}", f"{statistics.median(plain):.2f}", ratios)
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
