@@ -52,7 +52,7 @@ def read_outputs(model: "Model", batch: TokenBatch, raw: Tensor) -> Tensor:
 
 
 def read_drawn_and_whole(model: "Model", batch: TokenBatch, raw: Tensor) -> Tensor:
-    """Rows [2, T]: log-probs of the targets as `read_outputs` gives them, and of whole distributions at temperature 1."""
+    """Rows [2, T]: log-probs of the targets as `read_outputs` gives them, and of the whole distribution, unheated."""
     drawn = _asked(batch, model.topology)
     return _logprobs(model, batch, raw, [drawn, Targets(drawn.targets_N)])
 

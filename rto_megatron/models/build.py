@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rto_megatron.models.chunks import ModelChunks, StageLayout, cut_of
+from rto_megatron.models.experts import forget_probabilities
 from rto_megatron.models.fused_layers import fused_settings, is_fused
 from rto_megatron.models.layer_specs import block_spec
 from rto_megatron.models.modules import GroupedGPT, ScalarHead
@@ -209,6 +210,7 @@ def build_model(
         model.embedding.register_forward_hook(lambda module, inputs, embedded: embedded * scale)
     if has_scalar_head and is_last:
         model.output_layer = ScalarHead(config, topology.tensor_group())
+    forget_probabilities(model)
     for module in model.modules():
         vars(module).setdefault(
             "tp_group", topology.tensor_group()

@@ -137,6 +137,21 @@ def routers(model: torch.nn.Module) -> Iterator[WatchedRouter]:
     return (module for module in model.modules() if isinstance(module, WatchedRouter))
 
 
+def forget_probabilities(model: torch.nn.Module) -> None:
+    """Lets the layers of a mixture forget the probabilities of a micro-batch when they have computed it.
+
+    megatron-core 0.19.2 keeps them in the dispatcher (token_dispatcher.py, `self.probs`), and with them their graph:
+    where layers are recomputed the input of each and its gradient, until the layer is asked again.
+    """
+    for module in model.modules():
+        if isinstance(module, MoELayer):
+            module.register_forward_hook(_forget)
+
+
+def _forget(layer: MoELayer, inputs: object, outputs: object) -> None:
+    layer.token_dispatcher.probs = None
+
+
 def tag_experts(model: torch.nn.Module) -> None:
     """Marks the experts' weights as Megatron does where they are spread over ranks, which gives them an optimizer of
     their own: checkpoints hold one structure then, however experts lie."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine.layouts import topology
+from fake_gpu import GPU, pretend
 from megatron.core.transformer import TransformerConfig
 from ranks import run_ranks
 from tiny_families import write_family
@@ -24,7 +25,6 @@ from rto_megatron.models.modules import PackedCoreAttention
 from rto_megatron.models.packed_rows import has_kernel, packed_row
 from rto_megatron.platform.device import Device
 
-GPU = torch.device("cuda", 0)
 SEQUENCES = [(tuple(range(3, 40)), 1), (tuple(range(9, 30)), 1)]
 OF_ONE_PROMPT = [(tuple(range(3, 40)), 20), ((*range(3, 23), 7, 8), 20)]
 
@@ -43,18 +43,11 @@ class Kernels(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _pretend_a_gpu() -> None:
-    """Undoes what `platform.cpu` does to tensors of GPUs; there is no driver to pin memory with."""
-    torch.Tensor.pin_memory = lambda self: self
-    for factory in ("zeros", "ones", "empty", "tensor", "empty_like"):
-        setattr(torch, factory, getattr(torch, factory).__wrapped__)
-
-
 def _on_fake_gpu(check: Callable[..., None], *inputs: object) -> None:
     """In a process of its own: once a tensor claimed to be on a GPU autograd has threads, and no fork survives them."""
 
     def rank() -> None:
-        _pretend_a_gpu()
+        pretend()
         with FakeTensorMode(), Kernels() as kernels:
             check(kernels, *inputs)
 
@@ -126,9 +119,7 @@ def _forward(
 ) -> tuple[int, torch.Size]:
     place = replace(topology("one"), device=Device(GPU, "nccl"))
     shape = read_shape(folder)
-    _pretend_a_gpu()
-    torch.nn.Module.to = lambda self, device: self  # which swaps tensors, and fake ones cannot be swapped
-    torch.cuda.current_device = lambda: GPU
+    pretend()
     with FakeTensorMode(), torch.no_grad(), GPU, Kernels() as kernels:
         model = build_model(shape, transformer_config(shape, place, dtype, recompute=False), place, False)
         states = forward(model, token_batch(sequences, True, 1, GPU, shares_prompts=True), place)

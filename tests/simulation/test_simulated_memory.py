@@ -71,3 +71,24 @@ def test_simulated_memory_is_that_of_real_tensors(layout: str) -> None:
         assert rank.roles == measured.roles  # weights, gradients and optimizers, byte by byte
         peaks = {phase.name: phase.peak for phase in measured.phases}
         assert {phase.name: phase.peak for phase in rank.phases} == pytest.approx(peaks, rel=0.05)
+
+
+def test_a_recomputed_mixture_keeps_nothing_of_its_last_micro_batch() -> None:
+    """Beside what stays an optimizer step takes a scaled copy of a gradient, at most that of the embedding."""
+    alone = (
+        "parallel.tensor=1",
+        "parallel.expert=1",
+        "parallel.expert_tensor=null",
+        "parallel.sequence=false",
+    )
+    keys = (
+        "precision.dtype=bf16",
+        "precision.recompute=true",
+        "batch.micro=2",
+        "batch.train=4",
+        "data.max_length=512",
+    )
+    plan = plan_stage(load_recipe(RECIPES / "sft_experts.yaml", [*keys, *alone]), 1)
+    (rank,) = simulate_job(plan, {"policy": MIXTURE}, 2)
+    (step,) = (phase for phase in rank.phases if phase.name == "optimizer step")
+    assert step.working < 1.2 * 4 * MIXTURE.vocab_size * MIXTURE.hidden_size
