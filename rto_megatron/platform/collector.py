@@ -1,6 +1,6 @@
 """Python's garbage collector rests while a process imports.
 
-What imports make stays, and looking at it again and again takes a seventh of a rank's imports.
+What imports make stays, and looking at it again and again takes a sixth of a rank's imports.
 """
 
 import gc
