@@ -2,12 +2,13 @@
 
 import os
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rto_megatron.cli.options import Overrides, Recipe
-from rto_megatron.errors import PoolError, UserError
+from rto_megatron.errors import UserError
 from rto_megatron.reporting.progress import plain
 
 if TYPE_CHECKING:
@@ -53,19 +54,23 @@ def launch(
 ) -> None:
     """Run one stage on this machine: start a pool if it samples and names none, start its ranks, stop all.
 
-    The ranks start as by `torchrun --standalone --nproc-per-node N -m rto_megatron.cli.main train RECIPE`. A server
-    of the pool that ends is started again, up to five times in a row, and serves from the next weight push on. With
-    rollout.colocated=true the pool lives on the ranks' own GPUs.
+    The ranks start as by `torchrun --standalone --nproc-per-node N -m rto_megatron.cli.main train RECIPE`, at once:
+    they import and load while the servers start, and wait for them before the first weight push. A server of the pool
+    that ends is started again, up to five times in a row, and serves from the next weight push on. With
+    rollout.colocated=true the pool lives on the ranks' own GPUs and is ready before they start.
 
     SIGTERM, SIGUSR1 or a file named STOP in the run folder: the step is finished and saved, then the run ends (status
     85). Ctrl-C ends it at once (130). run_status.json in the run folder says why a run ended.
     """
-    from rto_megatron.config.load import load_recipe
-    from rto_megatron.config.reward_code import rewards_of, running_code
-    from rto_megatron.launching.launched_pool import PoolChoice
-    from rto_megatron.launching.torchrun import refuse_several_machines
-    from rto_megatron.lifecycle.run_lock import LAUNCH_VARIABLE, held
-    from rto_megatron.lifecycle.status import ExitReason
+    from rto_megatron.platform.collector import resting
+
+    with resting():
+        from rto_megatron.config.load import load_recipe
+        from rto_megatron.config.reward_code import rewards_of, running_code
+        from rto_megatron.launching.launched_pool import PoolChoice
+        from rto_megatron.launching.torchrun import refuse_several_machines
+        from rto_megatron.lifecycle.run_lock import LAUNCH_VARIABLE, held
+        from rto_megatron.lifecycle.status import ExitReason
 
     config = load_recipe(recipe, overrides or [])
     if unused := refuse_several_machines(str(recipe)):
@@ -123,10 +128,13 @@ def _run(
     from rto_megatron.launching.attempts import run_attempts
     from rto_megatron.launching.launched_pool import launched_pool, plan_pool
     from rto_megatron.launching.torchrun import start_ranks
+    from rto_megatron.lifecycle.start_up import begin_launch
 
+    begin_launch()
     find_sources(config)  # a model that is not there is told before a pool or a rank is started
     gpus = torch.cuda.device_count()
-    free_gpus, prepare = gpus, _without_pool
+    free_gpus = gpus
+    pool = None
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the pool's servers inherit it
     sampling = facts_of(config).sampling
     _stay_on_loopback(sampling.rollout.servers if sampling else ())
@@ -137,15 +145,13 @@ def _run(
         sizes, devices = own_pool
         pool = stack.enter_context(launched_pool(sampling, sizes, devices))
         arguments = [*arguments, *pool.arguments]
-        prepare = pool.prepare
         if not sampling.rollout.colocated:
             free_gpus -= len(devices)
-        if not prepare(1):
-            raise PoolError("the pool's servers ended before a rank was started; their logs say why")
-    num_ranks = ranks or most_ranks(config.parallel, free_gpus)
-    return run_attempts(
-        config.run.dir, restarts, stopping, prepare, lambda: start_ranks(num_ranks, arguments)
-    )
+        pool.require_before_ranks()
+    start = partial(start_ranks, ranks or most_ranks(config.parallel, free_gpus), arguments)
+    if pool is None:
+        return run_attempts(config.run.dir, restarts, stopping, _without_pool, start)
+    return run_attempts(config.run.dir, restarts, stopping, pool.prepare, partial(pool.beside, start))
 
 
 def _stay_on_loopback(servers: tuple[str, ...]) -> None:

@@ -42,10 +42,12 @@ def node(
     from rto_megatron.launching.attempts import listening, out_of_memory_kills, silent_end
     from rto_megatron.launching.torchrun import start_ranks
     from rto_megatron.lifecycle.ending import finished_steps
+    from rto_megatron.lifecycle.start_up import begin_launch
     from rto_megatron.lifecycle.status import ExitReason, Status, attempt_number, note_status
     from rto_megatron.lifecycle.stopping import Preempted
     from rto_megatron.platform.network import MEETING, interface_address
 
+    begin_launch()
     run_dir = load_recipe(recipe, overrides or []).run.dir
     here = [f"--nnodes={nodes}", f"--local-addr={interface_address(interface)}"]
     there = [f"--rdzv-backend={MEETING}", f"--rdzv-endpoint={meeting}", f"--rdzv-id={meeting_id}"]

@@ -89,7 +89,7 @@ def pool(
     """
     from rto_megatron.config.addresses import without_localhost
     from rto_megatron.generation.vllm.start.server import ServerOptions
-    from rto_megatron.launching.supervisor import serve_part, serve_pool
+    from rto_megatron.launching.serving import serve_part, serve_pool
 
     one = ServerOptions(
         model=model,

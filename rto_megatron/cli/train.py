@@ -21,21 +21,23 @@ def train(recipe: Recipe, overrides: Overrides = None) -> None:
     SIGUSR1 or a file named STOP in it make the run save after its step and end.
     """
     from rto_megatron.lifecycle.stopping import Preempted, die_with_parent, status_of_stopped_rank
+    from rto_megatron.platform.collector import resting
     from rto_megatron.platform.open_files import raise_file_limit
 
     die_with_parent()
     raise_file_limit()
-    from rto_megatron.config.checks import require_pool
-    from rto_megatron.config.load import load_recipe
+    with resting():
+        from rto_megatron.config.checks import require_pool
+        from rto_megatron.config.load import load_recipe
+        from rto_megatron.lifecycle.ending import RankEnding
+        from rto_megatron.lifecycle.run_lock import held_by_rank
+        from rto_megatron.lifecycle.starting import ends_while_starting
+        from rto_megatron.lifecycle.status import ExitReason
+        from rto_megatron.trainer.stages import run_stage
 
+    # Before Megatron is imported, which takes seconds.
     config = load_recipe(recipe, overrides or [])
     require_pool(config)
-    # Loads Megatron, which takes seconds; a mistake in the recipe has been reported before.
-    from rto_megatron.lifecycle.ending import RankEnding
-    from rto_megatron.lifecycle.run_lock import held_by_rank
-    from rto_megatron.lifecycle.starting import ends_while_starting
-    from rto_megatron.lifecycle.status import ExitReason
-    from rto_megatron.trainer.stages import run_stage
 
     try:
         with held_by_rank(config.run.dir), RankEnding(config.run.dir), ends_while_starting(config.run.dir):

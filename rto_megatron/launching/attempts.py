@@ -20,6 +20,7 @@ from rto_megatron.errors import RunFolderError
 from rto_megatron.launching.torchrun import RankFailure, has_ranks, kill_ranks
 from rto_megatron.lifecycle.ending import MEMORY_KNOBS, finished_steps
 from rto_megatron.lifecycle.stacks import drop_empty
+from rto_megatron.lifecycle.start_up import begin_launch
 from rto_megatron.lifecycle.status import STACKS, ExitReason, Status, clear_status, read_status, write_status
 from rto_megatron.lifecycle.stopping import STOP_FILE, Preempted
 from rto_megatron.storage.checkpoints import latest_checkpoint
@@ -170,7 +171,7 @@ def run_attempts(run_dir: Path, restarts: int, stopping: Stopping, prepare: Prep
 
     Args:
         restarts: how often in a row without a new checkpoint.
-        prepare: makes the pool ready.
+        prepare: makes the pool ready, before every attempt but the first.
 
     Returns:
         how it ended, which run_status.json says too.
@@ -242,12 +243,16 @@ def _newest(run_dir: Path) -> str:
 
 def _attempt(run_dir: Path, attempt: int, stopping: Stopping, start: Start) -> Status:
     os.environ["RTO_ATTEMPT"] = str(attempt)
+    if attempt > 1:
+        begin_launch(is_first=False)
     clear_status(run_dir)
     kills = out_of_memory_kills()
     stopping.is_attempting = True
-    failure = start()
-    stopping.is_attempting = False
-    drop_empty(run_dir)
+    try:
+        failure = start()
+    finally:
+        stopping.is_attempting = False
+        drop_empty(run_dir)
     told = read_status(run_dir)
     if failure is None:
         return told or Status(

@@ -1,6 +1,8 @@
-"""The pool that `rto launch` starts: which GPUs its servers take, and when they are ready for the ranks."""
+"""The pool that `rto launch` starts: which GPUs its servers take, and when ranks may go on with them."""
 
 import json
+import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,17 +13,22 @@ import typer
 
 from rto_megatron.config.overrides import as_override
 from rto_megatron.config.schema import EvaluateStage, ReinforcementStage
-from rto_megatron.errors import MachineError, UserError
+from rto_megatron.errors import MachineError, PoolError, UserError
 from rto_megatron.generation.vllm.client.server_client import ServerClient
 from rto_megatron.generation.vllm.gate import read_token
 from rto_megatron.generation.vllm.start.server import ServerOptions
-from rto_megatron.launching.supervisor import Supervisor, supervised
+from rto_megatron.launching.attempts import Start
+from rto_megatron.launching.supervisor import StartingPool, started
+from rto_megatron.launching.torchrun import RankFailure, kill_ranks
+from rto_megatron.lifecycle.launched_beside import STARTING_VARIABLE
+from rto_megatron.lifecycle.start_up import begin_part
 from rto_megatron.planning.colocated_memory import put_to_sleep, shared_sizes
 from rto_megatron.planning.placement import max_model_len, place, tensor_sizes
 from rto_megatron.planning.shapes import hugging_face_folder
 
 _POLL_S = 1.0
 _BACK_WITHIN_S = 600.0  # a server that ended needs so long to start again, at the most
+_LOOK_S = 0.1  # between looks at a pool that starts, and at ranks that are to end
 
 
 @dataclass(frozen=True)
@@ -38,16 +45,20 @@ class PoolChoice:
 
 
 class LaunchedPool:
-    """A running pool, as seen from the attempts of a run.
+    """A pool whose servers were started, as seen from the attempts of a run.
+
+    Args:
+        starting_file: is there until all servers are ready.
 
     Example:
-        if pool.prepare(attempt=1): start(pool.arguments)
+        failure = pool.beside(lambda: start_ranks(2, [*arguments, *pool.arguments]))
     """
 
-    def __init__(self, pool: Supervisor, token_file: Path, is_colocated: bool) -> None:
+    def __init__(self, pool: StartingPool, token_file: Path, is_colocated: bool, starting_file: Path) -> None:
         self._pool = pool
         self._token_file = token_file
         self._is_colocated = is_colocated
+        self._starting_file = starting_file
 
     @property
     def arguments(self) -> list[str]:
@@ -58,15 +69,64 @@ class LaunchedPool:
         ]
 
     def prepare(self, attempt: int) -> bool:
-        """Waits for servers that are being started again; False when none is left."""
+        """Waits for servers that are starting, or being started again; False when none is left.
+
+        Raises:
+            UserError: a server did not start.
+        """
+        supervisor = self._pool.ready()
         deadline = time.monotonic() + _BACK_WITHIN_S
         while not all(answers := [self._answers(address) for address in self._pool.addresses]):
-            if not self._pool.is_running() or time.monotonic() > deadline:
+            if not supervisor.is_running() or time.monotonic() > deadline:
                 break
             time.sleep(_POLL_S)
         if self._is_colocated and all(answers):
             put_to_sleep(self._pool.addresses, self._token_file)
         return any(answers)
+
+    def require_before_ranks(self) -> None:
+        """Waits for a pool on the ranks' own GPUs, whose servers measure the memory that is free while they start.
+
+        Raises:
+            UserError: a server did not start.
+        """
+        if not self._is_colocated:
+            return
+        begin_part("pool")
+        if not self.prepare(1):
+            raise PoolError("the pool's servers ended before a rank was started; their logs say why")
+
+    def beside(self, start: Start) -> RankFailure | None:
+        """Starts ranks while the servers may still be starting; the ranks wait for them (`await_pool`).
+
+        Raises:
+            UserError: a server did not start, and the ranks were ended.
+        """
+        os.environ[STARTING_VARIABLE] = str(self._starting_file.absolute())
+        have_ended = threading.Event()
+        watch = threading.Thread(
+            target=self._let_ranks_go_on, args=(have_ended,), name="looks at the pool", daemon=True
+        )
+        watch.start()
+        try:
+            failure = start()
+        finally:
+            have_ended.set()
+            watch.join()
+        if self._pool.has_failed():
+            self._pool.ready()
+        return failure
+
+    def _let_ranks_go_on(self, have_ended: threading.Event) -> None:
+        while not self._pool.is_settled(_LOOK_S):
+            if have_ended.is_set():
+                return
+        if not self._pool.has_failed():
+            self._starting_file.unlink(missing_ok=True)
+            return
+        # More than once: ranks that were about to start are none yet.
+        while not have_ended.wait(_LOOK_S):
+            kill_ranks()
 
     def _answers(self, address: str) -> bool:
         with ServerClient(address, read_token(self._token_file), timeout_s=2) as client:
@@ -81,18 +141,19 @@ class LaunchedPool:
 def launched_pool(
     config: ReinforcementStage | EvaluateStage, sizes: Sequence[int], devices: range
 ) -> Iterator[LaunchedPool]:
-    """Servers for a stage, started and ready; stopped at the end.
+    """Servers for a stage, started; stopped at the end.
 
     Args:
         sizes: tensor-parallel size of each server.
         devices: the GPUs they share; empty on a machine without.
     """
-    token_file = config.rollout.token_file or config.run.dir / "pool" / "token"
+    folder = config.run.dir / "pool"
+    token_file = config.rollout.token_file or folder / "token"
     options = [
         ServerOptions(
             model=hugging_face_folder(config.models.policy),
             token_file=token_file,
-            log_file=config.run.dir / "pool" / f"server-{index}.log",
+            log_file=folder / f"server-{index}.log",
             dtype=config.precision.dtype,
             fp32_parts=config.precision.fp32_parts,
             max_model_len=max_model_len(config),
@@ -103,8 +164,13 @@ def launched_pool(
         )
         for index, (size, visible) in enumerate(zip(sizes, place(list(sizes), devices), strict=True))
     ]
-    with supervised(options, typer.echo) as pool:
-        yield LaunchedPool(pool, token_file, config.rollout.colocated)
+    starting_file = folder / "starting"
+    with started(options, typer.echo) as pool:
+        starting_file.touch()
+        try:
+            yield LaunchedPool(pool, token_file, config.rollout.colocated, starting_file)
+        finally:
+            starting_file.unlink(missing_ok=True)
 
 
 def plan_pool(

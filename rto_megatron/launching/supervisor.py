@@ -4,18 +4,18 @@ A server that came back holds no weights of the trainer's; it serves again from 
 """
 
 import os
-import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 from urllib.parse import urlsplit
 
-from rto_megatron.errors import PoolError, UserError
+import psutil
+
+from rto_megatron.errors import UserError
 from rto_megatron.generation.vllm.start.server import (
     Progress,
     Server,
@@ -27,6 +27,7 @@ from rto_megatron.generation.vllm.start.server import (
 )
 from rto_megatron.generation.vllm.start.server_environment import mended
 from rto_megatron.platform.open_files import raise_file_limit
+from rto_megatron.trainer.background import Background
 
 _POLL_S = 0.5
 _FIRST_PAUSE_S = 1.0
@@ -119,19 +120,96 @@ class Supervisor:
             return ended
 
 
+class StartingPool:
+    """Servers that were started: a thread waits until all of them are ready, and has them kept running from then on.
+
+    Args:
+        servers: each with the options to start it again, its port among them.
+        progress: receives lines for the person who waits.
+        max_restarts: of the `Supervisor` that takes over.
+
+    Example:
+        with started(options, print) as pool: pool.ready().is_running()
+    """
+
+    def __init__(
+        self, servers: Sequence[tuple[ServerOptions, Server]], progress: Progress, max_restarts: int
+    ) -> None:
+        self.addresses = tuple(server.address for _, server in servers)
+        self._servers = servers
+        self._progress = progress
+        self._max_restarts = max_restarts
+        self._began = time.monotonic()
+        self._handing_over = threading.Lock()
+        self._is_closed = False
+        self._supervisor: Supervisor | None = None  # from when all are ready
+        self._background = Background("waits for servers")
+        self._start = self._background.submit(self._wait_for_all)
+
+    def is_settled(self, within_s: float = 0.0) -> bool:
+        """Whether all servers are ready, or one did not start, now or within so many seconds."""
+        return bool(wait([self._start], within_s).done)
+
+    def has_failed(self) -> bool:
+        """Whether a server did not start, as far as is known."""
+        return self._start.done() and self._start.exception() is not None
+
+    def ready(self) -> Supervisor:
+        """Waits until all servers are ready.
+
+        Raises:
+            UserError: one did not start.
+        """
+        self._start.result()
+        assert self._supervisor is not None
+        return self._supervisor
+
+    def close(self) -> None:
+        """Stops all servers and every process of theirs."""
+        with self._handing_over:
+            self._is_closed = True
+        if self._supervisor is None:
+            for _, server in self._servers:
+                stop_server(server)
+        else:
+            self._supervisor.close()
+        self._background.close()
+        wait([self._start])
+
+    def _wait_for_all(self) -> None:
+        for one, server in self._servers:
+            wait_until_ready(server, progress=self._progress)
+            if one.load_weights:
+                label_weights(server, LOADED_VERSION)
+            self._progress(f"inference server {server.address} is ready {self._after(server)}")
+        with self._handing_over:
+            if not self._is_closed:
+                self._supervisor = Supervisor(self._servers, self._progress, self._max_restarts)
+
+    def _after(self, server: Server) -> str:
+        """How long that took, and of it vLLM's API server before it started the engine, and the engine."""
+        whole = time.monotonic() - self._began
+        try:
+            process = psutil.Process(server.process.pid)
+            alone = min(one.create_time() for one in process.children()) - process.create_time()
+        except (psutil.Error, ValueError):  # it has just ended, or has no process beside it
+            return f"after {whole:.0f} s"
+        return f"after {whole:.0f} s (API server {alone:.0f}, engine {whole - alone:.0f})"
+
+
 @contextmanager
-def supervised(
+def started(
     options: Sequence[ServerOptions], progress: Progress, max_restarts: int = 5
-) -> Iterator[Supervisor]:
-    """Runs servers: waits until all are ready, keeps them running, and stops them at the end.
+) -> Iterator[StartingPool]:
+    """Starts servers and does not wait: once all are ready they are kept running, and stopped at the end.
 
     Args:
         options: one entry per server.
         progress: receives lines for the person who waits, from other threads too.
-        max_restarts: in a row, per server.
+        max_restarts: in a row, per server, once all were ready.
 
     Raises:
-        UserError: a server did not start.
+        UserError: a server cannot be started.
     """
     raise_file_limit()
     for line in mended(os.environ)[1]:
@@ -142,80 +220,26 @@ def supervised(
             server = start_server(one)
             starting.callback(stop_server, server)
             servers.append((replace(one, port=urlsplit(server.address).port), server))
-        for one, server in servers:
-            wait_until_ready(server, progress=progress)
-            if one.load_weights:
-                label_weights(server, LOADED_VERSION)
-            progress(f"inference server {server.address} is ready")
-        supervisor = Supervisor(servers, progress, max_restarts)
+        pool = StartingPool(servers, progress, max_restarts)
         starting.pop_all()
     try:
-        yield supervisor
+        yield pool
     finally:
-        supervisor.close()
+        pool.close()
 
 
-def serve_pool(
-    options: Sequence[ServerOptions], address_file: Path | None = None, progress: Progress = print
-) -> NoReturn:
-    """Runs servers until SIGTERM or SIGINT, then stops them and exits with status 0.
-
-    Args:
-        options: one entry per server.
-        address_file: receives one address per line once all servers are ready; removed at the end.
-        progress: receives lines for the person who waits.
+@contextmanager
+def supervised(
+    options: Sequence[ServerOptions], progress: Progress, max_restarts: int = 5
+) -> Iterator[Supervisor]:
+    """Does what `started` does, and waits until all servers are ready.
 
     Raises:
-        PoolError: a server did not start, or all of them ended too often.
+        UserError: a server did not start.
     """
-    signal.signal(signal.SIGTERM, _exit_on_signal)
-    signal.signal(signal.SIGINT, _exit_on_signal)
-    # The parts of a server on other machines would wait for a leader that ended; all start again together.
-    max_restarts = 5 if all(one.group is None for one in options) else 0
-    with supervised(options, progress, max_restarts) as pool:
-        try:
-            if address_file is not None:
-                _write_whole(address_file, "".join(f"{address}\n" for address in pool.addresses))
-            while pool.is_running():
-                time.sleep(_POLL_S)
-        finally:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            if address_file is not None:
-                address_file.unlink(missing_ok=True)
-    raise PoolError("every inference server of this pool ended too often; the reason of each is above")
-
-
-def serve_part(options: ServerOptions, progress: Progress = print) -> NoReturn:
-    """Runs one machine's part of a larger server, one without HTTP, until SIGTERM or SIGINT.
-
-    Raises:
-        PoolError: it ended by itself, as when its leader ends.
-    """
-    signal.signal(signal.SIGTERM, _exit_on_signal)
-    signal.signal(signal.SIGINT, _exit_on_signal)
-    raise_file_limit()
-    for line in mended(os.environ)[1]:
-        progress(f"warning: {line}")
-    server = start_server(options)
-    try:
-        progress(f"part {options.group} of an inference server is starting")
-        server.process.wait()
-    finally:
-        stop_server(server)
-    raise PoolError(f"this machine's part of an inference server ended; {server.why_it_ended()}")
-
-
-def _exit_on_signal(signum: int, frame: FrameType | None) -> None:
-    raise SystemExit(0)
+    with started(options, progress, max_restarts) as pool:
+        yield pool.ready()
 
 
 def _log_of_end(log_file: Path, number: int) -> Path:
     return log_file.with_name(f"{log_file.stem}.ended-{number}{log_file.suffix}")
-
-
-def _write_whole(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)  # a reader that polls must never see half of it

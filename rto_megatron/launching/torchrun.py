@@ -15,6 +15,7 @@ from torch.distributed.run import main as torchrun
 
 from rto_megatron.errors import MachineError
 from rto_megatron.lifecycle.stacks import ranks_of
+from rto_megatron.lifecycle.start_up import begin_part
 from rto_megatron.platform.network import MEETING, meet
 
 _DEFAULTS = "PET_"  # torchrun takes PET_NNODES as the default of --nnodes, and so on for each of its options
@@ -58,6 +59,7 @@ def start_ranks(num_ranks: int, arguments: Sequence[str], meeting: Sequence[str]
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's default, which it would announce
     os.environ["RTO_AGENT_PID"] = str(os.getpid())
     rendezvous_handler_registry.register(MEETING, meet)
+    begin_part("torchrun")
     command = [
         *(meeting or _on_loopback()),
         f"--nproc-per-node={num_ranks}",

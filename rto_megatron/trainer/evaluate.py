@@ -8,6 +8,8 @@ from rto_megatron.config import schema
 from rto_megatron.data.cut import Layout
 from rto_megatron.data.packing import response_mask, rollout_grid
 from rto_megatron.engine.absent import RoleModel
+from rto_megatron.lifecycle.launched_beside import await_pool
+from rto_megatron.lifecycle.start_up import begin_part, take_parts, told_start
 from rto_megatron.lifecycle.starting import begin_steps
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.reporting.evaluation import Estimate, Evaluation, estimate, save_evaluation
@@ -41,13 +43,13 @@ def evaluate(config: schema.EvaluateStage, topology: Topology, pool: ConnectedPo
     """
     setup = prepare_stage(config, topology)
     table = known_reward("evaluate.true_reward", config.evaluate.true_reward, setup)
+    begin_part("models")
     frozen = FrozenRoles(setup, config.precision)
     policy, reference = frozen.place("policy"), frozen.place("reference")
     prompts = load_unseen(config, setup)
     rewards = build_sources(config, setup, prompts, frozen)
     sampler = (pool or connect_pool(config.rollout, policy)).stopping_at(config.sampling.stop, setup.decode)
-    sampler.push(0)
-    begin_steps()
+    _begin(sampler, topology)
     own = prompts[topology.data_rank :: topology.data_size]
     count = config.evaluate.num_samples
     repeated = [prompt for prompt in own for _ in range(count)]
@@ -90,10 +92,21 @@ def evaluate(config: schema.EvaluateStage, topology: Topology, pool: ConnectedPo
     topology.barrier()
 
 
+def _begin(pool: ConnectedPool, topology: Topology) -> None:
+    """The end of the start: the pool, once it is ready, gets the weights that are evaluated."""
+    await_pool()
+    begin_part("push")
+    pool.push(0)
+    begin_steps()
+    if parts := take_parts():
+        say(told_start(parts), topology.is_lead)
+
+
 def build_sources(
     config: schema.EvaluateStage, setup: Setup, prompts: Sequence[Prompt], frozen: FrozenRoles
 ) -> RewardSum | None:
     """What rates the responses, started; None where the recipe names nothing that does. All ranks must call it."""
+    begin_part("models")
     if not config.rewards and config.models.reward is None:
         return None
 

@@ -39,6 +39,7 @@ from rto_megatron.engine.megatron import TOKENS, FrozenModel, Loss, Microbatch
 from rto_megatron.engine.offload import HostMemory, host_memory
 from rto_megatron.engine.readings import Reading
 from rto_megatron.errors import RecipeError
+from rto_megatron.lifecycle.start_up import begin_part
 from rto_megatron.parallel.dealing import shared_out
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.reporting.metrics import add, with_margin
@@ -152,6 +153,7 @@ def _reads_judgements(method: Method) -> TypeGuard[OfflineMethod[JudgedMicrobatc
 
 def build_trainee(config: schema.OfflineStage, setup: Setup) -> Trainee:
     """The model in training and its reference, where it has one; all ranks must call it."""
+    begin_part("models")
     is_reward, sources = facts_of(config).is_reward_model, setup.sources
     role = "reward" if is_reward else "policy"
     model = place_trained(
@@ -185,6 +187,7 @@ def _train[E: Example, M: Microbatch](
 ) -> None:
     topology, role, model = setup.topology, trainee.role, trainee.model
     is_reward = facts_of(config).is_reward_model
+    begin_part("data")
     data = task.load(setup.prepared, config.data.train, None)
     setup.admit(data)
     batches = feed(data, config.batch.train, config.run.seed, topology, setup.cost)

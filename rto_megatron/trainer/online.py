@@ -23,6 +23,8 @@ from rto_megatron.engine.build_roles import build_average, place_trained, update
 from rto_megatron.engine.megatron import ENTROPIES
 from rto_megatron.engine.offload import host_memory
 from rto_megatron.errors import RecipeError
+from rto_megatron.lifecycle.launched_beside import await_pool
+from rto_megatron.lifecycle.start_up import begin_part
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.reporting.progress import say
 from rto_megatron.reporting.rates import rates
@@ -81,14 +83,16 @@ def train_online(
     run = open_run(config, setup, roles, config.run.steps or prompts.batches_per_epoch)
     refuse_idle_policy(algorithm, run.num_steps)
     kl, table = algorithm.kl_controller, known_reward("data.true_reward", config.data.true_reward, setup)
-    pool = parking(pool or connect_pool(config.rollout, roles.policy, roles.memory), roles.memory)
-    pool = stopping(pool, config, setup)
+    pool = stopping(
+        parking(pool or connect_pool(config.rollout, roles.policy, roles.memory), roles.memory), config, setup
+    )
     sampler = open_sampler(config, setup, roles, run, parts.sampler(config, setup, prompts, pool))
     evaluation = HeldOut(config, setup, pool, sampler.push, held_out, table)
     kl = taken_up(run.state, pretraining, kl)
     scorer = parts.scorer(config, setup, roles)
     guard = parts.guard(run, config.run.max_skipped_updates, topology)
     book = RolloutBook(config, setup, run.step)
+    await_pool()
 
     for step in run.steps():
         # 1. pi_old <- pi_theta, proved
@@ -263,6 +267,7 @@ def build_roles(
         prompts: of the run, whose columns rewards may read.
         reward: None: what the configuration says.
     """
+    begin_part("models")
     topology, sources, precision = setup.topology, setup.sources, config.precision
     fresh = {role.name for role in roles_of(config) if role.is_head_fresh}
 

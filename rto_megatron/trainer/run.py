@@ -16,6 +16,7 @@ from rto_megatron.engine.recovery import find_valid
 from rto_megatron.engine.saving import Saving
 from rto_megatron.errors import RunFolderError
 from rto_megatron.generation.contract import NoServersLeft
+from rto_megatron.lifecycle.start_up import take_parts, told_start
 from rto_megatron.lifecycle.starting import begin_steps
 from rto_megatron.lifecycle.stopping import Preempted, is_asked_to_stop
 from rto_megatron.parallel.seeds import seed_step
@@ -83,6 +84,7 @@ class Run:
         self.state: LoopState | None = None  # of the last finished step; None at the start of a run
         self.ahead: tuple[Rollout, ...] = ()  # what the checkpoint holds of later steps
         self._begun = time.monotonic()  # the step that is being made
+        self._start: dict[str, float] = {}  # parts of this start, until they are told
         self._keep_ahead: Callable[[], tuple[Rollout, ...]] = tuple
         self._saving: Saving | None = None  # the checkpoint that is being written beside the training
         self._resume()
@@ -116,6 +118,7 @@ class Run:
     def steps(self) -> Iterator[int]:
         """The steps still to do, with a progress bar; each is seeded by its number, so a resume draws the same."""
         begin_steps()
+        self._start = take_parts()
         with progress(self._title, self.num_steps, self._topology.is_lead, self.step) as advance:
             for step in range(self.step, self.num_steps):
                 seed_step(self._config.seed, step, self._topology.tensor_rank)
@@ -161,6 +164,9 @@ class Run:
         if self._log is not None:
             self._log.write(self.step + 1, means)
         self._note = _note(means)
+        if self._start:
+            say(told_start(self._start, means), self._topology.is_lead)
+            self._start = {}
         return means
 
     def show(self, texts: Sequence[SampleText]) -> None:

@@ -7,6 +7,7 @@ from rto_megatron.config import schema
 from rto_megatron.config.rewards import reads_columns
 from rto_megatron.data.batches import Batches, BatchesState
 from rto_megatron.generation.contract import RolloutEngine, Sampling
+from rto_megatron.lifecycle.start_up import begin_part
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.trainer.arrivals import Hear
 from rto_megatron.trainer.background import Background
@@ -216,6 +217,7 @@ class WrappedSampler:
 
 def load_batches(config: schema.ReinforcementStage, setup: Setup) -> Batches[Prompt]:
     """This replica's share of every rollout step's prompts."""
+    begin_part("data")
     keeps_columns = reads_columns(config.rewards)
     loaded = setup.prepared.prompts(config.data.train, keeps_columns=keeps_columns)
     setup.admit(loaded)

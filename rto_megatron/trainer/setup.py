@@ -26,6 +26,7 @@ from rto_megatron.data.prepared import PreparedData
 from rto_megatron.data.tokenizer import encoding_fingerprint, load_tokenizer
 from rto_megatron.engine.source import WeightSource, find_sources
 from rto_megatron.errors import MachineError
+from rto_megatron.lifecycle.start_up import begin_part
 from rto_megatron.models.layout_checks import (
     check_experts,
     check_fp8,
@@ -90,6 +91,7 @@ def prepare_stage(config: schema.Stage, topology: Topology) -> Setup:
     Raises:
         UserError: all problems at once.
     """
+    begin_part("checks")
     sources = find_sources(config)
     checks.refuse(setup_problems(config, sources, topology.world_size))
     _settle_kernels(config, topology)

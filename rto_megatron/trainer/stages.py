@@ -11,6 +11,8 @@ from rto_megatron.config.facts import facts_of
 from rto_megatron.config.reward_checks import longest_wait_s
 from rto_megatron.config.training import ParallelConfig
 from rto_megatron.errors import MachineError, UserError
+from rto_megatron.lifecycle.start_up import begin_part, begin_rank
+from rto_megatron.platform.collector import resting
 from rto_megatron.platform.device import Device, prepare
 
 if TYPE_CHECKING:
@@ -26,20 +28,24 @@ def run_stage(config: schema.Stage) -> None:
         UserError: on every rank, for anything that a user can mend.
     """
     _refuse_lone_task()
-    with ranks(
-        prepare(config.precision), config.parallel, config.run.seed, _collective_timeout(config)
-    ) as topology:
+    begin_rank()
+    with resting():
+        device = prepare(config.precision)
+    with ranks(device, config.parallel, config.run.seed, _collective_timeout(config)) as topology:
         facts = facts_of(config)
         if facts.evaluation is not None:
-            from rto_megatron.trainer.evaluate import evaluate
+            with resting():
+                from rto_megatron.trainer.evaluate import evaluate
 
             evaluate(facts.evaluation, topology)
         elif facts.online is not None:
-            from rto_megatron.trainer.online import train_online
+            with resting():
+                from rto_megatron.trainer.online import train_online
 
             train_online(facts.online, topology)
         elif facts.offline is not None:
-            from rto_megatron.trainer.offline import train_offline
+            with resting():
+                from rto_megatron.trainer.offline import train_offline
 
             train_offline(facts.offline, topology)
 
@@ -83,15 +89,19 @@ def ranks(
     It is left in order at the end and after an error that every rank raises. After a bug the process just ends:
     leaving would wait for the ranks that do not know of it.
     """
-    import torch.distributed as dist
+    with resting():
+        import torch.distributed as dist
 
-    from rto_megatron.parallel.topology import Topology
+        from rto_megatron.parallel.topology import Topology
 
     alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for key, value in alone.items():
         os.environ.setdefault(key, value)
+    begin_part("groups")
     try:
-        yield Topology.init(device, parallel, seed, timeout)
+        topology = Topology.init(device, parallel, seed, timeout)
+        begin_part("imports")
+        yield topology
     except UserError:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -9,6 +9,7 @@ from rto_megatron.config import schema
 from rto_megatron.config.rewards import reads_columns
 from rto_megatron.config.run_folder import make_run_folder
 from rto_megatron.errors import DataError
+from rto_megatron.lifecycle.start_up import begin_part
 from rto_megatron.trainer.setup import Setup
 from rto_megatron.types import Prompt, Rewards, Rollout
 
@@ -21,6 +22,7 @@ def load_unseen(config: schema.Rewarded, setup: Setup) -> tuple[Prompt, ...]:
     Raises:
         DataError: on every rank; there are fewer than replicas.
     """
+    begin_part("data")
     data, columns = config.data, reads_columns(config.rewards)
     assert data.eval is not None
     loaded = setup.prepared.prompts(data.eval, data.eval_samples, columns)

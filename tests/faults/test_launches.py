@@ -1,6 +1,7 @@
 """Real launches: `rto launch`, torchrun and its ranks, as processes; nothing of them may be left."""
 
 import os
+import re
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,6 +72,9 @@ def test_a_run_that_is_told_to_stop_saves_and_ends(files: Path, tmp_path: Path) 
     assert [path.name for path in (launch.run_dir / "checkpoints").glob("step_*")] == [f"step_{step:06d}"]
     assert "Traceback" not in said
     assert f"2 processes x {num_threads} threads share" in said
+    parts = ("launcher", "torchrun", "imports", "groups", "checks", "models", "data")
+    told = ", ".join(rf"{part} [\d.]+" for part in parts)
+    assert re.search(rf"^start-up [\d.]+ s: {told}; first step [\d.]+ s$", said, re.MULTILINE), said
 
 
 @pytest.mark.slow

@@ -107,6 +107,9 @@ class Server:
     process: subprocess.Popen[bytes]
     token_file: Path
     log_file: Path
+    claim: socket.socket | None = (
+        None  # bound to its port, so that nobody is given it before the server listens
+    )
 
     def why_it_ended(self) -> str:
         """The first error in what it printed, or the end of it, for a message."""
@@ -144,7 +147,8 @@ def start_server(options: ServerOptions) -> Server:
     kind = ModelFolderError if of_model else MachineError
     refuse_if([*of_model, *of_machine], "the pool does not start", kind)
     ensure_token_file(options.token_file)
-    port = _claim_port(options.host, options.port)
+    claim = _claim_port(options.host, options.port)
+    port = claim.getsockname()[1]
     options.log_file.parent.mkdir(parents=True, exist_ok=True)
     set_death_signal = _death_signal_setter()
     with options.log_file.open("wb") as log:
@@ -157,7 +161,7 @@ def start_server(options: ServerOptions) -> Server:
             start_new_session=True,
             preexec_fn=set_death_signal,  # noqa: PLW1509  (one system call, no lock of Python is taken)
         )
-    return Server(f"http://{options.host}:{port}", process, options.token_file, options.log_file)
+    return Server(f"http://{options.host}:{port}", process, options.token_file, options.log_file, claim)
 
 
 def wait_until_ready(server: Server, timeout_s: float = 600, progress: Progress | None = None) -> None:
@@ -210,19 +214,22 @@ def stop_server(server: Server, grace_s: float = 15) -> None:
     # Worker processes can outlive the leader.
     _signal_group(server.process.pid, signal.SIGKILL)
     server.process.wait()
+    if server.claim is not None:
+        server.claim.close()
 
 
-def _claim_port(host: str, port: int | None) -> int:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port or 0))
-        except OSError as error:
-            raise MachineError(
-                f"cannot listen on {host}:{port} ({error.strerror}); stop what uses it or choose another port"
-            ) from error
-        claimed: int = probe.getsockname()[1]
-    return claimed
+def _claim_port(host: str, port: int | None) -> socket.socket:
+    """Binds a port without listening: a server may listen on it, and the kernel gives it to nobody else meanwhile."""
+    claim = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        claim.bind((host, port or 0))
+    except OSError as error:
+        claim.close()
+        raise MachineError(
+            f"cannot listen on {host}:{port} ({error.strerror}); stop what uses it or choose another port"
+        ) from error
+    return claim
 
 
 def _command(options: ServerOptions, port: int) -> list[str]:
