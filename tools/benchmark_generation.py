@@ -41,6 +41,7 @@ from rto_megatron.generation.vllm.client.server_client import ServerClient
 from rto_megatron.generation.vllm.client.vllm_pool import VllmPool
 from rto_megatron.generation.vllm.gate import read_token
 from rto_megatron.generation.vllm.start.server import (
+    DTYPES,
     Server,
     ServerOptions,
     start_server,
@@ -49,7 +50,6 @@ from rto_megatron.generation.vllm.start.server import (
 )
 from rto_megatron.types import Prompt
 
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # in vLLM
 _VERSION = 0
 _VOCABULARY = 480
 _STOPS_NEVER = (2,)  # min_tokens forbids it, so that every response is as long as the others
@@ -112,7 +112,7 @@ def _serve_in_process(model: Path, work: Work) -> None:
 
     on_cpu = not torch.cuda.is_available()
     llm = LLM(
-        str(model), dtype=_DTYPES[work.dtype], skip_tokenizer_init=True, max_model_len=work.max_model_len,
+        str(model), dtype=DTYPES[work.dtype], skip_tokenizer_init=True, max_model_len=work.max_model_len,
         gpu_memory_utilization=_GPU_MEMORY_FRACTION, enforce_eager=on_cpu, enable_chunked_prefill=not on_cpu,
     )  # fmt: skip
     print("ready", flush=True)

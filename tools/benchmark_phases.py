@@ -15,10 +15,9 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
-from profile_update import phases, random_rows
+from profile_update import add_work, phases, random_rows
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
@@ -27,10 +26,8 @@ from rto_megatron.config.training import ParallelConfig
 from rto_megatron.platform.device import prepare
 from rto_megatron.trainer.stages import ranks
 
-type Phases = Mapping[str, Callable[[], object]]
 
-
-def plain_phases(options: argparse.Namespace) -> Phases:
+def plain_phases(options: argparse.Namespace) -> Mapping[str, Callable[[], object]]:
     """What a short program of transformers and torch does."""
     dtype = torch.float32 if options.dtype == "fp32" else torch.bfloat16
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
@@ -61,11 +58,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", type=Path)
+    add_work(parser)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
-    parser.add_argument("--sequences", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=100)
-    parser.add_argument("--micro", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     with ranks(prepare(), ParallelConfig(), 0) as topology:

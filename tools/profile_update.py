@@ -31,10 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--sequences", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=100)
-    parser.add_argument("--micro", type=int, default=8)
+    add_work(parser)
     parser.add_argument("--rows", type=int, default=12)
     options = parser.parse_args()
     with ranks(prepare(), ParallelConfig(), 0) as topology:
@@ -44,6 +41,14 @@ def main() -> None:
                 phase()
             for name, phase in own.items():
                 _show(f"{name} in {dtype}", phase, options.rows)
+
+
+def add_work(parser: argparse.ArgumentParser) -> None:
+    """Options that say which model reads which sequences."""
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--sequences", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=100)
+    parser.add_argument("--micro", type=int, default=8)
 
 
 def phases(

@@ -27,7 +27,7 @@ from rto_megatron.models.model_folder import code_problems, misnamed, pattern_pr
 Progress = Callable[[str], None]
 
 _WORKER = "rto_megatron.generation.vllm.worker"
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # as vLLM names them
 _PR_SET_PDEATHSIG = 1
 _UNBOUND = "nobind"
 _CPU_KV_CACHE = "256M"  # bytes: a hundred thousand tokens of models of the size that is trained without a GPU
@@ -252,7 +252,7 @@ def _command(options: ServerOptions, port: int) -> list[str]:
         command += ["--master-addr", host, "--master-port", meeting_port]
     command += ["--served-model-name", "policy", "--tokens-only"]
     command += ["--host", options.host, "--port", str(port), "--disable-uvicorn-access-log"]
-    command += ["--dtype", _DTYPES[options.dtype], "--tensor-parallel-size", str(options.tensor_parallel)]
+    command += ["--dtype", DTYPES[options.dtype], "--tensor-parallel-size", str(options.tensor_parallel)]
     command += ["--middleware", "rto_megatron.generation.vllm.gate.BearerGate"]
     command += ["--weight-transfer-config", '{"backend": "rto"}']
     command += ["--worker-extension-cls", options.worker_extension or _extension(options)]
