@@ -19,8 +19,6 @@ from rto_megatron.models.experts import tag_experts
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.platform.torch_adam import prime_adam_state
 
-_FUSED_ON = frozenset({"cuda"})
-
 
 def wrap_for_training(
     model: ModelChunks, parallel: training.TrainParallelConfig, topology: Topology
@@ -85,7 +83,7 @@ def build_optimizer(
 
 
 def step_at_once(optimizer: MegatronOptimizer) -> None:
-    """Lets Adam step in one kernel on devices that have a fast one, and in torch's usual way on others.
+    """Lets Adam step in torch's one kernel, which CPUs have as well as GPUs.
 
     Call it after a load too: a checkpoint may have been written on another device, or without the kernel.
     """
@@ -94,13 +92,9 @@ def step_at_once(optimizer: MegatronOptimizer) -> None:
         if not isinstance(inner, torch.optim.AdamW):
             continue
         for group in inner.param_groups:
-            is_fused = all(parameter.device.type in _FUSED_ON for parameter in group["params"])
-            group["fused"] = is_fused or None
-            for parameter in group[
-                "params"
-            ]:  # the kernel wants its counter beside it, the usual way on the host
-                step = inner.state[parameter]["step"]
-                inner.state[parameter]["step"] = step.to(parameter.device if is_fused else "cpu")
+            group["fused"] = True
+            for parameter in group["params"]:  # the kernel wants its counter beside it
+                inner.state[parameter]["step"] = inner.state[parameter]["step"].to(parameter.device)
 
 
 def meet_builders() -> None:

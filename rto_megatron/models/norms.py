@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 NormBuilder = Callable[..., torch.nn.Module]  # (config, hidden_size, eps)
 
@@ -38,9 +39,7 @@ class RMSNorm(torch.nn.Module):
 
         Of a float32 `x` the product is rounded once, of another one both factors are rounded before.
         """
-        x_float = x.float()
-        normed = x_float * torch.rsqrt(x_float.square().mean(-1, keepdim=True) + self.eps)
-        return (self.weight * normed.to(x.dtype)).to(self.weight.dtype)
+        return _rms_norm(x, self.weight, self.eps, is_shifted=False)
 
 
 class ShiftedRMSNorm(RMSNorm):
@@ -52,9 +51,7 @@ class ShiftedRMSNorm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape as `x`, dtype of the weight."""
-        x_float = x.float()
-        normed = x_float * torch.rsqrt(x_float.square().mean(-1, keepdim=True) + self.eps)
-        return (normed * (1 + self.weight.float())).to(self.weight.dtype)
+        return _rms_norm(x, self.weight, self.eps, is_shifted=True)
 
 
 class AllHeadsRMSNorm(torch.nn.Module):
@@ -99,3 +96,62 @@ class AllHeadsRMSNorm(torch.nn.Module):
             tp_group=self.tp_group,
             dp_cp_group=metadata["dp_cp_group"],
         )
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, is_shifted: bool) -> Tensor:
+    normed: Tensor = _Normed.apply(x, weight, eps, is_shifted)  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
+    return normed
+
+
+class _Context(FunctionCtx):
+    """What `forward` leaves for `backward`."""
+
+    saved_tensors: tuple[Tensor, Tensor, Tensor]
+    is_shifted: bool
+
+
+class _Normed(torch.autograd.Function):
+    """y = w * x / rms(x), with w + 1 for w where the norm is shifted, some rows at a time.
+
+    What torch derives by itself keeps two float32 copies of `x` for the backward pass and has five more of them there;
+    this keeps `x` and a number a row, and its float32 numbers are those of some rows, which a cache holds.
+    """
+
+    @staticmethod
+    def forward(ctx: _Context, x: Tensor, weight: Tensor, eps: float, is_shifted: bool) -> Tensor:
+        y = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
+        x_Rh, y_Rh = x.reshape(-1, x.shape[-1]), y.view(-1, x.shape[-1])
+        scale_R1 = x.new_empty(len(x_Rh), 1, dtype=torch.float32)
+        gain = 1 + weight.float() if is_shifted else weight
+        for rows in _parts_of(x_Rh):
+            part = x_Rh[rows].float()
+            scale_R1[rows] = torch.rsqrt(part.square().mean(-1, keepdim=True) + eps)
+            normed = part * scale_R1[rows]
+            y_Rh[rows] = gain * (normed if is_shifted else normed.to(x.dtype))
+        ctx.save_for_backward(x, weight, scale_R1)
+        ctx.is_shifted = is_shifted
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # dx = (g - n mean(g n)) / rms(x), with n = x / rms(x), g = dy w, and the mean over the row.
+        x, weight, scale_R1 = ctx.saved_tensors
+        x_Rh, grad_Rh = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
+        grad_x_Rh = torch.empty_like(x_Rh, memory_format=torch.contiguous_format)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        gain = weight.float() + ctx.is_shifted
+        for rows in _parts_of(x_Rh):
+            normed, outer = x_Rh[rows].float() * scale_R1[rows], grad_Rh[rows].float()
+            grad_weight += (outer * normed).sum(0)
+            inner = outer * gain
+            inner.addcmul_(normed, (inner * normed).mean(-1, keepdim=True), value=-1)
+            grad_x_Rh[rows] = inner.mul_(scale_R1[rows])
+        return grad_x_Rh.view(x.shape), grad_weight.to(weight.dtype), None, None
+
+
+def _parts_of(rows_Rh: Tensor) -> list[slice]:
+    """Parts of the rows: of a size that a core's cache holds, or that a GPU is busy with."""
+    numbers = 2**24 if rows_Rh.is_cuda else 2**17
+    size = max(1, numbers // rows_Rh.shape[-1])
+    return [slice(first, first + size) for first in range(0, len(rows_Rh), size)]

@@ -147,8 +147,6 @@ class SimulatedStep:
         for model in self._models.values():
             for router in routers(model.module):
                 share_out_evenly(router)
-            if isinstance(model, TrainedModel):
-                _step_like_a_gpu(model)
 
     def neighbours_send(self, num_sequences: int) -> None:
         """Pipeline stages hear from here on of micro-batches of so many sequences."""
@@ -242,13 +240,6 @@ def _setup(plan: StagePlan, shapes: Mapping[str, ModelShape], topology: Topology
 
 def _as_it_is[M](loss: Callable[..., M]) -> Callable[..., M]:
     return loss
-
-
-def _step_like_a_gpu(model: TrainedModel) -> None:
-    """On GPUs torch's Adam is one kernel, with no numbers in between (`engine/optimizer.py` step_at_once)."""
-    for group in model.optimizer.param_groups:
-        if "fused" in group:
-            group["fused"] = True
 
 
 def _gradients_of(model: Model) -> set[str]:
