@@ -296,7 +296,8 @@ def _add_sum(
     table: Table, plan: "StagePlan", shapes: "Mapping[str, FoundShape]", names: "Collection[str]", where: str
 ) -> None:
     """Rows with the memory of a rank that holds some roles."""
-    from rto_megatron.planning.memory import activation_bytes, gib, model_bytes, role_cost
+    from rto_megatron.planning.activation_memory import activation_bytes
+    from rto_megatron.planning.memory import gib, model_bytes, role_cost
 
     activations = activation_bytes(plan, shapes, names)
     table.add_row("activations", "", "", f"largest micro-batch{where}, estimated", "", "", gib(activations))

@@ -19,7 +19,8 @@ from rto_megatron.generation.vllm.client.server_client import ServerClient
 from rto_megatron.generation.vllm.gate import read_token
 from rto_megatron.models.parameters import num_parameters, stored_parameters
 from rto_megatron.models.shape import ModelShape
-from rto_megatron.planning.memory import activation_bytes, gib, model_bytes, resident_bytes, weight_bytes
+from rto_megatron.planning.activation_memory import activation_bytes
+from rto_megatron.planning.memory import gib, model_bytes, resident_bytes, weight_bytes
 from rto_megatron.planning.placement import tensor_sizes
 from rto_megatron.planning.shapes import FoundShape, find_shape
 

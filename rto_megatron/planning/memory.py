@@ -3,12 +3,7 @@
 Memory of a trained model with Adam (Megatron-LM's theoretical_memory_usage.py): 18 bytes a parameter in
 bf16 (weight 2, fp32 gradient 4, fp32 master 4, moments 8), or 6 + 12 / data-parallel ranks with the
 distributed optimizer; 16 in fp32; a frozen model has its weights only. Experts lie on ranks of their own,
-which have fewer replicas. Activations are the largest training forward of one micro-batch: with
-recomputation the layers' inputs and one layer's inside, else 34 bytes x hidden x layers a token of a context
-rank (Korthikanti et al. 2022, without the attention matrix, which is never stored; where keys are gathered,
-those of the whole row too, with four norms a layer 4 bytes more, with a soft cap of scores those of some
-queries), of as many micro-batches as the pipeline's fullest stage keeps at once (`PipelineCut.in_flight`), and for a
-language model what reads its log-probs, a chunk of positions at a time (`models/head_memory.py`).
+which have fewer replicas. `planning/activation_memory.py` has what a training forward keeps.
 """
 
 from collections.abc import Collection, Mapping
@@ -20,10 +15,9 @@ from rto_megatron.config.roles import Role, roles_of
 from rto_megatron.config.schema import Stage, TrainStage
 from rto_megatron.config.step_phases import NEEDED, StepPhase
 from rto_megatron.config.training import FrozenPrecisionConfig
-from rto_megatron.models.head_memory import capped_bytes, head_bytes
 from rto_megatron.models.parameters import num_parameters, stage_sizes
-from rto_megatron.models.pipeline_cut import pipeline_cut
 from rto_megatron.models.shape import ModelShape
+from rto_megatron.planning.activation_memory import activation_bytes
 from rto_megatron.planning.shapes import FoundShape
 
 _GIB = 1024**3
@@ -166,52 +160,6 @@ def _parts(role: Role, facts: Facts, config: Stage, replicas: int) -> dict[str, 
     shards = replicas if facts.training.parallel.distributed_optimizer else 1
     average = {"policy_ema": 4.0} if has_average else {}
     return {**weights, "gradients": _GRADIENT_BYTES, **average, "optimizer": state / shards}
-
-
-def activation_bytes(
-    plan: StagePlan, shapes: Mapping[str, FoundShape], names: Collection[str] | None = None
-) -> int:
-    """Activations of the largest micro-batch in training, in bytes; 0 without training.
-
-    By number that is one of the longest sequences; by tokens one that is full, or a longer sequence alone.
-
-    Args:
-        names: see `model_bytes`.
-    """
-    training = plan.facts.training
-    if training is None:
-        return 0
-    length, _ = plan.facts.longest_sequence
-    longest, batch = length * (2 if plan.facts.reads_pairs else 1), training.batch
-    tokens = longest * batch.micro if batch.micro is not None else max(longest, batch.tokens or 0)
-    width = 1 if training.precision.dtype == "bf16" else 2
-    peak = 0
-    for role in plan.roles:
-        if not role.is_trained or role.name not in shapes or role.name not in (names or shapes):
-            continue
-        shape, grid = shapes[role.name].shape, plan.config.parallel.grid_of(role.name)
-        tensor, own = grid.tensor, -(-tokens // grid.context)
-        inside_layer = (30 + 2 * shape.num_norms) * width * own * shape.hidden_size // tensor
-        heads, groups = shape.num_heads, shape.num_kv_heads
-        if grid.context > 1 and grid.context_scheme == "gather":
-            inside_layer += 2 * 2 * width * tokens * max(groups // tensor, 1) * shape.head_dim
-        if tensor > groups:  # a head's ranks hold q, k and v of all of them
-            inside_layer += width * own * (heads + 2 * groups) * shape.head_dim
-        # Even stages of 1F1B: the first of P has layers / P, and P micro-batches in flight.
-        stages = (grid.pipeline, grid.virtual, grid.stages)
-        held = pipeline_cut(shape, role.has_value_head, *stages).in_flight()
-        if training.precision.recompute:
-            layers = 2 * width * own * shape.hidden_size * held + inside_layer
-        else:
-            layers = inside_layer * held
-        columns = -(-shape.vocab_size // tensor)
-        is_capped = shape.logit_softcap is not None
-        head = 0 if role.has_value_head else head_bytes(own, shape.hidden_size, columns, 2 * width, is_capped)
-        capped = 0
-        if shape.score_softcap is not None:  # of one sequence, while no log-prob is read
-            capped = capped_bytes(length, length, -(-shape.num_heads // tensor), 2 * width)
-        peak = max(peak, layers + max(head, capped))
-    return peak
 
 
 def gib(size: float) -> str:

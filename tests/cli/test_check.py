@@ -13,7 +13,8 @@ from rto_megatron.config.plan import plan_stage
 from rto_megatron.config.roles import Role, roles_of
 from rto_megatron.errors import ModelFolderError, RecipeError
 from rto_megatron.models.parameters import num_parameters
-from rto_megatron.planning.memory import activation_bytes, role_cost
+from rto_megatron.planning.activation_memory import activation_bytes
+from rto_megatron.planning.memory import role_cost
 from rto_megatron.planning.shapes import KNOWN_SHAPES, find_shape, hugging_face_folder
 
 RECIPES = Path(__file__).parents[2] / "launchers" / "recipes"
@@ -121,17 +122,25 @@ def test_context_ranks_share_tokens_and_the_optimizer() -> None:
     assert "2,007.6 M │        22.4 GiB" in row
     shape = find_shape(Path("Llama-3.1-8B"), None)
     assert shape is not None
-    sizes = {}
-    for context, scheme in ((1, "ulysses"), (2, "ulysses"), (2, "gather"), (4, "ulysses")):
+    # Of a token, on 4 tensor ranks that share its states: what a layer reads, of which there are 32 and the embeddings;
+    # inside one, norms and residual, q, k, v, what attention gives, and the feed-forward network; three gradients of
+    # whole states and two of the network.
+    entry, inside = 4096 // 4, (3 * 4096 + 3 * 40 * 128 + 4 * 14336) // 4 + 3 * 4096 + 2 * 14336 // 4
+    columns = 128256 // 4
+
+    def activations(context: int, scheme: str, recompute: bool = True) -> int:
         keys = [f"parallel.context={context}", f"parallel.context_scheme={scheme}"]
-        plan = plan_stage(load_recipe(Path(recipe), keys), 16)
-        sizes[context, scheme] = activation_bytes(plan, {"policy": shape})
-    gradient_of_head = 6 * (128256 // 4) * 4096
-    chunk = 10 * 1024 * (128256 // 4)
-    whole, half, quarter = (sizes[c, "ulysses"] - gradient_of_head - chunk for c in (1, 2, 4))
-    assert (whole, whole) == (2 * half, 4 * quarter)
-    # Keys and values of the layer that is recomputed, of 32,768 tokens and 8 heads of 128 on 4 tensor ranks.
-    assert sizes[2, "gather"] - sizes[2, "ulysses"] == 2 * 2 * 32768 * 8 * 128 // 4
+        plan = plan_stage(load_recipe(Path(recipe), [*keys, f"precision.recompute={recompute}"]), 16)
+        return activation_bytes(plan, {"policy": shape})
+
+    for context in (1, 2, 4):
+        own = 32768 // context
+        head = 6 * own * 4096 + 10 * 1024 * columns + 6 * columns * 4096
+        want = 2 * own * entry * 33 + max(2 * own * inside, head)
+        assert activations(context, "ulysses") == pytest.approx(want, rel=1e-4)
+    # Keys and values of 32 layers, of 32,768 tokens and 8 heads of 128 on 4 tensor ranks, 2 bytes a number.
+    gathered = activations(2, "gather", recompute=False) - activations(2, "ulysses", recompute=False)
+    assert gathered == 32 * 2 * 2 * 32768 * 8 * 128 // 4
 
 
 def test_interleaved_stages_are_shown_and_count_by_the_fullest() -> None:

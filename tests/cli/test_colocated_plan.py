@@ -10,6 +10,7 @@ from rto_megatron.config.load import load_recipe
 from rto_megatron.config.plan import plan_stage
 from rto_megatron.config.schema import ReinforcementStage
 from rto_megatron.errors import RecipeError
+from rto_megatron.planning.activation_memory import activation_bytes
 from rto_megatron.planning.colocated_memory import (
     SharedGpu,
     cache_bytes_per_token,
@@ -19,7 +20,6 @@ from rto_megatron.planning.colocated_memory import (
     pool_weight_bytes,
     shared_sizes,
 )
-from rto_megatron.planning.memory import activation_bytes
 from rto_megatron.planning.shapes import KNOWN_SHAPES, FoundShape
 
 RECIPE = Path(__file__).parents[2] / "launchers" / "recipes" / "llama3_8b" / "ppo.yaml"
