@@ -1,6 +1,7 @@
 """Runs the experiment's stages in one process, one after another; what is finished is not run again."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -111,6 +112,8 @@ class Lane:
                 parts = replace(planned_parts(), algorithm=algorithm)
                 train_online(config, self.topology, parts=parts)
         self.evaluate(name, folder)
+        # Optimizers of all arms and seeds would fill a disk, and nothing reads them any more: the export is kept.
+        shutil.rmtree(folder / name / "checkpoints")
 
     def _pool(self) -> tuple[str, ...]:
         return f"rollout.servers={json.dumps([self.server])}", as_override(

@@ -53,5 +53,6 @@ def test_the_script_runs_every_arm_and_writes_its_page(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr + logs
     evaluated = {path.name for path in (root / f"seed{SEED}" / "evaluations").iterdir()}
     assert {name.split("_x")[0] for name in evaluated} == {arm.name for arm in ARMS} | {"start", "dpo"}
+    assert not list(root.glob("seed*/*_x*/checkpoints")) and list(root.glob("seed*/*_x*/hf"))
     assert "sampled_train" in {path.name for path in (root / f"seed{SEED}").iterdir()}
     assert "shuffled_rto" in done.stdout and list(root.glob("*.md"))
