@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# RTO on a real language model, in about an hour on 2 cores, 16 GiB of memory and 10 GiB of disk: SmolLM2-135M-Instruct answers
+# RTO on a real language model, in an hour and a half on 2 cores, 16 GiB of memory and of disk: SmolLM2-135M-Instruct answers
 # prompts that ask for three rules each, a program rates the answers, a reward model and DPO learn from noisy pairs of
 # them, then PPO and RTO, and a table of what each policy earns on held-out prompts: true reward, reward model, KL, length.
 # Usage: bash launchers/real_language.sh [--root DIR] [--model DIR] [--data DIR] [--budget full|small]
@@ -21,7 +21,7 @@ while [ $# -gt 0 ]; do
   esac
 done
 case $budget in
-  full) small='' times=(30 10 300 450 600 1000 1100 400) ;;
+  full) small='' times=(30 10 400 700 700 1350 1400 450) ;;
   small) small=yes times=(30 10 60 60 60 90 90 200) ;;
   *) echo "error: --budget $budget: it is full or small" >&2 && exit 2 ;;
 esac

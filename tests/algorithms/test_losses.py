@@ -1,5 +1,7 @@
 """Policy and value losses with gradients, weights and sums per sequence."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from algorithms.grids import GARBAGE, GOLDEN, PROMPT_LENGTH, close, grid, ppo_minibatch, ragged_batch, to_grid
@@ -147,3 +149,14 @@ def test_sequence_sums_add_each_sequence_and_skip_padding(packed):
     mask_T = spread(torch.ones_like(rows), batch, 1, 0.0)
     sums_S = losses.sequence_sums(spread(rows, batch, 1, GARBAGE), mask_T, batch)
     close(sums_S, [7.0, 8.0, 48.0])
+
+
+def test_values_that_moved_less_than_the_clip_are_not_counted_for_rounding():
+    minibatch = ppo_minibatch(SEQUENCE_MEAN, True, 0.0)
+    values_T = 0.1 * torch.sin(torch.arange(len(minibatch.weight_T))).float()
+    old_T = torch.full_like(values_T, 3.0)
+    assert (
+        old_T + (values_T - old_T) != values_T
+    ).any()  # what the clip leaves alone comes back as another number
+    single = replace(minibatch, values_old_T=old_T, returns_T=minibatch.returns_T.float())
+    assert losses.clipped_value_loss(values_T, single, 10.0).metrics["val/clipfrac_avg"] == (0, 8)
