@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 NormBuilder = Callable[..., torch.nn.Module]  # (config, hidden_size, eps)
+_MOST_PARTS = 8  # in which a norm is computed: each takes some calls of torch
 
 
 class RMSNorm(torch.nn.Module):
@@ -114,7 +115,7 @@ class _Normed(torch.autograd.Function):
     """y = w * x / rms(x), with w + 1 for w where the norm is shifted, some rows at a time.
 
     What torch derives by itself keeps two float32 copies of `x` for the backward pass and has five more of them there;
-    this keeps `x` and a number a row, and its float32 numbers are those of some rows, which a cache holds.
+    this keeps `x` and a number a row, and its float32 numbers are those of some rows at a time.
     """
 
     @staticmethod
@@ -151,7 +152,7 @@ class _Normed(torch.autograd.Function):
 
 
 def _parts_of(rows_Rh: Tensor) -> list[slice]:
-    """Parts of the rows: of a size that a core's cache holds, or that a GPU is busy with."""
-    numbers = 2**24 if rows_Rh.is_cuda else 2**17
-    size = max(1, numbers // rows_Rh.shape[-1])
+    """Few parts of the rows, of a size at least that a core's cache holds, or that a GPU is busy with."""
+    least = 2**22 if rows_Rh.is_cuda else 2**17
+    size = max(1, max(least, rows_Rh.numel() // _MOST_PARTS) // rows_Rh.shape[-1])
     return [slice(first, first + size) for first in range(0, len(rows_Rh), size)]
