@@ -29,6 +29,8 @@ class RMSNorm(torch.nn.Module):
         RMSNorm(config, hidden_size=64, eps=1e-5)(x)
     """
 
+    is_shifted = False  # multiplies by 1 + weight
+
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         super().__init__()
         self.eps = eps
@@ -40,7 +42,8 @@ class RMSNorm(torch.nn.Module):
 
         Of a float32 `x` the product is rounded once, of another one both factors are rounded before.
         """
-        return _rms_norm(x, self.weight, self.eps, is_shifted=False)
+        y: Tensor = _Normed.apply(x, self.weight, self.eps, self.is_shifted)  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
+        return y
 
 
 class ShiftedRMSNorm(RMSNorm):
@@ -50,9 +53,7 @@ class ShiftedRMSNorm(RMSNorm):
         ShiftedRMSNorm(config, hidden_size=64, eps=1e-6)(x)
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Same shape as `x`, dtype of the weight."""
-        return _rms_norm(x, self.weight, self.eps, is_shifted=True)
+    is_shifted = True
 
 
 class AllHeadsRMSNorm(torch.nn.Module):
@@ -97,11 +98,6 @@ class AllHeadsRMSNorm(torch.nn.Module):
             tp_group=self.tp_group,
             dp_cp_group=metadata["dp_cp_group"],
         )
-
-
-def _rms_norm(x: Tensor, weight: Tensor, eps: float, is_shifted: bool) -> Tensor:
-    normed: Tensor = _Normed.apply(x, weight, eps, is_shifted)  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
-    return normed
 
 
 class _Context(FunctionCtx):
