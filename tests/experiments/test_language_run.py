@@ -51,7 +51,7 @@ def test_the_script_runs_every_arm_and_writes_its_page(tmp_path: Path) -> None:
     )  # fmt: skip
     logs = "".join(path.read_text()[-2000:] for path in root.glob("*.log"))
     assert done.returncode == 0, done.stdout + done.stderr + logs
-    evaluated = {path.name for path in (root / f"seed{SEED}" / "evaluations").iterdir()}
+    evaluated = {path.parent.name for path in (root / f"seed{SEED}").glob("evaluations/*/evaluation.json")}
     assert {name.split("_x")[0] for name in evaluated} == {arm.name for arm in ARMS} | {"start", "dpo"}
     assert not list(root.glob("seed*/*_x*/checkpoints")) and list(root.glob("seed*/*_x*/hf"))
     assert "sampled_train" in {path.name for path in (root / f"seed{SEED}").iterdir()}
