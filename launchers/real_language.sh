@@ -47,7 +47,7 @@ if [ -n "$data" ]; then
   pairs=$(part_of_data preferences_train) held_out_pairs=$(part_of_data preferences_test)
   prompts=$(part_of_data prompts_train) held_out=$(part_of_data prompts_test)
   # Real texts are longer than the task's, so there are fewer of them in a step, and fewer steps.
-  longest=("data.max_prompt_tokens=256")
+  longest=("data.max_prompt_tokens=256") times=("${times[0]}" "${times[@]:3}") # neither prompts nor pairs are made
   learnt=("vars.pairs=$pairs" "vars.held_out_pairs=$held_out_pairs" data.max_length=400 data.eval_samples=64 batch.train=16
     batch.micro=4 run.steps=30 run.eval_every=15)
   sampled=('rewards=[{kind: model}]' sampling.max_response_tokens=96 sampling.temperature=1.0 batch.micro=8)
@@ -89,13 +89,11 @@ fi
 mkdir -p "$logs"
 echo "Run folder: $root"
 start_pool "$root/pool" "$model" --dtype bf16 --max-model-len 512
-announce "prompts"
 if [ -z "$data" ]; then
+  announce "prompts"
   prompts=$root/task/prompts_train.jsonl held_out=$root/task/prompts_test.jsonl
   [ -f "$held_out" ] || run prompts "$rto" rules "$root/task"
-fi
-announce "answers of the start model, rated by the program, and pairs of them"
-if [ -z "$data" ]; then
+  announce "answers of the start model, rated by the program, and pairs of them"
   wait_for_pool
   rate sampled "$prompts" $([ -n "$small" ] && echo 16 || echo 600)
   rate sampled_test "$held_out" $([ -n "$small" ] && echo 16 || echo 60)
@@ -122,11 +120,13 @@ done
 
 "$rto" report "$root/evaluations" | sed '/^No verdict/d'
 run view "$rto" view "$root/rto" "$root/ppo" --out "$root/view.html"
+again=("vars.root=$root" "vars.model=$model" "run.dir=$root/rto_more" run.seed=1)
+[ -z "$data" ] || again+=("vars.prompts=$prompts" "${longest[@]}" "${sampled[@]}" batch.rollout=16)
 cat <<NEXT
 Everything took $((SECONDS - began)) s. This is one seed and few steps: the errors are of the prompts alone.
 Look at what each token earned: $root/view.html (one file, in any browser)
 Next:
   $rto rollouts $root/rto --sort reward --limit 5
-  NPROC=1 bash launchers/local.sh $recipes/rto.yaml vars.root=$root vars.model=$model run.dir=$root/rto_more run.seed=1
+  NPROC=1 bash launchers/local.sh $recipes/rto.yaml$(printf ' %q' "${again[@]}")
   bash launchers/experiments/language.sh          # seeds, arms and a control: docs/language.md
 NEXT

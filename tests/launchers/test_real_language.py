@@ -1,6 +1,7 @@
 """The script around the stages of a real language model: order, what is kept, the user's own data, a pool that ends."""
 
 import os
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -81,6 +82,9 @@ def test_own_data_take_the_place_of_the_program(checkout: Path) -> None:
     assert all(
         "rewards=[{kind: model}]" in line for line in lines if "evaluate.yaml" in line or "rto.yaml" in line
     )
+    assert "rated by the program" not in done.stdout and "[6/6]" in done.stdout
+    (next_run,) = (line for line in done.stdout.splitlines() if "run.dir=run/rto_more" in line)
+    assert {"vars.prompts=mine/prompts_train.jsonl", "rewards=[{kind: model}]"} <= set(shlex.split(next_run))
 
 
 def test_data_without_a_part_and_a_folder_without_a_model_are_refused_at_once(checkout: Path) -> None:
