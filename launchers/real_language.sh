@@ -120,7 +120,7 @@ done
 
 "$rto" report "$root/evaluations" | sed '/^No verdict/d'
 run view "$rto" view "$root/rto" "$root/ppo" --out "$root/view.html"
-again=("vars.root=$root" "vars.model=$model" "run.dir=$root/rto_more" run.seed=1)
+again=("${shared[@]}" "run.dir=$root/rto_more" run.seed=1)
 [ -z "$data" ] || again+=("vars.prompts=$prompts" "${longest[@]}" "${sampled[@]}" batch.rollout=16)
 cat <<NEXT
 Everything took $((SECONDS - began)) s. This is one seed and few steps: the errors are of the prompts alone.
