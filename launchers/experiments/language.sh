@@ -4,6 +4,7 @@
 # was, run by run, and a run that was stopped goes on from its last checkpoint.
 # Usage: bash launchers/experiments/language.sh [DIR]
 #   SEEDS=N   the design's first N seeds (default 5)      MODEL=DIR   the model (default runs/smollm2, made if not there)
+#   FACTOR=1      of the learning rate, where that was chosen before; as docs/language.md chose it (default: chosen here)
 #   LANE_ARGS=...   more arguments of `rto language`, such as "--set run.steps=2" for a trial
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -14,6 +15,6 @@ bash launchers/setup.sh
 # Rank and pool take turns: each with both cores, neither spinning while it waits for the other.
 export CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE VLLM_CPU_KVCACHE_SPACE=1
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-command=(.venv/bin/rto language "$root" --model "$model")
+command=(.venv/bin/rto language "$root" --model "$model" ${FACTOR:+--factor "$FACTOR"})
 . launchers/experiments/lanes.sh
 experiment

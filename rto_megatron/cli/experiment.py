@@ -25,6 +25,12 @@ _Seeds = Annotated[
     str | None, typer.Option(help="Only these of the design's seeds, as in 0,2; for several processes.")
 ]
 _NumSeeds = Annotated[int | None, typer.Option(min=1, help="The design's first seeds; default: all.")]
+_Factor = Annotated[
+    float | None,
+    typer.Option(
+        help="One of the design's factors of the learning rate, chosen before: none other is tried."
+    ),
+]
 _Set = Annotated[list[str] | None, typer.Option("--set", help="key=value for every training stage.")]
 
 
@@ -35,7 +41,12 @@ def register(app: typer.Typer) -> None:
 
 
 def sample_efficiency(
-    root: _Root, phase: _Phase, seeds: _Seeds = None, num_seeds: _NumSeeds = None, overrides: _Set = None
+    root: _Root,
+    phase: _Phase,
+    seeds: _Seeds = None,
+    num_seeds: _NumSeeds = None,
+    factor: _Factor = None,
+    overrides: _Set = None,
 ) -> None:
     """Compare how many episodes PPO, RTO and RTO's ablations need on the synthetic task with long responses."""
     from rto_megatron.data.synthetic import write_models_alone
@@ -47,7 +58,7 @@ def sample_efficiency(
         model = write_models_alone(lane / "task", HIDDEN_SIZE)
         return ServerOptions(model, lane / "token", lane / "server.log", dtype="fp32", max_model_len=128)
 
-    chosen = _Chosen(root, phase, seeds, num_seeds, overrides)
+    chosen = _Chosen(root, phase, seeds, num_seeds, factor, overrides)
     _experiment(EXPERIMENT, make_models, pool, chosen)
 
 
@@ -59,6 +70,7 @@ def language(
     ] = Path("runs/smollm2"),
     seeds: _Seeds = None,
     num_seeds: _NumSeeds = None,
+    factor: _Factor = None,
     overrides: _Set = None,
 ) -> None:
     """Compare PPO, RTO, a control and an oracle on a real language model, whose true reward is a program."""
@@ -75,7 +87,7 @@ def language(
     def pool(lane: Path) -> ServerOptions:
         return ServerOptions(model, lane / "token", lane / "server.log", max_model_len=256)
 
-    chosen = _Chosen(root, phase, seeds, num_seeds, overrides, (as_override("vars.model", model),))
+    chosen = _Chosen(root, phase, seeds, num_seeds, factor, overrides, (as_override("vars.model", model),))
     _experiment(EXPERIMENT, make_models, pool, chosen)
 
 
@@ -87,6 +99,7 @@ class _Chosen:
     phase: str
     seeds: str | None
     num_seeds: int | None
+    factor: float | None
     overrides: list[str] | None
     variables: tuple[str, ...] = ()
 
@@ -98,13 +111,9 @@ def _experiment(
     chosen: _Chosen,
 ) -> None:
     """One phase, in this process with a server of its own; `pool` says how that starts, in the lane's folder."""
-    from rto_megatron.experiments.lanes import Lane, smaller
+    from rto_megatron.experiments.lanes import Lane
 
-    known = experiment.design.seeds
-    if chosen.num_seeds is not None:
-        if chosen.num_seeds > len(known):
-            raise RecipeError(f"--num-seeds {chosen.num_seeds}: the design has {len(known)} seeds")
-        experiment = smaller(experiment, chosen.num_seeds)
+    experiment = _smaller(experiment, chosen)
     seeds = _chosen_seeds(chosen.seeds, experiment.design.seeds)
     root = chosen.root.absolute()
     if chosen.phase == "report":
@@ -128,6 +137,24 @@ def _experiment(
             (lane.tune if chosen.phase == "tune" else lane.compare)(seeds)
     finally:
         stop_server(server)
+
+
+def _smaller(experiment: "Experiment", chosen: _Chosen) -> "Experiment":
+    """The experiment on the first of its seeds, at a learning rate that was chosen before, where that is asked for."""
+    from rto_megatron.experiments.design import on_first_seeds, tuned_before
+
+    seeds, factors = experiment.design.seeds, experiment.design.factors
+    if chosen.num_seeds is not None:
+        if chosen.num_seeds > len(seeds):
+            raise RecipeError(f"--num-seeds {chosen.num_seeds}: the design has {len(seeds)} seeds")
+        experiment = on_first_seeds(experiment, chosen.num_seeds)
+    if chosen.factor is not None:
+        known = {f"{factor:.2g}": factor for factor in factors}  # a third is written as 0.33
+        factor = known.get(f"{chosen.factor:.2g}")
+        if factor is None:
+            raise RecipeError(f"--factor {chosen.factor:g}: the design has the factors {', '.join(known)}")
+        experiment = tuned_before(experiment, factor)
+    return experiment
 
 
 def _chosen_seeds(seeds: str | None, known: Sequence[int]) -> Sequence[int]:

@@ -1,7 +1,7 @@
 """What an experiment is: arms that start from the same models, and everything that could be chosen after the fact."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -80,3 +80,15 @@ class Experiment:
                 f"{self.source} of rewards) and evaluate it again"
             )
         return known.mean
+
+
+def on_first_seeds(experiment: Experiment, seeds: int) -> Experiment:
+    """The experiment on the first `seeds` seeds."""
+    chosen = experiment.design.seeds[:seeds]
+    tuned = tuple(seed for seed in experiment.design.tuning_seeds if seed in chosen)
+    return replace(experiment, design=replace(experiment.design, seeds=chosen, tuning_seeds=tuned))
+
+
+def tuned_before(experiment: Experiment, factor: float) -> Experiment:
+    """The experiment with PPO's and RTO's learning rate fixed."""
+    return replace(experiment, design=replace(experiment.design, factors=(factor,)))

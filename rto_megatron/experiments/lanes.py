@@ -126,10 +126,3 @@ class Lane:
             kind,
             [as_override("vars.root", folder), *self.variables, *overrides],
         )
-
-
-def smaller(experiment: Experiment, seeds: int) -> Experiment:
-    """The experiment on the first `seeds` seeds."""
-    chosen = experiment.design.seeds[:seeds]
-    tuned = tuple(seed for seed in experiment.design.tuning_seeds if seed in chosen)
-    return replace(experiment, design=replace(experiment.design, seeds=chosen, tuning_seeds=tuned))

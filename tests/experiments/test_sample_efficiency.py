@@ -1,6 +1,7 @@
 """The experiment's controls, the numbers read off curves, and its report, on runs written by hand."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from rto_megatron.experiments.curves import (
     run_name,
     seed_folder,
 )
-from rto_megatron.experiments.design import Design
+from rto_megatron.experiments.design import Design, tuned_before
 from rto_megatron.experiments.language.language_arms import EXPERIMENT as LANGUAGE
 from rto_megatron.experiments.page import write_report
 from rto_megatron.experiments.sample_efficiency import EXPERIMENT
@@ -167,17 +168,18 @@ def test_report_has_hand_computed_numbers(tmp_path: Path) -> None:
     # PPO ends at 9.5 over its last two steps, so the threshold is 8.55: it is passed by the mean of steps 9 and 10
     # (8.5 is below) at step 11 of 128 episodes each; RTO passes it by steps 4 and 5 at step 6.
     assert rows["ppo"][4] == str(11 * 128) and rows["rto"][4] == str(6 * 128)
-    assert rows["rto"][5] == f"{11 / 6:.2f}" and rows["rto"][3] == "2 of 2" and rows["ddpo"][3] == "0 of 2"
-    assert rows["rto"][1] == "x 0.33" and rows["sft"][4] == "-"
-    assert rows["rto"][2] == "20.50 ± 0.50"
-    assert rows["ppo"][6] == "3.50 ± 0.50"  # KL is the step, so the return at 3 nats is 3 (+ the seed)
+    assert rows["rto"][5] == f"{11 / 6:.2f}" and rows["rto"][1] == "x 0.33"
+    assert rows["rto"][2] == "20.500 ± 0.500" and rows["sft"][4] == "-"
+    # PPO earns 10 and 11, RTO 20 and 21, the start 0 and 1: pairs differ by the same on both seeds.
+    assert rows["rto"][3] == "+10.000 ± 0.000; 2 of 2" and rows["sft"][3] == "-10.000 ± 0.000; 0 of 2"
+    assert rows["ppo"][6] == "3.500 ± 0.500"  # KL is the step, so the return at 3 nats is 3 (+ the seed)
     written = (tmp_path / "table.md").read_text()
     assert "| ppo | x 1 | 9.50, 1408 |" in written  # last quarter: steps 10 and 11
     assert "| rto | x 0.33 | 19.00, 768 |" in written and "| ppo | x 0.33 | 0.95, never |" in written
     for name in ("return_by_episodes", "return_by_kl", "response_tokens", "episodes_to_threshold"):
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<svg") == 4 and "src=" not in page and "20.50 ± 0.50" in page
+    assert page.count("<svg") == 4 and "src=" not in page and "20.500 ± 0.500" in page
     entries = {entry["arm"]: entry for entry in json.loads((tmp_path / "table.json").read_text())}
     assert entries["rto"]["episodes_to_threshold"] == [768.0, 768.0]
 
@@ -194,10 +196,25 @@ def test_an_unfinished_run_is_named(tmp_path: Path) -> None:
         write_report(EXPERIMENT_2, tmp_path)
 
 
+def test_a_rate_that_was_chosen_before_needs_no_other_runs(tmp_path: Path) -> None:
+    _write_experiment(tmp_path)
+    for folder in tmp_path.glob("*/*_x0.33"):
+        shutil.rmtree(folder)
+    table = write_report(tuned_before(EXPERIMENT_2, 1.0), tmp_path)
+    assert "x 1" in table and "x 0.33" not in table
+    assert "| rto | x 1 | 1.90, never |" in (tmp_path / "table.md").read_text()  # a tenth of the slope of 2
+
+
 @pytest.mark.parametrize(
-    ("arguments", "part"), [(["--seeds", "7"], "the design has the seeds"), (["--seeds", "a"], "0,1")]
+    ("arguments", "part"),
+    [
+        (["--seeds", "7"], "the design has the seeds"),
+        (["--seeds", "a"], "0,1"),
+        (["--num-seeds", "9"], "the design has 5 seeds"),
+        (["--factor", "2"], "--factor 2: the design has the factors 0.33, 1, 3"),
+    ],
 )
-def test_seeds_outside_the_design_are_refused(arguments: list[str], part: str, tmp_path: Path) -> None:
+def test_what_is_outside_the_design_is_refused(arguments: list[str], part: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=part):
         CliRunner().invoke(
             app, ["sample-efficiency", str(tmp_path), "--phase", "tune", *arguments], catch_exceptions=False
