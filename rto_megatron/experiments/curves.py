@@ -72,8 +72,10 @@ def last_quarter(curve: Curve) -> float:
 
 
 def best_factor(experiment: Experiment, root: Path, arm: str) -> float:
-    """The learning-rate factor whose last quarter of steps earns most, mean over the tuning seeds."""
+    """The learning-rate factor whose last quarter of steps earns most, mean over the tuning seeds; the only one."""
     design = experiment.design
+    if len(design.factors) == 1:
+        return design.factors[0]  # chosen before, and so known before any run is made
 
     def earned(factor: float) -> float:
         curves = (read_curve(experiment, root, seed, arm, factor) for seed in design.tuning_seeds)

@@ -197,6 +197,7 @@ def test_an_unfinished_run_is_named(tmp_path: Path) -> None:
 
 
 def test_a_rate_that_was_chosen_before_needs_no_other_runs(tmp_path: Path) -> None:
+    assert best_factor(tuned_before(EXPERIMENT_2, 1.0), tmp_path, "rto") == 1.0  # though there is none yet
     _write_experiment(tmp_path)
     for folder in tmp_path.glob("*/*_x0.33"):
         shutil.rmtree(folder)
