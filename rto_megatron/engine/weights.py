@@ -11,7 +11,7 @@ from rto_megatron.engine.holders import gathered, holders, place_of, run_of, sha
 from rto_megatron.engine.source import WeightSource
 from rto_megatron.errors import ModelFolderError
 from rto_megatron.models.chunks import ModelChunks
-from rto_megatron.models.families.blocks import SCALAR_HEAD
+from rto_megatron.models.families.blocks import LM_HEAD, SCALAR_HEAD
 from rto_megatron.models.fused_layers import plain_name
 from rto_megatron.models.hf_config import read_config
 from rto_megatron.models.parameters import parameter_map, stored_parameters
@@ -124,9 +124,10 @@ def hf_reader(folder: Path, has_scalar_head: bool, fresh_head_seed: int | None =
         fresh_head_seed: the folder is a language model; draw the scalar head from this seed.
 
     Raises:
-        ModelFolderError: as `HfModel`; reading a tensor raises it for a missing one or another shape.
+        ModelFolderError: as `HfModel`, or its tensors are not those of config.json; names all of them.
     """
     model = HfModel(folder, has_scalar_head and fresh_head_seed is None)
+    model.require_complete(unread=None if fresh_head_seed is None else LM_HEAD)
     if model.head_bias():
         raise ModelFolderError(
             f"{folder}: the scalar head has a bias; convert the model (rto convert hf-to-megatron), which keeps it in "

@@ -152,10 +152,16 @@ class HfModel:
         found = {torch.bfloat16 if d == torch.float8_e4m3fn else d for d in found}
         return found.pop() if len(found) == 1 else torch.float32
 
-    def problems(self) -> list[str]:
-        """Everything that is missing, misshaped or left over."""
+    def problems(self, unread: str | None = None) -> list[str]:
+        """Everything that is missing, misshaped or left over.
+
+        Args:
+            unread: a tensor that is of no use, whether it is there or not.
+        """
         stored, problems = self.folder.tensors, []
         for name, size in self._wanted.items():
+            if name == unread:
+                continue
             if (joined := self._joined_problem(name)) is not None:
                 problems.append(joined)
             elif name not in stored:
@@ -164,9 +170,12 @@ class HfModel:
                 problems.append(f"{name} has shape {stored[name].shape}, config.json says {size}")
             elif stored[name].dtype == torch.float8_e4m3fn:
                 problems += self._scale_problems(name, size)
-        for name in sorted(self._unused() - self.left_aside.keys()):
+        for name in sorted(self._unused() - self.left_aside.keys() - {unread}):
             if name == LM_HEAD and self.shape.is_tied:
-                problems.append(f"{name} differs from {EMBEDDING}, to which config.json ties it")
+                problems.append(
+                    f"{name} differs from {EMBEDDING}, to which config.json ties it; if it is the model's head, set "
+                    "tie_word_embeddings=false there"
+                )
             else:
                 problems.append(
                     f"{name} {stored[name].shape} is left over: config.json describes no such tensor"
@@ -204,13 +213,13 @@ class HfModel:
         wanted = self._wanted.keys()
         return self.folder.tensors.keys() - wanted - {name + SCALE_SUFFIX for name in wanted}
 
-    def require_complete(self) -> None:
-        """Raises ModelFolderError: all problems at once."""
-        if (problem := self._unknown_head()) is not None:
+    def require_complete(self, unread: str | None = None) -> None:
+        """Raises ModelFolderError: all problems at once; see `problems`."""
+        if unread is None and (problem := self._unknown_head()) is not None:
             raise ModelFolderError(f"{self.folder.path}: {problem}")
         kind = "reward model" if self.has_scalar_head else "language model"
         heading = f"{self.folder.path} does not hold the {self.shape.family} {kind} of its config.json"
-        refuse_if(self.problems(), heading, ModelFolderError)
+        refuse_if(self.problems(unread), heading, ModelFolderError)
 
     def _unknown_head(self) -> str | None:
         """What to say where the wanted head is missing and another one is there."""

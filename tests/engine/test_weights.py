@@ -12,12 +12,14 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from tiny_families import write_family
 from tiny_models import write_llama
+from transformers import AutoModelForCausalLM
 
 from rto_megatron.config.training import FrozenPrecisionConfig
 from rto_megatron.data.packing import token_batch
 from rto_megatron.engine import export
 from rto_megatron.engine.build_roles import build_frozen
 from rto_megatron.engine.source import find_source
+from rto_megatron.engine.weights import hf_reader
 from rto_megatron.errors import ModelFolderError, UserError
 
 
@@ -181,6 +183,43 @@ def test_foreign_names_are_one_sentence_in_the_trainer_too(tmp_path: Path) -> No
     _names(tmp_path, lambda name: f"base_model.model.{name}")
     (error,) = run_ranks(1, _error, "one", tmp_path)
     assert error is not None and "the prefix 'base_model.model.model.' instead of 'model.'" in error
+
+
+def _add(folder: Path, name: str, tensor: torch.Tensor) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, name: tensor}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_what_a_conversion_refuses_is_refused_by_a_stage(tmp_path: Path) -> None:
+    tied, biased, rewards = tmp_path / "tied", tmp_path / "biased", tmp_path / "rewards"
+    write_family(tied, "qwen2_tied")
+    head = torch.ones(97, 64)
+    _add(tied, "lm_head.weight", head)
+    # transformers takes the stored head for the model's, whatever config.json says.
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tied).lm_head.weight, head)
+    write_llama(biased)
+    bias = "model.layers.0.self_attn.q_proj.bias"
+    _add(biased, bias, torch.ones(128))
+    write_llama(rewards, is_scalar=True)
+    _add(rewards, "normalizer.mean", torch.ones(1))
+    with pytest.raises(ModelFolderError, match=r"lm_head\.weight differs from .*tie_word_embeddings=false"):
+        hf_reader(tied, has_scalar_head=False)
+    hf_reader(tied, True, fresh_head_seed=7)  # which reads no head
+    for seed in (None, 7):
+        with pytest.raises(ModelFolderError, match=rf"{bias} \(128,\) is left over"):
+            hf_reader(biased, seed is not None, seed)
+    with pytest.raises(ModelFolderError, match=r"normalizer\.mean \(1,\) is left over"):
+        hf_reader(rewards, has_scalar_head=True)
+
+
+def test_a_head_is_drawn_for_a_decoder_without_one(tmp_path: Path) -> None:
+    write_llama(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    bare = {n.removeprefix("model."): t for n, t in tensors.items() if n != "lm_head.weight"}
+    save_file(bare, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    read = hf_reader(tmp_path, True, fresh_head_seed=7)
+    assert torch.equal(read("model.norm.weight", (128,)), bare["norm.weight"])
+    assert read("score.weight", (1, 128)).abs().max() > 0
 
 
 def test_an_adapter_beside_the_weights_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
