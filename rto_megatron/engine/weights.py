@@ -126,7 +126,10 @@ def hf_reader(folder: Path, has_scalar_head: bool, fresh_head_seed: int | None =
     Raises:
         ModelFolderError: as `HfModel`, or its tensors are not those of config.json; names all of them.
     """
-    model = HfModel(folder, has_scalar_head and fresh_head_seed is None)
+    is_scalar = has_scalar_head and fresh_head_seed is None
+    model = HfModel(folder, is_scalar)
+    if not is_scalar:
+        model.require_language()
     model.require_complete(unread=None if fresh_head_seed is None else LM_HEAD)
     if model.head_bias():
         raise ModelFolderError(

@@ -221,6 +221,15 @@ class HfModel:
         heading = f"{self.folder.path} does not hold the {self.shape.family} {kind} of its config.json"
         refuse_if(self.problems(unread), heading, ModelFolderError)
 
+    def require_language(self) -> None:
+        """Raises ModelFolderError: the folder is a reward model's or critic's, though its embedding may be a head."""
+        head = self._unused_head
+        if head is not None and not self._has_language_head(head):
+            raise ModelFolderError(
+                f"{self.folder.path} holds the score of a reward model or critic ({head.weight}) and no language head; "
+                "name a language model, such as the one that it was made from"
+            )
+
     def _unknown_head(self) -> str | None:
         """What to say where the wanted head is missing and another one is there."""
         stored = self.folder.tensors

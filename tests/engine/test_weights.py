@@ -222,6 +222,18 @@ def test_a_head_is_drawn_for_a_decoder_without_one(tmp_path: Path) -> None:
     assert read("score.weight", (1, 128)).abs().max() > 0
 
 
+@pytest.mark.parametrize("fresh_head_seed", [None, 7])
+@pytest.mark.parametrize("family", ["llama", "qwen2_tied"])
+def test_a_reward_model_is_no_language_model(
+    tmp_path: Path, family: str, fresh_head_seed: int | None
+) -> None:
+    write_family(tmp_path, family, is_scalar=True)
+    with pytest.raises(
+        ModelFolderError, match=r"holds the score of a reward model or critic \(score\.weight\)"
+    ):
+        hf_reader(tmp_path, fresh_head_seed is not None, fresh_head_seed)
+
+
 def test_an_adapter_beside_the_weights_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     write_llama(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
