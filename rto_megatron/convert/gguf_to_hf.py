@@ -17,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -71,7 +72,7 @@ def convert_gguf(source: Path, target: Path, dtype: torch.dtype) -> GgufReport:
 
     Raises:
         MachineError: the package gguf is missing.
-        ModelFolderError: the file cannot be read, or is of another family.
+        ModelFolderError: the file cannot be read, not all of it, or is of another family.
         ConversionError: `target` exists, or what was written is not what was read.
     """
     _require_readable(source)
@@ -80,6 +81,7 @@ def convert_gguf(source: Path, target: Path, dtype: torch.dtype) -> GgufReport:
     try:
         config = AutoConfig.from_pretrained(**where, local_files_only=True)
         _require_family(source, str(config.model_type))
+        _require_read(source, config)
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**where, local_files_only=True)
         read: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             **where, dtype=torch.float32, local_files_only=True
@@ -117,6 +119,27 @@ def _require_family(source: Path, model_type: str) -> None:
     if model_type not in FAMILIES:
         raise ModelFolderError(
             f"{source} holds a model of type {model_type}; known families are {', '.join(FAMILIES)}"
+        )
+
+
+def _require_read(source: Path, config: PreTrainedConfig) -> None:
+    """Refuses what changes a model's outputs and transformers 5.19 leaves unread: scaled rotations, some windows."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(source)
+    values = {name: field.contents() for name, field in reader.fields.items()}
+    unread = [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_")]
+    unread += [f"{n}={v}" for n, v in values.items() if ".rope.scal" in n and v not in ("none", 0, 1)]
+    read, longest = config.to_dict().get("sliding_window"), config.max_position_embeddings
+    unread += [
+        f"{n}={v}"
+        for n, v in values.items()
+        if n.endswith(".attention.sliding_window") and 0 < v < longest and v != read
+    ]
+    if unread:
+        raise ModelFolderError(
+            f"{source} holds {', '.join(unread)}, which transformers does not read, and without which it is another "
+            "model; take the model's release in safetensors"
         )
 
 

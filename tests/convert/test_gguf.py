@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,12 @@ def _packed(name: str, tensor: torch.Tensor, config: LlamaConfig) -> tuple[str, 
     return f"blk.{layer}.{_INNER[part]}.weight", value.contiguous().numpy()
 
 
-def write_gguf(path: Path, model: torch.nn.Module, architecture: str = "llama") -> None:
+def write_gguf(
+    path: Path,
+    model: torch.nn.Module,
+    architecture: str = "llama",
+    change: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
+) -> None:
     """The file that llama.cpp's converter would write, unpacked but for float32."""
     config, tokenizer = model.config, byte_tokenizer()
     writer = gguf.GGUFWriter(path, architecture)
@@ -92,6 +98,7 @@ def write_gguf(path: Path, model: torch.nn.Module, architecture: str = "llama") 
     writer.add_chat_template(TEMPLATE)
     for name, tensor in model.state_dict().items():
         writer.add_tensor(*_packed(name, tensor, config))
+    change(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -128,3 +135,41 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelFolderError, match=r"type gpt2; known families are deepseek_v3, .*llama"):
         rto("convert", "gguf-to-hf", tmp_path / "other.gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def _llama3(writer: gguf.GGUFWriter) -> None:
+    """As Llama 3.1 and later are kept: by what each frequency is divided."""
+    writer.add_tensor("rope_freqs.weight", np.linspace(1, 32, 16, dtype=np.float32))
+
+
+def _yarn(writer: gguf.GGUFWriter) -> None:
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(4.0)
+
+
+def _unscaled(writer: gguf.GGUFWriter) -> None:
+    writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+    writer.add_rope_scaling_factor(1.0)
+    writer.add_sliding_window(256)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_llama3, r"rope_freqs\.weight, which"),
+        (_yarn, r"llama\.rope\.scaling\.type=yarn, llama\.rope\.scaling\.factor=4\.0, which"),
+        (lambda writer: writer.add_sliding_window(255), r"llama\.attention\.sliding_window=255, which"),
+    ],
+)
+def test_what_transformers_leaves_unread_is_refused(
+    tmp_path: Path, change: Callable[[gguf.GGUFWriter], None], said: str
+) -> None:
+    write_gguf(tmp_path / "tiny.gguf", write_llama(tmp_path / "source", vocab_size=320), change=change)
+    with pytest.raises(ModelFolderError, match=said):
+        rto("convert", "gguf-to-hf", tmp_path / "tiny.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_keys_that_scale_and_cut_nothing_are_left_unread(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", write_llama(tmp_path / "source", vocab_size=320), change=_unscaled)
+    assert "bit-equal" in rto("convert", "gguf-to-hf", tmp_path / "tiny.gguf", tmp_path / "out")
