@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rto_megatron.convert.conversion_report import ConversionPlan
+from rto_megatron.data.score_place import read_elsewhere
 from rto_megatron.data.tokenizer import has_sentencepiece_alone, has_tokenizer, load_plain_tokenizer
 from rto_megatron.data.vocabulary import Embedding, spare_tokens, vocabulary_problems
 from rto_megatron.errors import UserError
@@ -13,7 +14,7 @@ from rto_megatron.models.weight_map import dtype_name
 
 
 def vocabulary_notes(folder: Path | None, vocab_size: int, is_scalar: bool) -> tuple[str, ...]:
-    """Where a tokenizer, which is carried as it is, does not fit the model: ids without a row, padding that ends texts.
+    """Where a tokenizer, which is carried as it is, does not fit the model: ids without a row, scores read elsewhere.
 
     Args:
         folder: of the tokenizer; null: there is none.
@@ -28,10 +29,9 @@ def vocabulary_notes(folder: Path | None, vocab_size: int, is_scalar: bool) -> t
     embedding = Embedding("the model", vocab_size)
     spare = spare_tokens(tokenizer, embedding)
     notes = [*vocabulary_problems(tokenizer, embedding), *([spare] if spare else [])]
-    if is_scalar and tokenizer.pad_token_id == tokenizer.eos_token_id:
+    if is_scalar and (where := read_elsewhere(folder, tokenizer)) is not None:
         notes.append(
-            f"the padding token is the end-of-sequence token {tokenizer.eos_token!r}: transformers reads scores "
-            "one token before it, this program and vLLM at it; name another one in config.json and the tokenizer"
+            f"transformers reads scores {where}; this program reads them at that token, where its stages train them"
         )
     return tuple(notes)
 

@@ -23,7 +23,8 @@ from rto_megatron.data.grouping import read_lengths
 from rto_megatron.data.limits import limits_of
 from rto_megatron.data.load_report import Loaded
 from rto_megatron.data.prepared import PreparedData
-from rto_megatron.data.tokenizer import encoding_fingerprint, load_tokenizer
+from rto_megatron.data.score_place import read_elsewhere
+from rto_megatron.data.tokenizer import encoding_fingerprint, load_plain_tokenizer, load_tokenizer
 from rto_megatron.engine.source import WeightSource, find_sources
 from rto_megatron.errors import MachineError
 from rto_megatron.lifecycle.start_up import begin_part
@@ -101,7 +102,8 @@ def prepare_stage(config: schema.Stage, topology: Topology) -> Setup:
     is_open = open_folder_warning(config.run.dir)
     spare = [f"warning: {text}" for text in spare_token_warnings(tokenizer, sources)]
     left_open = [is_open] if is_open else []
-    for warning in [*_unread_weights(sources), *_missing_scales(sources), *spare, *odd_ids, *left_open]:
+    unlike = [*_missing_scales(sources), *_scores_elsewhere(sources)]
+    for warning in [*_unread_weights(sources), *unlike, *spare, *odd_ids, *left_open]:
         say(warning, topology.is_lead)
     if topology.is_lead:
         make_run_folder(config.run.dir)
@@ -250,6 +252,20 @@ def _missing_scales(sources: dict[str, WeightSource]) -> list[str]:
         f"not normalised (mean 0, std 1); add both if the model was released with them"
         for role, source in sources.items()
         if role in SCALAR_ROLES and source.kind in ("hugging_face", "megatron") and not source.has_scale()
+    ]
+
+
+def _scores_elsewhere(sources: dict[str, WeightSource]) -> list[str]:
+    source = sources.get("reward")
+    # With mean and std it is one that this program trained, or one like it.
+    if source is None or source.kind == "checkpoint" or source.has_scale():
+        return []
+    folder = source.hf_folder
+    if (where := read_elsewhere(folder, load_plain_tokenizer(folder))) is None:
+        return []
+    return [
+        f"warning: models.reward: transformers reads the scores of {folder} {where}; here they are read at that token, "
+        "and differ from those of a model that was trained in transformers on such texts"
     ]
 
 

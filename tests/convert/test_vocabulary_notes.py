@@ -72,13 +72,20 @@ def test_an_end_of_sequence_behind_the_embedding_is_reported_as_what_stages_refu
         )
 
 
+def test_of_padding_config_json_decides(source: Path, tmp_path: Path) -> None:
+    change_json(source / "tokenizer_config.json", pad_token=None)
+    change_json(source / "config.json", pad_token_id=2)
+    notes = _notes(source, tmp_path)
+    assert len(notes) == 2 and all("one token before" in note for note in notes)
+
+
 def test_padding_that_ends_sequences_is_reported_of_a_scalar_model_alone(
     source: Path, tmp_path: Path
 ) -> None:
     set_padding(source, "</s>", 2)
     for note in _notes(source, tmp_path):
         assert note.startswith(
-            "the padding token is the end-of-sequence token '</s>': transformers reads scores"
+            "transformers reads scores one token before the end-of-sequence token '</s>', which is the padding token"
         )
     language = tmp_path / "language"
     shutil.copytree(source, language)

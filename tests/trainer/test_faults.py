@@ -12,6 +12,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from stepping import take_step
 from tiny_models import SEQUENCES, write_llama
+from tiny_tokenizers import change_json, set_padding
 from trainer.tiny_runs import ENGINE_VOCAB, WORDS, configure, train, write_rows
 
 from rto_megatron.algorithms.sft import SFT, Config
@@ -180,6 +181,22 @@ def test_a_reward_model_without_mean_and_std_is_announced(
     said = capsys.readouterr().out
     assert f"models.reward: {files / 'models/reward'}/config.json has no mean and std" in said
     assert said.count("has no mean and std") == 1
+
+
+def test_a_reward_model_whose_score_transformers_reads_elsewhere_is_announced(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(files / "models/reward", tmp_path / "reward")
+    config = configure("rto", files, tmp_path / "run", models__reward=tmp_path / "reward")
+    prepare_stage(config, place_of(1, 1))
+    assert "transformers reads the scores" not in capsys.readouterr().out
+    set_padding(tmp_path / "reward", "</s>", 2)
+    prepare_stage(config, place_of(1, 1))
+    said = capsys.readouterr().out
+    assert f"models.reward: transformers reads the scores of {tmp_path / 'reward'} one token before" in said
+    change_json(tmp_path / "reward/config.json", mean=0.1, std=2.0)  # as this program writes them
+    prepare_stage(config, place_of(1, 1))
+    assert "transformers reads the scores" not in capsys.readouterr().out
 
 
 def test_weights_that_lie_unread_beside_the_read_ones_are_said(
