@@ -36,8 +36,9 @@ def build(folder: Path, config: HfConfig, weights: dict[str, Tensor]) -> PreTrai
     settings = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):  # only to learn the class, which alone takes a state dict without a folder
         kind = type(auto.from_config(settings))  # type: ignore[no-untyped-call]  # transformers left it so
+    how = {"dtype": "auto", "attn_implementation": "eager"}  # torch's kernels leave out a soft cap of scores
     model, loading = kind.from_pretrained(
-        None, config=settings, state_dict=weights, dtype="auto", output_loading_info=True
+        None, config=settings, state_dict=weights, output_loading_info=True, **how
     )
     wrong = {what: sorted(loading[what]) for what in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(wrong.values()):

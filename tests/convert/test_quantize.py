@@ -14,10 +14,13 @@ from tiny_models import write_llama
 from typer.testing import CliRunner
 
 from rto_megatron.cli.main import app
-from rto_megatron.convert import quantized_folder
+from rto_megatron.convert import fake_quantized, quantized_folder
+from rto_megatron.convert.logits_error import outputs
 from rto_megatron.convert.quantize import REPORT, Choices, QuantizationReport, quantize_checkpoint
 from rto_megatron.data.synthetic import write_synthetic_task
 from rto_megatron.errors import ConversionError, MachineError, ModelFolderError, TokenizerError
+from rto_megatron.models.hf_config import read_config
+from rto_megatron.storage.hf_folder import HfFolder
 
 TOOL = Path(__file__).parents[2] / "tools" / "quantize_checkpoint.py"
 RANDOM = Choices("fp8", None, num_prompts=8, max_length=32, seed=3)
@@ -46,6 +49,16 @@ def test_the_error_of_the_logits_is_small_and_not_zero(
     assert report.before_to_after.mean_abs < 1e-5
     assert report.bytes_after < 0.5 * report.bytes_before
     assert json.loads((target / REPORT).read_text())["coverage"]["num_quantized"] == 28
+
+
+@torch.no_grad()
+def test_the_model_that_is_measured_caps_its_scores(tmp_path: Path) -> None:
+    """torch's kernels of attention leave Gemma 2's soft cap out."""
+    model, tokens = write_family(tmp_path, "gemma2"), torch.arange(40)[None]
+    folder = HfFolder(tmp_path)
+    weights = {name: folder.tensor(name) for name in folder.tensors}
+    (found,) = outputs(fake_quantized.build(tmp_path, read_config(tmp_path), weights), [tokens])
+    assert torch.allclose(found, model(tokens).logits[0].float(), atol=1e-5)
 
 
 def test_every_projection_is_quantised_and_nothing_else(
