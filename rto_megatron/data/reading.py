@@ -66,9 +66,9 @@ class Reader[T]:
             UserError: the row is in no layout or not whole, or two layouts that it is in say different things.
         """
         matching = [layout for layout in self.layouts if layout.matches(row.columns)]
-        matching = [layout for layout in matching if not layout.is_last_resort] or matching
         named = [layout for layout in matching if layout.name == preferred]
-        first, *others = named or matching or [self.layouts[0]]
+        usual = [layout for layout in matching if not layout.is_last_resort]
+        first, *others = named or usual or matching or [self.layouts[0]]
         value = first.read(row)
         for other in others:
             if not _agrees(other, row, value):

@@ -227,6 +227,19 @@ def test_the_named_layout_decides_and_others_are_read_as_before() -> None:
     assert plain.layout == "response"
 
 
+def test_the_named_layout_decides_where_it_is_a_last_resort_too() -> None:
+    columns = {"prompt": "a", "response": "b", "chosen": "c", "rejected": "d"}
+    for layout, answer in ((None, "b"), ("response", "b"), ("texts", "c")):
+        said = DEMONSTRATIONS.read(Row("rows.jsonl:1", columns), layout)
+        assert (said.layout, said.value[-1].content) == (layout or "response", answer)
+    judged = {"prompt": "a", "completion": "b", "label": False, "chosen": "c", "rejected": "d"}
+    verdicts = JUDGEMENTS.read(Row("rows.jsonl:1", judged), "texts").value
+    assert [(turns[-1].content, is_desirable) for turns, is_desirable in verdicts] == [
+        ("c", True),
+        ("d", False),
+    ]
+
+
 def test_layouts_that_say_the_same_are_not_in_doubt() -> None:
     columns = {"messages": [user("a"), assistant("b")], "instruction": "a", "input": "", "output": "b"}
     assert DEMONSTRATIONS.read(Row("rows.jsonl:1", columns)).layout == "messages"
