@@ -51,7 +51,9 @@ def sharegpt(row: Row) -> list[Message]:
     if has_sharegpt_turns(value):
         assert isinstance(value, list)
         value = [_turn(row, column, number, turn) for number, turn in enumerate(value)]
-    return with_system(row, require_answered(row, column, messages_of(row, column, value)))
+    messages = require_answered(row, column, messages_of(row, column, value))
+    require_prompt(row, column, messages[:-1])
+    return with_system(row, messages)
 
 
 def _turn(row: Row, column: str, number: int, turn: object) -> dict[str, object]:

@@ -66,6 +66,11 @@ CONVERSATIONS: dict[str, tuple[str, dict[str, object], list[tuple[str, str]]]] =
         {"conversation": [says("user", "a"), says("observation", "o"), says("gpt", "b")]},
         [("user", "a"), ("tool", "o"), ("assistant", "b")],
     ),
+    "ShareGPT with its prompt": (
+        "sharegpt",
+        {"prompt": "a", "conversations": [says("system", "s"), says("human", "a"), says("gpt", "b")]},
+        [("system", "s"), ("user", "a"), ("assistant", "b")],
+    ),
     "messages named conversations": (
         "sharegpt",
         {"conversations": [user("a"), assistant("b")]},
@@ -176,6 +181,11 @@ REFUSED: dict[str, tuple[str, dict[str, object], str]] = {
         "demonstrations",
         {"conversations": [says("human", "a"), {"from": "gpt"}]},
         "turn 1 of 'conversations' is",
+    ),
+    "a prompt that ShareGPT's turns do not answer": (
+        "demonstrations",
+        {"prompt": "other", "conversations": [says("human", "a"), says("gpt", "b")]},
+        "column 'prompt' is 'other', and 'conversations' answers",
     ),
     "no answer": (
         "demonstrations",
