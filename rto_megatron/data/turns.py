@@ -104,12 +104,12 @@ def _calls(message: Message) -> bool:
 
 
 def with_system(row: Row, messages: Sequence[Message]) -> list[Message]:
-    """The messages, after a turn with the text of the row's column `system`, if it has one.
+    """The messages, after a turn with the text of the row's column `system`, if it has one; a blank text is none.
 
     Raises:
         DataError: the column holds no text, or the messages begin with another system turn.
     """
-    column = next((name for name in _SYSTEM if row.columns.get(name) is not None), None)
+    column = next((name for name in _SYSTEM if not _is_blank(row.columns.get(name))), None)
     if column is None:
         return list(messages)
     content = row.columns[column]
@@ -123,6 +123,10 @@ def with_system(row: Row, messages: Sequence[Message]) -> list[Message]:
             f"{messages[0].content!r:.60}; keep one"
         )
     return list(messages)
+
+
+def _is_blank(value: object) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def require_prompt(row: Row, column: str, messages: Sequence[Message]) -> None:

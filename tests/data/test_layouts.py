@@ -131,6 +131,11 @@ PAIR_ROWS: dict[str, tuple[str, dict[str, object], list[tuple[str, str]]]] = {
         {"system": "s", "question": "a", "chosen": "b", "rejected": "c"},
         [("system", "s"), ("user", "a")],
     ),
+    "Orca with a blank system text": (
+        "question",
+        {"system": "", "system_prompt": " ", "question": "a", "chosen": "b", "rejected": "c"},
+        [("user", "a")],
+    ),
     "Alpaca": (
         "instruction",
         {"instruction": "a", "input": "x", "chosen": "b", "rejected": "c"},
