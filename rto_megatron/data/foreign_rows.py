@@ -9,7 +9,7 @@ import re
 from rto_megatron.data.messages import Message
 from rto_megatron.data.reading import Cells
 from rto_megatron.data.row import Row
-from rto_megatron.data.rows import require_answered, text
+from rto_megatron.data.rows import is_transcript, require_answered, text
 from rto_megatron.data.turns import messages_of, require_prompt, with_system
 from rto_megatron.errors import DataError
 
@@ -32,11 +32,6 @@ def has_sharegpt_turns(value: object) -> bool:
         and isinstance(value[0], dict)
         and {"from", "value"} <= value[0].keys()
     )
-
-
-def is_transcript(value: object) -> bool:
-    """Whether a value is a text of 'Human: ... Assistant: ...'."""
-    return isinstance(value, str) and value.lstrip().startswith("Human:") and "\n\nAssistant:" in value
 
 
 def conversations_column(cells: Cells) -> str:

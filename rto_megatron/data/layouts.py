@@ -9,7 +9,6 @@ from functools import partial
 from rto_megatron.data.foreign_rows import (
     alpaca_prompt,
     conversations_column,
-    is_transcript,
     question,
     sharegpt,
     transcript,
@@ -22,6 +21,7 @@ from rto_megatron.data.rows import (
     completed,
     conversation,
     first_column,
+    is_transcript,
     label,
     prompt_messages,
     text,

@@ -1,6 +1,7 @@
 """What the columns of a row say: prompts, conversations, answers, margins and verdicts."""
 
 import json
+import re
 from collections.abc import Sequence
 
 from rto_megatron.data.messages import Message
@@ -8,6 +9,11 @@ from rto_megatron.data.row import Row
 from rto_megatron.data.turns import require_prompt, turns, with_system
 from rto_megatron.errors import DataError
 from rto_megatron.types import Columns
+
+# A list of messages, as JSON or Python writes it.
+_WRITTEN_TURNS = re.compile(
+    r"""\s*\[\s*\{\s*(["'])(role|content)\1\s*:.*["'](?!\2)(?:role|content)["']\s*:.*\]\s*""", re.DOTALL
+)
 
 
 def row_id(row: Row) -> str:
@@ -46,9 +52,35 @@ def text(row: Row, column: str) -> str:
     return value
 
 
+def is_transcript(value: object) -> bool:
+    """Whether a value is a text of 'Human: ... Assistant: ...'."""
+    return isinstance(value, str) and value.lstrip().startswith("Human:") and "\n\nAssistant:" in value
+
+
+def _spoken(row: Row, column: str) -> str:
+    """The text of one turn.
+
+    Raises:
+        DataError: it is empty, or holds a list of messages.
+    """
+    said = text(row, column)
+    if _WRITTEN_TURNS.fullmatch(said):
+        raise DataError(
+            f"{row.where}: column {column!r} is a list of messages written as text ({said!r:.40}), which would be read "
+            "as what one of them says; give the list itself"
+        )
+    return said
+
+
 def prompt_messages(row: Row, column: str) -> list[Message]:
     if column == "prompt" and not isinstance(row.columns.get(column), list):
-        return with_system(row, [Message("user", text(row, column))])
+        asked = _spoken(row, column)
+        if is_transcript(asked):
+            raise DataError(
+                f"{row.where}: column 'prompt' is a transcript ({asked!r:.40}), which would be read as one turn of the "
+                "user; give it as a list of messages"
+            )
+        return with_system(row, [Message("user", asked)])
     messages = turns(row, column)
     if messages[-1].role == "assistant":
         raise DataError(
@@ -101,7 +133,7 @@ def _number(row: Row, column: str) -> float:
 def answered(row: Row, prompt: Sequence[Message], column: str) -> list[Message]:
     """The prompt and all turns of the answer in a column, a text or messages, of which the last is the answer."""
     if not isinstance(row.columns.get(column), list):
-        return [*prompt, Message("assistant", text(row, column))]
+        return [*prompt, Message("assistant", _spoken(row, column))]
     answer = turns(row, column)
     if answer[-1].role != "assistant":
         raise DataError(

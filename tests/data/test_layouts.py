@@ -1,5 +1,6 @@
 """Rows of every public layout say what their authors mean; rows that say two things are refused."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 from data.written_rows import write_lines
 from transformers import PreTrainedTokenizerBase
 
-from rto_megatron.data.layouts import DEMONSTRATIONS, JUDGEMENTS, PAIRS, READERS
+from rto_megatron.data.layouts import DEMONSTRATIONS, JUDGEMENTS, PAIRS, PROMPTS, READERS
 from rto_megatron.data.limits import Limits
 from rto_megatron.data.loader import load_demonstrations, load_pairs
 from rto_megatron.data.row import Row
@@ -222,6 +223,30 @@ REFUSED: dict[str, tuple[str, dict[str, object], str]] = {
         {"messages": [user("a"), {**assistant("b"), "weight": 0.5}]},
         "message 1 of 'messages' is",
     ),
+    "a prompt that is a transcript": (
+        "pairs",
+        {"prompt": f"{HH.rstrip()}", "chosen": " b", "rejected": " c"},
+        "column 'prompt' is a transcript .* one turn of the user",
+    ),
+    "a prompt to sample for that is a transcript": (
+        "prompts",
+        {"prompt": f"{HH.rstrip()}"},
+        "column 'prompt' is a transcript",
+    ),
+    "a prompt that is messages as JSON writes them": (
+        "prompts",
+        {"prompt": json.dumps([user("a")])},
+        "column 'prompt' is a list of messages written as text",
+    ),
+    "answers that are messages as Python writes them": (
+        "pairs",
+        {
+            "prompt": "a",
+            "chosen": str([user("a"), assistant("b")]),
+            "rejected": str([user("a"), assistant("c")]),
+        },
+        "column 'chosen' is a list of messages written as text",
+    ),
     "texts without a prompt": ("pairs", {"chosen": "b", "rejected": "c"}, "expected a list of messages"),
 }
 
@@ -253,6 +278,21 @@ def test_the_named_layout_decides_where_it_is_a_last_resort_too() -> None:
         ("c", True),
         ("d", False),
     ]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        '[{"role": "user"}]',
+        '[{"role": "cook", "name": "content"}]',
+        '[{"role": "user", "content": "a"}] is what I sent',
+        "Human: a",
+        "Assistant: a\n\nHuman: b",
+    ],
+)
+def test_a_text_that_looks_like_turns_and_is_none_is_read_as_it_is(said: str) -> None:
+    (turn,) = PROMPTS.read(Row("rows.jsonl:1", {"prompt": said})).value
+    assert turn.content == said
 
 
 def test_layouts_that_say_the_same_are_not_in_doubt() -> None:
