@@ -10,6 +10,7 @@ from itertools import batched
 from pathlib import Path
 
 from rto_megatron.config.problems import suggestion
+from rto_megatron.config.source_names import absolute
 from rto_megatron.data.layouts import PROMPTS
 from rto_megatron.data.messages import Message, Turn
 from rto_megatron.data.row import Row
@@ -69,7 +70,8 @@ def write_pairs(responses: str, prompts: str, out: Path, by: str, noise: float, 
         DataError: a prompt or a column is missing, or no pair is left.
     """
     rated = _rated(responses, by)
-    asked = {row_id(row): row for row in read_rows(prompts)}
+    # Rows without an id are known by their place, which a run names absolutely.
+    asked = {row_id(row): row for row in read_rows(absolute(prompts))}
     missing = [prompt_id for prompt_id in rated if prompt_id not in asked]
     if missing:
         raise DataError(

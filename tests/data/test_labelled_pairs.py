@@ -64,6 +64,19 @@ def test_what_no_label_can_be_given_to_is_left_out_and_counted(tmp_path: Path) -
     assert (counts.written, counts.ties, counts.cut, counts.empty) == (1, 1, 1, 1)
 
 
+def test_prompts_without_ids_are_found_by_a_relative_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run knows such a prompt by its file and line, and makes the names of its recipe absolute."""
+    asked = write_lines(tmp_path / "prompts.jsonl", [{"prompt": "question"}])
+    rated = write_lines(
+        tmp_path / "evaluation.jsonl", [answer(f"{asked}:1", text, len(text)) for text in ("a", "ab")]
+    )
+    monkeypatch.chdir(tmp_path)
+    for name in ("prompts.jsonl", "./prompts.jsonl", "prompts*.jsonl", asked):
+        assert write_pairs(rated, name, tmp_path / "pairs.jsonl", "reward/rules", 0.0, seed=0).written == 1
+
+
 def test_labels_are_turned_as_often_as_bradley_and_terry_say(tmp_path: Path) -> None:
     count, lead, noise = 4000, 0.3, 0.2
     rows = [
