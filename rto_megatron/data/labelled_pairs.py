@@ -103,6 +103,7 @@ def write_pairs(responses: str, prompts: str, out: Path, by: str, noise: float, 
 
 def _rated(responses: str, by: str) -> dict[str, list[Rated]]:
     found: dict[str, list[Rated]] = defaultdict(list)
+    asked: dict[str, object] = {}
     for row in read_rows(responses):
         reward, text = row.columns.get(by), row.columns.get("response")
         if not isinstance(reward, int | float) or not math.isfinite(reward):
@@ -115,8 +116,14 @@ def _rated(responses: str, by: str) -> dict[str, list[Rated]]:
             raise DataError(
                 f"{row.where}: a response has the columns prompt_id and response, as the stage evaluate writes them"
             )
+        prompt_id, prompt = row_id(row), row.columns.get("prompt")
+        if asked.setdefault(prompt_id, prompt) != prompt:
+            raise DataError(
+                f"{row.where}: its prompt_id is {prompt_id!r}, as that of another prompt before it, whose responses "
+                "it would be paired with; evaluate again with a prompt_id (or id) of its own for every prompt"
+            )
         is_cut = row.columns.get("finish_reason") == "length"
-        found[row_id(row)].append(Rated(text, float(reward), is_cut))
+        found[prompt_id].append(Rated(text, float(reward), is_cut))
     return found
 
 

@@ -105,6 +105,10 @@ def test_a_certain_label_does_not_overflow(tmp_path: Path) -> None:
         ([{"prompt_id": "p0", "response": "a", "reward/rule": 1.0}], "did you mean reward/rule"),
         ([{"response": "a", "reward/rules": 1.0}], "has the columns prompt_id and response"),
         ([answer("p0", "a", 1.0)], "no pair is left"),
+        (
+            [{**answer("p0", "a", 1.0), "prompt": "x"}, {**answer("p0", "b", 0.0), "prompt": "y"}],
+            "evaluation.jsonl:2: its prompt_id is 'p0', as that of another prompt",
+        ),
     ],
 )
 def test_what_cannot_be_paired_is_said(rows: list[dict[str, object]], message: str, tmp_path: Path) -> None:
