@@ -16,6 +16,7 @@ from rto_megatron.data.messages import Message, Turn
 from rto_megatron.data.row import Row
 from rto_megatron.data.rows import row_id
 from rto_megatron.data.sources import read_rows
+from rto_megatron.data.turns import TEMPLATE_COLUMNS
 from rto_megatron.errors import DataError
 
 
@@ -144,6 +145,7 @@ def _labelled(first: Rated, second: Rated, noise: float, draw: random.Random) ->
 
 def _line(row: Row, prompt_id: str, chosen: Rated, rejected: Rated) -> str:
     prompt: list[Turn] = [message.turn() for message in PROMPTS.read(row).value]
+    beside = {column: row.columns[column] for column in TEMPLATE_COLUMNS if column in row.columns}
     pair = {
         "prompt_id": prompt_id,
         "prompt": prompt,
@@ -151,5 +153,6 @@ def _line(row: Row, prompt_id: str, chosen: Rated, rejected: Rated) -> str:
         "rejected": [Message("assistant", rejected.text).turn()],
         "chosen_reward": chosen.reward,
         "rejected_reward": rejected.reward,
+        **beside,
     }
     return json.dumps(pair, ensure_ascii=False)

@@ -15,7 +15,9 @@ from rto_megatron.data.row import Row
 from rto_megatron.errors import DataError
 
 _SYSTEM = ("system", "system_prompt")
+_TOOLS = "tools"
 _ARGUMENTS = "chat_template_kwargs"  # TRL's name
+TEMPLATE_COLUMNS = (_TOOLS, _ARGUMENTS)  # what a row says to the chat template beside its turns
 _SPOKEN = ("user", "assistant")  # turns that say something or are none
 _UNASKED = ("system", "assistant")
 _EXPECTED_TURNS = "expected a list of messages {'role': ..., 'content': ...}"  # and weight, 0 or 1
@@ -164,13 +166,13 @@ def conversation_of(row: Row, messages: Sequence[Message]) -> Conversation:
 
 
 def _tools(row: Row) -> tuple[dict[str, object], ...]:
-    value = _decoded(row, "tools")
+    value = _decoded(row, _TOOLS)
     tools = [parsed(tool) for tool in value] if isinstance(value, list) else value
     if tools is None or tools == "":
         return ()
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise DataError(
-            f"{row.where}: column 'tools' is {row.columns['tools']!r:.60}, expected a list of JSON schemas "
+            f"{row.where}: column {_TOOLS!r} is {row.columns[_TOOLS]!r:.60}, expected a list of JSON schemas "
             "{'type': 'function', 'function': {...}}"
         )
     return tuple(tools)

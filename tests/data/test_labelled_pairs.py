@@ -10,8 +10,10 @@ from typer.testing import CliRunner
 
 from rto_megatron.cli.main import app
 from rto_megatron.data.labelled_pairs import write_pairs
-from rto_megatron.data.layouts import PAIRS
+from rto_megatron.data.layouts import PAIRS, PROMPTS
+from rto_megatron.data.row import Row
 from rto_megatron.data.sources import read_rows
+from rto_megatron.data.turns import conversation_of
 from rto_megatron.errors import DataError
 
 
@@ -75,6 +77,24 @@ def test_prompts_without_ids_are_found_by_a_relative_name(
     monkeypatch.chdir(tmp_path)
     for name in ("prompts.jsonl", "./prompts.jsonl", "prompts*.jsonl", asked):
         assert write_pairs(rated, name, tmp_path / "pairs.jsonl", "reward/rules", 0.0, seed=0).written == 1
+
+
+def test_what_prompts_say_to_the_chat_template_stands_beside_their_pairs(tmp_path: Path) -> None:
+    beside: dict[str, object] = {
+        "tools": [{"type": "function", "function": {"name": "add"}}],
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    columns = {"prompt_id": "p0", "prompt": "question", "system": "be short", **beside}
+    asked = write_lines(tmp_path / "prompts.jsonl", [columns])
+    rated = write_lines(
+        tmp_path / "evaluation.jsonl", [answer("p0", text, len(text)) for text in ("a", "ab")]
+    )
+    write_pairs(rated, asked, tmp_path / "pairs.jsonl", "reward/rules", 0.0, seed=0)
+    (row,) = read_rows(str(tmp_path / "pairs.jsonl"))
+    prompt = conversation_of(Row(asked, columns), PROMPTS.read(Row(asked, columns)).value)
+    chosen, _ = PAIRS.read(row).value
+    assert conversation_of(row, chosen).prompt == prompt
+    assert prompt.tools and prompt.arguments and prompt.roles == ["system", "user"]
 
 
 def test_labels_are_turned_as_often_as_bradley_and_terry_say(tmp_path: Path) -> None:
