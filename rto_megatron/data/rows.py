@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rto_megatron.data.messages import Message
 from rto_megatron.data.row import Row
+from rto_megatron.data.soundness import require_characters
 from rto_megatron.data.turns import require_prompt, turns, with_system
 from rto_megatron.errors import DataError
 from rto_megatron.types import Columns
@@ -17,10 +18,14 @@ _WRITTEN_TURNS = re.compile(
 
 
 def row_id(row: Row) -> str:
-    """The row's own id, else its place in the source."""
+    """The row's own id, else its place in the source; an empty text is no id.
+
+    Raises:
+        DataError: half of a character stands in it.
+    """
     for column in ("prompt_id", "id"):
-        if column in row.columns:
-            return str(row.columns[column])
+        if named := str(row.columns.get(column, "")):
+            return require_characters(named, row.where)
     return row.where
 
 

@@ -75,6 +75,19 @@ def test_examples_come_back_as_they_are_loaded(
     assert (tmp_path / "cache").stat().st_mode & 0o777 == entry.stat().st_mode & 0o777 == 0o700
 
 
+def test_an_empty_id_is_the_place_of_its_row_and_half_a_character_is_named(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    prepared = prepared_in(tmp_path / "cache", tokenizer)
+    source = write_lines(
+        tmp_path / "rows.jsonl", [{"id": "", "prompt": "the fox"}, {"id": 0, "prompt": "a dog"}]
+    )
+    assert [prompt.id for prompt in prepared.prompts(source).items] == [f"{source}:1", "0"]
+    halved = write_lines(tmp_path / "halved.jsonl", [{"id": "x\ud83d", "prompt": "the fox"}])
+    with pytest.raises(DataError, match=r"halved\.jsonl:1: the text holds a lone surrogate"):
+        prepared.prompts(halved)
+
+
 def test_rows_are_read_once(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     source = write_lines(tmp_path / "rows.jsonl", [pair()])
     first = prepared_in(tmp_path / "cache", tokenizer).pairs(source)
