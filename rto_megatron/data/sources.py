@@ -140,9 +140,13 @@ def _table(named: HubSet) -> "Dataset":
 
     try:
         return datasets.load_dataset(named.name, named.config, split=named.split)
-    except (datasets.exceptions.DatasetNotFoundError, OSError, ValueError) as error:
+    except (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError) as error:
+        is_unsaid = isinstance(
+            error, datasets.exceptions.DatasetGenerationError
+        )  # what is wrong is its cause
+        reason = " ".join(str(error.__cause__ if is_unsaid and error.__cause__ else error).split())
         raise DataError(
             f"data set {named.name!r}, {'' if named.config is None else f'config {named.config!r}, '}split "
-            f"{named.split!r}, could not be loaded from the hub ({error}); check these names and the network, or give "
+            f"{named.split!r}, could not be loaded from the hub ({reason}); check these names and the network, or give "
             "a local file"
         ) from error

@@ -85,6 +85,23 @@ def test_a_config_and_a_slice_of_a_data_set_are_loaded(
         list(scan_rows("owner/name:third:train"))
 
 
+def test_a_data_set_that_the_library_cannot_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted, unlike = tmp_path / "owner" / "scripted", tmp_path / "owner" / "unlike"
+    for folder in (scripted, unlike):
+        folder.mkdir(parents=True)
+    (scripted / "scripted.py").write_text("")
+    write_lines(unlike / "train-0.jsonl", [{"a": [1]}])
+    write_lines(unlike / "train-1.jsonl", [{"a": "x"}])
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)  # load_dataset takes the folder of that name
+    with pytest.raises(DataError, match=r"'owner/scripted', .*Dataset scripts are no longer supported"):
+        list(scan_rows("owner/scripted:train"))
+    with pytest.raises(DataError, match=r"'owner/unlike', .*(array|list)"):
+        list(scan_rows("owner/unlike:train"))
+
+
 REFUSED = {
     "nothing matches": ("none*.jsonl", "no data file matches"),
     "a folder without files": ("empty", "holds no file ending in"),
