@@ -116,6 +116,11 @@ def _readable(path: Path) -> Path:
 def _of_folder(folder: Path) -> list[Path]:
     names = sorted(p for p in folder.iterdir() if p.is_file() and p.name.endswith(SUFFIXES))
     files = [path for path in names if not path.name.startswith(".")]
+    if (folder / "dataset_dict.json").is_file() or any(folder.glob("*.arrow")):
+        raise DataError(
+            f"the folder {folder} is what save_to_disk of datasets writes, whose Arrow files are not read; write every "
+            "split of it with Dataset.to_parquet(FILE), and name that file"
+        )
     if not files:
         deeper = next((p for p in folder.glob("*/*") if p.name.endswith(SUFFIXES)), None)
         hint = f"; {deeper.parent} has some" if deeper else ""

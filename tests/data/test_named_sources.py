@@ -129,6 +129,15 @@ def test_a_source_that_is_none_is_named(case: str, tmp_path: Path, monkeypatch: 
         list(scan_rows(name))
 
 
+def test_what_save_to_disk_wrote_is_named(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    DatasetDict(train=Dataset.from_list([{"text": "a"}])).save_to_disk(tmp_path / "saved")
+    for folder in (tmp_path / "saved", tmp_path / "saved" / "train"):
+        with pytest.raises(DataError, match=f"{folder} is what save_to_disk of datasets writes.*to_parquet"):
+            list(scan_rows(str(folder)))
+
+
 def test_files_of_one_split_are_one_set(tmp_path: Path) -> None:
     numbered(tmp_path, "train-1.jsonl", "train-0.jsonl")
     assert local_files(str(tmp_path)) == [tmp_path / "train-0.jsonl", tmp_path / "train-1.jsonl"]
