@@ -56,6 +56,11 @@ def _opened(path: Path) -> TextIO:
 
 
 def _names(path: Path, names: list[str]) -> list[str]:
+    if names and not names[0] and all(names[1:]):
+        raise DataError(
+            f"{path}: its first column has no name, as the index that pandas writes; write the table without it "
+            "(to_csv(..., index=False)), or name it"
+        )
     if not names or "" in names or len(set(names)) < len(names):
         raise DataError(
             f"{path}: its first line is {names!r:.80}, expected the name of every column, each once; add that line"

@@ -179,6 +179,7 @@ def test_rows_of_a_table_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     [
         (b"a,a\n1,2\n", "expected the name of every column"),
         (b"a,\n1,2\n", "expected the name of every column"),
+        (b",a,b\n0,1,2\n", r"its first column has no name, as the index that pandas writes; .*index=False"),
         (b'a,b\n1,"2\n', "what follows row 0 is no comma-separated table"),
         (b"a,b\n1,\xff\n", "not UTF-8"),
         (json.dumps({"a": 1}).encode(), "is JSON objects, one a line; rename it to .jsonl"),
