@@ -21,6 +21,8 @@ from rto_megatron.data.turns import conversation_of
 from rto_megatron.errors import DataError
 from rto_megatron.types import Demonstration, EndOfSequence
 
+_OF_PROMPTS = ("truncated_prompts", "earlier_thoughts_left_out")  # counts
+
 
 class OverlongError(DataError):
     """A prompt over its limit, where that is an error whatever happens to bad rows."""
@@ -113,6 +115,19 @@ class Encoder:
         self.counts["truncated_answers"] += is_cut
         self.counts["truncated_answers_closed"] += is_cut and self.closes_cut_answers
         return replace(exchange, prompt_ids=prompt_ids, answer_ids=self.fitted(exchange.answer_ids, room))
+
+    def answers(self, row: Row, conversations: Sequence[Sequence[Message]]) -> list[Exchange] | None:
+        """As `example`, of several answers to one prompt, which is counted once."""
+        found = []
+        before = {name: self.counts[name] for name in _OF_PROMPTS}
+        for messages in conversations:
+            for name in _OF_PROMPTS:
+                self.counts[name] = before[name]
+            exchange = self.example(row, messages)
+            if exchange is None:
+                return None
+            found.append(exchange)
+        return found
 
     def turns(self, row: Row, messages: Sequence[Message]) -> Demonstration | None:
         """A conversation of which all turns of the assistant are learnt, within the limits; None: the row is dropped.

@@ -74,19 +74,19 @@ def load_pairs(
     encoder = Encoder(tokenizer, limits, eos)
 
     def convert(row: Row) -> PreferencePair | None:
-        chosen, rejected = encoder.read(PAIRS, row)
+        conversations = encoder.read(PAIRS, row)
         by = margin(row) if has_margins else 0.0
-        chosen_exchange = encoder.example(row, chosen)
-        rejected_exchange = encoder.example(row, rejected)
-        if chosen_exchange is None or rejected_exchange is None:
+        answers = encoder.answers(row, conversations)
+        if answers is None:
             return None
+        chosen, rejected = answers
         encoder.counts["pairs_without_margin"] += by is None
-        encoder.counts["identical_pairs"] += chosen_exchange.answer_ids == rejected_exchange.answer_ids
+        encoder.counts["identical_pairs"] += chosen.answer_ids == rejected.answer_ids
         return PreferencePair(
             id=row_id(row),
-            prompt_ids=chosen_exchange.prompt_ids,
-            chosen_ids=chosen_exchange.answer_ids,
-            rejected_ids=rejected_exchange.answer_ids,
+            prompt_ids=chosen.prompt_ids,
+            chosen_ids=chosen.answer_ids,
+            rejected_ids=rejected.answer_ids,
             margin=by or 0.0,
         )
 
@@ -165,15 +165,14 @@ def load_judged_rows(
     encoder = Encoder(tokenizer, limits, eos)
 
     def convert(row: Row) -> tuple[JudgedResponse, ...] | None:
-        answers = []
-        for messages, is_desirable in encoder.read(JUDGEMENTS, row):
-            exchange = encoder.example(row, messages)
-            if exchange is None:
-                return None
-            answers.append(
-                JudgedResponse(row_id(row), exchange.prompt_ids, exchange.answer_ids, is_desirable, ())
-            )
-        return tuple(answers)
+        judged = encoder.read(JUDGEMENTS, row)
+        answers = encoder.answers(row, [messages for messages, _ in judged])
+        if answers is None:
+            return None
+        return tuple(
+            JudgedResponse(row_id(row), answer.prompt_ids, answer.answer_ids, is_desirable, ())
+            for answer, (_, is_desirable) in zip(answers, judged, strict=True)
+        )
 
     return load_rows(source, convert, encoder, max_rows)
 

@@ -160,6 +160,14 @@ def test_reasoning_of_earlier_turns_is_counted(tokenizer: PreTrainedTokenizerBas
         assert "1 earlier thoughts left out" in report
 
 
+def test_reasoning_before_a_pair_is_counted_once(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    asked = [user("a"), assistant("<think>so</think>b"), user("c")]
+    row = {"chosen": [*asked, assistant("d")], "rejected": [*asked, assistant("e")]}
+    source = write_lines(tmp_path / "pairs.jsonl", [row])
+    loaded = load_pairs(source, with_template(tokenizer, REASONS), limits())
+    assert loaded.report.earlier_thoughts_left_out == 1
+
+
 def test_an_opened_thought_is_never_opened_twice(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     opening = with_template(tokenizer, OPENS)
     row = {"messages": [user("a"), assistant("<think>\nso\n</think>\n\nb")]}

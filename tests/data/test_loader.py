@@ -201,6 +201,17 @@ def test_left_truncation_keeps_the_start_token_and_the_header(
     assert loaded.report.truncated_prompts == 1
 
 
+def test_the_prompt_of_a_pair_is_counted_once(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    rows = [*(pair_row(f"{start} fox " * 50) for start in ("the", "a")), pair_row("short")]
+    source = write_lines(tmp_path / "p.jsonl", rows)
+    limits = Limits(20, 400, "truncate_left")
+    for report in (
+        load_pairs(source, tokenizer, limits).report,
+        load_judged(source, tokenizer, limits).report,
+    ):
+        assert (report.rows, report.truncated_prompts) == (3, 2)
+
+
 def test_a_prompt_leaves_room_for_an_answer(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     source = write_lines(tmp_path / "pairs.jsonl", [pair_row("the fox " * 50)])
     (pair,) = load_pairs(source, tokenizer, Limits(100, 20, "truncate_left")).items
