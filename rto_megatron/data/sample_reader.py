@@ -1,10 +1,10 @@
 """Responses as token ids become the samples that functions and services rate."""
 
 from collections.abc import Mapping
-from functools import cache
 
 from transformers import PreTrainedTokenizerBase
 
+from rto_megatron.data.token_text import TokenText
 from rto_megatron.rewards.sample import Sample
 from rto_megatron.types import Columns, Rollout
 
@@ -24,7 +24,8 @@ class SampleReader:
     ) -> None:
         self._tokenizer = tokenizer
         self._columns = columns
-        self._text_of = cache(lambda token: str(tokenizer.decode([token])))
+        anchor = tokenizer.encode("a", add_special_tokens=False)[-1]
+        self._text_of = TokenText(lambda ids: str(tokenizer.decode(list(ids))), anchor)
 
     def sample(self, rollout: Rollout) -> Sample:
         """The rollout as sources outside see it."""

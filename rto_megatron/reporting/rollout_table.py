@@ -4,7 +4,7 @@ Columns that start with `token/` hold a list with a number for each response tok
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,36 +12,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rto_megatron.data.token_text import Decode, TokenText
 from rto_megatron.types import Experience, Rollout, ScoredRollouts
 
 TOKEN = "token/"  # what the names of columns with a number for each token start with
 SOURCE = "source/"  # what the names of columns with what a source of rewards gave start with
 PAID = "paid/"  # and of those with what of it entered the reward
-Decode = Callable[[Sequence[int]], str]
-
-
-class TokenText:
-    """The text of single tokens, with the space before a word where the token has one.
-
-    Example:
-        TokenText(decode, anchor=5)(17) == " world"
-    """
-
-    def __init__(self, decode: Decode, anchor: int) -> None:
-        """Takes a token of a letter as `anchor`: some tokenizers drop a leading space, but not behind another token."""
-        self._decode = decode
-        self._anchor = anchor
-        self._before = decode([anchor])
-        self._known: dict[int, str] = {}
-
-    def __call__(self, token: int) -> str:
-        """The text of one token; a part of a character is the replacement character."""
-        if token not in self._known:
-            text = self._decode([self._anchor, token])
-            self._known[token] = (
-                text.removeprefix(self._before) if text.startswith(self._before) else self._decode([token])
-            )
-        return self._known[token]
 
 
 @dataclass(frozen=True)

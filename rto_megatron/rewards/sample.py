@@ -15,7 +15,8 @@ class Sample:
     Args:
         prompt: as the policy read it, with everything that the chat template wrote.
         response: without special tokens.
-        tokens: the text of each response token alone; a token that ends the response is among them.
+        tokens: the text of each response token, with the space before a word where the token has one; a token that ends
+            the response is among them.
         columns: everything that the prompt's row of the data has, the prompt itself among it.
 
     Example:

@@ -8,8 +8,9 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from rto_megatron.config import schema
+from rto_megatron.data.token_text import TokenText
 from rto_megatron.reporting.rollout_files import RolloutFiles, forget_after
-from rto_megatron.reporting.rollout_table import StepRollouts, TokenText, gathered, rollout_table
+from rto_megatron.reporting.rollout_table import StepRollouts, gathered, rollout_table
 from rto_megatron.trainer.setup import Setup
 from rto_megatron.types import Experience, Metrics, ScoredRollouts
 

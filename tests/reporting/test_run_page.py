@@ -10,10 +10,11 @@ from reporting.browser import CHROMIUM, chromium_tab
 from typer.testing import CliRunner
 
 from rto_megatron.cli.main import app
+from rto_megatron.data.token_text import TokenText
 from rto_megatron.errors import UserError
 from rto_megatron.reporting.metrics import MetricLog
 from rto_megatron.reporting.rollout_files import RolloutFiles
-from rto_megatron.reporting.rollout_table import StepRollouts, TokenText, rollout_table
+from rto_megatron.reporting.rollout_table import StepRollouts, rollout_table
 from rto_megatron.reporting.run_page import view_of, write_page
 from rto_megatron.types import Rollout
 
