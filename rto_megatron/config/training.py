@@ -328,7 +328,7 @@ class OptimizerConfig(Section):
     lr: float = Field(gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0, description="of all weights but norms and biases")
     max_grad_norm: float | None = Field(default=1.0, gt=0, description="null: no clipping")
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_fraction: float = Field(default=0.03, ge=0, lt=1)

@@ -54,7 +54,10 @@ def build_optimizer(
     parallel: training.TrainParallelConfig,
     topology: Topology,
 ) -> MegatronOptimizer:
-    """Adam or plain SGD over the wrapped model, its state allocated so that a checkpoint can be loaded."""
+    """Adam or plain SGD over the wrapped model, its state allocated so that a checkpoint can be loaded.
+
+    Norms and biases do not decay. Source: OpenRLHF 0.4.4, utils/deepspeed/deepspeed_utils.py.
+    """
     dtype = model[0].config.params_dtype
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -74,6 +77,8 @@ def build_optimizer(
         pg_collection=topology.groups,
         use_gloo_process_groups=False,
     )
+    for group in optimizer.param_groups:  # what Megatron's scheduler of rates does, which is not used
+        group["weight_decay"] = config.weight_decay * group["wd_mult"]
     if config.kind == "adam":
         prime_adam_state(optimizer)
         step_at_once(optimizer)
