@@ -89,6 +89,7 @@ class Run:
         self._saving: Saving | None = None  # the checkpoint that is being written beside the training
         self._resume()
         self._saved_step = self.step
+        self._heard_at, self._is_stopping = self.step, False  # the step of which it was asked last
         self._log: MetricLog | None = None
         if topology.is_lead:
             load.save(config, self.dir)
@@ -208,10 +209,9 @@ class Run:
         self._finish_saving()
         self.step += 1
         self.state, self._keep_ahead = state, keep_ahead
-        is_stopping = self._topology.any(is_asked_to_stop(self.dir)) and self.step < self.num_steps
-        if is_stopping or self.is_saved(self.step):
+        if self.is_saved(self.step):
             self._save()
-        if is_stopping:
+        if self._is_stopping:
             self._finish_saving()
             raise Preempted(f"told to stop; step {self.step} of {self.num_steps} is saved in {self.dir}")
 
@@ -259,8 +259,15 @@ class Run:
         return step == self.num_steps or (every is not None and step % every == 0)
 
     def is_saved(self, step: int) -> bool:
-        """True where a checkpoint follows the step."""
-        return self.is_due(self._config.save_every, step)
+        """True where a checkpoint follows the step that is being made; all ranks must call it.
+
+        A request to stop that comes after the first call is heard at the next step: what is measured for a checkpoint
+        is measured for every one.
+        """
+        if self._heard_at != step:
+            is_asked = self._topology.any(is_asked_to_stop(self.dir))
+            self._heard_at, self._is_stopping = step, is_asked and step < self.num_steps
+        return self._is_stopping or self.is_due(self._config.save_every, step)
 
     def close(self, export_role: str) -> None:
         """Exports the trained model in Hugging Face format to <run>/hf; all ranks must call it."""

@@ -1,5 +1,6 @@
-"""Preference stages at their edges: few held-out examples, verdicts as rows, tied embeddings, unlike vocabularies."""
+"""Preference stages at their edges: few held-out examples, an early end, verdicts, tied embeddings, vocabularies."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tiny_models import write_llama
 from torch import Tensor
 from trainer.tiny_runs import configure, train, write_rows
 
+from rto_megatron.lifecycle.stopping import STOP_FILE
 from rto_megatron.reporting.metrics import read_metrics
 
 
@@ -73,6 +75,21 @@ def test_fewer_held_out_examples_than_replicas_are_evaluated(stage: str, files: 
     assert run_ranks(num_replicas, train, many, timeout_seconds=60) == [None] * num_replicas
     losses = [read_metrics(tmp_path / layout)[-1]["eval/loss"] for layout in ("one", "dp2")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_reward_model_that_is_told_to_stop_keeps_mean_and_std_of_its_scores(
+    files: Path, tmp_path: Path
+) -> None:
+    (tmp_path / STOP_FILE).touch()
+    config = configure("reward_model", files, tmp_path)
+    (ending,) = run_ranks(1, train, config)
+    assert ending is not None and ending.startswith("told to stop; step 1 of 4 is saved")
+    kept = json.loads((tmp_path / "checkpoints/step_000001/reward/hf/config.json").read_text())
+    (entry,) = read_metrics(tmp_path)
+    count, mean = 12, entry["eval/mean_reward"]  # both answers of six pairs
+    variance = (entry["eval/mean_squared_reward"] - mean**2) * count / (count - 1)
+    assert kept["mean"] == pytest.approx(mean)
+    assert kept["std"] == pytest.approx(variance**0.5)
 
 
 def _exported(files: Path, run_dir: Path, layout: str, models: Path) -> dict[str, Tensor]:
