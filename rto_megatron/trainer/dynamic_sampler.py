@@ -1,8 +1,9 @@
 """DAPO's dynamic sampling: a step samples prompts until its batch is full of groups whose scores differ.
 
-A group of equal scores has no advantage: it would only make the batch smaller. Which groups are taken depends on their
-order among all prompts and not on how replicas share them: replicas exchange groups where their shares are uneven.
-What is taken is scored again with everything else, so that a step's rewards are of its own batch.
+A group of equal scores has no advantage: it would only make the batch smaller. What sources pay tokens is part of a
+response's score here. Which groups are taken depends on their order among all prompts and not on how replicas share
+them: replicas exchange groups where their shares are uneven. What is taken is scored again with everything else, so
+that a step's rewards are of its own batch.
 
 Source: arXiv 2503.14476, section 3.2; verl, recipe/dapo (max_num_gen_batches).
 """
@@ -42,7 +43,9 @@ def full_batches(
 
     def scores(drawn: Sequence[Rollout]) -> Tensor:
         roles.memory.enter("judge")
-        return roles.reward.rate(close_rollouts(drawn, setup.eos, algorithm.truncated)).score_B
+        rewards = roles.reward.rate(close_rollouts(drawn, setup.eos, algorithm.truncated))
+        tokens_BR = rewards.source_BR
+        return rewards.score_B if tokens_BR is None else rewards.score_B + tokens_BR.sum(dim=1)
 
     return DynamicSampler(sampler, config, algorithm.max_sampling_rounds, scores, setup.topology, record)
 

@@ -23,6 +23,7 @@ from rto_megatron.trainer.connected_pool import ConnectedPool
 from rto_megatron.trainer.dynamic_sampler import DynamicSampler
 from rto_megatron.trainer.online import train_online
 from rto_megatron.trainer.parts import planned_parts
+from rto_megatron.trainer.reward_source import RewardSource
 from rto_megatron.types import Rollout
 
 GROUP, NUM_GROUPS = 2, 4
@@ -117,14 +118,48 @@ class CoinReward:
         return torch.tensor([1.0 if self._is_constant else float(r.response_ids[0] % 2) for r in rollouts])
 
 
-def _train(config: ReinforcementStage, is_constant: bool = False) -> str | None:
+class TokenReward:
+    """Pays the coin of `CoinReward` on the first token of a response."""
+
+    def scores(self, rollouts: Sequence[Rollout]) -> Tensor:
+        """See `RewardSource.scores`."""
+        grid_BR = torch.zeros(len(rollouts), max(len(r.response_ids) for r in rollouts))
+        grid_BR[:, 0] = CoinReward(is_constant=False).scores(rollouts)
+        return grid_BR
+
+
+def _train(
+    config: ReinforcementStage, is_constant: bool = False, reward: RewardSource | None = None
+) -> str | None:
     place, engine = join(config), ScriptedEngine(ENGINE_VOCAB)
-    parts = replace(planned_parts(), reward=CoinReward(is_constant))
+    parts = replace(planned_parts(), reward=reward or CoinReward(is_constant))
     try:
         train_online(config, place, ConnectedPool(engine, HeldPush(engine)), parts)
     except UserError as error:
         return str(error)
     return None
+
+
+def test_what_sources_pay_for_tokens_belongs_to_the_score_of_a_response(files: Path, tmp_path: Path) -> None:
+    keys = {
+        "run__steps": 2,
+        "batch__train": 8,
+        "batch__rollout": 4,
+        "algorithm__samples_per_prompt": 2,
+        "algorithm__max_sampling_rounds": 9,
+    }
+    drawn = {}
+    for name, reward in (("response", CoinReward(is_constant=False)), ("tokens", TokenReward())):
+        config = configure("dapo", files, tmp_path / name, **keys)
+        assert run_ranks(1, _train, config, reward=reward) == [None]
+        drawn[name] = [
+            [
+                entry[f"rollout/{key}"]
+                for key in ("sampling_rounds", "informative_fraction", "response_tokens")
+            ]
+            for entry in read_metrics(tmp_path / name)
+        ]
+    assert drawn["tokens"] == drawn["response"]
 
 
 def test_a_run_samples_until_its_batches_are_full_and_resumes_exactly(files: Path, tmp_path: Path) -> None:
