@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from rto_megatron.algorithms.losses import count_tokens, keep, to_metrics
 from rto_megatron.algorithms.pool_importance import ImportanceMode, pool_ratio
 from rto_megatron.algorithms.token_rewards import kl_k1, kl_k3, truncated_rows
-from rto_megatron.types import Experience, Metrics, ScoredRollouts
+from rto_megatron.types import Experience, Metrics, ScoredRollouts, TokenRewards
 
 
 def credit_metrics(scored: ScoredRollouts, experience: Experience) -> Metrics:
@@ -45,15 +45,17 @@ def credit_metrics(scored: ScoredRollouts, experience: Experience) -> Metrics:
     )
 
 
-def group_metrics(scored: ScoredRollouts, group_size: int) -> Metrics:
+def group_metrics(scored: ScoredRollouts, rewards: TokenRewards, group_size: int) -> Metrics:
     """The fraction of prompts whose responses all have the same reward, which teach a method of groups nothing.
+
+    A reward is what is paid: the score after clamp and penalty, and what sources pay tokens.
 
     Args:
         group_size: responses to each prompt, which stand together.
     """
-    reward_B = scored.score_B
-    if scored.source_BR is not None:
-        reward_B = reward_B + keep(scored.source_BR, scored.mask_BR).sum(dim=1)
+    reward_B = rewards.score_BR.sum(dim=1)
+    if rewards.source_BR is not None:
+        reward_B = reward_B + keep(rewards.source_BR, scored.mask_BR).sum(dim=1)
     reward_GS = reward_B.view(-1, group_size)
     is_equal_G = (reward_GS == reward_GS[:, :1]).all(dim=1)
     num_groups = reward_GS.new_tensor(len(reward_GS))

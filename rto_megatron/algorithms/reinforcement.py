@@ -354,6 +354,6 @@ class PolicyOptimization:
                 if cap is not None
                 else {}
             ),
-            **(group_metrics(scored, samples) if samples > 1 else {}),
+            **(group_metrics(scored, experience.rewards, samples) if samples > 1 else {}),
             **(source_metrics(scored) if scored.scores_by_source else {}),
         }

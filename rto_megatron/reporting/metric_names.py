@@ -156,7 +156,7 @@ THEMES = (
             Metric("rollout/age_steps", "steps", "by which the weights that sampled are older than the step's; at most "
                    "`rollout.ahead`", ONLINE),
             Metric("rollout/truncated_fraction", "fraction", "responses that the length limit cut", ONLINE),
-            Metric("rollout/equal_reward_groups", "fraction", "prompts whose responses have one reward", ONLINE,
+            Metric("rollout/equal_reward_groups", "fraction", "prompts whose responses are paid alike", ONLINE,
                    "`algorithm.samples_per_prompt` above 1"),
             Metric("rollout/informative_fraction", "fraction", "sampled groups whose scores differ", GROUPED,
                    "`algorithm.max_sampling_rounds`"),

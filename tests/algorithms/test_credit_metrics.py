@@ -6,8 +6,8 @@ import pytest
 import torch
 from algorithms.grids import GARBAGE, GOLDEN, golden_scored, no_reduction, no_vocabulary
 
-from rto_megatron.algorithms import ppo, rto
-from rto_megatron.algorithms.credit_metrics import explained_variance, group_metrics
+from rto_megatron.algorithms import grpo, ppo, rto
+from rto_megatron.algorithms.credit_metrics import explained_variance
 from rto_megatron.algorithms.rto import Config
 
 K1 = sum(sum(row) for row in GOLDEN["kl_estimators"]["k1"])
@@ -95,12 +95,30 @@ def test_groups_of_one_reward_are_counted():
     equal = replace(scored, score_B=torch.tensor([0.5, 0.5]))
     tokens_BR = torch.zeros_like(scored.mask_BR)
     tokens_BR[0, 0] = 0.25
-    assert group_metrics(scored, 2) == {"rollout/equal_reward_groups": (0, 1)}
-    assert group_metrics(equal, 2) == {"rollout/equal_reward_groups": (1, 1)}
+    assert _equal_groups(scored) == (0, 1)
+    assert _equal_groups(equal) == (1, 1)
     # What sources pay for tokens counts, but for padding.
-    assert group_metrics(replace(equal, source_BR=tokens_BR), 2) == {"rollout/equal_reward_groups": (0, 1)}
-    padding_BR = GARBAGE * (1 - scored.mask_BR)
-    assert group_metrics(replace(equal, source_BR=padding_BR), 2) == {"rollout/equal_reward_groups": (1, 1)}
+    assert _equal_groups(replace(equal, source_BR=tokens_BR)) == (0, 1)
+    assert _equal_groups(replace(equal, source_BR=GARBAGE * (1 - scored.mask_BR))) == (1, 1)
+
+
+def test_groups_are_compared_by_what_is_paid():
+    # One of two equal scores loses the penalty of a cut response; two unlike ones are cut to the same bound.
+    equal = replace(golden_scored(("length", "stop")), score_B=torch.tensor([0.5, 0.5]))
+    assert _equal_groups(equal) == (0, 1)
+    assert _equal_groups(equal, truncated="mask") == (1, 1)
+    beyond = replace(golden_scored(), score_B=torch.tensor([12.0, 15.0]))
+    assert _equal_groups(beyond) == (1, 1)
+    assert _equal_groups(beyond, score_clip=None) == (0, 1)
+
+
+def _equal_groups(scored, **keys):
+    algorithm = grpo.build(grpo.Config(samples_per_prompt=2, **keys), no_vocabulary)
+    experience = algorithm.credit(scored, 0.0, no_reduction)
+    found = algorithm.credit_metrics(scored, experience)["rollout/equal_reward_groups"]
+    has_advantage = bool((experience.advantages_BR.abs() > 1e-6).any())
+    assert scored.source_BR is not None or has_advantage == (found[0] == 0)
+    return found
 
 
 def test_explained_variance_equals_its_definition():
