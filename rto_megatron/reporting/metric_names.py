@@ -246,8 +246,9 @@ THEMES = (
     ),
     Theme(
         "Routers of mixtures of experts",
-        "Of a model that is trained: of all tokens of its last optimizer step but padding, means over the layers with "
-        "experts. A load is what an expert gets, over what it would get if all got as much: 1 is balance.",
+        "Of a model that is trained: of all tokens of an optimizer step but padding, means over the layers with "
+        "experts and over the optimizer steps. A load is what an expert gets, over what it would get if all got as "
+        "much: 1 is balance.",
         (
             *_router("policy", LANGUAGE),
             *_router("critic", CRITIC),
