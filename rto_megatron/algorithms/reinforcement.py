@@ -251,6 +251,15 @@ class DpoRewardConfig(BaseModel):
         description="bound of the DPO reward of a token after scaling; null: no bound, as in the paper",
     )
 
+    @model_validator(mode="after")
+    def _refuse_ignored_dpo_clip(self) -> Self:
+        if self.beta_dpo == 0 and self.dpo_clip != type(self).model_fields["dpo_clip"].default:
+            raise ValueError(
+                f"dpo_clip={self.dpo_clip} has no effect with beta_dpo=0; remove it or give beta_dpo a weight, such as "
+                "0.05"
+            )
+        return self
+
     def token_reward(
         self, redistribute: Redistribution = as_it_is, beside: TokenReward = ppo_rewards
     ) -> TokenReward:
@@ -274,15 +283,6 @@ class OptionalDpoConfig(DpoRewardConfig):
     beta_dpo: float = Field(
         default=0.0, ge=0, description="weight of RTO's DPO reward per token; 0: none, and no DPO model"
     )
-
-    @model_validator(mode="after")
-    def _refuse_ignored_dpo_clip(self) -> Self:
-        if self.beta_dpo == 0 and self.dpo_clip != type(self).model_fields["dpo_clip"].default:
-            raise ValueError(
-                f"dpo_clip={self.dpo_clip} has no effect with beta_dpo=0; remove it or give beta_dpo a weight, such as "
-                "0.05"
-            )
-        return self
 
 
 # (scored, rewards, mask of the trained tokens, all_sum) -> advantages and returns, [B, R] each

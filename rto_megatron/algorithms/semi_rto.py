@@ -5,8 +5,9 @@ last one is paid on the last token.
 """
 
 from functools import partial
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rto_megatron.algorithms import rto
 from rto_megatron.algorithms.method import OnlineMethod, Vocabulary
@@ -26,6 +27,14 @@ class Config(rto.Config):
         min_length=1,
         description="a token whose text holds one of these ends a sentence",
     )
+
+    @model_validator(mode="after")
+    def _refuse_ignored_delimiters(self) -> Self:
+        if self.beta_dpo == 0 and self.delimiters != type(self).model_fields["delimiters"].default:
+            raise ValueError(
+                f"delimiters={list(self.delimiters)} has no effect with beta_dpo=0; remove it or give beta_dpo a weight"
+            )
+        return self
 
 
 def build(config: Config, vocabulary: Vocabulary) -> PolicyOptimization:
