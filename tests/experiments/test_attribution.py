@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rto_megatron.errors import DataError
+from rto_megatron.errors import DataError, RunFolderError
 from rto_megatron.experiments.language.attribution import attribution, compared
 from rto_megatron.experiments.language.rules import with_rule, without_rule
 
@@ -55,3 +55,16 @@ def test_the_first_steps_of_a_run_are_judged_by_the_rules_of_its_prompts(tmp_pat
     _kept(tmp_path / "rto", 1, [0.0] * 4, "p2")
     with pytest.raises(DataError, match="has no prompt 'p2'"):
         attribution(tmp_path / "rto", prompts)
+
+
+@pytest.mark.parametrize(
+    ("steps", "part"), [((), "keeps no rollouts"), ((2, 3), "keeps rollouts from step 2 on")]
+)
+def test_steps_that_are_not_the_first_are_not_taken_for_them(
+    steps: tuple[int, ...], part: str, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.jsonl").write_text("")
+    for step in steps:
+        _kept(tmp_path / "rto", step, [0.0] * 4)
+    with pytest.raises(RunFolderError, match=part):
+        attribution(tmp_path / "rto", tmp_path / "prompts.jsonl")

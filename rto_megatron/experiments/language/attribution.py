@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from rto_megatron.errors import DataError
+from rto_megatron.errors import DataError, RunFolderError
 from rto_megatron.experiments.curves import best_factor, run_name, seed_folder
 from rto_megatron.experiments.design import Experiment, Rows
 from rto_megatron.experiments.language.rules import credit
@@ -47,13 +47,18 @@ def attribution(run_dir: Path, prompts: Path, steps: int = FIRST_STEPS) -> Attri
     """Of the first steps of an RTO run on prompts of the task.
 
     Raises:
-        RunFolderError: the run keeps no rollouts.
+        RunFolderError: the run keeps no rollouts of its first step.
         DataError: a prompt of the run is not in the file.
     """
     rows = {
         row["prompt_id"]: row for row in map(json.loads, prompts.read_text(encoding="utf-8").splitlines())
     }
     taken = sorted(kept_steps(run_dir))[:steps]
+    if not taken or taken[0] > 1:
+        kept = f"rollouts from step {taken[0]} on" if taken else "no rollouts"
+        raise RunFolderError(
+            f"{run_dir} keeps {kept}, and its first steps are asked for; run it with run.keep_rollouts of all its steps"
+        )
     ratios: list[list[float]] = []
     paid: list[list[float]] = []
     for one in read_rollouts(run_dir, taken, _COLUMNS).to_pylist():
