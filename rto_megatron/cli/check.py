@@ -63,7 +63,6 @@ def check(
     Data files that are on this machine are read up to their 1000th row.
     """
     from rto_megatron.config.checks import refuse
-    from rto_megatron.config.kl_gap import drowned_coefficients
     from rto_megatron.config.load import dump, load_recipe
     from rto_megatron.config.reward_code import rewards_of
     from rto_megatron.planning.gpus import gpu_for
@@ -76,7 +75,7 @@ def check(
     world_size, pool_size = split_gpus(config, gpus, pool_gpus)
     origin = f"of {gpus} GPUs the pool has {pool_size}" if 0 < world_size < gpus else ""
     plan, shapes = judged(config, world_size, assume or [], origin)
-    spare = [*token_warnings(config, shapes), *_missing_here(config), *drowned_coefficients(config)]
+    spare = [*token_warnings(config, shapes), *_missing_here(config), *_unwise(config)]
     looked = look_at(config)
     refuse(f"{one.key}: {one.found}" for one in looked if one.is_problem)
     console = Console() if Console().is_terminal else Console(width=140)
@@ -95,6 +94,14 @@ def check(
     for warning in spare:
         console.print(f"warning: {warning}", markup=False, highlight=False)
     console.print(f"{recipe}: {_verdict(_machine(world_size, gpus), gpu, gpu_gib)}.", highlight=False)
+
+
+def _unwise(config: "Stage") -> list[str]:
+    """What runs, and is hardly meant."""
+    from rto_megatron.config.kl_gap import drowned_coefficients
+    from rto_megatron.config.stale_updates import stale_updates
+
+    return [*drowned_coefficients(config), *stale_updates(config)]
 
 
 def _verdict(machine: str, gpu: str | None, gpu_gib: float | None) -> str:
