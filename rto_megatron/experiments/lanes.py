@@ -57,8 +57,9 @@ class Lane:
     def compare(self, seeds: Iterable[int]) -> None:
         """All arms on `seeds`, each at the learning rate that its family did best with."""
         best = {name: best_factor(self.experiment, self.root, name) for name in ("ppo", "rto")}
-        tuned = self.experiment.design.tuning_seeds
-        say(f"factors of the learning rate, chosen on seeds {tuned}: {best}", True)
+        design = self.experiment.design
+        when = "before" if len(design.factors) == 1 else f"on seeds {design.tuning_seeds}"
+        say(f"factors of the learning rate, chosen {when}: {best}", True)
         for seed in seeds:
             self.make_models(self, seed_folder(self.root, seed), seed)
             for arm in self.experiment.arms:
