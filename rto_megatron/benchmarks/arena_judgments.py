@@ -6,7 +6,6 @@ baseline is A, in game 1 the model is. A strong verdict counts as three battles.
 
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -163,12 +162,14 @@ _LOOSE_VERDICT = re.compile(r"\[([AB<>=]+)\]")
 def label_of(judgment: str, version: Version) -> tuple[str | None, bool]:
     """The verdict in a judge's words, and whether to ask once more.
 
-    Of v0.1 a text with two different verdicts has none, and one without any is asked to go on. Of v2.0 the last counts.
+    Of v0.1 a text with two different verdicts has none, and one without any is asked to go on. Of v2.0 the last counts,
+    in small letters too. What no label says, such as [[A]], is no verdict.
     """
-    found: Sequence[str] = _VERDICT.findall(judgment)
     if version == "v2.0":
-        found = found or _LOOSE_VERDICT.findall(judgment)
-        return (found[-1] if found else None), False
+        said = judgment.upper()
+        found = _VERDICT.findall(said) or _LOOSE_VERDICT.findall(said)
+        return (found[-1] if found and found[-1] in (*LABELS, *_MIRRORED) else None), False
+    found = _VERDICT.findall(judgment)
     if not found:
         return None, True
-    return (found[0] if len(set(found)) == 1 else None), False
+    return (found[0] if len(set(found)) == 1 and found[0] in LABELS else None), False

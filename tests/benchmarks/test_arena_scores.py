@@ -165,6 +165,9 @@ def test_a_question_twice_and_other_kinds_of_files_are_refused(tmp_path: Path) -
         ("[[A>B]], no: [[B>>A]]", (None, False), ("B>>A", False)),
         ("undecided", (None, True), (None, False)),
         ("[A=B]", (None, True), ("A=B", False)),
+        ("so [[a>>b]]", (None, True), ("A>>B", False)),
+        ("[[A<<B]]", (None, False), ("A<<B", False)),
+        ("[[A]]", (None, False), (None, False)),
     ],
 )
 def test_verdicts_are_read_as_each_version_does(

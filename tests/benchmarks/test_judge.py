@@ -256,10 +256,10 @@ def test_letters_alone_are_taken_where_the_endpoint_has_no_log_probs(
     ]
 
 
-def arena(tmp_path: Path, version: str) -> list[object]:
-    questions = arena_questions(tmp_path / "question.jsonl", version)
-    ours = arena_answers(tmp_path / "model_answer/ours.jsonl", "ours", version)
-    base = arena_answers(tmp_path / "model_answer/base.jsonl", "base", version)
+def arena(tmp_path: Path, version: str, count: int = 3) -> list[object]:
+    questions = arena_questions(tmp_path / "question.jsonl", version, count)
+    ours = arena_answers(tmp_path / "model_answer/ours.jsonl", "ours", version, count)
+    base = arena_answers(tmp_path / "model_answer/base.jsonl", "base", version, count)
     return [
         "judge",
         ours,
@@ -316,6 +316,14 @@ def test_a_judge_that_ends_without_a_verdict_is_asked_to_go_on_once(tmp_path: Pa
     rows = read_lines(tmp_path / "out/model_judgment/org_gpt/ours.jsonl")
     games = [[(game["judgment"], game["score"]) for game in one["games"]] for one in rows]
     assert games == [[("Hm.\nStill hm.", None)] * 2, *[[("Hm.\n[[A=B]]", "A=B")] * 2] * 2]
+
+
+@pytest.mark.parametrize("version", ["v0.1", "v2.0"])
+def test_a_judge_whose_words_are_no_labels_is_stopped_after_ten_replies(version: str, tmp_path: Path) -> None:
+    with chat_service(lambda body: Said("The first one is better: [[A]]")) as heard:
+        with pytest.raises(JudgeError, match="none of the judge's first 10 replies has a verdict"):
+            rto(*arena(tmp_path, version, count=20), "--endpoint", heard.url, "--concurrency", 2)
+        assert len(heard.bodies) <= 12
 
 
 def test_a_category_is_judged_alone(tmp_path: Path) -> None:
