@@ -68,6 +68,7 @@ class JudgeOutcome:
 
     path: Path
     num_comparisons: int
+    num_unjudged: int  # comparisons without a verdict
     unjudged: dict[str, str]  # question -> what the judge said in place of a verdict
     use: TokenUse  # of this command
     use_before: TokenUse
@@ -184,7 +185,9 @@ def judge(
         judged, asked = asyncio.run(run())
     write = _write_alpaca_eval if task.questions is None else _write_arena_hard
     path = write(task, judged, template, options, folder)
-    return JudgeOutcome(path, len(comparisons), dict(unjudged_reasons(judged)), asked.use, asked.use_before)
+    lost = sum(one.verdict is None for one in judged)
+    reasons = dict(unjudged_reasons(judged))
+    return JudgeOutcome(path, len(comparisons), lost, reasons, asked.use, asked.use_before)
 
 
 def _version(task: JudgeTask) -> Version:

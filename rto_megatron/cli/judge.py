@@ -195,7 +195,7 @@ def _tell(outcome: "JudgeOutcome", template: str) -> None:
     )
     for key, said in list(outcome.unjudged.items())[:_SHOWN]:
         typer.echo(f"  {key!r:.60}: {said!r:.160}")
-    if len(outcome.unjudged) * 2 > outcome.num_comparisons:
+    if outcome.num_unjudged * 2 > outcome.num_comparisons:
         raise JudgeError(
-            "more than half of the replies are no verdicts; take another judge or --template, or --again"
+            "more than half of the comparisons have no verdict; take another judge or --template, or --again"
         )

@@ -318,6 +318,21 @@ def test_a_judge_that_ends_without_a_verdict_is_asked_to_go_on_once(tmp_path: Pa
     assert games == [[("Hm.\nStill hm.", None)] * 2, *[[("Hm.\n[[A=B]]", "A=B")] * 2] * 2]
 
 
+def test_a_judge_without_a_verdict_in_most_games_is_an_error(tmp_path: Path) -> None:
+    """Both games of two questions and one of the third: five of six."""
+
+    def respond(body: Body) -> Said:
+        text = text_of(body)
+        is_judged = "Ask 0?" in text and text.index("ours") < text.index("base")
+        return Said("[[A=B]]" if is_judged else "I cannot say.")
+
+    said = "more than half of the comparisons have no verdict"
+    with chat_service(respond) as heard, pytest.raises(JudgeError, match=said):
+        rto(*arena(tmp_path, "v2.0"), "--endpoint", heard.url)
+    rows = read_lines(tmp_path / "out/model_judgment/org_gpt/ours.jsonl")
+    assert sum(game["score"] is None for one in rows for game in one["games"]) == 5  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("version", ["v0.1", "v2.0"])
 def test_a_judge_whose_words_are_no_labels_is_stopped_after_ten_replies(version: str, tmp_path: Path) -> None:
     with chat_service(lambda body: Said("The first one is better: [[A]]")) as heard:
