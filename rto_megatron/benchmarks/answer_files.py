@@ -104,14 +104,15 @@ def _read(benchmark: Benchmark, row: Row) -> BenchmarkAnswer:
             return BenchmarkAnswer(
                 str(columns["question_id"]), text, str(columns["model_id"]), None, _mapping(style)
             )
-        asked, answered = columns["messages"][0], columns["messages"][-1]  # type: ignore[index]  # checked by the except
+        # Of some models a system prompt stands before them.
+        asked, answered = columns["messages"][-2:]  # type: ignore[index]  # checked by the except
         said = answered["content"]
         text = _said(said["answer"] if isinstance(said, dict) else said)
         style = columns.get("metadata")
         return BenchmarkAnswer(
             str(columns["uid"]), text, str(columns["model"]), _said(asked["content"]), _mapping(style)
         )
-    except (KeyError, IndexError, TypeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError) as error:
         raise DataError(
             f"{row.where}: is no answer of {benchmark} ({type(error).__name__}: {error})"
         ) from error

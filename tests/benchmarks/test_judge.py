@@ -18,6 +18,7 @@ from benchmarks.made_files import (
     read_lines,
     rto,
     write_json,
+    write_lines,
 )
 
 from rto_megatron.benchmarks.chat_endpoint import JudgeReply
@@ -330,7 +331,7 @@ def test_a_judge_without_a_verdict_in_most_games_is_an_error(tmp_path: Path) -> 
     with chat_service(respond) as heard, pytest.raises(JudgeError, match=said):
         rto(*arena(tmp_path, "v2.0"), "--endpoint", heard.url)
     rows = read_lines(tmp_path / "out/model_judgment/org_gpt/ours.jsonl")
-    assert sum(game["score"] is None for one in rows for game in one["games"]) == 5  # type: ignore[attr-defined]
+    assert sum(game["score"] is None for one in rows for game in one["games"]) == 5
 
 
 @pytest.mark.parametrize("version", ["v0.1", "v2.0"])
@@ -347,6 +348,21 @@ def test_a_category_is_judged_alone(tmp_path: Path) -> None:
         assert len(heard.bodies) == 2
         with pytest.raises(RecipeError, match="has creative_writing, hard_prompt"):
             rto(*arena(tmp_path, "v2.0"), "--endpoint", heard.url, "--category", "coding")
+
+
+def test_answers_under_a_system_prompt_are_judged_by_their_question(tmp_path: Path) -> None:
+    """As v2.0's gen_answer.py writes them of a model with `sys_prompt`."""
+    arguments = arena(tmp_path, "v2.0")
+    path = tmp_path / "model_answer/base.jsonl"
+    rows = read_lines(path)
+    system = {"role": "system", "content": "You are a base."}
+    write_lines(path, [{**one, "messages": [system, *one["messages"]]} for one in rows])
+    with chat_service(sure_of_ours) as heard:
+        rto(*arguments, "--endpoint", heard.url)
+    assert all("You are a base." not in text_of(body) for body in heard.bodies)
+    write_lines(path, [{**one, "messages": one["messages"][:1]} for one in rows])
+    with pytest.raises(DataError, match=r"base\.jsonl:1: is no answer of arena_hard_v2\.0"):
+        rto(*arguments, "--endpoint", "http://127.0.0.1:9/v1")
 
 
 _CHATML = (
