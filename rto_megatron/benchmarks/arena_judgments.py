@@ -6,7 +6,7 @@ baseline is A, in game 1 the model is. A strong verdict counts as three battles.
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +19,15 @@ from rto_megatron.errors import DataError, refuse_if
 
 Version = Literal["v0.1", "v2.0"]
 STRONG = 3  # battles of a strong verdict
-OLD_BASELINE = "gpt-4-0314"  # of v0.1, whose files do not name it
+# Whom models meet, where a file does not name it, as those of v0.1.
+_OLD_BASELINE = "gpt-4-0314"
+_BASELINES = {
+    "hard_prompt": "o3-mini-2025-01-31",
+    "coding": "o3-mini-2025-01-31",
+    "math": "o3-mini-2025-01-31",
+    "creative_writing": "gemini-2.0-flash-001",
+    "arena-hard-v0.1": _OLD_BASELINE,
+}
 LABELS = ("A>>B", "A>B", "A=B", "B>A", "B>>A")
 # Only v2.0's own reader takes these.
 _MIRRORED = {"A<<B": "B>>A", "A<B": "B>A", "B=A": "A=B", "B<A": "A>B", "B<<A": "A>>B"}
@@ -31,11 +39,12 @@ class Judged:
     """The verdicts on one question; None: the judge gave none in that game.
 
     Example:
-        Judged(question="q1", category="arena-hard-v0.1", labels=("A>B", None))
+        Judged(question="q1", category="arena-hard-v0.1", baseline="gpt-4-0314", labels=("A>B", None))
     """
 
     question: str
     category: str
+    baseline: str
     labels: tuple[str | None, str | None]
 
 
@@ -50,9 +59,13 @@ class Judgments:
     version: Version
     path: Path
     model: str
-    baseline: str
     judge: str
     judged: tuple[Judged, ...]
+
+    @property
+    def baseline(self) -> str:
+        """Whom the model met; of v2.0 in each category another one."""
+        return " and ".join(sorted({one.baseline for one in self.judged}))
 
     @property
     def num_unjudged(self) -> int:
@@ -76,7 +89,7 @@ def read_judgments(path: Path, baseline: str | None = None) -> Judgments:
     """Reads the verdicts on one model.
 
     Args:
-        baseline: what the model was judged against, where the file does not say; None: that of Arena-Hard v0.1.
+        baseline: what the model was judged against, where the file does not say; None: the official one.
 
     Raises:
         DataError: the file cannot be read, is of none or several models, or judges a question twice.
@@ -88,31 +101,32 @@ def read_judgments(path: Path, baseline: str | None = None) -> Judgments:
     judged, problems = [], []
     for row in rows:
         try:
-            judged.append(_judged(row, version))
+            judged.append(_judged(row, version, baseline))
         except DataError as error:
             problems.append(str(error))
     often = [key for key, count in Counter(one.question for one in judged).items() if count > 1]
     problems += [f"{path}: {key!r:.80} is judged more than once" for key in often]
     named = {
         column: sorted({str(row.columns[column]) for row in rows if column in row.columns})
-        for column in ("model", "judge", "baseline")
+        for column in ("model", "judge")
     }
-    models, judges, baselines = named["model"], named["judge"], named["baseline"]
+    models, judges = named["model"], named["judge"]
     if len(models) != 1 or len(judges) > 1:
         problems.append(f"{path}: models {models} of judges {judges}; expected one of each")
     refuse_if(problems, f"{path} cannot be scored", DataError)
-    # v2.0 has a baseline for each category.
-    against = " and ".join(baselines) or baseline or OLD_BASELINE
-    return Judgments(version, path, models[0], against, "".join(judges) or "unnamed", tuple(judged))
+    return Judgments(version, path, models[0], "".join(judges) or "unnamed", tuple(judged))
 
 
-def _judged(row: Row, version: Version) -> Judged:
+def _judged(row: Row, version: Version, baseline: str | None) -> Judged:
     games = row.columns.get("games")
     key = text_of(row, row.columns.get("question_id" if version == "v0.1" else "uid"), "question_id or uid")
     if not isinstance(games, list) or len(games) != 2:
         raise DataError(f"{row.where}: games is {games!r:.60}, expected a list of two")
     first, second = (_label(row, game, version) for game in games)
-    return Judged(key, str(row.columns.get("category", f"arena-hard-{version}")), (first, second))
+    category = str(row.columns.get("category", f"arena-hard-{version}"))
+    official = _OLD_BASELINE if version == "v0.1" else _BASELINES.get(category, "unnamed")
+    against = str(row.columns.get("baseline", baseline or official))
+    return Judged(key, category, against, (first, second))
 
 
 def _label(row: Row, game: object, version: Version) -> str | None:
@@ -147,12 +161,11 @@ def by_category(judgments: Judgments) -> dict[str, Judgments]:
     """The verdicts of each category alone; v2.0 is scored so, as each has a baseline of its own."""
     categories = list(dict.fromkeys(one.category for one in judgments.judged))
     return {
-        category: Judgments(
-            judgments.version, judgments.path, judgments.model, judgments.baseline, judgments.judge,
-            tuple(one for one in judgments.judged if one.category == category),
+        category: replace(
+            judgments, judged=tuple(one for one in judgments.judged if one.category == category)
         )
         for category in categories
-    }  # fmt: skip
+    }
 
 
 _VERDICT = re.compile(r"\[\[([AB<>=]+)\]\]")

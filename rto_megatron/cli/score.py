@@ -40,7 +40,7 @@ def score(
     ] = None,
     baseline: Annotated[
         str | None,
-        typer.Option(help="Arena-Hard's baseline, where a file does not name it; default: gpt-4-0314."),
+        typer.Option(help="Arena-Hard's baseline, where a file does not name it; default: the official one."),
     ] = None,
     rounds: Annotated[int, typer.Option(min=10, help="Rounds of every bootstrap.")] = 100,
     seed: Annotated[int, typer.Option(help="Of the bootstraps.")] = 42,

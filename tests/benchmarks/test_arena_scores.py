@@ -63,6 +63,21 @@ def test_version_2_counts_questions_with_both_verdicts_and_each_category_alone(t
     rates = {pool["category"]: pool["scores"][0]["win_rate"]["rate"] for pool in pools}
     assert rates == {"hard_prompt": pytest.approx(100 * 3.5 / 6), "creative_writing": 0}
     assert pools[0]["scores"][0]["num_unjudged"] == 1
+    assert [pool["baseline"] for pool in pools] == ["o3-mini", "gemini"]
+
+
+def test_where_no_baseline_is_named_it_is_the_official_one_of_version_and_category(tmp_path: Path) -> None:
+    path = judgments(tmp_path / "a.jsonl", [["q1", "A>B", "B>A"]], uid="", category="hard_prompt")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    others = [{**rows[0], "uid": name, "category": name} for name in ("creative_writing", "own")]
+    write_lines(path, [*rows, *others])
+    for options, found in (
+        ([], ["o3-mini-2025-01-31", "gemini-2.0-flash-001", "unnamed"]),
+        (["--baseline", "mine"], ["mine"] * 3),
+    ):
+        rto("score", path, "--json", tmp_path / "s.json", *options)
+        pools = json.loads((tmp_path / "s.json").read_text())["arena_hard"]
+        assert [pool["baseline"] for pool in pools] == found
 
 
 def styled(models: list[str]) -> StyledBattles:
