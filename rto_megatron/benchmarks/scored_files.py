@@ -8,8 +8,15 @@ from rich.table import Table
 from rich.text import Text
 
 from rto_megatron.benchmarks.answer_files import Answers, read_answers
-from rto_megatron.benchmarks.arena_judgments import Judgments, by_category, read_judgments
-from rto_megatron.benchmarks.arena_scores import ArenaScore, Interval, score, styled_battles, styled_rates
+from rto_megatron.benchmarks.arena_judgments import Judgments, Version, by_category, read_judgments
+from rto_megatron.benchmarks.arena_scores import (
+    PERCENT,
+    ArenaScore,
+    Interval,
+    score,
+    styled_battles,
+    styled_rates,
+)
 from rto_megatron.benchmarks.generate import JOURNAL
 from rto_megatron.benchmarks.judge import REPLIES
 from rto_megatron.benchmarks.length_controlled import (
@@ -68,7 +75,7 @@ class ArenaPool:
         print(pool.category, [one.model for one in pool.scores])
     """
 
-    version: str
+    version: Version
     category: str
     baseline: str
     judges: tuple[str, ...]
@@ -161,7 +168,7 @@ def _alpaca_eval(
 
 def _arena_hard(paths: Sequence[Path], options: ScoreOptions) -> list[ArenaPool]:
     pool = [read_judgments(path, options.baseline) for path in paths]
-    groups: dict[tuple[str, str], list[Judgments]] = {}
+    groups: dict[tuple[Version, str], list[Judgments]] = {}
     for one in pool:
         parts = by_category(one) if one.version == "v2.0" else {"all": one}
         for category, part in parts.items():
@@ -239,7 +246,6 @@ def _alpaca_table(scored: Sequence[AlpacaScore]) -> Table:
 
 
 def _arena_table(pool: ArenaPool) -> Table:
-    percent = 95 if pool.version == "v0.1" else 90
     judges = ", ".join(pool.judges)
     table = Table(
         title=Text(
@@ -248,7 +254,7 @@ def _arena_table(pool: ArenaPool) -> Table:
             )
         )
     )
-    for name in ("model", "battles", "games not judged", "win rate", f"{percent} % interval"):
+    for name in ("model", "battles", "games not judged", "win rate", f"{PERCENT[pool.version]} % interval"):
         table.add_column(name)
     styled = any(one.styled is not None for one in pool.scores)
     if styled:

@@ -1,13 +1,17 @@
 """Arena-Hard's rates against golden numbers, through files in the official layouts."""
 
 import json
+import math
+import random
+import statistics
 from pathlib import Path
 
 import numpy as np
 import pytest
 from benchmarks.made_files import GOLDEN, rto, write_lines
+from scipy.optimize import minimize
 
-from rto_megatron.benchmarks.arena_judgments import battles, label_of, read_judgments
+from rto_megatron.benchmarks.arena_judgments import LABELS, battles, label_of, read_judgments
 from rto_megatron.benchmarks.arena_scores import StyledBattles, styled_rates
 from rto_megatron.errors import DataError
 
@@ -89,7 +93,7 @@ def styled(models: list[str]) -> StyledBattles:
     ]
     wins = [{"model_a": 0.0, "model_b": 1.0}.get(one["winner"], 0.5) for one in chosen]
     places = [models.index(one["model_b"]) for one in chosen]
-    return StyledBattles(tuple(models), np.array(places), np.array(wins), np.array(styles))
+    return StyledBattles("v0.1", tuple(models), np.array(places), np.array(wins), np.array(styles))
 
 
 def test_rates_at_equal_style_equal_golden_numbers_and_depend_on_the_pool() -> None:
@@ -133,6 +137,77 @@ def test_style_control_of_files_names_its_pool(tmp_path: Path) -> None:
     assert rates == pytest.approx(STYLED["score_sc"], abs=1e-3)
     assert all(one["styled"]["low"] < one["styled"]["rate"] < one["styled"]["high"] for one in pool["scores"])
     assert "equal style is that of this pool: m1, m2, and the baseline" in shown and "unverified" in shown
+
+
+def chances_20(styles: dict[tuple[str, str], list[int]], judged: dict[str, list[list[str]]]) -> list[float]:
+    """Slowly, as v2.0's show_result.py defines it: (model, question) -> counts; model -> question and labels."""
+    strength = {"A>>B": (0, 3), "A>B": (0, 1), "A=B": (0.5, 1), "B>A": (1, 1), "B>>A": (1, 3)}
+    battles: list[tuple[str, float, list[float]]] = []
+    for model, games in judged.items():
+        for question, first, second in games:
+            (tokens, *marks), (tokens_b, *marks_b) = styles[model, question], styles["base", question]
+            dense = [(n / (tokens + 1), m / (tokens_b + 1)) for n, m in zip(marks, marks_b, strict=True)]
+            differences = [
+                (tokens - tokens_b) / (tokens + tokens_b),
+                *((x - y) / (x + y + 1) for x, y in dense),
+            ]
+            (won, times), (lost, more) = strength[first], strength[second]
+            battles += [(model, won, differences)] * times + [(model, 1 - lost, differences)] * more
+    columns = list(zip(*(one for _, _, one in battles), strict=True))
+    scaled = [[(x - statistics.mean(c)) / statistics.stdev(c) for x in c] for c in columns]
+    names = ["base", *judged]
+
+    def loss(parameters: np.ndarray) -> float:
+        total = 0.0
+        for number, (model, won, _) in enumerate(battles):
+            logit = parameters[names.index(model)] - parameters[0]
+            logit += sum(parameters[len(names) + place] * scaled[place][number] for place in range(4))
+            total += won * math.log1p(math.exp(-logit)) + (1 - won) * math.log1p(math.exp(logit))
+        return total
+
+    found = minimize(loss, np.full(len(names) + 4, 0.5), method="BFGS", options={"gtol": 1e-7}).x
+    return [100 / (1 + math.exp(found[0] - rating)) for rating in found[1 : len(names)]]
+
+
+def test_style_control_of_version_2_equals_a_slow_loop_of_its_definition(tmp_path: Path) -> None:
+    chance = random.Random(0)
+    questions = [f"q{number}" for number in range(12)]
+    names = ("base", "m1", "m2")
+    styles = {
+        (name, q): [chance.randint(20, 400), *chance.choices(range(9), k=3)]
+        for name in names
+        for q in questions
+    }
+    judged = {name: [[q, *chance.choices(LABELS, k=2)] for q in questions] for name in names[1:]}
+    for model, games in judged.items():
+        path = judgments(
+            tmp_path / f"model_judgment/{model}.jsonl", games, uid="", category="hard_prompt", baseline="base"
+        )
+        write_lines(path, [{**json.loads(line), "model": model} for line in path.read_text().splitlines()])
+    for name in names:
+        rows = []
+        for question in questions:
+            tokens, headers, items, bold = styles[name, question]
+            metadata = {
+                "token_len": tokens,
+                "header_count": {"h1": headers, "h2": 0},
+                "list_count": {"ordered": items, "unordered": 0},
+                "bold_count": {"**": bold, "__": 0},
+            }
+            messages = [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": {"answer": "x"}},
+            ]
+            rows.append({"uid": question, "model": name, "messages": messages, "metadata": metadata})
+        write_lines(tmp_path / f"model_answer/{name}.jsonl", rows)
+    rto(
+        "score", tmp_path / "model_judgment", "--answers", tmp_path / "model_answer", "--rounds", 20,
+        "--json", tmp_path / "s.json",
+    )  # fmt: skip
+    (pool,) = json.loads((tmp_path / "s.json").read_text())["arena_hard"]
+    rates = [one["styled"]["rate"] for one in pool["scores"]]
+    assert rates == pytest.approx(chances_20(styles, judged), abs=1e-3)
+    assert all(one["styled"]["low"] < one["styled"]["rate"] < one["styled"]["high"] for one in pool["scores"])
 
 
 def test_style_control_says_what_answers_it_lacks(tmp_path: Path) -> None:
