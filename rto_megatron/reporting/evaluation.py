@@ -156,8 +156,11 @@ def _verdict_by_sources(rows: Mapping[str, Evaluation]) -> str:
 
 
 def _distance(first: Estimate, second: Estimate) -> float:
-    error = math.hypot(first.standard_error, second.standard_error)
-    return (first.mean - second.mean) / error if error > 0 else math.inf
+    """NaN where an error is not known, of one prompt alone; equal means that do not scatter are 0 apart."""
+    apart, error = first.mean - second.mean, math.hypot(first.standard_error, second.standard_error)
+    if error == 0:
+        return math.copysign(math.inf, apart) if apart else 0.0
+    return apart / error
 
 
 def _read(file: Path) -> Evaluation:

@@ -61,6 +61,18 @@ def test_verdict_counts_standard_errors_of_the_difference() -> None:
     assert "No verdict" in verdict([row("SFT", 0.0)])
 
 
+def test_means_that_do_not_scatter_or_whose_scatter_is_unknown_are_no_victory() -> None:
+    assert "does not beat SFT by three standard errors of the difference (+0.0)" in verdict(
+        [row("SFT", 1.0, 0.0), row("RTO", 1.0, 0.0)]
+    )
+    assert "does not beat SFT by three standard errors of the difference (-inf)" in verdict(
+        [row("SFT", 1.0, 0.0), row("RTO", 0.5, 0.0)]
+    )
+    assert "(+inf)" in verdict([row("SFT", 0.5, 0.0), row("RTO", 1.0, 0.0)])
+    # Of one prompt.
+    assert "does not beat SFT" in verdict([row("SFT", 1.0, math.nan), row("RTO", 0.5, math.nan)])
+
+
 def test_without_true_returns_each_source_that_both_were_given_is_compared() -> None:
     def rated(name: str, **means: float) -> Evaluation:
         rewards = {source: Estimate(mean, 0.3) for source, mean in means.items()}
