@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -125,6 +126,9 @@ def verdict(evaluations: Sequence[Evaluation]) -> str:
     Differences are in standard errors of the difference of two independent means; where both policies answered the
     same prompts that is more than the difference scatters.
     """
+    counts = Counter(row.name.lower() for row in evaluations)
+    if often := sorted(name for name, count in counts.items() if count > 1):
+        return f"No verdict: several evaluations are called {', '.join(often)}; name a folder that holds one of each."
     returns = {row.name.lower(): row.true_return for row in evaluations if row.true_return is not None}
     ours, start = returns.get("rto"), returns.get("sft")
     if ours is None or start is None:

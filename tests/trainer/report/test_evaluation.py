@@ -73,6 +73,11 @@ def test_means_that_do_not_scatter_or_whose_scatter_is_unknown_are_no_victory() 
     assert "does not beat SFT" in verdict([row("SFT", 1.0, math.nan), row("RTO", 0.5, math.nan)])
 
 
+def test_of_several_evaluations_of_one_name_none_is_picked() -> None:
+    rows = [row("SFT", 0.0), row("RTO", 5.0), row("rto", -5.0)]
+    assert verdict(rows).startswith("No verdict: several evaluations are called rto;")
+
+
 def test_without_true_returns_each_source_that_both_were_given_is_compared() -> None:
     def rated(name: str, **means: float) -> Evaluation:
         rewards = {source: Estimate(mean, 0.3) for source, mean in means.items()}
