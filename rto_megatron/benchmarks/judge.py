@@ -78,7 +78,7 @@ def read_task(answers: Path, baseline: Path, questions: Path | None, category: s
     """Reads all files, and compares what they answer.
 
     Raises:
-        DataError: they are of different benchmarks, or answer different questions.
+        DataError: they are of different benchmarks, answer different questions, or are of two models with one name.
         RecipeError: the questions of Arena-Hard are not named, or a category is where there is none.
     """
     own, other = read_answers(answers), read_answers(baseline)
@@ -86,6 +86,7 @@ def read_task(answers: Path, baseline: Path, questions: Path | None, category: s
         raise DataError(
             f"{answers} answers {own.benchmark} and {baseline} {other.benchmark}; name two of one benchmark"
         )
+    _require_names(own, other)
     if own.benchmark == "alpaca_eval":
         if questions is not None or category is not None:
             raise RecipeError(
@@ -108,6 +109,16 @@ def read_task(answers: Path, baseline: Path, questions: Path | None, category: s
         asked = Questions(asked.benchmark, kept)
     _require_answered(asked, (own, other))
     return JudgeTask(own, other, asked, category)
+
+
+def _require_names(own: Answers, other: Answers) -> None:
+    """Scores find a model by its name, and take one that is called as the baseline for the baseline."""
+    both = own.by_key.keys() & other.by_key.keys()
+    if own.model == other.model and any(own.by_key[key].text != other.by_key[key].text for key in both):
+        raise DataError(
+            f"{own.path} and {other.path} answer differently, and both are of a model called {own.model!r}; give one "
+            "of them another name (generator, model_id or model in each of its rows)"
+        )
 
 
 def _require_equal(own: Answers, other: Answers) -> None:

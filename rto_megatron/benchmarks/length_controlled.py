@@ -126,10 +126,15 @@ def length_controlled(
         strength: C; None: chosen by cross-validation, as AlpacaEval does.
 
     Raises:
-        DataError: instructions are missing or unknown.
+        DataError: instructions are missing or unknown, or two models have one name.
     """
     _require_all(annotations, difficulties)
     if annotations[0].model == annotations[0].baseline:
+        if any(one.output != one.baseline_output for one in annotations):
+            raise DataError(
+                f"the model and its baseline are both called {annotations[0].model!r}, and AlpacaEval takes them for "
+                "one; give generator_1 or generator_2 another name"
+            )
         return LengthControlled(50.0, 0.0, math.nan, (0.0, 0.0, 0.0))
     own = np.array([difficulties[one.instruction] for one in annotations])
     rows = _training_rows(annotations, own, gamed)

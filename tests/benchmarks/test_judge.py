@@ -414,6 +414,10 @@ def test_answers_that_do_not_fit_together_are_named_before_anybody_is_asked(tmp_
         rto(*arguments, "--endpoint", "http://127.0.0.1:9/v1")
     with pytest.raises(DataError, match=r"answers alpaca_eval and .* arena_hard_v0\.1"):
         judge_alpaca("http://127.0.0.1:9/v1", (ours, tmp_path / "model_answer/ours.jsonl"), tmp_path / "out")
+    rows = json.loads(base.read_text())
+    write_json(base, [{**one, "generator": "ours", "output": "x"} for one in rows])
+    with pytest.raises(DataError, match="answer differently, and both are of a model called 'ours'"):
+        judge_alpaca("http://127.0.0.1:9/v1", (ours, base), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +108,13 @@ def test_the_strength_is_that_of_the_least_loss_on_folds_left_out() -> None:
 
 
 def test_the_baseline_against_itself_is_at_50() -> None:
-    assert length_controlled(rows(model="base"), difficulties(), gamed()).win_rate == 50
+    own = [replace(one, output=one.baseline_output) for one in rows(model="base")]
+    assert length_controlled(own, difficulties(), gamed()).win_rate == 50
+
+
+def test_another_model_of_the_baseline_s_name_is_refused() -> None:
+    with pytest.raises(DataError, match="both called 'base'"):
+        length_controlled(rows(model="base"), difficulties(), gamed())
 
 
 def write_official(folder: Path) -> tuple[Path, Path, Path]:
