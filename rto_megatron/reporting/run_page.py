@@ -93,7 +93,12 @@ def page_of(runs: Sequence[RunView]) -> str:
             "form-action 'none'",
         ]
     )
-    filled = {"@POLICY@": policy, "@STYLE@": parts["css"], "@SCRIPT@": parts["js"], "@DATA@": _embedded(runs)}
+    filled = {
+        "@POLICY@": policy,
+        "@STYLE@": parts["css"],
+        "@SCRIPT@": parts["js"],
+        "@DATA@": _embedded([asdict(run) for run in runs]),
+    }
     page = parts["html"]
     before, *rest = page.split("@")
     # Cut at the marks once, so that nothing in a part is taken for a mark.
@@ -107,8 +112,8 @@ def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def _embedded(runs: Sequence[RunView]) -> str:
-    text = json.dumps([asdict(run) for run in runs], allow_nan=False, separators=(",", ":"))
+def _embedded(value: object) -> str:
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
@@ -182,7 +187,7 @@ def _fitting(rows: Iterable[dict[str, Cell]]) -> Iterator[dict[str, Cell]]:
     """As many rows as the page has room for, and at least one."""
     left = _MAX_BYTES
     for number, row in enumerate(rows):
-        left -= len(json.dumps(row, separators=(",", ":")))
+        left -= len(_embedded(row))
         if left < 0 and number:
             return
         yield row

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,13 +37,19 @@ def _number(name: str, step: int, row: int, token: int) -> float:
     return (-1) ** token * (NAMES.index(name) + step / 8 + row / 64 + token / 512)
 
 
-def _decode(ids: object) -> str:
-    return "".join(HOSTILE[one] for one in ids)  # type: ignore[attr-defined]
+def _decode(ids: Sequence[int]) -> str:
+    return "".join(HOSTILE[one] for one in ids)
 
 
-def _write_run(run_dir: Path, steps: int, num_responses: int = 2, num_tokens: int = 5) -> None:
+def _write_run(
+    run_dir: Path,
+    steps: int,
+    num_responses: int = 2,
+    num_tokens: int = 5,
+    decode: Callable[[Sequence[int]], str] = _decode,
+) -> None:
     files = RolloutFiles(
-        run_dir, 0, steps, lambda kept: rollout_table(kept, _decode, TokenText(_decode, anchor=4))
+        run_dir, 0, steps, lambda kept: rollout_table(kept, decode, TokenText(decode, anchor=4))
     )
     ids = tuple(token % 5 for token in range(num_tokens))
     for step in range(1, steps + 1):
@@ -150,3 +157,12 @@ def test_a_run_without_rollouts_says_which_key_writes_them(tmp_path: Path) -> No
         view_of(tmp_path / "sft", (3,), ())
     with pytest.raises(UserError, match=r"neither metrics\.jsonl nor rollouts"):
         view_of(tmp_path, (), ())
+
+
+def test_marks_that_are_escaped_count_as_what_they_become(tmp_path: Path) -> None:
+    def decode(ids: Sequence[int]) -> str:
+        return "<" * 60 * len(ids)
+
+    _write_run(tmp_path / "run", steps=2, num_responses=32, num_tokens=300, decode=decode)
+    write_page([tmp_path / "run"] * 2, tmp_path / "view.html")
+    assert (tmp_path / "view.html").stat().st_size < 5_000_000
