@@ -136,19 +136,25 @@ def view_of(run_dir: Path, steps: Sequence[int], prompt_ids: Sequence[str]) -> R
             read_rollouts(run_dir, steps)  # says why there is nothing to choose from
         return RunView(str(run_dir), f"No rollouts are kept here: {WHO_WRITES_THEM}.", curves, [], [], [])
     table = read_rollouts(run_dir, steps)
-    rows = [row for row in table.to_pylist() if not prompt_ids or row["prompt_id"] in prompt_ids]
-    if not rows:
+    # Of a long run only the few rows that are shown become Python's numbers.
+    places = [
+        place
+        for place, prompt_id in enumerate(table["prompt_id"].to_pylist())
+        if not prompt_ids or prompt_id in prompt_ids
+    ]
+    if not places:
         raise RunFolderError(
             f"{run_dir} keeps no rollouts of prompt {', '.join(prompt_ids)}; `rto rollouts` shows which there are"
         )
     columns = _response_columns(table)
-    shown = list(_fitting(_cells(row, columns) for row in _spread(rows)))
+    spread = _spread(places, table["step"].to_pylist())
+    shown = list(_fitting(_cells(table.slice(place, 1).to_pylist()[0], columns) for place in spread))
     shown.sort(key=lambda cells: str(cells["prompt_id"]))
     shown.sort(key=lambda cells: -int(str(cells["step"])))
     note = (
-        f"{len(shown)} of {len(rows)} responses are shown"
-        if len(shown) < len(rows)
-        else f"{len(rows)} responses"
+        f"{len(shown)} of {len(places)} responses are shown"
+        if len(shown) < len(places)
+        else f"{len(places)} responses"
     )
     tokens = shown[0]["tokens"]
     assert isinstance(tokens, dict)
@@ -173,14 +179,14 @@ def _response_columns(table: pa.Table) -> list[str]:
     return [name for name in _OF_RESPONSES if name in table.column_names] + of_sources
 
 
-def _spread(rows: Sequence[Mapping[str, Cell]]) -> Iterator[Mapping[str, Cell]]:
-    """One row of every step, the newest first, then the next of every step, so that all steps are seen."""
-    by_step: dict[int, list[Mapping[str, Cell]]] = {}
-    for row in rows:
-        by_step.setdefault(int(str(row["step"])), []).append(row)
+def _spread(places: Sequence[int], steps: Sequence[int]) -> Iterator[int]:
+    """The place of one row of every step, the newest first, then the next of every step, so that all steps are seen."""
+    by_step: dict[int, list[int]] = {}
+    for place in places:
+        by_step.setdefault(steps[place], []).append(place)
     newest_first = [by_step[step] for step in sorted(by_step, reverse=True)]
-    for place in range(max(map(len, newest_first))):
-        yield from (of_step[place] for of_step in newest_first if place < len(of_step))
+    for number in range(max(map(len, newest_first))):
+        yield from (of_step[number] for of_step in newest_first if number < len(of_step))
 
 
 def _fitting(rows: Iterable[dict[str, Cell]]) -> Iterator[dict[str, Cell]]:

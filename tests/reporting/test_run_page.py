@@ -2,6 +2,7 @@
 
 import json
 import re
+import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -166,3 +167,14 @@ def test_marks_that_are_escaped_count_as_what_they_become(tmp_path: Path) -> Non
     _write_run(tmp_path / "run", steps=2, num_responses=32, num_tokens=300, decode=decode)
     write_page([tmp_path / "run"] * 2, tmp_path / "view.html")
     assert (tmp_path / "view.html").stat().st_size < 5_000_000
+
+
+def test_of_a_long_run_only_what_is_shown_is_made_into_numbers_of_python(tmp_path: Path) -> None:
+    """64 responses of 1500 tokens; the page has room for a few of them, and all would take over 50 MB."""
+    _write_run(tmp_path / "run", steps=2, num_responses=32, num_tokens=1500)
+    tracemalloc.start()
+    view = view_of(tmp_path / "run", (), ())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(view.rollouts) < 20
+    assert peak < 30_000_000
