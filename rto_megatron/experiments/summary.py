@@ -130,9 +130,10 @@ def _distinct(root: Path, seed: int, system: str) -> float | None:
     kept = seed_folder(root, seed) / "evaluations" / system / "evaluation.jsonl"
     if not kept.is_file():
         return None
-    return distinct_bigrams(
-        json.loads(line)["response"] for line in kept.read_text(encoding="utf-8").splitlines()
-    )
+    with kept.open(
+        encoding="utf-8"
+    ) as rows:  # a response may hold what str.splitlines takes for an end of line
+        return distinct_bigrams(json.loads(row)["response"] for row in rows)
 
 
 def _evaluation(root: Path, seed: int, system: str) -> Evaluation:

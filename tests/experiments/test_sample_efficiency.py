@@ -189,6 +189,18 @@ def test_repeated_responses_have_fewer_distinct_bigrams() -> None:
     assert distinct_bigrams(["a", ""]) is None
 
 
+def test_responses_with_line_separators_are_counted_in_the_report(tmp_path: Path) -> None:
+    _write_experiment(tmp_path)
+    for seed in DESIGN_2.seeds:
+        rows = [{"response": "a b\u2028a b"}, {"response": "c\u0085d"}]  # as keep_rows writes them
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        folder = seed_folder(tmp_path, seed) / "evaluations" / "ppo_x1"
+        (folder / "evaluation.jsonl").write_text(text, encoding="utf-8")
+    table = write_report(EXPERIMENT_2, tmp_path)
+    (ppo,) = (line for line in table.splitlines() if line.startswith("| ppo |"))
+    assert ppo.split(" | ")[-1] == "0.75 ± 0.00 |"  # a b, b a, a b; c d
+
+
 def test_an_unfinished_run_is_named(tmp_path: Path) -> None:
     _write_experiment(tmp_path)
     (seed_folder(tmp_path, 1) / "semi_rto_x0.33" / "hf").rmdir()
