@@ -124,6 +124,7 @@ def generate(
             say(f"{len(missing)} of {len(asked)} questions of {plan.benchmark} to answer", True)
             longest = max(len(one.prompt.token_ids) + one.room for one in missing)
             with open_pool(longest) as (engine, version):
+                _require_version(journal, version, folder)
                 _ask(engine, version, missing, plan, eos, tokenizer, journal, answered, len(asked))
     cut = sum(is_cut for _, is_cut in answered.values())
     if cut:
@@ -225,6 +226,16 @@ def _known(journal: Journal, asked: Sequence[_Asked], folder: Path) -> dict[str,
     return {key: answer for key, answer in known.items() if key in keys}
 
 
+def _require_version(journal: Journal, version: int, folder: Path) -> None:
+    """Of a trainer's pool the version tells the weights apart, and not the model's folder."""
+    others = {one["version"] for one in journal.entries if "version" in one} - {version}
+    if others:
+        raise RunFolderError(
+            f"the pool holds weights of version {version}, and {folder / JOURNAL} has answers by version "
+            f"{', '.join(map(str, others))}; name another --out"
+        )
+
+
 def _ask(
     engine: RolloutEngine,
     version: int,
@@ -252,7 +263,7 @@ def _ask(
             def arrived(place: int, rollout: Rollout, group: Sequence[_Asked] = tuple(group)) -> None:
                 key, text = group[place].question.key, _text(rollout, eos, tokenizer)
                 is_cut = rollout.finish_reason == "length"
-                journal.append({"key": key, "answer": text, "is_cut": is_cut})
+                journal.append({"key": key, "answer": text, "is_cut": is_cut, "version": version})
                 answered[key] = (text, is_cut)
                 advance(f"{len(rollout.response_ids)} tokens")
 

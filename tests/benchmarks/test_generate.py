@@ -219,6 +219,11 @@ def test_the_command_asks_a_running_pool(model: Path, server: CannedServer, tmp_
     text = load_tokenizer(model).decode([40, 41, 42], skip_special_tokens=True)
     assert [(one["output"], one["generator"]) for one in rows] == [(text, "tiny")] * len(INSTRUCTIONS)
     assert len(server.seeds) == len(set(server.seeds)) == len(INSTRUCTIONS)
+    journal = tmp_path / "out/answers.jsonl"
+    journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:2]))
+    server.version = "5"  # the trainer whose pool it is pushed meanwhile
+    with pytest.raises(RunFolderError, match=r"weights of version 5, and .* has answers by version 4"):
+        rto(*arguments, *running)
     server.version = "default"
     shutil.rmtree(tmp_path / "out")
     with pytest.raises(PoolError, match=r"random ones, until a trainer pushes.*--load-weights"):
