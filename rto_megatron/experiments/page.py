@@ -39,6 +39,7 @@ def write_report(experiment: Experiment, root: Path) -> str:
     results = summarise(experiment, root)
     tables: tuple[Rows, ...] = (
         _rows(results, experiment),
+        paired_rows(results, experiment),
         _seed_rows(results, experiment),
         _tuning_rows(experiment, root),
     )
@@ -103,6 +104,34 @@ def _rows(results: Sequence[ArmResult], experiment: Experiment) -> Rows:
             )
         )
     return rows
+
+
+def paired_rows(results: Sequence[ArmResult], experiment: Experiment) -> Rows:
+    """What is claimed of an arm rests on these: the spread of seeds, which all arms share, is not in them."""
+    ppo = next(arm for arm in results if arm.name == "ppo")
+    head = ("less PPO's of the same seed", "true return", "true return at matched KL")
+    rows: list[Sequence[str]] = [(*head[:2], "in standard errors", *head[2:], "in standard errors")]
+    for arm in results:
+        if arm.factor is None or arm is ppo:
+            continue
+        pairs = list(zip(arm.seeds, ppo.seeds, strict=True))
+        ends = [experiment.earned(a.evaluation) - experiment.earned(b.evaluation) for a, b in pairs]
+        matched = [
+            a.at_matched_kl - b.at_matched_kl
+            for a, b in pairs
+            if a.at_matched_kl is not None and b.at_matched_kl is not None
+        ]
+        rows.append((arm.name, *paired(ends, len(pairs)), *paired(matched, len(pairs))))
+    return rows
+
+
+def paired(differences: Sequence[float], num_seeds: int) -> tuple[str, str]:
+    """Mean and standard error of differences over seeds, and how many of its standard errors the mean is."""
+    if len(differences) < 2:
+        return ("-" if not differences else f"{differences[0]:+.4g} (1 of {num_seeds})"), "-"
+    mean, error = statistics.fmean(differences), statistics.stdev(differences) / len(differences) ** 0.5
+    count = "" if len(differences) == num_seeds else f" ({len(differences)} of {num_seeds})"
+    return f"{mean:+.4g} ± {error:.2g}{count}", f"{mean / error:+.1f}" if error > 0 else "-"
 
 
 def _tuning_rows(experiment: Experiment, root: Path) -> Rows:

@@ -27,7 +27,7 @@ from rto_megatron.experiments.curves import (
 )
 from rto_megatron.experiments.design import Design, tuned_before
 from rto_megatron.experiments.language.language_arms import EXPERIMENT as LANGUAGE
-from rto_megatron.experiments.page import write_report
+from rto_megatron.experiments.page import paired, paired_rows, write_report
 from rto_megatron.experiments.sample_efficiency import EXPERIMENT
 from rto_megatron.experiments.sample_efficiency.arms import (
     ARMS,
@@ -35,7 +35,7 @@ from rto_megatron.experiments.sample_efficiency.arms import (
     shuffle_dpo_rewards,
     shuffled,
 )
-from rto_megatron.experiments.summary import distinct_bigrams
+from rto_megatron.experiments.summary import distinct_bigrams, summarise
 from rto_megatron.reporting.evaluation import Estimate, Evaluation, save_evaluation
 from rto_megatron.types import ScoredRollouts
 
@@ -178,10 +178,24 @@ def test_report_has_hand_computed_numbers(tmp_path: Path) -> None:
     assert "| rto | x 0.33 | 19.00, 768 |" in written and "| ppo | x 0.33 | 0.95, never |" in written
     for name in ("return_by_episodes", "return_by_kl", "response_tokens", "episodes_to_threshold"):
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    assert "| rto | +10 ± 0 | - | +3 ± 0 | - |" in written
     page = (tmp_path / "report.html").read_text()
     assert page.count("<svg") == 4 and "src=" not in page and "20.500 ± 0.500" in page
     entries = {entry["arm"]: entry for entry in json.loads((tmp_path / "table.json").read_text())}
     assert entries["rto"]["episodes_to_threshold"] == [768.0, 768.0]
+
+
+def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
+    # Mean 0.04; the deviation of 0.05 and 0.03 is 0.01 sqrt(2), over sqrt(2) seeds 0.01.
+    assert paired([0.05, 0.03], 2) == ("+0.04 ± 0.01", "+4.0")
+    assert paired([0.05, 0.03], 5) == ("+0.04 ± 0.01 (2 of 5)", "+4.0")
+    assert paired([-0.5], 3) == ("-0.5 (1 of 3)", "-") and paired([], 3) == ("-", "-")
+    _write_experiment(tmp_path)
+    _write_evaluation(tmp_path, 1, run_name("rto", 1 / 3), 24.0)
+    rows = {row[0]: row[1:] for row in paired_rows(summarise(EXPERIMENT_2, tmp_path), EXPERIMENT_2)}
+    # At the end 20 - 10 and 24 - 11; RTO earns twice what PPO does at a KL of 3: 6 and 7 against 3 and 4.
+    assert rows["rto"] == ("+11.5 ± 1.5", "+7.7", "+3 ± 0", "-")
+    assert "ppo" not in rows and "sft" not in rows
 
 
 def test_repeated_responses_have_fewer_distinct_bigrams() -> None:
@@ -196,9 +210,8 @@ def test_responses_with_line_separators_are_counted_in_the_report(tmp_path: Path
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         folder = seed_folder(tmp_path, seed) / "evaluations" / "ppo_x1"
         (folder / "evaluation.jsonl").write_text(text, encoding="utf-8")
-    table = write_report(EXPERIMENT_2, tmp_path)
-    (ppo,) = (line for line in table.splitlines() if line.startswith("| ppo |"))
-    assert ppo.split(" | ")[-1] == "0.75 ± 0.00 |"  # a b, b a, a b; c d
+    arms = {arm.name: arm for arm in summarise(EXPERIMENT_2, tmp_path)}
+    assert [one.distinct for one in arms["ppo"].seeds] == [3 / 4, 3 / 4]  # a b, b a, a b; c d
 
 
 def test_an_unfinished_run_is_named(tmp_path: Path) -> None:
