@@ -19,7 +19,7 @@ _HEADER = (
     "arm",
     "learning rate",
     "true return",
-    "over PPO, paired",
+    "better than PPO",
     "episodes to the threshold",
     "PPO's episodes / the arm's",
     "true return at matched KL",
@@ -75,10 +75,10 @@ def _rows(results: Sequence[ArmResult], experiment: Experiment) -> Rows:
     ppo = next(arm for arm in results if arm.name == "ppo")
     rows: list[Sequence[str]] = [_HEADER]
     for arm in results:
-        gains = [
-            experiment.earned(one.evaluation) - experiment.earned(other.evaluation)
+        better = sum(
+            experiment.earned(one.evaluation) > experiment.earned(other.evaluation)
             for one, other in zip(arm.seeds, ppo.seeds, strict=True)
-        ]
+        )
         ratios = [
             other.episodes / one.episodes
             for one, other in zip(arm.seeds, ppo.seeds, strict=True)
@@ -91,9 +91,7 @@ def _rows(results: Sequence[ArmResult], experiment: Experiment) -> Rows:
                 arm.name,
                 "-" if arm.factor is None else f"x {arm.factor:.2g}",
                 _mean(arm, lambda one: experiment.earned(one.evaluation)),
-                "-"
-                if arm is ppo
-                else f"{_estimate(gains, sign='+')}; {sum(gain > 0 for gain in gains)} of {num}",
+                "-" if arm is ppo else f"{better} of {num}",
                 "-" if arm.factor is None else _median(reached, num, "{:.0f}"),
                 "-" if arm.factor is None else _median(ratios, num, "{:.2f}"),
                 "-" if arm.factor is None else _mean(arm, lambda one: one.at_matched_kl),
@@ -167,14 +165,9 @@ def _mean(arm: ArmResult, value: Callable[[SeedResult], float | None], none: str
     values = [number for one in arm.seeds if (number := value(one)) is not None]
     if not values:
         return none
-    count = "" if len(values) == len(arm.seeds) else f" ({len(values)} of {len(arm.seeds)})"
-    return f"{_estimate(values)}{count}"
-
-
-def _estimate(values: Sequence[float], sign: str = "") -> str:
-    """Mean and standard error over seeds."""
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return f"{statistics.fmean(values):{sign}.3f} ± {error:.3f}"
+    count = "" if len(values) == len(arm.seeds) else f" ({len(values)} of {len(arm.seeds)})"
+    return f"{statistics.fmean(values):.3f} ± {error:.3f}{count}"
 
 
 def _median(values: Sequence[float], num_seeds: int, form: str) -> str:

@@ -1,6 +1,7 @@
 """The numbers of the experiment's table, per arm and per seed."""
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -65,13 +66,13 @@ class TuningResult:
 
 
 def thresholds(experiment: Experiment, root: Path) -> dict[int, float]:
-    """Seed -> the true return that counts as PPO's level."""
+    """Seed -> the true return that counts as PPO's level; infinite where PPO gained nothing, which no arm reaches."""
     best, design = best_factor(experiment, root, "ppo"), experiment.design
     levels = {}
     for seed in design.seeds:
         before = experiment.earned(_evaluation(root, seed, experiment.start))
         after = float(read_curve(experiment, root, seed, "ppo", best).returns[-design.window :].mean())
-        levels[seed] = before + design.threshold * (after - before)
+        levels[seed] = before + design.threshold * (after - before) if after > before else math.inf
     return levels
 
 

@@ -170,8 +170,7 @@ def test_report_has_hand_computed_numbers(tmp_path: Path) -> None:
     assert rows["ppo"][4] == str(11 * 128) and rows["rto"][4] == str(6 * 128)
     assert rows["rto"][5] == f"{11 / 6:.2f}" and rows["rto"][1] == "x 0.33"
     assert rows["rto"][2] == "20.500 ± 0.500" and rows["sft"][4] == "-"
-    # PPO earns 10 and 11, RTO 20 and 21, the start 0 and 1: pairs differ by the same on both seeds.
-    assert rows["rto"][3] == "+10.000 ± 0.000; 2 of 2" and rows["sft"][3] == "-10.000 ± 0.000; 0 of 2"
+    assert rows["rto"][3] == "2 of 2" and rows["ddpo"][3] == "0 of 2"
     assert rows["ppo"][6] == "3.500 ± 0.500"  # KL is the step, so the return at 3 nats is 3 (+ the seed)
     written = (tmp_path / "table.md").read_text()
     assert "| ppo | x 1 | 9.50, 1408 |" in written  # last quarter: steps 10 and 11
@@ -196,6 +195,13 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
     # At the end 20 - 10 and 24 - 11; RTO earns twice what PPO does at a KL of 3: 6 and 7 against 3 and 4.
     assert rows["rto"] == ("+11.5 ± 1.5", "+7.7", "+3 ± 0", "-")
     assert "ppo" not in rows and "sft" not in rows
+
+
+def test_nothing_is_reached_where_ppo_gained_nothing(tmp_path: Path) -> None:
+    _write_experiment(tmp_path)
+    _write_evaluation(tmp_path, 0, "sft", 9.5)  # what PPO ends at over its last two steps
+    episodes = {arm.name: [one.episodes for one in arm.seeds] for arm in summarise(EXPERIMENT_2, tmp_path)}
+    assert episodes["ppo"] == [None, 1408.0] and episodes["rto"] == [None, 768.0]
 
 
 def test_repeated_responses_have_fewer_distinct_bigrams() -> None:
