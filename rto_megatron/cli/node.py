@@ -42,6 +42,7 @@ def node(
     from rto_megatron.launching.attempts import listening, out_of_memory_kills, silent_end
     from rto_megatron.launching.torchrun import start_ranks
     from rto_megatron.lifecycle.ending import finished_steps
+    from rto_megatron.lifecycle.run_lock import require_no_other
     from rto_megatron.lifecycle.start_up import begin_launch
     from rto_megatron.lifecycle.status import ExitReason, Status, attempt_number, note_status
     from rto_megatron.lifecycle.stopping import Preempted
@@ -49,6 +50,7 @@ def node(
 
     begin_launch()
     run_dir = load_recipe(recipe, overrides or []).run.dir
+    require_no_other(run_dir)
     here = [f"--nnodes={nodes}", f"--local-addr={interface_address(interface)}"]
     there = [f"--rdzv-backend={MEETING}", f"--rdzv-endpoint={meeting}", f"--rdzv-id={meeting_id}"]
     kills = out_of_memory_kills()
@@ -71,6 +73,7 @@ def node(
         raise
     if failure is not None:
         if failure.status != 1:  # the status of a rank that has told why
+            require_no_other(run_dir)  # of two that began together one was refused
             status = silent_end(run_dir, failure, attempt_number(), kills)
             typer.echo(f"error: {status.message}", err=True)
             note_status(run_dir, status)
@@ -103,7 +106,9 @@ def after_attempt(
     its ranks are gone: it completes run_status.json, and counts the attempts in RUN_DIR/attempts.json.
     """
     from rto_megatron.launching.attempts import decide_in_job
+    from rto_megatron.lifecycle.run_lock import require_no_other
 
+    require_no_other(run_dir)
     decision = decide_in_job(run_dir, attempt, restarts, time_is_up)
     status = decision.status
     ended = f"the trainer ended: {status.reason} after step {status.step} {status.message}"

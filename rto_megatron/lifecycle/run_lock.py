@@ -144,6 +144,17 @@ def require_free(run_dir: Path) -> None:
         raise _refusal(path, found)
 
 
+def require_no_other(run_dir: Path) -> None:
+    """For what a job runs beside its ranks, whose lock may be there; changes nothing.
+
+    Raises:
+        UserError: another run holds the folder, so that what it says is not of this job's.
+    """
+    found, own = _read(run_dir / LOCK_FILE), _myself().job
+    if not own or found is None or found.job != own:
+        require_free(run_dir)
+
+
 def _myself() -> Holder:
     job = os.environ.get("SLURM_JOB_ID", "")
     # The ranks of a job share its meeting point, and no other job that runs has it.

@@ -189,6 +189,27 @@ def test_the_same_job_goes_on_at_once(
             pass
 
 
+def test_a_second_job_leaves_no_word_in_the_folder_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A word of its own would hide how the first one ends: it would not be queued again, or again though done."""
+    recipe = str(ROOT / "launchers" / "recipes" / "quickstart" / "sft.yaml")
+    meeting = ["--meeting", "127.0.0.1:1", "--meeting-id", "8.0.1", "--interface", "lo"]
+    node = ["node", recipe, f"run.dir={tmp_path}", *meeting, "--nodes", "1", "--ranks", "1"]
+    decision = ["after-attempt", str(tmp_path), "--attempt", "1", "--restarts", "3"]
+    with holder(tmp_path, SLURM_JOB_ID="7"):
+        (tmp_path / "attempts.json").write_text("of the first")
+        before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+        monkeypatch.setenv("SLURM_JOB_ID", "8")
+        for command in (node, decision):
+            with pytest.raises(RunFolderError, match=r"is in use: .*SLURM job 7"):
+                CliRunner().invoke(app, command, catch_exceptions=False)
+        assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
+        monkeypatch.setenv("SLURM_JOB_ID", "7")  # of a rank that was killed, its lock is left
+        done = CliRunner().invoke(app, decision, catch_exceptions=False)
+    assert done.stdout.startswith("AGAIN 1 the trainer ended: INFRA_LOST_RANK")
+
+
 def test_a_run_that_was_taken_over_ends_before_it_writes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
