@@ -58,7 +58,8 @@ start_pool() {
     step pool "$first" "$server_nodes" bash -c '
       [ "$0" -eq 1 ] || set -- "$@" --node-rank "$SLURM_NODEID"
       exec "${@:3}" --address-file "$1/$SLURMD_NODENAME.address" --log-file "$2/$SLURMD_NODENAME.log"' \
-      "$server_nodes" "$announced" "$run_dir/pool" "$rto" pool "${pool_options[@]}" --token-file "$token" --interface "$interface" "${group[@]}" &
+      "$server_nodes" "$announced" "$run_dir/pool" "$rto" pool "${pool_options[@]}" --token-file "$token" \
+      --ready-within "$pool_wait_s" --interface "$interface" "${group[@]}" &
     pool_steps+=($!)
   done
 }

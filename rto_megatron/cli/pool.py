@@ -26,6 +26,13 @@ _Leader = Annotated[
     str | None,
     typer.Option(metavar="HOST:PORT", help="On the machine of rank 0, where the workers of --nodes meet."),
 ]
+_MaxModelLen = Annotated[
+    int | None, typer.Option(help="Prompt and response tokens together; default: the model's limit.")
+]
+_ReadyWithin = Annotated[
+    float,
+    typer.Option(min=1, metavar="SECONDS", help="For a server to start, which loads weights and compiles."),
+]
 _CanSleep = Annotated[
     bool, typer.Option(help="For rollout.colocated=true: give the GPUs' memory back when told to.")
 ]
@@ -66,9 +73,7 @@ def pool(
         bool,
         typer.Option(help="Read the folder's weights; otherwise the first push of a trainer brings them."),
     ] = False,
-    max_model_len: Annotated[
-        int | None, typer.Option(help="Prompt and response tokens together; default: the model's limit.")
-    ] = None,
+    max_model_len: _MaxModelLen = None,
     servers: Annotated[int | None, typer.Option(min=1, help="Number of servers; default: one.")] = None,
     tensor_parallel: Annotated[
         str, typer.Option(help="GPUs of a server; one number for all, or one each, as in 1,2.")
@@ -77,6 +82,7 @@ def pool(
         float | None, typer.Option(min=0.05, max=1.0, help="Share of each GPU's memory; default: vLLM's.")
     ] = None,
     can_sleep: _CanSleep = False,
+    ready_within: _ReadyWithin = 1800,
     interface: _Interface = None,
     nodes: _Nodes = 1,
     node_rank: _NodeRank = 0,
@@ -107,7 +113,7 @@ def pool(
     )
     if node_rank > 0:
         serve_part(_several(one, servers, tensor_parallel)[0])
-    serve_pool(_several(one, servers, tensor_parallel), address_file)
+    serve_pool(_several(one, servers, tensor_parallel), address_file, start_limit_s=ready_within)
 
 
 def _parts(has_head: bool, has_residual: bool) -> "list[Fp32Part]":

@@ -16,7 +16,7 @@ from rto_megatron.config.schema import EvaluateStage, ReinforcementStage
 from rto_megatron.errors import MachineError, PoolError, UserError
 from rto_megatron.generation.vllm.client.server_client import ServerClient
 from rto_megatron.generation.vllm.gate import read_token
-from rto_megatron.generation.vllm.start.server import ServerOptions
+from rto_megatron.generation.vllm.start.server import START_LIMIT_S, ServerOptions
 from rto_megatron.launching.attempts import Start
 from rto_megatron.launching.supervisor import StartingPool, started
 from rto_megatron.launching.torchrun import RankFailure, kill_ranks
@@ -27,7 +27,6 @@ from rto_megatron.planning.placement import max_model_len, place, tensor_sizes
 from rto_megatron.planning.shapes import hugging_face_folder
 
 _POLL_S = 1.0
-_BACK_WITHIN_S = 600.0  # a server that ended needs so long to start again, at the most
 _LOOK_S = 0.1  # between looks at a pool that starts, and at ranks that are to end
 
 
@@ -75,7 +74,7 @@ class LaunchedPool:
             UserError: a server did not start.
         """
         supervisor = self._pool.ready()
-        deadline = time.monotonic() + _BACK_WITHIN_S
+        deadline = time.monotonic() + START_LIMIT_S
         while not all(answers := [self._answers(address) for address in self._pool.addresses]):
             if not supervisor.is_running() or time.monotonic() > deadline:
                 break

@@ -9,7 +9,13 @@ from types import FrameType
 from typing import NoReturn
 
 from rto_megatron.errors import PoolError
-from rto_megatron.generation.vllm.start.server import Progress, ServerOptions, start_server, stop_server
+from rto_megatron.generation.vllm.start.server import (
+    START_LIMIT_S,
+    Progress,
+    ServerOptions,
+    start_server,
+    stop_server,
+)
 from rto_megatron.generation.vllm.start.server_environment import mended
 from rto_megatron.launching.supervisor import supervised
 from rto_megatron.platform.open_files import raise_file_limit
@@ -18,7 +24,10 @@ _POLL_S = 0.5
 
 
 def serve_pool(
-    options: Sequence[ServerOptions], address_file: Path | None = None, progress: Progress = print
+    options: Sequence[ServerOptions],
+    address_file: Path | None = None,
+    progress: Progress = print,
+    start_limit_s: float = START_LIMIT_S,
 ) -> NoReturn:
     """Runs servers until SIGTERM or SIGINT, then stops them and exits with status 0.
 
@@ -26,6 +35,7 @@ def serve_pool(
         options: one entry per server.
         address_file: receives one address per line once all servers are ready; removed at the end.
         progress: receives lines for the person who waits.
+        start_limit_s: for a server to be ready.
 
     Raises:
         PoolError: a server did not start, or all of them ended too often.
@@ -34,7 +44,7 @@ def serve_pool(
     signal.signal(signal.SIGINT, _exit_on_signal)
     # The parts of a server on other machines would wait for a leader that ended; all start again together.
     max_restarts = 5 if all(one.group is None for one in options) else 0
-    with supervised(options, progress, max_restarts) as pool:
+    with supervised(options, progress, max_restarts, start_limit_s) as pool:
         try:
             if address_file is not None:
                 _write_whole(address_file, "".join(f"{address}\n" for address in pool.addresses))

@@ -17,6 +17,7 @@ import psutil
 
 from rto_megatron.errors import UserError
 from rto_megatron.generation.vllm.start.server import (
+    START_LIMIT_S,
     Progress,
     Server,
     ServerOptions,
@@ -127,18 +128,24 @@ class StartingPool:
         servers: each with the options to start it again, its port among them.
         progress: receives lines for the person who waits.
         max_restarts: of the `Supervisor` that takes over.
+        start_limit_s: for a server to be ready.
 
     Example:
         with started(options, print) as pool: pool.ready().is_running()
     """
 
     def __init__(
-        self, servers: Sequence[tuple[ServerOptions, Server]], progress: Progress, max_restarts: int
+        self,
+        servers: Sequence[tuple[ServerOptions, Server]],
+        progress: Progress,
+        max_restarts: int,
+        start_limit_s: float = START_LIMIT_S,
     ) -> None:
         self.addresses = tuple(server.address for _, server in servers)
         self._servers = servers
         self._progress = progress
         self._max_restarts = max_restarts
+        self._start_limit_s = start_limit_s
         self._began = time.monotonic()
         self._handing_over = threading.Lock()
         self._is_closed = False
@@ -178,7 +185,7 @@ class StartingPool:
 
     def _wait_for_all(self) -> None:
         for one, server in self._servers:
-            wait_until_ready(server, progress=self._progress)
+            wait_until_ready(server, self._start_limit_s, self._progress)
             if one.load_weights:
                 label_weights(server, LOADED_VERSION)
             self._progress(f"inference server {server.address} is ready {self._after(server)}")
@@ -199,7 +206,10 @@ class StartingPool:
 
 @contextmanager
 def started(
-    options: Sequence[ServerOptions], progress: Progress, max_restarts: int = 5
+    options: Sequence[ServerOptions],
+    progress: Progress,
+    max_restarts: int = 5,
+    start_limit_s: float = START_LIMIT_S,
 ) -> Iterator[StartingPool]:
     """Starts servers and does not wait: once all are ready they are kept running, and stopped at the end.
 
@@ -207,6 +217,7 @@ def started(
         options: one entry per server.
         progress: receives lines for the person who waits, from other threads too.
         max_restarts: in a row, per server, once all were ready.
+        start_limit_s: for a server to be ready.
 
     Raises:
         UserError: a server cannot be started.
@@ -220,7 +231,7 @@ def started(
             server = start_server(one)
             starting.callback(stop_server, server)
             servers.append((replace(one, port=urlsplit(server.address).port), server))
-        pool = StartingPool(servers, progress, max_restarts)
+        pool = StartingPool(servers, progress, max_restarts, start_limit_s)
         starting.pop_all()
     try:
         yield pool
@@ -230,14 +241,17 @@ def started(
 
 @contextmanager
 def supervised(
-    options: Sequence[ServerOptions], progress: Progress, max_restarts: int = 5
+    options: Sequence[ServerOptions],
+    progress: Progress,
+    max_restarts: int = 5,
+    start_limit_s: float = START_LIMIT_S,
 ) -> Iterator[Supervisor]:
     """Does what `started` does, and waits until all servers are ready.
 
     Raises:
         UserError: a server did not start.
     """
-    with started(options, progress, max_restarts) as pool:
+    with started(options, progress, max_restarts, start_limit_s) as pool:
         yield pool.ready()
 
 

@@ -5,8 +5,10 @@ import sys
 import threading
 from pathlib import Path
 
+import pytest
 from ranks import free_port
 
+from rto_megatron.errors import PoolError
 from rto_megatron.generation.vllm.start.server import Server, ServerOptions, ensure_token_file
 from rto_megatron.launching.launched_pool import LaunchedPool
 from rto_megatron.launching.supervisor import StartingPool
@@ -27,7 +29,9 @@ http.server.HTTPServer(("127.0.0.1", port), Paused).serve_forever()
 """
 
 
-def starting_pool(folder: Path, awaited: Path, said: list[str]) -> tuple[StartingPool, Server]:
+def starting_pool(
+    folder: Path, awaited: Path, said: list[str], limit_s: float = 600
+) -> tuple[StartingPool, Server]:
     """A pool of one server that is ready once `awaited` is there."""
     options = ServerOptions(folder, folder / "token", folder / "server.log")
     ensure_token_file(options.token_file)
@@ -39,7 +43,7 @@ def starting_pool(folder: Path, awaited: Path, said: list[str]) -> tuple[Startin
         start_new_session=True,
     )
     server = Server(f"http://127.0.0.1:{port}", process, options.token_file, options.log_file)
-    return StartingPool([(options, server)], said.append, 5), server
+    return StartingPool([(options, server)], said.append, 5, limit_s), server
 
 
 def test_ranks_start_beside_the_pool_and_wait_for_it(tmp_path: Path) -> None:
@@ -67,6 +71,15 @@ def test_ranks_start_beside_the_pool_and_wait_for_it(tmp_path: Path) -> None:
     finally:
         pool.close()
     assert server.process.returncode is not None and not pool.ready().is_running()
+
+
+def test_a_server_that_takes_longer_than_it_may_does_not_start(tmp_path: Path) -> None:
+    pool, server = starting_pool(tmp_path, tmp_path / "never", [], limit_s=0.5)
+    try:
+        with pytest.raises(PoolError, match=rf"{server.address} not ready after [12] s"):
+            pool.ready()
+    finally:
+        pool.close()
 
 
 def test_a_pool_that_is_still_starting_can_be_closed(tmp_path: Path) -> None:

@@ -27,6 +27,9 @@ from rto_megatron.models.model_folder import code_problems, misnamed, pattern_pr
 Progress = Callable[[str], None]
 
 _WORKER = "rto_megatron.generation.vllm.worker"
+START_LIMIT_S = (
+    1800.0  # weights of 70B from a network disk take a quarter of an hour, and compilation minutes more
+)
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # as vLLM names them
 _PR_SET_PDEATHSIG = 1
 _UNBOUND = "nobind"
@@ -164,7 +167,9 @@ def start_server(options: ServerOptions) -> Server:
     return Server(f"http://{options.host}:{port}", process, options.token_file, options.log_file, claim)
 
 
-def wait_until_ready(server: Server, timeout_s: float = 600, progress: Progress | None = None) -> None:
+def wait_until_ready(
+    server: Server, timeout_s: float = START_LIMIT_S, progress: Progress | None = None
+) -> None:
     """Returns when the server has generated a token; reports the seconds waited about every 5 s.
 
     Raises:
