@@ -70,18 +70,21 @@ class LaunchedPool:
     def prepare(self, attempt: int) -> bool:
         """Waits for servers that are starting, or being started again; False when none is left.
 
+        Those that are given up are not waited for.
+
         Raises:
             UserError: a server did not start.
         """
         supervisor = self._pool.ready()
         deadline = time.monotonic() + START_LIMIT_S
-        while not all(answers := [self._answers(address) for address in self._pool.addresses]):
-            if not supervisor.is_running() or time.monotonic() > deadline:
+        while True:
+            answers = {address: self._answers(address) for address in supervisor.kept()}
+            if all(answers.values()) or time.monotonic() > deadline:
                 break
             time.sleep(_POLL_S)
-        if self._is_colocated and all(answers):
-            put_to_sleep(self._pool.addresses, self._token_file)
-        return any(answers)
+        if self._is_colocated and answers and all(answers.values()):
+            put_to_sleep(list(answers), self._token_file)
+        return any(answers.values())
 
     def require_before_ranks(self) -> None:
         """Waits for a pool on the ranks' own GPUs, whose servers measure the memory that is free while they start.

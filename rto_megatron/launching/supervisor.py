@@ -63,9 +63,14 @@ class Supervisor:
         for keeper in self._keepers:
             keeper.start()
 
+    def kept(self) -> list[str]:
+        """Addresses of the servers that are not given up."""
+        pairs = zip(self.addresses, self._keepers, strict=True)
+        return [address for address, keeper in pairs if keeper.is_alive()]
+
     def is_running(self) -> bool:
         """False once every server is given up."""
-        return any(keeper.is_alive() for keeper in self._keepers)
+        return bool(self.kept())
 
     def close(self) -> None:
         """Stops all servers and every process of theirs."""

@@ -33,7 +33,13 @@ def starting_pool(
     folder: Path, awaited: Path, said: list[str], limit_s: float = 600
 ) -> tuple[StartingPool, Server]:
     """A pool of one server that is ready once `awaited` is there."""
-    options = ServerOptions(folder, folder / "token", folder / "server.log")
+    options, server = paused_server(folder, awaited)
+    return StartingPool([(options, server)], said.append, 5, limit_s), server
+
+
+def paused_server(folder: Path, awaited: Path, log: str = "server.log") -> tuple[ServerOptions, Server]:
+    """A process that answers as a server once `awaited` is there."""
+    options = ServerOptions(folder, folder / "token", folder / log)
     ensure_token_file(options.token_file)
     options.log_file.touch()
     port = free_port()
@@ -42,8 +48,7 @@ def starting_pool(
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    server = Server(f"http://127.0.0.1:{port}", process, options.token_file, options.log_file)
-    return StartingPool([(options, server)], said.append, 5, limit_s), server
+    return options, Server(f"http://127.0.0.1:{port}", process, options.token_file, options.log_file)
 
 
 def test_ranks_start_beside_the_pool_and_wait_for_it(tmp_path: Path) -> None:
@@ -71,6 +76,24 @@ def test_ranks_start_beside_the_pool_and_wait_for_it(tmp_path: Path) -> None:
     finally:
         pool.close()
     assert server.process.returncode is not None and not pool.ready().is_running()
+
+
+def test_an_attempt_does_not_wait_for_a_server_that_is_given_up(tmp_path: Path) -> None:
+    (tmp_path / "go").touch()
+    lost, kept = (paused_server(tmp_path, tmp_path / "go", log) for log in ("0.log", "1.log"))
+    pool = StartingPool([lost, kept], [].append, max_restarts=0)
+    launched = LaunchedPool(pool, tmp_path / "token", is_colocated=False, starting_file=tmp_path / "starting")
+    answers: list[bool] = []
+    try:
+        supervisor = pool.ready()
+        lost[1].process.kill()
+        waits = threading.Thread(target=lambda: answers.append(launched.prepare(2)), daemon=True)
+        waits.start()
+        waits.join(30)
+        assert answers == [True] and supervisor.kept() == [kept[1].address]
+    finally:
+        pool.close()
+    assert supervisor.kept() == []
 
 
 def test_a_server_that_takes_longer_than_it_may_does_not_start(tmp_path: Path) -> None:
