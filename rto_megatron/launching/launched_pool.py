@@ -12,6 +12,7 @@ from pathlib import Path
 import typer
 
 from rto_megatron.config.overrides import as_override
+from rto_megatron.config.plan import most_ranks
 from rto_megatron.config.schema import EvaluateStage, ReinforcementStage
 from rto_megatron.errors import MachineError, PoolError, UserError
 from rto_megatron.generation.vllm.client.server_client import ServerClient
@@ -178,11 +179,23 @@ def launched_pool(
 def plan_pool(
     config: ReinforcementStage | EvaluateStage, gpus: int, ranks: int | None, choice: PoolChoice
 ) -> tuple[list[int], range]:
-    """Tensor-parallel size of each server, and the GPUs they share: the last ones, or the ranks' own."""
+    """Tensor-parallel size of each server, and the GPUs they share: the last ones, or the ranks' own.
+
+    Raises:
+        UserError: servers and ranks have not enough of them.
+    """
     if config.rollout.colocated:
         sizes = shared_sizes(config, gpus, ranks, choice.gpus, choice.servers, choice.tensor)
         return sizes, range(sum(sizes) if gpus else 0)
     sizes = _sizes(gpus, choice)
+    free = gpus - sum(sizes)
+    num_ranks = ranks or most_ranks(config.parallel, free)
+    if gpus and num_ranks > free:
+        raise MachineError(
+            f"this machine has {gpus} GPUs, of which the pool's servers take {sum(sizes)}, and {num_ranks} ranks "
+            "need one each; start fewer (--ranks, or another layout), give the pool fewer (--pool-gpus), or let both "
+            "have the same ones in turn (rollout.colocated=true)"
+        )
     return sizes, range(gpus - sum(sizes), gpus) if gpus else range(0)
 
 

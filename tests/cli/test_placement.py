@@ -1,10 +1,16 @@
 """How many servers a pool has, how large they are, and which GPUs they see."""
 
+from pathlib import Path
+
 import pytest
 
+from rto_megatron.config.load import load_recipe
+from rto_megatron.config.schema import ReinforcementStage
 from rto_megatron.errors import MachineError, RecipeError, UserError
-from rto_megatron.launching.launched_pool import PoolChoice, _sizes
+from rto_megatron.launching.launched_pool import PoolChoice, _sizes, plan_pool
 from rto_megatron.planning.placement import place, tensor_sizes
+
+RECIPES = Path(__file__).parents[2] / "launchers" / "recipes"
 
 
 @pytest.mark.parametrize(
@@ -44,6 +50,25 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(kind, match=words):
         _sizes(gpus, PoolChoice(pool_gpus, servers, tensor))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "ranks", "pool_gpus", "words"),
+    [
+        (8, 6, None, "8 GPUs, of which the pool's servers take 4, and 6 ranks need one each"),
+        (4, None, None, "4 GPUs, of which the pool's servers take 2, and 4 ranks need one each"),  # tensor=4
+        (8, None, 5, "8 GPUs, of which the pool's servers take 5, and 4 ranks need one each"),
+    ],
+)
+def test_no_rank_gets_the_gpu_of_a_server(
+    gpus: int, ranks: int | None, pool_gpus: int | None, words: str
+) -> None:
+    config = load_recipe(RECIPES / "llama3_8b" / "rto.yaml", [])
+    assert isinstance(config, ReinforcementStage)
+    with pytest.raises(MachineError, match=words):
+        plan_pool(config, gpus, ranks, PoolChoice(pool_gpus, None, "1"))
+    assert plan_pool(config, 8, ranks, PoolChoice(2, None, "1")) == ([1, 1], range(6, 8))
+    assert plan_pool(config, 0, ranks, PoolChoice(None, None, "1")) == ([1], range(0))  # cores are shared
 
 
 def test_one_server_of_two_gpus_needs_both() -> None:
