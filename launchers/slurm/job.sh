@@ -149,5 +149,8 @@ while :; do
     END) finish "$code" ;;
     *) fail "not understood: $next $code" ;;
   esac
-  [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ] || finish 1 # cancelled
+  case $(squeue -h -j "$SLURM_JOB_ID" -o %T) in
+    RUNNING | '') ;; # no answer says nothing: SLURM's controller may be away for a moment
+    *) finish 1 ;; # cancelled
+  esac
 done

@@ -19,7 +19,9 @@ STRANGE = '50% #1, %j: it\'s [x] $HOME "q"'
 # Each notes in $NOTES what it was given, its parts ended by NUL.
 PROGRAMS = {
     "scontrol": 'echo "$1" >>"$NOTES/scontrol"; [ "$1" = show ] && printf "n1\\nn2\\n"',
-    "squeue": 'case "$*" in *-s*) echo "7.1 pool" ;; *) echo RUNNING ;; esac',
+    "squeue": """
+[ ! -e "$NOTES/no-controller" ] || exit 1
+case "$*" in *-s*) echo "7.1 pool" ;; *) echo RUNNING ;; esac""",
     "scancel": 'kill -TERM "$(cat "$NOTES/pool.pid")"',
     "srun": """
 while [[ $1 == --* ]]; do printf '%s\\0' "$1" >>"$NOTES/srun" && shift; done
@@ -112,7 +114,7 @@ class Bench:
             env={"PATH": self.path, "NOTES": str(self.notes), **job},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=180,
             check=False,
         )
 
@@ -224,6 +226,16 @@ def test_attempts_follow_each_other_until_one_crashes_as_the_last_did(bench: Ben
     assert "attempt 3] the trainer ended: REPEATED_CRASH after step 2 crashed twice alike" in done.stdout
     status = read_status(bench.run_dir)
     assert status is not None and (status.reason, status.attempt) == (ExitReason.REPEATED_CRASH, 3)
+
+
+@pytest.mark.slow
+def test_a_controller_that_does_not_answer_ends_no_job(bench: Bench) -> None:
+    bench.plan_ending(1, None)
+    bench.plan_ending(2, Status(ExitReason.DONE, 4, ""))
+    (bench.notes / "no-controller").touch()
+    done = bench.run(Allocation(2, interface="lo"))
+    assert "attempt 2] the trainer ended: DONE after step 4\n" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0
 
 
 def test_only_the_end_of_its_time_queues_a_job_again(bench: Bench) -> None:
