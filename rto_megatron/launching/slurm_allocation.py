@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _GPU_ENTRY = re.compile(r"gpu(:[\w.-]*[A-Za-z][\w.-]*)?(:(?P<count>\d+))?")
+# MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS, DAYS-HOURS:MINUTES or DAYS-HOURS:MINUTES:SECONDS
+_LIMIT = re.compile(r"((?P<days>\d+)-)?(?P<parts>\d+(:\d+){0,2})")
+_EARLY_S = 60  # by which SLURM's signal may come before its time
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -99,6 +102,13 @@ class Allocation:
                 f"--gres {self.gres} names {named} GPUs of a node, and --gpus-per-node {self.gpus_per_node}; give one "
                 "of the two, --gres where the site does not know the other"
             )
+        limit_s = None if self.time is None else _seconds(self.time)
+        if limit_s is not None and limit_s <= self.notice_s + _EARLY_S:
+            problems.append(
+                f"--time {self.time} --notice {self.notice_s}: SLURM would tell the job to save as soon as it starts, "
+                f"as it may do so {_EARLY_S} s early, and the job would queue itself again for ever; raise --time or "
+                "lower --notice"
+            )
         if self.is_exclusive and self.cpus_per_task is not None:
             problems.append(
                 f"--cpus-per-task {self.cpus_per_task} has no effect on exclusive nodes, which give all their CPUs; "
@@ -141,6 +151,20 @@ class Allocation:
             "signal": f"B:USR1@{self.notice_s}",
             "exclusive": "" if self.is_exclusive else None,
         }
+
+
+def _seconds(limit: str) -> int | None:
+    """Of a limit as SLURM writes it; None where there is none, or sbatch will refuse it."""
+    found = _LIMIT.fullmatch(limit.strip())
+    if found is None:
+        return None
+    parts = [int(part) for part in found["parts"].split(":")]
+    if found["days"] is not None:
+        parts = [24 * int(found["days"]) + parts[0], *parts[1:], 0, 0][:3]
+    elif len(parts) < 3:
+        parts = [0, *parts, 0][:3]
+    hours, minutes, seconds = parts
+    return 3600 * hours + 60 * minutes + seconds or None
 
 
 def text_problems(name: str, text: str) -> list[str]:

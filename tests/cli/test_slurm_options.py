@@ -125,6 +125,14 @@ def test_the_site_gets_what_it_wants_to_know(tmp_path: Path) -> None:
                 "--mount /a:/b: is no folder here; the container shows a folder under its own path",
             ],
         ),
+        (
+            ["--time", "5:00"],
+            ["--time 5:00 --notice 300: SLURM would tell the job to save as soon as it starts"],
+        ),
+        (["--time", "6", "--notice", "300"], ["raise --time or lower --notice"]),
+        (["--time", "1:00:00", "--notice", "3600"], ["raise --time or lower --notice"]),
+        (["--time", "0-01", "--notice", "3600"], ["raise --time or lower --notice"]),
+        (["--time", "1-00:30", "--notice", "88200"], ["raise --time or lower --notice"]),  # 24.5 h
         (["--mount", "/data"], ["--mount /data has no effect without a container"]),
         (["--partition", "a\n#SBATCH --uid=0"], ["--partition: found 'a\\n#SBATCH --uid=0'; a line break"]),
         (["--preamble", "/nowhere/modules.sh"], ["--preamble /nowhere/modules.sh: cannot be read"]),
@@ -154,6 +162,11 @@ def test_a_preamble_that_cannot_do_what_it_says_is_refused(tmp_path: Path, text:
     preamble.write_text(text)
     with pytest.raises(RecipeError, match=re.escape(part)):
         slurm(recipe_in(tmp_path, tmp_path), "--preamble", str(preamble))
+
+
+def test_a_job_may_be_as_short_as_its_notice_allows(tmp_path: Path) -> None:
+    for limit in ("6:01", "7", "0:06:01", "0-1", "0-0:7", "0-0:06:01", "0", "infinite"):
+        assert f"time={limit}" in asked(slurm(recipe_in(tmp_path, tmp_path), "--time", limit))
 
 
 def test_paths_reach_sbatch_and_bash_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
