@@ -54,7 +54,7 @@ def test_the_soft_limit_is_raised_to_the_hard_one_for_children_too() -> None:
 
 
 def test_requests_of_many_servers_fit_into_a_low_limit(servers: list[CannedServer]) -> None:
-    """8 x 128 requests would need 1024 connections."""
+    """8 x 256 requests could take 2048 connections."""
     addresses = [server.address for server in servers]
     prompts = [Prompt(f"prompt-{index}", (1, 5)) for index in range(400)]
 

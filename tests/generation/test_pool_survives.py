@@ -58,6 +58,19 @@ def test_requests_are_shared_and_each_is_sent_once(start: Start) -> None:
     assert all(len(server.seeds) > 5 for server in servers)
 
 
+def test_a_server_is_asked_for_as_much_at_once_as_it_batches_on_a_gpu(start: Start) -> None:
+    """The least number of sequences of vLLM's GPUs, 256: EngineArgs.get_batch_defaults."""
+    all_are_there = threading.Barrier(256)
+
+    def together(seed: int | None) -> Answer:
+        if seed is not None:
+            all_are_there.wait(TIMEOUT_S)
+        return by_seed(seed)
+
+    prompts = [Prompt(f"prompt-{index}", (1, 5)) for index in range(256)]
+    assert len(pool_of(start(together), retries=0).generate(prompts, SAMPLING, 4)) == 256
+
+
 def test_each_response_is_told_of_while_others_are_sampled(start: Start) -> None:
     come = threading.Event()
 

@@ -20,9 +20,8 @@ from rto_megatron.generation.vllm.client.server_client import ServerClient
 from rto_megatron.platform.open_files import connections_left
 from rto_megatron.types import Metrics, Prompt, Rollout
 
-_REQUESTS_PER_SERVER = (
-    128  # vLLM batches at most this many on a CPU, and queues the rest on a GPU as well as we can
-)
+# By a replica. vLLM batches no fewer on any GPU, and half as many on a CPU, where the rest wait in the server.
+_REQUESTS_PER_SERVER = 256
 _OUT_TIMEOUT_S = 5.0  # nobody else uses a server that is out, and the trainer waits for its word
 
 
