@@ -67,7 +67,7 @@ def data_sources(config: schema.Stage) -> list[DataSource]:
     named: list[tuple[str, Sources | None, Examples]] = []
     if isinstance(data, ExampleDataConfig | PromptDataConfig):
         named.append(("data.train", data.train, wanted))
-    if isinstance(data, ExampleDataConfig | EvaluateDataConfig):
+    if isinstance(data, ExampleDataConfig | PromptDataConfig | EvaluateDataConfig):
         named.append(("data.eval", data.eval, wanted))
     if isinstance(data, PromptDataConfig):
         named.append(("data.pretrain", data.pretrain, "texts"))

@@ -76,6 +76,20 @@ def test_prompts_and_texts_beside_them_are_looked_at(files: Path, tmp_path: Path
     assert "4 rows read, 4 kept" in found
 
 
+def test_held_out_prompts_of_a_stage_that_trains_are_looked_at(files: Path, tmp_path: Path) -> None:
+    prompts, held_out = tmp_path / "prompts.jsonl", tmp_path / "held_out.jsonl"
+    write_rows(prompts, [{"prompt": "red fox"}])
+    write_rows(held_out, [{"prompt": "red fox"}, {"prompt": "green cat"}, {"prompt": "rain"}])
+    assert f"{held_out}: 3 rows read, 3 kept" in _found(
+        _check(files, "rto", prompts, f"data.eval={held_out}")
+    )
+    write_rows(held_out, [{"prompt": "red fox"}, {"question": "green cat"}])
+    refused = _check(files, "rto", prompts, f"data.eval={held_out}")
+    assert "data.eval" in str(refused.exception) and f"{held_out}:2" in str(refused.exception)
+    gone = _found(_check(files, "rto", prompts, f"data.eval={tmp_path / 'gone.jsonl'}"))
+    assert "gone.jsonl: not on this machine, not looked at" in gone
+
+
 def test_bad_rows_are_refused_all_at_once(files: Path, tmp_path: Path) -> None:
     data = tmp_path / "sft.jsonl"
     write_rows(data, [_row("red fox", "blue dog"), {"prompt": "red"}, {"question": "red"}])
