@@ -6,16 +6,17 @@ end-of-sequence token: what the model would have sampled there. A template that 
 follow it has no such place, and is refused.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from transformers import PreTrainedTokenizerBase
 
-from rto_megatron.data.chat import normal_start, sorted_parts
+from rto_megatron.data.chat import normal_start, require_open_thoughts, sorted_parts
 from rto_megatron.data.left_out import left_out, refuse
 from rto_megatron.data.messages import Conversation
 from rto_megatron.data.template import ChatTemplate
-from rto_megatron.data.thoughts import empty_thoughts
+from rto_megatron.data.thoughts import empty_thoughts, leaves_thought_open
 from rto_megatron.errors import DataError
 from rto_megatron.types import EndOfSequence
 
@@ -34,6 +35,7 @@ class LearntTurns:
     is_learnt: tuple[bool, ...]  # one of each id; the last is True
     num_thoughts_left_out: int  # reasoning of turns that are not learnt, which the template does not render
     num_endless: int  # learnt turns without an end-of-sequence token
+    num_open: int = 0  # learnt turns that do not close the thought that their prompt opens
 
     @property
     def first(self) -> int:
@@ -72,17 +74,22 @@ def encode_turns(
 
     Raises:
         UserError: the template refuses the conversation, leaves something of it out, or renders a turn otherwise once
-            others follow; a turn spells an end-of-sequence token; or nothing is learnt.
+            others follow; a turn spells an end-of-sequence token or leaves a thought open; or nothing is learnt.
     """
     text = template.text(conversation, False, where)
     learnt = [n for n, m in enumerate(conversation.messages) if m.role == "assistant" and m.is_learnt]
     lost = left_out(template, conversation, text, False, where, learnt)
     thoughts, others = sorted_parts(lost, learnt)
     refuse(template, conversation, others, where)
+    num_open = 0
     if template.marks_turns:
         tokens, marks, ends = _marked(template, conversation, text, where, eos)
     else:
-        tokens, marks, ends = _found(template, conversation, text, where, eos)
+        spans = _spans(template, conversation, text, where)
+        num_open = sum(leaves_thought_open(text[: spans[n][0]], text[slice(*spans[n])]) for n in learnt)
+        if num_open:
+            require_open_thoughts(template, where)
+        tokens, marks, ends = _found(template, conversation, text, where, eos, spans)
     if skips_empty_thoughts:
         empty = empty_thoughts(text)
         marks = [mark and not _inside(at, empty) for mark, at in zip(marks, tokens.offsets, strict=True)]
@@ -90,7 +97,7 @@ def encode_turns(
         raise DataError(f"{where}: no token of the assistant's turns is learnt; remove the row")
     behind = len(marks) - marks[::-1].index(True)
     ids, kept = normal_start(template.tokenizer, tokens.ids[:behind], marks[:behind])
-    return LearntTurns(ids, kept, len(thoughts), ends)
+    return LearntTurns(ids, kept, len(thoughts), ends, num_open)
 
 
 def _marked(
@@ -117,10 +124,14 @@ def _marked(
 
 
 def _found(
-    template: ChatTemplate, conversation: Conversation, text: str, where: str, eos: EndOfSequence
+    template: ChatTemplate,
+    conversation: Conversation,
+    text: str,
+    where: str,
+    eos: EndOfSequence,
+    spans: Mapping[int, _Span],
 ) -> tuple[_Tokens, list[bool], int]:
-    """As the prompts say after which the assistant writes."""
-    spans = _spans(template, conversation, text, where)
+    """As the prompts say after which the assistant writes: where each of its turns stands in the text."""
     tokens = _cut_at(template.tokenizer, text, [first for first, _ in spans.values()], where)
     marks, endless, is_last_open = [False] * len(tokens.ids), 0, False
     for number, (first, end) in spans.items():

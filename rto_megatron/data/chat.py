@@ -132,7 +132,13 @@ def _require_agreed(template: ChatTemplate, conversation: Conversation, answer: 
             f"{where}: the answer has {', '.join(fields)}, and the chat template does not render it behind its prompt "
             "(data.allow_non_prefix joins the content alone); remove these fields, or take another template"
         )
-    if answer.is_open and template.options.open_thought == "error":
+    if answer.is_open:
+        require_open_thoughts(template, where)
+
+
+def require_open_thoughts(template: ChatTemplate, where: str) -> None:
+    """Refuses an answer that does not close the thought which its prompt opens, unless the run keeps such answers."""
+    if template.options.open_thought == "error":
         raise DataError(
             f"{where}: the generation prompt opens a thought that the answer does not close, so that the model would "
             "learn to answer inside its thoughts; write the reasoning and its closing tag before the answer, or set "

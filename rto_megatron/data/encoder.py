@@ -150,6 +150,7 @@ class Encoder:
             end -= 1
         self.counts["earlier_thoughts_left_out"] += learnt.num_thoughts_left_out
         self.counts["turns_without_end"] += learnt.num_endless
+        self.counts["thoughts_left_open"] += learnt.num_open
         return Demonstration(row_id(row), prompt_ids, learnt.ids[first:end], learnt.skipped(first, end))
 
     @property

@@ -84,6 +84,12 @@ def answer_after(prompt_text: str, whole_text: str, content: str) -> Answer:
     return Answer(rest, is_open=closing not in rest, has_thought_back=has_thought_back)
 
 
+def leaves_thought_open(prompt_text: str, answer_text: str) -> bool:
+    """Whether a prompt opens a thought that the text behind it does not close."""
+    opened = _OPENED.search(prompt_text)
+    return opened is not None and f"</{opened[1]}>" not in answer_text
+
+
 def empty_thoughts(text: str) -> list[tuple[int, int]]:
     """Where thoughts without a word stand in a text, with the space behind them: first character and end."""
     return [found.span() for found in _EMPTY.finditer(text)]

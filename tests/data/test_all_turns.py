@@ -8,7 +8,7 @@ from random import Random
 import pytest
 import torch
 from data.test_layouts import assistant, user
-from data.test_left_out import with_template
+from data.test_left_out import OPENS_AND_KEEPS, with_template
 from data.written_rows import write_lines
 from transformers import PreTrainedTokenizerBase
 
@@ -19,6 +19,7 @@ from rto_megatron.data.limits import Limits
 from rto_megatron.data.load_report import Loaded
 from rto_megatron.data.loader import load_demonstrations
 from rto_megatron.data.packing import supervised_microbatches
+from rto_megatron.data.template import TemplateOptions
 from rto_megatron.errors import DataError
 from rto_megatron.types import Demonstration
 
@@ -177,6 +178,33 @@ def test_a_thought_without_words_is_learnt_or_skipped(
     thought = [{"prompt": "a", "response": "<think>\nadd\n</think>\n\nb"}]
     kept = load(thinks, tmp_path, thought, replace(limits, empty_thoughts="skip")).items
     assert kept == load(thinks, tmp_path, thought, limits).items
+
+
+@pytest.mark.parametrize("loss_on", ["last", "all"])
+@pytest.mark.parametrize("place", [1, 3])
+def test_a_turn_that_leaves_the_opened_thought_open_is_refused_or_kept(
+    loss_on: str, place: int, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    opens, limits = with_template(tokenizer, OPENS_AND_KEEPS), replace(LIMITS, loss_on=loss_on)
+    closed = [
+        user("a"),
+        assistant("<think>\nso\n</think>\n\nb"),
+        user("c"),
+        assistant("<think>\nso\n</think>\n\nd"),
+    ]
+    assert load(opens, tmp_path, [{"messages": closed}], limits).report.thoughts_left_open == 0
+    is_trained = place == 3 or loss_on == "all"
+    turns = [*closed[:place], assistant("<think>\nso b"), *closed[place + 1 :]]
+    if is_trained:
+        with pytest.raises(DataError, match=r"opens a thought that the answer does not close"):
+            load(opens, tmp_path, [{"messages": turns}], limits)
+    kept = replace(limits, template=TemplateOptions(open_thought="keep"))
+    loaded = load(opens, tmp_path, [{"messages": turns}], kept)
+    assert loaded.report.thoughts_left_open == is_trained
+    (item,) = loaded.items
+    ids = (*item.prompt_ids, *item.response_ids)
+    learnt = [token for token, is_learnt in zip(ids, mask_of(item), strict=True) if is_learnt]
+    assert ("so b</s>" in tokenizer.decode(learnt)) == is_trained
 
 
 @pytest.mark.parametrize("packed", [True, False])
