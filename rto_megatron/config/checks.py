@@ -40,6 +40,7 @@ def find_problems(
         *(sampling_problems(facts.online) if (facts := facts_of(config)).online is not None else ()),
         *_pool_servers(facts_of(config).pool),
         *_ahead(facts_of(config).online),
+        *_held_out(facts_of(config)),
         *_profile(facts_of(config)),
         *_kernels(config),
     ]
@@ -65,6 +66,24 @@ def _kernels(config: Stage) -> list[str]:
             f"precision.fp32_parts names residual, and precision.kernels={precision.kernels} may be layers of "
             f"TransformerEngine, which read the residual in the dtype of their weights; set {torch}, or leave residual "
             "out"
+        )
+    return problems
+
+
+def _held_out(facts: Facts) -> list[str]:
+    """What reads `data.eval` in a stage on data, and finds nothing there."""
+    config = facts.offline
+    if config is None or config.data.eval is not None:
+        return []
+    given = {"data.eval_samples": config.data.eval_samples, "run.eval_every": config.run.eval_every}
+    problems = [
+        f"{key}={value} has no effect without data.eval; remove it or name held-out rows"
+        for key, value in given.items()
+        if value is not None
+    ]
+    if facts.is_reward_model:
+        problems.append(
+            "data.eval is missing: a reward model keeps the mean and std of its scores on held-out pairs; name some"
         )
     return problems
 

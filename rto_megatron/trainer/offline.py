@@ -38,7 +38,6 @@ from rto_megatron.engine.divergence import divergence_from, divergence_microbatc
 from rto_megatron.engine.megatron import TOKENS, FrozenModel, Loss, Microbatch
 from rto_megatron.engine.offload import HostMemory, host_memory
 from rto_megatron.engine.readings import Reading
-from rto_megatron.errors import RecipeError
 from rto_megatron.lifecycle.start_up import begin_part
 from rto_megatron.parallel.dealing import shared_out
 from rto_megatron.parallel.topology import Topology
@@ -192,10 +191,6 @@ def _train[E: Example, M: Microbatch](
     setup.admit(data)
     batches = feed(data, config.batch.train, config.run.seed, topology, setup.cost)
     held_out = _held_out(task, config.data, setup)
-    if is_reward and not held_out:
-        raise RecipeError(
-            "data.eval is not set; a reward model keeps the mean and std of its scores on held-out pairs"
-        )
     hf_files = stage_hf_files(setup.sources["policy"], config.run.dir, role, topology, setup.eos)
     if is_reward:
         used_ids = vocabulary_of(data.items) | vocabulary_of(held_out)

@@ -77,6 +77,20 @@ def test_each_mismatch_is_named_with_a_way_out(config: Stage, world_size: int, p
         refuse(problems)
 
 
+def test_keys_of_held_out_rows_need_some() -> None:
+    for stage in ("sft", "dpo", "kto", "reward_model"):
+        recipe = RECIPES / f"{stage}.yaml"
+        named = load_recipe(recipe, ["data.eval=x.jsonl", "data.eval_samples=8", "run.eval_every=5"])
+        assert find_problems(named, 8, {}) == []
+        absent = load_recipe(recipe, ["data.eval=null", "data.eval_samples=8", "run.eval_every=5"])
+        problems = find_problems(absent, 8, {})
+        for key in ("data.eval_samples=8", "run.eval_every=5"):
+            (problem,) = (one for one in problems if key in one)
+            assert problem == f"{key} has no effect without data.eval; remove it or name held-out rows"
+        assert any("data.eval is missing" in one for one in problems) == (stage == "reward_model")
+        assert len(problems) == 2 + (stage == "reward_model")
+
+
 def test_reward_model_needs_room_for_the_end_of_a_cut_response_unless_it_overwrites_a_token() -> None:
     # 7168 + 1024 = 8192 tokens are sampled at most, and 8193 scored.
     limits = {"policy": 8192, "reward": 8192}
