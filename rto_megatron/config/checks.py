@@ -5,7 +5,7 @@ How a model's heads and layers are cut is checked where model shapes are known (
 
 from collections.abc import Iterable, Mapping
 
-from rto_megatron.algorithms import ALGORITHMS
+from rto_megatron.algorithms import ALGORITHMS, ppo
 from rto_megatron.algorithms.kl_controller import smallest_horizon
 from rto_megatron.algorithms.method import OfflineMethod, OnlineMethod
 from rto_megatron.config.facts import Facts, facts_of
@@ -42,6 +42,7 @@ def find_problems(
         *_ahead(facts_of(config).online),
         *_held_out(facts_of(config)),
         *_profile(facts_of(config)),
+        *_warmup(facts_of(config).online),
         *_kernels(config),
     ]
 
@@ -100,6 +101,22 @@ def steps_beyond(profile: Iterable[int], num_steps: int) -> list[str]:
         return []
     return [
         f"run.profile names step {', '.join(beyond)}, and the run has {num_steps}; name steps from 1 to {num_steps}"
+    ]
+
+
+def _warmup(config: ReinforcementStage | None) -> list[str]:
+    if config is None or config.run.steps is None or not isinstance(config.algorithm, ppo.Config):
+        return []
+    return idle_policy(config.algorithm.critic_warmup_steps, config.run.steps)
+
+
+def idle_policy(warmup_steps: int, num_steps: int) -> list[str]:
+    """What is wrong with `algorithm.critic_warmup_steps` in a run of `num_steps` steps."""
+    if warmup_steps < num_steps:
+        return []
+    return [
+        f"algorithm.critic_warmup_steps={warmup_steps} leaves no step for the policy in a run of {num_steps}; lower it "
+        "or raise run.steps"
     ]
 
 

@@ -11,7 +11,7 @@ from rto_megatron.algorithms.credit_metrics import explained_variance
 from rto_megatron.algorithms.kl_controller import KLController
 from rto_megatron.algorithms.method import OnlineMethod
 from rto_megatron.algorithms.reinforcement import PolicyOptimization
-from rto_megatron.config import schema
+from rto_megatron.config import checks, schema
 from rto_megatron.config.facts import facts_of
 from rto_megatron.config.learning_rate import learning_rate, updates_per_step
 from rto_megatron.config.roles import roles_of
@@ -22,7 +22,6 @@ from rto_megatron.engine.absent import RoleModel, TrainedRole
 from rto_megatron.engine.build_roles import build_average, place_trained, update_average
 from rto_megatron.engine.megatron import ENTROPIES
 from rto_megatron.engine.offload import host_memory
-from rto_megatron.errors import RecipeError
 from rto_megatron.lifecycle.launched_beside import await_pool
 from rto_megatron.lifecycle.start_up import begin_part
 from rto_megatron.parallel.topology import Topology
@@ -81,7 +80,7 @@ def train_online(
     algorithm = parts.algorithm or build_algorithm(config, setup.tokenizer)
     pretraining = Pretraining(config, setup)
     run = open_run(config, setup, roles, config.run.steps or prompts.batches_per_epoch)
-    refuse_idle_policy(algorithm, run.num_steps)
+    checks.refuse(checks.idle_policy(algorithm.critic_warmup_steps, run.num_steps))
     kl, table = algorithm.kl_controller, known_reward("data.true_reward", config.data.true_reward, setup)
     pool = stopping(
         parking(pool or connect_pool(config.rollout, roles.policy, roles.memory), roles.memory), config, setup
@@ -177,15 +176,6 @@ def open_sampler(
     if run.state is not None:
         sampler.restore(run.state.data, run.ahead)
     return full_batches(sampler, config, setup, roles, run.record)
-
-
-def refuse_idle_policy(algorithm: PolicyOptimization, num_steps: int) -> None:
-    """Raises RecipeError where the critic's warm-up is the whole run."""
-    if algorithm.critic_warmup_steps >= num_steps:
-        raise RecipeError(
-            f"algorithm.critic_warmup_steps={algorithm.critic_warmup_steps} leaves no step for the policy in a run of "
-            f"{num_steps}; lower it or raise run.steps"
-        )
 
 
 def update(

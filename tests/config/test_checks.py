@@ -77,6 +77,13 @@ def test_each_mismatch_is_named_with_a_way_out(config: Stage, world_size: int, p
         refuse(problems)
 
 
+def test_a_warmup_of_the_critic_leaves_steps_for_the_policy() -> None:
+    (problem,) = find_problems(rto("run.steps=5", "algorithm.critic_warmup_steps=5"), 4, {})
+    assert "critic_warmup_steps=5 leaves no step for the policy in a run of 5" in problem
+    assert find_problems(rto("run.steps=5", "algorithm.critic_warmup_steps=4"), 4, {}) == []
+    assert find_problems(rto("run.steps=null", "algorithm.critic_warmup_steps=5"), 4, {}) == []
+
+
 def test_keys_of_held_out_rows_need_some() -> None:
     for stage in ("sft", "dpo", "kto", "reward_model"):
         recipe = RECIPES / f"{stage}.yaml"

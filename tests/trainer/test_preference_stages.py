@@ -137,10 +137,11 @@ def test_tdpo_refuses_models_of_unlike_vocabularies(files: Path, tmp_path: Path)
     assert "models.reference has vocab_size=98 and models.policy 96; stage tdpo compares whole" in error
 
 
-def test_a_warmup_as_long_as_the_run_is_refused(files: Path, tmp_path: Path) -> None:
-    config = configure("ppo", files, tmp_path, run__steps=2, algorithm__critic_warmup_steps=2)
+@pytest.mark.parametrize("steps", [2, None])
+def test_a_warmup_as_long_as_the_run_is_refused(steps: int | None, files: Path, tmp_path: Path) -> None:
+    config = configure("ppo", files, tmp_path, run__steps=steps, algorithm__critic_warmup_steps=99)
     (error,) = run_ranks(1, train, config)
-    assert error is not None and "critic_warmup_steps=2 leaves no step for the policy in a run of 2" in error
+    assert error is not None and "critic_warmup_steps=99 leaves no step for the policy in a run of" in error
 
 
 def test_too_few_pretraining_texts_are_named(files: Path, tmp_path: Path) -> None:
