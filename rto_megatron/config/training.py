@@ -4,9 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 LoggerName = Literal["tensorboard", "wandb", "swanlab"]
 ContextScheme = Literal["ulysses", "gather"]
@@ -317,6 +317,9 @@ class PrecisionConfig(FrozenPrecisionConfig):
     )
 
 
+_Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerConfig(Section):
     """Adam with linear warm-up and a cosine to a floor (rto.md 1.11).
 
@@ -326,10 +329,23 @@ class OptimizerConfig(Section):
 
     kind: Literal["adam", "sgd"] = "adam"
     lr: float = Field(gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
+    betas: tuple[_Beta, _Beta] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0, description="of all weights but norms and biases")
     max_grad_norm: float | None = Field(default=1.0, gt=0, description="null: no clipping")
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_fraction: float = Field(default=0.03, ge=0, lt=1)
     min_lr_fraction: float = Field(default=0.1, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _refuse_unread_keys(self) -> Self:
+        unread = {
+            "schedule=constant": ("min_lr_fraction",) if self.schedule == "constant" else (),
+            "kind=sgd": ("betas", "eps") if self.kind == "sgd" else (),
+        }
+        for where, names in unread.items():
+            for name in names:
+                value = self.model_dump()[name]
+                if value != type(self).model_fields[name].default:
+                    raise ValueError(f"{name}={value} has no effect with {where}; remove it")
+        return self

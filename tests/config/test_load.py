@@ -280,3 +280,30 @@ batch: {micro: 2}
 optimizer: {lr: 5e-7}
 """
     assert load_recipe(write(tmp_path, text)).batch.train == 256
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            ("schedule=constant", "min_lr_fraction=0.5"),
+            "min_lr_fraction=0.5 has no effect with schedule=constant",
+        ),
+        (("kind=sgd", "betas=[0.9,0.99]"), "betas=(0.9, 0.99) has no effect with kind=sgd"),
+        (("kind=sgd", "eps=1e-6"), "eps=1e-06 has no effect with kind=sgd"),
+        (("betas=[0.9,1]",), "betas.1: found 1; must be less than 1"),
+        (("eps=0",), "eps: found 0; must be greater than 0"),
+    ],
+)
+@pytest.mark.parametrize("section", ["optimizer", "critic_optimizer"])
+def test_keys_that_an_optimizer_does_not_read_are_refused(
+    section: str, given: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(tmp_path, SOUND), [f"{section}.{one}" for one in given])
+    assert said in str(caught.value)
+
+
+def test_keys_that_an_optimizer_reads_are_taken(tmp_path: Path) -> None:
+    for given in (("kind=adam", "betas=[0.8,0.9]", "eps=1e-6"), ("schedule=cosine", "min_lr_fraction=0.5")):
+        load_recipe(write(tmp_path, SOUND), [f"optimizer.{one}" for one in given])
