@@ -6,7 +6,7 @@ before the configuration is validated. Other interpolations name keys of the sam
 values of overrides are read.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -127,6 +127,7 @@ def _read(recipe: Path, overrides: Sequence[str]) -> tuple[Tree, Origin]:
         raise RecipeError(f"{recipe}: holds no `key: value` pairs; see launchers/recipes for examples")
     given = [split(override) for override in overrides]
     origin = Origin(recipe, lines, frozenset(override.key for override in given))
+    _refuse_empty(((one.key, one.value.strip()) for one in given), origin)
     try:
         text_of_stage = _text_keys(from_file, given)
         tree = merged(without_rivals(from_file, given), given, text_of_stage)
@@ -183,10 +184,15 @@ def _section_of(tree: Tree, key: str) -> tuple[Tree, str]:
 
 def _refuse_empty_text(tree: Tree, text: frozenset[str], origin: Origin) -> None:
     """An empty path would be the working directory."""
+    _refuse_empty(((key, value) for key, value in all_keys(tree) if key in text or is_variable(key)), origin)
+
+
+def _refuse_empty(values: Iterable[tuple[str, object]], origin: Origin) -> None:
+    """A variable that the shell does not know leaves nothing behind a key, which YAML reads as null."""
     problems = [
         f"{origin.of(key)}: {key}: is empty; give a value, or null for none"
-        for key, value in all_keys(tree)
-        if value == "" and (key in text or is_variable(key))
+        for key, value in values
+        if value == ""
     ]
     if problems:
         raise RecipeError("\n".join(problems))

@@ -84,6 +84,17 @@ def test_null_unsets_text_and_an_empty_text_is_refused(tmp_path: Path) -> None:
         )
 
 
+def test_nothing_behind_a_key_is_no_null(tmp_path: Path) -> None:
+    recipe = write(tmp_path, SOUND + "algorithm: {dpo_clip: 0.02}\n")
+    given = ["run.steps=", "algorithm.dpo_clip= ", "optimizer.max_grad_norm="]
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe, given)
+    for key in ("run.steps", "algorithm.dpo_clip", "optimizer.max_grad_norm"):
+        assert f"command line: {key}: is empty; give a value, or null for none" in str(caught.value)
+    config = load_recipe(recipe, [f"{one.strip()}null" for one in given])
+    assert (config.run.steps, config.algorithm.dpo_clip, config.optimizer.max_grad_norm) == (None,) * 3
+
+
 def test_an_override_may_name_other_keys_as_a_recipe_may(tmp_path: Path) -> None:
     recipe = write(tmp_path, SOUND)
     config = load_recipe(recipe, ["run.dir=/r/${vars.root}/${stage} #2", "vars.root=[a"])
