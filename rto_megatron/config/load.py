@@ -30,7 +30,7 @@ from rto_megatron.config.overrides import (
     typed,
     without_rivals,
 )
-from rto_megatron.config.problems import Origin, all_keys, describe, suggestion
+from rto_megatron.config.problems import Origin, all_keys, describe, suggestion, truth_values
 from rto_megatron.config.recipes import require_recipe
 from rto_megatron.config.reward_code import with_code
 from rto_megatron.config.run_folder import make_run_folder
@@ -105,9 +105,16 @@ def save(config: BaseModel, run_dir: Path) -> Path:
 
 def _validate(stage: type[Stage], tree: Tree, origin: Origin) -> Stage:
     try:
-        return stage.model_validate(tree)
+        config = stage.model_validate(tree)
     except ValidationError as error:
         problems = [describe(entry, stage, origin) for entry in error.errors(include_url=False)]
+    else:
+        problems = [
+            f"{origin.of(key)}: {key}: found a truth value (true, yes or on; false, no or off); must be a number"
+            for key in truth_values(tree, config.model_dump())
+        ]
+        if not problems:
+            return config
     count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
     raise RecipeError(
         f"{origin.recipe}: {count} in the configuration\n" + "\n".join(f"  {p}" for p in problems)

@@ -113,6 +113,24 @@ def all_keys(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str
             yield f"{prefix}{name}", value
 
 
+def truth_values(given: object, read: object, key: str = "") -> Iterator[str]:
+    """Dotted keys of a tree at which a truth value stands and a number was read: `yes` is no number of steps.
+
+    Args:
+        given: what a recipe says.
+        read: what was made of it.
+    """
+    prefix = f"{key}." if key else ""
+    if isinstance(given, bool) and not isinstance(read, bool):
+        yield key
+    elif isinstance(given, Mapping) and isinstance(read, Mapping):
+        for name, value in given.items():
+            yield from truth_values(value, read.get(name), f"{prefix}{name}")
+    elif isinstance(given, list) and isinstance(read, list | tuple):
+        for number, (value, one) in enumerate(zip(given, read, strict=True)):
+            yield from truth_values(value, one, f"{prefix}{number}")
+
+
 def _section(stage: type[BaseModel], names: list[str]) -> type[BaseModel]:
     section = stage
     for name in names:

@@ -307,3 +307,27 @@ def test_keys_that_an_optimizer_does_not_read_are_refused(
 def test_keys_that_an_optimizer_reads_are_taken(tmp_path: Path) -> None:
     for given in (("kind=adam", "betas=[0.8,0.9]", "eps=1e-6"), ("schedule=cosine", "min_lr_fraction=0.5")):
         load_recipe(write(tmp_path, SOUND), [f"optimizer.{one}" for one in given])
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("run.save_every=yes", "run.save_every"),
+        ("run.steps=on", "run.steps"),
+        ("run.profile=[2, true]", "run.profile.1"),
+        ("algorithm.entropy_coef=no", "algorithm.entropy_coef"),
+        ("rewards=[{kind: model, weight: true}]", "rewards.0.weight"),
+        ("parallel.roles={critic: {tensor: true}}", "parallel.roles.critic.tensor"),
+    ],
+)
+def test_a_truth_value_is_no_number(override: str, key: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=rf"{key}: found a truth value .*; must be a number"):
+        load_recipe(write(tmp_path, SOUND), [override])
+
+
+def test_truth_values_are_taken_where_there_is_a_choice(tmp_path: Path) -> None:
+    given = ["precision.recompute=yes", "parallel.sequence=false", "data.template={loud: true, level: 1}"]
+    config = load_recipe(write(tmp_path, SOUND), given)
+    assert isinstance(config, ActorCriticStage)
+    assert (config.precision.recompute, config.parallel.sequence) == (True, False)
+    assert config.data.template == {"loud": True, "level": 1}
