@@ -75,7 +75,7 @@ def check(
     world_size, pool_size = split_gpus(config, gpus, pool_gpus)
     origin = f"of {gpus} GPUs the pool has {pool_size}" if 0 < world_size < gpus else ""
     plan, shapes = judged(config, world_size, assume or [], origin)
-    spare = [*token_warnings(config, shapes), *_missing_here(config), *_unwise(config)]
+    spare = [*token_warnings(config, shapes), *_warnings(config)]
     looked = look_at(config)
     refuse(f"{one.key}: {one.found}" for one in looked if one.is_problem)
     console = Console() if Console().is_terminal else Console(width=140)
@@ -94,14 +94,6 @@ def check(
     for warning in spare:
         console.print(f"warning: {warning}", markup=False, highlight=False)
     console.print(f"{recipe}: {_verdict(_machine(world_size, gpus), gpu, gpu_gib)}.", highlight=False)
-
-
-def _unwise(config: "Stage") -> list[str]:
-    """What runs, and is hardly meant."""
-    from rto_megatron.config.kl_gap import drowned_coefficients
-    from rto_megatron.config.stale_updates import stale_updates
-
-    return [*drowned_coefficients(config), *stale_updates(config)]
 
 
 def _verdict(machine: str, gpu: str | None, gpu_gib: float | None) -> str:
@@ -135,12 +127,18 @@ def _require_room(plan: "StagePlan", shapes: "Mapping[str, FoundShape]", gpu: "G
         )
 
 
-def _missing_here(config: "Stage") -> list[str]:
+def _warnings(config: "Stage") -> list[str]:
+    """What a run could do with, and nobody may have meant."""
     from rto_megatron.config.facts import facts_of
+    from rto_megatron.config.kl_gap import drowned_coefficients
+    from rto_megatron.config.stale_updates import stale_updates
+    from rto_megatron.planning.shapes import unread_weights
     from rto_megatron.reporting.loggers import missing_loggers
 
     training = facts_of(config).training
-    return [f"on this machine, {text}" for text in missing_loggers(training.run.loggers)] if training else []
+    missing = [] if training is None else missing_loggers(training.run.loggers)
+    here = [f"on this machine, {text}" for text in missing]
+    return [*here, *unread_weights(config.models), *drowned_coefficients(config), *stale_updates(config)]
 
 
 def split_gpus(config: "Stage", gpus: int, pool_gpus: int | None) -> tuple[int, int]:

@@ -92,6 +92,11 @@ def find_source(path: Path, has_scalar_head: bool, is_random: bool, key: str) ->
     roles = SCALAR_ROLES if has_scalar_head else LANGUAGE_ROLES
     role = find_role(path, roles)
     if role is not None:
+        if is_random:
+            raise ModelFolderError(
+                f"{key}: {role} is a checkpoint, whose weights would not be read with models.random_init=true; set "
+                f"that to false to start from them, or name {role / HF_FILES}, its config.json and tokenizer"
+            )
         return WeightSource("checkpoint", role, role / HF_FILES)
     checkpoint = checkpoint_of(path)
     if checkpoint == path and (known := misnamed_folder(path)) is not None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from rto_megatron.config.inputs import ModelsConfig
 from rto_megatron.errors import ModelFolderError, RecipeError
 from rto_megatron.models.config_files import read_shape
 from rto_megatron.models.model_folder import misnamed, misnamed_folder
@@ -10,6 +11,7 @@ from rto_megatron.models.shape import ModelShape
 from rto_megatron.planning.known_shapes import KNOWN_SHAPES, shape_spoken_of
 from rto_megatron.storage.checkpoints import LANGUAGE_ROLES, SCALAR_ROLES, find_role
 from rto_megatron.storage.megatron_folder import HF_FILES
+from rto_megatron.storage.weight_files import holds_weights
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,17 @@ def find_shape(model: Path, assumed: str | None, role: str = "policy") -> FoundS
         return FoundShape(KNOWN_SHAPES[assumed], f"assumed {assumed}")
     name = shape_spoken_of(str(model))
     return None if name is None else FoundShape(KNOWN_SHAPES[name], f"{name}, by its name")
+
+
+def unread_weights(models: ModelsConfig) -> list[str]:
+    """What to say where weights are drawn although the policy's folder holds some; one sentence or none."""
+    path = models.policy
+    if not models.random_init or not path.is_dir() or not holds_weights(path):
+        return []
+    return [
+        f"models.random_init=true: weights are drawn from run.seed, and those in models.policy={path} are not read; "
+        "set models.random_init=false to start from them"
+    ]
 
 
 def hugging_face_folder(model: Path) -> Path:

@@ -68,6 +68,11 @@ def find_weights(folder: Path) -> WeightFiles:
     return WeightFiles(name, of_tensor, tuple(sorted(found - read)))
 
 
+def holds_weights(folder: Path) -> bool:
+    """Whether there is a file of weights, of any program and format."""
+    return any(path.is_file() for pattern in _WEIGHTS for path in folder.glob(pattern))
+
+
 def adapter_problem(folder: Path) -> str | None:
     """What to say about an adapter in the folder; None without one."""
     found = [name for name in _ADAPTER if (folder / name).is_file()]

@@ -38,6 +38,7 @@ from rto_megatron.models.layout_checks import (
 from rto_megatron.models.model_flops import forward_flops
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.parallel.topology import Topology
+from rto_megatron.planning.shapes import unread_weights
 from rto_megatron.planning.token_ids import embedding_problems, require_embedded, spare_token_warnings
 from rto_megatron.reporting.loggers import missing_loggers
 from rto_megatron.reporting.progress import say
@@ -100,7 +101,8 @@ def prepare_stage(config: schema.Stage, topology: Topology) -> Setup:
     tokenizer = load_tokenizer(policy.hf_folder)
     eos, odd_ids = read_eos(policy.hf_folder, tokenizer, policy.shape().vocab_size)
     is_open = open_folder_warning(config.run.dir)
-    spare = [f"warning: {text}" for text in spare_token_warnings(tokenizer, sources)]
+    warnings = [*spare_token_warnings(tokenizer, sources), *unread_weights(config.models)]
+    spare = [f"warning: {text}" for text in warnings]
     left_open = [is_open] if is_open else []
     unlike = [*_missing_scales(sources), *_scores_elsewhere(sources)]
     for warning in [*_unread_weights(sources), *unlike, *spare, *odd_ids, *left_open]:

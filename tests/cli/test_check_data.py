@@ -52,6 +52,16 @@ def test_a_cut_demonstration_is_counted_and_not_closed(files: Path, tmp_path: Pa
     assert "closed" not in found
 
 
+def test_weights_that_are_there_and_not_read_are_said(files: Path, tmp_path: Path) -> None:
+    data = tmp_path / "sft.jsonl"
+    write_rows(data, [_row("red fox", "blue dog")])
+    said = "warning: models.random_init=true: weights are drawn from run.seed"
+    assert said in _found(_check(files, "sft", data))
+    assert said not in _found(_check(files, "sft", data, "models.random_init=false"))
+    (tmp_path / "models/policy").mkdir(parents=True)
+    assert said not in _found(_check(tmp_path, "sft", data))
+
+
 def test_a_cut_answer_of_a_pair_is_closed(files: Path, tmp_path: Path) -> None:
     data = tmp_path / "pairs.jsonl"
     write_rows(data, [_pair("red fox", "blue " * 99, "dog")] * 3)

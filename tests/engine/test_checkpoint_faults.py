@@ -249,6 +249,17 @@ def test_a_pointer_without_any_checkpoint_is_no_fresh_run(two_steps: Path, tmp_p
         find_source(tmp_path, has_scalar_head=False, is_random=False, key="models.policy")
 
 
+def test_weights_are_not_drawn_over_those_of_a_checkpoint(two_steps: Path) -> None:
+    for path in (two_steps, two_steps / "checkpoints/step_000004"):
+        assert find_source(path, False, is_random=False, key="models.policy").kind == "checkpoint"
+        with pytest.raises(
+            ModelFolderError, match=r"models\.policy: .* would not be read with models\.random_init"
+        ):
+            find_source(path, False, is_random=True, key="models.policy")
+    alone = two_steps / "checkpoints/step_000004/policy/hf"
+    assert find_source(alone, False, is_random=True, key="models.policy").kind == "random"
+
+
 def _mount(folder: Path, options: bytes) -> bool:
     """Puts an empty memory disk over a folder, for this process alone; False where that is not allowed."""
     folder.mkdir(exist_ok=True)
