@@ -1,5 +1,6 @@
 """Memory of trainer and pool on the same GPUs, against numbers worked out by hand; placement of the servers."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ from rto_megatron.planning.colocated_memory import (
     pool_weight_bytes,
     shared_sizes,
 )
+from rto_megatron.planning.judgement import judged
+from rto_megatron.planning.memory import gib
 from rto_megatron.planning.shapes import KNOWN_SHAPES, FoundShape
 
 RECIPE = Path(__file__).parents[2] / "launchers" / "recipes" / "llama3_8b" / "ppo.yaml"
@@ -140,3 +143,28 @@ def test_what_waits_in_host_memory_is_in_no_phase_that_does_without_it() -> None
         assert training.parts[models] == per_rank * (2 + 4 + state)
         assert push.parts[models] == per_rank * 2
         assert generation.parts[models] == 0
+
+
+@pytest.mark.parametrize(
+    ("page", "begins", "recipe", "overrides"),
+    [
+        ("offload.md", "| `offload: []` |", "rto_colocated.yaml", ("offload=[]",)),
+        ("offload.md", "| as it is |", "rto_colocated.yaml", ()),
+        (
+            "pool.md",
+            "of 80 GiB with fraction 0.4 and nothing in `offload`",
+            "rto.yaml",
+            ("rollout.colocated=true", "rollout.gpu_memory_fraction=0.4"),
+        ),
+    ],
+)
+def test_pages_have_the_figures_of_today(
+    page: str, begins: str, recipe: str, overrides: tuple[str, ...]
+) -> None:
+    loaded = load_recipe(RECIPE.with_name(recipe), overrides)
+    assert isinstance(loaded, ReinforcementStage) and loaded.rollout.gpu_memory_fraction is not None
+    plan, shapes = judged(loaded, 8, [], "")
+    phases = phase_memory(plan, shapes, SharedGpu(80 * GIB, loaded.rollout.gpu_memory_fraction, 1))
+    lines = (RECIPE.parents[3] / "docs" / page).read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(begins))
+    assert re.findall(r"[\d.]+ GiB", line)[-3:] == [gib(phase.total) for phase in phases]
