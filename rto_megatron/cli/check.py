@@ -145,7 +145,7 @@ def split_gpus(config: "Stage", gpus: int, pool_gpus: int | None) -> tuple[int, 
     """Trainer ranks and pool GPUs of a job.
 
     Raises:
-        RecipeError: one of both would have none.
+        RecipeError: one of both would have none, or there is no pool to give GPUs to.
     """
     from rto_megatron.config.facts import facts_of
     from rto_megatron.config.plan import fewest_ranks
@@ -158,6 +158,10 @@ def split_gpus(config: "Stage", gpus: int, pool_gpus: int | None) -> tuple[int, 
             raise RecipeError("--pool-gpus has no effect with rollout.colocated=true; remove it")
         return gpus, gpus
     samples = facts.pool is not None
+    if pool_gpus and not samples:
+        raise RecipeError(
+            f"--pool-gpus {pool_gpus} has no effect: stage {config.stage} has no inference pool; remove it"
+        )
     pool = pool_gpus if pool_gpus is not None else (gpus // 2 if samples else 0)
     if pool >= gpus or (pool == 0 and samples):
         raise RecipeError(

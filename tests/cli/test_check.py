@@ -348,6 +348,13 @@ def test_options_that_make_no_sense_are_refused(arguments: list[str], part: str)
         check(str(RECIPES / "llama3_8b" / "rto.yaml"), *arguments)
 
 
+def test_a_stage_without_a_pool_gives_it_no_gpus() -> None:
+    recipe = str(RECIPES / "llama3_8b" / "dpo.yaml")
+    with pytest.raises(RecipeError, match="--pool-gpus 4 has no effect: stage dpo has no inference pool"):
+        check(recipe, "--gpus", "8", "--pool-gpus", "4")
+    assert "data 2" in check(recipe, "--gpus", "8", "--pool-gpus", "0")
+
+
 @pytest.mark.parametrize(
     ("model", "words"),
     [("runs/quickstart/sft", "run the stage that makes it first"), ("acme/llama", "hf download acme/llama")],
