@@ -27,9 +27,14 @@ class LookedAt:
 
 def look_at(config: "Stage") -> list[LookedAt]:
     """One entry a source of rows; those of the hub and of other machines are not looked at."""
+    from rto_megatron.data.limits import limits_of
     from rto_megatron.data.look import NUM_ROWS, data_sources, look
 
     sources = data_sources(config)
+    try:
+        limits_of(config)  # wrong wherever the data are
+    except UserError as error:
+        return [LookedAt("data", str(error), is_problem=True)]
     try:
         tokenizer, eos = (
             policy_tokenizer(config) if any(data.absence is None for data in sources) else (None, None)

@@ -100,6 +100,12 @@ def test_held_out_prompts_of_a_stage_that_trains_are_looked_at(files: Path, tmp_
     assert "gone.jsonl: not on this machine, not looked at" in gone
 
 
+def test_a_layout_of_other_examples_is_refused_wherever_the_data_are(files: Path, tmp_path: Path) -> None:
+    for data in (tmp_path / "gone.jsonl", Path("owner/name:train")):
+        refused = _check(files, "rto", data, "data.layout=messages")
+        assert "data.layout=messages is no layout of prompts" in str(refused.exception)
+
+
 def test_bad_rows_are_refused_all_at_once(files: Path, tmp_path: Path) -> None:
     data = tmp_path / "sft.jsonl"
     write_rows(data, [_row("red fox", "blue dog"), {"prompt": "red"}, {"question": "red"}])
