@@ -1,9 +1,9 @@
 """Sections of a recipe about what a stage reads: models and data."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rto_megatron.config.source_names import HeldOutSources, Sources
 from rto_megatron.config.template_arguments import TemplateArguments
@@ -120,6 +120,15 @@ class DemonstrationDataConfig(ExampleDataConfig):
         description="what happens to a thought without text, as templates of reasoning models write before answers "
         "without one; skip: no loss on it",
     )
+
+    @model_validator(mode="after")
+    def _refuse_ignored_join(self) -> Self:
+        if self.allow_non_prefix and self.loss_on == "all":
+            raise ValueError(
+                "allow_non_prefix=true has no effect with loss_on=all, whose turns are learnt where they stand in the "
+                "conversation; remove one of them"
+            )
+        return self
 
 
 class PromptDataConfig(DataConfig):

@@ -3,7 +3,7 @@
 from rto_megatron.algorithms import ALGORITHMS
 from rto_megatron.algorithms.method import OnlineMethod
 from rto_megatron.algorithms.reinforcement import GroupConfig
-from rto_megatron.config.rollouts import SamplingConfig
+from rto_megatron.config.rollouts import HeldOutConfig, SamplingConfig
 from rto_megatron.config.schema import ReinforcementStage
 
 
@@ -15,16 +15,27 @@ def sampling_problems(config: ReinforcementStage) -> list[str]:
 def _held_out(config: ReinforcementStage) -> list[str]:
     how, data = config.evaluate, config.data
     if data.eval is not None:
-        if how.temperature == 0 and how.num_samples > 1:
-            return [
-                f"evaluate.temperature=0 takes the likeliest tokens, so that all of evaluate.num_samples="
-                f"{how.num_samples} responses would be the same; raise the first or set the second to 1"
-            ]
-        return []
+        return _greedy(how) if how.temperature == 0 else []
     keys = [f"evaluate.{key}" for key, value in how if value != type(how).model_fields[key].default]
     keys += ["data.eval_samples"] * (data.eval_samples is not None)
     keys += ["run.eval_every"] * (config.run.eval_every is not None)
     return [f"{key} has no effect without data.eval; remove it or name held-out prompts" for key in keys]
+
+
+def _greedy(how: HeldOutConfig) -> list[str]:
+    """What else says how the likeliest tokens are taken."""
+    problems = [
+        f"evaluate.{key}={value:g} has no effect with evaluate.temperature=0, which takes the likeliest tokens; remove "
+        "one of them"
+        for key, value in (("top_p", how.top_p), ("top_k", how.top_k))
+        if value is not None
+    ]
+    if how.num_samples > 1:
+        problems.append(
+            f"evaluate.temperature=0 takes the likeliest tokens, so that all of evaluate.num_samples={how.num_samples} "
+            "responses would be the same; raise the first or set the second to 1"
+        )
+    return problems
 
 
 def _cut_off(how: SamplingConfig) -> list[str]:

@@ -84,6 +84,28 @@ def test_a_warmup_of_the_critic_leaves_steps_for_the_policy() -> None:
     assert find_problems(rto("run.steps=null", "algorithm.critic_warmup_steps=5"), 4, {}) == []
 
 
+def test_the_likeliest_tokens_are_chosen_in_one_way_alone() -> None:
+    held_out = ("data.eval=x.jsonl", "evaluate.temperature=0")
+    assert find_problems(rto(*held_out), 4, {}) == []
+    problems = find_problems(
+        rto(*held_out, "evaluate.top_p=0.9", "evaluate.top_k=4", "evaluate.num_samples=2"), 4, {}
+    )
+    for one, part in zip(
+        problems, ("evaluate.top_p=0.9", "evaluate.top_k=4", "evaluate.num_samples=2"), strict=True
+    ):
+        assert part in one
+    assert (
+        find_problems(rto("data.eval=x.jsonl", "evaluate.top_p=0.9", "evaluate.num_samples=2"), 4, {}) == []
+    )
+
+
+def test_turns_that_are_learnt_in_place_are_joined_to_no_prompt() -> None:
+    recipe = RECIPES / "sft.yaml"
+    with pytest.raises(RecipeError, match="allow_non_prefix=true has no effect with loss_on=all"):
+        load_recipe(recipe, ["data.loss_on=all", "data.allow_non_prefix=true"])
+    assert load_recipe(recipe, ["data.loss_on=last", "data.allow_non_prefix=true"])
+
+
 def test_keys_of_held_out_rows_need_some() -> None:
     for stage in ("sft", "dpo", "kto", "reward_model"):
         recipe = RECIPES / f"{stage}.yaml"
