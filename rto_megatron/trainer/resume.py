@@ -129,12 +129,25 @@ def read_state(state: dict[str, Json], checkpoint: Path) -> RunState:
 
 def fixed_keys(config: schema.Stage) -> dict[str, Json]:
     """Dotted key -> value of everything that every attempt of a run must share."""
-    fixed = {
-        key: value for key, value in _flat(config.model_dump(mode="json"), "").items() if not _is_free(key)
-    }
+    given = _flat(config.model_dump(mode="json"), "")
+    unread = _unread(given)
+    fixed = {key: value for key, value in given.items() if key not in unread and not _is_free(key)}
     if isinstance(config, schema.ReinforcementStage):
         fixed |= {"rewards": [source.name for source in config.rewards], **_of_rewards(config.rewards)}
     return fixed
+
+
+def _unread(given: Mapping[str, Json]) -> set[str]:
+    """Keys that others leave without effect. Recipes that set them are refused, and runs were begun with them set."""
+    unread = set()
+    for section in ("optimizer", "critic_optimizer"):
+        if given.get(f"{section}.schedule") == "constant":
+            unread |= {f"{section}.min_lr_fraction"}
+        if given.get(f"{section}.kind") == "sgd":
+            unread |= {f"{section}.betas", f"{section}.eps"}
+    if given.get("algorithm.beta_dpo") == 0:
+        unread |= {"algorithm.dpo_clip", "algorithm.delimiters"}
+    return unread
 
 
 def _of_rewards(sources: Sequence[Source]) -> dict[str, Json]:

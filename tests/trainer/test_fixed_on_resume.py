@@ -111,3 +111,21 @@ def test_how_it_is_computed_may_change(tmp_path: Path) -> None:
         "parallel": {"tensor": 2},
     }
     require_same(saved, fixed_keys(configure("grpo", tmp_path, tmp_path / "elsewhere", **free)), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "value"),
+    [
+        ({"optimizer": {"lr": 1e-3, "schedule": "constant"}}, "optimizer.min_lr_fraction", 0.0),
+        ({"critic_optimizer": {"lr": 1e-3, "kind": "sgd"}}, "critic_optimizer.betas", [0.9, 0.99]),
+        ({"algorithm": {"beta_dpo": 0}}, "algorithm.dpo_clip", 0.01),
+    ],
+)
+def test_a_run_that_set_a_key_without_effect_goes_on_without_it(
+    changes: dict[str, dict[str, object]], key: str, value: object, tmp_path: Path
+) -> None:
+    config = configure("rto", tmp_path, tmp_path / "run", **changes)
+    require_same({**fixed_keys(config), key: value}, fixed_keys(config), tmp_path)
+    usual = fixed_keys(configure("rto", tmp_path, tmp_path / "run"))
+    with pytest.raises(UserError, match=key):
+        require_same({**usual, key: value}, usual, tmp_path)
