@@ -61,18 +61,18 @@ def test_logits_of_an_fp32_head_are_not_rounded(layout: str) -> None:
     assert (total - hidden.grad).abs().max() < 0.01 * hidden.grad.abs().max()
 
 
-def _batch(place: Topology) -> TokenBatch:
-    tokens = torch.randint(VOCAB, (40,), generator=torch.Generator().manual_seed(3)).tolist()
-    pairs = [(tokens[:25], 1), (tokens[25:], 1)]
+def _batch(place: Topology, times: int = 1) -> TokenBatch:
+    tokens = torch.randint(VOCAB, (times, 40), generator=torch.Generator().manual_seed(3)).tolist()
+    pairs = [(part, 1) for row in tokens for part in (row[:25], row[25:])]
     return token_batch(pairs, True, place.row_multiple, place.device.torch_device)
 
 
 def _outputs(
-    layout: str, folder: Path, dtype: Literal["fp32", "bf16"], parts: tuple[Fp32Part, ...]
+    layout: str, folder: Path, dtype: Literal["fp32", "bf16"], parts: tuple[Fp32Part, ...], times: int = 1
 ) -> Tensor:
     place, source = topology(layout), find_source(folder, False, is_random=False, key="test")
     precision = FrozenPrecisionConfig(dtype=dtype, fp32_parts=parts)
-    return build_frozen("reference", source, False, precision, place).token_outputs([_batch(place)])[0]
+    return build_frozen("reference", source, False, precision, place).token_outputs([_batch(place, times)])[0]
 
 
 def _gradient_norm(layout: str, folder: Path, precision: PrecisionConfig) -> float:
@@ -101,10 +101,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_each_part_brings_log_probs_nearer_to_those_of_fp32(folder: Path) -> None:
-    (exact,) = run_ranks(1, _outputs, "one", folder, "fp32", ())
+    times = 200  # what is rounded, and so the order of few numbers, differs with a processor's products
+    (exact,) = run_ranks(1, _outputs, "one", folder, "fp32", (), times)
 
     def gap(*parts: Fp32Part) -> float:
-        (found,) = run_ranks(1, _outputs, "one", folder, "bf16", parts)
+        (found,) = run_ranks(1, _outputs, "one", folder, "bf16", parts, times)
         return float((found - exact).abs().mean())
 
     plain, head, residual, both = gap(), gap("head"), gap("residual"), gap("head", "residual")
