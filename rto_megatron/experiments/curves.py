@@ -67,8 +67,8 @@ def read_curve(experiment: Experiment, root: Path, seed: int, arm: str, factor: 
 
 
 def last_quarter(curve: Curve) -> float:
-    """Mean true return of the last quarter of steps."""
-    return float(curve.returns[-(-len(curve.returns) * 3 // 4) :].mean())
+    """Mean true return of the last quarter of steps, of the last one where there are fewer than eight."""
+    return float(curve.returns[-max(1, len(curve.returns) // 4) :].mean())
 
 
 def best_factor(experiment: Experiment, root: Path, arm: str) -> float:

@@ -21,6 +21,7 @@ from rto_megatron.experiments.curves import (
     Curve,
     best_factor,
     episodes_to,
+    last_quarter,
     return_at_kl,
     run_name,
     seed_folder,
@@ -116,6 +117,8 @@ def test_numbers_are_read_off_smoothed_curves() -> None:
     assert smooth.returns.tolist() == [1.0, 3.0, 7.0] and smooth.episodes.tolist() == [20.0, 30.0, 40.0]
     short = _curve([1.0, 3.0], [0.0, 4.0]).smoothed(5)  # a trial of two steps has one mean, and a page
     assert (short.returns.tolist(), short.kl.tolist(), short.episodes.tolist()) == ([2.0], [2.0], [20.0])
+    assert last_quarter(curve) == 10.0 and last_quarter(_curve([1.0, 3.0], [0.0, 4.0])) == 3.0
+    assert last_quarter(_curve([*range(9)], [0.0] * 9)) == (7 + 8) / 2
     assert episodes_to(curve, 3.0, window=2) == 30.0
     assert episodes_to(curve, 7.5, window=2) is None
     assert return_at_kl(curve, 2.0, window=2) == pytest.approx(2.0)  # KL 1 and 3 give 1 and 3
