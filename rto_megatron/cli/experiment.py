@@ -77,7 +77,7 @@ def language(
     from rto_megatron.experiments.language.language_arms import EXPERIMENT, make_models
     from rto_megatron.generation.vllm.start.server import ServerOptions
 
-    if not (model / "config.json").is_file():
+    if phase != "report" and not (model / "config.json").is_file():
         raise RecipeError(
             f"--model {model}: holds no config.json; make it by bash launchers/real_model.sh {model}, or name a "
             "Hugging Face folder"

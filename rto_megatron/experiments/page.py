@@ -165,9 +165,10 @@ def _mean(arm: ArmResult, value: Callable[[SeedResult], float | None], none: str
     values = [number for one in arm.seeds if (number := value(one)) is not None]
     if not values:
         return none
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
     count = "" if len(values) == len(arm.seeds) else f" ({len(values)} of {len(arm.seeds)})"
-    return f"{statistics.fmean(values):.3f} ± {error:.3f}{count}"
+    if len(values) == 1:
+        return f"{values[0]:.3f}{count}"  # the error of one seed is not known
+    return f"{statistics.fmean(values):.3f} ± {statistics.stdev(values) / len(values) ** 0.5:.3f}{count}"
 
 
 def _median(values: Sequence[float], num_seeds: int, form: str) -> str:
