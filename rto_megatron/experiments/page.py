@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -127,9 +128,9 @@ def paired(differences: Sequence[float], num_seeds: int) -> tuple[str, str]:
     """Mean and standard error of differences over seeds, and how many of its standard errors the mean is."""
     if len(differences) < 2:
         return ("-" if not differences else f"{differences[0]:+.4g} (1 of {num_seeds})"), "-"
-    mean, error = statistics.fmean(differences), statistics.stdev(differences) / len(differences) ** 0.5
-    count = "" if len(differences) == num_seeds else f" ({len(differences)} of {num_seeds})"
-    return f"{mean:+.4g} ± {error:.2g}{count}", f"{mean / error:+.1f}" if error > 0 else "-"
+    mean, error = statistics.fmean(differences), _standard_error(differences)
+    shown = f"{mean:+.4g} ± {error:.2g}{_count(differences, num_seeds)}"
+    return shown, f"{mean / error:+.1f}" if error > 0 else "-"
 
 
 def _tuning_rows(experiment: Experiment, root: Path) -> Rows:
@@ -165,17 +166,23 @@ def _mean(arm: ArmResult, value: Callable[[SeedResult], float | None], none: str
     values = [number for one in arm.seeds if (number := value(one)) is not None]
     if not values:
         return none
-    count = "" if len(values) == len(arm.seeds) else f" ({len(values)} of {len(arm.seeds)})"
-    if len(values) == 1:
-        return f"{values[0]:.3f}{count}"  # the error of one seed is not known
-    return f"{statistics.fmean(values):.3f} ± {statistics.stdev(values) / len(values) ** 0.5:.3f}{count}"
+    error = f" ± {_standard_error(values):.3f}" if len(values) > 1 else ""  # of one seed it is not known
+    return f"{statistics.fmean(values):.3f}{error}{_count(values, len(arm.seeds))}"
 
 
 def _median(values: Sequence[float], num_seeds: int, form: str) -> str:
     if not values:
         return "never"
-    count = "" if len(values) == num_seeds else f" ({len(values)} of {num_seeds})"
-    return form.format(statistics.median(values)) + count
+    return form.format(statistics.median(values)) + _count(values, num_seeds)
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    return statistics.stdev(values) / math.sqrt(len(values))
+
+
+def _count(values: Sequence[float], num_seeds: int) -> str:
+    """How many seeds have a value, if not all."""
+    return "" if len(values) == num_seeds else f" ({len(values)} of {num_seeds})"
 
 
 def _entry(arm: ArmResult, experiment: Experiment) -> dict[str, object]:

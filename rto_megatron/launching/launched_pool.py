@@ -196,7 +196,7 @@ def plan_pool(
             "need one each; start fewer (--ranks, or another layout), give the pool fewer (--pool-gpus), or let both "
             "have the same ones in turn (rollout.colocated=true)"
         )
-    return sizes, range(gpus - sum(sizes), gpus) if gpus else range(0)
+    return sizes, range(free, gpus) if gpus else range(0)
 
 
 def _sizes(gpus: int, choice: PoolChoice) -> list[int]:

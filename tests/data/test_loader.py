@@ -1,11 +1,11 @@
 import gzip
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from data.written_rows import write_lines
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
@@ -50,11 +50,6 @@ def pair_row(prompt: str = "the fox", chosen: str = "the dog", rejected: str = "
         "chosen": [user(prompt), assistant(chosen)],
         "rejected": [user(prompt), assistant(rejected)],
     }
-
-
-def write_lines(path: Path, rows: Sequence[object]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def test_a_pair_is_the_template_cut_at_the_answer(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

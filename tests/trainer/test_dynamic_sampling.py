@@ -140,17 +140,19 @@ def _train(
     return None
 
 
+TWO_STEPS = {
+    "run__steps": 2,
+    "batch__train": 8,
+    "batch__rollout": 4,
+    "algorithm__samples_per_prompt": 2,
+    "algorithm__max_sampling_rounds": 9,
+}
+
+
 def test_what_sources_pay_for_tokens_belongs_to_the_score_of_a_response(files: Path, tmp_path: Path) -> None:
-    keys = {
-        "run__steps": 2,
-        "batch__train": 8,
-        "batch__rollout": 4,
-        "algorithm__samples_per_prompt": 2,
-        "algorithm__max_sampling_rounds": 9,
-    }
     drawn = {}
     for name, reward in (("response", CoinReward(is_constant=False)), ("tokens", TokenReward())):
-        config = configure("dapo", files, tmp_path / name, **keys)
+        config = configure("dapo", files, tmp_path / name, **TWO_STEPS)
         assert run_ranks(1, _train, config, reward=reward) == [None]
         drawn[name] = [
             [
@@ -164,12 +166,8 @@ def test_what_sources_pay_for_tokens_belongs_to_the_score_of_a_response(files: P
 
 def test_a_run_samples_until_its_batches_are_full_and_resumes_exactly(files: Path, tmp_path: Path) -> None:
     keys = {
-        "run__steps": 2,
+        **TWO_STEPS,
         "run__save_every": 1,
-        "batch__train": 8,
-        "batch__rollout": 4,
-        "algorithm__samples_per_prompt": 2,
-        "algorithm__max_sampling_rounds": 9,
         "algorithm__truncated": "compat",
         "optimizer__warmup_fraction": 0.0,
     }
