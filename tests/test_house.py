@@ -23,6 +23,7 @@ RECIPES = sorted((ROOT / "launchers" / "recipes").rglob("*.yaml"))
 LAYERS = {
     "shared_row": -1,
     "errors": 0,
+    "section": 0,
     "types": 0,
     "algorithms": 1,
     "config": 2,

@@ -1,8 +1,9 @@
 """Direct Preference Optimization (arXiv 2305.18290), with optional label smoothing (cDPO), and IPO (2310.12036)."""
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from rto_megatron.algorithms.method import OfflineMethod
@@ -12,17 +13,16 @@ from rto_megatron.algorithms.preference import (
     response_sums,
     smoothed_logsigmoid,
 )
+from rto_megatron.section import Section
 from rto_megatron.types import LossOutput, PairMicrobatch
 
 
-class Config(BaseModel):
+class Config(Section):
     """The defaults of the RTO paper (App. D).
 
     Example:
         algorithm: {beta: 0.1, loss: ipo}
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     beta: float = Field(
         default=0.1, gt=0, description="strength of the KL constraint, DPO's beta and IPO's tau"
@@ -35,14 +35,10 @@ class Config(BaseModel):
         description="sigmoid: Bradley-Terry; ipo: squared distance to the margin 1 / (2 beta)",
     )
 
-    @model_validator(mode="after")
-    def _smoothing_has_an_effect(self) -> Self:
-        if self.loss == "ipo" and self.label_smoothing:
-            raise ValueError(
-                f"label_smoothing={self.label_smoothing} has no effect with loss='ipo'; "
-                "remove it or set loss to sigmoid"
-            )
-        return self
+    def unread(self) -> Mapping[str, str]:
+        """`label_smoothing`, which IPO has not."""
+        why = "with loss='ipo'; remove it or set loss to sigmoid"
+        return {"label_smoothing": why} if self.loss == "ipo" else {}
 
 
 class DPO:

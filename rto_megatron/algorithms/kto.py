@@ -1,22 +1,21 @@
 """Kahneman-Tversky Optimization (arXiv 2402.01306): single answers that are known to be desirable or not."""
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from rto_megatron.algorithms.losses import keep, sequence_sums, to_metrics
 from rto_megatron.algorithms.method import OfflineMethod
+from rto_megatron.section import Section
 from rto_megatron.types import JudgedMicrobatch, LossOutput
 
 
-class Config(BaseModel):
+class Config(Section):
     """The paper's defaults.
 
     Example:
         algorithm: {beta: 0.1, undesirable_weight: 1.33}
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     beta: float = Field(default=0.1, gt=0, description="strength of the KL constraint, the paper's beta")
     desirable_weight: float = Field(

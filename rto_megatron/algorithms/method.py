@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from pydantic import BaseModel
 from torch import Tensor
 
 from rto_megatron.algorithms import reinforcement
+from rto_megatron.section import Section
 from rto_megatron.types import JudgedMicrobatch, LossOutput, PairMicrobatch, SupervisedMicrobatch
 
 Vocabulary = Callable[
@@ -35,7 +35,7 @@ class OfflineMethod[M: SupervisedMicrobatch | PairMicrobatch | JudgedMicrobatch]
         OfflineMethod(config=config, build=build, examples="pairs", reference="required")
     """
 
-    config: type[BaseModel]
+    config: type[Section]
     build: Callable[..., OfflineAlgorithm[M]]  # of a `config`
     examples: Literal["demonstrations", "pairs", "judgements"]
     # logprobs [T] of the targets; values [T] of a scalar head; divergence [3, T], see `tdpo`

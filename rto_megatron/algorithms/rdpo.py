@@ -1,7 +1,7 @@
 """R-DPO (arXiv 2403.19159): DPO for rewards that are penalised for length."""
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from rto_megatron.algorithms.method import OfflineMethod
@@ -11,17 +11,16 @@ from rto_megatron.algorithms.preference import (
     response_sums,
     smoothed_logsigmoid,
 )
+from rto_megatron.section import Section
 from rto_megatron.types import LossOutput, PairMicrobatch
 
 
-class Config(BaseModel):
+class Config(Section):
     """The defaults of the RTO paper (App. D).
 
     Example:
         algorithm: {beta: 0.1, alpha: 0.01}
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     beta: float = Field(default=0.1, gt=0, description="strength of the KL constraint, the paper's beta")
     alpha: float = Field(

@@ -4,12 +4,12 @@ A method is a token reward, an advantage estimator, and the losses of policy and
 code: an early stop on the ratio.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from rto_megatron.algorithms.advantages import AllSum
@@ -35,10 +35,11 @@ from rto_megatron.algorithms.token_rewards import (
     rto_rewards,
     truncated_rows,
 )
+from rto_megatron.section import Section
 from rto_megatron.types import Experience, LossOutput, Metrics, ScoredRollouts, TokenRewards
 
 
-class Config(BaseModel):
+class Config(Section):
     """What every method has; defaults are the paper's (App. D) and, where it is silent, the released code's.
 
     The exception is `truncated`: the released code does what is called `compat` here.
@@ -46,8 +47,6 @@ class Config(BaseModel):
     Example:
         algorithm: {beta_kl: 0.1, samples_per_prompt: 4, loss_weights: token_mean}
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     beta_kl: float = Field(
         default=0.01, ge=0, description="weight of the KL penalty per token, the paper's beta_2"
@@ -113,18 +112,19 @@ class Config(BaseModel):
             )
         return cap
 
-    @model_validator(mode="after")
-    def _refuse_ignored_mode(self) -> Self:
-        mode = self.pool_importance_mode
-        if (
-            self.pool_importance_cap is None
-            and mode != type(self).model_fields["pool_importance_mode"].default
-        ):
-            raise ValueError(
-                f"pool_importance_mode={mode!r} has no effect without pool_importance_cap; remove it or set a cap (2 "
-                "for tokens, as verl, or 3 for sequences, as TRL)"
+    def unread(self) -> Mapping[str, str]:
+        """What has an effect with a cap or a penalty alone."""
+        unread = dict(super().unread())
+        if self.pool_importance_cap is None:
+            unread["pool_importance_mode"] = (
+                "without pool_importance_cap; remove it or set a cap (2 for tokens, as verl, or 3 for sequences, as "
+                "TRL)"
             )
-        return self
+        if self.truncated != "penalise":
+            unread["truncated_penalty"] = (
+                f"with truncated={self.truncated!r}; remove it or set truncated to 'penalise'"
+            )
+        return unread
 
     @model_validator(mode="after")
     def _refuse_ignored_clip(self) -> Self:
@@ -136,18 +136,8 @@ class Config(BaseModel):
             )
         return self
 
-    @model_validator(mode="after")
-    def _refuse_ignored_penalty(self) -> Self:
-        default = type(self).model_fields["truncated_penalty"].default
-        if self.truncated != "penalise" and self.truncated_penalty != default:
-            raise ValueError(
-                f"truncated_penalty={self.truncated_penalty} has no effect with "
-                f"truncated={self.truncated!r}; remove it or set truncated to 'penalise'"
-            )
-        return self
 
-
-class ClipConfig(BaseModel):
+class ClipConfig(Section):
     """The keys of methods with a clipped surrogate.
 
     Example:
@@ -184,13 +174,10 @@ class KlRewardConfig(Config):
     )
     kl_horizon: int = Field(default=10000, ge=1, description="sequences over which an adaptive beta_kl moves")
 
-    @model_validator(mode="after")
-    def _refuse_ignored_horizon(self) -> Self:
-        if self.kl_target is None and self.kl_horizon != type(self).model_fields["kl_horizon"].default:
-            raise ValueError(
-                f"kl_horizon={self.kl_horizon} has no effect without kl_target; remove it or set kl_target"
-            )
-        return self
+    def unread(self) -> Mapping[str, str]:
+        """`kl_horizon`, which a fixed beta_kl has not."""
+        why = "without kl_target; remove it or set kl_target"
+        return {**super().unread(), **({"kl_horizon": why} if self.kl_target is None else {})}
 
     @model_validator(mode="after")
     def _refuse_steering_zero(self) -> Self:
@@ -231,7 +218,7 @@ class GroupConfig(Config):
     )
 
 
-class DpoRewardConfig(BaseModel):
+class DpoRewardConfig(Section):
     """The keys of methods with a DPO reward.
 
     The released script clips the DPO reward at 0.05 and the paper names no clip: the default is the script's.
@@ -251,14 +238,10 @@ class DpoRewardConfig(BaseModel):
         description="bound of the DPO reward of a token after scaling; null: no bound, as in the paper",
     )
 
-    @model_validator(mode="after")
-    def _refuse_ignored_dpo_clip(self) -> Self:
-        if self.beta_dpo == 0 and self.dpo_clip != type(self).model_fields["dpo_clip"].default:
-            raise ValueError(
-                f"dpo_clip={self.dpo_clip} has no effect with beta_dpo=0; remove it or give beta_dpo a weight, such as "
-                "0.05"
-            )
-        return self
+    def unread(self) -> Mapping[str, str]:
+        """Without a DPO reward, its bound."""
+        why = "with beta_dpo=0; remove it or give beta_dpo a weight, such as 0.05"
+        return {**super().unread(), **({"dpo_clip": why} if self.beta_dpo == 0 else {})}
 
     def token_reward(
         self, redistribute: Redistribution = as_it_is, beside: TokenReward = ppo_rewards

@@ -2,23 +2,22 @@
 
 import math
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rto_megatron.algorithms.losses import keep, to_metrics
 from rto_megatron.algorithms.method import OfflineMethod
+from rto_megatron.section import Section
 from rto_megatron.types import LossOutput, PairMicrobatch
 
 
-class Config(BaseModel):
+class Config(Section):
     """The reward model's loss.
 
     Example:
         algorithm: {margin: true}
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     margin: bool = Field(default=False, description="subtract each pair's `margin` inside the log-sigmoid")
 

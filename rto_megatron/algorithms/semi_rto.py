@@ -4,10 +4,10 @@ The paper does not say what ends a sentence. Here it is a token whose text holds
 last one is paid on the last token.
 """
 
+from collections.abc import Mapping
 from functools import partial
-from typing import Self
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from rto_megatron.algorithms import rto
 from rto_megatron.algorithms.method import OnlineMethod, Vocabulary
@@ -28,13 +28,10 @@ class Config(rto.Config):
         description="a token whose text holds one of these ends a sentence",
     )
 
-    @model_validator(mode="after")
-    def _refuse_ignored_delimiters(self) -> Self:
-        if self.beta_dpo == 0 and self.delimiters != type(self).model_fields["delimiters"].default:
-            raise ValueError(
-                f"delimiters={list(self.delimiters)} has no effect with beta_dpo=0; remove it or give beta_dpo a weight"
-            )
-        return self
+    def unread(self) -> Mapping[str, str]:
+        """Without a DPO reward, `delimiters` too."""
+        why = "with beta_dpo=0; remove it or give beta_dpo a weight"
+        return {**super().unread(), **({"delimiters": why} if self.beta_dpo == 0 else {})}
 
 
 def build(config: Config, vocabulary: Vocabulary) -> PolicyOptimization:

@@ -1,21 +1,19 @@
 """Supervised fine-tuning: cross-entropy of the response tokens, mean over all of them in the global batch."""
 
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from rto_megatron.algorithms.losses import to_metrics
 from rto_megatron.algorithms.method import OfflineMethod
+from rto_megatron.section import Section
 from rto_megatron.types import LossOutput, SupervisedMicrobatch
 
 
-class Config(BaseModel):
+class Config(Section):
     """Supervised fine-tuning has nothing to choose.
 
     Example:
         SFT(Config())
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class SFT:

@@ -1,24 +1,24 @@
 """SimPO (arXiv 2405.14734): preferences on the mean log-prob of a token, without a reference."""
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from rto_megatron.algorithms.method import OfflineMethod
 from rto_megatron.algorithms.preference import preference_output, response_sums, smoothed_logsigmoid
+from rto_megatron.section import Section
 from rto_megatron.types import LossOutput, PairMicrobatch
 
 
-class Config(BaseModel):
+class Config(Section):
     """The defaults of the RTO paper (App. D).
 
     Example:
         algorithm: {beta: 2.0, gamma: 1.0, loss: hinge}
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     beta: float = Field(default=2.5, gt=0, description="scale of the reward, the paper's beta")
     gamma: float = Field(
@@ -33,14 +33,10 @@ class Config(BaseModel):
         default="sigmoid", description="sigmoid: Bradley-Terry; hinge: linear below a margin of 1"
     )
 
-    @model_validator(mode="after")
-    def _smoothing_has_an_effect(self) -> Self:
-        if self.loss == "hinge" and self.label_smoothing:
-            raise ValueError(
-                f"label_smoothing={self.label_smoothing} has no effect with loss='hinge'; "
-                "remove it or set loss to sigmoid"
-            )
-        return self
+    def unread(self) -> Mapping[str, str]:
+        """`label_smoothing`, which the hinge has not."""
+        why = "with loss='hinge'; remove it or set loss to sigmoid"
+        return {"label_smoothing": why} if self.loss == "hinge" else {}
 
 
 class SimPO:

@@ -1,26 +1,26 @@
 """Token-level DPO (arXiv 2404.11999): DPO with a bound on each answer's forward KL to the reference."""
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rto_megatron.algorithms.losses import to_metrics
 from rto_megatron.algorithms.method import OfflineMethod
 from rto_megatron.algorithms.preference import preference_output, response_sums
+from rto_megatron.section import Section
 from rto_megatron.types import LossOutput, PairMicrobatch
 
 
-class Config(BaseModel):
+class Config(Section):
     """The defaults of the RTO paper (App. D).
 
     Example:
         algorithm: {beta: 0.1, alpha: 0.5, variant: 2}
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     beta: float = Field(default=0.1, gt=0, description="strength of the KL constraint, the paper's beta")
     alpha: float = Field(
@@ -31,13 +31,9 @@ class Config(BaseModel):
         description="TDPO1, or TDPO2: weighted, and without gradient through the chosen answer's KL",
     )
 
-    @model_validator(mode="after")
-    def _alpha_has_an_effect(self) -> Self:
-        if self.variant == 1 and self.alpha != Config.model_fields["alpha"].default:
-            raise ValueError(
-                f"alpha={self.alpha} has no effect with variant 1; remove it or set variant to 2"
-            )
-        return self
+    def unread(self) -> Mapping[str, str]:
+        """`alpha`, which TDPO1 has not."""
+        return {"alpha": "with variant 1; remove it or set variant to 2"} if self.variant == 1 else {}
 
 
 class TDPO:

@@ -260,7 +260,9 @@ def _write_arena_hard(
 ) -> Path:
     assert task.questions is not None
     write = _row_01 if _version(task) == "v0.1" else _row_20
-    lines = []
+    judge_name = re.sub(r"[^\w.-]+", "_", options.model)
+    path = folder / "model_judgment" / judge_name / f"{task.answers.model}.jsonl"
+    lines = _of_other_questions(path, task)
     for place, question in enumerate(task.questions.items):
         games = judged[2 * place : 2 * place + 2]
         common = {
@@ -271,10 +273,18 @@ def _write_arena_hard(
         }
         row = write(question.key, str(question.columns.get("category", "")), common, games)
         lines.append(json.dumps(row, ensure_ascii=False))
-    judge_name = re.sub(r"[^\w.-]+", "_", options.model)
-    path = folder / "model_judgment" / judge_name / f"{task.answers.model}.jsonl"
     write_whole(path, "\n".join(lines) + "\n")
     return path
+
+
+def _of_other_questions(path: Path, task: JudgeTask) -> list[str]:
+    """Lines of categories judged before: each of v2.0 has a baseline, and so a command, of its own."""
+    assert task.questions is not None
+    if task.category is None or not path.exists():
+        return []
+    key = "question_id" if _version(task) == "v0.1" else "uid"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if json.loads(line)[key] not in task.questions.keys]
 
 
 def _row_01(

@@ -4,7 +4,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from rto_megatron.config.training import Section
+from rto_megatron.section import Section
 
 
 class BatchConfig(Section):

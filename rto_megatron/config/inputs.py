@@ -1,13 +1,14 @@
 """Sections of a recipe about what a stage reads: models and data."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from rto_megatron.config.source_names import HeldOutSources, Sources
 from rto_megatron.config.template_arguments import TemplateArguments
-from rto_megatron.config.training import Section
+from rto_megatron.section import Section
 
 
 class ModelsConfig(Section):
@@ -121,14 +122,10 @@ class DemonstrationDataConfig(ExampleDataConfig):
         "without one; skip: no loss on it",
     )
 
-    @model_validator(mode="after")
-    def _refuse_ignored_join(self) -> Self:
-        if self.allow_non_prefix and self.loss_on == "all":
-            raise ValueError(
-                "allow_non_prefix=true has no effect with loss_on=all, whose turns are learnt where they stand in the "
-                "conversation; remove one of them"
-            )
-        return self
+    def unread(self) -> Mapping[str, str]:
+        """`allow_non_prefix`, where turns are not joined."""
+        why = "with loss_on=all, whose turns are learnt where they stand in the conversation; remove one of them"
+        return {**super().unread(), **({"allow_non_prefix": why} if self.loss_on == "all" else {})}
 
 
 class PromptDataConfig(DataConfig):

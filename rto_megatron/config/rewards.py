@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from rto_megatron.config.addresses import without_localhost
-from rto_megatron.config.training import Section
+from rto_megatron.section import Section
 
 _NAME = re.compile(r"[a-z0-9_-]+")
 _TARGET = re.compile(r".+:[A-Za-z_]\w*")

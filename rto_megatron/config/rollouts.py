@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, field_validator
 
 from rto_megatron.config.addresses import without_localhost
-from rto_megatron.config.training import Section
+from rto_megatron.section import Section
 
 OldLogprobs = Literal["trainer", "pool"]
 

@@ -8,7 +8,7 @@ Off is `null`, never a magic number; 0 means zero.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, create_model
+from pydantic import Field, create_model
 
 from rto_megatron.algorithms import ALGORITHMS, reinforcement
 from rto_megatron.algorithms.method import Method, OnlineMethod
@@ -43,10 +43,10 @@ from rto_megatron.config.training import (
     PrecisionConfig,
     RolloutRunConfig,
     RunConfig,
-    Section,
     TrainParallelConfig,
     TrainRunConfig,
 )
+from rto_megatron.section import Section
 
 
 class StageConfig(Section):
@@ -91,7 +91,7 @@ class OfflineStage(TrainStage):
 
     run: EvaluatedRunConfig
     data: ExampleDataConfig
-    algorithm: BaseModel
+    algorithm: Section
 
 
 class SupervisedStage(OfflineStage):

@@ -4,9 +4,11 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator
+
+from rto_megatron.section import Section
 
 LoggerName = Literal["tensorboard", "wandb", "swanlab"]
 ContextScheme = Literal["ulysses", "gather"]
@@ -21,16 +23,6 @@ Parkable = Literal[
 
 
 FP8_MULTIPLE = 16  # rows and columns of a product in 8 bits, on each rank
-
-
-class Section(BaseModel):
-    """A frozen part of the configuration that refuses keys it does not know.
-
-    Example:
-        class SamplingConfig(Section): max_response_tokens: int = 1024
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
 class RunConfig(Section):
@@ -337,15 +329,10 @@ class OptimizerConfig(Section):
     warmup_fraction: float = Field(default=0.03, ge=0, lt=1)
     min_lr_fraction: float = Field(default=0.1, ge=0, le=1)
 
-    @model_validator(mode="after")
-    def _refuse_unread_keys(self) -> Self:
-        unread = {
-            "schedule=constant": ("min_lr_fraction",) if self.schedule == "constant" else (),
-            "kind=sgd": ("betas", "eps") if self.kind == "sgd" else (),
-        }
-        for where, names in unread.items():
-            for name in names:
-                value = self.model_dump()[name]
-                if value != type(self).model_fields[name].default:
-                    raise ValueError(f"{name}={value} has no effect with {where}; remove it")
-        return self
+    def unread(self) -> Mapping[str, str]:
+        """Adam's numbers with SGD, and the floor of a rate that stays."""
+        floor = (
+            {"min_lr_fraction": "with schedule=constant; remove it"} if self.schedule == "constant" else {}
+        )
+        moments = dict.fromkeys(("betas", "eps"), "with kind=sgd; remove it") if self.kind == "sgd" else {}
+        return {**floor, **moments}

@@ -14,6 +14,7 @@ from rto_megatron.engine.integrity import CheckpointError
 from rto_megatron.errors import RunFolderError
 from rto_megatron.generation.rollout_lines import load_rollouts, rollout_lines
 from rto_megatron.parallel.collectives import Json
+from rto_megatron.section import unread_keys
 from rto_megatron.types import Rollout
 
 # Where and how a run is computed, watched and stored, not what it computes. `run.steps` is the exception: it may
@@ -130,24 +131,12 @@ def read_state(state: dict[str, Json], checkpoint: Path) -> RunState:
 def fixed_keys(config: schema.Stage) -> dict[str, Json]:
     """Dotted key -> value of everything that every attempt of a run must share."""
     given = _flat(config.model_dump(mode="json"), "")
-    unread = _unread(given)
+    # Recipes that set them are refused, and runs were begun with them set.
+    unread = unread_keys(config)
     fixed = {key: value for key, value in given.items() if key not in unread and not _is_free(key)}
     if isinstance(config, schema.ReinforcementStage):
         fixed |= {"rewards": [source.name for source in config.rewards], **_of_rewards(config.rewards)}
     return fixed
-
-
-def _unread(given: Mapping[str, Json]) -> set[str]:
-    """Keys that others leave without effect. Recipes that set them are refused, and runs were begun with them set."""
-    unread = set()
-    for section in ("optimizer", "critic_optimizer"):
-        if given.get(f"{section}.schedule") == "constant":
-            unread |= {f"{section}.min_lr_fraction"}
-        if given.get(f"{section}.kind") == "sgd":
-            unread |= {f"{section}.betas", f"{section}.eps"}
-    if given.get("algorithm.beta_dpo") == 0:
-        unread |= {"algorithm.dpo_clip", "algorithm.delimiters"}
-    return unread
 
 
 def _of_rewards(sources: Sequence[Source]) -> dict[str, Json]:

@@ -228,11 +228,11 @@ def test_defaults_are_those_of_the_papers():
         ("grpo", {"dual_clip": 1.0}, "greater than 1"),
         ("ppo", {"max_sampling_rounds": 3}, "Extra inputs are not permitted"),
         ("grpo", {"dpo_clip": 0.1}, "dpo_clip=0.1 has no effect with beta_dpo=0"),
-        ("rto", {"beta_dpo": 0, "dpo_clip": None}, "dpo_clip=None has no effect with beta_dpo=0"),
+        ("rto", {"beta_dpo": 0, "dpo_clip": None}, "dpo_clip=null has no effect with beta_dpo=0"),
         (
             "semi_rto",
             {"beta_dpo": 0, "delimiters": [";"]},
-            r"delimiters=\[';'\] has no effect with beta_dpo=0",
+            r'delimiters=\[";"\] has no effect with beta_dpo=0',
         ),
     ],
 )

@@ -190,7 +190,7 @@ def test_a_planted_gap_is_cut_or_trains_nothing(mode, expected):
 
 
 def test_a_mode_without_a_cap_is_refused():
-    with pytest.raises(ValueError, match="pool_importance_mode='sequence_mask' has no effect without"):
+    with pytest.raises(ValueError, match='pool_importance_mode="sequence_mask" has no effect without'):
         ALGORITHMS["rto"].config(pool_importance_mode="sequence_mask")
 
 

@@ -42,6 +42,13 @@ class Heard:
     keys: list[str] = field(default_factory=list)
 
 
+def text_of(body: Body) -> str:
+    """All that a request says."""
+    messages = body["messages"]
+    assert isinstance(messages, list)
+    return "\n".join(one["content"] for one in messages)
+
+
 @contextmanager
 def chat_service(respond: Respond) -> Iterator[Heard]:
     """Serves chat completions while inside; `respond` is called by several threads."""

@@ -83,3 +83,22 @@ def arena_answers(path: Path, model: str, version: str, count: int = 3) -> Path:
             for n in range(count)
         ]
     return write_lines(path, rows)
+
+
+def arena(tmp_path: Path, version: str, count: int = 3) -> list[object]:
+    """The command that judges `ours` against `base`, but for its endpoint; the files are made."""
+    questions = arena_questions(tmp_path / "question.jsonl", version, count)
+    ours = arena_answers(tmp_path / "model_answer/ours.jsonl", "ours", version, count)
+    base = arena_answers(tmp_path / "model_answer/base.jsonl", "base", version, count)
+    return [
+        "judge",
+        ours,
+        "--baseline",
+        base,
+        "--questions",
+        questions,
+        "--judge",
+        "org/gpt",
+        "--out",
+        tmp_path / "out",
+    ]

@@ -289,7 +289,7 @@ optimizer: {lr: 5e-7}
             ("schedule=constant", "min_lr_fraction=0.5"),
             "min_lr_fraction=0.5 has no effect with schedule=constant",
         ),
-        (("kind=sgd", "betas=[0.9,0.99]"), "betas=(0.9, 0.99) has no effect with kind=sgd"),
+        (("kind=sgd", "betas=[0.9,0.99]"), "betas=[0.9, 0.99] has no effect with kind=sgd"),
         (("kind=sgd", "eps=1e-6"), "eps=1e-06 has no effect with kind=sgd"),
         (("betas=[0.9,1]",), "betas.1: found 1; must be less than 1"),
         (("eps=0",), "eps: found 0; must be greater than 0"),

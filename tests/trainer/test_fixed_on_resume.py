@@ -119,6 +119,7 @@ def test_how_it_is_computed_may_change(tmp_path: Path) -> None:
         ({"optimizer": {"lr": 1e-3, "schedule": "constant"}}, "optimizer.min_lr_fraction", 0.0),
         ({"critic_optimizer": {"lr": 1e-3, "kind": "sgd"}}, "critic_optimizer.betas", [0.9, 0.99]),
         ({"algorithm": {"beta_dpo": 0}}, "algorithm.dpo_clip", 0.01),
+        ({"algorithm": {"truncated": "mask"}}, "algorithm.truncated_penalty", 2.0),
     ],
 )
 def test_a_run_that_set_a_key_without_effect_goes_on_without_it(
