@@ -78,6 +78,8 @@ def launch(
     for line in running_code(rewards_of(config)):
         typer.echo(plain(line))
     choice = PoolChoice(pool_gpus, pool_servers, pool_tensor)
+    if _says_finished(config):
+        return
     arguments = ["train", str(recipe), *(overrides or [])]
     with held(config.run.dir) as owner:
         os.environ[LAUNCH_VARIABLE] = owner
@@ -87,6 +89,19 @@ def launch(
     if status.reason is not ExitReason.DONE:
         typer.echo(f"{status.reason} after step {status.step}: {plain(status.message)}", err=True)
     raise typer.Exit(status.reason.exit_code)
+
+
+def _says_finished(config: "Stage") -> bool:
+    from rto_megatron.config.schema import TrainStage
+    from rto_megatron.trainer.finished import is_finished
+
+    if not isinstance(config, TrainStage) or not is_finished(config):
+        return False
+    typer.echo(
+        f"{config.run.dir} has all of its {config.run.steps} steps, and its model is in {config.run.dir / 'hf'}; "
+        "raise run.steps to go on, or name another run.dir to start again"
+    )
+    return True
 
 
 def _told(
