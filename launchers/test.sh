@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets the environment up if needed, then lint, type check and the tests that need no GPU: about 20 minutes on 2 cores.
+# Sets the environment up if needed, then lint, type check and the tests that need no GPU: about 15 minutes on 2 cores.
 # launchers/slow_tests.sh has those with servers, launchers and schedulers of their own.
 # Usage: bash launchers/test.sh [pytest arguments]        TEST_PROCESSES=N shares the tests out over N processes (2).
 #        bash launchers/test.sh --fast    leaves out what starts ranks, servers or programs: under 3 minutes.
@@ -16,5 +16,5 @@ echo "[2/4] ruff format --check"
 .venv/bin/ruff format --check .
 echo "[3/4] mypy (about a minute the first time)"
 .venv/bin/mypy
-echo "[4/4] pytest in two processes (about 20 minutes on 2 cores, a few with --fast)"
+echo "[4/4] pytest in two processes (about 15 minutes on 2 cores, a few with --fast)"
 .venv/bin/python -m pytest -m "not gpu and not slow" -q -n "${TEST_PROCESSES:-2}" --dist loadgroup --no-loadscope-reorder "$@"

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import psutil
@@ -114,14 +113,9 @@ class Supervisor:
 
     def _start_again(self, options: ServerOptions, ended: Server) -> Server:
         """The new server, or the ended one, for another round, when it cannot be started."""
-        number = 1
-        while (kept := _log_of_end(options.log_file, number)).exists():
-            number += 1
-        options.log_file.rename(kept)
         try:
             return start_server(options)
         except UserError as failure:
-            kept.rename(options.log_file)
             self._progress(f"warning: {failure}")
             return ended
 
@@ -258,7 +252,3 @@ def supervised(
     """
     with started(options, progress, max_restarts, start_limit_s) as pool:
         yield pool.ready()
-
-
-def _log_of_end(log_file: Path, number: int) -> Path:
-    return log_file.with_name(f"{log_file.stem}.ended-{number}{log_file.suffix}")

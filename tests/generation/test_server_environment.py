@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 
 from rto_megatron.cli.main import app
 from rto_megatron.config.addresses import without_localhost
-from rto_megatron.generation.vllm.start.server import first_error
 from rto_megatron.generation.vllm.start.server_environment import environment_problems, mended
+from rto_megatron.generation.vllm.start.server_log import first_error, keep_log_before
 from rto_megatron.models.model_folder import pattern_problems
 
 LONG = "/scratch/" + "x" * 90
@@ -70,6 +70,18 @@ CAUSE_FIRST = """\
 )
 def test_the_first_error_of_a_log_is_its_cause(log: str, error: str | None) -> None:
     assert first_error(log.splitlines()) == error
+
+
+def test_the_log_of_every_server_before_is_kept(tmp_path: Path) -> None:
+    log = tmp_path / "pool" / "server-0.log"
+    for words in ("first", "second"):
+        keep_log_before(log)
+        log.write_text(words)
+    keep_log_before(log)
+    assert {path.name: path.read_text() for path in log.parent.iterdir()} == {
+        "server-0.ended-1.log": "first",
+        "server-0.ended-2.log": "second",
+    }
 
 
 @pytest.mark.parametrize(

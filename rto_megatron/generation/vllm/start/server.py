@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import re
 import secrets
 import signal
 import socket
@@ -22,6 +21,7 @@ from rto_megatron.errors import MachineError, ModelFolderError, PoolError, UserE
 from rto_megatron.generation.vllm.client.server_client import ServerClient
 from rto_megatron.generation.vllm.gate import TOKEN_FILE_VARIABLE, read_token
 from rto_megatron.generation.vllm.start.server_environment import environment_problems, mended
+from rto_megatron.generation.vllm.start.server_log import keep_log_before, why_it_ended
 from rto_megatron.models.model_folder import code_problems, misnamed, pattern_problems
 
 Progress = Callable[[str], None]
@@ -34,7 +34,6 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # as vLLM names them
 _PR_SET_PDEATHSIG = 1
 _UNBOUND = "nobind"
 _CPU_KV_CACHE = "256M"  # bytes: a hundred thousand tokens of models of the size that is trained without a GPU
-_LOG_LINES_SHOWN = 15
 
 
 @dataclass(frozen=True)
@@ -116,11 +115,7 @@ class Server:
 
     def why_it_ended(self) -> str:
         """The first error in what it printed, or the end of it, for a message."""
-        lines = self.log_file.read_text(errors="replace").splitlines()
-        if (cause := first_error(lines)) is not None:
-            return f"the first error in {self.log_file}:\n  {cause}"
-        shown = lines[-_LOG_LINES_SHOWN:] or ["(empty)"]
-        return f"the last lines of {self.log_file}:\n  " + "\n  ".join(shown)
+        return why_it_ended(self.log_file)
 
 
 def ensure_token_file(token_file: Path) -> None:
@@ -152,7 +147,7 @@ def start_server(options: ServerOptions) -> Server:
     ensure_token_file(options.token_file)
     claim = _claim_port(options.host, options.port)
     port = claim.getsockname()[1]
-    options.log_file.parent.mkdir(parents=True, exist_ok=True)
+    keep_log_before(options.log_file)
     set_death_signal = _death_signal_setter()
     with options.log_file.open("wb") as log:
         process = subprocess.Popen(
@@ -358,40 +353,3 @@ def _signal_group(group: int, which: signal.Signals) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-_PREFIX = re.compile(r"^(\(\w+(?:_\w+)* pid=\d+\) )?(?:(ERROR|CRITICAL) \d\d-\d\d [\d:]+ \[[^\]]*\] )?")
-_ENDS_TRACEBACK = re.compile(r"^[\w.]+(Error|Exception|Exit|Interrupt|Warning)?\b.*")
-_FATAL = re.compile(r"^(Fatal Python error|terminate called|\S+: error:)|Bus error|Segmentation fault")
-_TRACEBACK = "Traceback (most recent call last):"
-_MORE_LINES = 3  # pydantic says what is wrong on the lines below the error's name
-_LONGEST = 600
-
-
-def first_error(lines: Sequence[str]) -> str | None:
-    """The last line of the first traceback, or the first line of level ERROR; None: there is neither.
-
-    Python prints the cause of an exception before the exception, and vLLM's engine its own before the server's
-    "See root cause above", so the first one is the cause.
-    """
-    told = [_PREFIX.sub("", line) for line in lines]
-    for number, line in enumerate(told):
-        if line.startswith(_TRACEBACK):
-            return _end_of_traceback(told[number + 1 :])
-        if _FATAL.search(line):
-            return line[:_LONGEST]
-    levels = ((_PREFIX.match(line), text) for line, text in zip(lines, told, strict=True))
-    return next((text[:_LONGEST] for match, text in levels if match and match.group(2)), None)
-
-
-def _end_of_traceback(lines: Sequence[str]) -> str | None:
-    for number, line in enumerate(lines):
-        if line[:1] in ("", " ", "\t") or not _ENDS_TRACEBACK.match(line):
-            continue
-        more = []
-        for one in lines[number + 1 : number + 1 + _MORE_LINES]:
-            if not one.startswith("  ") or one.lstrip().startswith(("File ", "For further")):
-                break
-            more.append(one.strip())
-        return " ".join([line, *more])[:_LONGEST]
-    return None
