@@ -13,6 +13,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Literal, Union, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigIndexError
 from pydantic import BaseModel
 
 from rto_megatron.errors import RecipeError
@@ -44,7 +45,7 @@ def split(override: str) -> Override:
         RecipeError: there is none, or no dotted key before it.
     """
     key, equals, value = override.partition("=")
-    if not equals or not re.fullmatch(r"[\w.]+", key):
+    if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
         raise RecipeError(
             f"{override!r}: an override is written key=value with a dotted key, as in optimizer.lr=1e-6"
         )
@@ -74,10 +75,28 @@ def merged(recipe: DictConfig, overrides: Sequence[Override], text: frozenset[st
 
     Raises:
         OmegaConfBaseException, YAMLError: a value cannot be read, or a key of a value is asked for a part.
+        RecipeError: an override names an entry that a list does not have.
     """
-    tree = OmegaConf.merge(recipe, *(_read(one, text) for one in overrides))
-    assert isinstance(tree, DictConfig)
+    tree = recipe.copy()
+    for one in overrides:
+        read = _read(one, text)
+        try:
+            tree.merge_with(read)
+        except TypeError:
+            # A list and a section do not merge: the override is of one entry of a list, or of the other kind.
+            _put(tree, one.key, OmegaConf.select(read, one.key))
     return tree
+
+
+def _put(tree: DictConfig, key: str, value: object) -> None:
+    """Makes `value` what stands at `key`, of which a part may be the number of a list's entry."""
+    try:
+        OmegaConf.update(tree, key, value, merge=False)
+    except (TypeError, ValueError, ConfigIndexError):
+        raise RecipeError(
+            f"command line: {key}: names no entry of a list in the recipe; entries are counted from 0: name one "
+            "that is there, or give the list as a whole, in quotes, as in 'rewards=[{kind: model, weight: 0.5}]'"
+        ) from None
 
 
 def without_rivals(recipe: DictConfig, overrides: Sequence[Override]) -> DictConfig:

@@ -33,6 +33,8 @@ class Origin:
                 return "command line"
             if dotted in self.lines:
                 return f"{self.recipe}:{self.lines[dotted]}"
+            if any(key.startswith(f"{dotted}.") for key in self.overridden):  # a section of overrides alone
+                return "command line"
             parts.pop()
         return str(self.recipe)
 

@@ -1,5 +1,6 @@
 """Overrides of text are taken as they are written, and whatever is launched or saved loads to the same."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,37 @@ def test_the_stage_may_be_named_by_a_variable_of_the_command_line(tmp_path: Path
     config = load_recipe(write(tmp_path, text), ["vars.method=rto", "run.dir=/x/a #1"])
     assert (config.stage, str(config.run.dir)) == ("rto", "/x/a #1")
     assert str(load_recipe(write(tmp_path, SOUND), ["stage=rto", "run.dir=/x/a #1"]).run.dir) == "/x/a #1"
+
+
+def test_an_entry_of_a_list_is_named_by_its_number(tmp_path: Path) -> None:
+    recipe = write(
+        tmp_path, SOUND + "rewards: [{kind: model}, {kind: overlong, buffer_tokens: 4}]\nsampling: {}\n"
+    )
+    config = load_recipe(recipe, ["rewards.0.weight=0.5", "rewards.1.name=long"])
+    assert isinstance(config, ActorCriticStage)
+    assert [(one.name, one.weight) for one in config.rewards] == [("model", 0.5), ("long", 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rewards.7.weight=2", "command line: rewards.7.weight: names no entry of a list"),
+        ("rewards.model.weight=2", "command line: rewards.model.weight: names no entry of a list"),
+        ("rewards={kind: model}", "command line: rewards: found {'kind': 'model'}"),
+        ("optimizer=[1e-6]", "command line: optimizer: found [1e-06]"),
+        (
+            "optimzer.lr=3",
+            "command line: optimzer: found {'lr': 3}; there is no such key; did you mean optimizer?",
+        ),
+        ("run..dir=3", "'run..dir=3': an override is written key=value with a dotted key"),
+    ],
+)
+def test_a_key_that_the_recipe_cannot_take_is_the_command_lines_mistake(
+    override: str, message: str, tmp_path: Path
+) -> None:
+    recipe = write(tmp_path, SOUND + "rewards: [{kind: model}]\n")
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        load_recipe(recipe, [override])
 
 
 def test_a_variable_whose_users_were_overridden_is_no_mistake(tmp_path: Path) -> None:
