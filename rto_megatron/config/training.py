@@ -33,7 +33,8 @@ class RunConfig(Section):
     """
 
     dir: Path = Field(description="run folder: configuration, checkpoints, metrics and exports go here")
-    seed: int = 42
+    # torch's generators hold 64 bits, and numbers of steps are added.
+    seed: int = Field(default=42, ge=-(2**62), le=2**62)
     collective_timeout_s: float | None = Field(
         default=None,
         gt=0,

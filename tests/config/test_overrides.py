@@ -158,6 +158,7 @@ def test_an_entry_of_a_list_is_named_by_its_number(tmp_path: Path) -> None:
             "optimzer.lr=3",
             "command line: optimzer: found {'lr': 3}; there is no such key; did you mean optimizer?",
         ),
+        ("run.seed=99999999999999999999", "run.seed: found 99999999999999999999; must be less than or equal"),
         ("run..dir=3", "'run..dir=3': an override is written key=value with a dotted key"),
     ],
 )
