@@ -33,6 +33,7 @@ TEXT_COLUMNS = (
     "conversation", "chosen", "rejected", "response", "completion", "output", "text",
 )  # fmt: skip
 
+_ASKING = ("prompt", "question", "instruction")  # columns with what texts answer
 _NO_COINCIDENCE = 4  # words; two answers may well begin with a shorter prompt
 
 type _Conversation = list[Message]
@@ -116,7 +117,26 @@ def _alone(read: Callable[[Row, str], _Conversation], row: Row) -> _Conversation
     return read(row, "chosen")
 
 
+def _require_pair(row: Row) -> None:
+    """Refuses what is no pair in any layout, of which an error of the first layout would blame the wrong column."""
+    both = [row.columns.get(column) for column in ("chosen", "rejected")]
+    found = sorted(row.columns)
+    for column in ("chosen", "rejected"):
+        if column not in row.columns:
+            raise DataError(
+                f"{row.where}: column {column!r} is missing, found {found}; expected chosen and rejected, texts or "
+                "lists of messages: rename a column, or mend the row (a null is no column)"
+            )
+    if all(isinstance(said, str) for said in both) and not any(name in row.columns for name in _ASKING):
+        raise DataError(
+            f"{row.where}: chosen and rejected are texts, and of {found} no column says what they answer; expected a "
+            f"list of messages that begins with the prompt, or one of {', '.join(_ASKING)} beside the texts"
+        )
+
+
 def _pair(read: Callable[[Row, str], _Conversation], row: Row) -> _Pair:
+    if read is not transcript:  # which holds its prompt
+        _require_pair(row)
     chosen, rejected = read(row, "chosen"), read(row, "rejected")
     if chosen[:-1] != rejected[:-1]:
         raise DataError(
@@ -143,11 +163,19 @@ def _both(read: Callable[[Row, str], _Conversation], row: Row) -> _Judged:
 
 def _judged(row: Row) -> _Judged:
     first_column(row, ("chosen", "label"), "answers with verdicts")
+    if "label" not in row.columns:
+        _require_pair(row)
     return [(completed(row), label(row))]
 
 
 def _demonstrated(row: Row) -> _Conversation:
     first_column(row, _DEMONSTRATED, "demonstrations")
+    if "messages" not in row.columns:
+        whole = "; ".join(layout.columns for layout in DEMONSTRATIONS.layouts if not layout.is_last_resort)
+        raise DataError(
+            f"{row.where}: found the columns {sorted(row.columns)}, which are no whole layout of demonstrations; "
+            f"expected one of: {whole}; or a whole pair. Rename a column, or mend the row (a null is no column)"
+        )
     return conversation(row, "messages")
 
 

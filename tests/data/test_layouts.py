@@ -247,7 +247,22 @@ REFUSED: dict[str, tuple[str, dict[str, object], str]] = {
         },
         "column 'chosen' is a list of messages written as text",
     ),
-    "texts without a prompt": ("pairs", {"chosen": "b", "rejected": "c"}, "expected a list of messages"),
+    "texts without a prompt": (
+        "pairs",
+        {"chosen": "b", "rejected": "c"},
+        "no column says what they answer; expected a list of messages",
+    ),
+    "a null beside a chosen text": ("pairs", {"prompt": "a", "chosen": "b"}, "column 'rejected' is missing"),
+    "a null beside a chosen text to judge": (
+        "judgements",
+        {"prompt": "a", "chosen": "b"},
+        "column 'rejected' is missing",
+    ),
+    "an output without its instruction": (
+        "demonstrations",
+        {"input": "a", "output": "b"},
+        r"no whole layout .*: messages; prompt \+ response; .*instruction \+ input \+ output",
+    ),
 }
 
 
