@@ -109,12 +109,18 @@ def with_system(row: Row, messages: Sequence[Message]) -> list[Message]:
     """The messages, after a turn with the text of the row's column `system`, if it has one; a blank text is none.
 
     Raises:
-        DataError: the column holds no text, or the messages begin with another system turn.
+        DataError: the column holds no text, its other name another one, or the messages begin with another system turn.
     """
-    column = next((name for name in _SYSTEM if not _is_blank(row.columns.get(name))), None)
-    if column is None:
+    named = [name for name in _SYSTEM if not _is_blank(row.columns.get(name))]
+    if not named:
         return list(messages)
+    column, *others = named
     content = row.columns[column]
+    if any(row.columns[name] != content for name in others):
+        raise DataError(
+            f"{row.where}: columns {' and '.join(map(repr, named))} say different things ({content!r:.40} and "
+            f"{row.columns[others[0]]!r:.40}); keep one"
+        )
     if not isinstance(content, str):
         raise DataError(f"{row.where}: column {column!r} is {content!r:.60}, expected text")
     if messages[0].role != "system":

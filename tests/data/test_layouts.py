@@ -263,6 +263,11 @@ REFUSED: dict[str, tuple[str, dict[str, object], str]] = {
         {"input": "a", "output": "b"},
         r"no whole layout .*: messages; prompt \+ response; .*instruction \+ input \+ output",
     ),
+    "two system texts": (
+        "prompts",
+        {"prompt": "a", "system": "s", "system_prompt": "t"},
+        "columns 'system' and 'system_prompt' say different things",
+    ),
 }
 
 
