@@ -1,7 +1,8 @@
 """What the rewards of a recipe give answers that are there already: no model, pool or rank is needed for that."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,7 +17,7 @@ from rto_megatron.data.loading import load_rows
 from rto_megatron.data.row import Row
 from rto_megatron.data.rows import json_columns, row_id
 from rto_megatron.data.sample_reader import SampleReader
-from rto_megatron.errors import RecipeError
+from rto_megatron.errors import DataError, RecipeError
 from rto_megatron.rewards.raters import rater_of
 from rto_megatron.rewards.sample import Sample
 from rto_megatron.types import EndOfSequence, Rollout
@@ -52,7 +53,8 @@ def rate_answers(
         answers: rows in a layout of demonstrations or of pairs, of which the chosen answer is read.
 
     Raises:
-        UserError: a row cannot be read, a source fails, or there is none that rates without the models of a run.
+        UserError: a row cannot be read, a source fails or gives what is no number, or there is none that rates without
+            the models of a run.
     """
     sources = [one for one in config.rewards if not isinstance(one, ModelSource | OverlongSource)]
     if not sources:
@@ -66,7 +68,22 @@ def rate_answers(
     for source in sources:
         for row, one in zip(given, rater_of(source).rate(samples), strict=True):
             row[source.name] = one if isinstance(one, float) else sum(one)
+    _require_numbers(samples, given)
     return [RatedAnswer(sample, row) for sample, row in zip(samples, given, strict=True)]
+
+
+def _require_numbers(samples: Sequence[Sample], given: Sequence[Mapping[str, float]]) -> None:
+    """A run skips every step with such a reward, and none of the shown means and orders would hold."""
+    for name in given[0]:
+        bad = [
+            sample.prompt_id for sample, row in zip(samples, given, strict=True) if not isfinite(row[name])
+        ]
+        if bad:
+            raise DataError(
+                f"rewards.{name}: gave {len(bad)} of {len(given)} answers a reward that is NaN or infinite, to "
+                f"{', '.join(bad[:5])}{'' if len(bad) < 6 else ', ...'}; a run skips each step that has one: mend the "
+                "source"
+            )
 
 
 def _samples(

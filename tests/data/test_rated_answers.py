@@ -23,6 +23,10 @@ def seen(sample):
 
 def tokens(sample):
     return [1.0 + (token == "</s>") for token in sample.tokens]
+
+
+def broken(sample):
+    return float("nan") if sample.prompt_id == "b" else 1.0
 '''
 
 
@@ -83,3 +87,10 @@ def test_rewards_that_need_a_run_and_stages_that_pay_none_are_refused(answers: P
     sft = [str(RECIPE.with_name("sft.yaml")), "--answers", str(answers / "answers.jsonl")]
     refused = CliRunner().invoke(app, ["data", "rate", *sft])
     assert "stage sft pays no rewards" in str(refused.exception)
+
+
+def test_a_reward_that_is_no_number_is_told_with_the_answers_that_got_it(answers: Path) -> None:
+    refused = rate(answers, function(answers, "broken", "response"))
+    assert "rewards.broken: gave 1 of 2 answers a reward that is NaN or infinite, to b;" in str(
+        refused.exception
+    )
