@@ -37,14 +37,12 @@ def find_shape(model: Path, assumed: str | None, role: str = "policy") -> FoundS
     Raises:
         RecipeError: config.json is there and cannot be used, or `assumed` is no embedded shape.
     """
+    if assumed is not None and assumed not in KNOWN_SHAPES:
+        raise RecipeError(f"--assume {assumed}: no such embedded shape; known are {', '.join(KNOWN_SHAPES)}")
     folder = _folder_with_config(model, SCALAR_ROLES if role in SCALAR_ROLES else LANGUAGE_ROLES)
     if folder is not None:
         return FoundShape(read_shape(folder), "config.json", folder)
     if assumed is not None:
-        if assumed not in KNOWN_SHAPES:
-            raise RecipeError(
-                f"--assume {assumed}: no such embedded shape; known are {', '.join(KNOWN_SHAPES)}"
-            )
         return FoundShape(KNOWN_SHAPES[assumed], f"assumed {assumed}")
     name = shape_spoken_of(str(model))
     return None if name is None else FoundShape(KNOWN_SHAPES[name], f"{name}, by its name")

@@ -328,6 +328,8 @@ def test_shape_comes_from_config_json_before_any_assumption(tmp_path: Path) -> N
     assert assumed is not None
     assert assumed.shape == KNOWN_SHAPES["llama-3.2-1b"]
     assert find_shape(Path("some/model"), None) is None
+    with pytest.raises(RecipeError, match="--assume llama-9: no such embedded shape"):
+        find_shape(tmp_path, "llama-9")
 
 
 @pytest.mark.parametrize(
