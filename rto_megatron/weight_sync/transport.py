@@ -11,7 +11,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal, Protocol
@@ -26,6 +26,7 @@ from torch.distributed import (
 )
 
 from rto_megatron.weight_sync.control_channel import ControlChannel, InFlight, TransportError
+from rto_megatron.weight_sync.nccl_group import nccl_group
 from rto_megatron.weight_sync.sockets import Address, listening, shut_down
 
 LOOPBACK = "127.0.0.1"
@@ -115,6 +116,8 @@ class _Group(Protocol):
 
     def broadcast(self, tensors: list[Tensor], options: BroadcastOptions) -> InFlight: ...
 
+    def abort(self) -> None: ...
+
 
 class NetworkWire:
     """Broadcasts among the first `world_size` ranks.
@@ -139,7 +142,8 @@ class NetworkWire:
         """Makes the group."""
         store = PrefixStore("group", self._channel.store)
         if self._device.type == "cuda":
-            self._group = _nccl(self._meeting, store, self._channel.rank, self._world_size, self._device)
+            rank, timeout_s = self._channel.rank, self._meeting.timeout_s
+            self._group = nccl_group(store, rank, self._world_size, timeout_s, self._device)  # type: ignore[assignment]  # see _Group
             return
         device, address = _gloo_device(self._meeting.host)
         self._channel.say(f"listener/{self._channel.rank}", json.dumps(address))
@@ -162,13 +166,18 @@ class NetworkWire:
         return self._group.broadcast([buffer], options)
 
     def give_up(self) -> None:
-        """Ends gloo's broadcasts; NCCL's group goes with the last reference to it."""
+        """Ends the broadcasts in flight; those of NCCL would keep the device from whatever comes behind them."""
+        group, self._group = self._group, None
         if self._listeners:
             shut_down(self._listeners)
-            # Torch cannot abort a broadcast, gloo does not notice a connection that ends within a message, and the
-            # group's destructor waits for all in flight: until the time limit, so not on this thread.
-            left, self._group = [self._group], None
+            # Torch cannot abort a broadcast of gloo, which does not notice a connection that ends within a message, and
+            # the group's destructor waits for all in flight: until the time limit, so not on this thread.
+            left = [group]
+            del group
             threading.Thread(target=left.clear, daemon=True).start()
+        elif group is not None:
+            with suppress(RuntimeError):  # it is lost already, or does not end within the time limit
+                group.abort()
 
 
 MakeWire = Callable[[ControlChannel, Rendezvous, torch.device], Wire]
@@ -353,19 +362,6 @@ def _store(meeting: Rendezvous, listener: socket.socket | None) -> PrefixStore:
             master_listen_fd=listener.detach(),
         )
     return PrefixStore(meeting.name, store)
-
-
-def _nccl(
-    meeting: Rendezvous, store: PrefixStore, rank: int, world_size: int, device: torch.device
-) -> _Group:
-    from torch.distributed.distributed_c10d import (
-        ProcessGroupNCCL,
-    )  # torch builds without CUDA have no such name
-
-    options = ProcessGroupNCCL.Options()
-    options._timeout = timedelta(seconds=meeting.timeout_s)
-    with torch.cuda.device(device):
-        return ProcessGroupNCCL(store, rank, world_size, options)  # type: ignore[return-value]  # see _Group
 
 
 def _gloo(
