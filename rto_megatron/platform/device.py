@@ -48,6 +48,9 @@ def prepare(precision: FrozenPrecisionConfig | None = None) -> Device:
         UserError: LOCAL_RANK names no GPU, the kernels cannot be used here, or an `apex` is installed that is another
             package.
     """
+    # Megatron overlaps tensor-parallel collectives with compute, which needs one queue in launch order. The driver
+    # reads it when it starts in this process, so before torch is asked anything of it.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     require_usable_apex()
     silence_warnings()
     device = _choose_device(choose(precision))
@@ -77,8 +80,6 @@ def _choose_device(kernels: Kernels) -> Device:
             f"start at most {num_gpus} ranks per machine"
         )
     torch.cuda.set_device(local_rank)
-    # Megatron overlaps tensor-parallel collectives with compute, which needs one queue in launch order.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     return Device(torch.device("cuda", local_rank), "nccl", kernels)
 
 

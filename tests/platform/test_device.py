@@ -37,6 +37,20 @@ def test_with_cuda_the_device_is_the_local_rank():
     assert torch.cuda.current_device() == 0
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_one_queue_is_asked_for_before_the_driver_is_woken(monkeypatch):
+    found = []
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+
+    def wake() -> bool:
+        found.append(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"))
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", wake)
+    prepare()
+    assert found and set(found) == {"1"}
+
+
 def test_the_web_toolkit_named_apex_is_refused(tmp_path, monkeypatch):
     _install(tmp_path, "apex", monkeypatch)
     with pytest.raises(MachineError, match="not NVIDIA's"):
