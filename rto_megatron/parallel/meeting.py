@@ -8,13 +8,16 @@ from datetime import timedelta
 from typing import Literal
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 
 from rto_megatron.errors import MachineError
 
 _LIMIT_S = 600.0  # ranks of one job start minutes apart where machines read Python from one disk
 _FIRST_WORD_S = 30.0
+_SHORTEST_PAUSE_S = 0.001
 _PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 1.0
+_MET = "met"  # key of the count of arrivals
 _AGENT_HAS_STORE = "TORCHELASTIC_USE_AGENT_STORE"
 
 
@@ -41,6 +44,18 @@ def join_ranks(backend: Literal["nccl", "gloo"], timeout: timedelta, limit_s: fl
     dist.init_process_group(
         backend, store=dist.PrefixStore("ranks", store), rank=rank, world_size=size, timeout=timeout
     )
+
+
+def await_all(size: int) -> None:
+    """Returns once all ranks have called it as often as this one, or the time limit of their collectives is over."""
+    store = _get_default_store()
+    deadline = time.monotonic() + store.timeout.total_seconds()  # type: ignore[attr-defined]  # the stub lacks it
+    # Nobody comes a second time before all have come once, so the count alone tells the round.
+    num_wanted = -(-store.add(_MET, 1) // size) * size
+    pause_s = _SHORTEST_PAUSE_S
+    while store.add(_MET, 0) < num_wanted and time.monotonic() < deadline:
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _PAUSE_S)
 
 
 def _store(rank: int, limit_s: float) -> dist.TCPStore:

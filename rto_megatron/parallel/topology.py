@@ -20,10 +20,9 @@ from rto_megatron.config.training import (
     shared_ranks,
 )
 from rto_megatron.errors import SUBJECTS, UserError
-from rto_megatron.parallel import collectives
+from rto_megatron.parallel import collectives, meeting
 from rto_megatron.parallel.following import Following
 from rto_megatron.parallel.groups import make_groups
-from rto_megatron.parallel.meeting import join_ranks
 from rto_megatron.parallel.seeds import seed_generators
 from rto_megatron.parallel.whole_models import require_whole_models
 from rto_megatron.parallel.work import Work
@@ -87,7 +86,7 @@ class Topology:
             RecipeError: the number of a layout's ranks holds no whole number of models.
         """
         if not dist.is_initialized():
-            join_ranks(device.backend, timeout)
+            meeting.join_ranks(device.backend, timeout)
         others: dict[str, Topology] = {}
         shared = shared_ranks(parallel.roles, dist.get_world_size())
         grid = RoleGridConfig(**{name: value for name, value in parallel if name in GridConfig.model_fields})
@@ -314,6 +313,15 @@ class Topology:
     def barrier(self) -> None:
         """Waits for all ranks."""
         dist.barrier()
+
+    def await_all(self) -> None:
+        """Call it before a collective for which one rank may let the others wait; all ranks must.
+
+        A collective of NCCL's keeps its GPU busy while it waits, and a pool may be sampling on that. One of gloo's does
+        not, and notices at once who is gone: nothing is done.
+        """
+        if self.device.is_cuda:
+            meeting.await_all(self.world_size)
 
 
 def _placed(

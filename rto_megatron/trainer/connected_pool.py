@@ -87,7 +87,9 @@ class SharedGpus:
             UserError: on every rank; a server keeps its memory.
         """
         self._topology.raise_together(None)
-        self._topology.raise_together(self._put_to_sleep() if self._topology.is_lead else None)
+        failure = self._put_to_sleep() if self._topology.is_lead else None
+        self._topology.await_all()
+        self._topology.raise_together(failure)
 
     def _put_to_sleep(self) -> UserError | None:
         assert self._pool is not None
@@ -341,6 +343,8 @@ def open_push(
     topology = policy.topology
 
     def share(text: str) -> list[str]:
+        if config.colocated:
+            topology.await_all()
         return topology.gather_all(text, str)
 
     source = PolicySource(policy)

@@ -143,6 +143,7 @@ def share(topology: Topology, answer: PoolAnswer | None) -> tuple[Rollout, ...]:
         NoServersLeft: on every rank; the last server of the pool died.
         UserError: on every rank; a request failed.
     """
+    topology.await_all()
     topology.raise_together(None if answer is None else answer.failure, NoServersLeft)
     rollouts = [] if answer is None else list(answer.rollouts)
     return tuple(topology.replica_value(rollouts, list[Rollout]))
