@@ -18,6 +18,7 @@ from rto_megatron.config.training import Parkable
 from rto_megatron.engine.absent import AbsentModel, RoleModel
 from rto_megatron.engine.megatron import FrozenModel, Model, TrainedModel
 from rto_megatron.engine.optimizer import state_tensors
+from rto_megatron.platform.copies import host_pieces
 from rto_megatron.types import Metrics
 
 Content = Literal["changes", "stays", "dropped"]
@@ -45,7 +46,8 @@ class ParkedPart:
         self._tensors = tensors
         self._beside = beside
         self._content = content
-        self._copies: list[Tensor] = []  # in host memory, pinned where the device is a GPU
+        # Of each storage, in host memory, pinned where the device is a GPU.
+        self._copies: list[list[Tensor]] = []
         self._parked: list[tuple[UntypedStorage, int]] = []  # with their sizes in bytes
 
     @property
@@ -67,13 +69,15 @@ class ParkedPart:
         self._parked = list(zip(found, sizes, strict=True))
 
     def _copy(self, found: Sequence[UntypedStorage], sizes: Sequence[int]) -> None:
-        if [copy.numel() for copy in self._copies] != sizes:
+        if [sum(piece.numel() for piece in pieces) for pieces in self._copies] != sizes:
             is_pinned = any(storage.device.type == "cuda" for storage in found)
-            self._copies = [torch.empty(size, dtype=torch.uint8, pin_memory=is_pinned) for size in sizes]
+            self._copies = []  # before there are others
+            self._copies = [host_pieces(size, is_pinned) for size in sizes]
         elif self._content == "stays":
             return
-        for copy, storage in zip(self._copies, found, strict=True):
-            copy.copy_(_bytes_of(storage), non_blocking=True)
+        for pieces, storage in zip(self._copies, found, strict=True):
+            for piece, there in zip(pieces, _pieces_of(storage, pieces), strict=True):
+                piece.copy_(there, non_blocking=True)
         _wait_for(found)  # the copies must be whole before the memory is given away
 
     def unpark(self) -> None:
@@ -82,8 +86,10 @@ class ParkedPart:
             storage.resize_(size)
             if self._content == "dropped":
                 _bytes_of(storage).zero_()
-            else:
-                _bytes_of(storage).copy_(self._copies[number], non_blocking=True)
+                continue
+            pieces = self._copies[number]
+            for piece, there in zip(pieces, _pieces_of(storage, pieces), strict=True):
+                there.copy_(piece, non_blocking=True)
         _wait_for([storage for storage, _ in self._parked])
         self._parked = []
 
@@ -192,6 +198,12 @@ def _storages(tensors: Iterable[Tensor]) -> list[UntypedStorage]:
 def _bytes_of(storage: UntypedStorage) -> Tensor:
     empty = torch.empty(0, dtype=torch.uint8, device=storage.device)
     return empty.set_(storage, 0, (storage.nbytes(),), (1,))
+
+
+def _pieces_of(storage: UntypedStorage, pieces: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The storage's bytes, cut as its copy is."""
+    cut: Sequence[Tensor] = _bytes_of(storage).split([piece.numel() for piece in pieces])
+    return cut
 
 
 def _wait_for(storages: Sequence[UntypedStorage]) -> None:

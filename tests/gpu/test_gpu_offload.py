@@ -42,7 +42,7 @@ def test_the_devices_memory_is_free_and_an_update_is_bit_equal(
         freed = before - _allocated(place)
         parked = sum(part.num_bytes for part in memory._parts.values())
         print(f"{dtype}: {freed} bytes of the device freed, {parked} parked")
-        copies = [copy for part in memory._parts.values() for copy in part._copies]
+        copies = [piece for part in memory._parts.values() for pieces in part._copies for piece in pieces]
         assert parked > 0 and copies
         assert not place.device.is_cuda or (freed >= parked and all(copy.is_pinned() for copy in copies))
         with pytest.raises(ParkedError):

@@ -19,7 +19,7 @@ from rto_megatron.data.cut import Layout
 from rto_megatron.data.packing import supervised_microbatches
 from rto_megatron.engine.checkpoint import begin_save
 from rto_megatron.engine.megatron import Model, TrainedModel
-from rto_megatron.engine.offload import host_memory
+from rto_megatron.engine.offload import ParkedPart, host_memory
 from rto_megatron.engine.optimizer import state_tensors
 from rto_megatron.engine.presence import ParkedError
 from rto_megatron.reporting.metrics import read_metrics
@@ -71,6 +71,16 @@ def test_an_offline_run_in_bf16_over_replicas_is_bit_equal(files: Path, tmp_path
         )
         assert run_ranks(2, train, config) == [None] * 2
     _assert_same_numbers(tmp_path / "here", tmp_path / "away")
+
+
+def test_a_storage_of_several_pieces_comes_back_whole() -> None:
+    numbers = torch.arange(9 << 20, dtype=torch.int32)  # 36 MiB: 32, and the rest
+    kept = numbers.clone()
+    part = ParkedPart(lambda: [numbers])
+    part.park()
+    assert part.num_bytes == kept.nbytes and not numbers.untyped_storage().nbytes()
+    part.unpark()
+    assert torch.equal(numbers, kept)
 
 
 @dataclass(frozen=True)
