@@ -5,6 +5,7 @@ intact and serve on after a push that failed, and device memory is left to the k
 push needs two buckets.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rto_megatron.generation.vllm.worker.regions import Region, piece_region, whole
+from rto_megatron.platform.copies import HostPool
 from rto_megatron.weight_sync.manifest import (
     DTYPES,
     Bucket,
@@ -91,7 +93,7 @@ class Receiver:
             DisagreementError: a piece did not arrive as it was sent, or another rank has an error.
             TransportError: the communicator is lost.
         """
-        staging = _Staging(self._needs, self._communicator.device)
+        staging = _Staging(self._needs, self._communicator.device, self._needed_bytes())
         for bucket, buffer in broadcast_each(self._communicator, self._manifest.buckets(), self._buffer):
             staging.take(bucket, buffer, self._stays(bucket))
         damaged = staging.damaged
@@ -99,6 +101,14 @@ class Receiver:
             f"arrived with other numbers than were sent: {', '.join(damaged[:_SHOWN])}" if damaged else None
         )
         return Staged(declared_token(version, staging.digests), staging.boxes, staging.expected_digests())
+
+    def _needed_bytes(self) -> int:
+        tensors = self._manifest.tensors()
+        return sum(
+            math.prod(box.sizes) * DTYPES[tensors[name].dtype].itemsize
+            for name, boxes in self._needs.items()
+            for box in boxes
+        )
 
     def _buffer(self, number: int, bucket: Bucket) -> Tensor:
         """A fresh buffer for a bucket that stays, else one of two."""
@@ -128,9 +138,12 @@ class Receiver:
 class _Staging:
     """A push as it arrives."""
 
-    def __init__(self, needs: Mapping[str, tuple[Region, ...]], device: torch.device) -> None:
+    def __init__(
+        self, needs: Mapping[str, tuple[Region, ...]], device: torch.device, needed_bytes: int
+    ) -> None:
         self._needs = needs
         self._device = device
+        self._pinned = HostPool(needed_bytes, is_pinned=True) if device.type == "cuda" else None
         self._known: dict[tuple[str, Region], Tensor] = {}
         self.boxes: dict[str, dict[Region, Tensor]] = {}
         self.digests: list[Tensor] = []
@@ -159,7 +172,10 @@ class _Staging:
                 of_name[box] = piece
                 return
         if box not in of_name:
-            of_name[box] = torch.empty(box.sizes, dtype=piece.dtype, pin_memory=self._device.type == "cuda")
+            pinned, sizes = self._pinned, box.sizes
+            of_name[box] = (
+                torch.empty(sizes, dtype=piece.dtype) if pinned is None else pinned.take(sizes, piece.dtype)
+            )
         common.of(of_name[box], box.starts).copy_(common.of(piece, run.starts), non_blocking=True)
 
     def expected_digests(self) -> dict[str, dict[Region, Tensor]]:
