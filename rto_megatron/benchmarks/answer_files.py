@@ -18,6 +18,7 @@ from rto_megatron.benchmarks.token_counts import CountTokens
 from rto_megatron.data.row import Row
 from rto_megatron.data.sources import read_rows
 from rto_megatron.errors import DataError, refuse_if
+from rto_megatron.platform.whole_files import write_whole
 
 _ANSWER_COLUMNS: tuple[tuple[Benchmark, set[str]], ...] = (
     ("alpaca_eval", {"instruction", "output"}),
@@ -162,14 +163,6 @@ def write_answers(
         content = "\n".join(lines) + "\n"
     write_whole(path, content)
     return path
-
-
-def write_whole(path: Path, content: str) -> None:
-    """Writes a file that a reader sees as it was or as it will be, and never in between."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial_{path.name}")
-    partial.write_text(content, encoding="utf-8", errors="surrogatepass")
-    partial.replace(path)
 
 
 def _kept(question: Question) -> dict[str, object]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from rto_megatron.benchmarks.answer_files import write_answers, write_whole
+from rto_megatron.benchmarks.answer_files import write_answers
 from rto_megatron.benchmarks.journal import Journal
 from rto_megatron.benchmarks.questions import Benchmark, Question, Questions, read_questions
 from rto_megatron.benchmarks.token_counts import OFFICIAL, CountTokens, token_counter
@@ -30,6 +30,7 @@ from rto_megatron.data.tokenizer import load_tokenizer
 from rto_megatron.errors import DataError, RunFolderError, refuse_if
 from rto_megatron.generation.contract import RolloutEngine, Sampling, stream
 from rto_megatron.models.config_files import read_shape
+from rto_megatron.platform.whole_files import write_whole
 from rto_megatron.reporting.progress import progress, say
 from rto_megatron.types import EndOfSequence, Prompt, Rollout
 

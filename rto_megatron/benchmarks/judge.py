@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from rto_megatron.benchmarks.answer_files import Answers, read_answers, write_whole
+from rto_megatron.benchmarks.answer_files import Answers, read_answers
 from rto_megatron.benchmarks.arena_judgments import Version
 from rto_megatron.benchmarks.asked_judge import AskedJudge, TokenUse
 from rto_megatron.benchmarks.chat_endpoint import ChatClient, Endpoint
@@ -31,6 +31,7 @@ from rto_megatron.benchmarks.judging import (
 )
 from rto_megatron.benchmarks.questions import Questions, read_questions
 from rto_megatron.errors import DataError, RecipeError, refuse_if
+from rto_megatron.platform.whole_files import write_whole
 from rto_megatron.reporting.progress import Advance
 
 REPLIES = "judge_replies.jsonl"

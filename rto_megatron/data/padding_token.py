@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from rto_megatron.data.messages import Message
 from rto_megatron.data.tokenizer import load_plain_tokenizer
 from rto_megatron.data.vocabulary import template_text, written_ids
+from rto_megatron.platform.whole_files import write_whole
 
 # Before a user's turn, to see what a template writes.
 _TURNS = ((), (Message("system", "a"),), (Message("tool", "a"),))
@@ -129,8 +130,5 @@ def _change(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> N
     """Writes the file anew, if it is there and the change is one."""
     before = _read(path)
     after = change(before)
-    if not path.is_file() or after == before:
-        return
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(after, indent=2))
-    partial.replace(path)
+    if path.is_file() and after != before:
+        write_whole(path, json.dumps(after, indent=2))

@@ -23,6 +23,7 @@ from rto_megatron.lifecycle.stacks import drop_empty
 from rto_megatron.lifecycle.start_up import begin_launch
 from rto_megatron.lifecycle.status import STACKS, ExitReason, Status, clear_status, read_status, write_status
 from rto_megatron.lifecycle.stopping import STOP_FILE, Preempted
+from rto_megatron.platform.whole_files import write_whole
 from rto_megatron.storage.checkpoints import latest_checkpoint
 
 # What may pass. Seeds are those of the step, so memory, disk and numbers would fail again in the same way.
@@ -216,9 +217,7 @@ def decide_in_job(run_dir: Path, attempt: int, restarts: int, is_time_up: bool) 
     decision = decide(read_status(run_dir) or nobody_lived, _newest(run_dir), tally, restarts, when_stopped)
     write_status(run_dir, decision.status)
     if decision.next is Next.AGAIN:
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text(json.dumps(asdict(decision.tally), indent=2) + "\n")
-        partial.replace(path)
+        write_whole(path, json.dumps(asdict(decision.tally), indent=2) + "\n")
     else:
         path.unlink(missing_ok=True)
     return decision

@@ -19,6 +19,7 @@ from rto_megatron.generation.vllm.start.server import (
 from rto_megatron.generation.vllm.start.server_environment import mended
 from rto_megatron.launching.supervisor import supervised
 from rto_megatron.platform.open_files import raise_file_limit
+from rto_megatron.platform.whole_files import write_whole
 
 _POLL_S = 0.5
 
@@ -47,7 +48,7 @@ def serve_pool(
     with supervised(options, progress, max_restarts, start_limit_s) as pool:
         try:
             if address_file is not None:
-                _write_whole(address_file, "".join(f"{address}\n" for address in pool.addresses))
+                write_whole(address_file, "".join(f"{address}\n" for address in pool.addresses))
             while pool.is_running():
                 time.sleep(_POLL_S)
         finally:
@@ -80,10 +81,3 @@ def serve_part(options: ServerOptions, progress: Progress = print) -> NoReturn:
 
 def _exit_on_signal(signum: int, frame: FrameType | None) -> None:
     raise SystemExit(0)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)  # a reader that polls must never see half of it

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from rto_megatron.config.run_folder import make_run_folder
 from rto_megatron.config.training import LoggerName
+from rto_megatron.platform.whole_files import write_whole
 from rto_megatron.reporting.loggers import LoggedRun, SampleText, Setting, open_loggers
 from rto_megatron.types import Metrics
 
@@ -133,6 +133,4 @@ def _keep_steps_up_to(path: Path, step: int) -> None:
     kept = [
         entry for entry in _entries(path.read_text(encoding="utf-8").splitlines()) if entry["step"] <= step
     ]
-    partial = path.with_suffix(".tmp")
-    partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, "".join(json.dumps(entry) + "\n" for entry in kept))

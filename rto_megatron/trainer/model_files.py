@@ -7,6 +7,7 @@ from pathlib import Path
 from rto_megatron.data.eos import GENERATION_CONFIG, with_eos
 from rto_megatron.data.padding_token import separate_padding
 from rto_megatron.parallel.topology import Topology
+from rto_megatron.platform.whole_files import write_whole
 from rto_megatron.reporting.progress import say
 from rto_megatron.types import EndOfSequence
 
@@ -25,9 +26,7 @@ def note_eos(folder: Path, eos: EndOfSequence) -> None:
     for path, before in ((config, values), (generation, _read(generation) or taken)):
         after = {**before, "eos_token_id": with_eos(before.get("eos_token_id"), eos)}
         if after != before or not path.is_file():
-            partial = path.with_suffix(".tmp")
-            partial.write_text(json.dumps(after, indent=2))
-            partial.replace(path)
+            write_whole(path, json.dumps(after, indent=2))
 
 
 def _read(path: Path) -> dict[str, object] | None:

@@ -13,6 +13,7 @@ from rto_megatron.config import schema
 from rto_megatron.data.template import ChatTemplate, TemplateOptions
 from rto_megatron.errors import RunFolderError
 from rto_megatron.parallel.topology import Topology
+from rto_megatron.platform.whole_files import write_whole
 from rto_megatron.reporting.progress import say
 from rto_megatron.storage.checkpoints import latest_checkpoint
 
@@ -46,9 +47,7 @@ def _kept_moment(path: Path) -> str:
     if latest_checkpoint(path.parent):
         say(f"warning: {path} is missing, so the prompts of this run print another date from here on", True)
     moment = datetime.now().isoformat(timespec="seconds")
-    partial = path.with_name(f".partial_{path.name}")
-    partial.write_text(f"{moment}\n")
-    partial.replace(path)
+    write_whole(path, f"{moment}\n")
     return moment
 
 

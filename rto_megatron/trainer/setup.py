@@ -40,6 +40,7 @@ from rto_megatron.models.shape import ModelShape
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.planning.shapes import unread_weights
 from rto_megatron.planning.token_ids import embedding_problems, require_embedded, spare_token_warnings
+from rto_megatron.platform.whole_files import write_whole
 from rto_megatron.reporting.loggers import missing_loggers
 from rto_megatron.reporting.progress import say
 from rto_megatron.storage.checkpoints import LANGUAGE_ROLES, SCALAR_ROLES, latest_checkpoint
@@ -304,8 +305,5 @@ def note_in_config(folder: Path, **entries: float | str | None) -> None:
     before = json.loads(path.read_text())
     merged = {**before, **entries}
     config = {key: value for key, value in merged.items() if key not in entries or value is not None}
-    if config == before:
-        return
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(config, indent=2))
-    partial.replace(path)
+    if config != before:
+        write_whole(path, json.dumps(config, indent=2))
