@@ -1,4 +1,4 @@
-"""Rollouts in a file: of a recorded step, or drawn ahead of the step that a checkpoint stands at."""
+"""Rollouts in a file: those drawn ahead of the step that a checkpoint stands at."""
 
 import json
 from collections.abc import Iterable
@@ -14,13 +14,8 @@ def rollout_lines(rollouts: Iterable[Rollout]) -> str:
     return "".join(json.dumps(asdict(rollout)) + "\n" for rollout in rollouts)
 
 
-def save_rollouts(path: Path, rollouts: Iterable[Rollout]) -> None:
-    """Writes `rollout_lines`."""
-    path.write_text(rollout_lines(rollouts))
-
-
 def load_rollouts(path: Path) -> list[Rollout]:
-    """Reads `save_rollouts`.
+    """Reads a file of `rollout_lines`.
 
     Raises:
         DataError: a line is no rollout.

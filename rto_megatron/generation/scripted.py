@@ -1,10 +1,9 @@
-"""Rollout engines without a model, for tests and for replaying a recorded step."""
+"""A rollout engine without a model."""
 
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from rto_megatron.errors import DataError
 from rto_megatron.generation.contract import Sampling, StaleWeights
 from rto_megatron.types import Prompt, Rollout
 
@@ -54,32 +53,6 @@ class ScriptedEngine:
             finish_reason="stop" if is_stopped else "length",
             weight_version=self._version,
         )
-
-
-class RecordedEngine:
-    """Replays rollouts by prompt id and version; see `RolloutEngine` for the contract.
-
-    Example:
-        RecordedEngine(rollouts).generate(prompts, sampling, version=3)
-    """
-
-    def __init__(self, rollouts: Iterable[Rollout]) -> None:
-        self._rollouts = {(one.weight_version, one.prompt_id): one for one in rollouts}
-
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[Rollout]:
-        """See `RolloutEngine.generate`; `sampling` is not used, the recording was made with one."""
-        versions = sorted({recorded for recorded, _ in self._rollouts})
-        if version not in versions:
-            raise StaleWeights(f"the recording holds weight versions {versions}, expected {version}")
-        return [self._find(prompt, version) for prompt in prompts]
-
-    def _find(self, prompt: Prompt, version: int) -> Rollout:
-        found = self._rollouts.get((version, prompt.id))
-        if found is None or found.prompt_ids != prompt.token_ids:
-            raise DataError(
-                f"the recording of weight version {version} has no rollout of prompt {prompt.id} as given"
-            )
-        return found
 
 
 def _require_version(held: int, version: int) -> None:
