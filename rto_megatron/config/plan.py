@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from rto_megatron.config.facts import Facts, facts_of
-from rto_megatron.config.roles import Role, needs_dpo, roles_of
+from rto_megatron.config.roles import Role, roles_of
 from rto_megatron.config.schema import Stage
 from rto_megatron.config.training import ParallelConfig, StageLayers
 
@@ -119,7 +119,6 @@ class StagePlan:
     layout: RankLayout  # of the policy, and of every role that names none
     roles: tuple[Role, ...]
     batches: BatchPlan
-    has_dpo_reward: bool
 
     def layout_of(self, role: str) -> RankLayout:
         """Of one model."""
@@ -146,7 +145,6 @@ def plan_stage(config: Stage, world_size: int) -> StagePlan:
         layout=layout,
         roles=roles_of(config),
         batches=_batches(facts, layout.data),
-        has_dpo_reward=needs_dpo(config),
     )
 
 

@@ -28,6 +28,7 @@ LOGIT_SD = 0.8
 SKIP_LOGIT_SD = 1.0  # makes SFT learn to look one word back, which a reward model needs to see pairs of words
 NONZERO_FRACTION = 0.35
 RETURN_SD = 4.0  # of the source, after scaling: labels are then right nine times out of ten
+_NUM_CALIBRATION = 4000  # responses by which that is measured
 SHARED_VARIANCE = 0.75  # of each table: common to all classes; the rest is a class's own
 
 
@@ -99,7 +100,7 @@ class Language:
         return words
 
 
-def draw_language(seed: int, style: Style = SHORT, num_calibration: int = 4000) -> Language:
+def draw_language(seed: int, style: Style = SHORT) -> Language:
     """Draw source and reward from `seed`; the source's returns have an sd of RETURN_SD."""
     rng = np.random.default_rng(seed)
     num_words = len(style.words)
@@ -116,7 +117,7 @@ def draw_language(seed: int, style: Style = SHORT, num_calibration: int = 4000) 
     unscaled = Language(
         style, source, skip, np.concatenate([reward, end_reward], axis=-1), style.token_cost, 1.0, 0.0, 1.0
     )
-    topics = rng.integers(len(TOPICS), size=num_calibration)
+    topics = rng.integers(len(TOPICS), size=_NUM_CALIBRATION)
     returns = np.array([unscaled.returns(int(topic), unscaled.sample(int(topic), rng)) for topic in topics])
     scale = RETURN_SD / float(returns.std())
     return Language(

@@ -11,7 +11,6 @@ from typing import NoReturn
 from rto_megatron.errors import PoolError
 from rto_megatron.generation.vllm.start.server import (
     START_LIMIT_S,
-    Progress,
     ServerOptions,
     start_server,
     stop_server,
@@ -27,7 +26,6 @@ _POLL_S = 0.5
 def serve_pool(
     options: Sequence[ServerOptions],
     address_file: Path | None = None,
-    progress: Progress = print,
     start_limit_s: float = START_LIMIT_S,
 ) -> NoReturn:
     """Runs servers until SIGTERM or SIGINT, then stops them and exits with status 0.
@@ -35,7 +33,6 @@ def serve_pool(
     Args:
         options: one entry per server.
         address_file: receives one address per line once all servers are ready; removed at the end.
-        progress: receives lines for the person who waits.
         start_limit_s: for a server to be ready.
 
     Raises:
@@ -45,7 +42,7 @@ def serve_pool(
     signal.signal(signal.SIGINT, _exit_on_signal)
     # The parts of a server on other machines would wait for a leader that ended; all start again together.
     max_restarts = 5 if all(one.group is None for one in options) else 0
-    with supervised(options, progress, max_restarts, start_limit_s) as pool:
+    with supervised(options, print, max_restarts, start_limit_s) as pool:
         try:
             if address_file is not None:
                 write_whole(address_file, "".join(f"{address}\n" for address in pool.addresses))
@@ -59,7 +56,7 @@ def serve_pool(
     raise PoolError("every inference server of this pool ended too often; the reason of each is above")
 
 
-def serve_part(options: ServerOptions, progress: Progress = print) -> NoReturn:
+def serve_part(options: ServerOptions) -> NoReturn:
     """Runs one machine's part of a larger server, one without HTTP, until SIGTERM or SIGINT.
 
     Raises:
@@ -69,10 +66,10 @@ def serve_part(options: ServerOptions, progress: Progress = print) -> NoReturn:
     signal.signal(signal.SIGINT, _exit_on_signal)
     raise_file_limit()
     for line in mended(os.environ)[1]:
-        progress(f"warning: {line}")
+        print(f"warning: {line}")
     server = start_server(options)
     try:
-        progress(f"part {options.group} of an inference server is starting")
+        print(f"part {options.group} of an inference server is starting")
         server.process.wait()
     finally:
         stop_server(server)

@@ -222,17 +222,16 @@ def _context(heads: int, grid: GridConfig, where: str, section: str) -> list[str
     ]
 
 
-def check_sampled_ids(vocab_sizes: Mapping[str, int], policy: str) -> list[str]:
-    """Why models cannot read every id that a policy may sample, one sentence each.
+def check_sampled_ids(vocab_sizes: Mapping[str, int]) -> list[str]:
+    """Why models cannot read every id that the policy may sample, one sentence each.
 
     Args:
         vocab_sizes: configuration key -> rows of the embedding.
-        policy: the key of the model that samples.
     """
-    sampled = vocab_sizes[policy]
+    sampled = vocab_sizes["models.policy"]
     return [
-        f"{where} has vocab_size={size} and {policy}, whose samples it reads, {sampled}: it has no row for ids from "
-        f"{size} on; resize its embedding to {sampled} rows (transformers' resize_token_embeddings)"
+        f"{where} has vocab_size={size} and models.policy, whose samples it reads, {sampled}: it has no row for ids "
+        f"from {size} on; resize its embedding to {sampled} rows (transformers' resize_token_embeddings)"
         for where, size in vocab_sizes.items()
         if size < sampled
     ]

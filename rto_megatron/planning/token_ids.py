@@ -76,7 +76,7 @@ def require_embedded(
 def _absent_ids(
     config: Stage, sizes: Mapping[str, int], tokenizer: PreTrainedTokenizerBase | None
 ) -> list[str]:
-    sampled = check_sampled_ids(sizes, "models.policy") if facts_of(config).pool is not None else []
+    sampled = check_sampled_ids(sizes) if facts_of(config).pool is not None else []
     read = [] if tokenizer is None else vocabulary_problems(tokenizer, smallest_embedding(sizes))
     return [*sampled, *read]
 
