@@ -81,7 +81,7 @@ def answer_after(prompt_text: str, whole_text: str, content: str) -> Answer:
     if has_thought_back:
         indent = reply.rest[: len(reply.rest) - len(reply.rest.lstrip())]
         rest = reply.thought.removeprefix(space) + closing + indent + rest.lstrip()
-    return Answer(rest, is_open=closing not in rest, has_thought_back=has_thought_back)
+    return Answer(rest, is_open=leaves_thought_open(prompt_text, rest), has_thought_back=has_thought_back)
 
 
 def leaves_thought_open(prompt_text: str, answer_text: str) -> bool:
