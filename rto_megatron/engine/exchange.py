@@ -1,6 +1,6 @@
 """What ranks that compute a model's outputs tell the others of their replica, and those that follow it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -23,14 +23,13 @@ def rows_everywhere(
     return [one if num_rows == 1 else one.view(num_rows, -1) for one in flat]
 
 
-def summed(parts: Iterable[Metrics]) -> dict[str, tuple[float, float]]:
-    """Sums and counts of all micro-batches together."""
-    totals: dict[str, tuple[float, float]] = {}
-    for metrics in parts:
-        for key, (total, count) in metrics.items():
-            before = totals.get(key, (0.0, 0.0))
-            totals[key] = (before[0] + total, before[1] + count)
-    return totals
+def add(first: Metrics, second: Metrics) -> dict[str, tuple[float, float]]:
+    """Sums and counts of both, name by name."""
+    total = dict(first)
+    for name, (value, count) in second.items():
+        old_value, old_count = total.get(name, (0.0, 0.0))
+        total[name] = (old_value + value, old_count + count)
+    return total
 
 
 def everywhere(own: dict[str, tuple[float, float]], topology: Topology) -> Metrics:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from itertools import zip_longest
 from typing import Any
 
@@ -15,7 +15,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from rto_megatron.engine.exchange import SUMS, everywhere, rows_everywhere, summed
+from rto_megatron.engine.exchange import SUMS, add, everywhere, rows_everywhere
 from rto_megatron.engine.filling import filled
 from rto_megatron.engine.finite import refuse_together
 from rto_megatron.engine.optimizer import one_or_all, set_learning_rate, state_tensors
@@ -232,7 +232,7 @@ class TrainedModel:
         return partial(self._settled, outputs, own_report(self.module, self.shape, len(batches)), names)
 
     def _settled(self, outputs: _Seen, report: Tensor, names: Sequence[Sequence[str]]) -> Metrics:
-        own = summed(metrics for metrics, _ in outputs or [])
+        own = reduce(add, (metrics for metrics, _ in outputs or []), SUMS())
         is_balanced = bool(self.module.config.moe_aux_loss_coeff)
         health = router_metrics(self.name, self.shape, report, is_balanced, self.topology)
         metrics = {**everywhere(own, self.topology), **health}

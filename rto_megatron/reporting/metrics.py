@@ -21,15 +21,6 @@ AllSum = Callable[[Tensor], Tensor]  # sums a tensor over all ranks
 AllNames = Callable[[tuple[str, ...]], tuple[str, ...]]  # sorted union of all ranks' names
 
 
-def add(first: Metrics, second: Metrics) -> dict[str, tuple[float, float]]:
-    """Sums and counts of both, name by name."""
-    total = dict(first)
-    for name, (value, count) in second.items():
-        old_value, old_count = total.get(name, (0.0, 0.0))
-        total[name] = (old_value + value, old_count + count)
-    return total
-
-
 def reduce_metrics(metrics: Metrics, all_sum: AllSum, all_names: AllNames) -> dict[str, float]:
     """Means over all ranks: the sums and the counts are added, then divided once.
 

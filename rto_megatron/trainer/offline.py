@@ -35,13 +35,14 @@ from rto_megatron.data.vocabulary import vocabulary_of
 from rto_megatron.engine.absent import FrozenRole, RoleModel, TrainedRole
 from rto_megatron.engine.build_roles import place_frozen, place_trained
 from rto_megatron.engine.divergence import divergence_from, divergence_microbatches
+from rto_megatron.engine.exchange import add
 from rto_megatron.engine.megatron import TOKENS, FrozenModel, Loss, Microbatch
 from rto_megatron.engine.offload import HostMemory, host_memory
 from rto_megatron.engine.readings import Reading
 from rto_megatron.lifecycle.start_up import begin_part
 from rto_megatron.parallel.dealing import shared_out
 from rto_megatron.parallel.topology import Topology
-from rto_megatron.reporting.metrics import add, with_margin
+from rto_megatron.reporting.metrics import with_margin
 from rto_megatron.reporting.progress import say
 from rto_megatron.trainer.feed import feed, go_on
 from rto_megatron.trainer.guard import ModelUpdate, NotFiniteError

@@ -10,6 +10,7 @@ from torch import Tensor
 from rto_megatron.config import checks, load, schema
 from rto_megatron.engine.absent import RoleModel
 from rto_megatron.engine.checkpoint import begin_save, restore
+from rto_megatron.engine.exchange import add
 from rto_megatron.engine.export import export_hf
 from rto_megatron.engine.offload import HostMemory
 from rto_megatron.engine.recovery import find_valid
@@ -23,7 +24,7 @@ from rto_megatron.parallel.seeds import seed_step
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.platform.peak_memory import peak_memory_gib, reset_peak_memory
 from rto_megatron.reporting.loggers import SampleText, settings_of
-from rto_megatron.reporting.metrics import MetricLog, add, reduce_metrics, with_margin
+from rto_megatron.reporting.metrics import MetricLog, reduce_metrics, with_margin
 from rto_megatron.reporting.pace import LOAD_RATIO, RATIO, Pace, busiest, slow_rank, slowest
 from rto_megatron.reporting.progress import progress, say
 from rto_megatron.trainer.resume import (

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rto_megatron.reporting.metrics import MetricLog, add, read_metrics, reduce_metrics
+from rto_megatron.engine.exchange import add
+from rto_megatron.reporting.metrics import MetricLog, read_metrics, reduce_metrics
 
 
 def test_sums_and_counts_are_added_before_dividing() -> None:
