@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from rto_megatron.config.schema import TrainStage
 from rto_megatron.config.training import (
     FrozenPrecisionConfig,
     OptimizerConfig,
@@ -48,7 +49,7 @@ def build_frozen(
     )  # fmt: skip
     module = build_chunks(shape, config, topology, has_scalar_head)
     module.requires_grad_(False)
-    scale = source.scale() if has_scalar_head else ValueScale()
+    scale = _scale(source, has_scalar_head, is_head_fresh=False)
     has_fp32_head = "head" in precision.fp32_parts
     model = FrozenModel(name, shape, has_scalar_head, scale, module, topology, has_fp32_head)
     _load(model, source, seed=0, is_head_fresh=False)
@@ -65,7 +66,6 @@ def build_trained(
     seed: int,
     parallel: TrainParallelConfig,
     is_head_fresh: bool = False,
-    scale: ValueScale | None = None,
     moe_aux_loss_coef: float = 0.0,
 ) -> TrainedModel:
     """A loaded model with gradients and optimizer, on a rank of its layout.
@@ -73,7 +73,6 @@ def build_trained(
     Args:
         parallel: of it, how replicas share optimizer and gradients; `topology` has the rest.
         is_head_fresh: the source is a language model; draw the scalar head (reward-model training).
-        scale: of the values; null: the one in the source's config.json.
         moe_aux_loss_coef: see `transformer_config`.
     """
     shape = source.shape()
@@ -83,14 +82,13 @@ def build_trained(
     )  # fmt: skip
     training_hooks(config)
     module = build_chunks(shape, config, topology, has_scalar_head)
-    frozen = FrozenModel(name, shape, has_scalar_head, scale or source.scale(), module, topology)
+    scale = _scale(source, has_scalar_head, is_head_fresh)
+    frozen = FrozenModel(name, shape, has_scalar_head, scale, module, topology)
     _load(frozen, source, seed, is_head_fresh)
     wrapped = wrap_for_training(module, parallel, topology)
     built = build_optimizer(wrapped, optimizer, parallel, topology)
     has_fp32_head = "head" in precision.fp32_parts
-    return TrainedModel(
-        name, shape, has_scalar_head, frozen.scale, module, wrapped, built, topology, has_fp32_head
-    )
+    return TrainedModel(name, shape, has_scalar_head, scale, module, wrapped, built, topology, has_fp32_head)
 
 
 def place_frozen(
@@ -103,34 +101,36 @@ def place_frozen(
     """What `build_frozen` gives, where this rank holds a part of it; all ranks must call it."""
     if topology.holds_shard:
         return build_frozen(name, source, has_scalar_head, precision, topology)
-    scale = source.scale() if has_scalar_head else ValueScale()
+    scale = _scale(source, has_scalar_head, is_head_fresh=False)
     return _absent(name, source, has_scalar_head, precision, topology, scale)
 
 
 def place_trained(
+    config: TrainStage,
     name: str,
     source: WeightSource,
     has_scalar_head: bool,
-    precision: PrecisionConfig,
     optimizer: OptimizerConfig,
     topology: Topology,
-    seed: int,
-    parallel: TrainParallelConfig,
-    is_head_fresh: bool = False,
-    scale: ValueScale | None = None,
-    moe_aux_loss_coef: float = 0.0,
+    is_head_fresh: bool,
 ) -> TrainedRole:
     """What `build_trained` gives, where this rank holds a part of it; all ranks must call it."""
+    precision, moe_aux_loss_coef = config.precision, config.models.moe_aux_loss_coef
     if topology.holds_shard:
         return build_trained(
-            name, source, has_scalar_head, precision, optimizer, topology, seed, parallel,
-            is_head_fresh, scale, moe_aux_loss_coef,
+            name, source, has_scalar_head, precision, optimizer, topology, config.run.seed, config.parallel,
+            is_head_fresh, moe_aux_loss_coef,
         )  # fmt: skip
     is_balanced = bool(moe_aux_loss_coef) and source.shape().experts is not None
-    found = scale or source.scale()
-    model = _absent(name, source, has_scalar_head, precision, topology, found, is_balanced)
+    scale = _scale(source, has_scalar_head, is_head_fresh)
+    model = _absent(name, source, has_scalar_head, precision, topology, scale, is_balanced)
     meet_builders()
     return model
+
+
+def _scale(source: WeightSource, has_scalar_head: bool, is_head_fresh: bool) -> ValueScale:
+    """Of the values: the source's where its head is kept."""
+    return source.scale() if has_scalar_head and not is_head_fresh else ValueScale()
 
 
 def _absent(

@@ -64,7 +64,6 @@ from rto_megatron.types import (
     PairMicrobatch,
     PreferencePair,
     SupervisedMicrobatch,
-    ValueScale,
 )
 
 _EVALUATED_AT_A_TIME = 16  # micro-batches
@@ -157,10 +156,8 @@ def build_trainee(config: schema.OfflineStage, setup: Setup) -> Trainee:
     is_reward, sources = facts_of(config).is_reward_model, setup.sources
     role = "reward" if is_reward else "policy"
     model = place_trained(
-        role, sources["policy"], is_reward, config.precision, config.optimizer, setup.topology, config.run.seed,
-        config.parallel, is_head_fresh=is_reward, scale=ValueScale(),
-        moe_aux_loss_coef=config.models.moe_aux_loss_coef,
-    )  # fmt: skip
+        config, role, sources["policy"], is_reward, config.optimizer, setup.topology, is_head_fresh=is_reward
+    )
     reference = None
     if "reference" in sources:
         of_reference = setup.topology.of("reference")

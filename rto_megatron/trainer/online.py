@@ -58,7 +58,6 @@ from rto_megatron.types import (
     Prompt,
     SupervisedMicrobatch,
     TrainingRows,
-    ValueScale,
 )
 
 
@@ -258,17 +257,15 @@ def build_roles(
         reward: None: what the configuration says.
     """
     begin_part("models")
-    topology, sources, precision = setup.topology, setup.sources, config.precision
+    topology, sources = setup.topology, setup.sources
     fresh = {role.name for role in roles_of(config) if role.is_head_fresh}
 
     def trained(name: str, is_scalar: bool, optimizer: OptimizerConfig) -> TrainedRole:
         return place_trained(
-            name, sources[name], is_scalar, precision, optimizer, topology.of(name), config.run.seed,
-            config.parallel, is_head_fresh=name in fresh,
-            scale=ValueScale() if name in fresh else None, moe_aux_loss_coef=config.models.moe_aux_loss_coef,
-        )  # fmt: skip
+            config, name, sources[name], is_scalar, optimizer, topology.of(name), is_head_fresh=name in fresh
+        )
 
-    frozen = FrozenRoles(setup, precision)
+    frozen = FrozenRoles(setup, config.precision)
 
     def reward_model() -> RewardSource:
         return ModelReward(frozen.place("reward", True), setup.layout, setup.eos, config.algorithm.truncated)
