@@ -17,6 +17,7 @@ from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from rto_megatron.algorithms.losses import sequence_sums
 from rto_megatron.data.cut import CutSequences, Layout
@@ -157,6 +158,18 @@ def _response_mask(sequences: Sequence[tuple[Sequence[int], int]], batch: TokenB
     return mask_T
 
 
+def _sequences(
+    answered: Sequence[Rollout] | Sequence[Demonstration] | Sequence[JudgedResponse],
+) -> list[tuple[tuple[int, ...], int]]:
+    """(Token ids, prompt length) of prompts with their responses."""
+    return [(one.prompt_ids + one.response_ids, len(one.prompt_ids)) for one in answered]
+
+
+def _lengths(rollouts: Sequence[Rollout]) -> tuple[list[int], list[int]]:
+    """Tokens of prompts, and of responses."""
+    return [len(one.prompt_ids) for one in rollouts], [len(one.response_ids) for one in rollouts]
+
+
 def supervised_microbatches(
     demonstrations: Sequence[Demonstration], num_target_tokens: float, layout: Layout
 ) -> list[SupervisedMicrobatch]:
@@ -170,7 +183,7 @@ def supervised_microbatches(
     microbatches = []
     for numbers in layout.groups_of(demonstrations):
         group = [demonstrations[number] for number in numbers]
-        sequences = [(demo.prompt_ids + demo.response_ids, len(demo.prompt_ids)) for demo in group]
+        sequences = _sequences(group)
         batch = _laid_out(sequences, layout)
         mask_T = _response_mask(sequences, batch)
         for start, demo in zip(batch.cu_seqlens, group, strict=False):
@@ -231,7 +244,7 @@ def judged_microbatches(
     microbatches = []
     for numbers in layout.groups_of(answers):
         group = [answers[number] for number in numbers]
-        sequences = [(a.prompt_ids + a.response_ids, len(a.prompt_ids)) for a in group]
+        sequences = _sequences(group)
         batch = _laid_out(sequences, layout)
         logp_ref_S = logp_ref_G[numbers].to(layout.device)
         microbatches.append(
@@ -278,7 +291,7 @@ def rollout_batches(rollouts: Sequence[Rollout], layout: Layout, drawn: Distribu
     Args:
         drawn: what log-probs are of.
     """
-    cut = sequence_batches([(r.prompt_ids + r.response_ids, len(r.prompt_ids)) for r in rollouts], layout)
+    cut = sequence_batches(_sequences(rollouts), layout)
     batches = [
         _drawn_batch(batch, [rollouts[number] for number in numbers], drawn)
         for batch, numbers in zip(cut.batches, cut.groups, strict=True)
@@ -294,9 +307,7 @@ def _drawn_batch(batch: TokenBatch, rollouts: Sequence[Rollout], drawn: Distribu
 def _with_ban(batch: TokenBatch, rollouts: Sequence[Rollout], ban: Ban) -> TokenBatch:
     """A token of `ban.ids` that stands among the first of a response was written there, not sampled: it keeps the whole
     vocabulary."""
-    prompt_lens = [len(r.prompt_ids) for r in rollouts]
-    response_lens = [len(r.response_ids) for r in rollouts]
-    _, column_N, position_N = _grid_index(batch, prompt_lens, response_lens)
+    _, column_N, position_N = _grid_index(batch, *_lengths(rollouts))
     is_banned_T = torch.zeros_like(batch.tokens_T, dtype=torch.bool)
     is_banned_T[position_N[column_N < ban.num_tokens]] = True
     is_banned_T &= ~torch.isin(batch.targets_T, batch.targets_T.new_tensor(ban.ids))
@@ -317,9 +328,8 @@ def rollout_grid(values: Sequence[Tensor], cut: CutSequences, rollouts: Sequence
     num_columns = max(len(rollout.response_ids) for rollout in rollouts)
     rows = []
     for values_T, batch, numbers in zip(values, cut.batches, cut.groups, strict=True):
-        prompt_lens = [len(rollouts[number].prompt_ids) for number in numbers]
-        response_lens = [len(rollouts[number].response_ids) for number in numbers]
-        rows.append(gather_to_grid(values_T, batch, prompt_lens, response_lens, num_columns))
+        lengths = _lengths([rollouts[number] for number in numbers])
+        rows.append(gather_to_grid(values_T, batch, *lengths, num_columns))
     return cut.in_order(rows)
 
 
@@ -327,6 +337,12 @@ def response_mask(rollouts: Sequence[Rollout], device: torch.device) -> Tensor:
     """1 on response tokens, 0 past each response's end: [B, R], float32."""
     length_B = torch.tensor([len(rollout.response_ids) for rollout in rollouts], device=device)
     return (torch.arange(int(length_B.max()), device=device) < length_B[:, None]).float()
+
+
+def padded_rows(rows: Sequence[Sequence[float]], device: torch.device) -> Tensor:
+    """Rows of one number per response token as a grid, 0 behind their ends: [B, R], float32."""
+    rows_B = [torch.tensor(row, dtype=torch.float32) for row in rows]
+    return pad_sequence(rows_B, batch_first=True).to(device)
 
 
 def minibatches(
@@ -344,10 +360,7 @@ def minibatches(
     for numbers in layout.groups_of([experience.rollouts[row] for row in rows]):
         group = [rows[number] for number in numbers]
         rollouts = [experience.rollouts[row] for row in group]
-        sequences = [(r.prompt_ids + r.response_ids, len(r.prompt_ids)) for r in rollouts]
-        batch = _drawn_batch(_laid_out(sequences, layout), rollouts, experience.drawn)
-        prompt_lens = [len(rollout.prompt_ids) for rollout in rollouts]
-        response_lens = [len(rollout.response_ids) for rollout in rollouts]
+        batch = _drawn_batch(_laid_out(_sequences(rollouts), layout), rollouts, experience.drawn)
         fields_BR = (
             weights_BR,
             experience.logp_old_BR,
@@ -357,8 +370,7 @@ def minibatches(
             experience.values_BR,
             experience.returns_BR,
         )
-        positioned = (
-            scatter_to_positions(field_BR[group], batch, prompt_lens, response_lens) for field_BR in fields_BR
-        )
+        lengths = _lengths(rollouts)
+        positioned = (scatter_to_positions(field_BR[group], batch, *lengths) for field_BR in fields_BR)
         steps.append(Minibatch(batch, *positioned))
     return steps

@@ -11,7 +11,7 @@ from torch import Tensor
 from rto_megatron.algorithms.reward_shaping import overlong_punishment
 from rto_megatron.algorithms.termination import TruncationPolicy, close_response
 from rto_megatron.data.cut import CutSequences, Layout
-from rto_megatron.data.packing import sequence_batches
+from rto_megatron.data.packing import padded_rows, sequence_batches
 from rto_megatron.data.sample_reader import SampleReader
 from rto_megatron.engine.absent import FrozenRole
 from rto_megatron.errors import UserError
@@ -151,8 +151,5 @@ class OutsideReward:
         self._topology.raise_together(failure, RewardServiceLost)
         own = [[one] if isinstance(one, float) else one for one in given]
         rows = self._topology.replica_value(own, list[list[float]])
-        width = max(map(len, rows))
-        grid = torch.tensor(
-            [[*row, *([0.0] * (width - len(row)))] for row in rows], device=self._topology.device.torch_device
-        )
+        grid = padded_rows(rows, self._topology.device.torch_device)
         return grid if self._pays_tokens else grid[:, 0]

@@ -10,7 +10,7 @@ from rto_megatron.algorithms.losses import keep
 from rto_megatron.algorithms.termination import TruncationPolicy, close_response, compared_ban
 from rto_megatron.config.rollouts import OldLogprobs
 from rto_megatron.data.cut import Layout
-from rto_megatron.data.packing import response_mask, rollout_grid
+from rto_megatron.data.packing import padded_rows, response_mask, rollout_grid
 from rto_megatron.trainer.opinions import Opinions, Roles, all_opinions, policy_sample
 from rto_megatron.types import Distribution, EndOfSequence, Rollout, ScoredRollouts
 
@@ -64,7 +64,7 @@ def score(
         return rollout_grid(outputs, cut, rollouts)
 
     logp_ref_BR = grid([one.logp_ref_T for one in said])
-    logp_pool_BR = _padded([rollout.sampled_logprobs for rollout in sampled], logp_ref_BR)
+    logp_pool_BR = padded_rows([rollout.sampled_logprobs for rollout in sampled], layout.device)
     behind_B = cut.in_order([one.values_T[list(one.batch.last_positions)] for one in said])
     is_cut = [policy == "bootstrap" and rollout.finish_reason == "length" for rollout in rollouts]
     pairs = zip(sampled, rollouts, strict=True)
@@ -73,7 +73,7 @@ def score(
     return ScoredRollouts(
         rollouts=rollouts,
         mask_BR=response_mask(rollouts, layout.device),
-        sampled_BR=_padded([_kept(*pair, min_tokens) for pair in pairs], logp_ref_BR) * is_whole,
+        sampled_BR=padded_rows([_kept(*pair, min_tokens) for pair in pairs], layout.device) * is_whole,
         logp_pool_BR=logp_pool_BR,
         logp_old_BR=grid([one.logp_T for one in said]) if old == "trainer" else logp_pool_BR,
         logp_ref_BR=logp_ref_BR,
@@ -97,9 +97,3 @@ def _kept(sampled: Rollout, closed: Rollout, min_tokens: int) -> list[float]:
     first = 1 if min_tokens == 1 else 0
     pairs = zip(sampled.response_ids, closed.response_ids, strict=True)
     return [float(place >= first and token == kept) for place, (token, kept) in enumerate(pairs)]
-
-
-def _padded(rows: Sequence[Sequence[float]], like_BR: Tensor) -> Tensor:
-    """Rows of one number per response token as a grid, 0 behind their ends."""
-    width = like_BR.shape[1]
-    return like_BR.new_tensor([[*row, *([0.0] * (width - len(row)))] for row in rows])
