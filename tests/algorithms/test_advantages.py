@@ -128,3 +128,9 @@ def test_whitening_sends_its_own_sums_to_the_other_ranks():
 @pytest.mark.parametrize("mask", [[[1.0, 1.0]], [[0.0, 0.0]]])
 def test_whitening_constant_or_absent_advantages_gives_zeros(mask):
     assert torch.equal(whiten(grid([[2.0, 2.0]]), grid(mask), no_reduction), grid([[0.0, 0.0]]))
+
+
+@pytest.mark.parametrize(("deviation", "expected"), [(1e-3, 1.0), (1e-4, 1.0), (1e-5, 0.1)])
+def test_a_standard_deviation_counts_as_1e_4_where_it_is_below(deviation, expected):
+    whitened_BR = whiten(grid([[-deviation, deviation]]), grid([[1, 1]]), no_reduction)
+    close(whitened_BR, [[-expected, expected]])
