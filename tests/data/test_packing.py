@@ -137,6 +137,17 @@ def test_supervised_weights_cover_response_targets(packed: bool, multiple_of: in
 
 
 @pytest.mark.parametrize(("packed", "multiple_of"), LAYOUTS)
+def test_stretches_of_a_response_that_are_not_learnt_have_no_weight(packed: bool, multiple_of: int) -> None:
+    demos = [
+        Demonstration("a", (1, 2), (3, 4, 5, 6, 7, 8), skipped=((1, 3), (4, 5))),
+        Demonstration("b", (1,), (9, 10), skipped=((0, 1),)),
+    ]
+    (micro,) = supervised_microbatches(demos, 4, Layout(2, packed, multiple_of, CPU))
+    assert micro.batch.targets_T[micro.weight_T > 0].tolist() == [3, 6, 8, 10]
+    assert float(micro.weight_T.sum()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("packed", "multiple_of"), LAYOUTS)
 @pytest.mark.parametrize(("micro", "tokens"), [(2, None), (None, 18)])
 def test_pairs_stay_together_chosen_first(
     packed: bool, multiple_of: int, micro: int | None, tokens: int | None
