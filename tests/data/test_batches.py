@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 import pytest
 
-from rto_megatron.data.batches import Batches, BatchesState
+from rto_megatron.data.batches import Batches, BatchesState, digest
 from rto_megatron.errors import DataError, RecipeError
-from rto_megatron.types import Prompt
+from rto_megatron.types import Demonstration, Example, JudgedResponse, PreferencePair, Prompt
 
 ITEMS = [Prompt(f"prompt {number}", (number,)) for number in range(23)]
 
@@ -82,3 +84,27 @@ def test_restoring_with_other_data_or_batch_is_an_error() -> None:
         batches.restore(BatchesState(6, 22))
     with pytest.raises(DataError, match="no multiple of the global batch"):
         batches.restore(BatchesState(8, 23))
+
+
+DEMONSTRATION = Demonstration("a", (1, 2), (3, 4, 5))
+JUDGED = JudgedResponse("a", (1,), (2, 3), True, (4, 5))
+PAIR = PreferencePair("a", (1,), (2, 3), (4, 5), margin=0.5)
+PROMPT = Prompt("a", (1, 2), {"answer": "4"})
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (PROMPT, replace(PROMPT, columns={"answer": "5"})),
+        (DEMONSTRATION, replace(DEMONSTRATION, skipped=((1, 2),))),
+        (DEMONSTRATION, replace(DEMONSTRATION, prompt_ids=(1, 2, 3), response_ids=(4, 5))),
+        (PAIR, replace(PAIR, margin=0.25)),
+        (PAIR, replace(PAIR, chosen_ids=PAIR.rejected_ids, rejected_ids=PAIR.chosen_ids)),
+        (JUDGED, replace(JUDGED, is_desirable=False)),
+        (JUDGED, replace(JUDGED, unrelated_ids=(4, 6))),
+    ],
+)
+def test_a_digest_tells_apart_what_trains_differently(one: Example, other: Example) -> None:
+    assert digest([one]) != digest([other])
+    assert digest([one, other]) != digest([other, one])
+    assert digest([one]) == digest([replace(one, id="b")])
