@@ -1,9 +1,11 @@
 """Tokenized data in files: the same examples, written once by one process, read by all, never stale or damaged."""
 
+import copy
 import json
 import socket
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -22,9 +24,10 @@ from rto_megatron.data.load_report import Loaded
 from rto_megatron.data.loader import load_demonstrations, load_judged, load_pairs, load_prompts, load_texts
 from rto_megatron.data.prepared import PreparedData
 from rto_megatron.data.stored import StoredExamples
+from rto_megatron.data.template import TemplateOptions
 from rto_megatron.data.vocabulary import token_ids, vocabulary_of
 from rto_megatron.errors import DataError
-from rto_megatron.types import Example
+from rto_megatron.types import EndOfSequence, Example
 
 LIMITS = Limits(max_prompt_tokens=60, max_length=90, overlong="drop", loss_on="all")
 type Prepared = Callable[[PreparedData, str], Loaded[Example]]
@@ -112,6 +115,33 @@ def test_whatever_ids_depend_on_makes_another_entry(
     Path(source).write_text(text.replace("the dog", "the fox"))
     assert tokenizer.decode(prepared.pairs(source).items[0].chosen_ids) == " the fox</s>"
     assert len(entries(cache)) == 7
+
+
+def test_another_tokenizer_another_reading_and_another_date_make_other_entries(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    rows, _, _ = KINDS["judged"]
+    cache, source = tmp_path / "cache", write_lines(tmp_path / "rows.jsonl", rows)
+    prepared = prepared_in(cache, tokenizer)
+    prepared.demonstrations(source)
+    prepared.judged(source)
+    larger, other_start = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
+    larger.add_tokens(["the fox"])
+    other_start.bos_token = other_start.unk_token
+    for one in (larger, other_start):
+        prepared_in(cache, one).demonstrations(source)
+    ends = EndOfSequence((*prepared.eos.ids, 7), prepared.eos.written)
+    replace(prepared, eos=ends).demonstrations(source)
+    kept = replace(LIMITS, template=TemplateOptions(open_thought="keep"))
+    prepared_in(cache, tokenizer, kept).demonstrations(source)
+    assert len(entries(cache)) == 6
+    # The date counts where a template prints it.
+    dated = with_template(tokenizer, UNMARKED + "{% set day = strftime_now('%d') %}")
+    for day in (1, 2):
+        moment = replace(LIMITS, template=TemplateOptions(moment=datetime(2026, 1, day)))
+        prepared_in(cache, tokenizer, moment).demonstrations(source)
+        prepared_in(cache, dated, moment).demonstrations(source)
+    assert len(entries(cache)) == 8
 
 
 @pytest.mark.parametrize("damage", ["shard_0/tokens.bin", "shard_0/bounds.npy", "meta"])
