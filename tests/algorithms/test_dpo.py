@@ -124,6 +124,7 @@ def test_pair_of_weight_zero_counts_nowhere(loss, key):
     output = DPO(Config(loss=loss)).loss(logp_T, replace(micro, weight_P=grid([1 / 3, 1 / 3, 0.0])))
     close(output.loss, sum(GOLDEN[key]["losses"][:2]) / 3)
     assert output.metrics["rewards/accuracies"] == (1, 2)
+    assert output.metrics["rewards/ties"] == (0, 2)
 
 
 @pytest.mark.parametrize(("loss", "expected"), [("sigmoid", 0.6931471805599453), ("ipo", 25.0)])

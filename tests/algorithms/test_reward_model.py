@@ -57,7 +57,16 @@ def test_pair_of_weight_zero_counts_nowhere():
     output = RewardModel(Config()).loss(values_T, short)
     close(output.loss, sum(GOLDEN["bt_reward_loss"]["losses"][:3]) / 4)
     assert output.metrics["accuracy"] == (2, 3)
+    assert output.metrics["ties"] == (0, 3)
     assert output.metrics["mean_reward"] == pytest.approx((1.2 - 0.3 + 0.8 + 0.7 + 0.4 - 2.0, 6))
+
+
+def test_pairs_of_equal_scores_are_ties_and_not_won():
+    values_T, micro = _micro(True)
+    equal_T = torch.where(torch.arange(len(values_T)) == micro.batch.last_positions[4], 1.2, values_T)
+    assert INPUTS["chosen_reward"][0] == 1.2
+    metrics = RewardModel(Config()).loss(equal_T, micro).metrics
+    assert (metrics["ties"], metrics["accuracy"]) == ((1, 4), (2, 4))
 
 
 def test_statistics_of_the_metrics_normalise_like_golden():
