@@ -86,10 +86,7 @@ class HeldOut:
             returns = [self.table.returns(r.prompt_ids, r.response_ids) for r in drawn]
             sums["eval/true_return"] = (sum(returns), count)
         if config.pass_score is not None:
-            passes = [sum(one >= config.pass_score for one in g) for g in batched(scores, config.num_samples)]
-            for k in pass_ks(config.num_samples):
-                chances = [pass_at_k(config.num_samples, passed, k) for passed in passes]
-                sums[f"eval/pass_at_{k}"] = (sum(chances), float(len(chances)))
+            sums |= pass_sums(scores, config.num_samples, config.pass_score)
         return sums
 
 
@@ -104,6 +101,21 @@ def load_held_out(config: schema.ReinforcementStage, setup: Setup) -> tuple[Prom
     # Rewards read columns by the id, and rows of both files may be numbered alike.
     found = load_unseen(config, setup)
     return tuple(replace(prompt, id=f"{UNSEEN}{prompt.id}") for prompt in found)
+
+
+def pass_sums(scores: Sequence[float], num_samples: int, pass_score: float) -> Metrics:
+    """pass@k of the prompts.
+
+    Args:
+        scores: of the responses, those to one prompt side by side.
+        pass_score: the lowest that passes.
+    """
+    passes = [sum(one >= pass_score for one in group) for group in batched(scores, num_samples)]
+    sums = {}
+    for k in pass_ks(num_samples):
+        chances = [pass_at_k(num_samples, passed, k) for passed in passes]
+        sums[f"eval/pass_at_{k}"] = (sum(chances), float(len(chances)))
+    return sums
 
 
 def pass_ks(num_samples: int) -> list[int]:
