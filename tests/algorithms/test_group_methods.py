@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from algorithms.grids import close, grid, no_reduction
+from algorithms.grids import GARBAGE, close, grid, no_reduction
 from algorithms.ragged import LONGEST, scored_rollouts, step_minibatches
 from algorithms.trl_losses import trl_grpo, trl_rloo
 
@@ -48,7 +48,9 @@ def _loss(algorithm, experience, logp_BR, entropies_BR=None):
     (minibatch,) = step_minibatches(experience, weighting, range(COUNT), COUNT, True)
     logp_T = _positions(logp_BR, experience, minibatch)
     if entropies_BR is not None:
-        logp_T = torch.stack([logp_T, _positions(entropies_BR, experience, minibatch)])
+        entropy_T = _positions(entropies_BR, experience, minibatch)
+        garbage_T = torch.full_like(entropy_T, GARBAGE)  # what stands where nothing is weighed counts nowhere
+        logp_T = torch.stack([logp_T, torch.where(minibatch.weight_T != 0, entropy_T, garbage_T)])
     output = algorithm.update_loss()(logp_T, minibatch)
     inputs = [logp_BR] if entropies_BR is None else [logp_BR, entropies_BR]
     return output, torch.autograd.grad(output.loss, inputs)
