@@ -57,19 +57,22 @@ def test_a_part_of_another_type_is_an_error(serve: Serve, part: str) -> None:
         VllmPool([address], "t", 5, retries=0).generate([PROMPT], SAMPLING, 4)
 
 
-def test_fewer_logprobs_than_tokens_are_an_error(serve: Serve) -> None:
-    short = choice([7, 8, 9]) | {"logprobs": {"content": [{"token_id": 7, "logprob": -1.0}]}}
-    with pytest.raises(PoolError, match=r"sent 3 tokens and log-probs of 1"):
-        VllmPool([serve(short)], "t", 5, retries=0).generate([PROMPT], SAMPLING, 4)
+@pytest.mark.parametrize("scored", [[7], [7, 9, 8]])
+def test_logprobs_of_other_tokens_are_an_error(serve: Serve, scored: list[int]) -> None:
+    content = [{"token_id": token, "logprob": -1.0} for token in scored]
+    other = choice([7, 8, 9]) | {"logprobs": {"content": content}}
+    with pytest.raises(PoolError, match=rf"sent 3 tokens and log-probs of {len(scored)}"):
+        VllmPool([serve(other)], "t", 5, retries=0).generate([PROMPT], SAMPLING, 4)
 
 
-def test_weights_that_changed_during_generation_are_refused(serve: Serve) -> None:
+@pytest.mark.parametrize(("first", "then"), [("4", "5"), ("3", "4")])
+def test_weights_that_changed_during_generation_are_refused(serve: Serve, first: str, then: str) -> None:
     mixed = choice([7, 8, 9])
     mixed["weight_versions"] = [
-        {"version": "4", "start": 0, "end": 1},
-        {"version": "5", "start": 1, "end": 3},
+        {"version": first, "start": 0, "end": 1},
+        {"version": then, "start": 1, "end": 3},
     ]
-    with pytest.raises(StaleWeights, match=r"weight versions \['4', '5'\], expected 4 alone"):
+    with pytest.raises(StaleWeights, match=rf"weight versions \['{first}', '{then}'\], expected 4 alone"):
         VllmPool([serve(mixed)], "t", 5, retries=0).generate([PROMPT], SAMPLING, 4)
 
 
