@@ -130,3 +130,22 @@ def test_a_run_that_set_a_key_without_effect_goes_on_without_it(
     usual = fixed_keys(configure("rto", tmp_path, tmp_path / "run"))
     with pytest.raises(UserError, match=key):
         require_same({**usual, key: value}, usual, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stage", "key", "change"),
+    [
+        ("sft", "data.loss_on", {"data__loss_on": "all"}),
+        ("sft", "data.empty_thoughts", {"data__empty_thoughts": "skip"}),
+        ("rto", "rollout.old_logprobs", {"rollout__old_logprobs": "pool"}),
+        ("rto", "rewards", {"rewards": [{"kind": "model"}]}),
+    ],
+)
+def test_a_key_that_older_checkpoints_lack_counts_as_what_all_runs_did(
+    stage: str, key: str, change: dict[str, object], tmp_path: Path
+) -> None:
+    usual = fixed_keys(configure(stage, tmp_path, tmp_path / "run"))
+    older = {name: value for name, value in usual.items() if name != key}
+    require_same(older, usual, tmp_path)
+    with pytest.raises(UserError, match=rf"  {key}: "):
+        require_same(older, fixed_keys(configure(stage, tmp_path, tmp_path / "run", **change)), tmp_path)
