@@ -3,6 +3,7 @@
 from rto_megatron.algorithms import ALGORITHMS
 from rto_megatron.algorithms.method import OnlineMethod
 from rto_megatron.algorithms.reinforcement import GroupConfig
+from rto_megatron.config.rewards import PayingSource
 from rto_megatron.config.rollouts import HeldOutConfig, SamplingConfig
 from rto_megatron.config.schema import ReinforcementStage
 
@@ -15,11 +16,23 @@ def sampling_problems(config: ReinforcementStage) -> list[str]:
 def _held_out(config: ReinforcementStage) -> list[str]:
     how, data = config.evaluate, config.data
     if data.eval is not None:
-        return _greedy(how) if how.temperature == 0 else []
+        return [*(_greedy(how) if how.temperature == 0 else []), *_passes(config)]
     keys = [f"evaluate.{key}" for key, value in how if value != type(how).model_fields[key].default]
     keys += ["data.eval_samples"] * (data.eval_samples is not None)
     keys += ["run.eval_every"] * (config.run.eval_every is not None)
     return [f"{key} has no effect without data.eval; remove it or name held-out prompts" for key in keys]
+
+
+def _passes(config: ReinforcementStage) -> list[str]:
+    """pass@k counts scores of responses, which are 0 where every source pays tokens."""
+    limit = config.evaluate.pass_score
+    pays = [source.pays if isinstance(source, PayingSource) else "response" for source in config.rewards]
+    if limit is None or not pays or "response" in pays:
+        return []
+    return [
+        f"evaluate.pass_score={limit:g} is of the score of a response, and no source of `rewards` pays responses: all "
+        "score 0; remove it, or name a source with `pays: response`"
+    ]
 
 
 def _greedy(how: HeldOutConfig) -> list[str]:

@@ -120,6 +120,22 @@ def test_keys_of_held_out_rows_need_some() -> None:
         assert len(problems) == 2 + (stage == "reward_model")
 
 
+def test_a_score_that_passes_needs_a_source_that_pays_responses(tmp_path: Path) -> None:
+    (tmp_path / "rules.py").write_text("def tokens(samples): ...\n\n\ndef response(samples): ...\n")
+    given = ["data.eval=x.jsonl", "evaluate.pass_score=0.5", "models.reward=null"]
+    tokens, response = (
+        f"{{kind: function, name: {pays}, function: {tmp_path}/rules.py:{pays}, pays: {pays}}}"
+        for pays in ("tokens", "response")
+    )
+    recipe = RECIPES.parent / "quickstart" / "grpo_function.yaml"
+    problems = find_problems(load_recipe(recipe, [*given, f"rewards=[{tokens}]"]), 8, {})
+    assert [
+        one for one in problems if one.startswith("evaluate.pass_score=0.5 is of the score of a response")
+    ]
+    both = find_problems(load_recipe(recipe, [*given, f"rewards=[{tokens}, {response}]"]), 8, {})
+    assert not [one for one in both if "pass_score" in one]
+
+
 def test_reward_model_needs_room_for_the_end_of_a_cut_response_unless_it_overwrites_a_token() -> None:
     # 7168 + 1024 = 8192 tokens are sampled at most, and 8193 scored.
     limits = {"policy": 8192, "reward": 8192}
