@@ -103,7 +103,7 @@ def sequence_means(x_T: Tensor, mask_T: Tensor, batch: TokenBatch) -> Tensor:
     counts = _segment_sums((mask_T != 0).to(x_T.dtype), batch)
     means = _segment_sums(keep(x_T, mask_T), batch) / counts.clamp(min=1)
     lengths = torch.tensor([end - start for start, end in pairwise(batch.cu_seqlens)], device=x_T.device)
-    return means.repeat_interleave(lengths)
+    return means.repeat_interleave(lengths, output_size=len(x_T))  # without it a GPU is waited for
 
 
 def _segment_sums(x_T: Tensor, batch: TokenBatch) -> Tensor:
