@@ -152,7 +152,7 @@ def run_both(
 def _train(config: "TrainStage", num_ranks: int) -> None:
     from rto_megatron.launching.torchrun import start_ranks
 
-    failure = start_ranks(num_ranks, ["resume-check-rank", str(config.run.dir)])
+    failure = start_ranks(num_ranks, ["resume-check-rank", str(config.run.dir / "config.yaml")])
     if failure is not None:
         typer.echo(f"error: rank {failure.rank} failed in {config.run.dir}; nothing was compared", err=True)
         raise typer.Exit(1)
