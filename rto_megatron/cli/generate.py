@@ -113,6 +113,8 @@ def generate(
         raise RecipeError(
             "--server and --token-file belong together: a running pool answers only to its token"
         )
+    if servers:
+        _refuse_of_started(num_servers, tensor_parallel, dtype)
     with held(out):
         served = served_model(model, out / "export", bar)
 
@@ -124,6 +126,16 @@ def generate(
         choices = GenerationChoices(chosen, temperature, max_tokens, seed, count_tokens)
         path = answer(served.folder, served.weights, prompts, out, choices, open_pool)
     typer.echo(f"{path}: the answers of {chosen}")
+
+
+def _refuse_of_started(num_servers: int | None, tensor_parallel: str, dtype: str) -> None:
+    given = {"--pool-servers": num_servers is not None, "--pool-tensor": tensor_parallel != "1"}
+    unread = [name for name, is_given in {**given, "--dtype": dtype != "bf16"}.items() if is_given]
+    if unread:
+        raise RecipeError(
+            f"{', '.join(unread)}: without effect on the running pool that --server names; remove what is of servers "
+            "that are started here, or --server and --token-file"
+        )
 
 
 def _running(servers: list[str], token_file: Path) -> "AbstractContextManager[tuple[RolloutEngine, int]]":

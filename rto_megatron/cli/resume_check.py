@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from rto_megatron.config.schema import TrainStage
     from rto_megatron.proofs.resume_compare import Item
 
+_ROUNDING = 0.02  # what two layouts may differ by, as `told` measures it
+
 type Train = Callable[["TrainStage", int], None]  # trains a configuration on so many ranks
 
 
@@ -49,8 +51,9 @@ def resume_check(
         ),
     ] = None,
     tolerance: Annotated[
-        float, typer.Option(min=0, help="With --resume-at: largest relative difference.")
-    ] = 0.02,
+        float | None,
+        typer.Option(min=0, help="With --resume-at: largest relative difference; default: 0.02."),
+    ] = None,
     scratch: Annotated[
         Path | None, typer.Option(help="Keep both runs in this new folder; default: a temporary one.")
     ] = None,
@@ -59,6 +62,11 @@ def resume_check(
 
     Both runs are given the same responses by a script in place of a pool. The recipe's own run folder is not touched.
     """
+    if tolerance is not None and resume_at is None:
+        raise RecipeError(
+            f"--tolerance {tolerance:g} has no effect without --resume-at: at the run's own layout everything is "
+            "compared bit for bit; remove it, or name another layout"
+        )
     from rto_megatron.config.training import ParallelConfig
     from rto_megatron.platform.device import prepare
 
@@ -75,7 +83,8 @@ def resume_check(
         with ranks(device, ParallelConfig(), config.run.seed):
             judge = compare if resume_at is None else compare_layouts
             items = judge(root / "whole", root / "resumed", steps)
-    if not told(items, 0.0 if resume_at is None else tolerance, typer.echo):
+    allowed = _ROUNDING if tolerance is None else tolerance
+    if not told(items, 0.0 if resume_at is None else allowed, typer.echo):
         raise typer.Exit(1)
 
 

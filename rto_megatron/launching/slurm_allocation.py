@@ -9,6 +9,7 @@ from pathlib import Path
 _GPU_ENTRY = re.compile(r"gpu(:[\w.-]*[A-Za-z][\w.-]*)?(:(?P<count>\d+))?")
 # MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS, DAYS-HOURS:MINUTES or DAYS-HOURS:MINUTES:SECONDS
 _LIMIT = re.compile(r"((?P<days>\d+)-)?(?P<parts>\d+(:\d+){0,2})")
+_NO_LIMIT = ("infinite", "unlimited", "-1")
 _EARLY_S = 60  # by which SLURM's signal may come before its time
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -102,6 +103,11 @@ class Allocation:
                 f"--gres {self.gres} names {named} GPUs of a node, and --gpus-per-node {self.gpus_per_node}; give one "
                 "of the two, --gres where the site does not know the other"
             )
+        if self.time is not None and not _is_limit(self.time):
+            problems.append(
+                f"--time {self.time}: no limit that SLURM reads; expected minutes, hours:minutes:seconds or "
+                "days-hours, as in 90, 24:00:00 or 2-12"
+            )
         limit_s = None if self.time is None else _seconds(self.time)
         if limit_s is not None and limit_s <= self.notice_s + _EARLY_S:
             problems.append(
@@ -151,6 +157,12 @@ class Allocation:
             "signal": f"B:USR1@{self.notice_s}",
             "exclusive": "" if self.is_exclusive else None,
         }
+
+
+def _is_limit(text: str) -> bool:
+    """Whether sbatch takes it; an empty text is refused with all others."""
+    given = text.strip()
+    return not given or given.lower() in _NO_LIMIT or _LIMIT.fullmatch(given) is not None
 
 
 def _seconds(limit: str) -> int | None:

@@ -156,6 +156,8 @@ def plan_job(
     """
     refuse([*allocation.problems(), *_folder_problems(config, allocation)])
     _refuse_other_machines(config, allocation)
+    if pool_tensor > 1 and allocation.pool_nodes == 0:
+        raise RecipeError(f"--pool-tensor {pool_tensor} has no effect without --pool-nodes; remove it")
     ranks_per_node = allocation.gpus or max(1, fewest_ranks(config.parallel) // allocation.trainer_nodes)
     plan, shapes = judged(
         config, ranks_per_node * allocation.trainer_nodes, assume, _origin(allocation, ranks_per_node)

@@ -232,3 +232,7 @@ def test_the_command_asks_a_running_pool(model: Path, server: CannedServer, tmp_
         rto(*arguments, "--server", server.address)
     with pytest.raises(RecipeError, match="becomes a file's name"):
         rto(*arguments, "--name", "org/model")
+    with pytest.raises(
+        RecipeError, match=r"--pool-servers, --pool-tensor, --dtype: without effect on the running"
+    ):
+        rto(*arguments, *running, "--pool-servers", 2, "--pool-tensor", "2", "--dtype", "fp32")

@@ -133,6 +133,11 @@ def test_the_site_gets_what_it_wants_to_know(tmp_path: Path) -> None:
         (["--time", "1:00:00", "--notice", "3600"], ["raise --time or lower --notice"]),
         (["--time", "0-01", "--notice", "3600"], ["raise --time or lower --notice"]),
         (["--time", "1-00:30", "--notice", "88200"], ["raise --time or lower --notice"]),  # 24.5 h
+        (
+            ["--time", "abc"],
+            ["--time abc: no limit that SLURM reads; expected minutes, hours:minutes:seconds"],
+        ),
+        (["--time", "24h"], ["--time 24h: no limit that SLURM reads"]),
         (["--mount", "/data"], ["--mount /data has no effect without a container"]),
         (["--partition", "a\n#SBATCH --uid=0"], ["--partition: found 'a\\n#SBATCH --uid=0'; a line break"]),
         (["--preamble", "/nowhere/modules.sh"], ["--preamble /nowhere/modules.sh: cannot be read"]),
@@ -165,7 +170,7 @@ def test_a_preamble_that_cannot_do_what_it_says_is_refused(tmp_path: Path, text:
 
 
 def test_a_job_may_be_as_short_as_its_notice_allows(tmp_path: Path) -> None:
-    for limit in ("6:01", "7", "0:06:01", "0-1", "0-0:7", "0-0:06:01", "0", "infinite"):
+    for limit in ("6:01", "7", "0:06:01", "0-1", "0-0:7", "0-0:06:01", "0", "infinite", "UNLIMITED"):
         assert f"time={limit}" in asked(slurm(recipe_in(tmp_path, tmp_path), "--time", limit))
 
 
@@ -225,3 +230,8 @@ def test_pyxis_refuses_folders_whose_names_it_would_split(tmp_path: Path) -> Non
     script = slurm(recipe_in(tmp_path, tmp_path), *options)
     assert "--container-image=nvcr.io#nvidia/pytorch:25.01-py3" in setting(script, "step_options")
     assert setting(script, "container") == []
+
+
+def test_a_size_of_servers_without_nodes_for_them_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="--pool-tensor 2 has no effect without --pool-nodes"):
+        slurm(recipe_in(tmp_path, tmp_path), "--gpus-per-node", "8", "--pool-tensor", "2")

@@ -9,8 +9,10 @@ import pytest
 import torch.distributed as dist
 from ranks import run_ranks
 from trainer.tiny_runs import configure
+from typer.testing import CliRunner
 
 from rto_megatron.algorithms.kl_controller import KLController
+from rto_megatron.cli.main import app
 from rto_megatron.cli.resume_check import resumed_layout, run_both, told
 from rto_megatron.config import load
 from rto_megatron.config.schema import TrainStage
@@ -235,6 +237,13 @@ def test_what_is_no_layout_to_resume_at_is_refused(at: str, files: Path, tmp_pat
         RecipeError, match=f"--resume-at {at}: expected tensor x pipeline x data-parallel size"
     ):
         resumed_layout(config, at, 1)
+
+
+def test_a_tolerance_that_nothing_reads_is_refused(tmp_path: Path) -> None:
+    recipe = "launchers/recipes/quickstart/sft.yaml"
+    given = ["resume-check", recipe, f"vars.root={tmp_path}", "--tolerance", "0.5"]
+    with pytest.raises(RecipeError, match=r"--tolerance 0\.5 has no effect without --resume-at"):
+        CliRunner().invoke(app, given, catch_exceptions=False)
 
 
 def test_runs_of_an_earlier_check_are_not_mixed_in(files: Path, tmp_path: Path) -> None:
