@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from rto_megatron.types import EndOfSequence
 
 _VOCABULARY_MULTIPLE = 64  # tensor parallelism cuts the vocabulary in equal parts
+_HEAD = 32  # the size of a head of a tokenizer's model
+_SYNTHETIC_HEADS = 4  # of the embedded task's models
 
 
 def register(app: typer.Typer) -> None:
@@ -74,6 +76,7 @@ def rules(
 
     The program is rto_megatron.experiments.language.rules:kept, a `function` of rewards; :credit pays it by token.
     """
+    _require_folder(folder)
     from rto_megatron.experiments.language.prompts import write_prompts
 
     for path in write_prompts(folder, train, test, seed):
@@ -175,6 +178,8 @@ def synthesize(
 
     The data have the layouts of public sets, so every other command reads them like real data.
     """
+    _require_folder(folder)
+    _require_multiple(hidden, _SYNTHETIC_HEADS)
     from rto_megatron.data.synthetic import write_synthetic_task
     from rto_megatron.data.synthetic_source import STYLES
 
@@ -197,20 +202,22 @@ def tokenizer(
 
     The folder is models.policy of an SFT recipe with models.random_init=true.
     """
+    _require_folder(folder)
+    _require_multiple(hidden, _HEAD)
     from transformers import LlamaConfig
 
     from rto_megatron.data.tokenizer import load_tokenizer, train_tokenizer
 
     train_tokenizer(_texts(texts), folder, vocab, byte_fallback=True)
-    trained = load_tokenizer(folder)
+    trained, heads = load_tokenizer(folder), hidden // _HEAD
     config = LlamaConfig(
         vocab_size=-(-len(trained) // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE,
         hidden_size=hidden,
         intermediate_size=3 * hidden,
         num_hidden_layers=layers,
-        num_attention_heads=hidden // 32,
-        num_key_value_heads=max(1, hidden // 64),
-        head_dim=32,
+        num_attention_heads=heads,
+        num_key_value_heads=1 if heads % 2 else heads // 2,  # as many heads to each
+        head_dim=_HEAD,
         max_position_embeddings=positions,
         bos_token_id=trained.bos_token_id,
         eos_token_id=trained.eos_token_id,
@@ -219,6 +226,25 @@ def tokenizer(
     )
     config.save_pretrained(folder)
     typer.echo(f"{folder}: {len(trained)} tokens, {layers} layers of {hidden}")
+
+
+def _require_folder(folder: Path) -> None:
+    """What is to be written into a file ends in a traceback, for `synthesize` after all the work."""
+    taken = next((one for one in (folder, *folder.parents) if one.exists()), None)
+    if taken is not None and not taken.is_dir():
+        raise RecipeError(
+            f"{folder}: {taken} is a file; expected the name of a folder to write; take another one"
+        )
+
+
+def _require_multiple(hidden: int, multiple: int) -> None:
+    """transformers would say so in a traceback, once the tokenizer is trained."""
+    if hidden % multiple:
+        below = hidden - hidden % multiple
+        raise RecipeError(
+            f"--hidden {hidden}: expected a multiple of {multiple}, for heads of equal size; take {below} or "
+            f"{below + multiple}"
+        )
 
 
 def reasoning_gym(

@@ -1,5 +1,6 @@
 """The command line: help for everything, one clear message for a user's mistake, no traceback."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -76,3 +77,37 @@ def test_failing_ranks_end_a_launch_with_one_message() -> None:
     assert shown.returncode == 2
     assert shown.stderr.count("error") == 1, shown.stderr
     assert "Traceback" not in shown.stderr
+
+
+@pytest.mark.parametrize(("command", "hidden"), [("tokenizer", 65), ("synthesize", 33)])
+def test_a_hidden_size_without_equal_heads_is_refused_before_anything_is_written(
+    command: str, hidden: int, tmp_path: Path
+) -> None:
+    folder = tmp_path / "new"
+    where = ["texts.jsonl", "--out", str(folder)] if command == "tokenizer" else [str(folder)]
+    with pytest.raises(
+        RecipeError, match=rf"--hidden {hidden}: expected a multiple of \d+.*; take {hidden - 1} or"
+    ):
+        CliRunner().invoke(app, [command, *where, "--hidden", str(hidden)], catch_exceptions=False)
+    assert not folder.exists()
+
+
+def test_the_model_of_a_tokenizer_shares_keys_evenly_among_its_heads(tmp_path: Path) -> None:
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(f'{{"text": "red fox number {number}"}}\n' for number in range(200)))
+    given = ["tokenizer", str(texts), "--out", str(tmp_path / "m"), "--vocab", "300", "--hidden", "160"]
+    shown = CliRunner().invoke(app, given, catch_exceptions=False)
+    assert shown.exit_code == 0, shown.output
+    written = json.loads((tmp_path / "m/config.json").read_text())
+    assert written["num_attention_heads"] == 5
+    assert 5 % written["num_key_value_heads"] == 0
+
+
+@pytest.mark.parametrize("command", ["rules", "synthesize", "tokenizer"])
+@pytest.mark.parametrize("below", ["", "new"])
+def test_a_file_where_a_folder_is_to_be_written_is_refused(command: str, below: str, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("mine")
+    folder = str(tmp_path / "taken" / below)
+    where = ["texts.jsonl", "--out", folder] if command == "tokenizer" else [folder]
+    with pytest.raises(RecipeError, match=r"taken is a file; expected the name of a folder"):
+        CliRunner().invoke(app, [command, *where], catch_exceptions=False)
