@@ -131,13 +131,14 @@ def _warnings(config: "Stage") -> list[str]:
     """What a run could do with, and nobody may have meant."""
     from rto_megatron.config.facts import facts_of
     from rto_megatron.config.kl_gap import drowned_coefficients
+    from rto_megatron.config.reward_code import missing_packages, rewards_of
     from rto_megatron.config.stale_updates import stale_updates
     from rto_megatron.planning.shapes import unread_weights
     from rto_megatron.reporting.loggers import missing_loggers
 
     training = facts_of(config).training
     missing = [] if training is None else missing_loggers(training.run.loggers)
-    here = [f"on this machine, {text}" for text in missing]
+    here = [f"on this machine, {text}" for text in [*missing, *missing_packages(rewards_of(config))]]
     return [*here, *unread_weights(config.models), *drowned_coefficients(config), *stale_updates(config)]
 
 

@@ -57,7 +57,8 @@ class DataSource:
         if hub_set(self.source) is not None:
             return "on the hub"
         if is_pattern(self.source):
-            return None if glob(self.source, recursive=True) else "not on this machine"
+            matches = glob(self.source, recursive=True)
+            return None if matches else "a pattern that no file on this machine matches"
         return "not on this machine" if self.source.endswith(SUFFIXES) else None
 
 

@@ -100,6 +100,11 @@ def test_held_out_prompts_of_a_stage_that_trains_are_looked_at(files: Path, tmp_
     assert "gone.jsonl: not on this machine, not looked at" in gone
 
 
+def test_a_pattern_that_matches_nothing_is_called_one(files: Path, tmp_path: Path) -> None:
+    found = _found(_check(files, "sft", tmp_path / "nope" / "*.jsonl"))
+    assert "nope/*.jsonl: a pattern that no file on this machine matches, not looked at" in found
+
+
 def test_a_layout_of_other_examples_is_refused_wherever_the_data_are(files: Path, tmp_path: Path) -> None:
     for data in (tmp_path / "gone.jsonl", Path("owner/name:train")):
         refused = _check(files, "rto", data, "data.layout=messages")
@@ -143,3 +148,14 @@ def test_layouts_and_parts_of_a_mixture_are_shown(files: Path, tmp_path: Path) -
     assert "data.layout" in str(refused.exception)
     refused = _check(files, "dpo", chat, "data.layout=alpaca")
     assert "data.layout=alpaca is no layout of pairs" in str(refused.exception) + refused.output
+
+
+def test_a_verifier_whose_package_is_not_here_is_said(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "prompts.jsonl"
+    write_rows(data, [{"prompt": "red fox", "answer": "1"}])
+    monkeypatch.setattr("sys.path", [])
+    found = _found(_check(files, "grpo", data, "rewards=[{kind: math_verify}]", "models.reward=null"))
+    said = "warning: on this machine, rewards.math_verify: the package math-verify is not installed"
+    assert said in found
