@@ -71,7 +71,11 @@ def read_annotations(path: Path) -> tuple[Annotation, ...]:
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as JSON ({error})") from error
     if not isinstance(rows, list) or not rows:
-        raise DataError(f"{path}: expected a list of annotations, found {type(rows).__name__}")
+        found_there = type(rows).__name__ if rows or not isinstance(rows, list) else "an empty one"
+        raise DataError(
+            f"{path}: expected a list of annotations, found {found_there}; name an annotations.json that rto judge or "
+            "alpaca_eval wrote"
+        )
     found, problems = [], []
     for number, row in enumerate(rows, 1):
         try:

@@ -6,6 +6,7 @@ before the configuration is validated. Other interpolations name keys of the sam
 values of overrides are read.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import get_args
@@ -141,6 +142,7 @@ def _read(recipe: Path, overrides: Sequence[str]) -> tuple[Tree, Origin]:
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise RecipeError(f"{' '.join(overrides)}: cannot be applied to {recipe}: {error}") from error
     _refuse_unknown_interpolations(from_file, tree, origin)
+    _refuse_dangling(tree, origin)
     try:
         resolved = _resolved(tree, text_of_stage)
     except OmegaConfBaseException as error:
@@ -236,6 +238,27 @@ def _refuse_unknown_interpolations(from_file: DictConfig, tree: DictConfig, orig
         if not any(one == own or one.startswith(f"{own}.") for one in known):
             hint = suggestion(str(name), [n.removeprefix(f"{VARIABLES}.") for n in known])
             raise RecipeError(f"{origin.of(own)}: {own}: no key uses ${{{own}}}{hint}")
+
+
+def _refuse_dangling(tree: DictConfig, origin: Origin) -> None:
+    """OmegaConf's own message names neither the place nor what there is."""
+    known = {key for key, _ in all_keys(_plain(OmegaConf.to_container(tree, resolve=False)))}
+    sections = {key[:end] for key in known for end in range(len(key)) if key[end] == "."}
+    own = sorted(key.removeprefix(f"{VARIABLES}.") for key in known if is_variable(key))
+    problems = []
+    for key, name in _references(tree):
+        if name in known | sections or not re.fullmatch(r"\w+(\.\w+)*", name):
+            continue
+        # `vars.` alone would make every variable like every other.
+        near = (
+            suggestion(name.removeprefix(f"{VARIABLES}."), own, VARIABLES)
+            if is_variable(name)
+            else suggestion(name, known)
+        )
+        hint = near or (f"; {VARIABLES} has {', '.join(own)}" if own else "; there are no vars")
+        problems.append(f"{origin.of(key)}: {key}: found ${{{name}}}; there is no key {name}{hint}")
+    if problems:
+        raise RecipeError("\n".join(problems))
 
 
 def _references(tree: DictConfig) -> list[tuple[str, str]]:

@@ -86,6 +86,8 @@ def _describe_reward(error: ErrorDetails, origin: Origin) -> str:
 
 
 def _rule(error: ErrorDetails) -> str:
+    if error["type"] == "path_type":  # pydantic names Python's class
+        return f"found {_short(error['input'])}; must be a path"
     rule = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     hint = suggestion(str(error["input"]), _choices(error)) if error["type"] == "literal_error" else ""
     return f"found {_short(error['input'])}; {rule}{hint}"

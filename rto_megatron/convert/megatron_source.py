@@ -10,7 +10,7 @@ from rto_megatron.models.hf_config import read_config
 from rto_megatron.models.model_folder import misnamed
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.models.weight_map import dtype_name
-from rto_megatron.storage.checkpoints import CHECKPOINTS, LANGUAGE_ROLES, find_role
+from rto_megatron.storage.checkpoints import CHECKPOINTS, LANGUAGE_ROLES, SCALAR_ROLES, find_role
 from rto_megatron.storage.file_digests import WEIGHTS, first_problem
 from rto_megatron.storage.megatron_args import require_agreement, shape_of_args
 from rto_megatron.storage.megatron_common import read_args
@@ -99,7 +99,11 @@ def _of_run(path: Path, scalar: bool | None) -> MegatronFolder:
         role = path
     else:
         # A run keeps both a policy and a critic: the policy is its result.
-        is_scalar = scalar if scalar is not None else find_role(path, LANGUAGE_ROLES) is None
+        # Where it has neither, a policy is what was expected.
+        has_policy, has_scalar = (
+            find_role(path, roles) is not None for roles in (LANGUAGE_ROLES, SCALAR_ROLES)
+        )
+        is_scalar = scalar if scalar is not None else has_scalar and not has_policy
         role = find_source(path, is_scalar, is_random=False, key="SOURCE").path
     problem = first_problem(role)
     if problem is not None:

@@ -109,10 +109,12 @@ def _rated(responses: str, by: str) -> dict[str, list[Rated]]:
         reward, text = row.columns.get(by), row.columns.get("response")
         if not isinstance(reward, int | float) or not math.isfinite(reward):
             numbers = [name for name, value in row.columns.items() if isinstance(value, int | float)]
-            raise DataError(
-                f"{row.where}: found {reward!r} in the column {by!r}, expected a number; columns with numbers are "
-                f"{', '.join(numbers)}{suggestion(by, numbers)}"
+            there = (
+                f"columns with numbers are {', '.join(numbers)}{suggestion(by, numbers)}"
+                if numbers
+                else "no column has one: name responses that have been rated, as the stage evaluate writes them"
             )
+            raise DataError(f"{row.where}: found {reward!r} in the column {by!r}, expected a number; {there}")
         if "prompt_id" not in row.columns or not isinstance(text, str):
             raise DataError(
                 f"{row.where}: a response has the columns prompt_id and response, as the stage evaluate writes them"

@@ -184,10 +184,7 @@ class ChatTemplate:
         try:
             return tuple(environment.parse(text) for text in self._texts())
         except jinja2.TemplateSyntaxError as error:
-            raise TokenizerError(
-                f"the tokenizer's chat template is no Jinja template (line {error.lineno}: {error}); take the one of "
-                "the model's publisher"
-            ) from error
+            raise _no_jinja(error) from error
 
     def _texts(self) -> Sequence[str]:
         """One template, or several by name, of which transformers takes `tool_use` for rows with tools."""
@@ -216,8 +213,17 @@ class ChatTemplate:
         render: Callable[..., object] = self.tokenizer.apply_chat_template
         try:
             return render(turns, tools=list(conversation.tools) or None, **how, **arguments)
+        except jinja2.TemplateSyntaxError as error:
+            raise _no_jinja(error) from error
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise _RefusedError(str(error)) from error
+
+
+def _no_jinja(error: jinja2.TemplateSyntaxError) -> TokenizerError:
+    return TokenizerError(
+        f"the tokenizer's chat template is no Jinja template (line {error.lineno}: {error}); take the one of the "
+        "model's publisher"
+    )
 
 
 def _openai(turn: Turn) -> Turn:

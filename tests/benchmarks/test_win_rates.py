@@ -57,6 +57,16 @@ def test_files_that_hold_no_verdicts_are_refused(
         rto("score", path)
 
 
+def test_an_empty_list_and_no_list_are_told_apart(tmp_path: Path) -> None:
+    path = tmp_path / "annotations.json"
+    write_json(path, [])
+    with pytest.raises(DataError, match=r"expected a list of annotations, found an empty one; .*judge"):
+        read_annotations(path)
+    write_json(path, {})
+    with pytest.raises(DataError, match="expected a list of annotations, found dict"):
+        read_annotations(path)
+
+
 def test_rows_of_two_models_and_rows_twice_are_named_together(tmp_path: Path) -> None:
     path = annotations(tmp_path / "annotations.json", [1.0, 2.0, 1.5])
     rows = json.loads(path.read_text())

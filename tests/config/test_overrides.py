@@ -252,3 +252,27 @@ def test_an_override_of_micro_batches_by_tokens_or_by_number_unsets_the_other(tm
         with pytest.raises(RecipeError, match=r"batch\.micro=2 and batch\.tokens=4096 exclude each other"):
             load_recipe(by_number, given)
     assert load_recipe(by_tokens, ["batch.tokens=null"]).batch.micro == 1
+
+
+def test_a_variable_that_there_is_not_is_named_with_its_place_and_those_that_there_are(
+    tmp_path: Path,
+) -> None:
+    recipe = write(tmp_path, SOUND)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe, ["models.policy=${vars.nope}/x", "models.dpo=${vars.rot}"])
+    said = str(caught.value)
+    assert "command line: models.policy: found ${vars.nope}; there is no key vars.nope; vars has root" in said
+    assert (
+        "command line: models.dpo: found ${vars.rot}; there is no key vars.rot; did you mean vars.root?"
+        in said
+    )
+    assert "object_type" not in said
+    with pytest.raises(
+        RecipeError, match=r"recipe\.yaml:3: run\.dir: found \$\{vars\.root\}; there is no key vars"
+    ):
+        load_recipe(write(tmp_path, SOUND.replace("vars: {root: runs/x}\n", "")))
+
+
+def test_null_where_a_path_must_stand_is_answered_in_words(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"models\.policy: found None; must be a path$"):
+        load_recipe(write(tmp_path, SOUND), ["models.policy=null"])

@@ -83,6 +83,14 @@ def test_folders_that_are_no_models(models: Path, tmp_path: Path) -> None:
     assert f"{models / 'language'}" in _refusal("hf-to-megatron", models, tmp_path / "m")
 
 
+def test_a_folder_without_a_checkpoint_is_not_taken_for_a_critics(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    said = _refusal("megatron-to-hf", tmp_path / "empty", tmp_path / "back")
+    assert "a finished checkpoint of policy_ema or policy; found []" in said
+    asked = _refusal("megatron-to-hf", tmp_path / "empty", tmp_path / "back", "--head", "scalar")
+    assert "a finished checkpoint of reward or critic; found []" in asked
+
+
 def test_the_wrong_side_of_a_conversion_names_the_command(models: Path, tmp_path: Path) -> None:
     language, megatron = models / "language", models / "megatron"
     said = _refusal("verify", megatron, language)

@@ -136,3 +136,9 @@ def test_what_cannot_be_paired_is_said(rows: list[dict[str, object]], message: s
     with pytest.raises(DataError, match=message):
         write_pairs(rated, prompts(tmp_path, 2), out, "reward/rules", 0.0, seed=0)
     assert not out.exists()
+
+
+def test_answers_that_nothing_has_rated_are_told_what_rates_them(tmp_path: Path) -> None:
+    rated = write_lines(tmp_path / "answers.jsonl", [{"prompt_id": "p0", "response": "a"}] * 2)
+    with pytest.raises(DataError, match=r"expected a number; no column has one.*stage evaluate"):
+        write_pairs(rated, prompts(tmp_path, 1), tmp_path / "pairs.jsonl", "reward/rules", 0.0, seed=0)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from rto_megatron.data.limits import Limits
 from rto_megatron.data.loader import load_demonstrations, load_judged, load_pairs, load_prompts
 from rto_megatron.data.template import TemplateOptions
-from rto_megatron.errors import DataError
+from rto_megatron.errors import DataError, TokenizerError
 
 TURNS = (
     "{% for m in messages %}{% if m.role in ['system', 'user', 'tool'] %}<{{ m.role }}>{{ m.content }}"
@@ -62,6 +62,17 @@ def sft(
         str(tokenizer.decode(one.response_ids)),
         loaded.report.summary(),
     )
+
+
+@pytest.mark.parametrize("row", [{"messages": [user("a"), assistant("b")]}, {"prompt": "a", "response": "b"}])
+def test_a_template_that_is_no_jinja_is_the_tokenizers_mistake(
+    row: Mapping[str, object], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    broken = with_template(tokenizer, TURNS + "{{ m.content ")
+    with pytest.raises(
+        TokenizerError, match=r"the tokenizer's chat template is no Jinja template \(line 1: "
+    ):
+        sft(row, broken, tmp_path)
 
 
 def turn(role: str, content: object = "the dog", **fields: object) -> dict[str, object]:
