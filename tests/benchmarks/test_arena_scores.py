@@ -11,7 +11,7 @@ import pytest
 from benchmarks.made_files import GOLDEN, rto, write_lines
 from scipy.optimize import minimize
 
-from rto_megatron.benchmarks.arena_judgments import LABELS, battles, label_of, read_judgments
+from rto_megatron.benchmarks.arena_judgments import LABELS, Version, battles, label_of, read_judgments
 from rto_megatron.benchmarks.arena_scores import StyledBattles, styled_rates
 from rto_megatron.errors import DataError
 
@@ -101,6 +101,20 @@ def test_rates_at_equal_style_equal_golden_numbers_and_depend_on_the_pool() -> N
     alone = [styled_rates(styled([name]), num_rounds=2, seed=0)[0] for name in ("m1", "m2")]
     for rates, golden in ((together, STYLED["score_sc"]), (alone, STYLED["score_sc_if_model_alone_in_pool"])):
         assert [one.rate for one in rates] == pytest.approx([golden["m1"], golden["m2"]], abs=1e-3)
+
+
+@pytest.mark.parametrize(("version", "percent"), [("v0.1", 95), ("v2.0", 90)])
+def test_the_interval_at_equal_style_holds_as_much_of_the_rounds_as_the_version_says(
+    version: Version, percent: int
+) -> None:
+    """Of one model whose answers are styled as the baseline's, a round's rate is the mean of the drawn battles."""
+    wins = np.array([1.0, 0.0, 0.5, 1.0] * 10)
+    fought = StyledBattles(version, ("ours",), np.zeros(40, dtype=int), wins, np.zeros((40, 4)))
+    (rate,) = styled_rates(fought, num_rounds=12, seed=3)
+    chance = np.random.default_rng(3)
+    means = [100 * wins[chance.integers(40, size=40)].mean() for _ in range(12)]
+    wanted = np.percentile(means, [50 - percent / 2, 50 + percent / 2])
+    assert [rate.low, rate.high] == pytest.approx(wanted, abs=0.2)
 
 
 def pool_files(folder: Path) -> None:

@@ -61,6 +61,29 @@ def test_fits_equal_golden_numbers(strength: str) -> None:
     assert found.standard_error == pytest.approx(golden["lc_standard_error"], abs=0.02)
 
 
+def test_a_row_without_a_preference_is_rated_and_not_fitted() -> None:
+    """The added row leaves the deviation of all lengths as it was, so that the fit is the golden one."""
+    differences = np.array(INPUTS["len_output_1_baseline"]) - np.array(INPUTS["len_output_2_model"])
+    far = round(differences.mean() + differences.std(ddof=1) * math.sqrt((NUM_ROWS + 1) / NUM_ROWS))
+    added = Annotation("new", "b" * (far + 1), "m", None, "base", "ours")
+    strength, golden = next(iter(FITS.items()))
+    found = length_controlled([*rows(), added], {**difficulties(), "new": 1.0}, gamed(), float(strength))
+    assert found.coefficients[0] == pytest.approx(golden["coef_tanh_len"], abs=2e-3)
+    of_new = 1 / (1 + math.exp(-golden["coef_difficulty"] - golden["coef_bias"]))
+    wanted = (NUM_ROWS * golden["length_controlled_winrate"] + 100 * of_new) / (NUM_ROWS + 1)
+    assert found.win_rate == pytest.approx(wanted, abs=0.05)
+
+
+def test_the_tie_of_early_files_is_a_tie() -> None:
+    """They write 0 for it, where later ones have 1.5."""
+    found = [
+        length_controlled([replace(first, preference=tie), *others], difficulties(), gamed(), 1.0)
+        for first, *others in [rows()]
+        for tie in (0.0, 1.5)
+    ]
+    assert found[0] == found[1]
+
+
 def test_the_strength_is_that_of_the_least_loss_on_folds_left_out() -> None:
     """A slow loop of the definition: an own optimiser on the golden rows, folds as GroupKFold deals them."""
     from sklearn.model_selection import GroupKFold
