@@ -14,7 +14,7 @@ from rto_megatron.parallel.topology import Topology
 from rto_megatron.types import BannedTargets
 
 POSITIONS, HIDDEN = 10, 8
-BANNED_IDS = (2, 90)
+BANNED_IDS = (2, 48, 49, 90)  # the first of the second half of 96 and of 97 among them
 PADDING = 50.0  # what a step may leave in rows of padding: large numbers that must not count
 
 

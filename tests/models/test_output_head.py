@@ -1,6 +1,8 @@
 """Log-probs and entropies from states, in chunks, over a split vocabulary: torch's distributions, in less memory."""
 
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from rto_megatron.models.head_memory import CHUNK_POSITIONS, head_bytes
 from rto_megatron.models.logit_shaping import LogitShaping
-from rto_megatron.models.output_head import Targets
+from rto_megatron.models.output_head import Shard, Targets
 from rto_megatron.models.token_entropy import token_entropies
 from rto_megatron.models.token_logprobs import token_logprobs
 
@@ -22,6 +24,7 @@ CASES = [  # (vocabulary, temperature, whether tokens are banned, positions of a
     (97, 1.0, True, 1, LogitShaping(divisor=3.0)),
     (3, 1.0, False, 4, LogitShaping(softcap=6.0)),  # the second shard is padding alone
 ]
+ALONE = SimpleNamespace(rank=lambda: 0, size=lambda: 1)  # a group of one rank
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
@@ -85,6 +88,30 @@ def test_nothing_asked_for_gives_nothing_and_a_gradient_of_zeros() -> None:
     for outputs_2N, grad in run_ranks(2, _without_positions):
         assert outputs_2N.shape == (2, 0)
         assert not grad.any()
+
+
+def test_chunks_are_added_up_without_rounding_in_between() -> None:
+    """Forty positions add 1/2 each to the 500 of the first one, of which bfloat16 keeps nothing one by one."""
+    hidden = torch.ones(41, 1, dtype=torch.bfloat16)
+    weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    logp_N = token_logprobs(hidden, weight, 2, ALONE, Targets(torch.zeros(41, dtype=torch.int64)), chunk=1)
+    (1000 * logp_N[0] + logp_N[1:].sum()).backward()
+    assert weight.grad is not None and weight.grad[:, 0].tolist() == [520, -520]
+
+
+def test_every_row_of_a_large_vocabulary_has_its_gradient() -> None:
+    """At equal logits each of two positions takes 1 / 9000 from the rows of all tokens but the target."""
+    weight = torch.zeros(9000, 1, dtype=torch.bfloat16, requires_grad=True)
+    asked = Targets(torch.zeros(2, dtype=torch.int64))
+    token_logprobs(
+        torch.ones(2, 1, dtype=torch.bfloat16), weight, 9000, ALONE, asked, chunk=1
+    ).sum().backward()
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad[1:].float(), torch.full((8999, 1), -2 / 9000), atol=0, rtol=2**-8)
+
+
+def test_a_shard_whose_tokens_are_all_banned_has_a_finite_maximum() -> None:
+    assert Shard(0, 2, ALONE).largest(torch.full((1, 2), -math.inf)).isfinite().all()
 
 
 NUM_POSITIONS, COLUMNS, WIDTH = 4 * CHUNK_POSITIONS, 1024, 64

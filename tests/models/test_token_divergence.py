@@ -1,6 +1,7 @@
 """Chunked, split log-probabilities and divergences equal a dense loop of the definition, in less memory."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,6 +32,17 @@ def _shaped(logits_NV: Tensor, shaping: LogitShaping) -> Tensor:
     logits_NV = logits_NV / shaping.divisor
     cap = shaping.softcap
     return logits_NV if cap is None else cap * torch.tanh(logits_NV / cap)
+
+
+def test_a_small_divergence_of_large_logits_keeps_its_digits() -> None:
+    """Normalisers of 1,000 have four digits behind the point in float32, and the divergence begins at the fifth."""
+    alone = SimpleNamespace(rank=lambda: 0, size=lambda: 1)
+    logits = torch.tensor([[1000.0], [1000.0], [999.0]]), torch.tensor([[1000.0], [1000 + 2**-6], [999.0]])
+    states = [(torch.ones(1, 1), one) for one in logits]
+    found = token_divergence(states[0], states[1], torch.tensor([0]), 3, alone, chunk=1)
+    logp, logp_ref = (one[:, 0].double().log_softmax(0) for one in logits)
+    wanted = (logp_ref.exp() * (logp_ref - logp)).sum()
+    assert float(found[2, 0]) == pytest.approx(float(wanted), abs=5e-7)
 
 
 def _of_rank(layout: str, vocab_size: int, dtype: torch.dtype, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
