@@ -50,3 +50,7 @@ def test_a_window_counts_the_pairs_in_it() -> None:
     counted = 22 * (sum(pairs) - 512 / 2) + 4 * (sum(whole) - 2000 / 2)
     attention = 2 * 2 * 4 * 256 * counted  # scores and values, each 2 operations for 4 heads of 256
     assert forward_flops(shape, True, [2000]) == 2 * weights_per_token(shape, True) * 2000 + attention
+    # Where no layer is named, all have the window, as in Mistral.
+    attention = 2 * 2 * 4 * 256 * 26 * (sum(pairs) - 512 / 2)
+    everywhere = replace(shape, windowed_layers=())
+    assert forward_flops(everywhere, True, [2000]) == 2 * weights_per_token(shape, True) * 2000 + attention

@@ -31,6 +31,7 @@ def test_the_busiest_is_compared_with_the_mean() -> None:
 def test_a_warning_needs_a_ratio_and_seconds_that_matter() -> None:
     assert slow_rank([0.01, 0.05], 3) is None
     assert slow_rank([10.0, 15.0], 3) is None
+    assert slow_rank([0.4, 0.4, 0.8], 3) is None  # 0.4 s more than the others
     said = slow_rank([1.0, 3.0], 3)
     assert said is not None and said.startswith(
         "warning: step 3: rank 1 needs 3.0 times as long as the median rank"
