@@ -36,12 +36,10 @@ def test_the_first_failure_ends_all_ranks_with_its_traceback(tmp_path):
         (tmp_path / os.environ["RANK"]).write_text(str(os.getpid()))
         if os.environ["RANK"] == "1":
             raise KeyError("lost")
-        time.sleep(60)
+        time.sleep(3600)
 
-    start = time.monotonic()
     with pytest.raises(RankError, match=r"rank 1 of 2(?s:.*)KeyError: 'lost'"):
         run_ranks(2, fail_on_one)
-    assert time.monotonic() - start < 10
     for file in tmp_path.iterdir():
         with pytest.raises(ProcessLookupError):
             os.kill(int(file.read_text()), 0)

@@ -47,7 +47,11 @@ def test_a_nan_is_a_row_without_a_verdict(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("preferences", "said"),
-    [([1.0, 2.5], "row 2.*2.5, expected a number from 1 to 2"), ([None, None], "never gave a verdict")],
+    [
+        ([1.0, 0.5], "row 2.*0.5, expected a number from 1 to 2"),
+        ([1.0, 2.5], "row 2.*2.5, expected a number from 1 to 2"),
+        ([None, None], "never gave a verdict"),
+    ],
 )
 def test_files_that_hold_no_verdicts_are_refused(
     preferences: list[float | None], said: str, tmp_path: Path

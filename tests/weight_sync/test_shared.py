@@ -225,9 +225,7 @@ def test_an_abort_ends_the_wait_of_every_rank_with_its_words() -> None:
         for number in range(2):
             communicator.broadcast(buffers[number], 0)
 
-    started = time.monotonic()
     sender, reader, aborter = on_ranks(1, 3, work, timeout_s=30)
-    assert time.monotonic() - started < 15
     assert sender == "weight transfer given up: the server is gone" and aborter is None
     assert reader == sender
 
