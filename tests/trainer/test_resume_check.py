@@ -44,7 +44,6 @@ def _verdict(items: list[Item], tolerance: float) -> tuple[bool, str]:
     return is_kept, lines[-1]
 
 
-@pytest.mark.slow
 def test_the_command_finds_a_resumed_rto_run_equal(files: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "rto.yaml"
     recipe.write_text(load.dump(configure("rto", files, tmp_path / "run", **ADAPTIVE)))
