@@ -1,4 +1,4 @@
-"""The archive of the language experiment gives the numbers that docs/language.md states."""
+"""The archives of the language experiment give the numbers that docs/language.md states."""
 
 import tarfile
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 from rto_megatron.experiments.design import on_first_seeds, tuned_before
 from rto_megatron.experiments.language.attribution import attribution
 from rto_megatron.experiments.language.language_arms import EXPERIMENT
+from rto_megatron.experiments.page import paired_rows
 from rto_megatron.experiments.summary import ArmResult, summarise
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -15,8 +16,8 @@ NAMES = {
 }  # fmt: skip
 
 
-def _row(arm: ArmResult) -> str:
-    (one,) = arm.seeds
+def _row(arm: ArmResult, seed: int) -> str:
+    one = arm.seeds[seed]
     found = one.evaluation
     assert one.distinct is not None
     true, score, kl = (
@@ -24,24 +25,39 @@ def _row(arm: ArmResult) -> str:
         for value, digits in ((found.rewards["rules"], 3), (found.rewards["model"], 2), (found.kl, 2))
     )
     far = "0" if found.kl.mean == 0 else kl
-    end = ["", ""] if one.at_matched_kl is None else [f"{one.at_matched_kl:.3f}", f"{one.episodes:.0f}"]
+    end = ["", ""]
+    if one.curve is not None:
+        assert one.at_matched_kl is not None
+        reached = "never" if one.episodes is None else f"{one.episodes:.0f}"
+        end = [f"{one.at_matched_kl:.3f}", reached]
     cells = [
         NAMES[arm.name], true, score, far, f"{found.response_tokens.mean:.1f}", f"{one.distinct:.2f}", *end,
     ]  # fmt: skip
     return "".join(f"| {cell} " if cell else "| " for cell in cells) + "|"
 
 
-def test_the_page_states_what_the_archive_holds(tmp_path: Path) -> None:
-    with tarfile.open(DOCS / "evidence/language_seed0.tar.xz") as archive:
-        archive.extractall(tmp_path, filter="data")
+def _tokens_row(seed: int, folder: Path) -> str:
+    found = attribution(folder / "rto_x1", folder / "task/prompts_train.jsonl")
+    assert None not in (found.kept, found.broke, found.others, found.ranked)
+    kept, broke, others = (f"{one:+.2f}" for one in (found.kept, found.broke, found.others))
+    below = f"{100 * (found.ranked or 0):.0f} of 100"
+    cells = [seed, f"{found.num_tokens:,}", f"{found.correlation:.2f}", below, kept, broke, others]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def test_the_page_states_what_the_archives_hold(tmp_path: Path) -> None:
+    archives = sorted(DOCS.glob("evidence/language_seed*.tar.xz"))
+    for path in archives:
+        with tarfile.open(path) as archive:
+            archive.extractall(tmp_path, filter="data")
     page = (DOCS / "language.md").read_text()
-    results = summarise(tuned_before(on_first_seeds(EXPERIMENT, 1), 1.0), tmp_path)
+    experiment = tuned_before(on_first_seeds(EXPERIMENT, len(archives)), 1.0)
+    results = summarise(experiment, tmp_path)
     assert {arm.name for arm in results} == NAMES.keys()
     for arm in results:
-        assert _row(arm) in page
-    found = attribution(tmp_path / "seed0/rto_x1", tmp_path / "seed0/task/prompts_train.jsonl")
-    assert (
-        f"over {found.num_tokens:,} tokens of RTO's first ten steps; correlation with the program's" in page
-    )
-    below = f"response in {100 * (found.ranked or 0):.0f} of 100 pairs"
-    assert f"credit {found.correlation:.2f};" in page and below in page
+        for seed in experiment.design.seeds:
+            assert _row(arm, seed) in page
+    for cells in paired_rows(results, experiment):
+        assert "| " + " | ".join(cells) + " |" in page
+    for seed in experiment.design.seeds:
+        assert _tokens_row(seed, tmp_path / f"seed{seed}") in page
