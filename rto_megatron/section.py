@@ -22,16 +22,11 @@ class Section(BaseModel):
 
     @model_validator(mode="after")
     def _refuse_unread(self) -> Self:
-        fields = type(self).model_fields
+        values = dict(self)
         for name, why in self.unread().items():
-            value = self.model_dump(mode="json")[name]
-            if value != _plain(fields[name].default):
-                raise ValueError(f"{name}={json.dumps(value)} has no effect {why}")
+            if values[name] != type(self).model_fields[name].default:
+                raise ValueError(f"{name}={json.dumps(values[name])} has no effect {why}")
         return self
-
-
-def _plain(default: object) -> object:
-    return list(default) if isinstance(default, tuple) else default
 
 
 def unread_keys(section: Section, prefix: str = "") -> set[str]:

@@ -283,9 +283,9 @@ def _of_other_questions(path: Path, task: JudgeTask) -> list[str]:
     assert task.questions is not None
     if task.category is None or not path.exists():
         return []
-    key = "question_id" if _version(task) == "v0.1" else "uid"
+    key, asked = "question_id" if _version(task) == "v0.1" else "uid", set(task.questions.keys)
     lines = path.read_text(encoding="utf-8").splitlines()
-    return [line for line in lines if json.loads(line)[key] not in task.questions.keys]
+    return [line for line in lines if json.loads(line)[key] not in asked]
 
 
 def _row_01(
