@@ -6,8 +6,9 @@ Usage: .venv/bin/python tools/benchmark_phases.py MODEL [--dtype bf16] [--sequen
 
 MODEL is a Hugging Face folder. Random sequences of one length, of which two thirds are responses, so that plain torch
 pads nothing; one process with OMP_NUM_THREADS threads. Plain torch is the model as transformers builds it, with
-log_softmax over its logits, autograd and fused AdamW, all in the stated dtype; here trained weights, gradients and
-moments are float32 in bf16 too. In turns; medians of CPU seconds, and the ratio of every round. A round goes before.
+log_softmax over its logits and autograd, all in the stated dtype, and torch's clipping and fused AdamW on float32
+weights, of which bf16 ones are copies, as they are here. In turns; medians of CPU seconds, and the ratio of every
+round. A round goes before.
 `tools/benchmark_generation.py --model MODEL` is the same for sampling.
 """
 
@@ -31,7 +32,9 @@ def plain_phases(options: argparse.Namespace) -> Mapping[str, Callable[[], objec
     """What a short program of transformers and torch does."""
     dtype = torch.float32 if options.dtype == "fp32" else torch.bfloat16
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    weights = list(model.parameters())
+    masters = weights if dtype == torch.float32 else [weight.detach().float() for weight in weights]
+    optimizer = torch.optim.AdamW(masters, lr=1e-6, fused=True)
     micros = random_rows(model.config.vocab_size, options).split(options.micro)
     first = options.tokens // 3
     num_asked = options.sequences * (options.tokens - first)
@@ -46,11 +49,21 @@ def plain_phases(options: argparse.Namespace) -> Mapping[str, Callable[[], objec
                 log_probs(ids_BT)
 
     def gradients() -> None:
-        optimizer.zero_grad()
+        model.zero_grad()
         for ids_BT in micros:
             (-log_probs(ids_BT).sum() / num_asked).backward()
 
-    return {"scores": scores, "gradients": gradients, "optimizer": optimizer.step}
+    def step() -> None:
+        for master, weight in zip(masters, weights, strict=True):
+            assert weight.grad is not None
+            master.grad = weight.grad.float()
+        torch.nn.utils.clip_grad_norm_(masters, 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            for master, weight in zip(masters, weights, strict=True):
+                weight.copy_(master)
+
+    return {"scores": scores, "gradients": gradients, "optimizer": step}
 
 
 def main() -> None:

@@ -59,10 +59,12 @@ def prepare(precision: FrozenPrecisionConfig | None = None) -> Device:
         device = replace(device, has_fp8=True)
     cpu.install()
     # Their modules import megatron.core, which must find the patches of cpu in place.
-    from rto_megatron.platform import packed_rope, safe_metadata, sync_save, torch_adam
+    from rto_megatron.platform import packed_rope, safe_metadata, sync_save, torch_adam, torch_clipping
 
     packed_rope.install()
     torch_adam.install()
+    if device.kernels == "torch":  # the other kernels bring their own
+        torch_clipping.install()
     safe_metadata.install()
     sync_save.install()
     return device

@@ -48,9 +48,9 @@ def test_megatron_finds_neither_transformer_engine_nor_apex_that_is_installed(tm
         "import torch; from rto_megatron.platform.device import prepare; kernels = prepare().kernels;"
         "assert kernels == prepare().kernels == 'torch', kernels;"
         "from megatron.core import optimizer; from megatron.core.transformer.moe import moe_utils;"
-        "from megatron.core.optimizer import clip_grads; from megatron.core.utils import local_multi_tensor_l2_norm;"
+        "from megatron.core.optimizer import clip_grads; from megatron.core.utils import local_multi_tensor_applier;"
         "assert optimizer.Adam is torch.optim.AdamW and moe_utils.te_general_gemm is None;"
-        "assert clip_grads.l2_norm_impl is local_multi_tensor_l2_norm"
+        "assert clip_grads.multi_tensor_applier is local_multi_tensor_applier"
     )
     assert _fresh(program, tmp_path) == ""
 
