@@ -2,13 +2,14 @@
 """A step of RTO of this program, with a real vLLM pool, beside the paper's way: the same folders, prompts and cores.
 
 Usage: .venv/bin/python tools/benchmark_rto.py [--prompts FILE] [--rounds 2] [--steps 4] [--batch 32] [--tokens 64]
-           [--max-prompt 64] [--hidden 256] [--layers 4] [--vocab 8000] [--ours 2x1x8] [--paper 1x2x8]
-           [--pool-threads 1] [--try-ways] [--any-load]
+           [--mean-tokens 20] [--max-prompt 64] [--hidden 256] [--layers 4] [--vocab 8000] [--ours 2x1x8]
+           [--paper 1x2x8] [--pool-threads 1] [--try-ways] [--any-load]
 
 FILE has rows with `context_messages`; without it the synthetic task's prompts are taken: the first that are short
 enough, as many as a step has. Policy, reference and DPO model are Llamas of the stated size, reward model and critic
 the same with a scalar head, with random weights of their own, in float32; a step samples one response of up to
---tokens tokens to every prompt, scores it by all five and takes one optimizer step of policy and critic.
+--tokens tokens to every prompt, scores it by all five and takes one optimizer step of policy and critic. Random weights
+hardly ever end a response, so all have --tokens; with --mean-tokens N each token ends one with probability 1/N.
 
 Peers: this program, this program with rollout.old_logprobs=pool, and Hugging Face's `generate` with padded forwards
 (tools/paper_way.py), each started anew in every round on the same cores; the pool is started once, and idles while
@@ -21,6 +22,7 @@ more than a tenth of them ends the program; --any-load goes on all the same. Abo
 import argparse
 import gzip
 import json
+import math
 import os
 import sys
 import tempfile
@@ -50,6 +52,7 @@ _RECIPE = _ROOT / "launchers" / "recipes" / "quickstart" / "rto.yaml"
 _ROLES = ("policy", "reference", "dpo", "reward", "critic")
 _PARTS = ("step", "sample", "score", "update", "push")
 _WIDTH = 140  # columns
+_LARGE = 30.0  # beside the numbers of random states
 _SHARED_CORES = {"OMP_WAIT_POLICY": "PASSIVE"}  # as `rto launch` says where pool and ranks share cores
 
 
@@ -172,7 +175,26 @@ def write_work(root: Path, given: argparse.Namespace) -> Work:
 def _write_model(folder: Path, is_scalar: bool, seed: int, given: argparse.Namespace) -> None:
     torch.manual_seed(seed)
     config = stated_llama(given, 2 * (given.max_prompt + given.tokens))
-    (LlamaForSequenceClassification if is_scalar else LlamaForCausalLM)(config).save_pretrained(folder)
+    model = (LlamaForSequenceClassification if is_scalar else LlamaForCausalLM)(config)
+    if isinstance(model, LlamaForCausalLM) and given.mean_tokens is not None:
+        _end_responses(model, given.mean_tokens)
+    model.save_pretrained(folder)
+
+
+@torch.no_grad()
+def _end_responses(model: LlamaForCausalLM, mean_tokens: float) -> None:
+    """Gives end-of-sequence one chance in `mean_tokens` at every place.
+
+    The first number of every state stays so large that the norm of states is its own: only end-of-sequence reads it.
+    """
+    model.model.embed_tokens.weight[:, 0] = _LARGE
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0.0
+    head = model.lm_head.weight
+    head[:, 0] = 0.0
+    head[model.config.eos_token_id] = 0.0
+    normed = model.config.hidden_size**0.5
+    head[model.config.eos_token_id, 0] = math.log(len(head) / (mean_tokens - 1)) / normed
 
 
 def main() -> None:
@@ -190,6 +212,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="of a round; the first is not counted")
     parser.add_argument("--batch", type=int, default=32, help="prompts of a step")
     parser.add_argument("--tokens", type=int, default=64, help="most tokens of a response")
+    parser.add_argument("--mean-tokens", type=float, help="of responses without that limit; default: endless")
     parser.add_argument("--max-prompt", type=int, default=64, help="tokens of a prompt")
     add_model_sizes(parser)
     parser.add_argument(
