@@ -121,6 +121,6 @@ def test_a_nan_names_its_sample_and_changes_no_weight(
     advantages_T[step.microbatches[1].weight_T > 0] = float("nan")
     broken = [*step.microbatches]
     broken[1] = replace(broken[1], advantages_T=advantages_T)
-    with pytest.raises(PoisonedError, match=rf"NaN or infinite on samples \['{step.names[1][0]}'"):
+    with pytest.raises(PoisonedError, match=rf"NaN or infinite on \d+ samples, \['{step.names[1][0]}'"):
         take_step(model, broken, step.loss, step.names, LR)
     assert all(torch.equal(tensor, before[name]) for name, tensor in _weights(model).items())
