@@ -26,7 +26,7 @@ from torch.distributed import (
 )
 
 from rto_megatron.weight_sync.control_channel import ControlChannel, InFlight, TransportError
-from rto_megatron.weight_sync.nccl_group import nccl_group
+from rto_megatron.weight_sync.nccl_group import FirstBroadcast, nccl_group
 from rto_megatron.weight_sync.sockets import Address, listening, shut_down
 
 LOOPBACK = "127.0.0.1"
@@ -143,7 +143,10 @@ class NetworkWire:
         store = PrefixStore("group", self._channel.store)
         if self._device.type == "cuda":
             rank, timeout_s = self._channel.rank, self._meeting.timeout_s
-            self._group = nccl_group(store, rank, self._world_size, timeout_s, self._device)  # type: ignore[assignment]  # see _Group
+            group = nccl_group(store, rank, self._world_size, timeout_s, self._device)
+            self._group = group  # type: ignore[assignment]  # see _Group
+            first = FirstBroadcast(group, self._device)
+            self._channel.wait_for(first, source=0, deadline=self._channel.deadline())
             return
         device, address = _gloo_device(self._meeting.host)
         self._channel.say(f"listener/{self._channel.rank}", json.dumps(address))
