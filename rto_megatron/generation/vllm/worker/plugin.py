@@ -18,6 +18,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, Weight
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.utils.nccl import unpinned_nccl_env
 
 from rto_megatron.generation.vllm.worker.coverage import Coverage, load_weights, rehearse, tied_parameters
 from rto_megatron.generation.vllm.worker.landing import Landing
@@ -92,7 +93,9 @@ class RtoWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             rank = init_info.first_rank + parallel.data_parallel_index * parallel.world_size + parallel.rank
             device = self.device if meeting.device_type == "cuda" else torch.device("cpu")
             communicator = open_communicator(meeting, rank, device)
-            communicator.join()
+            # What VLLM_BATCH_INVARIANT sets for vLLM's own groups the trainer has not, and NCCL would hang.
+            with unpinned_nccl_env():
+                communicator.join()
             self._communicator = communicator
 
     @contextmanager
