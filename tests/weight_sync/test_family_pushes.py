@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.pool
 
@@ -53,7 +54,7 @@ def outcomes(
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         # On a CPU with AMX vLLM drops what it would need to load attention over latents again.
-        "VLLM_MLA_DISABLE": "1",
+        "VLLM_MLA_DISABLE": str(int(torch.cpu._is_amx_tile_supported())),
     }
     command = [sys.executable, str(here / "loaded_families.py"), str(tmp_path_factory.mktemp("families"))]
     done = subprocess.run(

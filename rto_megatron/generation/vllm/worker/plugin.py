@@ -185,8 +185,10 @@ class RtoWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def _load(self, staged: Staged) -> str | None:
         assert self._coverage is not None
         landing = Landing(self.model, staged.expected, self._coverage.places)
-        expected = {name for name, _ in self.model.named_parameters()}
+        held = {name for name, _ in self.model.named_parameters()}
         initialize_layerwise_reload(self.model)
+        # What vLLM derives from weights, as it does for attention over latents, is gone until the reload ends.
+        expected = held & {name for name, _ in self.model.named_parameters()}
         if self.device.type == "cpu":
             _forget_expert_kernels(self.model)
         # Layers with padded parameters are loaded when the reload is finalised.
