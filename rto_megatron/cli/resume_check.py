@@ -92,10 +92,11 @@ def resume_check_rank(config: Annotated[Path, typer.Argument(help="A saved confi
     """One rank of one of the two runs."""
     from rto_megatron.config.load import load_recipe
     from rto_megatron.lifecycle.stopping import die_with_parent
-    from rto_megatron.platform.device import prepare
+    from rto_megatron.platform.device import prepare, sum_in_one_order
 
     die_with_parent()
     prepare(load_recipe(config, []).precision)
+    sum_in_one_order()
     from rto_megatron.proofs.resumed_runs import read_config, run_observed
 
     run_observed(read_config(config, []))

@@ -85,6 +85,16 @@ def _choose_device(kernels: Kernels) -> Device:
     return Device(torch.device("cuda", local_rank), "nccl", kernels)
 
 
+def sum_in_one_order() -> None:
+    """Has kernels add up alike each time, in this process, for whoever compares bit for bit.
+
+    On a GPU the backward pass of attention adds up in no fixed order otherwise, which is faster. Call it before
+    anything is computed: cuBLAS reads its variable once, and without it torch refuses the products.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+
+
 def require_usable_apex() -> None:
     """Refuse an installed `apex` that is not NVIDIA's; megatron.core imports whatever has the name.
 

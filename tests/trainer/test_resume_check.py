@@ -1,11 +1,13 @@
 """The check finds a resumed run equal, and names whatever a resume loses."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from ranks import run_ranks
 from trainer.tiny_runs import configure
@@ -13,7 +15,7 @@ from typer.testing import CliRunner
 
 from rto_megatron.algorithms.kl_controller import KLController
 from rto_megatron.cli.main import app
-from rto_megatron.cli.resume_check import resumed_layout, run_both, told
+from rto_megatron.cli.resume_check import resume_check_rank, resumed_layout, run_both, told
 from rto_megatron.config import load
 from rto_megatron.config.schema import TrainStage
 from rto_megatron.data.batches import Batches
@@ -42,6 +44,21 @@ def _verdict(items: list[Item], tolerance: float) -> tuple[bool, str]:
     print("\n".join(lines))
     assert len(lines) == len(items) + 1
     return is_kept, lines[-1]
+
+
+def _order_of_sums(config: Path) -> tuple[bool, bool, str | None]:
+    resume_check_rank(config)
+    is_fixed, is_warning = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    return is_fixed, is_warning, os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+
+
+def test_the_runs_that_are_compared_add_up_in_one_order(files: Path, tmp_path: Path) -> None:
+    run = whole_run(configure("dpo", files, tmp_path / "dpo"), 1, tmp_path / "whole")
+    # What attention's backward pass asks torch for, and what its products are refused without, on a GPU.
+    assert run_ranks(1, _order_of_sums, run.run.dir / "config.yaml") == [(True, False, ":4096:8")]
 
 
 def test_the_command_finds_a_resumed_rto_run_equal(files: Path, tmp_path: Path) -> None:
