@@ -278,6 +278,8 @@ def silent_end(run_dir: Path, failure: RankFailure, attempt: int, kills_before: 
         message += f"; the kernel ended a process for want of memory in that time: {MEMORY_KNOBS}"
     elif name is not None and name != "SIGKILL":
         message += f"; its stack is in {run_dir / STACKS}"
+    if name == "SIGABRT":
+        message += "; on GPUs torch ends a rank so whose collective failed or took longer than run.collective_timeout_s"
     return Status(reason, step, message, attempt, message)
 
 

@@ -8,7 +8,8 @@ from typer.testing import CliRunner
 
 from rto_megatron.cli.main import app
 from rto_megatron.errors import RunFolderError
-from rto_megatron.launching.attempts import ATTEMPTS_FILE, Next, Tally, decide, decide_in_job
+from rto_megatron.launching.attempts import ATTEMPTS_FILE, Next, Tally, decide, decide_in_job, silent_end
+from rto_megatron.launching.torchrun import RankFailure
 from rto_megatron.lifecycle.status import ExitReason, Status, read_status, write_status
 
 AGAIN, REQUEUE, END = Next.AGAIN, Next.REQUEUE, Next.END
@@ -134,3 +135,10 @@ def test_a_decision_without_the_count_of_those_before_is_refused(content: str | 
         (tmp_path / ATTEMPTS_FILE).write_text(content)
     with pytest.raises(RunFolderError, match=r"attempts\.json: found no tally.*submit the job again"):
         decide_in_job(tmp_path, 2, 3, is_time_up=False)
+
+
+def test_an_abort_says_that_a_collective_over_nccl_may_have_run_out_of_time(tmp_path: Path) -> None:
+    aborted, crashed = (silent_end(tmp_path, RankFailure(1, -number), 1, 0) for number in (6, 11))
+    assert aborted.reason == crashed.reason == ExitReason.BUG  # started again like a HANG
+    assert "ended by SIGABRT" in aborted.message and "run.collective_timeout_s" in aborted.message
+    assert "ended by SIGSEGV" in crashed.message and "run.collective_timeout_s" not in crashed.message
