@@ -140,6 +140,7 @@ def rate(
     from rto_megatron.config.load import load_recipe
     from rto_megatron.config.reward_code import running_code
     from rto_megatron.data.rated_answers import rate_answers
+    from rto_megatron.reporting.progress import plain
     from rto_megatron.reporting.rated_table import extremes_table, spread_table
     from rto_megatron.reporting.samples import show
 
@@ -149,7 +150,9 @@ def rate(
     tokenizer, eos = _tokenizer(config)
     for line in running_code(config.rewards):
         typer.echo(line)
-    rated = [(one.sample, one.given) for one in rate_answers(config, tokenizer, eos, answers, rows)]
+    answered, report = rate_answers(config, tokenizer, eos, answers, rows)
+    typer.echo(plain(report.summary()))
+    rated = [(one.sample, one.given) for one in answered]
     show(spread_table(rated))
     show(extremes_table(rated, examples))
 

@@ -13,11 +13,13 @@ from rto_megatron.config.rewards import ModelSource, OverlongSource
 from rto_megatron.data.encoder import Encoder
 from rto_megatron.data.layouts import DEMONSTRATIONS
 from rto_megatron.data.limits import limits_of
+from rto_megatron.data.load_report import Loaded, LoadReport
 from rto_megatron.data.loading import load_rows
 from rto_megatron.data.row import Row
 from rto_megatron.data.rows import json_columns, row_id
 from rto_megatron.data.sample_reader import SampleReader
 from rto_megatron.errors import DataError, RecipeError
+from rto_megatron.rewards.given import listed
 from rto_megatron.rewards.raters import rater_of
 from rto_megatron.rewards.sample import Sample
 from rto_megatron.types import EndOfSequence, Rollout
@@ -41,8 +43,9 @@ def rate_answers(
     eos: EndOfSequence,
     answers: str,
     num_rows: int,
-) -> list[RatedAnswer]:
-    """Has the functions, services and verifiers of a recipe rate the first answers of a file, in their order.
+) -> tuple[list[RatedAnswer], LoadReport]:
+    """Has the functions, services and verifiers of a recipe rate the first answers of a file, in their order; says
+    what became of its rows too.
 
     They see each answer as in a run: cut to `sampling.max_response_tokens`, with the columns of its row. What they give
     is shown before weights, clips and all else that a run does to it.
@@ -63,13 +66,14 @@ def rate_answers(
             "stage alone; name a source of your own (docs/rewards.md), or run the stage evaluate"
         )
     refuse(missing_packages(tuple(sources)))
-    samples = _samples(config, tokenizer, eos, answers, num_rows)
+    loaded = _samples(config, tokenizer, eos, answers, num_rows)
+    samples = loaded.items
     given: list[dict[str, float]] = [{} for _ in samples]
     for source in sources:
         for row, one in zip(given, rater_of(source).rate(samples), strict=True):
             row[source.name] = one if isinstance(one, float) else sum(one)
     _require_numbers(samples, given)
-    return [RatedAnswer(sample, row) for sample, row in zip(samples, given, strict=True)]
+    return [RatedAnswer(sample, row) for sample, row in zip(samples, given, strict=True)], loaded.report
 
 
 def _require_numbers(samples: Sequence[Sample], given: Sequence[Mapping[str, float]]) -> None:
@@ -80,9 +84,8 @@ def _require_numbers(samples: Sequence[Sample], given: Sequence[Mapping[str, flo
         ]
         if bad:
             raise DataError(
-                f"rewards.{name}: gave {len(bad)} of {len(given)} answers a reward that is NaN or infinite, to "
-                f"{', '.join(bad[:5])}{'' if len(bad) < 6 else ', ...'}; a run skips each step that has one: mend the "
-                "source"
+                f"rewards.{name}: gave a reward that is NaN or infinite to {listed(bad)}, of {len(given)}; a run skips "
+                "each step that has one: mend the source"
             )
 
 
@@ -92,7 +95,7 @@ def _samples(
     eos: EndOfSequence,
     answers: str,
     num_rows: int,
-) -> list[Sample]:
+) -> Loaded[Sample]:
     # `data.layout` decides among layouts of prompts, and these rows hold answers.
     encoder = Encoder(tokenizer, replace(limits_of(config), layout=None), eos, closes_cut_answers=False)
 
@@ -112,4 +115,4 @@ def _samples(
         )
         return SampleReader(tokenizer, {(prompt_id, prompt_ids): json_columns(row)}).sample(rollout)
 
-    return list(load_rows(answers, read, encoder, num_rows).items)
+    return load_rows(answers, read, encoder, num_rows)

@@ -1,5 +1,6 @@
 """`rto data rate`: a recipe's rewards on answers that are there, before anything is trained."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -56,8 +57,9 @@ def function(folder: Path, name: str, pays: str) -> str:
     return f"{{kind: function, name: {name}, function: {folder / 'mine.py'}:{name}, pays: {pays}}}"
 
 
-def rate(folder: Path, *sources: str) -> Result:
+def rate(folder: Path, *sources: str, overlong: str = "error") -> Result:
     given = [str(RECIPE), *keys(folder, *sources), "--answers", str(folder / "answers.jsonl")]
+    given.append(f"data.overlong={overlong}")
     return CliRunner().invoke(app, ["data", "rate", *given])
 
 
@@ -66,7 +68,9 @@ def test_sources_see_each_answer_as_in_a_run(answers: Path) -> None:
     config = load_recipe(RECIPE, keys(answers, *sources))
     assert isinstance(config, EvaluateStage)
     tokenizer = load_tokenizer(answers / "models/policy")
-    first, second = rate_answers(config, tokenizer, own_eos(tokenizer), str(answers / "answers.jsonl"), 10)
+    rated, report = rate_answers(config, tokenizer, own_eos(tokenizer), str(answers / "answers.jsonl"), 10)
+    first, second = rated
+    assert (report.rows, report.kept) == (2, 2)
     assert first.given == {"seen": 103.5, "tokens": 5.0}  # three words, and an end that counts twice
     assert (len(second.sample.response_ids), second.sample.finish_reason) == (20, "length")
     assert second.given == {"seen": 220.0, "tokens": 20.0}
@@ -91,6 +95,14 @@ def test_rewards_that_need_a_run_and_stages_that_pay_none_are_refused(answers: P
 
 def test_a_reward_that_is_no_number_is_told_with_the_answers_that_got_it(answers: Path) -> None:
     refused = rate(answers, function(answers, "broken", "response"))
-    assert "rewards.broken: gave 1 of 2 answers a reward that is NaN or infinite, to b;" in str(
-        refused.exception
-    )
+    told = "rewards.broken: gave a reward that is NaN or infinite to 1 sample: b, of 2;"
+    assert told in str(refused.exception)
+
+
+def test_answers_that_were_not_rated_are_told(answers: Path) -> None:
+    long = {"prompt_id": "c", "prompt": "red " * 40, "response": "blue", "gold": 3}
+    with (answers / "answers.jsonl").open("a") as file:
+        file.write(json.dumps(long) + "\n")
+    shown = rate(answers, function(answers, "seen", "response"), overlong="drop")
+    assert shown.exit_code == 0, shown.output
+    assert "3 rows read, 2 kept, 1 dropped" in " ".join(shown.output.split())
