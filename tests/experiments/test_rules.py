@@ -113,3 +113,15 @@ def test_prompts_state_their_rules_and_none_stands_in_both_files(tmp_path: Path)
 def test_more_prompts_than_there_are_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="different ones"):
         write_prompts(tmp_path, 10**7, 1, seed=0)
+
+
+def test_prompts_of_another_seed_are_not_written_over(tmp_path: Path) -> None:
+    command = ["rules", str(tmp_path), "--train", "5", "--test", "3"]
+    CliRunner().invoke(app, command, catch_exceptions=False)
+    held = {path: path.read_text() for path in tmp_path.iterdir()}
+    with pytest.raises(DataError, match=r"prompts_train\.jsonl holds other prompts; name another folder"):
+        CliRunner().invoke(app, [*command, "--seed", "2"], catch_exceptions=False)
+    assert {path: path.read_text() for path in tmp_path.iterdir()} == held
+    (tmp_path / "prompts_test.jsonl").write_text(held[tmp_path / "prompts_test.jsonl"][:40])  # it was stopped
+    CliRunner().invoke(app, command, catch_exceptions=False)
+    assert {path: path.read_text() for path in tmp_path.iterdir()} == held

@@ -38,13 +38,18 @@ def write_prompts(folder: Path, train: int, test: int, seed: int) -> tuple[Path,
     """Writes prompts_train.jsonl and prompts_test.jsonl; returns their paths. No prompt stands in both, or twice.
 
     Raises:
-        DataError: there are fewer different prompts than asked for.
+        DataError: there are fewer different prompts than asked for, or the folder holds others than these.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = list(_rows(train + test, seed))
     paths = folder / "prompts_train.jsonl", folder / "prompts_test.jsonl"
-    for path, own in zip(paths, (rows[:train], rows[train:]), strict=True):
-        path.write_text("".join(json.dumps(row) + "\n" for row in own), encoding="utf-8")
+    texts = ["".join(json.dumps(row) + "\n" for row in own) for own in (rows[:train], rows[train:])]
+    for path, text in zip(paths, texts, strict=True):
+        # What was stopped while it wrote left a beginning.
+        if path.exists() and not text.encode().startswith(path.read_bytes()):
+            raise DataError(f"{path} holds other prompts; name another folder, or remove it first")
+    for path, text in zip(paths, texts, strict=True):
+        path.write_text(text, encoding="utf-8")
     return paths
 
 
