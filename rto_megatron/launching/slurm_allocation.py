@@ -9,6 +9,7 @@ from pathlib import Path
 _GPU_ENTRY = re.compile(r"gpu(:[\w.-]*[A-Za-z][\w.-]*)?(:(?P<count>\d+))?")
 # MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS, DAYS-HOURS:MINUTES or DAYS-HOURS:MINUTES:SECONDS
 _LIMIT = re.compile(r"((?P<days>\d+)-)?(?P<parts>\d+(:\d+){0,2})")
+_SIZE = re.compile(r"\d+([KMGTP]B?)?", re.IGNORECASE)
 _NO_LIMIT = ("infinite", "unlimited", "-1")
 _EARLY_S = 60  # by which SLURM's signal may come before its time
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")
@@ -107,6 +108,10 @@ class Allocation:
             problems.append(
                 f"--time {self.time}: no limit that SLURM reads; expected minutes, hours:minutes:seconds or "
                 "days-hours, as in 90, 24:00:00 or 2-12"
+            )
+        if self.memory is not None and self.memory.strip() and not _SIZE.fullmatch(self.memory.strip()):
+            problems.append(
+                f"--mem {self.memory}: no size that SLURM reads; expected a number with K, M, G or T, as in 500G"
             )
         limit_s = None if self.time is None else _seconds(self.time)
         if limit_s is not None and limit_s <= self.notice_s + _EARLY_S:

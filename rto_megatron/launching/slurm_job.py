@@ -154,10 +154,11 @@ def plan_job(
     Raises:
         UserError: it cannot work.
     """
-    refuse([*allocation.problems(), *_folder_problems(config, allocation)])
-    _refuse_other_machines(config, allocation)
+    problems = [*allocation.problems(), *_folder_problems(config, allocation)]
     if pool_tensor > 1 and allocation.pool_nodes == 0:
-        raise RecipeError(f"--pool-tensor {pool_tensor} has no effect without --pool-nodes; remove it")
+        problems.append(f"--pool-tensor {pool_tensor} has no effect without --pool-nodes; remove it")
+    refuse(problems)
+    _refuse_other_machines(config, allocation)
     ranks_per_node = allocation.gpus or max(1, fewest_ranks(config.parallel) // allocation.trainer_nodes)
     plan, shapes = judged(
         config, ranks_per_node * allocation.trainer_nodes, assume, _origin(allocation, ranks_per_node)

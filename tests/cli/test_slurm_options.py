@@ -138,6 +138,12 @@ def test_the_site_gets_what_it_wants_to_know(tmp_path: Path) -> None:
             ["--time abc: no limit that SLURM reads; expected minutes, hours:minutes:seconds"],
         ),
         (["--time", "24h"], ["--time 24h: no limit that SLURM reads"]),
+        (["--mem", "500GG"], ["--mem 500GG: no size that SLURM reads; expected a number with K, M, G or T"]),
+        (["--mem", "half"], ["--mem half: no size that SLURM reads"]),
+        (
+            ["--pool-tensor", "2", "--time", "24h"],
+            ["--time 24h: no limit", "--pool-tensor 2 has no effect without --pool-nodes"],
+        ),
         (["--mount", "/data"], ["--mount /data has no effect without a container"]),
         (["--partition", "a\n#SBATCH --uid=0"], ["--partition: found 'a\\n#SBATCH --uid=0'; a line break"]),
         (["--preamble", "/nowhere/modules.sh"], ["--preamble /nowhere/modules.sh: cannot be read"]),
@@ -230,8 +236,3 @@ def test_pyxis_refuses_folders_whose_names_it_would_split(tmp_path: Path) -> Non
     script = slurm(recipe_in(tmp_path, tmp_path), *options)
     assert "--container-image=nvcr.io#nvidia/pytorch:25.01-py3" in setting(script, "step_options")
     assert setting(script, "container") == []
-
-
-def test_a_size_of_servers_without_nodes_for_them_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="--pool-tensor 2 has no effect without --pool-nodes"):
-        slurm(recipe_in(tmp_path, tmp_path), "--gpus-per-node", "8", "--pool-tensor", "2")
