@@ -95,7 +95,12 @@ def _loaded(recipe: Path, given: list[str], own: "Sequence[str]") -> "Stage":
 def _lengths(
     recipe: Path, overrides: list[str], prompt_tokens: int | None, response_tokens: int | None
 ) -> "Lengths | None":
-    """What the user says; what is left out is the longest that the recipe admits."""
+    """What the user says; what is left out is the longest that the recipe admits.
+
+    Raises:
+        RecipeError: it is longer than that.
+    """
+    from rto_megatron.config.checks import refuse
     from rto_megatron.config.load import load_recipe
     from rto_megatron.config.plan import fewest_ranks, plan_stage
     from rto_megatron.planning.whole_step import Lengths, longest_lengths
@@ -103,8 +108,23 @@ def _lengths(
     if prompt_tokens is None and response_tokens is None:
         return None
     config = load_recipe(recipe, overrides)
-    longest = longest_lengths(plan_stage(config, fewest_ranks(config.parallel)))
-    return Lengths(prompt_tokens or longest.prompt, response_tokens or longest.response)
+    plan = plan_stage(config, fewest_ranks(config.parallel))
+    longest = longest_lengths(plan)
+    lengths = Lengths(prompt_tokens or longest.prompt, response_tokens or longest.response)
+    parts = [
+        (f"--prompt-tokens {lengths.prompt}", lengths.prompt, longest.prompt, "data.max_prompt_tokens"),
+        (
+            f"--response-tokens {lengths.response}",
+            lengths.response,
+            longest.response,
+            "sampling.max_response_tokens",
+        ),
+    ]
+    if plan.facts.online is None:  # a pair has one limit for both
+        name = f"--prompt-tokens {lengths.prompt} --response-tokens {lengths.response}"
+        parts = [(name, lengths.both, *plan.facts.longest_sequence)]
+    refuse(f"{name}: expected at most {most}, {key}" for name, found, most, key in parts if found > most)
+    return lengths
 
 
 def _simulated(chosen: "Sequence[Candidate]", gpu: "Gpu") -> "list[tuple[Candidate, int]]":

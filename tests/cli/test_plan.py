@@ -104,3 +104,28 @@ def test_a_budget_in_which_nothing_fits_is_refused_with_ways_out() -> None:
     # The policy of 8.03 B parameters takes 18 bytes each, 134.6 GiB, and activations 7.4 while the reference waits in
     # host memory: two GPUs have 158, an H200 139.4.
     assert said.endswith("Ways out: take 2 GPUs; take 1 b200")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "given", "said"),
+    [
+        (
+            "rto",
+            ["--response-tokens", "1025"],
+            "--response-tokens 1025: expected at most 1024, sampling.max_resp",
+        ),
+        (
+            "rto",
+            ["--prompt-tokens", "1025"],
+            "--prompt-tokens 1025: expected at most 1024, data.max_prompt_tokens",
+        ),
+        (
+            "dpo",
+            ["--prompt-tokens", "2000", "--response-tokens", "100"],
+            "expected at most 2048, data.max_length",
+        ),
+    ],
+)
+def test_longer_texts_than_the_recipe_admits_are_refused(recipe: str, given: list[str], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        plan(str(RECIPES / f"llama3_8b/{recipe}.yaml"), *given)
