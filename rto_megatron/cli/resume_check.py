@@ -67,6 +67,7 @@ def resume_check(
             f"--tolerance {tolerance:g} has no effect without --resume-at: at the run's own layout everything is "
             "compared bit for bit; remove it, or name another layout"
         )
+    _require_empty(scratch)
     from rto_megatron.config.training import ParallelConfig
     from rto_megatron.platform.device import prepare
 
@@ -86,6 +87,11 @@ def resume_check(
     allowed = _ROUNDING if tolerance is None else tolerance
     if not told(items, 0.0 if resume_at is None else allowed, typer.echo):
         raise typer.Exit(1)
+
+
+def _require_empty(scratch: Path | None) -> None:
+    if scratch is not None and scratch.exists() and not (scratch.is_dir() and not any(scratch.iterdir())):
+        raise RecipeError(f"--scratch {scratch}: expected a new or empty folder; name another one")
 
 
 def resume_check_rank(config: Annotated[Path, typer.Argument(help="A saved configuration.")]) -> None:
@@ -152,8 +158,6 @@ def run_both(
     from rto_megatron.config.plan import fewest_ranks
     from rto_megatron.proofs.resumed_runs import resumed_run, whole_run
 
-    if (root / "whole").exists() or (root / "resumed").exists():
-        raise RecipeError(f"--scratch {root} holds the runs of an earlier check; name a new folder")
     whole = whole_run(config, k, root / "whole")
     train(whole, fewest_ranks(whole.parallel, replicas))
     train(resumed_run(whole, k, root / "resumed", parallel), num_ranks)

@@ -262,9 +262,11 @@ def test_a_tolerance_that_nothing_reads_is_refused(tmp_path: Path) -> None:
         CliRunner().invoke(app, given, catch_exceptions=False)
 
 
-def test_runs_of_an_earlier_check_are_not_mixed_in(files: Path, tmp_path: Path) -> None:
-    (tmp_path / "whole").mkdir()
-    config = configure("sft", files, tmp_path / "run")
-    assert isinstance(config, TrainStage)
-    with pytest.raises(RecipeError, match="holds the runs of an earlier check"):
-        run_both(config, 1, 1, config.parallel, 1, tmp_path, _train)
+@pytest.mark.parametrize("taken", ["notes.txt", "whole/config.yaml", ""])
+def test_a_scratch_folder_that_holds_something_is_refused(taken: str, tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    (scratch / taken).parent.mkdir(parents=True, exist_ok=True)
+    (scratch / taken).write_text("mine")
+    given = ["resume-check", "launchers/recipes/quickstart/sft.yaml", "--scratch", str(scratch)]
+    with pytest.raises(RecipeError, match=r"--scratch \S+scratch: expected a new or empty folder"):
+        CliRunner().invoke(app, given, catch_exceptions=False)
