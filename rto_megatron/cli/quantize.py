@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from rto_megatron.errors import ModelFolderError
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -56,6 +58,13 @@ def quantize(
     the original's on held-out prompts. `vllm serve TARGET` finds the format in config.json. vLLM itself was not tried:
     its CPU build loads the tensors and stops for want of a CUDA kernel (static_scaled_fp8_quant).
     """
+    from rto_megatron.convert.fresh_folder import require_absent
+    from rto_megatron.models.model_folder import misnamed
+
+    # Before ModelOpt is imported, which takes up to a minute.
+    require_absent(target)
+    if not source.exists():
+        raise ModelFolderError(misnamed(source))
     from rich.console import Console
 
     from rto_megatron.convert.quantize import Choices, quantize_checkpoint

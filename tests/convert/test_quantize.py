@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -149,3 +150,15 @@ def test_refusals_say_what_to_do(llama: tuple[Path, Path, QuantizationReport], t
         quantize_checkpoint(source, tmp_path / "long", Choices("fp8", None, 4, 300, 0))
     with pytest.raises(TokenizerError, match="no tokenizer"):
         quantize_checkpoint(source, tmp_path / "text", Choices("fp8", "prompts.jsonl", 4, 16, 0))
+
+
+def test_arguments_are_refused_before_modelopt_is_imported(tmp_path: Path) -> None:
+    script = (
+        "import sys; from typer.testing import CliRunner; from rto_megatron.cli.main import app\n"
+        "told = CliRunner().invoke(app, ['quantize', *sys.argv[1:]]).exception\n"
+        "print(told, 'torch' in sys.modules or 'modelopt' in sys.modules)"
+    )
+    for source, target, said in (("", "", "exists already"), ("none", "new", "does not exist")):
+        command = [sys.executable, "-c", script, str(tmp_path / source), str(tmp_path / target)]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert said in shown and shown.endswith("False\n"), shown
