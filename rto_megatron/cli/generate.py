@@ -102,6 +102,7 @@ def generate(
     from rto_megatron.benchmarks.generate import generate as answer
     from rto_megatron.benchmarks.served_model import served_model
     from rto_megatron.cli.convert import bar
+    from rto_megatron.generation.vllm.gate import read_token
     from rto_megatron.lifecycle.run_lock import held
 
     chosen = name or model.resolve().name
@@ -113,8 +114,9 @@ def generate(
         raise RecipeError(
             "--server and --token-file belong together: a running pool answers only to its token"
         )
-    if servers:
+    if servers and token_file is not None:
         _refuse_of_started(num_servers, tensor_parallel, dtype)
+        read_token(token_file)  # before an export that takes minutes
     with held(out):
         served = served_model(model, out / "export", bar)
 

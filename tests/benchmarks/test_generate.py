@@ -207,6 +207,23 @@ def server() -> Iterator[CannedServer]:
     canned.close()
 
 
+def test_a_token_that_is_not_there_is_told_before_anything_is_read(tmp_path: Path) -> None:
+    files = ("--prompts", tmp_path / "none.json", "--out", tmp_path / "out")
+    with pytest.raises(
+        PoolError, match=r"no token file at \S+nothing; name the one that the pool was started with"
+    ):
+        rto(
+            "generate",
+            tmp_path,
+            *files,
+            "--server",
+            "http://127.0.0.1:9",
+            "--token-file",
+            tmp_path / "nothing",
+        )
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_command_asks_a_running_pool(model: Path, server: CannedServer, tmp_path: Path) -> None:
     (tmp_path / "token").write_text("t" * 40)
     (tmp_path / "token").chmod(0o600)

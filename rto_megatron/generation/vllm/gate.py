@@ -60,7 +60,8 @@ def read_token(token_file: Path) -> str:
     """
     if not token_file.is_file():
         raise PoolError(
-            f"no token file at {token_file}; point rollout.token_file at the one the pool was started with"
+            f"no token file at {token_file}; name the one that the pool was started with (rollout.token_file, or "
+            "--token-file)"
         )
     if token_file.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise PoolError(f"{token_file} is accessible to other users; run: chmod 600 {token_file}")
