@@ -150,13 +150,21 @@ def _url(endpoint: str) -> str:
     from rto_megatron.config.addresses import without_localhost
 
     parts = urllib.parse.urlsplit(endpoint)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    if parts.scheme not in ("http", "https") or not parts.hostname or not _has_sound_port(parts):
         raise RecipeError(f"--endpoint {endpoint}: expected an address as https://api.openai.com/v1")
     if parts.username or parts.password:
         raise RecipeError(
             "--endpoint holds a name or password before an @; give the key by --key-file or --key-env"
         )
     return without_localhost(endpoint).removesuffix("/chat/completions")
+
+
+def _has_sound_port(parts: urllib.parse.SplitResult) -> bool:
+    """None is sound: the scheme has one."""
+    try:
+        return parts.port != 0
+    except ValueError:
+        return False
 
 
 def _key(key_file: Path | None, key_env: str | None) -> str | None:

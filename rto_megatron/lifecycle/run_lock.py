@@ -96,9 +96,14 @@ def held(run_dir: Path, pace: Heartbeat = Heartbeat()) -> Iterator[str]:
     try:
         make_run_folder(run_dir)
         _take(path, me, pace)
+    except (FileExistsError, NotADirectoryError) as error:
+        taken = next(one for one in (run_dir, *run_dir.parents) if one.exists())
+        raise RunFolderError(
+            f"{run_dir}: {taken} is a file; expected the name of a folder to write; take another one"
+        ) from error
     except OSError as error:
         raise RunFolderError(
-            f"{run_dir} cannot be written ({error.strerror}); name another run.dir"
+            f"{run_dir} cannot be written ({error.strerror}); name another folder"
         ) from error
     ended = threading.Event()
     beating = threading.Thread(target=_beat, args=(path, me, pace, ended), name="run lock", daemon=True)

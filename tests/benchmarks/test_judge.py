@@ -21,7 +21,7 @@ from benchmarks.made_files import (
 
 from rto_megatron.benchmarks.chat_endpoint import JudgeReply
 from rto_megatron.benchmarks.judging import preference, shows_model_first, written_preference
-from rto_megatron.errors import DataError, JudgeError, MachineError, RecipeError, UserError
+from rto_megatron.errors import DataError, JudgeError, MachineError, RecipeError, RunFolderError, UserError
 
 KEY = "sk-canary-0123456789"
 
@@ -312,6 +312,9 @@ def test_answers_that_do_not_fit_together_are_named_before_anybody_is_asked(tmp_
         (["--key-file", "/nowhere/key"], MachineError, "/nowhere/key cannot be read"),
         (["--key-env", "A", "--key-file", "b"], RecipeError, "remove one"),
         (["--endpoint", "ftp://there"], RecipeError, "expected an address as https"),
+        (["--endpoint", "there:8000/v1"], RecipeError, "expected an address as https"),
+        (["--endpoint", "http://there:abc/v1"], RecipeError, "expected an address as https"),
+        (["--out", __file__], RunFolderError, r"is a file; expected the name of a folder to write"),
         (["--endpoint", f"https://me:{KEY}@there/v1"], RecipeError, "before an @"),
         (["--template", "/nowhere.yaml"], RecipeError, "cannot be read"),
         (["--questions", "q.jsonl"], RecipeError, "are Arena-Hard's"),

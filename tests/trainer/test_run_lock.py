@@ -339,7 +339,7 @@ def test_a_folder_that_was_made_for_a_refused_run_goes_again(
 def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (
-        pytest.raises(RunFolderError, match=r"cannot be written \(File exists\); name another run\.dir"),
+        pytest.raises(RunFolderError, match=r"file is a file; expected the name of a folder to write"),
         held(tmp_path / "file"),
     ):
         pass
