@@ -7,9 +7,8 @@ from random import Random
 
 import pytest
 import torch
-from data.test_layouts import assistant, user
 from data.test_left_out import OPENS_AND_KEEPS, with_template
-from data.written_rows import write_lines
+from data.written_rows import assistant, user, write_lines
 from transformers import PreTrainedTokenizerBase
 
 from rto_megatron.algorithms.sft import SFT, Config

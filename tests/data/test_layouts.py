@@ -5,24 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from data.written_rows import write_lines
+from data.written_rows import LIMITS, assistant, user, write_lines
 from transformers import PreTrainedTokenizerBase
 
 from rto_megatron.data.layouts import DEMONSTRATIONS, JUDGEMENTS, PAIRS, PROMPTS, READERS
-from rto_megatron.data.limits import Limits
 from rto_megatron.data.loader import load_demonstrations, load_pairs
 from rto_megatron.data.row import Row
 from rto_megatron.errors import DataError
-
-LIMITS = Limits(max_prompt_tokens=200, max_length=400, overlong="error")
-
-
-def user(text: str) -> dict[str, object]:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str) -> dict[str, object]:
-    return {"role": "assistant", "content": text}
 
 
 def says(who: str, text: str, **more: object) -> dict[str, object]:

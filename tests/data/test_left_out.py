@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from data.test_loader import assistant, user, write_lines
+from data.written_rows import assistant, user, write_lines
 from transformers import PreTrainedTokenizerBase
 
 from rto_megatron.data.limits import Limits
