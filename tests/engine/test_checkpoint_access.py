@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from engine.layouts import topology, trained
+from engine.saved_steps import file_contents
 from ranks import run_ranks
-from tiny_models import write_llama
 
 from rto_megatron.config.training import OptimizerConfig
 from rto_megatron.engine.checkpoint import begin_save, load_weights
@@ -23,14 +23,6 @@ from rto_megatron.storage.file_digests import checkpoint_problem
 
 STEP = "checkpoints/step_000001"
 STRANGER = 54321
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A language model."""
-    folder = tmp_path_factory.mktemp("model")
-    write_llama(folder, 7)
-    return folder
 
 
 def _save(model_folder: Path, run_dir: Path, step: int = 1, faults: str = "") -> str:
@@ -52,10 +44,6 @@ def run_dir(model_folder: Path) -> Iterator[Path]:
     assert run_ranks(1, _save, model_folder, folder) == ["saved"]
     yield folder
     shutil.rmtree(folder)
-
-
-def _content(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_nobody_else_can_change_a_checkpoint_whatever_the_umask(run_dir: Path) -> None:
@@ -124,7 +112,10 @@ def test_a_stale_handle_in_a_save_is_waited_for(
     assert len(said) == times and "trying again in 0 s: injected fault" in said[0]
     assert (run_dir / "fired").read_text().splitlines() == [fault] * times
     assert checkpoint_problem(run_dir / "checkpoints/step_000002") is None
-    one, other = _content(run_dir / STEP / "policy"), _content(run_dir / "checkpoints/step_000002/policy")
+    one, other = (
+        file_contents(run_dir / STEP / "policy"),
+        file_contents(run_dir / "checkpoints/step_000002/policy"),
+    )
     assert one.keys() == other.keys()
     shards = [name for name in one if name.endswith(".distcp")]
     assert shards and [name for name in shards if one[name] != other[name]] == []
@@ -160,11 +151,11 @@ def test_a_handle_that_stays_stale_is_an_error_and_loses_nothing(
     run_dir: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(patience, "_PAUSES_S", (0.01, 0.02, 0.03))
-    before = _content(run_dir / "checkpoints")
+    before = file_contents(run_dir / "checkpoints")
     (text,) = run_ranks(1, _save, model_folder, run_dir, 2, ",".join(["ckpt_shard:2:0:stale"] * 4))
     assert "the checkpoint cannot be written" in text and "ckpt_shard:2:0:stale" in text
     assert "older checkpoints are as they were" in text
-    assert _content(run_dir / "checkpoints") == before
+    assert file_contents(run_dir / "checkpoints") == before
 
 
 def test_only_what_may_pass_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
