@@ -1,4 +1,4 @@
-"""Ways to damage a checkpoint: each function takes a folder and plants faults in it."""
+"""Ways to damage a checkpoint, each planting faults in a folder, and what must be said of them."""
 
 import io
 import json
@@ -8,13 +8,14 @@ import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import pytest
 import torch
 from commands import convert
 from safetensors.torch import load_file, save_file
-from tiny_families import write_family
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
+from rto_megatron.errors import ModelFolderError
 from rto_megatron.storage import torch_dist_writer
 from rto_megatron.storage.torch_dist_reader import TorchDistReader
 from rto_megatron.storage.weight_files import INDEX, SINGLE
@@ -22,11 +23,12 @@ from rto_megatron.storage.weight_files import INDEX, SINGLE
 Tensors = dict[str, Tensor]
 
 
-def write_models(folder: Path) -> Path:
-    """llama of two layers and what it was converted to, llama_megatron."""
-    write_family(folder / "llama", "llama", num_hidden_layers=2)
-    convert("hf-to-megatron", folder / "llama", folder / "llama_megatron")
-    return folder
+def require_refused(command: str, source: Path, message: str) -> None:
+    """The command ends with the message, and its target does not appear."""
+    target = source.parent / "target"
+    with pytest.raises(ModelFolderError, match=message):
+        convert(command, source, target)
+    assert not target.exists()
 
 
 def edit_hf(folder: Path, change: Callable[[Tensors], None]) -> None:

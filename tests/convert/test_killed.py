@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from commands import convert
-from convert_faults import edit_hf, write_models
+from convert_faults import edit_hf
 from tiny_families import write_family
 
 from rto_megatron.convert.conversion import Bar, Proofs, convert_to_hf, convert_to_megatron
@@ -17,11 +17,6 @@ from rto_megatron.convert.megatron_source import open_megatron
 from rto_megatron.errors import ConversionError, ModelFolderError
 
 OPTIONS, PROOFS = Options(None, 100_000, None), Proofs(digest=True, logits=None)
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_models(tmp_path_factory.mktemp("models"))
 
 
 def killing(stage: str, num_parameters: int) -> Bar:
