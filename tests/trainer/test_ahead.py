@@ -1,9 +1,5 @@
-"""Rollouts ahead of the trainer: drawn beside the training, within a bound, and never lost or waited for in vain."""
+"""Rollouts ahead of the trainer: drawn within a bound, never lost, and of one kind for a run's whole life."""
 
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -12,7 +8,7 @@ from pathlib import Path
 import pytest
 from engine.layouts import LAYOUTS
 from ranks import RankError, run_ranks
-from trainer.tiny_runs import ENGINE_VOCAB, HeldPush, configure, join
+from trainer.tiny_runs import AHEAD, ENGINE_VOCAB, HeldPush, ages, configure, join
 
 from rto_megatron.config.checks import find_problems
 from rto_megatron.config.load import load_recipe
@@ -22,22 +18,18 @@ from rto_megatron.errors import UserError
 from rto_megatron.generation.contract import NoServersLeft, Sampling
 from rto_megatron.generation.scripted import ScriptedEngine
 from rto_megatron.lifecycle.stopping import STOP_FILE
-from rto_megatron.reporting.metrics import read_metrics
-from rto_megatron.reporting.rates import rates
 from rto_megatron.reporting.rollout_files import read_rollouts
 from rto_megatron.storage.checkpoints import latest_checkpoint
 from rto_megatron.trainer.ahead import AheadSampler, AskedBatch, kept_ahead
 from rto_megatron.trainer.arrivals import Arrivals, Hear
-from rto_megatron.trainer.checked_scores import Scorer
 from rto_megatron.trainer.connected_pool import ConnectedPool
 from rto_megatron.trainer.online import train_online
 from rto_megatron.trainer.parts import Parts, planned_parts
 from rto_megatron.trainer.pool_requests import Asked, PoolAnswer, answered
 from rto_megatron.trainer.resume import fixed_keys, read_ahead, require_same
 from rto_megatron.trainer.sampler import OnPolicySampler
-from rto_megatron.types import Metrics, Prompt, Rollout, ScoredRollouts
+from rto_megatron.types import Metrics, Prompt, Rollout
 
-AHEAD = {"rollout__ahead": 1, "algorithm__pool_importance_cap": 2.0}
 REASON = "no inference server is left to sample from: http://a ended"
 
 
@@ -71,10 +63,6 @@ def train(
     except UserError as error:
         return type(error).__name__, str(error)
     return None
-
-
-def ages(run_dir: Path) -> list[float]:
-    return [entry["rollout/age_steps"] for entry in read_metrics(run_dir)]
 
 
 def test_a_run_that_is_told_to_stop_keeps_what_is_in_flight(files: Path, tmp_path: Path) -> None:
@@ -183,187 +171,6 @@ def test_what_comes_behind_a_failed_batch_is_not_kept(files: Path, tmp_path: Pat
     assert run_ranks(1, _kept_around_a_failure, config) == [["a"]]
 
 
-class Meeting:
-    """The engine waits until the step before the one that its batch is for is being scored, and the scorer for it."""
-
-    def __init__(self) -> None:
-        self.scoring = [threading.Event() for _ in range(3)]
-        self.sampling = [threading.Event() for _ in range(3)]
-
-
-MEETING = Meeting()
-
-
-class MeetingEngine(ScriptedEngine):
-    """See `Meeting`."""
-
-    def __init__(self) -> None:
-        super().__init__(ENGINE_VOCAB)
-        self._number = 0
-
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[Rollout]:
-        """See `RolloutEngine.generate`."""
-        number, self._number = self._number, self._number + 1
-        if number:
-            MEETING.sampling[number - 1].set()
-            assert MEETING.scoring[number - 1].wait(60)
-        return super().generate(prompts, sampling, version)
-
-
-class MeetingScorer(Scorer):
-    """See `Meeting`."""
-
-    def score(self, sampled: Sequence[Rollout], step: int) -> ScoredRollouts:
-        """See `Scorer.score`."""
-        MEETING.scoring[step - 1].set()
-        assert step == 3 or MEETING.sampling[step - 1].wait(60)
-        return super().score(sampled, step)
-
-
-def _meet(config: ReinforcementStage) -> None:
-    engine = MeetingEngine()
-    parts = replace(planned_parts(), scorer=MeetingScorer)
-    train_online(config, join(config), ConnectedPool(engine, HeldPush(engine)), parts)
-
-
-def test_the_pool_samples_while_the_trainer_scores(files: Path, tmp_path: Path) -> None:
-    config = configure("reinforce_pp", files, tmp_path, run__steps=3, run__save_every=None, **AHEAD)
-    run_ranks(1, _meet, config)
-    entries = read_metrics(tmp_path)
-    assert ages(tmp_path) == [0, 1, 1]
-    # With the weights of a step before, the gap to the pool says nothing about the pool.
-    assert ["pool/logprob_gap_alarm" in entry for entry in entries] == [True, False, False]
-    for entry in entries:
-        assert entry["time/step_s"] > entry["time/pool_wait_s"] >= 0
-        assert entry["time/samples_per_s"] == pytest.approx(8 / entry["time/step_s"])
-
-
-class HeldEngine(ScriptedEngine):
-    """Answers what it was asked ahead once `ReleasingSampler` says that it waits for it."""
-
-    def __init__(self) -> None:
-        super().__init__(ENGINE_VOCAB)
-        self.begun, self.released = threading.Event(), threading.Event()
-        self.num_in_flight = 0
-        self._is_first = True
-
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[Rollout]:
-        """See `RolloutEngine.generate`."""
-        is_ahead = threading.current_thread() is not threading.main_thread() and not self._is_first
-        self._is_first = False
-        if is_ahead:
-            self.num_in_flight += 1
-            self.begun.set()
-            assert self.released.wait(60)
-            self.num_in_flight -= 1
-        return super().generate(prompts, sampling, version)
-
-
-class ReleasingSampler(AheadSampler):
-    """See `HeldEngine`."""
-
-    def push(self, version: int) -> dict[str, float]:
-        """See `Sampler.push`."""
-        engine = self._engine
-        assert isinstance(engine, HeldEngine)
-        engine.released.set()
-        pushed = super().push(version)
-        engine.released.clear()
-        return pushed
-
-
-class LonelyPush(HeldPush):
-    """A push that pauses servers: nothing may be in flight."""
-
-    def __init__(self, engine: HeldEngine) -> None:
-        super().__init__(engine)
-        self._held = engine
-
-    def __call__(self, version: int) -> dict[str, float]:
-        if version:
-            assert self._held.begun.wait(60)  # the batch that was asked for in the step before
-        assert self._held.num_in_flight == 0
-        return super().__call__(version)
-
-
-class LateReplica(HeldEngine):
-    """Stays in flight when its sampler waits for it: until the first replica pushes, or for a second."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self._folder = folder
-
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[Rollout]:
-        """See `RolloutEngine.generate`."""
-        if self._is_first:
-            return super().generate(prompts, sampling, version)
-        (self._folder / "in_flight").touch()
-        drawn = super().generate(prompts, sampling, version)
-        end = time.monotonic() + 1
-        while time.monotonic() < end and not (self._folder / "pushed").exists():
-            time.sleep(0.01)
-        (self._folder / "in_flight").unlink()
-        return drawn
-
-
-class LateSampler(AheadSampler):
-    """See `LateReplica`."""
-
-    def begin(self, step: int, hear: Hear | None = None) -> dict[str, float]:
-        """See `Sampler.begin`."""
-        assert isinstance(self._engine, LateReplica)
-        if step:
-            self._engine.released.set()
-        return super().begin(step, hear)
-
-
-class WatchingPush(HeldPush):
-    """Nothing of another replica is in flight."""
-
-    def __init__(self, engine: ScriptedEngine, folder: Path) -> None:
-        super().__init__(engine)
-        self._folder = folder
-
-    def __call__(self, version: int) -> dict[str, float]:
-        if version:
-            (self._folder / "pushed").touch()
-            assert not (self._folder / "in_flight").exists()
-        return super().__call__(version)
-
-
-def _push_beside_another(config: ReinforcementStage) -> None:
-    place, folder = join(config), config.run.dir.parent
-    if place.rank == 0:
-        engine: ScriptedEngine = ScriptedEngine(ENGINE_VOCAB)
-        pool, sampler = ConnectedPool(engine, WatchingPush(engine, folder)), AheadSampler
-    else:
-        engine = LateReplica(folder)
-        pool, sampler = ConnectedPool(engine, HeldPush(engine)), LateSampler
-    train_online(config, place, pool, replace(planned_parts(), sampler=sampler))
-
-
-def test_a_push_waits_for_the_requests_of_all_replicas(files: Path, tmp_path: Path) -> None:
-    steps = {"run__steps": 2, "run__save_every": None}
-    run_ranks(
-        2, _push_beside_another, configure("reinforce_pp", files, tmp_path / "run", "dp2", **steps, **AHEAD)
-    )
-    assert (tmp_path / "pushed").exists() and ages(tmp_path / "run") == [0, 1]
-
-
-def _evaluate_between(config: ReinforcementStage) -> None:
-    engine = HeldEngine()
-    pool = ConnectedPool(engine, LonelyPush(engine))
-    train_online(config, join(config), pool, replace(planned_parts(), sampler=ReleasingSampler))
-
-
-def test_an_evaluation_waits_for_what_is_in_flight(files: Path, tmp_path: Path) -> None:
-    held_out = {"data__eval": str(files / "prompts.jsonl"), "data__eval_samples": 2, "run__eval_every": 1}
-    steps = {"run__steps": 2, "run__save_every": None}
-    config = configure("reinforce_pp", files, tmp_path, **steps, **AHEAD, **held_out)
-    run_ranks(1, _evaluate_between, config)
-    assert ["eval/score" in entry for entry in read_metrics(tmp_path)] == [True, True]
-
-
 class OldSampler(OnPolicySampler):
     """Hands out rollouts that are two steps older than it says."""
 
@@ -439,37 +246,3 @@ def test_ahead_and_its_correction_are_fixed_on_resume(files: Path, tmp_path: Pat
 
 
 MODE = "algorithm.pool_importance_mode"
-
-
-def test_a_process_does_not_wait_for_what_is_in_flight() -> None:
-    code = (
-        "import threading; from rto_megatron.trainer.background import Background; begun = threading.Event()\n"
-        "def never(): begun.set(); threading.Event().wait()\n"
-        "Background('pool').submit(never); assert begun.wait(20); raise SystemExit(7)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=30).returncode == 7
-
-
-def test_a_future_carries_what_its_call_raises_and_the_next_is_made() -> None:
-    from rto_megatron.trainer.background import Background
-
-    background = Background("pool")
-    failing: Future[int] = background.submit(lambda: 1 // 0)
-    assert background.submit(lambda: 5).result(20) == 5
-    with pytest.raises(ZeroDivisionError):
-        failing.result(20)
-    background.close()
-
-
-def test_rates_are_counts_of_all_replicas_over_the_seconds_of_their_phase() -> None:
-    means = {"rollout/response_tokens": 30.0, "rollout/prompt_tokens": 10.0, "time/generate_s": 2.0,
-             "time/score_s": 4.0, "time/update_s": 5.0, "time/step_s": 8.0}  # fmt: skip
-    assert rates(means, num_responses=16, epochs=2, num_ranks=4) == {
-        "time/samples_per_s": 2.0,
-        "time/sample_tokens_per_s": 240.0,
-        "time/score_tokens_per_s": 160.0,
-        "time/update_tokens_per_s": 256.0,
-        "time/score_tokens_per_s_per_rank": 40.0,
-        "time/update_tokens_per_s_per_rank": 64.0,
-    }
-    assert rates({"time/step_s": 8.0}, 16, 2, 4) == {"time/samples_per_s": 2.0}

@@ -12,7 +12,7 @@ from engine.layouts import LAYOUTS
 from megatron.core import dist_checkpointing
 from ranks import RankError, run_ranks
 from torch import Tensor
-from trainer.tiny_runs import configure, train
+from trainer.tiny_runs import ages, configure, train
 
 from rto_megatron.engine.saving import point_to
 from rto_megatron.platform.safe_metadata import safe_reading
@@ -140,9 +140,8 @@ def test_resumed_rto_equals_uninterrupted_rto(case: str, files: Path, tmp_path: 
     saved = assert_equal_runs(tmp_path / "whole", tmp_path / "resumed")
     print(case, len(saved.tensors), "tensors, coefficient", saved.state["kl"])
     _assert_worth_comparing(saved, read_checkpoint(tmp_path / "whole", 2))
-    ages = [entry["rollout/age_steps"] for entry in read_metrics(tmp_path / "resumed")]
     ahead = changes.get("rollout__ahead", 0)
-    assert ages == {0: [0, 0, 0, 0], 1: [0, 1, 1, 1], 2: [0, 1, 2, 1]}[ahead]
+    assert ages(tmp_path / "resumed") == {0: [0, 0, 0, 0], 1: [0, 1, 1, 1], 2: [0, 1, 2, 1]}[ahead]
     held = [(checkpoint / ROLLOUTS_AHEAD).exists() for checkpoint in finished_checkpoints(tmp_path / "whole")]
     assert held == [ahead > 0, False]
 

@@ -7,7 +7,7 @@ from engine.layouts import LAYOUTS
 from pool_server import PoolServer
 from ranks import run_ranks
 from trainer.pool_runs import TOLERANCE, require_served, three_steps
-from trainer.tiny_runs import configure, join
+from trainer.tiny_runs import AHEAD, ages, configure, join
 
 from rto_megatron.algorithms import ALGORITHMS
 from rto_megatron.algorithms.method import OnlineMethod
@@ -45,10 +45,9 @@ def test_the_pool_samples_with_the_weights_of_every_step(
 def test_two_replicas_sample_ahead_of_a_push(
     pool_files: Path, pool_server: PoolServer, tmp_path: Path
 ) -> None:
-    keys = {"rollout__ahead": 1, "algorithm__pool_importance_cap": 2.0}
-    run_ranks(2, _train, three_steps(tmp_path / "run", pool_files, pool_server, "dp2", **keys))
+    run_ranks(2, _train, three_steps(tmp_path / "run", pool_files, pool_server, "dp2", **AHEAD))
     first, *others = read_metrics(tmp_path / "run")
-    assert [entry["rollout/age_steps"] for entry in (first, *others)] == [0, 1, 1]
+    assert ages(tmp_path / "run") == [0, 1, 1]
     # The pool answers for the weights that it held, which are the trainer's in the first step alone.
     assert first["pool/logprob_gap_max"] < TOLERANCE
     for entry in others:

@@ -21,6 +21,7 @@ from rto_megatron.generation.contract import Sampling
 from rto_megatron.generation.scripted import ScriptedEngine
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.platform.device import prepare
+from rto_megatron.reporting.metrics import read_metrics
 from rto_megatron.trainer.connected_pool import ConnectedPool
 from rto_megatron.trainer.offline import train_offline
 from rto_megatron.trainer.online import train_online
@@ -31,6 +32,7 @@ MODELS = {"policy": 7, "dpo": 8, "reference": 9, "reward": 10, "critic": 11}
 SCALAR = ("reward", "critic")
 ENGINE_VOCAB = 40  # the pool samples ids below it; ids above it stand in prompts alone
 NUM_PROMPTS = 20
+AHEAD = {"rollout__ahead": 1, "algorithm__pool_importance_cap": 2.0}
 
 
 def write_files(root: Path) -> None:
@@ -167,6 +169,11 @@ class FailingEngine(ScriptedEngine):
 def join(config: Stage) -> Topology:
     """This rank's place in the configuration's layout."""
     return Topology.init(prepare(), config.parallel, config.run.seed)
+
+
+def ages(run_dir: Path) -> list[float]:
+    """How many versions old the rollouts of each step were."""
+    return [entry["rollout/age_steps"] for entry in read_metrics(run_dir)]
 
 
 def train(
