@@ -27,7 +27,7 @@ from torch import Tensor
 
 from rto_megatron.config.training import ParallelConfig
 from rto_megatron.models.head_memory import CHUNK_POSITIONS
-from rto_megatron.models.output_head import Targets
+from rto_megatron.models.output_head import OutputProjection, Targets
 from rto_megatron.models.token_logprobs import token_logprobs
 from rto_megatron.platform.device import prepare
 from rto_megatron.trainer.stages import ranks
@@ -103,7 +103,8 @@ def main() -> None:
 
         def chunked() -> Tensor:
             some = Targets(targets[asked])
-            return token_logprobs(hidden[asked], weight, options.columns, group, some, CHUNK_POSITIONS)
+            projection = OutputProjection(weight, options.columns, group)
+            return token_logprobs(hidden[asked], projection, some, CHUNK_POSITIONS)
 
         def score(read: Callable[[], Tensor]) -> None:
             with torch.no_grad():

@@ -37,9 +37,4 @@ def divergence_microbatches(
 
 def divergence_from(reference: FrozenModel) -> Reading[DivergenceMicrobatch]:
     """Rows: log-prob of the target, the reference's, KL(reference || policy), [3, T] in nats."""
-    return Reading(
-        3,
-        lambda model, micro, raw: read_divergences(
-            model, micro, raw, reference.output_weight(), reference.shape
-        ),
-    )
+    return Reading(3, lambda model, micro, raw: read_divergences(model, micro, raw, reference))

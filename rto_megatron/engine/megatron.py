@@ -118,10 +118,6 @@ class FrozenModel:
         found = _forward_only(self, batches, read)
         return found if self.topology.is_last_stage else [torch.empty(0) for _ in batches]
 
-    def output_weight(self) -> Tensor:
-        """This tensor rank's rows of the output projection [v, hidden size]; only on the last stage."""
-        return output_weight(self.module.last)
-
     def hidden_states(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
         """The states before the output projection of the positions asked for, in the model's dtype; no gradients.
 

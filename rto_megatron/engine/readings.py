@@ -18,8 +18,7 @@ from torch import Tensor
 
 from rto_megatron.models.head_memory import CHUNK_POSITIONS
 from rto_megatron.models.logit_shaping import LogitShaping
-from rto_megatron.models.output_head import Targets
-from rto_megatron.models.shape import ModelShape
+from rto_megatron.models.output_head import OutputProjection, Targets
 from rto_megatron.models.token_divergence import token_divergence
 from rto_megatron.models.token_entropy import token_entropies
 from rto_megatron.models.token_logprobs import token_logprobs
@@ -28,7 +27,7 @@ from rto_megatron.parallel.topology import Topology
 from rto_megatron.types import BannedTargets, DivergenceMicrobatch, TokenBatch
 
 if TYPE_CHECKING:  # models are made of readings
-    from rto_megatron.engine.megatron import Model
+    from rto_megatron.engine.megatron import FrozenModel, Model
 
 
 @dataclass(frozen=True)
@@ -60,18 +59,7 @@ def read_drawn_and_whole(model: "Model", batch: TokenBatch, raw: Tensor) -> Tens
 def _logprobs(model: "Model", batch: TokenBatch, raw: Tensor, asked: Sequence[Targets]) -> Tensor:
     """A row for each distribution [k, T], of the same states."""
     states_Nh = asked_states(raw, batch, model.topology)
-    rows = [
-        token_logprobs(
-            states_Nh,
-            output_weight(model.module.last),
-            model.shape.vocab_size,
-            model.topology.tensor_group(),
-            one,
-            CHUNK_POSITIONS,
-            _shaping(model),
-        )
-        for one in asked
-    ]
+    rows = [token_logprobs(states_Nh, _output_projection(model), one, CHUNK_POSITIONS) for one in asked]
     return _at_positions(torch.stack(rows), batch, model.topology)
 
 
@@ -79,47 +67,40 @@ def read_entropies(model: "Model", batch: TokenBatch, raw: Tensor) -> Tensor:
     """Log-probs of the targets asked for, and entropies there, 0 elsewhere: [2, T]."""
     outputs_2N = token_entropies(
         asked_states(raw, batch, model.topology),
-        output_weight(model.module.last),
-        model.shape.vocab_size,
-        model.topology.tensor_group(),
+        _output_projection(model),
         _asked(batch, model.topology),
         CHUNK_POSITIONS,
-        _shaping(model),
     )
     return _at_positions(outputs_2N, batch, model.topology)
 
 
 def read_divergences(
-    model: "Model",
-    micro: DivergenceMicrobatch,
-    raw: Tensor,
-    reference_weight_vh: Tensor,
-    reference: ModelShape,
+    model: "Model", micro: DivergenceMicrobatch, raw: Tensor, reference: "FrozenModel"
 ) -> Tensor:
     """Rows: log-prob of the target, the reference's, KL(reference || policy), [3, T] in nats; 0 where none is asked."""
     batch = micro.batch
     outputs_3N = token_divergence(
-        (asked_states(raw, batch, model.topology), output_weight(model.module.last)),
-        (micro.reference_hidden_NH, reference_weight_vh),
+        asked_states(raw, batch, model.topology),
+        _output_projection(model),
+        (micro.reference_hidden_NH, _output_projection(reference)),
         batch.targets_T[_own_positions(batch, model.topology)],
-        model.shape.vocab_size,
-        model.topology.tensor_group(),
         CHUNK_POSITIONS,
-        (_shaping(model), LogitShaping.of(reference, model.has_fp32_head)),
     )
     return _at_positions(outputs_3N, batch, model.topology)
 
 
 def whole_logits(model: "Model", raw: Tensor) -> Tensor:
     """Logits of all positions over the whole vocabulary, on every tensor rank, to compare models with: [T, V]."""
-    states_Th = _states(raw, model.topology)
-    own_Tv = _shaping(model).logits(states_Th, output_weight(model.module.last))
+    projection = _output_projection(model)
+    own_Tv = projection.shaping.logits(_states(raw, model.topology), projection.weight_vh)
     shards = model.topology.gather_tensor_shards(own_Tv.T.contiguous())
     return torch.cat(shards)[: model.shape.vocab_size].T
 
 
-def _shaping(model: "Model") -> LogitShaping:
-    return LogitShaping.of(model.shape, model.has_fp32_head)
+def _output_projection(model: "Model") -> OutputProjection:
+    """Of a language model, on the last pipeline stage."""
+    weight_vh, shaping = output_weight(model.module.last), LogitShaping.of(model.shape, model.has_fp32_head)
+    return OutputProjection(weight_vh, model.shape.vocab_size, model.topology.tensor_group(), shaping)
 
 
 def asked_states(raw: Tensor, batch: TokenBatch, topology: Topology) -> Tensor:

@@ -94,6 +94,25 @@ class Shard:
         return gradient_Cv.scatter_add_(1, column_C[:, None], values_C.where(is_own_C, 0)[:, None])
 
 
+@dataclass(frozen=True)
+class OutputProjection:
+    """A language model's last product, from states to logits, as a tensor rank holds it.
+
+    Example:
+        OutputProjection(weight_vh, vocab_size=32000, group=topology.tensor_group())
+    """
+
+    weight_vh: Tensor  # this tensor rank's rows, padding included
+    vocab_size: int  # rows from here on, of all ranks, are padding and get no probability
+    group: dist.ProcessGroup  # the tensor ranks, each of which has as many rows
+    shaping: LogitShaping = UNSHAPED  # what the family does to logits
+
+    @property
+    def shard(self) -> Shard:
+        """The columns of the vocabulary that this rank computes."""
+        return Shard.of(self.weight_vh, self.vocab_size, self.group)
+
+
 class Statistic(Protocol):
     """What is read of the logits of each position; see `read_in_chunks`.
 
@@ -115,28 +134,21 @@ class Statistic(Protocol):
 
 
 def read_in_chunks(
-    hidden_Nh: Tensor,
-    weight_vh: Tensor,
-    shard: Shard,
-    statistic: Statistic,
-    chunk: int,
-    shaping: LogitShaping = UNSHAPED,
+    hidden_Nh: Tensor, projection: OutputProjection, statistic: Statistic, chunk: int
 ) -> Tensor:
     """What a statistic reads of softmax(shaping(hidden @ weight.T)), in float32, differentiable in both.
 
-    Every rank of the shard's group must call it, with the same states.
+    Every rank of the projection's group must call it, with the same states.
 
     Args:
-        hidden_Nh: what the output projection reads. Its gradient is this rank's part, to be added up over the ranks.
-        weight_vh: this tensor rank's rows of that projection, padding included.
+        hidden_Nh: what the projection reads. Its gradient is this rank's part, to be added up over the ranks.
         chunk: positions whose logits exist at a time.
-        shaping: what the family does to logits.
 
     Returns:
         [k, N], equal on all tensor ranks.
     """
     outputs_kN: Tensor = _Reading.apply(  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
-        hidden_Nh, weight_vh, shard, statistic, chunk, shaping
+        hidden_Nh, projection.weight_vh, projection.shard, statistic, chunk, projection.shaping
     )
     return outputs_kN
 

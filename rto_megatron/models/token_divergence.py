@@ -10,56 +10,46 @@ reference's states, e h bytes a position, which a step keeps for all its micro-b
 """
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from rto_megatron.models.logit_shaping import UNSHAPED, LogitShaping
-from rto_megatron.models.output_head import Shard, read_in_chunks
+from rto_megatron.models.output_head import OutputProjection, Shard, read_in_chunks
 
 
 def token_divergence(
-    states: tuple[Tensor, Tensor],
-    reference: tuple[Tensor, Tensor],
+    hidden_Nh: Tensor,
+    projection: OutputProjection,
+    reference: tuple[Tensor, OutputProjection],
     targets_N: Tensor,
-    vocab_size: int,
-    group: dist.ProcessGroup,
     chunk: int,
-    shapings: tuple[LogitShaping, LogitShaping] = (UNSHAPED, UNSHAPED),
 ) -> Tensor:
     """What TDPO reads of every position: log pi(target), log pi_ref(target), KL(pi_ref || pi); float32, nats.
 
-    Every rank of `group` must call it, with the same targets and states.
+    Every rank of the projection's group must call it, with the same targets and states.
 
     Args:
-        states: of the policy [N, h], and this tensor rank's rows of its padded output projection [v, h]; both get a
-            gradient, from the first and the last row of the output.
-        reference: the same of the reference, without gradients.
+        hidden_Nh: final states of the policy; they and its projection get a gradient, from the first and the last row
+            of the output.
+        projection: of the policy.
+        reference: the same of the reference, over the same vocabulary, without gradients.
         targets_N: int64.
-        vocab_size: columns from here on are padding and get no probability.
-        group: the tensor ranks, `Topology.tensor_group`.
         chunk: positions whose logits exist at a time.
-        shapings: what the families of policy and reference do to logits.
 
     Returns:
         [3, N], equal on all tensor ranks.
     """
-    hidden_Nh, weight_vh = states
-    shard = Shard.of(weight_vh, vocab_size, group)
-    statistic = _Divergence(shard, reference, targets_N, shapings[1])
-    return read_in_chunks(hidden_Nh, weight_vh, shard, statistic, chunk, shapings[0])
+    statistic = _Divergence(projection.shard, reference, targets_N)
+    return read_in_chunks(hidden_Nh, projection, statistic, chunk)
 
 
 class _Divergence:
     """See `Statistic`."""
 
-    def __init__(
-        self, shard: Shard, reference: tuple[Tensor, Tensor], targets_N: Tensor, shaping: LogitShaping
-    ) -> None:
+    def __init__(self, shard: Shard, reference: tuple[Tensor, OutputProjection], targets_N: Tensor) -> None:
         self._shard = shard
-        self._hidden_Nh, weight_vh = reference
-        self._weight_vh = weight_vh[: shard.num_columns]
+        self._reference_Nh, projection = reference
+        self._reference_vh = projection.weight_vh[: shard.num_columns]
+        self._reference_shaping = projection.shaping
         self._targets_N = targets_N
-        self._shaping = shaping  # of the reference
 
     def part(self, logits_Cv: Tensor, rows: slice) -> Tensor:
         both = (logits_Cv, self._reference(rows))
@@ -97,4 +87,4 @@ class _Divergence:
         return self._shard.add_to_targets(grad_Cv, self._targets_N[rows], grad_logp_C)
 
     def _reference(self, rows: slice) -> Tensor:
-        return self._shaping.logits(self._hidden_Nh[rows], self._weight_vh)
+        return self._reference_shaping.logits(self._reference_Nh[rows], self._reference_vh)

@@ -8,23 +8,13 @@ Letters of tensors are those of `output_head.py`.
 """
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from rto_megatron.models.logit_shaping import UNSHAPED, LogitShaping
-from rto_megatron.models.output_head import Shard, Targets, read_in_chunks
+from rto_megatron.models.output_head import OutputProjection, Shard, Targets, read_in_chunks
 from rto_megatron.models.token_logprobs import drawn_logits
 
 
-def token_entropies(
-    hidden_Nh: Tensor,
-    weight_vh: Tensor,
-    vocab_size: int,
-    group: dist.ProcessGroup,
-    asked: Targets,
-    chunk: int,
-    shaping: LogitShaping = UNSHAPED,
-) -> Tensor:
+def token_entropies(hidden_Nh: Tensor, projection: OutputProjection, asked: Targets, chunk: int) -> Tensor:
     """Log-probs of the targets and entropies, both of softmax(logits / temperature), in float32, nats.
 
     Args:
@@ -33,8 +23,7 @@ def token_entropies(
     Returns:
         [2, N], equal on all tensor ranks.
     """
-    shard = Shard.of(weight_vh, vocab_size, group)
-    return read_in_chunks(hidden_Nh, weight_vh, shard, _Entropies(shard, asked), chunk, shaping)
+    return read_in_chunks(hidden_Nh, projection, _Entropies(projection.shard, asked), chunk)
 
 
 class _Entropies:

@@ -5,38 +5,24 @@ are those of `output_head.py`.
 """
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from rto_megatron.models.logit_shaping import UNSHAPED, LogitShaping
-from rto_megatron.models.output_head import Shard, Targets, read_in_chunks
+from rto_megatron.models.output_head import OutputProjection, Shard, Targets, read_in_chunks
 
 
-def token_logprobs(
-    hidden_Nh: Tensor,
-    weight_vh: Tensor,
-    vocab_size: int,
-    group: dist.ProcessGroup,
-    asked: Targets,
-    chunk: int,
-    shaping: LogitShaping = UNSHAPED,
-) -> Tensor:
+def token_logprobs(hidden_Nh: Tensor, projection: OutputProjection, asked: Targets, chunk: int) -> Tensor:
     """log softmax(logits / temperature)[targets] in float32; see `output_head.read_in_chunks`.
 
     Args:
         hidden_Nh: final states of the positions that are asked for.
-        weight_vh: this tensor rank's rows of the padded output projection.
-        vocab_size: columns from here on are padding and get no probability.
-        group: the tensor ranks, `Topology.tensor_group`; all of them must call this, with the same targets.
+        projection: of the model; all ranks of its group must call this, with the same targets.
         asked: the targets, and what their log-probs are of.
         chunk: positions whose logits exist at a time.
-        shaping: what the family does to logits.
 
     Returns:
         [N] float32, nats, equal on all tensor ranks.
     """
-    shard = Shard.of(weight_vh, vocab_size, group)
-    return read_in_chunks(hidden_Nh, weight_vh, shard, _Logprobs(shard, asked), chunk, shaping)[0]
+    return read_in_chunks(hidden_Nh, projection, _Logprobs(projection.shard, asked), chunk)[0]
 
 
 def drawn_logits(logits_Cv: Tensor, shard: Shard, asked: Targets, rows: slice) -> Tensor:

@@ -24,7 +24,7 @@ from rto_megatron.data.packing import token_batch
 from rto_megatron.engine.build_roles import build_frozen, build_trained
 from rto_megatron.engine.source import find_source
 from rto_megatron.models.logit_shaping import LogitShaping
-from rto_megatron.models.output_head import Targets
+from rto_megatron.models.output_head import OutputProjection, Targets
 from rto_megatron.models.token_logprobs import token_logprobs
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.types import SupervisedMicrobatch, TokenBatch
@@ -36,8 +36,8 @@ PARTS: tuple[Fp32Part, ...] = ("head", "residual")
 def _head_of_rank(layout: str, is_fp32: bool) -> tuple[Tensor, Tensor]:
     place, head = topology(layout), make_head(VOCAB, torch.bfloat16)
     hidden, weight = head.hidden_Nh.clone().requires_grad_(), own_rows(head.weight_Vh, place)
-    shaping = LogitShaping(is_fp32=is_fp32)
-    outputs = token_logprobs(hidden, weight, VOCAB, place.tensor_group(), Targets(head.targets_N), 4, shaping)
+    projection = OutputProjection(weight, VOCAB, place.tensor_group(), LogitShaping(is_fp32=is_fp32))
+    outputs = token_logprobs(hidden, projection, Targets(head.targets_N), 4)
     outputs.sum().backward()
     assert hidden.grad is not None
     return outputs.detach(), hidden.grad

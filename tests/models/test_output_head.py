@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rto_megatron.models.head_memory import CHUNK_POSITIONS, head_bytes
 from rto_megatron.models.logit_shaping import LogitShaping
-from rto_megatron.models.output_head import Shard, Targets
+from rto_megatron.models.output_head import OutputProjection, Shard, Targets
 from rto_megatron.models.token_entropy import token_entropies
 from rto_megatron.models.token_logprobs import token_logprobs
 
@@ -36,7 +36,8 @@ def _of_rank(layout: str, dtype: torch.dtype) -> list[list[tuple[Tensor, Tensor,
         asked = Targets(head.targets_N, head.banned if has_ban else None, temperature)
         for read in (token_logprobs, token_entropies):
             hidden, weight = head.hidden_Nh.clone().requires_grad_(), own_rows(head.weight_Vh, place)
-            outputs = read(hidden, weight, vocab_size, place.tensor_group(), asked, chunk, shaping)
+            projection = OutputProjection(weight, vocab_size, place.tensor_group(), shaping)
+            outputs = read(hidden, projection, asked, chunk)
             assert outputs.dtype == torch.float32
             (outputs * head.weights_3N[: outputs.dim()]).sum().backward()
             assert hidden.grad is not None and weight.grad is not None
@@ -78,7 +79,7 @@ def _without_positions() -> tuple[Tensor, Tensor]:
     place, head = topology("tp2"), make_head(97, torch.float32)
     hidden, weight = head.hidden_Nh[:0].requires_grad_(), own_rows(head.weight_Vh, place)
     asked = Targets(head.targets_N[:0])
-    outputs_2N = token_entropies(hidden, weight, 97, place.tensor_group(), asked, 4)
+    outputs_2N = token_entropies(hidden, OutputProjection(weight, 97, place.tensor_group()), asked, 4)
     outputs_2N.sum().backward()
     assert weight.grad is not None
     return outputs_2N.detach(), weight.grad
@@ -94,7 +95,8 @@ def test_chunks_are_added_up_without_rounding_in_between() -> None:
     """Forty positions add 1/2 each to the 500 of the first one, of which bfloat16 keeps nothing one by one."""
     hidden = torch.ones(41, 1, dtype=torch.bfloat16)
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
-    logp_N = token_logprobs(hidden, weight, 2, ALONE, Targets(torch.zeros(41, dtype=torch.int64)), chunk=1)
+    asked = Targets(torch.zeros(41, dtype=torch.int64))
+    logp_N = token_logprobs(hidden, OutputProjection(weight, 2, ALONE), asked, chunk=1)
     (1000 * logp_N[0] + logp_N[1:].sum()).backward()
     assert weight.grad is not None and weight.grad[:, 0].tolist() == [520, -520]
 
@@ -102,10 +104,8 @@ def test_chunks_are_added_up_without_rounding_in_between() -> None:
 def test_every_row_of_a_large_vocabulary_has_its_gradient() -> None:
     """At equal logits each of two positions takes 1 / 9000 from the rows of all tokens but the target."""
     weight = torch.zeros(9000, 1, dtype=torch.bfloat16, requires_grad=True)
-    asked = Targets(torch.zeros(2, dtype=torch.int64))
-    token_logprobs(
-        torch.ones(2, 1, dtype=torch.bfloat16), weight, 9000, ALONE, asked, chunk=1
-    ).sum().backward()
+    hidden, asked = torch.ones(2, 1, dtype=torch.bfloat16), Targets(torch.zeros(2, dtype=torch.int64))
+    token_logprobs(hidden, OutputProjection(weight, 9000, ALONE), asked, chunk=1).sum().backward()
     assert weight.grad is not None
     torch.testing.assert_close(weight.grad[1:].float(), torch.full((8999, 1), -2 / 9000), atol=0, rtol=2**-8)
 
@@ -128,7 +128,8 @@ def _peak(is_plain: bool, dtype: torch.dtype, trace: Path) -> int:
         return torch.stack([logp.gather(1, targets_N[:, None])[:, 0], -(logp.exp() * logp).sum(-1)])
 
     def chunked() -> Tensor:
-        return token_entropies(hidden, weight, COLUMNS, group, Targets(targets_N), CHUNK_POSITIONS)
+        projection = OutputProjection(weight, COLUMNS, group)
+        return token_entropies(hidden, projection, Targets(targets_N), CHUNK_POSITIONS)
 
     return peak_bytes(plain if is_plain else chunked, trace)
 

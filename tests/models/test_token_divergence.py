@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rto_megatron.algorithms.tdpo import TDPO, Config
 from rto_megatron.models.logit_shaping import UNSHAPED, LogitShaping
-from rto_megatron.models.output_head import Targets
+from rto_megatron.models.output_head import OutputProjection, Targets
 from rto_megatron.models.token_divergence import token_divergence
 from rto_megatron.models.token_logprobs import token_logprobs
 from rto_megatron.types import PairMicrobatch
@@ -38,8 +38,8 @@ def test_a_small_divergence_of_large_logits_keeps_its_digits() -> None:
     """Normalisers of 1,000 have four digits behind the point in float32, and the divergence begins at the fifth."""
     alone = SimpleNamespace(rank=lambda: 0, size=lambda: 1)
     logits = torch.tensor([[1000.0], [1000.0], [999.0]]), torch.tensor([[1000.0], [1000 + 2**-6], [999.0]])
-    states = [(torch.ones(1, 1), one) for one in logits]
-    found = token_divergence(states[0], states[1], torch.tensor([0]), 3, alone, chunk=1)
+    hidden, (policy, reference) = torch.ones(1, 1), (OutputProjection(one, 3, alone) for one in logits)
+    found = token_divergence(hidden, policy, (hidden, reference), torch.tensor([0]), chunk=1)
     logp, logp_ref = (one[:, 0].double().log_softmax(0) for one in logits)
     wanted = (logp_ref.exp() * (logp_ref - logp)).sum()
     assert float(found[2, 0]) == pytest.approx(float(wanted), abs=5e-7)
@@ -49,15 +49,16 @@ def _of_rank(layout: str, vocab_size: int, dtype: torch.dtype, chunk: int) -> tu
     """Outputs, and the gradients of states and projection."""
     place, head = topology(layout), make_head(vocab_size, dtype)
     hidden, weight = head.hidden_Nh.clone().requires_grad_(), own_rows(head.weight_Vh, place)
-    reference = (head.reference_hidden_Nh, own_rows(head.reference_weight_Vh, place).detach())
-    group = place.tensor_group()
-    shapings = _shapings(vocab_size)
-    outputs_3N = token_divergence(
-        (hidden, weight), reference, head.targets_N, vocab_size, group, chunk, shapings
+    weights = (weight, own_rows(head.reference_weight_Vh, place).detach())
+    policy, reference = (
+        OutputProjection(rows, vocab_size, place.tensor_group(), shaping)
+        for rows, shaping in zip(weights, _shapings(vocab_size), strict=True)
     )
+    of_reference = (head.reference_hidden_Nh, reference)
+    outputs_3N = token_divergence(hidden, policy, of_reference, head.targets_N, chunk)
     assert outputs_3N.dtype == torch.float32
     (outputs_3N * head.weights_3N).sum().backward()
-    same_N = token_logprobs(hidden, weight, vocab_size, group, Targets(head.targets_N), chunk, shapings[0])
+    same_N = token_logprobs(hidden, policy, Targets(head.targets_N), chunk)
     torch.testing.assert_close(outputs_3N[0], same_N, atol=2e-6, rtol=1e-6)
     assert hidden.grad is not None and weight.grad is not None
     return outputs_3N.detach(), hidden.grad, weight.grad
@@ -91,10 +92,9 @@ def test_equal_to_the_definition(layout: str, vocab_size: int, chunk: int, dtype
 
 def _of_equal_models(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     place, head = topology("one"), make_head(97, dtype)
-    hidden, weight = head.hidden_Nh.clone().requires_grad_(), head.weight_Vh
-    outputs_3N = token_divergence(
-        (hidden, weight), (hidden.detach(), weight), head.targets_N, 97, place.tensor_group(), POSITIONS
-    )
+    hidden = head.hidden_Nh.clone().requires_grad_()
+    model = OutputProjection(head.weight_Vh, 97, place.tensor_group())
+    outputs_3N = token_divergence(hidden, model, (hidden.detach(), model), head.targets_N, POSITIONS)
     outputs_3N[2].sum().backward()
     assert hidden.grad is not None
     return outputs_3N.detach(), hidden.grad
@@ -116,9 +116,9 @@ def _golden_loss() -> float:
     policy_NV, reference_NV = (
         grid(inputs[f"{name}_logits"])[:, :-1].flatten(0, 1).float() for name in ("policy", "reference")
     )
-    identity = torch.eye(5)
+    identity = OutputProjection(torch.eye(5), 5, place.tensor_group())
     outputs_3N = token_divergence(
-        (policy_NV, identity), (reference_NV, identity), labels.clamp(min=0), 5, place.tensor_group(), 3
+        policy_NV, identity, (reference_NV, identity), labels.clamp(min=0), 3
     ).double()
     spread = torch.stack([to_positions(row.view(4, 4), batch, 1, 0.0) for row in outputs_3N])
     mask_T = to_positions((labels != -100).double().view(4, 4), batch, 1, 0.0)
@@ -151,8 +151,8 @@ def _peak(is_chunked: bool, dtype: torch.dtype, trace: Path) -> int:
         return torch.stack([logp_Nv.gather(1, targets_N[:, None])[:, 0], kl_N])
 
     def chunked() -> Tensor:
-        reference = (reference_hidden, reference_weight)
-        return token_divergence((hidden, weight), reference, targets_N, COLUMNS, group, CHUNK)[[0, 2]]
+        policy, reference = (OutputProjection(rows, COLUMNS, group) for rows in (weight, reference_weight))
+        return token_divergence(hidden, policy, (reference_hidden, reference), targets_N, CHUNK)[[0, 2]]
 
     return peak_bytes(chunked if is_chunked else plain, trace)
 
