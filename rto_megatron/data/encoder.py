@@ -21,8 +21,6 @@ from rto_megatron.data.turns import conversation_of
 from rto_megatron.errors import DataError
 from rto_megatron.types import Demonstration, EndOfSequence
 
-_OF_PROMPTS = ("truncated_prompts", "earlier_thoughts_left_out")  # counts
-
 
 class OverlongError(DataError):
     """A prompt over its limit, where that is an error whatever happens to bad rows."""
@@ -92,6 +90,22 @@ class Encoder:
         Raises:
             UserError: the row cannot be used.
         """
+        found = self.answers(row, [messages])
+        return None if found is None else found[0]
+
+    def answers(self, row: Row, conversations: Sequence[Sequence[Message]]) -> list[Exchange] | None:
+        """As `example`, of several answers to one prompt, which is counted once."""
+        first = self._exchange(row, conversations[0])
+        prompt_ids = self._counted_prompt(row, first.prompt_ids, first.num_thoughts_left_out)
+        if prompt_ids is None:
+            return None
+        found = [self._within(prompt_ids, first)]
+        for messages in conversations[1:]:
+            found.append(self._within(prompt_ids, self._exchange(row, messages)))
+        return found
+
+    def _exchange(self, row: Row, messages: Sequence[Message]) -> Exchange:
+        """Of any length."""
         if not messages[-1].is_learnt:
             raise DataError(
                 f"{row.where}: the last turn has the weight 0, and nothing would be learnt; remove the row"
@@ -102,12 +116,21 @@ class Encoder:
         self._judge.judge(conversation.prompt.text, exchange.prompt_ids, row.where)
         if not exchange.num_cut_tokens:
             self._judge.judge_answer(messages[-1].content, exchange.answer_ids, row.where)
+        return exchange
+
+    def _counted_prompt(
+        self, row: Row, ids: tuple[int, ...], num_thoughts_left_out: int
+    ) -> tuple[int, ...] | None:
+        """The prompt of an example, with room for an answer; None: the row is dropped."""
         limit = min(self.limits.max_prompt_tokens, self.limits.max_length - MIN_ANSWER_TOKENS)
-        prompt_ids = self.limited_prompt(row, exchange.prompt_ids, limit)
-        if prompt_ids is None:
-            return None
+        prompt_ids = self.limited_prompt(row, ids, limit)
+        if prompt_ids is not None:
+            self.counts["earlier_thoughts_left_out"] += num_thoughts_left_out
+        return prompt_ids
+
+    def _within(self, prompt_ids: tuple[int, ...], exchange: Exchange) -> Exchange:
+        """The exchange with a prompt within its limit, behind which its answer has the rest of the room."""
         self.counts["answers_cut_at_eos"] += exchange.num_cut_tokens > 0
-        self.counts["earlier_thoughts_left_out"] += exchange.num_thoughts_left_out
         self.counts["answers_joined_apart"] += exchange.is_apart
         self.counts["thoughts_left_open"] += exchange.is_open
         room = self.limits.max_length - len(prompt_ids)
@@ -115,19 +138,6 @@ class Encoder:
         self.counts["truncated_answers"] += is_cut
         self.counts["truncated_answers_closed"] += is_cut and self.closes_cut_answers
         return replace(exchange, prompt_ids=prompt_ids, answer_ids=self.fitted(exchange.answer_ids, room))
-
-    def answers(self, row: Row, conversations: Sequence[Sequence[Message]]) -> list[Exchange] | None:
-        """As `example`, of several answers to one prompt, which is counted once."""
-        found = []
-        before = {name: self.counts[name] for name in _OF_PROMPTS}
-        for messages in conversations:
-            for name in _OF_PROMPTS:
-                self.counts[name] = before[name]
-            exchange = self.example(row, messages)
-            if exchange is None:
-                return None
-            found.append(exchange)
-        return found
 
     def turns(self, row: Row, messages: Sequence[Message]) -> Demonstration | None:
         """A conversation of which all turns of the assistant are learnt, within the limits; None: the row is dropped.
@@ -140,15 +150,13 @@ class Encoder:
         learnt = encode_turns(self.template, conversation, row.where, self._ends, skips)
         self._judge.judge(conversation.text, learnt.ids, row.where)
         first = learnt.first
-        limit = min(self.limits.max_prompt_tokens, self.limits.max_length - MIN_ANSWER_TOKENS)
-        prompt_ids = self.limited_prompt(row, learnt.ids[:first], limit)
+        prompt_ids = self._counted_prompt(row, learnt.ids[:first], learnt.num_thoughts_left_out)
         if prompt_ids is None:
             return None
         end = min(len(learnt.ids), first + self.limits.max_length - len(prompt_ids))
         self.counts["truncated_answers"] += end < len(learnt.ids)
         while not learnt.is_learnt[end - 1]:
             end -= 1
-        self.counts["earlier_thoughts_left_out"] += learnt.num_thoughts_left_out
         self.counts["turns_without_end"] += learnt.num_endless
         self.counts["thoughts_left_open"] += learnt.num_open
         return Demonstration(row_id(row), prompt_ids, learnt.ids[first:end], learnt.skipped(first, end))
