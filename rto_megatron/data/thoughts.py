@@ -76,12 +76,13 @@ def answer_after(prompt_text: str, whole_text: str, content: str) -> Answer:
     tag, space = opened.groups()
     while rest.lstrip().startswith(f"<{tag}>"):
         rest = rest.lstrip().removeprefix(f"<{tag}>").removeprefix(space)
+    is_open = leaves_thought_open(prompt_text, rest)
     closing, reply = f"</{tag}>", split_thought(content)
-    has_thought_back = closing not in rest and reply.closing == closing
-    if has_thought_back:
+    if is_open and reply.closing == closing:
         indent = reply.rest[: len(reply.rest) - len(reply.rest.lstrip())]
-        rest = reply.thought.removeprefix(space) + closing + indent + rest.lstrip()
-    return Answer(rest, is_open=leaves_thought_open(prompt_text, rest), has_thought_back=has_thought_back)
+        whole = reply.thought.removeprefix(space) + closing + indent + rest.lstrip()
+        return Answer(whole, has_thought_back=True)
+    return Answer(rest, is_open=is_open)
 
 
 def leaves_thought_open(prompt_text: str, answer_text: str) -> bool:
