@@ -218,8 +218,8 @@ class Rewards:
 
 
 @dataclass(frozen=True)
-class Experience:
-    """Rollouts with credit assigned to every token: the input of the policy and value updates.
+class TrainingRows:
+    """Rollouts with credit assigned to every token: what the policy and value updates read.
 
     Example:
         advantages_BR = tensor([[0.7, -0.7, 0.0]])  # whitened over two tokens; the third is padding
@@ -233,27 +233,18 @@ class Experience:
     values_BR: Tensor
     advantages_BR: Tensor  # as the policy's loss takes them: whitened, or relative to a group
     returns_BR: Tensor
-    rewards: TokenRewards
-    drawn: Distribution = WHOLE  # what log-probs compared with `logp_old_BR` and `logp_ref_BR` are of
+    drawn: Distribution  # what log-probs compared with `logp_old_BR` and `logp_ref_BR` are of
 
 
 @dataclass(frozen=True)
-class TrainingRows:
-    """What optimizer steps read of experience, of the rollouts of all replicas.
+class Experience(TrainingRows):
+    """What credit assignment makes of the rollouts of a replica.
 
     Example:
-        advantages_BR = tensor([[0.7, -0.7, 0.0], [0.1, 0.2, 0.3]])  # one rollout of each of two replicas
+        experience.rewards.total_BR()
     """
 
-    rollouts: tuple[Rollout, ...]
-    mask_BR: Tensor
-    logp_old_BR: Tensor
-    logp_ref_BR: Tensor
-    pool_importance_BR: Tensor
-    values_BR: Tensor
-    advantages_BR: Tensor
-    returns_BR: Tensor
-    drawn: Distribution
+    rewards: TokenRewards
 
 
 @dataclass(frozen=True)
@@ -283,15 +274,11 @@ class TokenBatch:
 
     tokens_T: Tensor  # int64
     targets_T: Tensor  # int64
-    cu_seqlens: tuple[
-        int, ...
-    ]  # S + 1 offsets, the last one is T; a trailing padding segment may be the last
+    cu_seqlens: tuple[int, ...]  # S + 1 offsets up to T; the last segment may be padding
     num_rows: int
     last_positions: tuple[int, ...]  # index into T of each real sequence's last token, S entries
     largest_id: int  # of all tokens
-    asked_N: (
-        Tensor  # int64, ascending: where the target is a response token; a language model is read there alone
-    )
+    asked_N: Tensor  # int64, ascending: positions of response targets; a language model is read there alone
     banned: BannedTargets | None = None  # None: log-probs are of the whole vocabulary
     temperature: float = 1.0  # by which logits are divided before their softmax
     shared: SharedRow | None = None  # how a model computes it; None: as it is

@@ -29,7 +29,6 @@ from rto_megatron.types import (
     BannedTargets,
     Demonstration,
     Distribution,
-    Experience,
     JudgedMicrobatch,
     JudgedResponse,
     Minibatch,
@@ -346,7 +345,7 @@ def padded_rows(rows: Sequence[Sequence[float]], device: torch.device) -> Tensor
 
 
 def minibatches(
-    experience: Experience | TrainingRows, weights_BR: Tensor, rows: Sequence[int], layout: Layout
+    experience: TrainingRows, weights_BR: Tensor, rows: Sequence[int], layout: Layout
 ) -> list[Minibatch]:
     """Micro-batches of one optimizer step of a PPO update.
 

@@ -20,7 +20,7 @@ from rto_megatron.trainer.pool_requests import in_order_of_prompts
 from rto_megatron.trainer.prompt_groups import cost_together
 from rto_megatron.trainer.scoring import close_rollouts
 from rto_megatron.trainer.setup import Setup
-from rto_megatron.types import Experience, Rollout, TrainingRows
+from rto_megatron.types import Rollout, TrainingRows
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,7 @@ class DealtRollouts:
         """What this replica scores, in the order of the prompts."""
         return tuple(self.everyone[place] for place in self.places)
 
-    def rows(
-        self, experience: Experience, truncated: TruncationPolicy, setup: Setup
-    ) -> Experience | TrainingRows:
+    def rows(self, experience: TrainingRows, truncated: TruncationPolicy, setup: Setup) -> TrainingRows:
         """The rows of everyone, on every rank; all ranks must call it.
 
         Args:

@@ -182,7 +182,7 @@ def update(
     run: Run,
     roles: Roles,
     algorithm: PolicyOptimization,
-    experience: Experience | TrainingRows,
+    experience: TrainingRows,
     pretraining: Pretraining,
     setup: Setup,
     guard: Guard,

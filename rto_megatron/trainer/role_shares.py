@@ -15,7 +15,7 @@ from rto_megatron.engine.absent import RoleModel
 from rto_megatron.engine.readings import DRAWN_AND_WHOLE, OUTPUTS, Reading
 from rto_megatron.parallel.dealing import Share, of_all_replicas, shared_out
 from rto_megatron.parallel.topology import Topology
-from rto_megatron.types import WHOLE, Distribution, Experience, Rollout, TokenBatch, TrainingRows
+from rto_megatron.types import WHOLE, Distribution, Rollout, TokenBatch, TrainingRows
 
 
 def packed_for(topology: Topology, layout: Layout) -> Layout:
@@ -128,7 +128,7 @@ def _positions(rows_SL: Tensor, batch: TokenBatch) -> Tensor:
     return values_T
 
 
-def experience_of_all(own: Experience | TrainingRows, topology: Topology) -> TrainingRows:
+def experience_of_all(own: TrainingRows, topology: Topology) -> TrainingRows:
     """The rows of all replicas of a layout, by data rank; all ranks must call it.
 
     Args:

@@ -14,7 +14,7 @@ from rto_megatron.engine.finite import EmptyUpdateError, refuse_together
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.trainer.prompt_groups import RolloutCost, by_prompt, shares_of_rows
 from rto_megatron.trainer.role_shares import experience_of_all, packed_for
-from rto_megatron.types import Experience, Minibatch, TrainingRows
+from rto_megatron.types import Minibatch, TrainingRows
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class OptimizerStep:
 
 
 def optimizer_minibatches(
-    experience: Experience | TrainingRows,
+    experience: TrainingRows,
     config: reinforcement.Config,
     max_response_tokens: int,
     num_minibatches: int,
@@ -88,7 +88,7 @@ def optimizer_minibatches(
 
 
 def _own_share(
-    experience: Experience | TrainingRows,
+    experience: TrainingRows,
     rows: Sequence[int],
     reader: Topology,
     cost: RolloutCost | None,
@@ -104,7 +104,7 @@ def _own_share(
 
 
 def _microbatches(
-    experience: Experience | TrainingRows,
+    experience: TrainingRows,
     rows: Sequence[int],
     weighting: Weighting,
     total: float,
@@ -130,6 +130,6 @@ def require_tokens(step: OptimizerStep, topology: Topology) -> None:
         refuse_together(found, topology, EmptyUpdateError)
 
 
-def _names(experience: Experience | TrainingRows, rows: Sequence[int], layout: Layout) -> list[list[str]]:
+def _names(experience: TrainingRows, rows: Sequence[int], layout: Layout) -> list[list[str]]:
     rollouts = [experience.rollouts[row] for row in rows]
     return [[rollouts[number].prompt_id for number in group] for group in layout.groups_of(rollouts)]

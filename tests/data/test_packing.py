@@ -19,6 +19,7 @@ from rto_megatron.data.packing import (
     token_batch,
 )
 from rto_megatron.types import (
+    WHOLE,
     Demonstration,
     Experience,
     JudgedResponse,
@@ -186,6 +187,7 @@ def test_minibatch_fields_follow_their_rollout(
         values_BR,
         advantages_BR,
         returns_BR,
+        WHOLE,
         rewards,
     )
     layout = Layout(micro, packed, multiple_of, CPU, tokens)

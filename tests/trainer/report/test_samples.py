@@ -4,7 +4,7 @@ import torch
 from rich.console import Console
 
 from rto_megatron.reporting.samples import completions_table
-from rto_megatron.types import Experience, Rollout, TokenRewards
+from rto_megatron.types import WHOLE, Experience, Rollout, TokenRewards
 
 
 def test_rewards_are_summed_over_tokens_by_term() -> None:
@@ -17,7 +17,7 @@ def test_rewards_are_summed_over_tokens_by_term() -> None:
         num_clipped=torch.tensor(0.0),
     )
     mask_BR = torch.tensor([[1.0, 1.0, 0.0]])
-    experience = Experience((rollout,), mask_BR, *[zeros_BR] * 6, rewards)
+    experience = Experience((rollout,), mask_BR, *[zeros_BR] * 6, WHOLE, rewards)
     table = completions_table(experience, lambda ids: f"[red]{list(ids)}", num_samples=3, title="step 1")
     console = Console(width=140, record=True, file=None)
     with console.capture() as captured:
