@@ -7,9 +7,8 @@ values of overrides are read.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import get_args
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -307,24 +306,3 @@ def _absolute_sources(given: object) -> object:
     if isinstance(given, dict) and isinstance(given.get("source"), str):
         return {**given, "source": absolute(given["source"])}
     return given
-
-
-def stage_keys(stage: type[BaseModel]) -> Mapping[str, str]:
-    """Every dotted key of a stage with its description; the size of the configuration is counted on it.
-
-    A section counts wherever it stands: in a list, in a mapping, or as one of several that a key can be.
-    """
-    keys: dict[str, str] = {}
-    for name, info in stage.model_fields.items():
-        sections = _sections_in(info.annotation)
-        for section in sections:
-            keys |= {f"{name}.{key}": text for key, text in stage_keys(section).items()}
-        if not sections:
-            keys[name] = info.description or ""
-    return keys
-
-
-def _sections_in(kind: object) -> list[type[BaseModel]]:
-    if isinstance(kind, type) and issubclass(kind, BaseModel):
-        return [kind]
-    return [section for inner in get_args(kind) for section in _sections_in(inner)]
