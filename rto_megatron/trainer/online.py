@@ -80,13 +80,13 @@ def train_online(
     pretraining = Pretraining(config, setup)
     run = open_run(config, setup, roles, config.run.steps or prompts.batches_per_epoch)
     checks.refuse(checks.idle_policy(algorithm.critic_warmup_steps, run.num_steps))
-    kl, table = algorithm.kl_controller, known_reward("data.true_reward", config.data.true_reward, setup)
-    pool = stopping(
-        parking(pool or connect_pool(config.rollout, roles.policy, roles.memory), roles.memory), config, setup
-    )
+    table = known_reward("data.true_reward", config.data.true_reward, setup)
+    pool = parking(
+        pool or connect_pool(config.rollout, roles.policy, roles.memory), roles.memory
+    ).stopping_at(config.sampling.stop, setup.decode)
     sampler = open_sampler(config, setup, roles, run, parts.sampler(config, setup, prompts, pool))
     evaluation = HeldOut(config, setup, pool, sampler.push, held_out, table)
-    kl = taken_up(run.state, pretraining, kl)
+    kl = taken_up(run.state, pretraining, algorithm.kl_controller)
     scorer = parts.scorer(config, setup, roles)
     guard = parts.guard(run, config.run.max_skipped_updates, topology)
     book = RolloutBook(config, setup, run.step)
@@ -161,11 +161,6 @@ def build_algorithm(
     method = ALGORITHMS[config.stage]
     assert isinstance(method, OnlineMethod)
     return method.build(config.algorithm, partial(tokens_with, tokenizer))
-
-
-def stopping(pool: ConnectedPool, config: schema.ReinforcementStage, setup: Setup) -> ConnectedPool:
-    """The pool, whose responses end at the recipe's texts too."""
-    return pool.stopping_at(config.sampling.stop, setup.decode)
 
 
 def open_sampler(
