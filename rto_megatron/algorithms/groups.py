@@ -21,7 +21,7 @@ from rto_megatron.algorithms.losses import keep
 from rto_megatron.algorithms.reinforcement import Estimator
 from rto_megatron.types import ScoredRollouts, TokenRewards
 
-_STD_FLOOR = 1e-4  # as TRL adds it: a group of equal scores teaches nothing instead of dividing by zero
+STD_FLOOR = 1e-4  # as TRL adds it: a group of equal scores teaches nothing instead of dividing by zero
 
 Baseline = Callable[[Tensor, int], Tensor]  # (numbers [B], group size) -> [B]
 
@@ -42,7 +42,7 @@ def deviation_of_group(x_B: Tensor, group_size: int) -> Tensor:
 
     Source: TRL, trainer/grpo_trainer.py for the estimate of the deviation.
     """
-    return x_B.view(-1, group_size).std(dim=1).repeat_interleave(group_size) + _STD_FLOOR
+    return x_B.view(-1, group_size).std(dim=1).repeat_interleave(group_size) + STD_FLOOR
 
 
 def group_estimator(group_size: int, baseline: Baseline, is_scaled: bool) -> Estimator:

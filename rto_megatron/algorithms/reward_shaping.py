@@ -7,9 +7,7 @@ import torch
 from torch import Tensor
 
 from rto_megatron.algorithms.advantages import AllSum
-from rto_megatron.algorithms.groups import deviation_of_group, mean_of_group
-
-_STD_FLOOR = 1e-4  # as in a group
+from rto_megatron.algorithms.groups import STD_FLOOR, deviation_of_group, mean_of_group
 
 
 def normalized_in_group(score_B: Tensor, group_size: int) -> Tensor:
@@ -44,7 +42,7 @@ def tokens_normalized_in_batch(value_BR: Tensor, mask_BR: Tensor, all_sum: AllSu
     mean = total / count
     squares = all_sum(((own - mean).square() * mask).sum())
     std = (squares / (count - 1).clamp(min=1)).sqrt()
-    normalized: Tensor = (own - mean) / (std + _STD_FLOOR) * mask
+    normalized: Tensor = (own - mean) / (std + STD_FLOOR) * mask
     return normalized.to(value_BR.dtype)
 
 
