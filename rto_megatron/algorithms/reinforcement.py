@@ -277,7 +277,7 @@ class PolicyOptimization:
     """Credit assignment and losses of one method.
 
     Example:
-        experience = method.credit(scored, kl_coef=0.1, all_sum=topology.data_sum)
+        experience = method.credit(scored, kl_coef=0.1, all_sum=topology.dp_sum)
     """
 
     config: Config
@@ -329,7 +329,7 @@ class PolicyOptimization:
         cap, samples = config.pool_importance_cap, config.samples_per_prompt
         return {
             **credit_metrics(scored, experience),
-            **(clip_metrics(scored, self.config.score_clip) if self.config.score_clip is not None else {}),
+            **(clip_metrics(scored, config.score_clip) if config.score_clip is not None else {}),
             **(value_metrics(experience) if self.value_loss is not None else {}),
             **(dpo_metrics(scored, experience) if self.needs_dpo else {}),
             **(
