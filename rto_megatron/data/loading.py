@@ -37,7 +37,12 @@ class _Walk[T]:
     number: int = 0  # of the next row
     tally: RowTally = field(default_factory=RowTally)
 
-    def through(self, part: MixturePart, max_rows: int | None) -> None:
+    def through(self, sources: Sources, max_rows: int | None) -> RowTally:
+        for part in parts_of(sources):
+            self._through(part, None if max_rows is None else max_rows - self.number)
+        return self.tally
+
+    def _through(self, part: MixturePart, max_rows: int | None) -> None:
         own = PartTally()
         self.tally.parts.append(own)
         self.encoder.counts.clear()
@@ -83,7 +88,7 @@ def load_rows[T](
         dropped; or no row of a source is left; or the parts of a mixture do not fit together.
     """
     items: list[T] = []
-    tally = _walked(sources, convert, encoder, max_rows, lambda _, item: items.append(item))
+    tally = _Walk(encoder, convert, lambda _, item: items.append(item)).through(sources, max_rows)
     return Loaded(tuple(items), *_judged(sources, tally, encoder, max_rows, dropped_as))
 
 
@@ -126,23 +131,8 @@ def _work[T: Example](
 ) -> None:
     folder = shards / f"shard_{worker}"
     with ExampleWriter[T](folder) as writer:
-        tally = _walked(sources, convert, encoder, max_rows, writer.add, worker, count)
+        tally = _Walk(encoder, convert, writer.add, worker, count).through(sources, max_rows)
     (folder / _TALLY).write_bytes(tally.to_json())
-
-
-def _walked[T](
-    sources: Sources,
-    convert: Callable[[Row], T | None],
-    encoder: Encoder,
-    max_rows: int | None,
-    take: Callable[[int, T], None],
-    worker: int = 0,
-    workers: int = 1,
-) -> RowTally:
-    walk = _Walk(encoder, convert, take, worker, workers)
-    for part in parts_of(sources):
-        walk.through(part, None if max_rows is None else max_rows - walk.number)
-    return walk.tally
 
 
 def _judged(
