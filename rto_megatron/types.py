@@ -324,9 +324,8 @@ class DivergenceMicrobatch(PairMicrobatch):
         microbatch.reference_hidden_NH.shape
     """
 
-    reference_hidden_NH: (
-        Tensor  # the reference's final states where `batch` asks; empty but on the last stage
-    )
+    # The reference's final states where `batch` asks; empty but on the last stage.
+    reference_hidden_NH: Tensor
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ from torch import Tensor
 from rto_megatron.algorithms.losses import keep
 from rto_megatron.algorithms.token_rewards import at_last_token
 
-AllSum = Callable[
-    [Tensor], Tensor
-]  # sums a tensor over the data-parallel ranks; every rank must call it equally often
+# Sums a tensor over the data-parallel ranks; every rank must call it equally often.
+AllSum = Callable[[Tensor], Tensor]
 
 
 def gae(

@@ -10,9 +10,8 @@ from rto_megatron.algorithms import reinforcement
 from rto_megatron.section import Section
 from rto_megatron.types import JudgedMicrobatch, LossOutput, PairMicrobatch, SupervisedMicrobatch
 
-Vocabulary = Callable[
-    [Iterable[str]], frozenset[int]
-]  # ids of the tokens whose text holds one of the strings
+# Ids of the tokens whose text holds one of the strings.
+Vocabulary = Callable[[Iterable[str]], frozenset[int]]
 
 
 class OfflineAlgorithm[M: SupervisedMicrobatch | PairMicrobatch | JudgedMicrobatch](Protocol):
@@ -40,9 +39,7 @@ class OfflineMethod[M: SupervisedMicrobatch | PairMicrobatch | JudgedMicrobatch]
     examples: Literal["demonstrations", "pairs", "judgements"]
     # logprobs [T] of the targets; values [T] of a scalar head; divergence [3, T], see `tdpo`
     outputs: Literal["logprobs", "values", "divergence"] = "logprobs"
-    reference: Literal["none", "optional", "required"] = (
-        "none"  # optional: the policy's starting point stands in
-    )
+    reference: Literal["none", "optional", "required"] = "none"  # optional: the policy's start stands in
 
 
 @dataclass(frozen=True)

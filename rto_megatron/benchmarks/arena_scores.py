@@ -21,10 +21,8 @@ from rto_megatron.benchmarks.win_rates import bootstrap_interval, standard_error
 from rto_megatron.errors import DataError, refuse_if
 
 STYLES = ("token_len", "header_count", "list_count", "bold_count")
-PERCENT: Mapping[Version, int] = {
-    "v0.1": 95,
-    "v2.0": 90,
-}  # of the rounds of a bootstrap that an interval holds
+# Of the rounds of a bootstrap that an interval holds.
+PERCENT: Mapping[Version, int] = {"v0.1": 95, "v2.0": 90}
 _LOG_BASE = math.log(10)  # the scale of Elo's ratings, on which the penalty depends
 
 
@@ -230,9 +228,8 @@ def _coefficients(features: np.ndarray, wins: np.ndarray, counts: np.ndarray, st
 class _StyleRule:
     """How a version controls style."""
 
-    differ: Callable[
-        [np.ndarray, np.ndarray], np.ndarray
-    ]  # of counts of the baseline's answer and the model's
+    # Of counts of the baseline's answer and the model's.
+    differ: Callable[[np.ndarray, np.ndarray], np.ndarray]
     ddof: int  # of the deviations by which differences are scaled
     fit: Callable[[StyledBattles, np.ndarray, np.ndarray], np.ndarray]
 

@@ -79,11 +79,9 @@ def read_gamed(path: Path) -> Gamed:
             f"{', '.join(sorted(_GAMED_COLUMNS))}"
         ) from error
     judged = ~np.isnan(wins)
+    # The first of a place counts.
     difficulties = {
-        place: float(value)
-        for place, value in reversed(
-            list(zip(places, difficulty, strict=True))
-        )  # the first of a place counts
+        place: float(value) for place, value in reversed(list(zip(places, difficulty, strict=True)))
     }
     return Gamed(length[judged], difficulty[judged], wins[judged], difficulties)
 

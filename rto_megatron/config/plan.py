@@ -93,16 +93,13 @@ class BatchPlan:
         BatchPlan(train_per_rank=8, num_microbatches=4, rollout_per_rank=32, updates_per_rollout=4)
     """
 
-    train_per_rank: (
-        int  # the mean, rounded down, where micro-batches go by tokens; 0 where the stage does not train
-    )
-    num_microbatches: (
-        int | None
-    )  # of an optimizer step; None: as its lengths make it; 0 where the stage does not train
+    # The mean, rounded down, where micro-batches go by tokens; 0 where the stage does not train.
+    train_per_rank: int
+    # Of an optimizer step; None: as its lengths make it; 0 where the stage does not train.
+    num_microbatches: int | None
     rollout_per_rank: int  # 0 where the stage does not sample
-    updates_per_rollout: (
-        int  # optimizer steps of one pass over the rollouts; 0 where the stage does not sample
-    )
+    # Optimizer steps of one pass over the rollouts; 0 where the stage does not sample.
+    updates_per_rollout: int
 
 
 @dataclass(frozen=True)

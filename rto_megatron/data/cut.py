@@ -30,9 +30,8 @@ class Layout:
 
     micro: int | None  # sequences, or pairs, per micro-batch; the last micro-batch may hold fewer
     packed: bool  # one packed row; otherwise right-padded rows
-    multiple_of: (
-        int  # row lengths are a multiple of this; sequence parallelism needs the tensor-parallel size
-    )
+    # Row lengths are a multiple of this; sequence parallelism needs the tensor-parallel size.
+    multiple_of: int
     device: torch.device
     tokens: int | None = None  # per micro-batch, padding included, where `micro` is None
     shares_prompts: bool = False  # models compute equal prompts of a packed row once

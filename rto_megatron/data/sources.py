@@ -146,9 +146,8 @@ def _table(named: HubSet) -> "Dataset":
     try:
         return datasets.load_dataset(named.name, named.config, split=named.split)
     except (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError) as error:
-        is_unsaid = isinstance(
-            error, datasets.exceptions.DatasetGenerationError
-        )  # what is wrong is its cause
+        # What is wrong is its cause.
+        is_unsaid = isinstance(error, datasets.exceptions.DatasetGenerationError)
         reason = " ".join(str(error.__cause__ if is_unsaid and error.__cause__ else error).split())
         raise DataError(
             f"data set {named.name!r}, {'' if named.config is None else f'config {named.config!r}, '}split "

@@ -44,9 +44,8 @@ class Style:
     min_words: int
     max_words: int
     stop_probability: float  # of each word from `min_words` on
-    token_cost: (
-        float  # of each word, in units of the sd of a table entry; negative: a longer response earns more
-    )
+    # Of each word, in units of the sd of a table entry; negative: a longer response earns more.
+    token_cost: float
 
     @property
     def end(self) -> int:

@@ -29,9 +29,8 @@ def run_workers(work: Callable[[int], None], count: int) -> bool:
     children = []
     for number in range(count):
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # of threads of this process, whose locks the children do not touch
+            # Of threads of this process, whose locks the children do not touch.
+            warnings.simplefilter("ignore")
             child = os.fork()
         if child == 0:
             _as_child(work, number)

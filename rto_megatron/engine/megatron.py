@@ -47,9 +47,8 @@ from rto_megatron.types import (
     ValueScale,
 )
 
-type _Seen = list[
-    tuple[dict[str, tuple[float, float]], bool]
-]  # of each micro-batch: metrics, is the loss finite
+# Of each micro-batch: metrics, is the loss finite.
+type _Seen = list[tuple[dict[str, tuple[float, float]], bool]]
 _TRAINING_FORWARDS = 3  # what a forward with its backward costs
 
 type Microbatch = SupervisedMicrobatch | PairMicrobatch | JudgedMicrobatch | Minibatch

@@ -33,9 +33,8 @@ class SeedResult:
     curve: Curve | None
     episodes: float | None  # to the threshold; None: never reached, or no curve
     at_matched_kl: float | None  # true return; None: the run never went so far, or no curve
-    distinct: (
-        float | None
-    )  # of the pairs of words that follow each other in its evaluated responses; None: not kept
+    # Of the pairs of words that follow each other in its evaluated responses; None: they were not kept.
+    distinct: float | None
 
 
 @dataclass(frozen=True)
@@ -131,9 +130,8 @@ def _distinct(root: Path, seed: int, system: str) -> float | None:
     kept = seed_folder(root, seed) / "evaluations" / system / "evaluation.jsonl"
     if not kept.is_file():
         return None
-    with kept.open(
-        encoding="utf-8"
-    ) as rows:  # a response may hold what str.splitlines takes for an end of line
+    # Read by line: a response may hold what str.splitlines takes for an end of line.
+    with kept.open(encoding="utf-8") as rows:
         return distinct_bigrams(json.loads(row)["response"] for row in rows)
 
 

@@ -10,9 +10,8 @@ from pathlib import Path
 
 from rto_megatron.lifecycle.start_up import begin_part
 
-STARTING_VARIABLE = (
-    "RTO_POOL_STARTING"  # names to the ranks of a launch the file that is there while its pool starts
-)
+# Names to the ranks of a launch the file that is there while its pool starts.
+STARTING_VARIABLE = "RTO_POOL_STARTING"
 _POLL_S = 0.05
 
 

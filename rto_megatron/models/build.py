@@ -99,9 +99,8 @@ def _attention(shape: ModelShape) -> dict[str, object]:
         return [int(i in layers) for i in range(shape.num_layers)] if layers else None
 
     yarn, scale = shape.rotation.yarn, shape.score_scale
-    if (
-        yarn is not None
-    ):  # queries and keys have the amplitude alike, for where there is one whole heads rotate
+    # Queries and keys have the amplitude alike, for where there is one whole heads rotate.
+    if yarn is not None:
         scale = (scale or shape.head_dim**-0.5) * yarn.amplitude**2
     return {
         # Tokens before and after the own one.
@@ -181,9 +180,8 @@ def build_model(
     is_first = topology.is_first_stage and number == 0
     is_last = topology.is_last_stage and number == topology.virtual_size - 1
     own_layers = cut_of(shape, has_scalar_head, topology).own_layers(topology.pipeline_rank, number)
-    logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(
-        logging.ERROR
-    )  # GPTModel's notice of 0.19
+    # GPTModel's notice of 0.19.
+    logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
     model = GroupedGPT(
         config=config,
         transformer_layer_spec=block_spec(shape, config, topology, own_layers),
@@ -212,9 +210,8 @@ def build_model(
         model.output_layer = ScalarHead(config, topology.tensor_group())
     forget_probabilities(model)
     for module in model.modules():
-        vars(module).setdefault(
-            "tp_group", topology.tensor_group()
-        )  # which a checkpoint's shards are named by
+        # A checkpoint's shards are named by it.
+        vars(module).setdefault("tp_group", topology.tensor_group())
     return model.to(topology.device.torch_device)
 
 

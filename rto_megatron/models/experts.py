@@ -79,9 +79,8 @@ class WatchedRouter(TopKRouter):  # type: ignore[misc]  # megatron-core has no t
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits [.., E] -> probabilities and choice, [T, E] each; see Megatron's router."""
         probs, is_chosen = super().routing(logits, padding_mask=padding_mask)
-        if (
-            self.training and torch.is_grad_enabled()
-        ):  # once for a micro-batch, where layers are recomputed too
+        # Once for a micro-batch, where layers are recomputed too.
+        if self.training and torch.is_grad_enabled():
             self._watch(logits.detach().view(-1, self.num_experts), is_chosen, padding_mask)
         return probs, is_chosen
 

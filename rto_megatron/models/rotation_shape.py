@@ -55,9 +55,8 @@ class Rotation:
     """
 
     share: float = 1.0  # of a head's numbers, the first ones
-    is_interleaved: bool = (
-        False  # pairs are neighbours; else a number and the one half a rotated part behind it
-    )
+    # Pairs are neighbours; else a number and the one half a rotated part behind it.
+    is_interleaved: bool = False
     unrotated_layers: tuple[int, ...] = ()
     windowed_theta: float | None = None  # the base in layers with a window; null: the others'
     divisor: float = 1.0  # of positions; layers with a base of their own have none

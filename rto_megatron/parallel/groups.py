@@ -37,9 +37,8 @@ def make_groups(
     Returns:
         The groups that this rank is in; none where it is not of the grid.
     """
-    grid = torch.tensor(list(ranks)).view(
-        pipeline, -1, context, tensor
-    )  # [stage, data, context, tensor rank]
+    # [stage, data, context, tensor rank]
+    grid = torch.tensor(list(ranks)).view(pipeline, -1, context, tensor)
     pipelines = grid.permute(1, 2, 3, 0).reshape(-1, pipeline)
     groups = ProcessGroupCollection()
     alone = _own(grid.reshape(-1, 1), timeout)

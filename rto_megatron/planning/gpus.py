@@ -21,9 +21,8 @@ class Gpu:
     gib: float  # memory that the driver shows
     tflops: float  # dense bf16 products
     gb_per_s: float  # to and from its memory
-    has_fp8: bool = (
-        True  # products in 8 bits, twice as fast; of a GPU that is described it is taken for granted
-    )
+    # Products in 8 bits, twice as fast; of a GPU that is described it is taken for granted.
+    has_fp8: bool = True
 
     @property
     def usable_bytes(self) -> int:

@@ -26,20 +26,16 @@ class Efficiency:
         Efficiency(decode=0.5)
     """
 
-    decode: float = (
-        0.55  # of memory bandwidth; vLLM PRs 10984 and 11078 (0.54-0.58), TensorRT-LLM 1.0 (0.45-0.70)
-    )
-    products: float = (
-        0.40  # of dense bf16 products: Megatron's model FLOPs utilisation of dense bf16 training, 38-47 %
-    )
-    layers: float = (
-        1.0  # times that products of layers are faster than bf16's: 2 in 8 bits, by every data sheet
-    )
+    # Of memory bandwidth; vLLM PRs 10984 and 11078 (0.54-0.58), TensorRT-LLM 1.0 (0.45-0.70).
+    decode: float = 0.55
+    # Of dense bf16 products: Megatron's model FLOPs utilisation of dense bf16 training, 38-47 %.
+    products: float = 0.40
+    # Times that products of layers are faster than bf16's: 2 in 8 bits, by every data sheet.
+    layers: float = 1.0
     launch_s: float = 1e-3  # of a decode step beside the GPU's work; fitted on the sampling of P8
     overhead: float = 1.33  # of a whole step; NeMo-RL 0.5, GRPO of Llama-3.1-8B and of Qwen3-32B
-    push_gb_per_s: float = (
-        45.0  # over InfiniBand, 400 Gbit/s (llm-d-rl's benchmark: 47.8); NVLink 60 (checkpoint-engine)
-    )
+    # Over InfiniBand, 400 Gbit/s (llm-d-rl's benchmark: 47.8); NVLink 60 (checkpoint-engine).
+    push_gb_per_s: float = 45.0
     push_control_s: float = 0.5  # pause and wake servers (llm-d-rl's benchmark: 0.52-0.6)
     offload_gb_per_s: float = 25.0  # pinned, over PCIe 4 x16 (32 by its specification; PCIe 5 has twice that)
 

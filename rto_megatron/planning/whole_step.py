@@ -48,9 +48,8 @@ class StepTime:
     seconds: float  # with what a step takes beside its phases
     limit_s: float
     utilisation: float  # model operations of the trainer over what its GPUs could do in the whole step
-    update_forwards: (
-        float  # forwards of what is trained that the update takes: 3, 4 with recomputation, and bubbles
-    )
+    # Forwards of what is trained that the update takes: 3, 4 with recomputation, and bubbles.
+    update_forwards: float
 
 
 @dataclass(frozen=True)
@@ -193,9 +192,8 @@ def pipeline_idle(stages: int, chunks: int, num_microbatches: int) -> float:
     """What stages wait in an optimizer step, over what they work; micro-batches that fill up a round are waited for."""
     if chunks == 1:
         return (stages - 1) / num_microbatches
-    rounds = (
-        -(-num_microbatches // stages) * stages
-    )  # an interleaved schedule takes them by as many as it has stages
+    # An interleaved schedule takes them by as many as it has stages.
+    rounds = -(-num_microbatches // stages) * stages
     return (rounds + (stages - 1) / chunks) / num_microbatches - 1
 
 

@@ -20,9 +20,8 @@ Kernels = Literal["torch", "transformer_engine"]
 
 _ENGINE: Literal["transformer_engine"] = "transformer_engine"
 _LOOKED_FOR = (_ENGINE, "apex")  # by megatron-core
-_RELEASE = (
-    "2.20."  # of requirements/gpu-extras.txt: the names and shapes of its layers were compared with torch's
-)
+# Of requirements/gpu-extras.txt: the names and shapes of its layers were compared with torch's.
+_RELEASE = "2.20."
 _FP8_SINCE = (8, 9)
 _INSTALL = "bash launchers/install_gpu.sh builds it; or set precision.kernels=torch"
 

@@ -38,9 +38,8 @@ class Item:
     """
 
     name: str
-    difference: (
-        float  # largest absolute one; for weights at another layout, relative to the way since the resume
-    )
+    # Largest absolute one; for weights at another layout, relative to the way since the resume.
+    difference: float
     where: str  # what differs most, or first; empty where all is equal
 
     def is_within(self, tolerance: float) -> bool:

@@ -28,9 +28,8 @@ class MadeStep:
 
     num_items: int  # sequences, or pairs
     per_microbatch: int
-    per_reading: (
-        int  # sequences of a micro-batch of a reference, which reads the answers of a pair one by one
-    )
+    # Sequences of a micro-batch of a reference, which reads the answers of a pair one by one.
+    per_reading: int
     prompt: int
     response: int
     is_pair: bool

@@ -25,9 +25,8 @@ class Arrivals:
 
     def __init__(self, num_responses: int, micro: int) -> None:
         self._micro = micro
-        self._num_missing = [
-            min(micro, num_responses - first) for first in range(0, num_responses, micro)
-        ]  # by micro-batch
+        # By micro-batch.
+        self._num_missing = [min(micro, num_responses - first) for first in range(0, num_responses, micro)]
         self._came: dict[int, Rollout] = {}
         self._whole: SimpleQueue[int | None] = SimpleQueue()  # micro-batches; None: no further ones
         self._is_over = False

@@ -27,9 +27,8 @@ from rto_megatron.trainer.unseen import keep_rows, load_unseen, numbers_of
 from rto_megatron.types import Distribution, Prompt, Rollout
 
 ROWS = "evaluation.jsonl"
-_AS_SAMPLED: TruncationPolicy = (
-    "mask"  # nothing is overwritten; the reward model reads an appended end-of-sequence
-)
+# Nothing is overwritten; the reward model reads an appended end-of-sequence.
+_AS_SAMPLED: TruncationPolicy = "mask"
 
 
 def evaluate(config: schema.EvaluateStage, topology: Topology, pool: ConnectedPool | None = None) -> None:

@@ -26,9 +26,8 @@ def nccl_group(
 
     A broadcast that failed is completed, and its `wait` raises RuntimeError.
     """
-    from torch.distributed.distributed_c10d import (
-        ProcessGroupNCCL,
-    )  # torch builds without CUDA have no such name
+    # Builds of torch without CUDA have no such name.
+    from torch.distributed.distributed_c10d import ProcessGroupNCCL
 
     options = ProcessGroupNCCL.Options()
     options._timeout = timedelta(seconds=timeout_s)

@@ -130,9 +130,8 @@ class Dispatch:
         probe = self._probes.get(address)
         if probe is None or probe.done():
             probe = self._probes[address] = self._background.create_task(self._require_alive(address))
-        await asyncio.wait(
-            [probe]
-        )  # unlike awaiting it, leaves it to the others when this request is cancelled
+        # Unlike awaiting it, this leaves it to the others when this request is cancelled.
+        await asyncio.wait([probe])
 
     async def _require_alive(self, address: str) -> None:
         try:

@@ -27,9 +27,8 @@ from rto_megatron.models.model_folder import code_problems, misnamed, pattern_pr
 Progress = Callable[[str], None]
 
 _WORKER = "rto_megatron.generation.vllm.worker"
-START_LIMIT_S = (
-    1800.0  # weights of 70B from a network disk take a quarter of an hour, and compilation minutes more
-)
+# Weights of 70B from a network disk take a quarter of an hour, and compilation minutes more.
+START_LIMIT_S = 1800.0
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # as vLLM names them
 _PR_SET_PDEATHSIG = 1
 _UNBOUND = "nobind"
@@ -109,9 +108,8 @@ class Server:
     process: subprocess.Popen[bytes]
     token_file: Path
     log_file: Path
-    claim: socket.socket | None = (
-        None  # bound to its port, so that nobody is given it before the server listens
-    )
+    # Bound to its port, so that nobody is given it before the server listens.
+    claim: socket.socket | None = None
 
     def why_it_ended(self) -> str:
         """The first error in what it printed, or the end of it, for a message."""
@@ -260,9 +258,8 @@ def _command(options: ServerOptions, port: int) -> list[str]:
         command += ["--hf-overrides", '{"head_dtype": "float32"}']
     # Of what is sampled from: without end-of-sequence where min_tokens bans it, as the trainer takes its own.
     command += ["--logprobs-mode", "processed_logprobs"]
-    command += [
-        "--enable-prompt-tokens-details"
-    ]  # each answer says how much of its prompt came from the cache
+    # Each answer says how much of its prompt came from the cache.
+    command += ["--enable-prompt-tokens-details"]
     if not options.load_weights:
         command += ["--load-format", "dummy"]
     if options.max_model_len is not None:
@@ -329,9 +326,8 @@ def _environment(options: ServerOptions) -> dict[str, str]:
     else:
         environment["VLLM_HOST_IP"] = options.host
     if not torch.cuda.is_available():
-        environment["TORCHDYNAMO_DISABLE"] = (
-            "1"  # inductor would compile at the first request, even with eager mode
-        )
+        # Inductor would compile at the first request, even with eager mode.
+        environment["TORCHDYNAMO_DISABLE"] = "1"
         environment.setdefault("OMP_NUM_THREADS", "1")
         # A server on a CPU shares it with ranks; threads that spin would keep the cores that those compute on.
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
