@@ -28,21 +28,20 @@ def find_problems(
         max_positions: role -> max_position_embeddings, in tokens, of the models whose shape is known.
         origin: how the number of ranks came about, if it is not what the user asked for.
     """
-    of_models = model_problems(config)
-    training = facts_of(config).training
+    facts, of_models = facts_of(config), model_problems(config)
     return [
         *layout_problems(config, world_size, origin),
         *of_models,
         *([] if of_models else role_problems(config, world_size)),
-        *(offload_problems(training) if training is not None and not of_models else ()),
+        *([] if of_models or facts.training is None else offload_problems(facts.training)),
         *_lengths(config, max_positions),
-        *_kl_horizon(facts_of(config)),
-        *(sampling_problems(facts.online) if (facts := facts_of(config)).online is not None else ()),
-        *_pool_servers(facts_of(config).pool),
-        *_ahead(facts_of(config).online),
-        *_held_out(facts_of(config)),
-        *_profile(facts_of(config)),
-        *_warmup(facts_of(config).online),
+        *_kl_horizon(facts),
+        *([] if facts.online is None else sampling_problems(facts.online)),
+        *_pool_servers(facts.pool),
+        *_ahead(facts.online),
+        *_held_out(facts),
+        *_profile(facts),
+        *_warmup(facts.online),
         *_kernels(config),
     ]
 
