@@ -68,6 +68,7 @@ from rto_megatron.types import (
 
 _EVALUATED_AT_A_TIME = 16  # micro-batches
 
+_Answer = tuple[tuple[int, ...], tuple[int, ...]]  # ids of the prompt and of the response
 # (prepared data, sources, rows to read or None for all)
 type Load[E: Example] = Callable[[PreparedData, Sources, int | None], Loaded[E]]
 
@@ -369,22 +370,18 @@ def _pair_logprobs(model: RoleModel, pairs: Sequence[PreferencePair], layout: La
     return share.back(_summed(model, answers, layout.for_pairs).view(-1, 2))
 
 
-def response_logprobs(
-    model: RoleModel, answers: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], layout: Layout
-) -> Tensor:
+def response_logprobs(model: RoleModel, answers: Sequence[_Answer], layout: Layout) -> Tensor:
     """Summed log-probs of each (prompt ids, response ids), [number of answers], nats, without gradients.
 
     With a layout of the model's own all ranks must call it.
     """
-    share = shared_out(list(answers), list[tuple[tuple[int, ...], tuple[int, ...]]], model.topology)
+    share = shared_out(list(answers), list[_Answer], model.topology)
     if not share.items and not model.topology.is_exchanging:
         return torch.zeros(0, device=layout.device)
     return share.back(_summed(model, share.items, layout))
 
 
-def _summed(
-    model: RoleModel, answers: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], layout: Layout
-) -> Tensor:
+def _summed(model: RoleModel, answers: Sequence[_Answer], layout: Layout) -> Tensor:
     sequences = [(prompt_ids + response_ids, len(prompt_ids)) for prompt_ids, response_ids in answers]
     cut = sequence_batches(sequences, packed_for(model.topology, layout))
     return response_sums(model.token_outputs(cut.batches), cut, sequences)
