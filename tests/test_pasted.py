@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
+from configuration_keys import stage_keys
 from test_docs import PAGES
 from test_house import RECIPES, ROOT
 from typer.testing import CliRunner
 
 from rto_megatron.cli.main import app
-from rto_megatron.config.load import load_recipe, stage_keys
+from rto_megatron.config.load import load_recipe
 from rto_megatron.config.schema import STAGES
 from rto_megatron.errors import UserError
 
