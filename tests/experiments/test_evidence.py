@@ -27,9 +27,8 @@ def _row(arm: ArmResult, seed: int) -> str:
     far = "0" if found.kl.mean == 0 else kl
     end = ["", ""]
     if one.curve is not None:
-        assert one.at_matched_kl is not None
-        reached = "never" if one.episodes is None else f"{one.episodes:.0f}"
-        end = [f"{one.at_matched_kl:.3f}", reached]
+        end = ["never" if one.at_matched_kl is None else f"{one.at_matched_kl:.3f}"]
+        end += ["never" if one.episodes is None else f"{one.episodes:.0f}"]
     cells = [
         NAMES[arm.name], true, score, far, f"{found.response_tokens.mean:.1f}", f"{one.distinct:.2f}", *end,
     ]  # fmt: skip
