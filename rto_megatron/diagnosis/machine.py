@@ -58,7 +58,7 @@ def check_gpus() -> list[Finding]:
     present = _gpus_of_driver()
     if not torch.cuda.is_available():
         if not present or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-            return [Finding("GPUs", "ok", "no GPU: ranks talk over gloo, the pool is vLLM's CPU build")]
+            return [Finding("GPUs", "ok", "no GPU: ranks talk over gloo, and a pool wants vLLM's CPU build")]
         return [
             Finding(
                 "GPUs",
