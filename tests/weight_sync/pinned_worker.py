@@ -11,9 +11,10 @@ import threading
 
 import torch
 from torch import nn
-from torch.distributed import BroadcastOptions, PrefixStore, distributed_c10d
+from torch.distributed import BroadcastOptions, distributed_c10d
 from vllm.config import VllmConfig
 from vllm.utils.nccl import pin_nccl_env
+from weight_sync.test_nccl_group import Group, Sent
 
 from rto_megatron.generation.vllm.worker.plugin import InitInfo, RtoWeightTransferEngine
 from rto_megatron.weight_sync.control_channel import ControlChannel
@@ -24,21 +25,7 @@ NAMES = ("NCCL_PROTO", "NCCL_NTHREADS")
 seen: dict[str, str | None] = {}
 
 
-class Sent:
-    def is_completed(self) -> bool:
-        return True
-
-    def wait(self) -> None:
-        pass
-
-
-class Group:
-    class Options:
-        pass
-
-    def __init__(self, store: PrefixStore, rank: int, size: int, options: Options) -> None:
-        pass
-
+class Reading(Group):
     def broadcast(self, tensors: list[torch.Tensor], options: BroadcastOptions) -> Sent:
         seen.update({name: os.environ.get(name) for name in NAMES})
         return Sent()
@@ -60,7 +47,7 @@ def nothing(channel: ControlChannel, meeting: Rendezvous, device: torch.device) 
 def main() -> None:
     os.environ["NCCL_NTHREADS"] = "256"  # the launcher's own, which trainer and pool share
     pin_nccl_env({"NCCL_PROTO": "Simple", "NCCL_NTHREADS": "1"})
-    distributed_c10d.ProcessGroupNCCL = Group
+    distributed_c10d.ProcessGroupNCCL = Reading
     torch.cuda.device = contextlib.nullcontext
     torch.zeros = lambda *shape, device, **how: torch.ones(shape, **how)
     listener, manifest = listen(LOOPBACK), Manifest(1024, ())
