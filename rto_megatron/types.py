@@ -13,6 +13,7 @@ from typing import Literal
 from torch import Tensor
 
 from rto_megatron.shared_row import SharedRow
+from rto_megatron.sums import Sums, to_metrics
 
 FinishReason = Literal["stop", "length"]
 type Columns = Mapping[str, object]  # of a row of the data, as JSON has them
@@ -367,11 +368,16 @@ class LossOutput:
     """A weighted sum (scalar with gradient) and sums for the logs.
 
     Example:
-        LossOutput(tensor(0.7), {"loss": (0.7, 1.0)})
+        LossOutput(tensor(0.7), {"loss": (tensor(0.7), tensor(1.0))})
     """
 
     loss: Tensor
-    metrics: Metrics = field(default_factory=dict)
+    sums: Sums = field(default_factory=dict)
+
+    @property
+    def metrics(self) -> Metrics:
+        """The sums as numbers; the host waits for the device."""
+        return to_metrics(self.sums)
 
 
 @dataclass(frozen=True)

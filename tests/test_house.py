@@ -23,6 +23,7 @@ RECIPES = sorted((ROOT / "launchers" / "recipes").rglob("*.yaml"))
 # A folder that one process runs alone has a layer of its own.
 LAYERS = {
     "shared_row": -1,
+    "sums": -1,
     "errors": 0,
     "section": 0,
     "types": 0,

@@ -6,9 +6,10 @@ responses, the rest over tokens.
 
 from collections.abc import Mapping
 
-from rto_megatron.algorithms.losses import count_tokens, keep, to_metrics
+from rto_megatron.algorithms.losses import count_tokens, keep
 from rto_megatron.algorithms.pool_importance import ImportanceMode, pool_ratio
 from rto_megatron.algorithms.token_rewards import kl_k1, kl_k3, truncated_rows
+from rto_megatron.sums import to_metrics
 from rto_megatron.types import Experience, Metrics, ScoredRollouts, TokenRewards
 
 

@@ -4,7 +4,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rto_megatron.algorithms.losses import keep, sequence_sums, to_metrics
+from rto_megatron.algorithms.losses import keep, sequence_sums
 from rto_megatron.algorithms.method import OfflineMethod
 from rto_megatron.section import Section
 from rto_megatron.types import JudgedMicrobatch, LossOutput
@@ -67,17 +67,15 @@ class KTO:
         chosen_S = (weight_S > 0) & micro.is_desirable_S
         rejected_S = (weight_S > 0) & ~micro.is_desirable_S
         num_answers = (weight_S > 0).sum()
-        metrics = to_metrics(
-            {
-                "loss": (loss, weight_S.sum()),
-                "rewards/chosen": (keep(rewards_S, chosen_S).sum(), chosen_S.sum()),
-                "rewards/rejected": (keep(rewards_S, rejected_S).sum(), rejected_S.sum()),
-                "logps/chosen": (keep(logp_S, chosen_S).sum(), chosen_S.sum()),
-                "logps/rejected": (keep(logp_S, rejected_S).sum(), rejected_S.sum()),
-                "kl": (micro.baseline * num_answers, num_answers),
-            }
-        )
-        return LossOutput(loss, metrics)
+        sums = {
+            "loss": (loss, weight_S.sum()),
+            "rewards/chosen": (keep(rewards_S, chosen_S).sum(), chosen_S.sum()),
+            "rewards/rejected": (keep(rewards_S, rejected_S).sum(), rejected_S.sum()),
+            "logps/chosen": (keep(logp_S, chosen_S).sum(), chosen_S.sum()),
+            "logps/rejected": (keep(logp_S, rejected_S).sum(), rejected_S.sum()),
+            "kl": (micro.baseline * num_answers, num_answers),
+        }
+        return LossOutput(loss, sums)
 
 
 def kl_baseline(total: float, count: float) -> float:

@@ -6,7 +6,7 @@ engine has to take. They add up to 1 but under `constant`. Where a weight or mas
 exactly 0, whatever finite numbers the padding holds.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -14,18 +14,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rto_megatron.types import LossOutput, Metrics, Minibatch, TokenBatch
+from rto_megatron.types import LossOutput, Minibatch, TokenBatch
 
 
 def keep(x: Tensor, mask: Tensor) -> Tensor:
     """`x` where `mask` is not 0, else 0; unlike in a product an overflow in the padding does not spread."""
     return torch.where(mask != 0, x, torch.zeros_like(x))
-
-
-def to_metrics(parts: Mapping[str, tuple[Tensor, Tensor]]) -> Metrics:
-    """Scalar tensors (sum, count) as Python floats, with one transfer from the device for all of them."""
-    values = torch.stack([part.detach().double() for pair in parts.values() for part in pair]).tolist()
-    return {name: (values[2 * i], values[2 * i + 1]) for i, name in enumerate(parts)}
 
 
 def count_sequences(mask_BR: Tensor) -> Tensor:
@@ -132,11 +126,9 @@ def clipped_value_loss(values_T: Tensor, minibatch: Minibatch, value_clip: float
         move_T = move_T.clamp(-value_clip, value_clip)
         clipped_T = keep(minibatch.values_old_T + move_T - minibatch.returns_T, weight_T).square()
     loss = 0.5 * (weight_T * torch.maximum(plain_T, clipped_T)).sum()
-    metrics = to_metrics(
-        {
-            "loss/value_avg": (loss, weight_T.sum()),
-            # Within the clip the two errors are one but for rounding, of which either may have more.
-            "val/clipfrac_avg": ((is_beyond_T & (clipped_T > plain_T)).sum(), (weight_T > 0).sum()),
-        }
-    )
-    return LossOutput(loss, metrics)
+    sums = {
+        "loss/value_avg": (loss, weight_T.sum()),
+        # Within the clip the two errors are one but for rounding, of which either may have more.
+        "val/clipfrac_avg": ((is_beyond_T & (clipped_T > plain_T)).sum(), (weight_T > 0).sum()),
+    }
+    return LossOutput(loss, sums)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rto_megatron.algorithms.losses import keep, sequence_means, to_metrics
+from rto_megatron.algorithms.losses import keep, sequence_means
 from rto_megatron.algorithms.token_rewards import kl_k3
 from rto_megatron.types import LossOutput, Minibatch
 
@@ -118,13 +118,13 @@ def _weighted(
     active_T = weight_T > 0
     loss = (weight_T * minibatch.pool_importance_T * terms_T).sum()
     num_tokens = active_T.sum()
-    metrics = {
+    sums = {
         "loss/policy_avg": (loss, weight_T.sum()),
         "policy/approxkl_avg": (0.5 * log_ratio_T.square().sum(), num_tokens),
         **{name: ((is_true_T & active_T).sum(), num_tokens) for name, is_true_T in fractions.items()},
         "val/ratio": ((ratio_T * active_T).sum(), num_tokens),
     }
-    return LossOutput(loss, to_metrics(metrics))
+    return LossOutput(loss, sums)
 
 
 def with_kl(loss: Loss, beta_kl: float) -> Loss:
@@ -136,8 +136,8 @@ def with_kl(loss: Loss, beta_kl: float) -> Loss:
     def with_term(logp_T: Tensor, minibatch: Minibatch) -> LossOutput:
         plain, weight_T = loss(logp_T, minibatch), minibatch.weight_T
         kl = (weight_T * kl_k3(logp_T, minibatch.logp_ref_T, weight_T)).sum()
-        metrics = {**plain.metrics, **to_metrics({"loss/kl_avg": (kl, weight_T.sum())})}
-        return LossOutput(plain.loss + beta_kl * kl if beta_kl else plain.loss, metrics)
+        sums = {**plain.sums, "loss/kl_avg": (kl, weight_T.sum())}
+        return LossOutput(plain.loss + beta_kl * kl if beta_kl else plain.loss, sums)
 
     return with_term
 
@@ -154,7 +154,7 @@ def with_entropy(loss: Loss, entropy_coef: float) -> Loss:
         plain, weight_T = loss(logp_T, minibatch), minibatch.weight_T
         entropy_T = keep(entropy_T, weight_T)
         mean = (entropy_T.sum(), (weight_T > 0).sum())
-        metrics = {**plain.metrics, **to_metrics({"policy/entropy_avg": mean})}
-        return LossOutput(plain.loss - entropy_coef * (weight_T * entropy_T).sum(), metrics)
+        sums = {**plain.sums, "policy/entropy_avg": mean}
+        return LossOutput(plain.loss - entropy_coef * (weight_T * entropy_T).sum(), sums)
 
     return with_bonus

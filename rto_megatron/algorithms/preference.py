@@ -7,7 +7,7 @@ answers, row 1 the rejected ones. Entries of pairs of weight 0 are 0, whatever f
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rto_megatron.algorithms.losses import keep, sequence_sums, to_metrics
+from rto_megatron.algorithms.losses import keep, sequence_sums
 from rto_megatron.types import LossOutput, PairMicrobatch
 
 
@@ -52,16 +52,14 @@ def preference_output(
     loss = (micro.weight_P * losses_P).sum()
     margins_P = rewards_2P[0] - rewards_2P[1]
     num_pairs = (micro.weight_P > 0).sum()
-    metrics = to_metrics(
-        {
-            "loss": (loss, micro.weight_P.sum()),
-            "rewards/chosen": (rewards_2P[0].sum(), num_pairs),
-            "rewards/rejected": (rewards_2P[1].sum(), num_pairs),
-            "rewards/accuracies": ((margins_P > 0).sum(), num_pairs),
-            "rewards/ties": (((margins_P == 0) & (micro.weight_P > 0)).sum(), num_pairs),
-            "rewards/margins": (margins_P.sum(), num_pairs),
-            "logps/chosen": (logp_2P[0].sum(), num_pairs),
-            "logps/rejected": (logp_2P[1].sum(), num_pairs),
-        }
-    )
-    return LossOutput(loss, metrics)
+    sums = {
+        "loss": (loss, micro.weight_P.sum()),
+        "rewards/chosen": (rewards_2P[0].sum(), num_pairs),
+        "rewards/rejected": (rewards_2P[1].sum(), num_pairs),
+        "rewards/accuracies": ((margins_P > 0).sum(), num_pairs),
+        "rewards/ties": (((margins_P == 0) & (micro.weight_P > 0)).sum(), num_pairs),
+        "rewards/margins": (margins_P.sum(), num_pairs),
+        "logps/chosen": (logp_2P[0].sum(), num_pairs),
+        "logps/rejected": (logp_2P[1].sum(), num_pairs),
+    }
+    return LossOutput(loss, sums)

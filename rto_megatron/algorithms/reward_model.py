@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rto_megatron.algorithms.losses import keep, to_metrics
+from rto_megatron.algorithms.losses import keep
 from rto_megatron.algorithms.method import OfflineMethod
 from rto_megatron.section import Section
 from rto_megatron.types import LossOutput, PairMicrobatch
@@ -49,17 +49,15 @@ class RewardModel:
         logits_P = difference_P - keep(micro.margin_P, micro.weight_P) if self.config.margin else difference_P
         loss = -(micro.weight_P * logsigmoid(logits_P)).sum()
         num_pairs = (micro.weight_P > 0).sum()
-        metrics = to_metrics(
-            {
-                "loss": (loss, micro.weight_P.sum()),
-                "accuracy": ((difference_P > 0).sum(), num_pairs),
-                "ties": (((difference_P == 0) & (micro.weight_P > 0)).sum(), num_pairs),
-                "margin": (difference_P.sum(), num_pairs),
-                "mean_reward": (scores_2P.double().sum(), 2 * num_pairs),
-                "mean_squared_reward": (scores_2P.double().square().sum(), 2 * num_pairs),
-            }
-        )
-        return LossOutput(loss, metrics)
+        sums = {
+            "loss": (loss, micro.weight_P.sum()),
+            "accuracy": ((difference_P > 0).sum(), num_pairs),
+            "ties": (((difference_P == 0) & (micro.weight_P > 0)).sum(), num_pairs),
+            "margin": (difference_P.sum(), num_pairs),
+            "mean_reward": (scores_2P.double().sum(), 2 * num_pairs),
+            "mean_squared_reward": (scores_2P.double().square().sum(), 2 * num_pairs),
+        }
+        return LossOutput(loss, sums)
 
 
 def reward_statistics(count: float, total: float, total_squares: float) -> tuple[float, float]:

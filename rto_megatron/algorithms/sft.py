@@ -2,7 +2,6 @@
 
 from torch import Tensor
 
-from rto_megatron.algorithms.losses import to_metrics
 from rto_megatron.algorithms.method import OfflineMethod
 from rto_megatron.section import Section
 from rto_megatron.types import LossOutput, SupervisedMicrobatch
@@ -36,7 +35,7 @@ class SFT:
         Source: OpenRLHF 0.4.4, models/loss.py:GPTLMLoss.
         """
         loss = -(micro.weight_T * logp_T).sum()
-        return LossOutput(loss, to_metrics({"loss": (loss, micro.weight_T.sum())}))
+        return LossOutput(loss, {"loss": (loss, micro.weight_T.sum())})
 
 
 METHOD = OfflineMethod(Config, SFT, examples="demonstrations")

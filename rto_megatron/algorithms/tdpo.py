@@ -8,7 +8,6 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rto_megatron.algorithms.losses import to_metrics
 from rto_megatron.algorithms.method import OfflineMethod
 from rto_megatron.algorithms.preference import preference_output, response_sums
 from rto_megatron.section import Section
@@ -70,10 +69,8 @@ class TDPO:
         rewards_2P = config.beta * (log_ratio_2P + kl_2P)
         output = preference_output(losses_P, rewards_2P, logp_2P, micro)
         num_pairs = (micro.weight_P > 0).sum()
-        kl = to_metrics(
-            {"kl/chosen": (kl_2P[0].sum(), num_pairs), "kl/rejected": (kl_2P[1].sum(), num_pairs)}
-        )
-        return replace(output, metrics={**output.metrics, **kl})
+        kl = {"kl/chosen": (kl_2P[0].sum(), num_pairs), "kl/rejected": (kl_2P[1].sum(), num_pairs)}
+        return replace(output, sums={**output.sums, **kl})
 
 
 METHOD = OfflineMethod(Config, TDPO, examples="pairs", outputs="divergence", reference="required")

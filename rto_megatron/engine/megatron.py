@@ -36,6 +36,7 @@ from rto_megatron.models.chunks import ModelChunks
 from rto_megatron.models.model_flops import forward_flops, head_flops
 from rto_megatron.models.shape import ModelShape
 from rto_megatron.parallel.topology import Topology
+from rto_megatron.sums import Sums, detached, read_sums
 from rto_megatron.types import (
     JudgedMicrobatch,
     LossOutput,
@@ -47,8 +48,7 @@ from rto_megatron.types import (
     ValueScale,
 )
 
-# Of each micro-batch: metrics, is the loss finite.
-type _Seen = list[tuple[dict[str, tuple[float, float]], bool]]
+type _Seen = list[tuple[Sums, Tensor]]  # of each micro-batch: what is logged, its loss; on the device
 _TRAINING_FORWARDS = 3  # what a forward with its backward costs
 
 type Microbatch = SupervisedMicrobatch | PairMicrobatch | JudgedMicrobatch | Minibatch
@@ -227,7 +227,7 @@ class TrainedModel:
         return partial(self._settled, outputs, own_report(self.module, self.shape, len(batches)), names)
 
     def _settled(self, outputs: _Seen, report: Tensor, names: Sequence[Sequence[str]]) -> Metrics:
-        own = reduce(add, (metrics for metrics, _ in outputs or []), SUMS())
+        own = reduce(add, read_sums([sums for sums, _ in outputs or []]), SUMS())
         is_balanced = bool(self.module.config.moe_aux_loss_coeff)
         health = router_metrics(self.name, self.shape, report, is_balanced, self.topology)
         metrics = {**everywhere(own, self.topology), **health}
@@ -252,12 +252,10 @@ class TrainedModel:
         return [buffer.grad_data for of_chunk in buffers for buffer in of_chunk]
 
     def _refuse_nonfinite(self, outputs: _Seen, names: Sequence[Sequence[str]]) -> None:
-        bad = [
-            name
-            for (_, is_finite), group in zip(outputs or [], names, strict=False)
-            if not is_finite
-            for name in group
-        ]
+        losses = [loss for _, loss in outputs or []]
+        are_finite = torch.stack(losses).isfinite().tolist() if losses else []
+        # Passes of padding alone come last, and have no names.
+        bad = [name for ok, group in zip(are_finite, names, strict=False) if not ok for name in group]
         # A NaN loss makes gradients NaN on ranks that did not see it: ask for losses first, they name the sample.
         refuse_together({f"the loss of {self.name} is NaN or infinite": bad} if bad else {}, self.topology)
         gradients = [p.main_grad for chunk in self.wrapped for p in chunk.parameters()]
@@ -362,17 +360,17 @@ def _training_step[M: Microbatch](
     factor: int,
     iterator: Iterator[tuple[TokenBatch, M | None]],
     chunk: GPTModel,
-) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, tuple[Metrics, bool]]]]:
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, tuple[Sums, Tensor]]]]:
     batch, microbatch = next(iterator)
 
-    def loss_of(raw: Tensor) -> tuple[Tensor, tuple[Metrics, bool]]:
+    def loss_of(raw: Tensor) -> tuple[Tensor, tuple[Sums, Tensor]]:
         if microbatch is None:  # of padding alone: the backward of its exchange is what others wait for
             nothing = raw.float().sum() * 0
             if not model.has_scalar_head:  # gradients that go off early wait for that of every weight
                 nothing = nothing + output_weight(model.module.last)[0, 0].float() * 0
-            return nothing, ({}, True)
+            return nothing, ({}, nothing.detach())
         output = loss(reading.read(model, microbatch, raw), microbatch)
-        return output.loss * factor, (output.metrics, bool(torch.isfinite(output.loss)))
+        return output.loss * factor, (detached(output.sums), output.loss.detach())
 
     return forward(chunk, batch, model.topology), loss_of
 

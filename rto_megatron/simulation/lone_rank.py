@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
+import numpy
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
@@ -98,6 +99,7 @@ def joined(config: Stage, rank: int, world_size: int) -> Iterator[LoneTopology]:
     device = prepare()
     _stay_in_place()
     _ask_for_numbers()
+    _list_at_once()
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
         yield lone(Topology.init(device, config.parallel, config.run.seed))
@@ -126,6 +128,16 @@ def _ask_for_numbers() -> None:
         return make(tree_map(asked, data), **how)
 
     put_in_place(torch, "tensor", tensor)
+
+
+def _list_at_once() -> None:
+    """A list of a tensor's numbers is one transfer from the device, where a fake tensor asks for each of them."""
+
+    def tolist(tensor: FakeTensor) -> object:
+        told = tensor.flatten()[0].item() if tensor.numel() else 0  # of one dtype all are told alike
+        return numpy.full(tensor.shape, told).tolist()
+
+    put_in_place(FakeTensor, "tolist", tolist)
 
 
 def names_of_groups(topology: Topology) -> dict[str, str]:

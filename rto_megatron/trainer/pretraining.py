@@ -5,7 +5,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rto_megatron.algorithms.losses import to_metrics
 from rto_megatron.algorithms.policy_losses import Loss
 from rto_megatron.config import schema
 from rto_megatron.data.batches import Batches, BatchesState
@@ -70,6 +69,6 @@ def beside(policy_loss: Loss) -> MixedLoss:
             return policy_loss(outputs, micro)
         logp_T = outputs if outputs.dim() == 1 else outputs[0]
         weighted = -(micro.weight_T * logp_T).sum()
-        return LossOutput(weighted, to_metrics({"loss/ptx_avg": (weighted, micro.weight_T.sum())}))
+        return LossOutput(weighted, {"loss/ptx_avg": (weighted, micro.weight_T.sum())})
 
     return loss

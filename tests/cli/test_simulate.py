@@ -33,6 +33,16 @@ def test_a_step_is_shown_by_phase(policy: Path) -> None:
     assert "name a GPU (--gpu h100) to have it judged." in said
 
 
+@pytest.mark.parametrize("micro", [16, 1])
+def test_the_host_waits_as_often_whatever_the_number_of_micro_batches(policy: Path, micro: int) -> None:
+    keys = ["parallel.tensor=1", "data.max_length=64", "batch.train=16", f"batch.micro={micro}"]
+    command = ["simulate", str(SFT), f"models.policy={policy}", *keys, "--gpus", "1"]
+    shown = CliRunner().invoke(app, command, catch_exceptions=False)
+    update = next(line for line in shown.output.splitlines() if line.startswith("│ update"))
+    # For the sums of all micro-batches, for whether their losses are finite, and for whether the gradients are.
+    assert update.split("│")[7].strip() == "3"
+
+
 def test_a_gpu_without_room_is_refused(policy: Path) -> None:
     keys = [
         f"models.policy={policy}",

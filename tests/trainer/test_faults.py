@@ -91,9 +91,9 @@ def _poisoned_step(layout: str, folder: Path, kind: str) -> tuple[str, bool]:
         if micro.batch.tokens_T.numel() != len(SEQUENCES[2][0]):
             return output
         if kind == "loss":
-            return LossOutput(output.loss * float("inf"), output.metrics)
+            return LossOutput(output.loss * float("inf"), output.sums)
         # The root of zero is zero, and its slope is infinite.
-        return LossOutput(output.loss + (logp_T - logp_T.detach()).sum().square().sqrt(), output.metrics)
+        return LossOutput(output.loss + (logp_T - logp_T.detach()).sum().square().sqrt(), output.sums)
 
     before = [parameter.detach().clone() for parameter in model.module.parameters()]
     try:
