@@ -44,8 +44,11 @@ go_on="bash launchers/real_language.sh --budget $budget --root $(printf %q "$roo
 shared=("vars.root=$root" "vars.model=$model")
 learnt=() sampled=() longest=()
 if [ -n "$data" ]; then
-  pairs=$(part_of_data preferences_train) held_out_pairs=$(part_of_data preferences_test)
-  prompts=$(part_of_data prompts_train) held_out=$(part_of_data prompts_test)
+  # One each: of several assignments in a row bash tells the last one's failure alone.
+  pairs=$(part_of_data preferences_train)
+  held_out_pairs=$(part_of_data preferences_test)
+  prompts=$(part_of_data prompts_train)
+  held_out=$(part_of_data prompts_test)
   # Real texts are longer than the task's, so there are fewer of them in a step, and fewer steps.
   longest=("data.max_prompt_tokens=256") times=("${times[0]}" "${times[@]:3}") # neither prompts nor pairs are made
   learnt=("vars.pairs=$pairs" "vars.held_out_pairs=$held_out_pairs" data.max_length=400 data.eval_samples=64 batch.train=16

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from launchers.pretending import is_running, pretending_checkout
 
+PARTS = ("preferences_train", "preferences_test", "prompts_train", "prompts_test")
+
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
@@ -87,11 +89,18 @@ def test_own_data_take_the_place_of_the_program(checkout: Path) -> None:
     assert {"vars.prompts=mine/prompts_train.jsonl", "rewards=[{kind: model}]"} <= set(shlex.split(next_run))
 
 
-def test_data_without_a_part_and_a_folder_without_a_model_are_refused_at_once(checkout: Path) -> None:
+@pytest.mark.parametrize("missing", PARTS)
+def test_data_without_a_part_are_refused_at_once(missing: str, checkout: Path) -> None:
     (checkout / "mine").mkdir()
-    (checkout / "mine/preferences_train.jsonl").touch()
+    for name in PARTS:
+        if name != missing:
+            (checkout / f"mine/{name}.jsonl").touch()
     refused = run(checkout, "--data", "mine")
-    assert refused.returncode == 2 and "mine has no preferences_test.jsonl" in refused.stderr
+    assert refused.returncode == 2 and f"mine has no {missing}.jsonl" in refused.stderr
+    assert refused.stderr.count("error:") == 1 and not (checkout / "asked").exists()
+
+
+def test_a_folder_without_a_model_is_refused_at_once(checkout: Path) -> None:
     (checkout / "model/config.json").unlink()
     refused = run(checkout)
     assert refused.returncode == 2 and "--model model holds no config.json" in refused.stderr
