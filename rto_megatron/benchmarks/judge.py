@@ -284,7 +284,8 @@ def _of_other_questions(path: Path, task: JudgeTask) -> list[str]:
     if task.category is None or not path.exists():
         return []
     key, asked = "question_id" if _version(task) == "v0.1" else "uid", set(task.questions.keys)
-    lines = path.read_text(encoding="utf-8").splitlines()
+    # By "\n" alone: what a judge said may hold other ends of lines, as U+2028.
+    lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
     return [line for line in lines if json.loads(line)[key] not in asked]
 
 

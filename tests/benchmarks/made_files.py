@@ -34,7 +34,7 @@ def write_lines(path: Path, rows: Sequence[Mapping[str, object]]) -> Path:
 
 
 def read_lines(path: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
 
 
 def alpaca_outputs(path: Path, generator: str, instructions: Sequence[str] = INSTRUCTIONS) -> Path:

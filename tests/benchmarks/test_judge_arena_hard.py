@@ -16,6 +16,11 @@ def sure_of_ours(body: Body) -> Said:
     return Said("I see. [[A>>B]]" if is_first else "I see. [[B>A]]")
 
 
+def sure_in_odd_lines(body: Body) -> Said:
+    """With what str.splitlines takes for an end of line and JSON leaves as it is."""
+    return Said(f"First.\u2028\x85{sure_of_ours(body).content}")
+
+
 @pytest.mark.parametrize("version", ["v0.1", "v2.0"])
 def test_arena_hard_is_judged_in_both_orders_and_scored(version: str, tmp_path: Path) -> None:
     with chat_service(sure_of_ours) as heard:
@@ -89,7 +94,7 @@ def test_the_second_category_is_added_to_the_first_and_judged_again_replaces_its
     """Each of v2.0 has a baseline of its own, so each is a command of its own, into one folder."""
     arguments = [*arena(tmp_path, "v2.0", count=5), "--out", tmp_path / "both"]
     for category in ("creative_writing", "hard_prompt", "creative_writing"):
-        with chat_service(sure_of_ours) as heard:
+        with chat_service(sure_in_odd_lines) as heard:
             rto(*arguments, "--endpoint", heard.url, "--category", category)
     rows = read_lines(tmp_path / "both/model_judgment/org_gpt/ours.jsonl")
     assert sorted((one["uid"], one["category"]) for one in rows) == [
