@@ -267,6 +267,7 @@ def reasoning_gym(
 
     if (problem := missing_package("reasoning_gym")) is not None:
         raise MachineError(problem)
+    from rto_megatron.platform.whole_files import write_whole
     from rto_megatron.rewards.verify_gym import rows
 
     try:
@@ -276,8 +277,7 @@ def reasoning_gym(
     if not isinstance(chosen, dict):
         raise RecipeError(f'--options {options}: give a JSON object, as in {{"min_terms": 2}}')
     lines = [json.dumps(row) for row in rows(task, size, seed, chosen)]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_whole(file, "\n".join(lines) + "\n")
     typer.echo(f"{file}: {len(lines)} prompts of {task}")
 
 

@@ -54,11 +54,11 @@ def score(
     official data they were never run.
     """
     from rto_megatron.benchmarks.scored_files import ScoreOptions, score_files, tables
+    from rto_megatron.platform.whole_files import write_whole
     from rto_megatron.reporting.samples import show
 
     scores = score_files(paths, ScoreOptions(gamed, reference, answers, baseline, rounds, seed))
     for table in tables(scores):
         show(table)
     if as_json is not None:
-        as_json.parent.mkdir(parents=True, exist_ok=True)
-        as_json.write_text(json.dumps(scores.as_json(), indent=2) + "\n", encoding="utf-8")
+        write_whole(as_json, json.dumps(scores.as_json(), indent=2) + "\n")

@@ -33,6 +33,8 @@ def view(
 
     if not out.parent.is_dir():
         raise RecipeError(f"--out {out}: there is no folder {out.parent}; make it, or name another file")
+    if out.is_dir():
+        raise RecipeError(f"--out {out} is a folder; expected the name of a file to write")
     runs = write_page([run_dir, *([other] if other else [])], out, step or (), prompt or ())
     for run in runs:
         typer.echo(f"{run.name}: {len(run.curves)} curves. {run.note}")

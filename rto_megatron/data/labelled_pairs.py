@@ -18,6 +18,7 @@ from rto_megatron.data.rows import row_id
 from rto_megatron.data.sources import read_rows
 from rto_megatron.data.turns import TEMPLATE_COLUMNS
 from rto_megatron.errors import DataError
+from rto_megatron.platform.whole_files import write_whole
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def write_pairs(responses: str, prompts: str, out: Path, by: str, noise: float, 
 
     Raises:
         DataError: a prompt or a column is missing, or no pair is left.
+        RunFolderError: `out` is a folder.
     """
     rated = _rated(responses, by)
     # Rows without an id are known by their place, which a run names absolutely.
@@ -97,8 +99,7 @@ def write_pairs(responses: str, prompts: str, out: Path, by: str, noise: float, 
     counts = PairCounts(len(lines), ties, cut, empty, turned)
     if not lines:
         raise DataError(f"{responses}: no pair is left ({counts}); sample more responses to each prompt")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_whole(out, "\n".join(lines) + "\n")
     return counts
 
 

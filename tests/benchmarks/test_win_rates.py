@@ -8,7 +8,7 @@ import pytest
 from benchmarks.made_files import GOLDEN, rto, write_json
 
 from rto_megatron.benchmarks.win_rates import bootstrap_interval, read_annotations, win_rate
-from rto_megatron.errors import DataError
+from rto_megatron.errors import DataError, RunFolderError
 
 
 def annotations(path: Path, preferences: list[float | None]) -> Path:
@@ -37,6 +37,12 @@ def test_rates_equal_golden_numbers_through_the_command(tmp_path: Path) -> None:
         assert rate[ours] == pytest.approx(golden[theirs], rel=1e-12), ours
     assert (rate["num_unjudged"], rate["characters"]) == (1, 5)
     assert "51.67 ± 15.79" in shown and "6, 1 not" in shown
+
+
+def test_a_folder_in_place_of_the_numbers_file_is_told(tmp_path: Path) -> None:
+    path = annotations(tmp_path / "annotations.json", [1.0, 2.0])
+    with pytest.raises(RunFolderError, match="is a folder; expected the name of a file to write"):
+        rto("score", path, "--json", tmp_path)
 
 
 def test_a_nan_is_a_row_without_a_verdict(tmp_path: Path) -> None:

@@ -113,6 +113,17 @@ def test_labels_are_turned_as_often_as_bradley_and_terry_say(tmp_path: Path) -> 
     assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "again.jsonl").read_bytes()
 
 
+def test_pairs_that_a_reader_has_open_are_replaced_as_a_whole(tmp_path: Path) -> None:
+    """A writing that is stopped leaves no half of them, which a resumed experiment would take for all."""
+    rated = write_lines(tmp_path / "evaluation.jsonl", [answer("p0", "a", 1.0), answer("p0", "b", 0.0)])
+    out = tmp_path / "pairs.jsonl"
+    out.write_text("old\n")
+    with out.open() as reader:
+        write_pairs(rated, prompts(tmp_path, 1), out, "reward/rules", 0.0, seed=0)
+        assert reader.read() == "old\n"
+    assert json.loads(out.read_text())["chosen_reward"] == 1.0
+
+
 def test_a_certain_label_does_not_overflow(tmp_path: Path) -> None:
     rated = write_lines(tmp_path / "evaluation.jsonl", [answer("p0", "a", 1e6), answer("p0", "b", -1e6)])
     assert write_pairs(rated, prompts(tmp_path, 1), tmp_path / "p.jsonl", "reward/rules", 1e-3, 0).turned == 0

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from rto_megatron.cli.main import app
 from rto_megatron.data.token_text import TokenText
-from rto_megatron.errors import UserError
+from rto_megatron.errors import RecipeError, UserError
 from rto_megatron.reporting.metrics import MetricLog
 from rto_megatron.reporting.rollout_files import RolloutFiles
 from rto_megatron.reporting.rollout_table import StepRollouts, rollout_table
@@ -74,6 +74,15 @@ def _write_run(
             log.write(
                 step, {"reward/score": step / 3, "policy/grad_norm": float("nan") if step == 2 else 1.5}
             )
+
+
+def test_a_page_where_a_folder_stands_or_none_is_above_it_is_refused(tmp_path: Path) -> None:
+    for out, said in (
+        (tmp_path, "is a folder; expected the name of a file"),
+        (tmp_path / "a/b", "there is no folder"),
+    ):
+        refused = CliRunner().invoke(app, ["view", str(tmp_path / "run"), "--out", str(out)])
+        assert isinstance(refused.exception, RecipeError) and said in str(refused.exception)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
