@@ -13,6 +13,8 @@ fail() {
   exit 2
 }
 
+case $dir in -*) sed -n '2,4s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 2 ;; esac
+
 bash launchers/setup.sh
 if [ -f "$dir/config.json" ]; then
   echo "$dir is there already."

@@ -71,3 +71,11 @@ def test_the_model_is_fetched_without_dependencies_made_once_and_kept(checkout: 
     assert "models/small is there already" in again.stdout and len(asked(checkout)) == 3
     (checkout / "other").mkdir()
     assert "other is there, and no model" in run(checkout, "other").stderr
+
+
+def test_an_option_is_no_folder(checkout: Path) -> None:
+    program(checkout / "path/sha256sum", "#!/bin/bash\n")
+    told = run(checkout, "--help")
+    assert told.returncode == 2 and "Usage: bash launchers/real_model.sh [DIR]" in told.stdout
+    assert not (checkout / "asked").exists()
+    assert sorted(path.name for path in checkout.iterdir()) == [".venv", "launchers", "path", "requirements"]
