@@ -39,7 +39,7 @@ def write_report(experiment: Experiment, root: Path) -> str:
     """
     results = summarise(experiment, root)
     tables: tuple[Rows, ...] = (
-        _rows(results, experiment),
+        arm_rows(results, experiment),
         paired_rows(results, experiment),
         _seed_rows(results, experiment),
         _tuning_rows(experiment, root),
@@ -72,7 +72,8 @@ svg {{ max-width: 100%; height: auto }}
 """
 
 
-def _rows(results: Sequence[ArmResult], experiment: Experiment) -> Rows:
+def arm_rows(results: Sequence[ArmResult], experiment: Experiment) -> Rows:
+    """Each arm's means over seeds with their standard errors, medians of episodes: what `rto language` prints."""
     ppo = next(arm for arm in results if arm.name == "ppo")
     rows: list[Sequence[str]] = [_HEADER]
     for arm in results:

@@ -6,7 +6,7 @@ from pathlib import Path
 from rto_megatron.experiments.design import on_first_seeds, tuned_before
 from rto_megatron.experiments.language.attribution import attribution
 from rto_megatron.experiments.language.language_arms import EXPERIMENT
-from rto_megatron.experiments.page import paired_rows
+from rto_megatron.experiments.page import arm_rows, paired_rows
 from rto_megatron.experiments.summary import ArmResult, summarise
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -56,7 +56,7 @@ def test_the_page_states_what_the_archives_hold(tmp_path: Path) -> None:
     for arm in results:
         for seed in experiment.design.seeds:
             assert _row(arm, seed) in page
-    for cells in paired_rows(results, experiment):
+    for cells in (*arm_rows(results, experiment), *paired_rows(results, experiment)):
         assert "| " + " | ".join(cells) + " |" in page
     for seed in experiment.design.seeds:
         assert _tokens_row(seed, tmp_path / f"seed{seed}") in page
