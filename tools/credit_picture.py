@@ -1,6 +1,8 @@
 """Draws responses of a run as their tokens, coloured by what each earned: a picture of what `rto view` shows.
 
-.venv/bin/python tools/credit_picture.py runs/real_language/rto --step 1 --out docs/credit.png
+.venv/bin/python tools/credit_picture.py RUN_FOLDER/rto --step 10 --rules RUN_FOLDER/task/prompts_train.jsonl
+
+With --rules, tokens by which the program sees a rule kept have a green line below, those that broke one a black line.
 """
 
 import argparse
@@ -17,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 
+from rto_megatron.experiments.language.attribution import credit_of, rules_of
 from rto_megatron.reporting.rollout_query import RolloutQuery, find_rollouts
 
 _LINE_WIDTH = 0.98  # of the axes
@@ -24,8 +27,20 @@ _MARKS = re.compile(r"<\|[^|]*\|>")  # of a chat template
 _MAX_PROMPT = 150  # characters, from its end
 
 
-def drawn(axes: Axes, row: dict[str, object], values: Sequence[float], scale: Normalize, top: float) -> float:
-    """Writes one response from `top` downwards, in the coordinates of the axes; returns where it ends."""
+def drawn(
+    axes: Axes,
+    row: dict[str, object],
+    values: Sequence[float],
+    paid: Sequence[float],
+    scale: Normalize,
+    top: float,
+) -> float:
+    """Writes one response from `top` downwards, in the coordinates of the axes; returns where it ends.
+
+    Args:
+        values: of each token, its colour.
+        paid: of each token, the line below it: green above 0, black below, none at 0.
+    """
     colours = mpl.colormaps["RdBu"]
     prompt = " ".join(_MARKS.sub(" ", str(row["prompt"])).split()).replace("$", r"\$")
     shown = prompt if len(prompt) <= _MAX_PROMPT else "... " + prompt[-_MAX_PROMPT:]
@@ -33,7 +48,7 @@ def drawn(axes: Axes, row: dict[str, object], values: Sequence[float], scale: No
     left, top = 0.0, top - 2.2 * _height(text)
     pieces = row["pieces"]
     assert isinstance(pieces, list)
-    for piece, value in zip(pieces, values, strict=True):
+    for piece, value, credit in zip(pieces, values, paid, strict=True):
         shown = str(piece).replace("\n", "\\n").replace("$", r"\$")
         background = {"facecolor": colours(scale(value)), "edgecolor": "none", "pad": 1.5}
         text = axes.text(left, top, shown, fontsize=11, family="monospace", va="top", bbox=background)
@@ -41,6 +56,10 @@ def drawn(axes: Axes, row: dict[str, object], values: Sequence[float], scale: No
         if left + width > _LINE_WIDTH:
             left, top = 0.0, top - 2.0 * _height(text)
             text.set_position((left, top))
+        if credit != 0:
+            below = top - 1.3 * _height(text)
+            colour = "green" if credit > 0 else "black"
+            axes.plot((left, left + width), (below, below), color=colour, linewidth=3, solid_capstyle="butt")
         left += width
     score, reward = (row[name] for name in ("score", "reward"))
     note = f"score {score:+.2f}, all token rewards {reward:+.2f}"
@@ -85,6 +104,9 @@ def main() -> None:
     parser.add_argument(
         "--sort", default="reward", help="column by which the highest are taken (default reward)"
     )
+    parser.add_argument(
+        "--rules", type=Path, help="the run's prompts, of `rto rules`: marks what the program saw"
+    )
     parser.add_argument("--out", type=Path, default=Path("credit.png"))
     given = parser.parse_args()
     steps = () if given.step is None else (given.step,)
@@ -98,9 +120,12 @@ def main() -> None:
     axes, beside = figure.add_axes((0.01, 0.02, 0.88, 0.96)), figure.add_axes((0.91, 0.06, 0.015, 0.88))
     axes.axis("off")
     figure.colorbar(mpl.cm.ScalarMappable(scale, "RdBu"), cax=beside, label=f"{given.by} of a token")
+    axes.set(xlim=(0, 1), ylim=(0, 1))  # lines are in units of data, texts of the axes
+    rules = {} if given.rules is None else rules_of(given.rules)
     top = 1.0
     for row, column in zip(rows, columns, strict=True):
-        top = drawn(axes, row, column, scale, top)
+        said = row["prompt_id"], row["pieces"], row["finish_reason"]
+        top = drawn(axes, row, column, credit_of(*said, rules) if rules else [0.0] * len(column), scale, top)
     figure.savefig(given.out, bbox_inches="tight")
     print(given.out)
 

@@ -2,12 +2,14 @@
 
 import tarfile
 from pathlib import Path
+from statistics import fmean
 
 from rto_megatron.experiments.design import on_first_seeds, tuned_before
-from rto_megatron.experiments.language.attribution import attribution
+from rto_megatron.experiments.language.attribution import attribution, credit_of, rules_of
 from rto_megatron.experiments.language.language_arms import EXPERIMENT
 from rto_megatron.experiments.page import arm_rows, paired_rows
 from rto_megatron.experiments.summary import ArmResult, summarise
+from rto_megatron.reporting.rollout_files import kept_steps, read_rollouts
 
 DOCS = Path(__file__).parents[2] / "docs"
 NAMES = {
@@ -44,6 +46,20 @@ def _tokens_row(seed: int, folder: Path) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
+def _ends_row(seed: int, folder: Path) -> str:
+    """By what stands in the rollouts: a log-ratio is of the end where a response stopped by itself."""
+    rules = rules_of(folder / "task/prompts_train.jsonl")
+    soon, in_time, others = [], [], []
+    for one in read_rollouts(folder / "rto_x1", kept_steps(folder / "rto_x1")).to_pylist():
+        paid = credit_of(one["prompt_id"], one["pieces"], one["finish_reason"], rules)
+        pairs = list(zip(one["token/dpo_logratio"], paid, strict=True))
+        if one["finish_reason"] == "stop":
+            ratio, credit = pairs.pop()
+            (soon if credit < 0 else in_time).append(ratio)
+        others += [ratio for ratio, credit in pairs if credit < 0]
+    return f"| {seed} | " + " | ".join(f"{fmean(one):+.2f}" for one in (soon, in_time, others)) + " |"
+
+
 def test_the_page_states_what_the_archives_hold(tmp_path: Path) -> None:
     archives = sorted(DOCS.glob("evidence/language_seed*.tar.xz"))
     for path in archives:
@@ -60,3 +76,4 @@ def test_the_page_states_what_the_archives_hold(tmp_path: Path) -> None:
         assert "| " + " | ".join(cells) + " |" in page
     for seed in experiment.design.seeds:
         assert _tokens_row(seed, tmp_path / f"seed{seed}") in page
+        assert _ends_row(seed, tmp_path / f"seed{seed}") in page

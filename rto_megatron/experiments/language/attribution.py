@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from rto_megatron.experiments.curves import best_factor, run_name, seed_folder
 from rto_megatron.experiments.design import Experiment, Rows
 from rto_megatron.experiments.language.rules import credit
 from rto_megatron.reporting.rollout_files import kept_steps, read_rollouts
-from rto_megatron.rewards.sample import Sample
+from rto_megatron.rewards.sample import Json, Sample
 
 FIRST_STEPS = 10  # of a run, while its policy is near the start that the pairs were sampled from
 _COLUMNS = ("prompt_id", "pieces", "finish_reason", "token/dpo_logratio")
@@ -50,9 +50,7 @@ def attribution(run_dir: Path, prompts: Path, steps: int = FIRST_STEPS) -> Attri
         RunFolderError: the run keeps no rollouts of its first step.
         DataError: a prompt of the run is not in the file.
     """
-    rows = {
-        row["prompt_id"]: row for row in map(json.loads, prompts.read_text(encoding="utf-8").splitlines())
-    }
+    rules = rules_of(prompts)
     taken = sorted(kept_steps(run_dir))[:steps]
     if not taken or taken[0] > 1:
         kept = f"rollouts from step {taken[0]} on" if taken else "no rollouts"
@@ -62,16 +60,31 @@ def attribution(run_dir: Path, prompts: Path, steps: int = FIRST_STEPS) -> Attri
     ratios: list[list[float]] = []
     paid: list[list[float]] = []
     for one in read_rollouts(run_dir, taken, _COLUMNS).to_pylist():
-        if one["prompt_id"] not in rows:
+        if one["prompt_id"] not in rules:
             raise DataError(
                 f"{prompts} has no prompt {one['prompt_id']!r}, which {run_dir} sampled; name its data.train"
             )
-        tokens, ids = tuple(one["pieces"]), tuple(range(len(one["pieces"])))
-        columns = {"rules": rows[one["prompt_id"]]["rules"]}
-        sample = Sample(one["prompt_id"], "", "".join(tokens), (), ids, tokens, one["finish_reason"], columns)
         ratios.append(one["token/dpo_logratio"])
-        paid.append(credit(sample))
+        paid.append(credit_of(one["prompt_id"], one["pieces"], one["finish_reason"], rules))
     return compared(ratios, paid)
+
+
+def rules_of(prompts: Path) -> dict[str, Json]:
+    """The rules of each prompt of a file that `rto rules` wrote, by its id."""
+    rows = map(json.loads, prompts.read_text(encoding="utf-8").splitlines())
+    return {row["prompt_id"]: row.get("rules") for row in rows}
+
+
+def credit_of(
+    prompt_id: str, pieces: Sequence[str], finish_reason: str, rules: Mapping[str, Json]
+) -> list[float]:
+    """The program's credit of each token of a response, whose pieces are as a run keeps them.
+
+    Raises:
+        DataError: `rules` has none of this prompt.
+    """
+    ids, columns = tuple(range(len(pieces))), {"rules": rules.get(prompt_id)}
+    return credit(Sample(prompt_id, "", "".join(pieces), (), ids, tuple(pieces), finish_reason, columns))
 
 
 def compared(ratios: Sequence[Sequence[float]], paid: Sequence[Sequence[float]]) -> Attribution:
