@@ -1,10 +1,13 @@
 """The pages name what there is: every room of the house, and files that exist."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 from test_house import LAYERS, PACKAGE, ROOT
+
+from rto_megatron.config.load import load_recipe
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -30,3 +33,23 @@ def test_make_has_the_five_commands_and_their_scripts() -> None:
     assert re.findall(r"^(\w+):", text, re.MULTILINE) == ["setup", "fast", "test", "format", "quickstart"]
     called = re.findall(r"bash (\S+)|(tests/\S+)", text)
     assert [one for pair in called for one in pair if one and not (ROOT / one).exists()] == []
+
+
+def test_the_papers_table_is_made_of_models_that_were_fetched_or_made_before() -> None:
+    """In the order of the commands of docs/benchmarks.md, each under the name that the next one has for it."""
+    page = (ROOT / "docs/benchmarks.md").read_text()
+    fetch, train = re.findall(r"^    for (?:model|stage) in (.*); do$", page, re.MULTILINE)[:2]
+    assert "hf download $model --local-dir $model" in page
+    there = set(fetch.split())
+    launches = re.findall(r"local\.sh launchers/recipes/llama3_8b/(\S+)\.yaml(.*)", page)
+    assert [name for name, _ in launches] == ["$stage", "rto"]
+    for loop, overrides in launches:
+        for stage in train.split() if loop == "$stage" else [loop]:
+            recipe = ROOT / f"launchers/recipes/llama3_8b/{stage}.yaml"
+            config = load_recipe(recipe, shlex.split(overrides, comments=True))
+            read = {str(one) for one in config.models.model_dump().values() if isinstance(one, Path)}
+            assert read <= there, stage
+            there.add(f"runs/llama3_8b/{stage}")
+    (answering,) = re.findall(r"^    for name in (.*); do$", page, re.MULTILINE)
+    assert answering.split() == ["sft", "dpo", "rdpo", "simpo", "tdpo", "ppo", "rto"]
+    assert re.findall(r"model=([^\s;]+)", page) == ["runs/llama3_8b/$name", "OpenRLHF/Llama-3-8b-sft-mixture"]
