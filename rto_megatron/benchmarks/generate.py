@@ -118,6 +118,7 @@ def generate(
     plan = _agreed(folder, _plan(weights, questions, choices))
     counter = _counter(plan, tokenizer)
     asked = _encoded(questions, tokenizer, plan, shape.max_positions)
+    write_whole(folder / PLAN, json.dumps(asdict(plan), indent=2) + "\n")
     with Journal(folder / JOURNAL) as journal:
         answered = _known(journal, asked, folder)
         missing = [one for one in asked if one.question.key not in answered]
@@ -153,10 +154,9 @@ def _plan(weights: str, questions: Questions, choices: GenerationChoices) -> Gen
 
 
 def _agreed(folder: Path, plan: Generation) -> Generation:
-    """The plan with the moment of its first start; refuses a folder that holds another."""
+    """The plan, of a folder that holds it with the moment of its first start; refuses a folder that holds another."""
     path = folder / PLAN
     if not path.exists():
-        write_whole(path, json.dumps(asdict(plan), indent=2) + "\n")
         return plan
     try:
         before = Generation(**json.loads(path.read_text(encoding="utf-8")))

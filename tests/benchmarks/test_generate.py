@@ -14,7 +14,7 @@ from tiny_models import write_llama
 from rto_megatron.benchmarks.answer_files import read_answers
 from rto_megatron.benchmarks.generate import GenerationChoices, generate
 from rto_megatron.data.tokenizer import load_tokenizer, train_tokenizer
-from rto_megatron.errors import DataError, PoolError, RecipeError, RunFolderError
+from rto_megatron.errors import DataError, MachineError, PoolError, RecipeError, RunFolderError
 from rto_megatron.generation.contract import Arrived, RolloutEngine, Sampling
 from rto_megatron.generation.scripted import ScriptedEngine
 from rto_megatron.types import Prompt, Rollout
@@ -157,6 +157,21 @@ def test_another_generation_in_the_same_folder_is_refused(
     run(model, prompts, tmp_path / "out", TellingEngine())
     with pytest.raises(RunFolderError, match=said):
         run(model, prompts, tmp_path / "out", None, **change)
+
+
+def test_what_could_not_begin_leaves_the_folder_to_another_command(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the error about tiktoken's vocabulary advises, with the same --out."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    questions, out = arena_questions(tmp_path / "q.jsonl", "v0.1"), tmp_path / "out"
+    with pytest.raises(MachineError, match="--count-tokens model"):
+        run(model, questions, out, None, count_tokens=None)
+    (tmp_path / "long.json").write_text(json.dumps([{"instruction": "Say one. " * 200}]))
+    with pytest.raises(DataError, match="takes 256 in all"):
+        run(model, tmp_path / "long.json", out, None)
+    assert run(model, questions, out, TellingEngine()).name == "tiny.jsonl"
 
 
 def test_long_questions_leave_fewer_tokens_and_too_long_ones_are_named(
