@@ -67,6 +67,11 @@ rate() { # NAME PROMPTS COUNT: answers of the start model, unless they are there
     launch "$1" sample "vars.prompts=$2" "run.dir=$root/$1" "data.eval_samples=$3" "${pool_keys[@]}"
 }
 
+check_data() { # STAGE OVERRIDE...: its first rows, before the training that would end at one of them
+  "$rto" check "$recipes/$1.yaml" "${shared[@]}" "${longest[@]}" "${@:2}" >"$logs/check_$1.log" 2>&1 ||
+    give_up "$logs/check_$1.log"
+}
+
 learn() { # STAGE
   launch "$1" "$1" ${learnt[@]+"${learnt[@]}"} ${small:+run.steps=2 batch.train=4 batch.micro=4}
 }
@@ -91,6 +96,11 @@ else
 fi
 mkdir -p "$logs"
 echo "Run folder: $root"
+if [ -n "$data" ]; then
+  check_data reward_model "${learnt[@]}"
+  check_data rto "${sampled[@]}" "vars.prompts=$prompts"
+  check_data evaluate "${sampled[@]}" "vars.system=start" "vars.policy=$model" "vars.held_out=$held_out"
+fi
 start_pool "$root/pool" "$model" --dtype bf16 --max-model-len 512
 if [ -z "$data" ]; then
   announce "prompts"

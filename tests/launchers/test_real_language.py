@@ -64,7 +64,7 @@ def test_what_was_rated_before_is_not_sampled_again(checkout: Path) -> None:
     assert stages(checkout) == ["reward_model", "dpo", "ppo", "rto", *["evaluate"] * 3]
 
 
-def test_own_data_take_the_place_of_the_program(checkout: Path) -> None:
+def own_data(checkout: Path) -> None:
     (checkout / "mine").mkdir()
     for name in (
         "preferences_train.jsonl.gz",
@@ -73,10 +73,15 @@ def test_own_data_take_the_place_of_the_program(checkout: Path) -> None:
         "prompts_test.jsonl",
     ):
         (checkout / "mine" / name).touch()
+
+
+def test_own_data_take_the_place_of_the_program(checkout: Path) -> None:
+    own_data(checkout)
     done = run(checkout, "--data", "mine")
     assert done.returncode == 0, done.stderr
     assert stages(checkout) == ["reward_model", "dpo", "ppo", "rto", *["evaluate"] * 4]
     lines = asked(checkout)
+    assert [Path(line.split()[1]).stem for line in lines[:3]] == ["reward_model", "rto", "evaluate"]
     assert (
         "vars.pairs=mine/preferences_train.jsonl.gz vars.held_out_pairs=mine/preferences_test.parquet"
         in lines[0]
@@ -87,6 +92,14 @@ def test_own_data_take_the_place_of_the_program(checkout: Path) -> None:
     assert "rated by the program" not in done.stdout and "[6/6]" in done.stdout
     (next_run,) = (line for line in done.stdout.splitlines() if "run.dir=run/rto_more" in line)
     assert {"vars.prompts=mine/prompts_train.jsonl", "rewards=[{kind: model}]"} <= set(shlex.split(next_run))
+
+
+@pytest.mark.parametrize("stage", ["reward_model", "rto", "evaluate"])
+def test_data_that_cannot_be_read_are_told_before_anything_is_trained(stage: str, checkout: Path) -> None:
+    own_data(checkout)
+    refused = run(checkout, "--data", "mine", fails=f"check launchers/recipes/real_language/{stage}.yaml")
+    assert refused.returncode == 1 and "error: models.policy is missing" in refused.stderr
+    assert stages(checkout) == [] and not (checkout / "pool.pid").exists()
 
 
 @pytest.mark.parametrize("missing", PARTS)
