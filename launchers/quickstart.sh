@@ -56,11 +56,10 @@ mkdir -p "$logs"
 echo "Run folder: $root"
 
 announce "synthetic task with a known reward, tokenizer, tiny model"
-if [ -f "$root/task/.complete" ]; then
+if [ -d "$root/task" ]; then
   echo "      already there"
 else
   run synthesize "$rto" synthesize "$root/task" --seed 42
-  touch "$root/task/.complete"
 fi
 # Loads while the next stages train.
 CUDA_VISIBLE_DEVICES=$pool_gpu start_pool "$root/pool" "$root/task/models/policy" --dtype fp32

@@ -112,8 +112,9 @@ if [ -z "$data" ]; then
   rate sampled_test "$held_out" $([ -n "$small" ] && echo 16 || echo 60)
   for part in train test; do
     answers=$([ $part = train ] && echo sampled || echo sampled_test)
-    run "pairs_$part" "$rto" data pairs "$root/$answers/evaluation.jsonl" --prompts "$root/task/prompts_$part.jsonl" \
-      --by reward/rules --noise 0.15 --out "$root/pairs_$part.jsonl"
+    [ -f "$root/pairs_$part.jsonl" ] ||
+      run "pairs_$part" "$rto" data pairs "$root/$answers/evaluation.jsonl" --prompts "$root/task/prompts_$part.jsonl" \
+        --by reward/rules --noise 0.15 --out "$root/pairs_$part.jsonl"
   done
 fi
 announce "reward model"

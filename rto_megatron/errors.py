@@ -68,7 +68,7 @@ class ConversionError(UserError):
     """A conversion is not possible, or what it wrote is not what it read.
 
     Example:
-        ConversionError("models/new exists already; name a new folder")
+        ConversionError("models/new has other numbers in lm_head.weight than models/base; convert it again")
     """
 
 

@@ -18,10 +18,7 @@ launch() { # NAME RECIPE OVERRIDES...: a finished run is not made again
     >>"$root/logs/$1.log" 2>&1 || { tail -n 20 "$root/logs/$1.log" >&2 && exit 1; }
 }
 
-if [ ! -f "$root/task/.complete" ]; then
-  "$rto" synthesize "$root/task" --seed 42 >"$root/logs/synthesize.log" 2>&1
-  touch "$root/task/.complete"
-fi
+[ -d "$root/task" ] || "$rto" synthesize "$root/task" --seed 42 >"$root/logs/synthesize.log" 2>&1
 for stage in sft reward_model dpo; do launch "$stage" "$stage"; done
 rm -f "$root/pool/address"
 "$rto" pool "$root/task/models/policy" --dtype fp32 --token-file "$root/pool/token" \

@@ -9,9 +9,11 @@ import typer
 
 from rto_megatron.cli.options import Overrides, Recipe
 from rto_megatron.errors import DataError, MachineError, RecipeError, UserError, refuse_if
+from rto_megatron.platform.fresh_folder import fresh_folder, require_absent
+from rto_megatron.platform.whole_files import write_whole
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import LlamaConfig, PreTrainedTokenizerBase
 
     from rto_megatron.config.schema import Stage
     from rto_megatron.types import EndOfSequence
@@ -60,6 +62,7 @@ def pairs(
     Responses to a prompt are paired in their order, each once. Pairs of equal reward, with an empty response or with
     a chosen one that was cut are left out and counted.
     """
+    _require_new_file(file)
     from rto_megatron.data.labelled_pairs import write_pairs
 
     counts = write_pairs(responses, prompts, file, by, noise, seed)
@@ -182,11 +185,13 @@ def synthesize(
     The data have the layouts of public sets, so every other command reads them like real data.
     """
     _require_folder(folder)
+    require_absent(folder)
     _require_multiple(hidden, _SYNTHETIC_HEADS)
     from rto_megatron.data.synthetic import write_synthetic_task
     from rto_megatron.data.synthetic_source import STYLES
 
-    write_synthetic_task(folder, seed, style=STYLES[style], hidden_size=hidden)
+    with fresh_folder(folder) as partial:
+        write_synthetic_task(partial, seed, style=STYLES[style], hidden_size=hidden)
     typer.echo(f"{folder}: written from seed {seed}")
 
 
@@ -206,14 +211,24 @@ def tokenizer(
     The folder is models.policy of an SFT recipe with models.random_init=true.
     """
     _require_folder(folder)
+    require_absent(folder)
     _require_multiple(hidden, _HEAD)
-    from transformers import LlamaConfig
-
     from rto_megatron.data.tokenizer import load_tokenizer, train_tokenizer
 
-    train_tokenizer(_texts(texts), folder, vocab, byte_fallback=True)
-    trained, heads = load_tokenizer(folder), hidden // _HEAD
-    config = LlamaConfig(
+    with fresh_folder(folder) as partial:
+        train_tokenizer(_texts(texts), partial, vocab, byte_fallback=True)
+        trained = load_tokenizer(partial)
+        _tiny_llama(trained, hidden, layers, positions).save_pretrained(partial)
+    typer.echo(f"{folder}: {len(trained)} tokens, {layers} layers of {hidden}")
+
+
+def _tiny_llama(
+    trained: "PreTrainedTokenizerBase", hidden: int, layers: int, positions: int
+) -> "LlamaConfig":
+    from transformers import LlamaConfig
+
+    heads = hidden // _HEAD
+    return LlamaConfig(
         vocab_size=-(-len(trained) // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE,
         hidden_size=hidden,
         intermediate_size=3 * hidden,
@@ -227,12 +242,15 @@ def tokenizer(
         pad_token_id=trained.pad_token_id,
         architectures=["LlamaForCausalLM"],
     )
-    config.save_pretrained(folder)
-    typer.echo(f"{folder}: {len(trained)} tokens, {layers} layers of {hidden}")
+
+
+def _require_new_file(file: Path) -> None:
+    require_absent(file)
+    _require_folder(file.parent)
 
 
 def _require_folder(folder: Path) -> None:
-    """What is to be written into a file ends in a traceback, for `synthesize` after all the work."""
+    """What is to be written into a file would end in a traceback, after all the work."""
     taken = next((one for one in (folder, *folder.parents) if one.exists()), None)
     if taken is not None and not taken.is_dir():
         raise RecipeError(
@@ -263,6 +281,7 @@ def reasoning_gym(
 
     As data.train with a reward of kind reasoning_gym; as data.train of SFT the right answer is the response.
     """
+    _require_new_file(file)
     from rto_megatron.config.reward_code import missing_package
 
     if (problem := missing_package("reasoning_gym")) is not None:

@@ -58,8 +58,8 @@ def quantize(
     the original's on held-out prompts. `vllm serve TARGET` finds the format in config.json. vLLM itself was not tried:
     its CPU build loads the tensors and stops for want of a CUDA kernel (static_scaled_fp8_quant).
     """
-    from rto_megatron.convert.fresh_folder import require_absent
     from rto_megatron.models.model_folder import misnamed
+    from rto_megatron.platform.fresh_folder import require_absent
 
     # Before ModelOpt is imported, which takes up to a minute.
     require_absent(target)

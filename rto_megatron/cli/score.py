@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from rto_megatron.platform.whole_files import write_whole
+
 
 def register(app: typer.Typer) -> None:
     """Add the command of this file to `app`."""
@@ -45,7 +47,10 @@ def score(
     rounds: Annotated[int, typer.Option(min=10, help="Rounds of every bootstrap.")] = 100,
     seed: Annotated[int, typer.Option(help="Of the bootstraps.")] = 42,
     as_json: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers there too.")
+        Path | None,
+        typer.Option(
+            "--json", metavar="FILE", help="Write all numbers there too; it replaces what is there."
+        ),
     ] = None,
 ) -> None:
     """Show win rates with standard errors and intervals; all judgments of Arena-Hard that are named are one pool.

@@ -18,7 +18,6 @@ from rto_megatron.convert.conversion_report import (
     table,
     write_report,
 )
-from rto_megatron.convert.fresh_folder import fresh_folder, require_absent, require_space
 from rto_megatron.convert.hf_to_megatron import import_weights, plan_import
 from rto_megatron.convert.megatron_source import MegatronSource, open_megatron, require_hugging_face
 from rto_megatron.convert.megatron_to_hf import export_weights, plan_export
@@ -26,6 +25,7 @@ from rto_megatron.convert.verify import verify_digests
 from rto_megatron.errors import ConversionError, refuse_if
 from rto_megatron.models.layout_checks import check_layout
 from rto_megatron.models.weight_map import dtype_name
+from rto_megatron.platform.fresh_folder import fresh_folder, require_absent, require_space
 from rto_megatron.storage.hf_model import HfModel
 from rto_megatron.storage.megatron_folder import RELEASE, REPORT
 from rto_megatron.storage.megatron_tensors import MegatronTensors

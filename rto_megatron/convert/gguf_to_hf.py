@@ -22,11 +22,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rto_megatron.convert.fresh_folder import fresh_folder, require_absent, require_space
 from rto_megatron.data.tokenizer import load_plain_tokenizer
 from rto_megatron.errors import ConversionError, MachineError, ModelFolderError
 from rto_megatron.models.config_files import read_shape
 from rto_megatron.models.families import FAMILIES
+from rto_megatron.platform.fresh_folder import fresh_folder, require_absent, require_space
 
 _SUFFIX = ".gguf"
 _MAGIC = b"GGUF"
@@ -73,7 +73,8 @@ def convert_gguf(source: Path, target: Path, dtype: torch.dtype) -> GgufReport:
     Raises:
         MachineError: the package gguf is missing.
         ModelFolderError: the file cannot be read, not all of it, or is of another family.
-        ConversionError: `target` exists, or what was written is not what was read.
+        RecipeError: `target` exists.
+        ConversionError: what was written is not what was read.
     """
     _require_readable(source)
     require_absent(target)

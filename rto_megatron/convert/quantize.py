@@ -20,13 +20,13 @@ from rto_megatron.convert import fake_quantized, quantized_folder
 from rto_megatron.convert.calibration import Prompts, random_prompts, read_prompts
 from rto_megatron.convert.conversion import Proofs, convert_to_hf, silent
 from rto_megatron.convert.conversion_options import Options
-from rto_megatron.convert.fresh_folder import fresh_folder, require_absent
 from rto_megatron.convert.logits_error import LogitsError, compare, outputs
 from rto_megatron.convert.megatron_source import open_megatron
 from rto_megatron.data.tokenizer_files import carry
 from rto_megatron.errors import ConversionError, MachineError
 from rto_megatron.models.hf_config import HfConfig, read_config
 from rto_megatron.models.weight_map import dtype_name
+from rto_megatron.platform.fresh_folder import fresh_folder, require_absent
 from rto_megatron.storage.hf_folder import HfFolder
 
 REPORT = "quantization_report.json"

@@ -103,6 +103,38 @@ def test_the_model_of_a_tokenizer_shares_keys_evenly_among_its_heads(tmp_path: P
     assert 5 % written["num_key_value_heads"] == 0
 
 
+WRITERS = {
+    "synthesize TAKEN": "folder",
+    "tokenizer absent.jsonl --out TAKEN": "folder",
+    "data pairs absent.jsonl --prompts absent.jsonl --out TAKEN": "file",
+    "reasoning-gym chain_sum --out TAKEN": "file",
+}
+
+
+@pytest.mark.parametrize("command", WRITERS)
+def test_what_is_there_is_not_written_over(command: str, tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    mine = taken if WRITERS[command] == "file" else taken / "prompts_train.jsonl"
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    with pytest.raises(RecipeError, match=r"taken exists already.*name another one, or remove it first"):
+        CliRunner().invoke(app, command.replace("TAKEN", str(taken)).split(), catch_exceptions=False)
+    assert mine.read_text() == "mine"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [mine]
+
+
+def test_a_synthesized_task_appears_whole(tmp_path: Path) -> None:
+    """What was stopped half-way stands beside it, and is made again."""
+    left = tmp_path / ".partial_task"
+    left.mkdir()
+    (left / "prompts_train.jsonl").write_text("half a row")
+    shown = CliRunner().invoke(app, ["synthesize", str(tmp_path / "task")], catch_exceptions=False)
+    assert shown.exit_code == 0, shown.output
+    assert [path.name for path in tmp_path.iterdir()] == ["task"]
+    rows = (tmp_path / "task/prompts_train.jsonl").read_text().splitlines()
+    assert len(rows) == 2000 and json.loads(rows[0])["context_messages"]
+
+
 @pytest.mark.parametrize("command", ["rules", "synthesize", "tokenizer"])
 @pytest.mark.parametrize("below", ["", "new"])
 def test_a_file_where_a_folder_is_to_be_written_is_refused(command: str, below: str, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tiny_families import write_family
 from rto_megatron.convert.conversion import Bar, Proofs, convert_to_hf, convert_to_megatron
 from rto_megatron.convert.conversion_options import Advance, Options
 from rto_megatron.convert.megatron_source import open_megatron
-from rto_megatron.errors import ConversionError, ModelFolderError
+from rto_megatron.errors import ModelFolderError, RecipeError
 
 OPTIONS, PROOFS = Options(None, 100_000, None), Proofs(digest=True, logits=None)
 
@@ -118,7 +118,7 @@ def test_existing_target_is_refused_and_left_as_it_is(
     KINDS[kind](target)
     before = [(path, path.lstat().st_mtime_ns) for path in (target, *tmp_path.rglob("*"))]
     with pytest.raises(
-        ConversionError, match="target exists already, and a conversion never overwrites; name a new folder"
+        RecipeError, match="target exists already and is never written over; name another one, or remove it"
     ):
         convert(command, models / ("llama" if command == "hf-to-megatron" else "llama_megatron"), target)
     assert [(path, path.lstat().st_mtime_ns) for path in (target, *tmp_path.rglob("*"))] == before
@@ -133,7 +133,7 @@ def test_target_that_appears_meanwhile_is_not_replaced(models: Path, tmp_path: P
             a_folder(target)
         yield lambda nbytes: None
 
-    with pytest.raises(ConversionError, match="target exists already"):
+    with pytest.raises(RecipeError, match="target exists already"):
         convert_to_megatron(models / "llama", target, OPTIONS, PROOFS, bar, dry_run=False)
     assert [path.name for path in target.iterdir()] == ["precious"]
 
@@ -141,13 +141,13 @@ def test_target_that_appears_meanwhile_is_not_replaced(models: Path, tmp_path: P
 @pytest.mark.parametrize("where", ["file/target", "/proc/target", "x" * 300])
 def test_place_that_cannot_be_written_is_a_user_error(models: Path, tmp_path: Path, where: str) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConversionError, match=r"cannot make the folder .*name another target"):
+    with pytest.raises(RecipeError, match=r"cannot make .*name another target"):
         convert("hf-to-megatron", models / "llama", tmp_path / where)
 
 
 def test_file_in_the_way_of_the_partial_folder_is_a_user_error(models: Path, tmp_path: Path) -> None:
     (tmp_path / ".partial_target").write_text("mine")
-    with pytest.raises(ConversionError, match=r"cannot make the folder \S*\.partial_target \(File exists\)"):
+    with pytest.raises(RecipeError, match=r"cannot make \S*\.partial_target \(File exists\)"):
         convert("hf-to-megatron", models / "llama", tmp_path / "target")
     assert (tmp_path / ".partial_target").read_text() == "mine"
 

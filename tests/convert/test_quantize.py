@@ -19,7 +19,7 @@ from rto_megatron.convert import fake_quantized, quantized_folder
 from rto_megatron.convert.logits_error import outputs
 from rto_megatron.convert.quantize import REPORT, Choices, QuantizationReport, quantize_checkpoint
 from rto_megatron.data.synthetic import write_synthetic_task
-from rto_megatron.errors import ConversionError, MachineError, ModelFolderError, TokenizerError
+from rto_megatron.errors import MachineError, ModelFolderError, RecipeError, TokenizerError
 from rto_megatron.models.hf_config import read_config
 from rto_megatron.storage.hf_folder import HfFolder
 
@@ -142,7 +142,7 @@ def test_fp4_without_cuda_is_refused(tmp_path: Path) -> None:
 
 def test_refusals_say_what_to_do(llama: tuple[Path, Path, QuantizationReport], tmp_path: Path) -> None:
     source, target, _ = llama
-    with pytest.raises(ConversionError, match="exists already"):
+    with pytest.raises(RecipeError, match="exists already"):
         quantize_checkpoint(source, target, RANDOM)
     with pytest.raises(ModelFolderError, match="quantised already"):
         quantize_checkpoint(target, tmp_path / "again", RANDOM)

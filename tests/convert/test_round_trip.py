@@ -21,12 +21,12 @@ from transformers import AutoModelForCausalLM
 
 from rto_megatron.convert.conversion import Proofs, convert_to_megatron, silent
 from rto_megatron.convert.conversion_options import Options
-from rto_megatron.convert.fresh_folder import require_space
 from rto_megatron.convert.logits import prove_logits
 from rto_megatron.engine.source import find_source
 from rto_megatron.engine.weights import megatron_reader
 from rto_megatron.errors import ConversionError, MachineError, ModelFolderError, RecipeError
 from rto_megatron.models.families import FAMILIES
+from rto_megatron.platform.fresh_folder import require_space
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 RUNS = [name for name in VARIANTS if FAMILIES[str(VARIANTS[name]["model_type"])].not_run is None]

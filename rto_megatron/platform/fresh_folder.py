@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from rto_megatron.errors import ConversionError, MachineError, UserError
+from rto_megatron.errors import MachineError, RecipeError, UserError
 
 
 @contextmanager
 def fresh_folder(target: Path) -> Iterator[Path]:
     """Yields a folder beside `target` that takes its name when the block ends well.
 
-    What a killed conversion left is removed and made again; what a failed one leaves stays until then, to be looked at.
+    What a killed command left is removed and made again; what a failed one leaves stays until then, to be looked at.
 
     Raises:
         UserError: `target` exists, another process is making it, nothing can be written there, or the disk is full.
@@ -47,14 +47,14 @@ def fresh_folder(target: Path) -> Iterator[Path]:
 
 
 def require_absent(target: Path) -> None:
-    """Raises ConversionError: there is something already, or there can be nothing."""
+    """Raises RecipeError: there is something already, or there can be nothing."""
     try:
         is_there = target.exists() or target.is_symlink()
     except OSError as error:
         raise _cannot_make(target, error) from error
     if is_there:
-        raise ConversionError(
-            f"{target} exists already, and a conversion never overwrites; name a new folder"
+        raise RecipeError(
+            f"{target} exists already and is never written over; name another one, or remove it first"
         )
 
 
@@ -77,15 +77,13 @@ def _locked(folder: Path, target: Path) -> Iterator[None]:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise ConversionError(
-            f"another process is writing {target}; wait for it, or name a new folder"
-        ) from None
+        raise RecipeError(f"another process is writing {target}; wait for it, or name a new folder") from None
     finally:
         os.close(opened)
 
 
-def _cannot_make(folder: Path, error: OSError) -> UserError:
-    return ConversionError(f"cannot make the folder {folder} ({error.strerror}); name another target")
+def _cannot_make(path: Path, error: OSError) -> UserError:
+    return RecipeError(f"cannot make {path} ({error.strerror}); name another target")
 
 
 def _sync(path: Path) -> None:
