@@ -49,10 +49,14 @@ def prepare(root: Path) -> None:
     for seed, role in enumerate(_ROLES):
         torch.manual_seed(seed)
         config.num_labels = 1
-        kind = AutoModelForSequenceClassification if role in _SCALAR_ROLES else AutoModelForCausalLM
+        model = (
+            AutoModelForSequenceClassification.from_config(config)
+            if role in _SCALAR_ROLES
+            else AutoModelForCausalLM.from_config(config)
+        )
         folder = root / "models" / role
         shutil.copytree(root / "task" / "tokenizer", folder, dirs_exist_ok=True)
-        kind.from_config(config).float().save_pretrained(folder)
+        model.float().save_pretrained(folder)
     (root / "overrides").write_text("\n".join(_overrides(root)) + "\n")
 
 
@@ -200,7 +204,8 @@ def kernels(root: Path) -> None:
     bf16 = PrecisionConfig(dtype="bf16", kernels="transformer_engine")
     device = prepare_device(bf16)
     from rto_megatron.algorithms.sft import SFT, Config
-    from rto_megatron.data.packing import Layout, supervised_microbatches
+    from rto_megatron.data.cut import Layout
+    from rto_megatron.data.packing import supervised_microbatches
     from rto_megatron.engine.build_roles import build_trained
     from rto_megatron.engine.checkpoint import begin_save, load_state
     from rto_megatron.engine.megatron import FrozenModel
@@ -229,7 +234,9 @@ def kernels(root: Path) -> None:
         for one in (theirs, ours):
             one.gradients(micro, SFT(Config()).loss, [["a", "b"]])
         named = [local_parameters(one.module) for one in (theirs, ours)]
-        gradients = [torch.cat([part[name].main_grad.flatten() for name in named[1]]) for part in named]
+        gradients = [
+            torch.cat([vars(part[name])["main_grad"].flatten() for name in named[1]]) for part in named
+        ]
         ours.apply(lr=1e-3)
         shutil.rmtree(root / "kernels", ignore_errors=True)
         begin_save(root / "kernels", 1, {"policy": ours}, {"policy": folder}, {}, keep=1).finish()

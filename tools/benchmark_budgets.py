@@ -45,7 +45,7 @@ from rto_megatron.engine.megatron import TrainedModel
 from rto_megatron.engine.source import find_source
 from rto_megatron.models.model_flops import forward_flops
 from rto_megatron.parallel.topology import Topology
-from rto_megatron.planning.shapes import KNOWN_SHAPES
+from rto_megatron.planning.known_shapes import KNOWN_SHAPES
 from rto_megatron.platform.device import prepare
 from rto_megatron.trainer.stages import ranks
 from rto_megatron.types import Demonstration, PreferencePair
@@ -153,7 +153,7 @@ def pairs_of_one_prompt(num_prompt: int, num_response: int) -> list[PreferencePa
     """Four pairs of made tokens that answer one prompt, as the responses of a group do."""
     prompt = tuple(range(3, 3 + num_prompt))
     answers = [tuple(range(900 + 7 * n, 900 + 7 * n + num_response)) for n in range(8)]
-    return [PreferencePair(str(n), prompt, *answers[2 * n : 2 * n + 2], margin=0.0) for n in range(4)]
+    return [PreferencePair(str(n), prompt, answers[2 * n], answers[2 * n + 1], margin=0.0) for n in range(4)]
 
 
 def prompts_table(pairs: Sequence[PreferencePair], model: TrainedModel, num_rounds: int) -> Table:
@@ -181,11 +181,11 @@ def prompts_table(pairs: Sequence[PreferencePair], model: TrainedModel, num_roun
                     for m in microbatches
                 ]
                 sizes[is_shared] = sum(map(len, rows)), topology.work.take() / 1e9
-        for is_shared, how in enumerate(("with each response", "once")):
-            num_positions, flops = sizes[is_shared]
-            ratio = best[is_shared] / best[0]
+        for which, how in enumerate(("with each response", "once")):
+            num_positions, flops = sizes[which]
+            ratio = best[which] / best[0]
             table.add_row(
-                name, how, f"{num_positions:,}", f"{flops:,.1f}", f"{best[is_shared]:.2f}", f"{ratio:.2f}"
+                name, how, f"{num_positions:,}", f"{flops:,.1f}", f"{best[which]:.2f}", f"{ratio:.2f}"
             )
     return table
 

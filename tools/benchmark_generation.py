@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import psutil
 import torch
@@ -57,6 +57,9 @@ _GPU_MEMORY_FRACTION = 0.3  # two engines share the device
 _WARM_UP_ROUNDS = 2
 
 Responses = list[tuple[int, ...]]
+if TYPE_CHECKING:
+    from vllm.outputs import CompletionOutput
+
 Dtype = Literal["fp32", "bf16"]
 
 
@@ -109,6 +112,7 @@ def _write_model(folder: Path, max_positions: int) -> None:
 def _serve_in_process(model: Path, work: Work) -> None:
     """What the child does: generates the round named on each line of stdin, and prints a line."""
     from vllm import LLM, SamplingParams
+    from vllm.inputs import TokensPrompt
 
     on_cpu = not torch.cuda.is_available()
     llm = LLM(
@@ -119,7 +123,7 @@ def _serve_in_process(model: Path, work: Work) -> None:
     for line in sys.stdin:
         round_index = int(line)
         asked = work.sampling(round_index)
-        prompts = [{"prompt_token_ids": list(one.token_ids)} for one in work.prompts(round_index)]
+        prompts = [TokensPrompt(prompt_token_ids=list(one.token_ids)) for one in work.prompts(round_index)]
         params = [
             SamplingParams(
                 max_tokens=asked.max_tokens, min_tokens=asked.min_tokens, temperature=asked.temperature,
@@ -131,13 +135,19 @@ def _serve_in_process(model: Path, work: Work) -> None:
         start, cpu = time.monotonic(), time.process_time()
         outputs = llm.generate(prompts, params, use_tqdm=False)
         responses = [tuple(one.outputs[0].token_ids) for one in outputs]
-        logprobs = [
-            [at[token].logprob for at, token in zip(one.outputs[0].logprobs, ids, strict=True)]
-            for one, ids in zip(outputs, responses, strict=True)
-        ]
+        logprobs = [_sampled_logprobs(one.outputs[0]) for one in outputs]
         seconds, cpu = time.monotonic() - start, time.process_time() - cpu
         assert all(len(one) == work.tokens for one in logprobs)
         print(json.dumps({"seconds": seconds, "cpu": cpu, "responses": responses}), flush=True)
+
+
+def _sampled_logprobs(completion: "CompletionOutput") -> list[float]:
+    assert completion.logprobs is not None
+    found = []
+    for at, token in zip(completion.logprobs, completion.token_ids, strict=True):
+        assert at is not None
+        found.append(at[token].logprob)
+    return found
 
 
 class InProcess:

@@ -87,10 +87,10 @@ def main() -> None:
     with ranks(device, ParallelConfig(), seed=0) as place:
         group = place.tensor_group()
         dtype = torch.float32 if options.dtype == "fp32" else torch.bfloat16
-        on = {"device": device.torch_device, "dtype": dtype}
-        hidden = torch.randn(options.positions, options.hidden, **on).requires_grad_()
+        on, (num_columns, size) = device.torch_device, (options.columns, options.hidden)
+        hidden = torch.randn(options.positions, size, device=on, dtype=dtype).requires_grad_()
         # Logits of a standard deviation of 1: numbers below the smallest normal one would slow a CPU down.
-        weight = (torch.randn(options.columns, options.hidden, **on) / options.hidden**0.5).requires_grad_()
+        weight = (torch.randn(num_columns, size, device=on, dtype=dtype) / size**0.5).requires_grad_()
         targets = torch.randint(options.columns, (options.positions,), device=device.torch_device)
         asked = torch.arange(int(options.asked * options.positions), device=device.torch_device)
 

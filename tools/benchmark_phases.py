@@ -41,7 +41,8 @@ def plain_phases(options: argparse.Namespace) -> Mapping[str, Callable[[], objec
 
     def log_probs(ids_BT: torch.Tensor) -> torch.Tensor:
         logits = model(input_ids=ids_BT, use_cache=False).logits[:, first - 1 : -1].float()
-        return logits.log_softmax(-1).gather(-1, ids_BT[:, first:, None])
+        logp: torch.Tensor = logits.log_softmax(-1).gather(-1, ids_BT[:, first:, None])
+        return logp
 
     def scores() -> None:
         with torch.no_grad():

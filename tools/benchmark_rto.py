@@ -98,10 +98,11 @@ def keys_of(work: Work, folder: Path, way: Way) -> list[str]:
 @contextmanager
 def pool_of(work: Work, way: Way, threads: int) -> Iterator[list[str]]:
     """A server on the cores that all share; gives the overrides by which runs find it."""
-    from rto_megatron.config.load import load_recipe
+    from rto_megatron.config.load import load_stage
+    from rto_megatron.config.schema import ReinforcementStage
     from rto_megatron.launching.launched_pool import launched_pool
 
-    config = load_recipe(_RECIPE, keys_of(work, work.root / "pool", way))
+    config = load_stage(_RECIPE, ReinforcementStage, keys_of(work, work.root / "pool", way))
     os.environ |= {"OMP_NUM_THREADS": str(threads), **_SHARED_CORES, "CUDA_VISIBLE_DEVICES": ""}
     with launched_pool(config, [1], range(0)) as pool:
         assert pool.prepare(1)
@@ -155,9 +156,9 @@ def write_work(root: Path, given: argparse.Namespace) -> Work:
     tokenizer = load_tokenizer(root / "policy")
     taken: dict[str, list[int]] = {}
     for row in rows:
-        ids = tokenizer.apply_chat_template(
-            json.loads(row)["context_messages"], tokenize=True, return_dict=False, add_generation_prompt=True
-        )
+        turns = json.loads(row)["context_messages"]
+        prompt = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        ids = tokenizer.encode(prompt, add_special_tokens=False)
         if len(ids) <= given.max_prompt and len(taken) < given.batch:
             taken[row] = ids
     if len(taken) < given.batch:

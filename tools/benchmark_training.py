@@ -115,7 +115,8 @@ def trl_rank(
     """One rank of TRL's trainer; `batch` pairs of it a step."""
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import DPOConfig, DPOTrainer
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.dpo_trainer import DPOTrainer
 
     seconds: list[float] = []
 

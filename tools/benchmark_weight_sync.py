@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -43,7 +43,7 @@ from weight_sync_measures import Meter, OwnShare, PartClock, RawBroadcast, limit
 from rto_megatron.config.rollouts import RolloutConfig
 from rto_megatron.config.training import FrozenPrecisionConfig, ParallelConfig
 from rto_megatron.errors import UserError
-from rto_megatron.generation.vllm.client.server_client import ServerClient
+from rto_megatron.generation.vllm.client.server_client import Json, ServerClient
 from rto_megatron.generation.vllm.gate import read_token
 from rto_megatron.generation.vllm.start.server import (
     ServerOptions,
@@ -165,7 +165,7 @@ class Rank:
             return
 
         def call(index: int) -> str:
-            given = [str(one + index) if isinstance(one, int) else one for one in arguments]
+            given: list[Json] = [str(one + index) if isinstance(one, int) else one for one in arguments]
             with ServerClient(self.servers[index], self._token, _TIMEOUT_S) as client:
                 answer = client.request("POST", "/collective_rpc", {"method": method, "args": given})
             assert isinstance(answer["results"], list)
@@ -229,7 +229,8 @@ def _be_a_rank(folder: Path, servers: Sequence[str], bucket_mb: int, rounds: int
 
 def _run_ranks(
     folder: Path, layout: str, servers: Sequence[str], given: argparse.Namespace
-) -> list[dict[str, float]]:
+) -> dict[int, list[Round]]:
+    """What the ranks print, by the number of servers."""
     tensor, pipeline = _LAYOUTS[layout]
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={tensor * pipeline}",
@@ -240,7 +241,12 @@ def _run_ranks(
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"the trainer ranks of {layout} failed:\n{done.stderr[-3000:]}")
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"servers"')]
+    rounds: dict[int, list[Round]] = {}
+    for line in done.stdout.splitlines():
+        if line.startswith('{"servers"'):
+            said = json.loads(line)
+            rounds.setdefault(said.pop("servers"), []).append(Round(**said))
+    return rounds
 
 
 @contextmanager
@@ -283,15 +289,12 @@ def _row(size: float, layout: str, num_servers: int, rounds: Sequence[Round]) ->
 
 
 def _parts_of(size: float, rounds: Sequence[Round]) -> list[str]:
-    def median(of: Callable[[Round], float]) -> float:
-        return statistics.median(map(of, rounds))
-
-    gigabytes = size / 1e3
-    seconds = [median(lambda one, part=part: one.sender[part]) for part in _SENDER_PARTS]
-    seconds += [median(lambda one, part=part: one.worker[part]) for part in _WORKER_PARTS]
-    seconds.append(median(lambda one: one.push_s))
+    median, gigabytes = statistics.median, size / 1e3
+    seconds = [median(one.sender[part] for one in rounds) for part in _SENDER_PARTS]
+    seconds += [median(one.worker[part] for one in rounds) for part in _WORKER_PARTS]
+    seconds.append(median(one.push_s for one in rounds))
     per_gb = [one / gigabytes for one in seconds]
-    per_gb += [median(lambda one, name=name: one.limits[name]) for name in _LIMITS]
+    per_gb += [median(one.limits[name] for one in rounds) for name in _LIMITS]
     return [f"{one:.2f}" for one in per_gb]
 
 
@@ -322,13 +325,7 @@ def _benchmark(given: argparse.Namespace) -> None:
         size = num_parameters(shape, False) * 2 / 1e6
         with tempfile.TemporaryDirectory() as scratch, _servers(Path(scratch), shape, say) as servers:
             for layout in given.layouts:
-                lines = _run_ranks(Path(scratch), layout, servers, given)
-                for count in range(1, _NUM_SERVERS + 1):
-                    rounds = [
-                        Round(**{key: value for key, value in line.items() if key != "servers"})
-                        for line in lines
-                        if line["servers"] == count
-                    ]
+                for count, rounds in _run_ranks(Path(scratch), layout, servers, given).items():
                     row = _row(size, layout, count, rounds)
                     say.print(" ".join(row))
                     table.add_row(*row)

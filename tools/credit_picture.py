@@ -16,7 +16,6 @@ mpl.use("Agg")  # no display
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 
 from rto_megatron.experiments.language.attribution import credit_of, rules_of
@@ -81,10 +80,8 @@ def _height(text: mpl.text.Text) -> float:
 
 
 def _box(text: mpl.text.Text) -> mpl.transforms.Bbox:
-    assert text.axes is not None and text.figure is not None
-    canvas = text.figure.canvas
-    assert isinstance(canvas, FigureCanvasAgg)
-    return text.get_window_extent(canvas.get_renderer()).transformed(text.axes.transAxes.inverted())
+    assert text.axes is not None
+    return text.get_window_extent().transformed(text.axes.transAxes.inverted())
 
 
 def main() -> None:

@@ -146,8 +146,8 @@ def write_models(root: Path, vocabulary: int, longest: int) -> None:
             bos_token_id=1,
             eos_token_id=2,
             pad_token_id=0,
-            num_labels=1,
         )
+        config.num_labels = 1
         folder = root / f"models-{vocabulary}" / role
         (LlamaForSequenceClassification if is_scalar else LlamaForCausalLM)(config).save_pretrained(folder)
         for file in kept.glob("tokenizer*"):

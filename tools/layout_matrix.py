@@ -106,8 +106,11 @@ def write_inputs(root: Path) -> None:
     for name, (seed, is_scalar) in MODELS.items():
         torch.manual_seed(seed)
         config = AutoConfig.from_pretrained(blank, num_labels=1, initializer_range=0.08)
-        kind = AutoModelForSequenceClassification if is_scalar else AutoModelForCausalLM
-        model = kind.from_config(config).float()
+        model = (
+            AutoModelForSequenceClassification.from_config(config)
+            if is_scalar
+            else AutoModelForCausalLM.from_config(config)
+        ).float()
         with torch.no_grad():
             for parameter_name, parameter in model.named_parameters():
                 if "norm" in parameter_name:  # one that is 1 everywhere could be left out unseen
@@ -149,7 +152,7 @@ def configured(method: str, column: Column, root: Path, run_dir: Path) -> TrainS
     training = facts_of(config).training
     assert training is not None
     has = {role.name for role in roles_of(training) if role.shares is None}
-    roles = {name: RoleGridConfig(**grid) for name, grid in column.roles.items() if name in has}
+    roles = {name: RoleGridConfig.model_validate(grid) for name, grid in column.roles.items() if name in has}
     parallel = training.parallel.model_copy(update={"roles": roles})
     models = training.models
     if models.dpo is not None:

@@ -120,8 +120,8 @@ def main() -> None:
             _gap(theirs.logp_N, exact_N),
             _gap(ours.logp_N, theirs.logp_N),
         )
-        seconds = (*ours.seconds, *theirs.seconds)
-        table.add_row(" ".join(parts) or "none", *(f"{x:.4f}" for x in gaps), *(f"{x:.2f}" for x in seconds))
+        took = (*ours.seconds, *theirs.seconds)
+        table.add_row(" ".join(parts) or "none", *(f"{x:.4f}" for x in gaps), *(f"{x:.2f}" for x in took))
     console.print(table)
 
 
@@ -174,7 +174,7 @@ def _sampled(server: Server, prompts: Sequence[Prompt], num_tokens: int) -> tupl
 def _cpu_seconds(server: Server) -> float:
     leader = psutil.Process(server.process.pid)
     times = [one.cpu_times() for one in (leader, *leader.children(recursive=True))]
-    return sum(one.user + one.system for one in times)
+    return float(sum(one.user + one.system for one in times))
 
 
 def _of_server(server: Server, texts: Sequence[Text]) -> Tensor:

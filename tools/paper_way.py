@@ -92,7 +92,7 @@ class PaperWay:
         width = max(map(len, self._prompts))
         ids_BP = torch.tensor([[_PAD] * (width - len(one)) + one for one in self._prompts])
         known_BP = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in self._prompts])
-        ids_BT = self._models["policy"].generate(
+        ids_BT = self._models["policy"].generate(  # type: ignore[operator]  # transformers declares it on a mixin
             input_ids=ids_BP, attention_mask=known_BP, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
             max_new_tokens=self._tokens, eos_token_id=_EOS, pad_token_id=_PAD,
         )  # fmt: skip
@@ -112,11 +112,11 @@ class PaperWay:
         places = (mask.cumsum(1) - 1).clamp(min=0)
         model = self._models[role]
         if role in ("critic", "reward"):
-            hidden = model.model(input_ids=ids, attention_mask=mask, position_ids=places).last_hidden_state
-            values: Tensor = model.score(hidden).squeeze(-1)
+            hidden = model.get_submodule("model")(input_ids=ids, attention_mask=mask, position_ids=places)[0]
+            values: Tensor = model.get_submodule("score")(hidden).squeeze(-1)
             return values[:, -width - 1 : -1] if role == "critic" else values
         logits = model(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False).logits
-        logp = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+        logp: Tensor = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
         return logp[:, -width:]
 
     def _scored(self, made: Sequences) -> Known:
@@ -168,12 +168,13 @@ class PaperWay:
             self._stepped(role)
 
     def _stepped(self, role: str) -> None:
-        parameters = [one for one in self._models[role].parameters() if one.grad is not None]
+        parameters = list(self._models[role].parameters())
+        gradients = [one.grad for one in parameters if one.grad is not None]
         if dist.get_world_size() > 1:
-            flat = torch.cat([one.grad.flatten() for one in parameters])
+            flat = torch.cat([one.flatten() for one in gradients])
             dist.all_reduce(flat)
-            for one, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-                one.grad.copy_(grad.view_as(one))
+            for one, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                one.copy_(total.view_as(one))
         nn.utils.clip_grad_norm_(parameters, 1.0)
         self._optimizers[role].step()
         self._optimizers[role].zero_grad()

@@ -51,7 +51,7 @@ def add_model_sizes(parser: argparse.ArgumentParser) -> None:
 
 def stated_llama(given: argparse.Namespace, max_positions: int) -> LlamaConfig:
     """A Llama of the stated sizes, as a language model or with a scalar head."""
-    return LlamaConfig(
+    config = LlamaConfig(
         vocab_size=given.vocab,
         hidden_size=given.hidden,
         intermediate_size=given.hidden * 11 // 4 // 2 * 2,
@@ -62,8 +62,9 @@ def stated_llama(given: argparse.Namespace, max_positions: int) -> LlamaConfig:
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
-        num_labels=1,
     )
+    config.num_labels = 1
+    return config
 
 
 def all_ways(cores: int, batch: int) -> tuple[Way, ...]:

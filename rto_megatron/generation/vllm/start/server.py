@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -29,7 +29,8 @@ Progress = Callable[[str], None]
 _WORKER = "rto_megatron.generation.vllm.worker"
 # Weights of 70B from a network disk take a quarter of an hour, and compilation minutes more.
 START_LIMIT_S = 1800.0
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # as vLLM names them
+# As vLLM names them.
+DTYPES: Mapping[str, Literal["float32", "bfloat16"]] = {"fp32": "float32", "bf16": "bfloat16"}
 _PR_SET_PDEATHSIG = 1
 _UNBOUND = "nobind"
 _CPU_KV_CACHE = "256M"  # bytes: a hundred thousand tokens of models of the size that is trained without a GPU
