@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from rto_megatron.errors import ModelFolderError
+from rto_megatron.errors import MachineError, ModelFolderError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -58,6 +58,7 @@ def quantize(
     the original's on held-out prompts. `vllm serve TARGET` finds the format in config.json. vLLM itself was not tried:
     its CPU build loads the tensors and stops for want of a CUDA kernel (static_scaled_fp8_quant).
     """
+    from rto_megatron.data.sources import read_rows
     from rto_megatron.models.model_folder import misnamed
     from rto_megatron.platform.fresh_folder import require_absent
 
@@ -65,12 +66,26 @@ def quantize(
     require_absent(target)
     if not source.exists():
         raise ModelFolderError(misnamed(source))
+    if prompts is not None:
+        next(read_rows(prompts), None)  # a source that cannot be read says so at its first row
+    if form == "nvfp4":
+        _require_cuda()
     from rich.console import Console
 
     from rto_megatron.convert.quantize import Choices, quantize_checkpoint
 
     report = quantize_checkpoint(source, target, Choices(form, prompts, num_prompts, max_length, seed))
     Console().print(_table(report))
+
+
+def _require_cuda() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise MachineError(
+            "--format nvfp4 needs a CUDA device: ModelOpt quantises FP4 inputs with CUDA kernels, and none was found; "
+            "use --format fp8 or a machine with a GPU"
+        )
 
 
 def _table(report: "QuantizationReport") -> "Table":

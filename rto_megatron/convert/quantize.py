@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
 from modelopt.torch.export import export_hf_checkpoint
 from torch import Tensor
 
@@ -23,10 +22,10 @@ from rto_megatron.convert.conversion_options import Options
 from rto_megatron.convert.logits_error import LogitsError, compare, outputs
 from rto_megatron.convert.megatron_source import open_megatron
 from rto_megatron.data.tokenizer_files import carry
-from rto_megatron.errors import ConversionError, MachineError
+from rto_megatron.errors import ConversionError
 from rto_megatron.models.hf_config import HfConfig, read_config
 from rto_megatron.models.weight_map import dtype_name
-from rto_megatron.platform.fresh_folder import fresh_folder, require_absent
+from rto_megatron.platform.fresh_folder import fresh_folder
 from rto_megatron.storage.hf_folder import HfFolder
 
 REPORT = "quantization_report.json"
@@ -101,15 +100,9 @@ def quantize_checkpoint(source: Path, target: Path, choices: Choices) -> Quantiz
         source: a Hugging Face folder, or what `open_megatron` takes: a run, a converted or a Megatron-LM checkpoint.
 
     Raises:
-        UserError: the target exists, the source or the prompts cannot be used, the format needs CUDA, or the written
-            folder is not what the quantised model is.
+        UserError: the target exists, the source or the prompts cannot be used, or the written folder is not what the
+            quantised model is.
     """
-    require_absent(target)
-    if choices.format == "nvfp4" and not torch.cuda.is_available():
-        raise MachineError(
-            "--format nvfp4 needs a CUDA device: ModelOpt quantises FP4 inputs with CUDA kernels, and none was found; "
-            "use --format fp8 or a machine with a GPU"
-        )
     with _hugging_face_folder(source, target) as folder:
         return _quantize(folder, target, choices, str(source))
 

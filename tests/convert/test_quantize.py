@@ -1,6 +1,7 @@
 """Quantised folders: what is quantised, how far outputs are from the original's, the command, and refusals."""
 
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from rto_megatron.convert import fake_quantized, quantized_folder
 from rto_megatron.convert.logits_error import outputs
 from rto_megatron.convert.quantize import REPORT, Choices, QuantizationReport, quantize_checkpoint
 from rto_megatron.data.synthetic import write_synthetic_task
-from rto_megatron.errors import MachineError, ModelFolderError, RecipeError, TokenizerError
+from rto_megatron.errors import ModelFolderError, RecipeError, TokenizerError
 from rto_megatron.models.hf_config import read_config
 from rto_megatron.storage.hf_folder import HfFolder
 
@@ -133,13 +134,6 @@ def test_a_refusal_of_the_tool_is_one_message_and_status_2(
     assert not (tmp_path / "target").exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="FP4 is made on CUDA devices")
-def test_fp4_without_cuda_is_refused(tmp_path: Path) -> None:
-    write_llama(tmp_path / "source")
-    with pytest.raises(MachineError, match="nvfp4 needs a CUDA device"):
-        quantize_checkpoint(tmp_path / "source", tmp_path / "target", Choices("nvfp4", None, 4, 16, 0))
-
-
 def test_refusals_say_what_to_do(llama: tuple[Path, Path, QuantizationReport], tmp_path: Path) -> None:
     source, target, _ = llama
     with pytest.raises(RecipeError, match="exists already"):
@@ -156,9 +150,19 @@ def test_arguments_are_refused_before_modelopt_is_imported(tmp_path: Path) -> No
     script = (
         "import sys; from typer.testing import CliRunner; from rto_megatron.cli.main import app\n"
         "told = CliRunner().invoke(app, ['quantize', *sys.argv[1:]]).exception\n"
-        "print(told, 'torch' in sys.modules or 'modelopt' in sys.modules)"
+        "print(told, sorted({'torch', 'modelopt'} & set(sys.modules)))"
     )
-    for source, target, said in (("", "", "exists already"), ("none", "new", "does not exist")):
-        command = [sys.executable, "-c", script, str(tmp_path / source), str(tmp_path / target)]
-        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        assert said in shown and shown.endswith("False\n"), shown
+    (tmp_path / "rows.jsonl").write_text("no JSON\n")
+    for arguments, said, imported in (
+        (". .", "exists already", []),
+        ("none new", "does not exist", []),
+        (". new --prompts none.jsonl", "data file none.jsonl does not exist", []),
+        (". new --prompts rows.jsonl", "rows.jsonl:1: not valid JSON", []),
+        (". new --format nvfp4", "nvfp4 needs a CUDA device", ["torch"]),
+    ):
+        shown = subprocess.run(
+            [sys.executable, "-c", script, *arguments.split()],
+            capture_output=True, text=True, check=True, cwd=tmp_path,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(TOOL.parents[1])},
+        ).stdout  # fmt: skip
+        assert said in shown and shown.endswith(f"{imported}\n"), shown
