@@ -122,6 +122,9 @@ def test_prompts_of_another_seed_are_not_written_over(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"prompts_train\.jsonl holds other prompts; name another folder"):
         CliRunner().invoke(app, [*command, "--seed", "2"], catch_exceptions=False)
     assert {path: path.read_text() for path in tmp_path.iterdir()} == held
-    (tmp_path / "prompts_test.jsonl").write_text(held[tmp_path / "prompts_test.jsonl"][:40])  # it was stopped
+    (tmp_path / "prompts_test.jsonl").rename(tmp_path / ".partial_prompts_test.jsonl")  # it was stopped
     CliRunner().invoke(app, command, catch_exceptions=False)
     assert {path: path.read_text() for path in tmp_path.iterdir()} == held
+    (tmp_path / "prompts_test.jsonl").write_text(held[tmp_path / "prompts_test.jsonl"][:40])
+    with pytest.raises(DataError, match=r"prompts_test\.jsonl holds other prompts"):
+        CliRunner().invoke(app, command, catch_exceptions=False)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rto_megatron.errors import DataError
 from rto_megatron.experiments.language.rules import FORBIDDEN, asked, with_rule, without_rule, words_rule
+from rto_megatron.platform.whole_files import write_whole
 from rto_megatron.rewards.sample import Json
 
 SYSTEM = "You write one short sentence."
@@ -40,16 +41,14 @@ def write_prompts(folder: Path, train: int, test: int, seed: int) -> tuple[Path,
     Raises:
         DataError: there are fewer different prompts than asked for, or the folder holds others than these.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     rows = list(_rows(train + test, seed))
     paths = folder / "prompts_train.jsonl", folder / "prompts_test.jsonl"
     texts = ["".join(json.dumps(row) + "\n" for row in own) for own in (rows[:train], rows[train:])]
     for path, text in zip(paths, texts, strict=True):
-        # What was stopped while it wrote left a beginning.
-        if path.exists() and not text.encode().startswith(path.read_bytes()):
+        if path.exists() and path.read_bytes() != text.encode():
             raise DataError(f"{path} holds other prompts; name another folder, or remove it first")
     for path, text in zip(paths, texts, strict=True):
-        path.write_text(text, encoding="utf-8")
+        write_whole(path, text)
     return paths
 
 
