@@ -97,11 +97,33 @@ def test_mistakes_in_the_list_are_told_with_place_and_remedy(
             ["rewards=[{kind: model},{kind: math_verify, timeout_s: 50}]", "run.collective_timeout_s=40"],
             "may take 50 s",
         ),
+        (
+            [
+                "rewards=[{kind: model},{kind: math_verify, timeout_s: 30},{kind: overlong, buffer_tokens: 8},"
+                "{kind: math_verify, name: again, timeout_s: 10}]",
+                "run.collective_timeout_s=40",
+            ],
+            "may take 40 s",
+        ),
     ],
 )
 def test_sources_that_do_not_fit_together_are_named(overrides: list[str], expected: str) -> None:
     (problem,) = find_problems(load_recipe(RECIPE, overrides), 4, {})
     assert expected in problem
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["rewards=[{kind: model},{kind: overlong, buffer_tokens: 1024}]"],
+        ["rewards=[{kind: model, overlong_buffer_tokens: 1024}]"],
+        ["rewards=[{kind: model},{kind: math_verify, timeout_s: 39}]", "run.collective_timeout_s=40"],
+        ["rewards=[{kind: model},{kind: math_verify, timeout_s: 50}]", "run.collective_timeout_s=null"],
+        ["rewards=[{kind: model, normalize: group}]", "algorithm.samples_per_prompt=2"],
+    ],
+)
+def test_sources_at_the_edge_of_what_fits_are_taken(overrides: list[str]) -> None:
+    assert find_problems(load_recipe(RECIPE, overrides), 4, {}) == []
 
 
 def test_code_is_found_and_its_digest_kept_and_none_of_it_is_run(

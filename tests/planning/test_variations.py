@@ -13,6 +13,7 @@ from rto_megatron.planning.gpus import KNOWN_GPUS, find_gpu
 from rto_megatron.planning.judgement import judged
 from rto_megatron.planning.memory import moved_bytes
 from rto_megatron.planning.shapes import FoundShape
+from rto_megatron.planning.step_time import EXPECTED
 from rto_megatron.planning.variations import Overrides, refinements
 from rto_megatron.planning.whole_step import Lengths, pipeline_idle, time_step
 
@@ -91,6 +92,26 @@ def test_a_shared_gpu_is_as_full_as_its_fullest_turn() -> None:
     assert shared_bytes(plan, known, gpu, 1, None) == int(80 * GIB * 0.8) + 2 * (256 << 20) + GIB
     # A trainer that takes more while it trains than the pool does in its turn decides.
     assert shared_bytes(plan, known, gpu, 1, 70 * GIB) == 70 * GIB + 2 * (256 << 20) + GIB
+
+
+@pytest.mark.parametrize(("pool_gpus", "longest"), [(1, "sample"), (64, "others")])
+def test_rollouts_that_are_ahead_take_no_longer_than_what_they_lie_beside(
+    pool_gpus: int, longest: str
+) -> None:
+    ahead = ("rollout.ahead=1", "algorithm.pool_importance_cap=2")
+    for keys in ((), ahead):
+        plan, known = planned("llama3_8b/rto.yaml", 8, "parallel.tensor=4", *keys)
+        shapes = {name: one.shape for name, one in known.items()}
+        found = time_step(plan, shapes, KNOWN_GPUS["h100"], pool_gpus, Lengths(512, 512))
+        for in_all, by_phase in (
+            (found.seconds / EXPECTED.overhead, {one.name: one.seconds for one in found.phases}),
+            (found.limit_s, {one.name: one.limit_s for one in found.phases}),
+        ):
+            sample = by_phase.pop("sample")
+            others = by_phase["push"] + by_phase["score"] + by_phase["update"]
+            assert set(by_phase) == {"push", "score", "update"}
+            assert (sample > others) == (longest == "sample")
+            assert in_all == pytest.approx(max(sample, others) if keys else sample + others)
 
 
 def test_roles_on_ranks_of_their_own_score_and_train_beside_the_others() -> None:

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,20 @@ def test_a_request_that_fails_is_sent_again_and_no_more_than_may_be_are_under_wa
         assert rate(url, batch=1, concurrency=2, retries=3) == [1, 2, 3, 4, 5]
         assert len(heard) == 5 + 3 and most[0] <= 2
         assert rate(url, batch=3, concurrency=2) == [1, 2, 3, 4, 5]
+
+
+def test_pauses_before_a_request_is_sent_again_grow() -> None:
+    """Half a second, then twice as long each time."""
+    failures, asked = [503, 503], list[float]()
+
+    def respond(request: Request) -> object:
+        asked.append(time.monotonic())
+        return failures.pop() if failures else lengths(request)
+
+    with service(respond) as (url, _):
+        assert rate(url, retries=2) == [1, 2, 3, 4, 5]
+    first, second = (later - earlier for earlier, later in pairwise(asked))
+    assert first >= 0.49 and second >= 0.99
 
 
 def test_a_service_that_is_down_or_slow_is_named_within_the_limit_and_may_come_back() -> None:

@@ -12,6 +12,7 @@ from rto_megatron.config.reward_code import missing_packages
 from rto_megatron.config.rewards import MathVerifySource, ReasoningGymSource
 from rto_megatron.errors import UserError
 from rto_megatron.rewards.function_reward import Called, FunctionRater
+from rto_megatron.rewards.raters import rater_of
 from rto_megatron.rewards.sample import Json, Sample
 
 
@@ -77,6 +78,26 @@ def test_reasoning_gym_writes_prompts_and_scores_answers_to_them(tmp_path: Path)
     ):
         with pytest.raises(UserError, match=expected):
             CliRunner().invoke(app, ["reasoning-gym", *arguments], catch_exceptions=False)
+
+
+def test_the_tag_that_a_source_names_is_where_its_verifier_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A package of its name stands for the library, which not every environment has."""
+    package = tmp_path / "reasoning_gym"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "def get_score_answer_fn(task):\n    return lambda answer, entry: float(answer == entry['answer'])\n"
+    )
+    (package / "utils.py").write_text(
+        "import re\n\n\ndef extract_answer(response, tag_name):\n"
+        "    found = re.search(f'<{tag_name}>(.*)</{tag_name}>', response)\n    return found and found[1]\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    row: dict[str, Json] = {"reasoning_gym": {"task": "sums", "entry": {"answer": "7"}}}
+    samples = [answered("so <last>7</last>", row), answered("7", row)]
+    for tag, expected in (("last", [1.0, 0.0]), (None, [0.0, 1.0])):
+        assert rater_of(ReasoningGymSource(kind="reasoning_gym", answer_tag=tag)).rate(samples) == expected
 
 
 def test_a_library_that_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
