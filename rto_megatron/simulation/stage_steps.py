@@ -52,11 +52,10 @@ def _online(step: SimulatedStep, config: schema.ReinforcementStage) -> None:
         step.hold(_models(roles))
     rollouts = made.rollouts()
     step.neighbours_send(made.per_reading)
-    how = config.sampling
     with step.phase("score"):
         scored = score(
-            rollouts, roles, setup.layout, setup.eos, config.algorithm.truncated, how.min_response_tokens,
-            how.temperature, how.is_whole, None, config.rollout.old_logprobs,
+            rollouts, roles, setup.layout, setup.eos, config.algorithm.truncated, config.sampling,
+            old=config.rollout.old_logprobs,
         )  # fmt: skip
         experience = algorithm.credit(scored, algorithm.kl_controller.coef, setup.topology.dp_sum)
         del scored

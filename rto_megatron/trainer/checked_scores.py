@@ -107,7 +107,7 @@ class Scorer:
         how = config.sampling
         if not broken_rollouts(sampled, setup.eos, bool(how.stop)):  # `score` refuses those, with all others
             closed = close_rollouts(sampled, setup.eos, config.algorithm.truncated)
-            drawn = drawn_from(setup.eos, how.min_response_tokens, how.temperature)
+            drawn = drawn_from(setup.eos, how)
             asks_policy = config.rollout.old_logprobs == "trainer"
             self._early |= opinions(closed, self._roles, setup.layout, drawn, asks_policy)
         self._seconds += time.monotonic() - start
@@ -139,10 +139,10 @@ class Scorer:
     def opinions(self, sampled: Sequence[Rollout], step: int) -> ScoredRollouts:
         """What the models say, whatever it is; all ranks must call it."""
         config, setup = self._config, self._setup
-        how, truncated = config.sampling, config.algorithm.truncated
+        truncated = config.algorithm.truncated
         return score(
-            sampled, self._roles, setup.layout, setup.eos, truncated, how.min_response_tokens,
-            how.temperature, how.is_whole, self._early, config.rollout.old_logprobs,
+            sampled, self._roles, setup.layout, setup.eos, truncated, config.sampling, self._early,
+            config.rollout.old_logprobs,
         )  # fmt: skip
 
 

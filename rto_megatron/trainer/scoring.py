@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rto_megatron.algorithms.losses import keep
 from rto_megatron.algorithms.termination import TruncationPolicy, close_response, compared_ban
-from rto_megatron.config.rollouts import OldLogprobs
+from rto_megatron.config.rollouts import OldLogprobs, SamplingConfig
 from rto_megatron.data.cut import Layout
 from rto_megatron.data.packing import padded_rows, response_mask, rollout_grid
 from rto_megatron.trainer.opinions import Opinions, Roles, all_opinions, policy_sample
@@ -25,9 +25,9 @@ def close_rollouts(
     )
 
 
-def drawn_from(eos: EndOfSequence, min_tokens: int, temperature: float) -> Distribution:
+def drawn_from(eos: EndOfSequence, how: SamplingConfig) -> Distribution:
     """What policy and reference are compared as, see `score`."""
-    return Distribution(temperature, compared_ban(eos, min_tokens))
+    return Distribution(how.temperature, compared_ban(eos, how.min_response_tokens))
 
 
 def score(
@@ -36,9 +36,7 @@ def score(
     layout: Layout,
     eos: EndOfSequence,
     policy: TruncationPolicy,
-    min_tokens: int,
-    temperature: float = 1.0,
-    is_whole: bool = True,
+    how: SamplingConfig,
     early: Opinions | None = None,
     old: OldLogprobs = "trainer",
 ) -> ScoredRollouts:
@@ -49,15 +47,13 @@ def score(
     model was trained on, and whose log-ratio is a reward by eq. 4.5.
 
     Args:
-        min_tokens: end-of-sequence was forbidden before this many tokens of a response.
-        temperature: that the pool sampled at.
-        is_whole: False where the pool sampled from the likeliest tokens alone; its log-probs are then of those, and not
-            compared.
+        how: responses were drawn. Where that was from the likeliest tokens alone, the pool's log-probs are of those,
+            and not compared.
         early: what the models said already, the same on all ranks of the replica.
         old: whose log-probs are the policy's at rollout time; the pool's must be of the same distribution.
     """
     rollouts = close_rollouts(sampled, eos, policy)
-    drawn = drawn_from(eos, min_tokens, temperature)
+    drawn = drawn_from(eos, how)
     cut, said = all_opinions(rollouts, roles, layout, drawn, early or {}, is_policy_asked=old == "trainer")
 
     def grid(outputs: Sequence[Tensor]) -> Tensor:
@@ -68,12 +64,13 @@ def score(
     behind_B = cut.in_order([one.values_T[list(one.batch.last_positions)] for one in said])
     is_cut = [policy == "bootstrap" and rollout.finish_reason == "length" for rollout in rollouts]
     pairs = zip(sampled, rollouts, strict=True)
+    sampled_BR = padded_rows([_kept(*pair, how.min_response_tokens) for pair in pairs], layout.device)
     known = {name: cut.in_order([one.scores[name] for one in said]) for name in roles.reward.models()}
     rewards = roles.reward.rate(rollouts, known)
     return ScoredRollouts(
         rollouts=rollouts,
         mask_BR=response_mask(rollouts, layout.device),
-        sampled_BR=padded_rows([_kept(*pair, min_tokens) for pair in pairs], layout.device) * is_whole,
+        sampled_BR=sampled_BR * how.is_whole,
         logp_pool_BR=logp_pool_BR,
         logp_old_BR=grid([one.logp_T for one in said]) if old == "trainer" else logp_pool_BR,
         logp_ref_BR=logp_ref_BR,

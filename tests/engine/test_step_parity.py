@@ -17,6 +17,7 @@ from tiny_models import write_llama
 from torch import Tensor
 
 from rto_megatron.algorithms import rto
+from rto_megatron.config.rollouts import SamplingConfig
 from rto_megatron.config.training import OptimizerConfig
 from rto_megatron.data.packing import Layout
 from rto_megatron.trainer.opinions import Roles
@@ -105,7 +106,7 @@ def _update(case: Case, root: Path) -> dict[str, dict[str, Tensor]]:
     roles = Roles(policy, None, critic, reference, source, dpo, None)
     algorithm = rto.build(rto.Config(epochs=case.num_steps), lambda _: frozenset())
     own = close_rollouts(rollouts()[place.data_rank :: place.data_size], END, "penalise")
-    scored = score(own, roles, layout, END, "penalise", min_tokens=0)
+    scored = score(own, roles, layout, END, "penalise", SamplingConfig(min_response_tokens=0))
     experience = algorithm.credit(scored, 0.01, place.dp_sum)
     seen: dict[str, dict[str, Tensor]] = {}
     for one in optimizer_minibatches(experience, algorithm.config, 14, 1, place, layout, seed=1):

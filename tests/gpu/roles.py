@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rto_megatron.algorithms import dpo, reward_model, rto, sft
 from rto_megatron.algorithms.reinforcement import PolicyOptimization
+from rto_megatron.config.rollouts import SamplingConfig
 from rto_megatron.config.training import OptimizerConfig, PrecisionConfig, TrainParallelConfig
 from rto_megatron.data.packing import Layout, pair_microbatches, supervised_microbatches
 from rto_megatron.engine.build_roles import build_frozen, build_trained
@@ -143,7 +144,8 @@ def prepare_update(place: Topology, models: dict[str, HfModel], layout: Layout) 
         dpo_reference=None,
     )
     algorithm = rto.build(rto.Config(), lambda _: frozenset())
-    scored = score(close_rollouts(rollouts(), END, "penalise"), roles, layout, END, "penalise", min_tokens=0)
+    how = SamplingConfig(min_response_tokens=0)
+    scored = score(close_rollouts(rollouts(), END, "penalise"), roles, layout, END, "penalise", how)
     experience = algorithm.credit(scored, 0.01, place.dp_sum)
     moved = replace(
         experience,

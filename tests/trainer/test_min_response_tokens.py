@@ -13,6 +13,7 @@ from trainer.tiny_runs import configure, train, write_files
 from transformers import LlamaForCausalLM, MinNewTokensLengthLogitsProcessor, TemperatureLogitsWarper
 
 from rto_megatron.algorithms.termination import compared_ban
+from rto_megatron.config.rollouts import SamplingConfig
 from rto_megatron.config.training import OptimizerConfig
 from rto_megatron.data.packing import Layout
 from rto_megatron.reporting.metrics import read_metrics
@@ -71,7 +72,8 @@ def _scored(
         dpo=frozen(place, models / "dpo", False),
         dpo_reference=frozen(place, models / "dpo_reference", False) if own_reference else None,
     )
-    return score(SAMPLED, roles, layout, END, "compat", min_tokens, temperature)
+    how = SamplingConfig(min_response_tokens=min_tokens, temperature=temperature)
+    return score(SAMPLED, roles, layout, END, "compat", how)
 
 
 @torch.no_grad()

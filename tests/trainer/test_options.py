@@ -21,6 +21,7 @@ from trainer.tiny_runs import ENGINE_VOCAB, FailingEngine, HeldPush, configure, 
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from rto_megatron.algorithms import ppo
+from rto_megatron.config.rollouts import SamplingConfig
 from rto_megatron.config.schema import ReinforcementStage
 from rto_megatron.config.training import OptimizerConfig
 from rto_megatron.data.limits import Limits
@@ -326,7 +327,7 @@ def _bootstrapped(root: Path, policy: str) -> tuple[ScoredRollouts, Experience]:
         dpo_reference=None,
     )
     closed = close_rollouts(rollouts(), END, config.truncated)
-    scored = score(closed, roles, layout, END, config.truncated, min_tokens=0)
+    scored = score(closed, roles, layout, END, config.truncated, SamplingConfig(min_response_tokens=0))
     return scored, ppo.build(config, lambda _: frozenset()).credit(scored, 0.1, place.dp_sum)
 
 

@@ -13,6 +13,7 @@ from tiny_models import write_llama
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from rto_megatron.algorithms.termination import TruncationPolicy
+from rto_megatron.config.rollouts import SamplingConfig
 from rto_megatron.config.training import OptimizerConfig
 from rto_megatron.data.packing import Layout, response_mask
 from rto_megatron.errors import UserError
@@ -98,7 +99,7 @@ def _scored(models: Path, with_dpo: bool, own_reference: bool) -> ScoredRollouts
     place = topology("one")
     layout = Layout(2, True, 1, place.device.torch_device)
     roles = _roles(models, place, layout, with_dpo, own_reference)
-    return score(ROLLOUTS, roles, layout, END, "penalise", min_tokens=0)
+    return score(ROLLOUTS, roles, layout, END, "penalise", SamplingConfig(min_response_tokens=0))
 
 
 @torch.no_grad()
@@ -145,7 +146,8 @@ def _kept(policy: TruncationPolicy, min_tokens: int, models: Path) -> ScoredRoll
         replace(r, sampled_logprobs=tuple(-0.5 - row - column for column in range(len(r.response_ids))))
         for row, r in enumerate(ROLLOUTS)
     ]
-    return score(sampled, _roles(models, place, layout, False, False), layout, END, policy, min_tokens)
+    how = SamplingConfig(min_response_tokens=min_tokens)
+    return score(sampled, _roles(models, place, layout, False, False), layout, END, policy, how)
 
 
 @pytest.mark.parametrize(
