@@ -286,7 +286,6 @@ def reasoning_gym(
 
     if (problem := missing_package("reasoning_gym")) is not None:
         raise MachineError(problem)
-    from rto_megatron.platform.whole_files import write_whole
     from rto_megatron.rewards.verify_gym import rows
 
     try:

@@ -59,7 +59,6 @@ def score(
     official data they were never run.
     """
     from rto_megatron.benchmarks.scored_files import ScoreOptions, score_files, tables
-    from rto_megatron.platform.whole_files import write_whole
     from rto_megatron.reporting.samples import show
 
     scores = score_files(paths, ScoreOptions(gamed, reference, answers, baseline, rounds, seed))
