@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# RTO on a real language model, in an hour and a half on 2 cores, 16 GiB of memory and of disk: SmolLM2-135M-Instruct answers
+# RTO on a real language model, in about 70 minutes on 2 cores, 16 GiB of memory and of disk: SmolLM2-135M-Instruct answers
 # prompts that ask for three rules each, a program rates the answers, a reward model and DPO learn from noisy pairs of
 # them, then PPO and RTO, and a table of what each policy earns on held-out prompts: true reward, reward model, KL, length.
 # Usage: bash launchers/real_language.sh [--root DIR] [--model DIR] [--data DIR] [--budget full|small]

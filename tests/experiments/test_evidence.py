@@ -1,4 +1,4 @@
-"""The archives of the language experiment give the numbers that docs/language.md states."""
+"""The archives of the language experiment give the numbers that docs/language.md and README.md state."""
 
 import tarfile
 from pathlib import Path
@@ -16,6 +16,7 @@ NAMES = {
     "start": "start", "dpo": "DPO, 50 steps", "ppo": "PPO, 30 steps", "rto": "RTO", "rs_ppo": "RS-PPO",
     "shuffled_rto": "shuffled RTO (control)", "dense_oracle": "dense oracle",
 }  # fmt: skip
+IN_README = ("true return", "reward model", "final KL", "response tokens")
 
 
 def _row(arm: ArmResult, seed: int) -> str:
@@ -74,6 +75,11 @@ def test_the_page_states_what_the_archives_hold(tmp_path: Path) -> None:
             assert _row(arm, seed) in page
     for cells in (*arm_rows(results, experiment), *paired_rows(results, experiment)):
         assert "| " + " | ".join(cells) + " |" in page
+    front = (DOCS.parent / "README.md").read_text()
+    header, *of_arms = arm_rows(results, experiment)
+    for arm, cells in zip(results, of_arms, strict=True):
+        shown = [NAMES[arm.name], *(cells[header.index(column)] for column in IN_README)]
+        assert "| " + " | ".join(shown) + " |" in front
     for seed in experiment.design.seeds:
         assert _tokens_row(seed, tmp_path / f"seed{seed}") in page
         assert _ends_row(seed, tmp_path / f"seed{seed}") in page
