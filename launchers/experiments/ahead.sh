@@ -4,6 +4,7 @@
 # It can be stopped at any time: the same command goes on where it was. An hour on 2 cores, one rank beside the pool.
 # Usage: bash launchers/experiments/ahead.sh [DIR]        SEEDS="0 1 2" of the runs      STEPS=20 of 256 episodes each
 set -euo pipefail
+case ${1:-} in -*) sed -n '2,5s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 2 ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 root=${1:-runs/ahead} seeds=${SEEDS:-0 1 2} steps=${STEPS:-20}
 bash launchers/setup.sh

@@ -7,6 +7,7 @@
 #   FACTOR=1      of the learning rate, where that was chosen before; as docs/language.md chose it (default: chosen here)
 #   LANE_ARGS=...   more arguments of `rto language`, such as "--set run.steps=2" for a trial
 set -euo pipefail
+case ${1:-} in -*) sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 2 ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 root=${1:-runs/language} seeds=${SEEDS:-5} lanes=1 model=${MODEL:-runs/smollm2}
 read -ra lane_args <<<"${LANE_ARGS:-}" # several words, of which none is a pattern of files

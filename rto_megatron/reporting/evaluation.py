@@ -96,19 +96,20 @@ def read_evaluation(run_dir: Path) -> Evaluation:
 
 
 def final_table(evaluations: Sequence[Evaluation], title: str) -> Table:
-    """One row per evaluated policy, with what each source of `rewards` gave, if any."""
+    """One row per evaluated policy, with true returns and what each source of `rewards` gave, if any has them."""
     table = Table(title=Text(plain(title)))
     table.add_column("system")
     sources = sorted({name for row in evaluations for name in row.rewards})
     score = "sum of rewards" if sources else "reward model"
+    true = ["true return"] if any(row.true_return is not None for row in evaluations) else []
     for name in (
-        "true return", score, *sources, "KL to reference", "response tokens", "prompts", "responses", "steps",
+        *true, score, *sources, "KL to reference", "response tokens", "prompts", "responses", "steps",
     ):  # fmt: skip
         table.add_column(Text(plain(name)), justify="right")
     for row in evaluations:
         table.add_row(
             Text(plain(row.name)),
-            str(row.true_return or "-"),
+            *(str(row.true_return or "-") for _ in true),
             str(row.score or "-"),
             *(str(row.rewards.get(name, "-")) for name in sources),
             str(row.kl),

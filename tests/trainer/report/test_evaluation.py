@@ -42,6 +42,14 @@ def test_evaluations_are_read_back_in_the_order_of_the_stages(tmp_path: Path) ->
     assert final_table(found, "t").row_count == 4
 
 
+def test_true_returns_have_a_column_where_one_is_known() -> None:
+    known, unknown = row("SFT", 1.0), replace(row("RTO", 2.0), true_return=None)
+    for rows, has_column in (([unknown], False), ([known, unknown], True)):
+        table = final_table(rows, "t")
+        assert ("true return" in [str(column.header) for column in table.columns]) == has_column
+        assert all(len([*column.cells]) == len(rows) for column in table.columns)
+
+
 def test_missing_and_cut_evaluations_are_explained(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="run the evaluate recipe first"):
         read_evaluations(tmp_path)
