@@ -13,7 +13,10 @@ fail() {
   exit 2
 }
 
-case $dir in -*) sed -n '2,4s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 2 ;; esac
+case $dir in
+  --help) sed -n '2,4s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit ;;
+  -*) fail "there is no option $dir; see bash launchers/real_model.sh --help" ;;
+esac
 
 bash launchers/setup.sh
 if [ -f "$dir/config.json" ]; then

@@ -117,10 +117,17 @@ def test_keys_that_a_page_names_are_keys(page: Path) -> None:
 def commands(page: Path) -> Iterator[tuple[list[str], bool]]:
     """Words of each command with whether it stands whole in a block; in a sentence it may lack arguments."""
     for block in blocks(page):
-        for line in block.replace("\\\n", " ").splitlines():
+        for line in with_variables(block.replace("\\\n", " ")).splitlines():
             yield from ((words, True) for words in words_of(line))
     for span in spans(page):
         yield from ((words, False) for words in words_of(span))
+
+
+def with_variables(block: str) -> str:
+    """A block with the values of the variables that its lines set where they are used."""
+    for name, quoted, plain in re.findall(r'\b([A-Z]+)=(?:"([^"]*)"|(\S+))', block):
+        block = block.replace(f"${name}", quoted or plain)
+    return block
 
 
 def words_of(line: str) -> Iterator[list[str]]:

@@ -76,6 +76,8 @@ def test_the_model_is_fetched_without_dependencies_made_once_and_kept(checkout: 
 def test_an_option_is_no_folder(checkout: Path) -> None:
     program(checkout / "path/sha256sum", "#!/bin/bash\n")
     told = run(checkout, "--help")
-    assert told.returncode == 2 and "Usage: bash launchers/real_model.sh [DIR]" in told.stdout
+    assert told.returncode == 0 and "Usage: bash launchers/real_model.sh [DIR]" in told.stdout
+    refused = run(checkout, "--dir")
+    assert refused.returncode == 2 and "no option --dir" in refused.stderr
     assert not (checkout / "asked").exists()
     assert sorted(path.name for path in checkout.iterdir()) == [".venv", "launchers", "path", "requirements"]
