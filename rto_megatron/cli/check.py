@@ -75,7 +75,7 @@ def check(
     world_size, pool_size = split_gpus(config, gpus, pool_gpus)
     origin = f"of {gpus} GPUs the pool has {pool_size}" if 0 < world_size < gpus else ""
     plan, shapes = judged(config, world_size, assume or [], origin)
-    spare = [*token_warnings(config, shapes), *_warnings(config)]
+    spare = [*token_warnings(config, shapes), *_warnings(config, on_cpu=not gpus)]
     looked = look_at(config)
     refuse(f"{one.key}: {one.found}" for one in looked if one.is_problem)
     console = Console() if Console().is_terminal else Console(width=140)
@@ -127,18 +127,21 @@ def _require_room(plan: "StagePlan", shapes: "Mapping[str, FoundShape]", gpu: "G
         )
 
 
-def _warnings(config: "Stage") -> list[str]:
+def _warnings(config: "Stage", on_cpu: bool) -> list[str]:
     """What a run could do with, and nobody may have meant."""
     from rto_megatron.config.facts import facts_of
     from rto_megatron.config.kl_gap import drowned_coefficients
     from rto_megatron.config.reward_code import missing_packages, rewards_of
     from rto_megatron.config.stale_updates import stale_updates
     from rto_megatron.planning.shapes import unread_weights
+    from rto_megatron.platform.cpu_products import multiplies_bf16, slow_dtype
     from rto_megatron.reporting.loggers import missing_loggers
 
     training = facts_of(config).training
     missing = [] if training is None else missing_loggers(training.run.loggers)
-    here = [f"on this machine, {text}" for text in [*missing, *missing_packages(rewards_of(config))]]
+    slow = slow_dtype(config.precision.dtype, multiplies_bf16()) if on_cpu else None
+    here = [*missing, *missing_packages(rewards_of(config)), *([] if slow is None else [slow])]
+    here = [f"on this machine, {text}" for text in here]
     return [*here, *unread_weights(config.models), *drowned_coefficients(config), *stale_updates(config)]
 
 

@@ -77,6 +77,7 @@ def launch(
         typer.echo(f"{', '.join(unused)}: not used, as the options of `rto launch` say how it calls torchrun")
     for line in running_code(rewards_of(config)):
         typer.echo(plain(line))
+    _warn_of_slow(config.precision.dtype)
     choice = PoolChoice(pool_gpus, pool_servers, pool_tensor)
     if _says_finished(config):
         return
@@ -176,6 +177,16 @@ def _stay_on_loopback(servers: tuple[str, ...]) -> None:
     if all(is_loopback(host_of(server)) for server in servers):
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(variable, "lo")
+
+
+def _warn_of_slow(dtype: str) -> None:
+    import torch
+
+    from rto_megatron.platform.cpu_products import multiplies_bf16, slow_dtype
+
+    said = None if torch.cuda.is_available() else slow_dtype(dtype, multiplies_bf16())
+    if said is not None:
+        typer.echo(f"warning: {said}", err=True)
 
 
 def _share_cores(num_processes: int) -> None:

@@ -4,6 +4,7 @@ from rto_megatron.config.kl_gap import drowned_coefficients
 from rto_megatron.config.schema import Stage
 from rto_megatron.diagnosis.finding import Finding
 from rto_megatron.planning.local_data import look_at
+from rto_megatron.platform.cpu_products import multiplies_bf16, slow_dtype
 from rto_megatron.platform.device import prepare
 
 _SPARE = (
@@ -48,6 +49,12 @@ def check_data(config: Stage) -> list[Finding]:
 
 
 def check_precision(config: Stage) -> list[Finding]:
-    """Whether KL coefficients stand out from what the recipe's dtype rounds away."""
+    """Whether KL coefficients stand out from what the recipe's dtype rounds away, and a CPU multiplies in it."""
+    import torch
+
     why, fix = "KL estimates of such a run are noise, and can be negative", "do as it says"
-    return [Finding("precision", "warning", text, why, fix) for text in drowned_coefficients(config)]
+    found = [Finding("precision", "warning", text, why, fix) for text in drowned_coefficients(config)]
+    slow = None if torch.cuda.is_available() else slow_dtype(config.precision.dtype, multiplies_bf16())
+    if slow is not None:
+        found.append(Finding("precision", "warning", slow, "a step of hours in place of minutes", fix))
+    return found

@@ -25,13 +25,16 @@ esac
 
 
 def pretending_checkout(folder: Path) -> Path:
-    """The launchers, with a set-up that does nothing and the `rto` above."""
+    """The launchers, with a set-up that does nothing, the `rto` above, and a `python` that says $DTYPE."""
     shutil.copytree(ROOT / "launchers", folder / "launchers")
     (folder / "launchers" / "setup.sh").write_text("exit 0\n")
     command = folder / ".venv" / "bin" / "rto"
     command.parent.mkdir(parents=True)
     command.write_text(PRETENDING_RTO)
     command.chmod(0o755)
+    python = command.with_name("python")
+    python.write_text("#!/bin/bash\necho ${DTYPE-bf16}\n")
+    python.chmod(0o755)
     return folder
 
 

@@ -19,9 +19,12 @@ def checkout(tmp_path: Path) -> Path:
     return folder
 
 
-def run(checkout: Path, *options: str, fails: str = "nothing") -> subprocess.CompletedProcess[str]:
+def run(
+    checkout: Path, *options: str, fails: str = "nothing", dtype: str = "bf16"
+) -> subprocess.CompletedProcess[str]:
     command = ["bash", "launchers/real_language.sh", "--root", "run", "--model", "model", *options]
     environment = {"PATH": os.environ["PATH"], "HOME": str(checkout), "FAILS": fails, "HANGS": "nothing"}
+    environment["DTYPE"] = dtype
     return subprocess.run(
         command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=60, check=False
     )
@@ -46,13 +49,24 @@ def test_pairs_are_made_of_rated_answers_and_every_policy_is_evaluated(checkout:
         "run/sampled_test/evaluation.jsonl",
     ]
     rto = next(line for line in asked(checkout) if "real_language/rto.yaml" in line)
-    assert "vars.root=run vars.model=model vars.prompts=run/task/prompts_train.jsonl" in rto
+    assert (
+        "vars.root=run vars.model=model precision.dtype=bf16 vars.prompts=run/task/prompts_train.jsonl" in rto
+    )
     assert "rollout.servers=[http://127.0.0.1:4242]" in rto and "run.steps=2" in rto
     assert [line for line in asked(checkout) if line.startswith(("report", "view"))] == [
         "report run/evaluations", "view run/rto run/ppo --out run/view.html",
     ]  # fmt: skip
     assert "[8/8]" in done.stdout and "left" in done.stdout and "run/view.html" in done.stdout
     assert not is_running(checkout / "pool.pid")
+
+
+def test_models_are_in_the_dtype_that_the_cpu_had_where_the_run_began(checkout: Path) -> None:
+    began = run(checkout, fails="real_language/rto.yaml", dtype="fp32")
+    assert "no products of bf16" in began.stdout
+    assert run(checkout, dtype="bf16").returncode == 0
+    lines = (checkout / "asked").read_text().splitlines()
+    assert all("precision.dtype=fp32" in line for line in lines if line.startswith("launch"))
+    assert [line.split()[3] for line in lines if line.startswith("pool")] == ["fp32", "fp32"]
 
 
 def test_what_was_rated_before_is_not_sampled_again(checkout: Path) -> None:
