@@ -37,9 +37,10 @@ else
   mkdir -p "$(dirname "$dir")"
   .venv/bin/rto convert gguf-to-hf "$fetched/$file" "$dir"
 fi
+quoted=$(printf %q "$dir")
 cat <<NEXT
 Next:
-  .venv/bin/rto convert hf-to-megatron $dir $dir-megatron --verify logits --pipeline 2
-  .venv/bin/rto generate $dir --prompts QUESTIONS.json --out runs/answers      # docs/benchmarks.md
-  models.policy=$dir in a recipe: 9 heads and 30 layers allow tensor 1 or 3, pipeline 2, 3 or 5
+  .venv/bin/rto convert hf-to-megatron $quoted $quoted-megatron --verify logits --pipeline 2
+  .venv/bin/rto generate $quoted --prompts QUESTIONS.json --out runs/answers      # docs/benchmarks.md
+  models.policy=$quoted in a recipe: 9 heads and 30 layers allow tensor 1 or 3, pipeline 2, 3 or 5
 NEXT

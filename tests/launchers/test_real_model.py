@@ -69,6 +69,8 @@ def test_the_model_is_fetched_without_dependencies_made_once_and_kept(checkout: 
     assert "Apache-2.0" in made.stdout and "models.policy=models/small" in made.stdout
     again = run(checkout, "models/small")
     assert "models/small is there already" in again.stdout and len(asked(checkout)) == 3
+    spaced = run(checkout, "my models/small")
+    assert "rto generate my\\ models/small --prompts" in spaced.stdout
     (checkout / "other").mkdir()
     assert "other is there, and no model" in run(checkout, "other").stderr
 
