@@ -26,8 +26,10 @@ time_left() { # of this stage and those after it, as fast as the ones before wer
     if [ "$number" -lt $((stage - 1)) ]; then done=$((done + stage_seconds[number])); else left=$((left + stage_seconds[number])); fi
   done
   local took=$((SECONDS - began))
-  # What was there already took no time, and says nothing of what is to come.
-  [ "$done" -gt 0 ] && [ "$took" -gt "$done" ] && left=$((left * took / done))
+  # What was there already took no time, and says nothing of what is to come; the first stages, short and with the
+  # set-up before them, say little.
+  local said=$(((left + done) / 4))
+  [ "$done" -gt 0 ] && [ "$took" -gt "$done" ] && left=$((left * (took + said) / (done + said)))
   if [ "$left" -lt 120 ]; then echo "$left s"; else echo "$(((left + 30) / 60)) min"; fi
 }
 

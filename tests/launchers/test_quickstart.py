@@ -135,3 +135,20 @@ def test_the_way_on_from_a_run_folder_of_any_name_can_be_pasted(checkout: Path) 
     assert shlex.split(errors.splitlines()[-1])[-2:] == ["--root", root]
     assert (checkout / root / "logs" / "rto.log").is_file()
     assert f"vars.root={root}" in (checkout / "asked").read_text()
+
+
+@pytest.mark.parametrize(
+    ("stage", "took", "said"),
+    [(1, 100, "10 min"), (2, 5, "10 min"), (2, 110, "16 min"), (5, 500, "8 min"), (7, 585, "64 s")],
+)
+def test_the_time_left_trusts_what_short_first_stages_took_little(
+    stage: int, took: int, said: str, checkout: Path
+) -> None:
+    script = f"""
+        set -eu
+        . launchers/staged.sh
+        stages 10 75 95 95 110 150 60
+        began=0 stage={stage} SECONDS={took}
+        time_left"""
+    told = subprocess.run(["bash", "-c", script], cwd=checkout, capture_output=True, text=True, check=True)
+    assert told.stdout == f"{said}\n"
