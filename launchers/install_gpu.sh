@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # The pinned stack for a machine with GPUs, and its optional kernels: TransformerEngine, built here against the installed
-# torch, and NVIDIA's apex. launchers/setup.sh alone installs what a run needs; this adds what makes it faster.
+# torch, and NVIDIA's apex. launchers/setup.sh alone installs what a run needs; this adds TransformerEngine's layers.
 # Usage: bash launchers/install_gpu.sh [--with-apex] [--for-image] [--dry-run]
-#   --with-apex  NVIDIA's apex: fused Adam, and gradient accumulation fused into the local layers' matrix products.
-#                TransformerEngine's layers bring both themselves, so beside it apex adds little.
-#   --for-image  for the build of a container image, where no GPU is: do not look for one
+#   --with-apex  NVIDIA's apex too. This package uses nothing of it: Adam is torch's, in one kernel, and gradients are not
+#                added up inside of matrix products; it is for other programs of the same environment.
+#   --for-image  for the build of a container image, and wherever else no GPU is: do not look for one
 #   --dry-run    print the commands and what of this machine is in their way; change nothing
 # Needs a GPU with a driver for CUDA 13, a toolkit 13 (CUDA_HOME, that of the nvcc on the PATH, or /usr/local/cuda; nvcc and
 # the runtime's headers are enough), a C++ compiler, git for apex, and about 3 GiB of memory for each of MAX_JOBS (default:
@@ -40,7 +40,7 @@ driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null
 if [ -n "$for_image" ]; then
   : # the machine that runs the image has the driver
 elif [ -z "$driver" ]; then
-  fail "nvidia-smi shows no GPU; on a machine without one: bash launchers/setup.sh"
+  fail "nvidia-smi shows no GPU; on a machine without one: bash launchers/setup.sh, or --for-image to build all the same"
 elif [ "${driver%%.*}" -lt "$oldest_driver" ]; then
   fail "the driver is $driver, and CUDA $cuda_major needs $oldest_driver or newer; renew the driver"
 fi
