@@ -1,7 +1,7 @@
 """Seconds that a step takes, by phase, from fixed constants; and what no machine of that kind can be faster than.
 
 Constants were fixed before anything was predicted with them; each names its source. Published steps that they are held
-against, fitted ones and others, stand in tests/planning/published.py and docs/planning.md.
+against, fitted ones and others, stand in tests/planning/test_step_time.py and docs/planning.md.
 """
 
 import math
