@@ -58,11 +58,16 @@ def plan(
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is fake lies nowhere, and torch must not look for a GPU
     from rto_megatron.planning.candidates import Search, fitting
     from rto_megatron.planning.gpus import gpu_for
+    from rto_megatron.planning.judgement import known_models, require_step
+    from rto_megatron.planning.memory import trained_bytes
     from rto_megatron.planning.reasons import best, reasons
     from rto_megatron.planning.ways_out import refuse_nothing_fits
 
     given = list(overrides or [])
-    kind = gpu_for(gpu, _loaded(recipe, given, ()).precision)
+    config = _loaded(recipe, given, ())
+    kind = gpu_for(gpu, config.precision)
+    roles, known = known_models(config, assume or [])
+    require_step(config, roles, known)
 
     def found_on(number: int, card: "Gpu", more: "Sequence[str]") -> "list[Candidate]":
         held = {key.partition("=")[0] for key in (*given, *more)}
@@ -73,7 +78,7 @@ def plan(
     found = found_on(gpus, kind, ())
     chosen = fitting(found, kind)
     if not chosen:
-        refuse_nothing_fits(found, found_on, gpus, kind)
+        refuse_nothing_fits(found, found_on, gpus, kind, trained_bytes(config, known))
     shown = best(chosen, _MOST_SIMULATED if simulated else _SHOWN)
     sized = _simulated(shown, kind) if simulated else [(one, one.num_bytes) for one in shown]
     console = Console() if Console().is_terminal else Console(width=140)
@@ -132,22 +137,25 @@ def _simulated(chosen: "Sequence[Candidate]", gpu: "Gpu") -> "list[tuple[Candida
     from rto_megatron.platform.device import prepare
 
     prepare()
-    from rto_megatron.planning.candidates import shared_bytes
+    from rto_megatron.planning.candidates import Candidate, shared_bytes
+    from rto_megatron.planning.memory import gib
     from rto_megatron.simulation.whole_job import simulate_job
 
-    best = []
+    sized: list[tuple[Candidate, int]] = []
     for one in chosen:
         num_bytes = max(rank.peak for rank in simulate_job(one.plan, one.shapes))
         if one.plan.facts.is_colocated:
             num_bytes = shared_bytes(one.plan, one.known, gpu, one.pool_tensor, num_bytes)
-        if num_bytes <= gpu.usable_bytes:
-            best.append((one, num_bytes))
+        sized.append((one, num_bytes))
+        best = [each for each in sized if each[1] <= gpu.usable_bytes]
         if len(best) == _SHOWN:
             break
     if not best:
+        least = min(num_bytes for _, num_bytes in sized)
         raise RecipeError(
-            f"{len(chosen)} layouts fit a {gpu.name} by the formulas, and none of the fastest {_MOST_SIMULATED} when "
-            "it is simulated; lower batch.tokens or batch.micro, or add GPUs"
+            f"the fastest {len(sized)} layouts that fit a {gpu.name} by the formulas do not when they are simulated: "
+            f"the smallest takes {gib(least)}, {gib(least - gpu.usable_bytes)} too much; lower batch.tokens or "
+            "batch.micro, set precision.recompute=true, or add GPUs"
         )
     return best
 

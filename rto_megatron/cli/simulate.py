@@ -44,22 +44,14 @@ def simulate(
     from rto_megatron.cli.check import split_gpus
     from rto_megatron.config.load import load_recipe
     from rto_megatron.planning.gpus import gpu_for
-    from rto_megatron.planning.judgement import judged
+    from rto_megatron.planning.judgement import judged, require_step
     from rto_megatron.platform.device import prepare
 
     config = load_recipe(recipe, overrides or [])
     judge = None if gpu is None else gpu_for(gpu, config.precision)
     world_size, pool_size = split_gpus(config, gpus, pool_gpus)
     plan, shapes = judged(config, world_size, assume or [], f"of {gpus} GPUs the pool has {pool_size}")
-    unknown = [role.name for role in plan.roles if role.name not in shapes]
-    if unknown:
-        raise RecipeError(
-            f"the shapes of {', '.join(unknown)} are not known; name them, as in --assume {unknown[0]}=llama-3-8b"
-        )
-    if plan.facts.training is None:
-        raise RecipeError(
-            f"stage {config.stage} trains nothing, so there is no step to simulate; see rto check"
-        )
+    require_step(config, plan.roles, shapes)
     prepare()
     from rto_megatron.simulation.whole_job import simulate_job
 

@@ -1,10 +1,11 @@
 """What a recipe means on a number of ranks: the roles, the shapes of their models, and all that speaks against it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from rto_megatron.config.checks import find_problems, refuse
+from rto_megatron.config.checks import find_problems, model_problems, refuse
+from rto_megatron.config.facts import facts_of
 from rto_megatron.config.plan import StagePlan, plan_stage
-from rto_megatron.config.roles import Role
+from rto_megatron.config.roles import Role, roles_of
 from rto_megatron.config.schema import Stage
 from rto_megatron.errors import RecipeError
 from rto_megatron.models.layout_checks import (
@@ -47,6 +48,32 @@ def judged(
         problems += idle_expert_keys(known, parallel)
     refuse(problems)
     return plan, shapes
+
+
+def require_step(config: Stage, roles: Sequence[Role], shapes: Mapping[str, FoundShape]) -> None:
+    """Refuses what has no step that could be simulated or timed.
+
+    Raises:
+        RecipeError: the stage trains nothing, or the shapes of its models are not known.
+    """
+    if facts_of(config).training is None:
+        raise RecipeError(f"stage {config.stage} trains nothing, so it has no step; see rto check")
+    unknown = [role.name for role in roles if role.name not in shapes]
+    if unknown:
+        raise RecipeError(
+            f"the shapes of {', '.join(unknown)} are not known; name them, as in --assume {unknown[0]}=llama-3-8b"
+        )
+
+
+def known_models(config: Stage, assume: list[str]) -> tuple[Sequence[Role], dict[str, FoundShape]]:
+    """The roles of a stage, whatever its layout, and the shapes of those that are known.
+
+    Raises:
+        UserError: its models cannot be what they are.
+    """
+    refuse(model_problems(config))
+    roles = roles_of(config)
+    return roles, _shapes(roles, assume)
 
 
 def _shapes(roles: Sequence[Role], assume: list[str]) -> dict[str, FoundShape]:

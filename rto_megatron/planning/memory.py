@@ -129,6 +129,17 @@ def fullest_bytes(plan: StagePlan, shapes: Mapping[str, FoundShape]) -> int:
     return max(model_bytes(plan, shapes, names) + activation_bytes(plan, shapes, names) for names in sets)
 
 
+def trained_bytes(config: Stage, shapes: Mapping[str, FoundShape]) -> int:
+    """Weights, gradients and optimizers of all trained models, each once: what all ranks hold together in an update."""
+    size, facts = 0.0, facts_of(config)
+    for role in roles_of(config):
+        if role.is_trained:
+            parts = _parts(role, facts, config, replicas=1)
+            width = sum(parts[name] for name in (role.name, "gradients", "optimizer"))
+            size += width * num_parameters(shapes[role.name].shape, role.has_value_head)
+    return int(size)
+
+
 def weight_bytes(precision: FrozenPrecisionConfig) -> int:
     """The bytes of one number in the stage's dtype."""
     return 2 if precision.dtype == "bf16" else 4

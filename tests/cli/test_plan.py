@@ -106,6 +106,13 @@ def test_a_budget_in_which_nothing_fits_is_refused_with_ways_out() -> None:
     assert said.endswith("Ways out: take 2 GPUs; take 1 b200")
 
 
+def test_stages_without_a_step_and_unknown_models_are_told_as_what_they_are() -> None:
+    with pytest.raises(RecipeError, match="stage evaluate trains nothing"):
+        plan(str(RECIPES / "quickstart/evaluate.yaml"), "--gpus", "2")
+    with pytest.raises(RecipeError, match=r"shapes of policy, reference are not known; .* --assume policy="):
+        plan(str(RECIPES / "llama3_8b/dpo.yaml"), "models.policy=no/name", "models.reference=no/name")
+
+
 @pytest.mark.parametrize(
     ("recipe", "given", "said"),
     [
