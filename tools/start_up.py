@@ -39,7 +39,8 @@ _RESTING = "from rto_megatron.platform.collector import resting\nwith resting():
 _PREPARED = f"{_RESTING}from rto_megatron.platform.device import prepare; prepare()"
 _ONLINE = f"{_PREPARED}; import rto_megatron.trainer.online"
 _PARTS = {
-    "launcher: `rto launch`": f"{_RESTING}import rto_megatron.launching.attempts, rto_megatron.launching.launched_pool",
+    "launcher: `rto launch`": f"{_RESTING}import rto_megatron.launching.attempts, "
+    "rto_megatron.launching.launched_pool, rto_megatron.trainer.finished",
     "rank: the interpreter and torch": "import torch",
     "rank: until the device is prepared": _PREPARED,
     "rank: until a stage without a pool runs": f"{_PREPARED}; import rto_megatron.trainer.offline",

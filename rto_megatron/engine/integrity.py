@@ -3,10 +3,13 @@
 import errno
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rto_megatron.errors import UserError
-from rto_megatron.parallel.topology import Topology
 from rto_megatron.storage.file_digests import first_problem
+
+if TYPE_CHECKING:  # a launcher reads run folders, and does without Megatron
+    from rto_megatron.parallel.topology import Topology
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MAKE_ROOM = "Make room (or lower run.keep_checkpoints), and start the run again"
@@ -66,7 +69,7 @@ def _free_bytes(folder: Path) -> int:
     return disk.f_bavail * disk.f_frsize
 
 
-def require_intact(role: Path, topology: Topology) -> None:
+def require_intact(role: Path, topology: "Topology") -> None:
     """Reads every file of <checkpoint>/<role> once, shared out over the ranks; all ranks must call it.
 
     Raises:

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rto_megatron.engine.integrity import SAVING_ERRORS, CheckpointError, write_error
-from rto_megatron.engine.saving import STATE, point_to
+from rto_megatron.engine.saving import point_to
 from rto_megatron.parallel.collectives import Json
 from rto_megatron.parallel.topology import Topology
 from rto_megatron.storage.checkpoints import (
     CHECKPOINTS,
     POINTER,
+    STATE,
     finished_checkpoints,
     is_step_name,
     pointed_name,

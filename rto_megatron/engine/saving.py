@@ -19,7 +19,7 @@ from rto_megatron.parallel.topology import Topology
 from rto_megatron.platform import faults
 from rto_megatron.platform.patience import patiently
 from rto_megatron.platform.sync_save import ShardWriter, plan_shards
-from rto_megatron.storage.checkpoints import CHECKPOINTS, POINTER, finished_checkpoints
+from rto_megatron.storage.checkpoints import CHECKPOINTS, POINTER, STATE, finished_checkpoints
 from rto_megatron.storage.file_digests import (
     MANIFEST,
     WEIGHTS,
@@ -32,7 +32,6 @@ from rto_megatron.storage.file_digests import (
 from rto_megatron.storage.megatron_folder import HF_FILES
 from rto_megatron.storage.ownership import close_to_others
 
-STATE = "state.json"
 _HEADERS = 1.01  # of torch.save, `.metadata` and the manifest, over the numbers alone
 _ALLOWANCE = 1 << 20
 

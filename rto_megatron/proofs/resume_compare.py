@@ -10,12 +10,11 @@ import torch
 from megatron.core import dist_checkpointing
 from torch import Tensor
 
-from rto_megatron.engine.saving import STATE
 from rto_megatron.parallel.collectives import Json
 from rto_megatron.platform.safe_metadata import safe_reading
 from rto_megatron.proofs.resumed_runs import OBSERVED
 from rto_megatron.reporting.metrics import read_metrics
-from rto_megatron.storage.checkpoints import CHECKPOINTS
+from rto_megatron.storage.checkpoints import CHECKPOINTS, STATE
 from rto_megatron.storage.file_digests import WEIGHTS, checkpoint_name, file_digests, file_names
 
 # Keys of a torch_dist checkpoint of megatron-core 0.19.2; whatever fits none of these is a weight.

@@ -7,6 +7,7 @@ from pathlib import Path
 from rto_megatron.storage.file_digests import WEIGHTS
 
 CHECKPOINTS = "checkpoints"
+STATE = "state.json"  # of a checkpoint: its step, its configuration, where its data and generators were
 POINTER = "latest"  # <run>/checkpoints/latest: the name of the newest finished checkpoint
 LANGUAGE_ROLES = ("policy_ema", "policy")  # where a run keeps an average of the policy, that is its result
 SCALAR_ROLES = ("reward", "critic")

@@ -3,10 +3,9 @@
 import json
 
 from rto_megatron.config.schema import TrainStage
-from rto_megatron.engine.saving import STATE
 from rto_megatron.errors import UserError
 from rto_megatron.lifecycle.status import ExitReason, read_status
-from rto_megatron.storage.checkpoints import latest_checkpoint, pointer_problem
+from rto_megatron.storage.checkpoints import STATE, latest_checkpoint, pointer_problem
 from rto_megatron.trainer.resume import fixed_keys, read_state, require_same
 
 

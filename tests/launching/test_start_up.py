@@ -1,10 +1,15 @@
 """The account of a start: the launcher begins it, a rank goes on with it, and the parts add up to the whole."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from rto_megatron.lifecycle.start_up import begin_launch, begin_part, begin_rank, take_parts, told_start
+
+SFT = Path(__file__).parents[2] / "launchers/recipes/quickstart/sft.yaml"
 
 
 def test_parts_of_launcher_and_rank_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,6 +24,20 @@ def test_parts_of_launcher_and_rank_add_up(monkeypatch: pytest.MonkeyPatch) -> N
     assert take_parts() == {}  # it is told once
     begin_part("models")
     assert take_parts() == {}  # and not begun by a part
+
+
+def test_a_launcher_looks_at_its_run_and_its_models_without_megatron(tmp_path: Path) -> None:
+    """Which takes as long to import as all else of a launcher, and every rank imports it anyway."""
+    launched = ["launch", str(SFT), f"run.dir={tmp_path / 'run'}", f"models.policy={tmp_path / 'absent'}"]
+    script = (
+        "import sys; from typer.testing import CliRunner; from rto_megatron.cli.main import app;"
+        f"print(CliRunner().invoke(app, {launched!r}).exception); print('megatron.core' in sys.modules)"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True
+    )
+    refused, has_megatron = told.stdout.splitlines()[-2:]
+    assert "absent" in refused and has_megatron == "False", told.stdout
 
 
 def test_a_second_attempt_begins_anew() -> None:
