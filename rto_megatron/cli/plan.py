@@ -84,7 +84,7 @@ def plan(
     console = Console() if Console().is_terminal else Console(width=140)
     tried = f"{len(found)} sound layouts were tried, {len(chosen)} fit by the formulas"
     console.print(tried, highlight=False)
-    for number, (one, num_bytes) in enumerate(sized, 1):
+    for number, (one, num_bytes) in enumerate(sorted(sized, key=lambda each: chosen.index(each[0])), 1):
         _print(console, number, one, num_bytes, kind, simulated)
         lines = [f"- {reason}" for reason in reasons(one, found, kind)]
         for line in (*lines, _command(recipe, given, one, gpus, gpus_per_node)):

@@ -22,7 +22,7 @@ _NAMES = {
 
 
 def best(fitting: Sequence[Candidate], num: int) -> list[Candidate]:
-    """The fastest of each way to sample, then the next fastest; of those that take equally long the first alone.
+    """The fastest of each way to sample, then the next fastest, in this order; of those that take equally long one.
 
     Args:
         fitting: the fastest first.
@@ -34,7 +34,7 @@ def best(fitting: Sequence[Candidate], num: int) -> list[Candidate]:
     distinct = list(kept.values())
     firsts = list({_way(one): one for one in reversed(distinct)}.values())
     order = [*sorted(firsts, key=distinct.index), *(one for one in distinct if one not in firsts)]
-    return sorted(order[:num], key=distinct.index)
+    return order[:num]
 
 
 def _way(one: Candidate) -> tuple[object, ...]:
